@@ -1,0 +1,15 @@
+"""Sparing: say what you can spend, get the best language model that it buys."""
+
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    """Re-export `sparing.api` lazily, so that `sparing --help` and `import sparing` stay fast."""
+    if name.startswith("_"):
+        raise AttributeError(name)
+    from sparing import api
+
+    try:
+        return getattr(api, name)
+    except AttributeError:
+        raise AttributeError(f"module 'sparing' has no attribute {name!r}") from None

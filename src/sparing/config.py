@@ -1,0 +1,181 @@
+"""The whole vocabulary of a run: frozen dataclasses, nothing computed, nothing read from disk.
+
+`ModelConfig` speaks DeepSeek-V3's language (`config.json` of the published checkpoints, in brackets where our name differs);
+dense feed-forward, grouped-query attention and other gates are values of the same fields. `None` in a field that `resolve`
+fills in means "derive it"; a resolved `Config` has none of those left.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+class UserError(ValueError):
+    """The user's mistake: one clear line saying what is wrong, where, and the nearest valid choice. The CLI exits with 2."""
+
+
+@dataclass(frozen=True)
+class YarnConfig:
+    """YaRN context extension (arXiv 2309.00071; DeepSeek-V3 §4.3). Field names are those of `rope_scaling`."""
+
+    factor: float = 40.0
+    original_max_position_embeddings: int = 4096
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 1.0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of the model (DeepSeek-V3, arXiv 2412.19437 §2)."""
+
+    vocab_size: int = 4096
+    hidden_size: int = 256
+    num_layers: int = 6
+    """Decoder layers, MTP modules not counted [num_hidden_layers]."""
+    num_dense_layers: int = 1
+    """Leading layers with a dense feed-forward [first_k_dense_replace]; equal to num_layers: an all-dense model."""
+    intermediate_size: int = 768
+    """Width of the dense feed-forward."""
+
+    attention: Literal["mla", "gqa"] = "mla"
+    num_heads: int = 4
+    num_kv_heads: int = 4
+    """GQA only: key-value heads."""
+    head_dim: int = 64
+    """GQA only: width of a head."""
+    q_lora_rank: int | None = 128
+    """MLA: rank of the query compression; None: queries are projected directly."""
+    kv_lora_rank: int = 64
+    qk_nope_head_dim: int = 64
+    qk_rope_head_dim: int = 32
+    v_head_dim: int = 64
+
+    n_routed_experts: int = 16
+    n_shared_experts: int = 1
+    num_experts_per_tok: int = 2
+    moe_intermediate_size: int = 128
+    n_group: int = 1
+    topk_group: int = 1
+    scoring_func: Literal["sigmoid", "softmax", "sqrtsoftplus"] = "sigmoid"
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 2.5
+
+    mtp_depth: int = 0
+    """Multi-token prediction modules, each with a MoE block [num_nextn_predict_layers]."""
+
+    rope_theta: float = 10000.0
+    yarn: YarnConfig | None = None
+    max_position_embeddings: int = 512
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    init: Literal["deepseek", "scaled"] = "scaled"
+    """Initial weights: `deepseek`: normal(0, 0.006) everywhere, as published; `scaled`: 1/sqrt(fan-in), zero output projections."""
+
+    @property
+    def is_moe(self) -> bool:
+        return self.num_dense_layers < self.num_layers or self.mtp_depth > 0
+
+    @property
+    def num_moe_layers(self) -> int:
+        """MoE blocks, those of the MTP modules included (an all-dense model has dense MTP modules)."""
+        return 0 if self.num_dense_layers >= self.num_layers else self.num_layers - self.num_dense_layers + self.mtp_depth
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    paths: tuple[str, ...] = ()
+    """Files, folders and globs; empty: the Python standard library's own source."""
+    text_key: str = "text"
+    """JSONL and Parquet: the field that holds the text."""
+    tokenizer: str | None = None
+    """A tokenizer.json to use instead of training one."""
+    holdout_fraction: float = 0.02
+    """Share of documents held out, chosen by a hash of their content."""
+    max_tokens: int | None = None
+    """Tokenise at most about this many tokens (documents sampled by hash); None: everything."""
+    workers: int | None = None
+    """Processes that tokenise; None: one per core."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    matrix: Literal["muon", "adamw"] = "muon"
+    """Optimizer of the hidden matrices; embeddings, head, router, norms and biases always use AdamW."""
+    lr: float = 0.02
+    """Peak learning rate of the matrices (Muon's scale is sqrt(max(1, rows/columns)))."""
+    lr_embed: float = 0.3
+    lr_head: float = 0.004
+    lr_router: float = 0.005
+    lr_norm: float = 0.015
+    momentum: float = 0.95
+    beta1: float = 0.8
+    beta2: float = 0.99
+    eps: float = 1e-10
+    weight_decay: float = 0.05
+    """Decoupled weight decay of the matrices, scaled by the schedule."""
+    ns_steps: int = 5
+    """Newton-Schulz iterations of Muon."""
+    clip: float = 1.0
+    """Clip the global gradient norm; 0: off (the norm is logged all the same)."""
+    warmup: float = 0.02
+    """Share of the run spent on linear warm-up."""
+    decay: float = 0.65
+    """Share of the run spent on linear decay, which ends where the budget ends."""
+    final_lr: float = 0.02
+    """Learning rate at the end, as a share of the peak."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    seq_len: int = 512
+    batch_size: int = 16
+    """Sequences per optimizer step, over all micro-batches and ranks."""
+    micro_batch_size: int | None = None
+    """Sequences per forward pass; None: measured."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Compute type; master weights are float32."""
+    threads: int | None = None
+    """CPU threads; None: measured."""
+    compile: bool | None = None
+    """torch.compile; None: measured, used only where it wins."""
+    recompute: bool = False
+    """Recompute each block in the backward pass instead of keeping its activations."""
+    document_mask: bool = True
+    """Attention stays inside a document."""
+    mtp_weight: float = 0.3
+    """Lambda of the MTP loss (DeepSeek-V3 §2.2)."""
+    bias_update_rate: float = 0.001
+    """Gamma of loss-free balancing (DeepSeek-V3 §2.1.2)."""
+    sequence_balance: float = 0.0001
+    """Alpha of the sequence-wise balance loss."""
+    seed: int = 0
+    eval_bytes: int = 200_000
+    """Evaluation inside a run reads at most this much held-out text."""
+    evals: int = 4
+    """Evaluations inside the run besides the last one."""
+    checkpoint_interval_s: float = 60.0
+    """Seconds between checkpoints (token and FLOP budgets: converted into steps once, and kept)."""
+    log: Literal["none", "tensorboard", "wandb"] = "none"
+    """Where metrics go besides metrics.jsonl."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A number with a unit; `parse_budget` (sparing.budget.units) reads `20m`, `50Mtok`, `3e17flop`, `$5`, `0.2kWh`."""
+
+    amount: float
+    unit: Literal["s", "tok", "flop", "usd", "kwh"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run, fully resolved."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    budget: Budget = field(default_factory=lambda: Budget(300.0, "s"))

@@ -1,0 +1,94 @@
+"""Multi-head latent attention (DeepSeek-V2 §2.1, arXiv 2405.04434) and grouped-query attention (arXiv 2305.13245).
+
+A cache holds what a decoder must keep: for MLA the normed latent and the rotated shared key, (kv_lora_rank + rope) numbers a token;
+for GQA keys and values.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sparing.config import ModelConfig
+from sparing.kernels.attention import causal_attention
+from sparing.model.linear import Linear, RMSNorm
+from sparing.model.rope import rotate, softmax_scale
+
+
+class LayerCache:
+    """Tensors of one layer, grown along dimension 1 (positions)."""
+
+    def __init__(self):
+        self.parts: tuple[Tensor, ...] = ()
+
+    def append(self, *parts: Tensor) -> tuple[Tensor, ...]:
+        self.parts = tuple(torch.cat(pair, 1) for pair in zip(self.parts, parts, strict=True)) if self.parts else parts
+        return self.parts
+
+    @property
+    def length(self) -> int:
+        return self.parts[0].shape[1] if self.parts else 0
+
+
+class MLA(nn.Module):
+    """Multi-head latent attention; keys and values are expanded from the latent (the absorbed form belongs to inference)."""
+
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.c = c
+        self.scale = softmax_scale(c)
+        q_width = c.num_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim)
+        if c.q_lora_rank is None:
+            self.q_proj = Linear(c.hidden_size, q_width)
+        else:
+            self.q_a_proj = Linear(c.hidden_size, c.q_lora_rank)
+            self.q_a_layernorm = RMSNorm(c.q_lora_rank, c.rms_norm_eps)
+            self.q_b_proj = Linear(c.q_lora_rank, q_width)
+        self.kv_a_proj_with_mqa = Linear(c.hidden_size, c.kv_lora_rank + c.qk_rope_head_dim)
+        self.kv_a_layernorm = RMSNorm(c.kv_lora_rank, c.rms_norm_eps)
+        self.kv_b_proj = Linear(c.kv_lora_rank, c.num_heads * (c.qk_nope_head_dim + c.v_head_dim))
+        self.o_proj = Linear(c.num_heads * c.v_head_dim, c.hidden_size)
+
+    def forward(self, x_BTD: Tensor, table: Tensor, bias: Tensor | None, cache: LayerCache | None) -> Tensor:
+        c = self.c
+        B, T, _ = x_BTD.shape
+        q = self.q_proj(x_BTD) if c.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD)))
+        q_nope, q_rope = q.view(B, T, c.num_heads, -1).split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
+        latent, k_rope = self.kv_a_proj_with_mqa(x_BTD).split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
+        latent = self.kv_a_layernorm(latent)
+        k_rope = rotate(k_rope.unsqueeze(2), table).squeeze(2)
+        if cache is not None:
+            latent, k_rope = cache.append(latent, k_rope)
+        S = latent.shape[1]
+        k_nope, v = self.kv_b_proj(latent).view(B, S, c.num_heads, -1).split([c.qk_nope_head_dim, c.v_head_dim], -1)
+        # Heads move to dimension 1 in the concatenation itself, so that q and k are laid out once, as attention wants them.
+        q_BHTK = torch.cat((q_nope.transpose(1, 2), rotate(q_rope, table).transpose(1, 2)), -1)
+        k_BHSK = torch.cat((k_nope.transpose(1, 2), k_rope.unsqueeze(1).expand(B, c.num_heads, S, -1)), -1)
+        o = causal_attention(q_BHTK, k_BHSK, v.transpose(1, 2), self.scale, bias)
+        return self.o_proj(o.transpose(1, 2).reshape(B, T, -1))
+
+
+class GQA(nn.Module):
+    """Grouped-query attention with the same interleaved rotary pairs."""
+
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.c = c
+        self.scale = softmax_scale(c)
+        self.q_proj = Linear(c.hidden_size, c.num_heads * c.head_dim)
+        self.k_proj = Linear(c.hidden_size, c.num_kv_heads * c.head_dim)
+        self.v_proj = Linear(c.hidden_size, c.num_kv_heads * c.head_dim)
+        self.o_proj = Linear(c.num_heads * c.head_dim, c.hidden_size)
+
+    def forward(self, x_BTD: Tensor, table: Tensor, bias: Tensor | None, cache: LayerCache | None) -> Tensor:
+        c = self.c
+        B, T, _ = x_BTD.shape
+        q = rotate(self.q_proj(x_BTD).view(B, T, c.num_heads, c.head_dim), table)
+        k = rotate(self.k_proj(x_BTD).view(B, T, c.num_kv_heads, c.head_dim), table)
+        v = self.v_proj(x_BTD).view(B, T, c.num_kv_heads, c.head_dim)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        groups = c.num_heads // c.num_kv_heads
+        k, v = (t.transpose(1, 2).repeat_interleave(groups, 1) for t in (k, v))
+        o = causal_attention(q.transpose(1, 2), k, v, self.scale, bias)
+        return self.o_proj(o.transpose(1, 2).reshape(B, T, -1))

@@ -1,0 +1,71 @@
+"""One decoder layer, and the multi-token-prediction module built from one (DeepSeek-V3 §2.2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sparing.config import ModelConfig
+from sparing.model.attention import GQA, MLA, LayerCache
+from sparing.model.experts import MLP, MoE
+from sparing.model.linear import Linear, RMSNorm
+from sparing.model.router import not_counting
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed-forward(norm(x))."""
+
+    def __init__(self, c: ModelConfig, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.self_attn = MLA(c) if c.attention == "mla" else GQA(c)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        # An all-dense model has dense MTP modules; otherwise layers past the leading dense ones, MTP included, are mixtures.
+        dense = layer < c.num_dense_layers or c.num_dense_layers >= c.num_layers
+        self.mlp = MLP(c.hidden_size, c.intermediate_size) if dense else MoE(c)
+        self.recompute = False
+
+    def _forward(self, x: Tensor, table: Tensor, bias: Tensor | None, cache: LayerCache | None, want_balance: bool):
+        x = x + self.self_attn(self.input_layernorm(x), table, bias, cache)
+        losses: list[Tensor] | None = [] if want_balance else None
+        normed = self.post_attention_layernorm(x)
+        x = x + (self.mlp(normed, losses) if isinstance(self.mlp, MoE) else self.mlp(normed))
+        return x, (losses[0] if losses else None)
+
+    def forward(
+        self, x_BTD: Tensor, table: Tensor, bias: Tensor | None = None, cache: LayerCache | None = None, want_balance: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """-> (x (B,T,D), the sequence-wise balance loss of a MoE layer where wanted)."""
+        if self.recompute and torch.is_grad_enabled():
+            # The second pass must not count tokens for the balance again.
+            return checkpoint(
+                self._forward, x_BTD, table, bias, cache, want_balance,
+                use_reentrant=False, context_fn=lambda: (torch.enable_grad(), not_counting(self)),
+            )  # fmt: skip
+        return self._forward(x_BTD, table, bias, cache, want_balance)
+
+
+class SharedHead(nn.Module):
+    """The norm before the output head, which itself is the main model's."""
+
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+
+
+class MTPBlock(Block):
+    """Predicts one token further from the previous depth's hidden state and the embedding of the token in between.
+
+    The projection takes [enorm(embedding); hnorm(hidden)], the published checkpoints' order, which is not the paper's.
+    """
+
+    def __init__(self, c: ModelConfig, layer: int):
+        super().__init__(c, layer)
+        self.enorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.hnorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.eh_proj = Linear(2 * c.hidden_size, c.hidden_size)
+        self.shared_head = SharedHead(c)
+
+    def join(self, embedded_BTD: Tensor, hidden_BTD: Tensor) -> Tensor:
+        return self.eh_proj(torch.cat((self.enorm(embedded_BTD), self.hnorm(hidden_BTD)), -1))

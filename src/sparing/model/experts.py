@@ -1,0 +1,66 @@
+"""Feed-forward blocks: dense SwiGLU, and the mixture of fine-grained routed experts beside shared ones (DeepSeekMoE, arXiv 2401.06066)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparing.config import ModelConfig
+from sparing.kernels.experts import experts_ffn
+from sparing.model.linear import Linear
+from sparing.model.router import Router, sequence_balance_loss
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, hidden_size: int, width: int):
+        super().__init__()
+        self.gate_proj = Linear(hidden_size, width)
+        self.up_proj = Linear(hidden_size, width)
+        self.down_proj = Linear(width, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Experts(nn.Module):
+    """The routed experts' weights: gate and up projections stacked (gate first), then the down projections."""
+
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        E, F_, D = c.n_routed_experts, c.moe_intermediate_size, c.hidden_size
+        self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * F_, D))
+        self.down_proj = nn.Parameter(torch.empty(E, D, F_))
+
+    def forward(self, x_ND: Tensor, weights_NK: Tensor, experts_NK: Tensor) -> Tensor:
+        N, K = experts_NK.shape
+        flat = experts_NK.flatten()
+        order = flat.argsort(stable=True)
+        counts = torch.bincount(flat, minlength=len(self.gate_up_proj))
+        # Rows of the same token are K apart in `flat`, so dividing by K finds the token.
+        y = experts_ffn(x_ND.index_select(0, order // K), self.gate_up_proj, self.down_proj, counts)
+        back = torch.empty_like(order).scatter_(0, order, torch.arange(N * K, device=order.device))
+        y_NKD = y.index_select(0, back).view(N, K, -1)
+        return torch.bmm(weights_NK.to(y.dtype).unsqueeze(1), y_NKD).squeeze(1)
+
+
+class MoE(nn.Module):
+    """Shared experts plus the chosen routed ones, weighted by their gates."""
+
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.c = c
+        self.gate = Router(c)
+        self.experts = Experts(c)
+        self.shared_experts = MLP(c.hidden_size, c.moe_intermediate_size * c.n_shared_experts) if c.n_shared_experts else None
+
+    def forward(self, x_BTD: Tensor, balance: list[Tensor] | None = None) -> Tensor:
+        """balance: where given, the layer appends its sequence-wise balance loss."""
+        x_ND = x_BTD.flatten(0, 1)
+        routing = self.gate(x_ND)
+        if balance is not None:
+            balance.append(sequence_balance_loss(routing.scores_NE, self.c, x_BTD.shape[0]))
+        y = self.experts(x_ND, routing.weights_NK, routing.experts_NK).view_as(x_BTD)
+        return y if self.shared_experts is None else y + self.shared_experts(x_BTD)
