@@ -137,6 +137,8 @@ class TrainConfig:
     """Sequences per forward pass; None: measured."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Compute type; master weights are float32."""
+    device: Literal["cpu", "cuda"] | None = None
+    """None: the GPU where there is one."""
     threads: int | None = None
     """CPU threads; None: measured."""
     compile: bool | None = None

@@ -20,12 +20,26 @@ def linear_cross_entropy_reference(x_ND: Tensor, weight_WD: Tensor, targets_N: T
     return F.cross_entropy(logits, targets_N, ignore_index=IGNORE, reduction="sum") / denominator
 
 
-def _chunk(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One chunk: (logits float32, log-normaliser, safe targets, mask)."""
-    logits = F.linear(x, weight).float()
+def _softmax_and_nll(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(gradient of the logits, cross-entropy of each row in float32, mask of rows that count), from logits in the compute type.
+
+    One softmax kernel in the compute type instead of four float32 passes. What must be exact is summed in float32: the target's
+    gradient is minus the sum of the others', so it keeps its precision where the target's probability is near 1, and so does the loss.
+    """
     valid = targets != IGNORE
-    safe = targets.where(valid, 0).unsqueeze(-1)
-    return logits, logits.logsumexp(-1, keepdim=True), safe, valid
+    probability = logits.softmax(-1)
+    rows, words = probability.shape
+    # Flat positions: indexed writes touch one number a row, where scatter_ would copy the whole matrix.
+    place = torch.arange(0, rows * words, words, device=targets.device) + targets.where(valid, 0)
+    flat = probability.view(-1)
+    target = flat.index_select(0, place).float()
+    flat.index_fill_(0, place, 0.0)
+    others = probability.float().sum(-1)
+    nll = torch.where(target > 0.5, -torch.log1p(-others.clamp(max=0.75)), -target.clamp(min=1e-38).log())
+    flat.index_copy_(0, place, -others.to(probability.dtype))
+    if not bool(valid.all()):
+        probability *= valid.unsqueeze(-1)
+    return probability, nll, valid
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -37,15 +51,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=x_ND.device)
         for start in range(0, len(x_ND), CHUNK_TOKENS):
             part = slice(start, start + CHUNK_TOKENS)
-            logits, normaliser, safe, valid = _chunk(x_ND[part], weight, targets_N[part])
-            total += (normaliser - logits.gather(-1, safe)).squeeze(-1).where(valid, 0.0).sum()
-            if grad_x is None and grad_weight is None:
-                continue
-            grad = logits.sub_(normaliser).exp_()
-            grad.scatter_add_(-1, safe, torch.full_like(normaliser, -1.0))
-            if not bool(valid.all()):
-                grad *= valid.unsqueeze(-1)
-            grad = grad.to(x_ND.dtype)
+            grad, nll, valid = _softmax_and_nll(F.linear(x_ND[part], weight), targets_N[part])
+            total += nll.where(valid, 0.0).sum()
             if grad_x is not None:
                 torch.mm(grad, weight, out=grad_x[part])
             if grad_weight is not None:
@@ -72,12 +79,12 @@ def linear_cross_entropy(x_ND: Tensor, weight_WD: Tensor, targets_N: Tensor, den
 
 
 def token_nll(x_ND: Tensor, weight_WD: Tensor, targets_N: Tensor) -> Tensor:
-    """Cross-entropy (nats) of every token, (N,) float32, 0 where the target is IGNORE; no gradient."""
+    """Cross-entropy (nats) of every token, (N,) float32, 0 where the target is IGNORE; softmax in float32, no gradient."""
     with torch.no_grad():
         weight = weight_WD.to(x_ND.dtype)
         out = torch.empty(len(x_ND), dtype=torch.float32, device=x_ND.device)
         for start in range(0, len(x_ND), CHUNK_TOKENS):
             part = slice(start, start + CHUNK_TOKENS)
-            logits, normaliser, safe, valid = _chunk(x_ND[part], weight, targets_N[part])
-            out[part] = (normaliser - logits.gather(-1, safe)).squeeze(-1).where(valid, 0.0)
+            logits = F.linear(x_ND[part], weight).float()
+            out[part] = F.cross_entropy(logits, targets_N[part], ignore_index=IGNORE, reduction="none")
         return out

@@ -1,6 +1,7 @@
-"""SwiGLU experts over tokens sorted by expert: one product per expert, no padding, the hidden activation recomputed in the backward pass.
+"""SwiGLU, and a mixture of SwiGLU experts: tokens sorted by expert, one product per expert, no padding, activations recomputed.
 
-`F.grouped_mm` computes the same forward; on a CPU its backward was measured far slower than one product per expert, so it is chosen on CUDA only.
+`F.grouped_mm` computes the same products; on a CPU its backward was measured far slower than one product per expert, so it is chosen
+on CUDA only. Gates scale the expert's hidden activation (F wide) rather than its output (D wide): same function, fewer numbers.
 """
 
 from __future__ import annotations
@@ -10,66 +11,105 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def swiglu(h: Tensor) -> Tensor:
-    """(..., 2F) with the gate's half first -> (..., F): silu(gate) * up (arXiv 2002.05202)."""
+def swiglu_reference(h: Tensor) -> Tensor:
+    """(..., 2F) with the gate's half first -> (..., F): silu(gate) * up (arXiv 2002.05202). Plain autograd."""
     gate, up = h.chunk(2, -1)
     return F.silu(gate) * up
 
 
-def experts_reference(x_SD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, counts: list[int]) -> Tensor:
-    """Rows of x sorted by expert, counts[e] of them for expert e -> (S, D). Plain autograd."""
-    out, start = [], 0
-    for expert, count in enumerate(counts):
-        rows = x_SD[start : start + count]
-        hidden = swiglu(F.linear(rows, gate_up_E2FD[expert].to(x_SD.dtype)))
-        out.append(F.linear(hidden, down_EDF[expert].to(x_SD.dtype)))
-        start += count
-    return torch.cat(out)
-
-
 def _swiglu_backward(h: Tensor, grad_hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """(hidden recomputed, gradient of h), from h (S, 2F) and the gradient of hidden (S, F)."""
+    """(hidden recomputed, gradient of h), from h (..., 2F) and the gradient of hidden (..., F)."""
     gate, up = h.chunk(2, -1)
     act = F.silu(gate)
-    grad_h = torch.empty_like(h)
-    grad_gate, grad_up = grad_h.chunk(2, -1)
-    torch.mul(grad_hidden, act, out=grad_up)
-    grad_gate.copy_(torch.ops.aten.silu_backward(grad_hidden * up, gate))
-    return act.mul_(up), grad_h
+    grad_gate = torch.ops.aten.silu_backward(grad_hidden * up, gate)
+    return act * up, torch.cat((grad_gate, grad_hidden * act), -1)
 
 
-class _Experts(torch.autograd.Function):
+class _SwiGLU(torch.autograd.Function):
+    """Keeps its input only."""
+
     @staticmethod
-    def forward(ctx, x: Tensor, gate_up: Tensor, down: Tensor, counts: list[int]) -> Tensor:
-        gate_up_c, down_c = gate_up.to(x.dtype), down.to(x.dtype)
-        h = x.new_empty(len(x), gate_up.shape[1])
-        out = torch.empty_like(x)
-        spans = _spans(counts)
-        for expert, rows in spans:
-            torch.mm(x[rows], gate_up_c[expert].t(), out=h[rows])
-        hidden = swiglu(h)
-        for expert, rows in spans:
-            torch.mm(hidden[rows], down_c[expert].t(), out=out[rows])
-        ctx.save_for_backward(x, h, gate_up_c, down_c)
-        ctx.spans, ctx.dtype = spans, gate_up.dtype
-        return out
+    def forward(ctx, h: Tensor) -> Tensor:
+        ctx.save_for_backward(h)
+        return swiglu_reference(h)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        x, h, gate_up, down = ctx.saved_tensors
-        grad = grad.contiguous()
-        grad_hidden = h.new_empty(len(x), h.shape[1] // 2)
-        grad_down = torch.zeros_like(down)
-        for expert, rows in ctx.spans:
-            torch.mm(grad[rows], down[expert], out=grad_hidden[rows])
-        hidden, grad_h = _swiglu_backward(h, grad_hidden)
-        grad_x = torch.empty_like(x)
-        grad_gate_up = torch.zeros_like(gate_up)
-        for expert, rows in ctx.spans:
-            torch.mm(grad[rows].t(), hidden[rows], out=grad_down[expert])
-            torch.mm(grad_h[rows], gate_up[expert], out=grad_x[rows])
-            torch.mm(grad_h[rows].t(), x[rows], out=grad_gate_up[expert])
-        return grad_x, grad_gate_up.to(ctx.dtype), grad_down.to(ctx.dtype), None
+        return _swiglu_backward(ctx.saved_tensors[0], grad)[1]
+
+
+def swiglu(h: Tensor) -> Tensor:
+    """(..., 2F) -> (..., F); see the reference."""
+    return _SwiGLU.apply(h)
+
+
+def mixture_reference(x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, weights_NK: Tensor, experts_NK: Tensor) -> Tensor:
+    """Sum over each token's K experts of weight * expert(x): (N, D). Plain autograd, expert by expert."""
+    out = torch.zeros_like(x_ND)
+    for expert in range(len(gate_up_E2FD)):
+        tokens, slot = (experts_NK == expert).nonzero(as_tuple=True)
+        hidden = swiglu_reference(F.linear(x_ND[tokens], gate_up_E2FD[expert].to(x_ND.dtype)))
+        y = F.linear(hidden, down_EDF[expert].to(x_ND.dtype))
+        out = out.index_add(0, tokens, y * weights_NK[tokens, slot, None].to(x_ND.dtype))
+    return out
+
+
+def _sort(experts_NK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(order, token of each sorted row, (N, K) place of each choice among the sorted rows, rows per expert)."""
+    flat = experts_NK.flatten()
+    order = flat.argsort(stable=True)
+    places = torch.empty_like(order).scatter_(0, order, torch.arange(len(flat), device=flat.device))
+    # A token's K choices are neighbours in `flat`, so dividing by K finds the token.
+    return order, order // experts_NK.shape[1], places.view_as(experts_NK), torch.bincount(flat, minlength=num_experts)
+
+
+def _combine(rows_SD: Tensor, places_NK: Tensor) -> Tensor:
+    """Sum of each token's K rows."""
+    out = rows_SD.index_select(0, places_NK[:, 0])
+    for k in range(1, places_NK.shape[1]):
+        out += rows_SD.index_select(0, places_NK[:, k])
+    return out
+
+
+class _Mixture(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+        order, tokens, places, counts = _sort(experts, len(gate_up))
+        gate_up_c, down_c = gate_up.to(x.dtype), down.to(x.dtype)
+        spans = _spans(counts.tolist())
+        rows = x.index_select(0, tokens)
+        h = x.new_empty(len(rows), gate_up.shape[1])
+        for expert, span in spans:
+            torch.mm(rows[span], gate_up_c[expert].t(), out=h[span])
+        gates = weights.flatten().index_select(0, order).to(x.dtype).unsqueeze(-1)
+        hidden = swiglu_reference(h).mul_(gates)
+        y = torch.empty_like(rows)
+        for expert, span in spans:
+            torch.mm(hidden[span], down_c[expert].t(), out=y[span])
+        ctx.save_for_backward(rows, h, gate_up_c, down_c, gates, order, tokens, places)
+        ctx.spans, ctx.dtypes = spans, (gate_up.dtype, weights.dtype)
+        return _combine(y, places)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        rows, h, gate_up, down, gates, order, tokens, places = ctx.saved_tensors
+        grad_y = grad.index_select(0, tokens)
+        grad_gated = h.new_empty(len(rows), h.shape[1] // 2)
+        for expert, span in ctx.spans:
+            torch.mm(grad_y[span], down[expert], out=grad_gated[span])
+        hidden, grad_h = _swiglu_backward(h, grad_gated * gates)
+        grad_weights = torch.empty(len(rows), dtype=ctx.dtypes[1], device=grad.device)
+        grad_weights[order] = (grad_gated * hidden).sum(-1, dtype=ctx.dtypes[1])
+        hidden *= gates
+        # An expert without tokens has gradient zero.
+        grad_gate_up, grad_down = torch.zeros_like(gate_up), torch.zeros_like(down)
+        grad_rows = torch.empty_like(rows)
+        for expert, span in ctx.spans:
+            torch.mm(grad_y[span].t(), hidden[span], out=grad_down[expert])
+            torch.mm(grad_h[span].t(), rows[span], out=grad_gate_up[expert])
+            torch.mm(grad_h[span], gate_up[expert], out=grad_rows[span])
+        dtype = ctx.dtypes[0]
+        return _combine(grad_rows, places), grad_gate_up.to(dtype), grad_down.to(dtype), grad_weights.view_as(places), None
 
 
 def _spans(counts: list[int]) -> list[tuple[int, slice]]:
@@ -82,10 +122,18 @@ def _spans(counts: list[int]) -> list[tuple[int, slice]]:
     return spans
 
 
-def experts_ffn(x_SD: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, counts_E: Tensor) -> Tensor:
-    """Rows sorted by expert through each row's SwiGLU expert: (S, D) -> (S, D). counts_E: (E,) integers summing to S."""
-    if x_SD.is_cuda and hasattr(F, "grouped_mm"):
-        ends = counts_E.cumsum(0).to(torch.int32)
-        hidden = swiglu(F.grouped_mm(x_SD, gate_up_E2FD.to(x_SD.dtype).transpose(1, 2), offs=ends))
-        return F.grouped_mm(hidden, down_EDF.to(x_SD.dtype).transpose(1, 2), offs=ends)
-    return _Experts.apply(x_SD, gate_up_E2FD, down_EDF, counts_E.tolist())
+def _mixture_grouped(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+    """The same by `F.grouped_mm` and autograd."""
+    order, tokens, places, counts = _sort(experts, len(gate_up))
+    ends = counts.cumsum(0).to(torch.int32)
+    h = F.grouped_mm(x.index_select(0, tokens), gate_up.to(x.dtype).transpose(1, 2), offs=ends)
+    gates = weights.flatten().index_select(0, order).to(x.dtype).unsqueeze(-1)
+    y = F.grouped_mm(swiglu(h) * gates, down.to(x.dtype).transpose(1, 2), offs=ends)
+    return y.index_select(0, places.flatten()).unflatten(0, places.shape).sum(1)
+
+
+def mixture(x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, weights_NK: Tensor, experts_NK: Tensor) -> Tensor:
+    """(N, D) tokens through their K experts, weighted by their gates and summed: (N, D). See `mixture_reference`."""
+    if x_ND.is_cuda and hasattr(F, "grouped_mm"):
+        return _mixture_grouped(x_ND, gate_up_E2FD, down_EDF, weights_NK, experts_NK)
+    return _Mixture.apply(x_ND, gate_up_E2FD, down_EDF, weights_NK, experts_NK)

@@ -28,10 +28,13 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         normed, inverse, weight = ctx.saved_tensors
         dim = grad.shape[-1]
-        grad_weight = (grad * normed).reshape(-1, dim).sum(0, dtype=torch.float32)
-        grad_normed = grad * weight.to(grad.dtype)
-        mean = (grad_normed * normed).sum(-1, keepdim=True, dtype=torch.float32).div_(dim).to(grad.dtype)
-        return (grad_normed - normed * mean) * inverse.to(grad.dtype), grad_weight.to(weight.dtype), None
+        gain = weight.to(grad.dtype)
+        product = (grad * normed).view(-1, dim)
+        # Row and column sums as products with a vector: they accumulate in float32 and beat the reduction kernels on a CPU.
+        grad_weight = (product.new_ones(1, len(product)) @ product).view(dim)
+        mean = torch.mv(product, gain / dim).view(inverse.shape)
+        grad_x = torch.addcmul(grad * gain, normed, mean, value=-1).mul_(inverse.to(grad.dtype))
+        return grad_x, grad_weight.to(weight.dtype), None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -7,6 +7,7 @@ for GQA keys and values.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparing.config import ModelConfig
@@ -52,9 +53,13 @@ class MLA(nn.Module):
     def forward(self, x_BTD: Tensor, table: Tensor, bias: Tensor | None, cache: LayerCache | None) -> Tensor:
         c = self.c
         B, T, _ = x_BTD.shape
-        q = self.q_proj(x_BTD) if c.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD)))
-        q_nope, q_rope = q.view(B, T, c.num_heads, -1).split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
-        latent, k_rope = self.kv_a_proj_with_mqa(x_BTD).split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
+        # Both projections of the input in one product: it is read once, and its gradient needs no addition.
+        first = self.q_proj if c.q_lora_rank is None else self.q_a_proj
+        both = F.linear(x_BTD, torch.cat((first.weight, self.kv_a_proj_with_mqa.weight)).to(x_BTD.dtype))
+        q, latent, k_rope = both.split([first.weight.shape[0], c.kv_lora_rank, c.qk_rope_head_dim], -1)
+        if c.q_lora_rank is not None:
+            q = self.q_b_proj(self.q_a_layernorm(q))
+        q_nope, q_rope = q.unflatten(-1, (c.num_heads, -1)).split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
         latent = self.kv_a_layernorm(latent)
         k_rope = rotate(k_rope.unsqueeze(2), table).squeeze(2)
         if cache is not None:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparing.config import ModelConfig
-from sparing.kernels.experts import experts_ffn
+from sparing.kernels.experts import mixture, swiglu
 from sparing.model.linear import Linear
 from sparing.model.router import Router, sequence_balance_loss
 
@@ -22,7 +22,9 @@ class MLP(nn.Module):
         self.down_proj = Linear(width, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        # One product for both projections: the input is read once, and its gradient needs no addition.
+        gate_up = torch.cat((self.gate_proj.weight, self.up_proj.weight)).to(x.dtype)
+        return self.down_proj(swiglu(F.linear(x, gate_up)))
 
 
 class Experts(nn.Module):
@@ -35,15 +37,7 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(E, D, F_))
 
     def forward(self, x_ND: Tensor, weights_NK: Tensor, experts_NK: Tensor) -> Tensor:
-        N, K = experts_NK.shape
-        flat = experts_NK.flatten()
-        order = flat.argsort(stable=True)
-        counts = torch.bincount(flat, minlength=len(self.gate_up_proj))
-        # Rows of the same token are K apart in `flat`, so dividing by K finds the token.
-        y = experts_ffn(x_ND.index_select(0, order // K), self.gate_up_proj, self.down_proj, counts)
-        back = torch.empty_like(order).scatter_(0, order, torch.arange(N * K, device=order.device))
-        y_NKD = y.index_select(0, back).view(N, K, -1)
-        return torch.bmm(weights_NK.to(y.dtype).unsqueeze(1), y_NKD).squeeze(1)
+        return mixture(x_ND, self.gate_up_proj, self.down_proj, weights_NK, experts_NK)
 
 
 class MoE(nn.Module):

@@ -35,21 +35,39 @@ def _yarn_frequencies(frequencies: Tensor, dim: int, theta: float, yarn: YarnCon
 
 
 def rotary_table(config: ModelConfig, length: int) -> Tensor:
-    """(length, dim/2, 2) float32: cosine and sine of every position and pair, YaRN's cos/sin factor applied."""
+    """(length, R/2) complex64: the rotation of every position and pair, YaRN's cos/sin factor applied."""
     dim = config.head_dim if config.attention == "gqa" else config.qk_rope_head_dim
     frequencies = config.rope_theta ** (-torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     factor = 1.0
     if config.yarn:
         frequencies = _yarn_frequencies(frequencies, dim, config.rope_theta, config.yarn)
         y = config.yarn
-        factor = yarn_mscale(y.factor, y.mscale) / yarn_mscale(y.factor, y.mscale_all_dim) if y.mscale and y.mscale_all_dim else yarn_mscale(y.factor, 1.0)
+        if y.mscale and y.mscale_all_dim:
+            factor = yarn_mscale(y.factor, y.mscale) / yarn_mscale(y.factor, y.mscale_all_dim)
+        else:
+            factor = yarn_mscale(y.factor, 1.0)
     angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies)
-    return torch.stack((angles.cos(), angles.sin()), -1) * factor
+    return torch.polar(torch.full_like(angles, factor), angles)
 
 
-def rotate(x_BTHR: Tensor, table_TR2: Tensor) -> Tensor:
-    """Rotate pairs (x0, x1), (x2, x3), ... of the last dimension by the position's angle; table (T, R/2, 2) or (B, T, R/2, 2)."""
-    table = table_TR2.to(x_BTHR.dtype if x_BTHR.dtype == torch.float64 else torch.float32).unsqueeze(-3)
-    cos, sin = table[..., 0], table[..., 1]
-    x0, x1 = x_BTHR.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((x0 * cos - x1 * sin, x0 * sin + x1 * cos), -1).flatten(-2).to(x_BTHR.dtype)
+class _Rotate(torch.autograd.Function):
+    """Pairs as complex numbers: on a CPU over ten times faster than strided real arithmetic. The gradient turns the other way."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, table: Tensor) -> Tensor:
+        ctx.save_for_backward(table)
+        return _turn(x, table)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return _turn(grad, ctx.saved_tensors[0].conj_physical()), None
+
+
+def _turn(x: Tensor, table: Tensor) -> Tensor:
+    pairs = torch.view_as_complex(x.float().contiguous().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * table).flatten(-2).to(x.dtype)
+
+
+def rotate(x_BTHR: Tensor, table: Tensor) -> Tensor:
+    """Rotate pairs (x0, x1), (x2, x3), ... of the last dimension by the position's angle; table (T, R/2) or (B, T, R/2) complex."""
+    return _Rotate.apply(x_BTHR, table.unsqueeze(-2))

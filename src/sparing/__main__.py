@@ -1,0 +1,8 @@
+"""`python -m sparing` is `sparing`."""
+
+import sys
+
+from sparing.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,205 @@
+"""What this process may use of this machine, and what was measured on it before ($SPARING_HOME/calibration).
+
+A container's or a batch system's limits count, not the host's size: CPU affinity, cgroup CPU quota, cgroup memory limit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from sparing.run import write_atomic
+
+
+@dataclass(frozen=True)
+class Gpu:
+    name: str
+    memory_bytes: int
+    capability: str
+    """CUDA compute capability, as "9.0"."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One machine as this process sees it."""
+
+    os: str
+    cpu: str
+    """Model name; where the system gives none, the architecture."""
+    cores_physical: int
+    """Cores that this process may run on, hyperthreads counted once, cut to the CPU quota."""
+    cores_logical: int
+    memory_bytes: int
+    """Memory that this process may fill: the machine's or the container's, whichever is less. 0: unknown."""
+    cpu_bf16: bool
+    """The CPU multiplies bfloat16 in hardware (AVX512-BF16, AMX, Arm BF16)."""
+    gpus: tuple[Gpu, ...] = ()
+
+
+def machine(with_gpus: bool = True) -> Machine:
+    """Look at this machine. Looking for GPUs imports torch."""
+    cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    quota = _cpu_quota()
+    # A quota of 1.5 cores runs one thread at full speed; two would be stopped a quarter of the time.
+    most = max(1, math.floor(quota)) if quota is not None else len(cpus)
+    model, flags = _cpu()
+    return Machine(
+        os=f"{platform.system()} {platform.release()}",
+        cpu=model,
+        cores_physical=min(most, _physical(cpus)),
+        cores_logical=min(most, len(cpus)),
+        memory_bytes=_memory(),
+        cpu_bf16=bool(flags & {"avx512_bf16", "amx_bf16", "bf16"}),
+        gpus=gpus() if with_gpus else (),
+    )
+
+
+def gpus() -> tuple[Gpu, ...]:
+    """The CUDA devices that torch sees (CUDA_VISIBLE_DEVICES counts)."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return ()
+    found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return tuple(Gpu(p.name, p.total_memory, f"{p.major}.{p.minor}") for p in found)
+
+
+def available_memory() -> int:
+    """Bytes that can be filled right now without swapping; 0: unknown."""
+    amounts = []
+    for line in _read("/proc/meminfo").splitlines():
+        if line.startswith("MemAvailable:"):
+            amounts.append(int(line.split()[1]) * 1024)
+    for limit_file, usage_file in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+        for folder in _cgroup_folders("memory"):
+            limit, usage = _read(folder / limit_file).strip(), _read(folder / usage_file).strip()
+            if limit.isdigit() and usage.isdigit() and int(limit) < 1 << 60:
+                # Pages of files that nobody uses count as usage, and are given up first.
+                stat = dict(line.split()[:2] for line in _read(folder / "memory.stat").splitlines())
+                idle = int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
+                amounts.append(max(0, int(limit) - int(usage) + idle))
+    return min(amounts, default=0)
+
+
+def _read(path: str | Path) -> str:
+    try:
+        return Path(path).read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def _cgroup_folders(controller: str, proc: str = "/proc/self/cgroup", root: str = "/sys/fs/cgroup") -> list[Path]:
+    """This process's cgroup and all above it, version 2 or the controller's version 1 tree: a limit may sit on any of them."""
+    folders = []
+    for line in _read(proc).splitlines():
+        number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if number == "0" and not controllers:
+            base = Path(root)
+        elif controller in controllers.split(","):
+            base = Path(root) / controller
+        else:
+            continue
+        inside = Path(path.strip("/"))
+        folders += [base / part for part in (inside, *inside.parents)]
+    return folders
+
+
+def _cpu_quota() -> float | None:
+    """Cores' worth of CPU time that the cgroups grant; None: no limit."""
+    quotas = []
+    for folder in _cgroup_folders("cpu"):
+        words = _read(folder / "cpu.max").split()
+        if len(words) == 2 and words[0].isdigit():
+            quotas.append(int(words[0]) / int(words[1]))
+        quota, period = _read(folder / "cpu.cfs_quota_us").strip(), _read(folder / "cpu.cfs_period_us").strip()
+        if quota.isdigit() and period.isdigit():  # "-1" is no limit
+            quotas.append(int(quota) / int(period))
+    return min(quotas, default=None)
+
+
+def _memory() -> int:
+    amounts = []
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        amounts.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    for folder in _cgroup_folders("memory"):
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            limit = _read(folder / name).strip()
+            if limit.isdigit():
+                amounts.append(int(limit))  # version 1 writes about 2^63 for no limit; the minimum takes care of it
+    return min(amounts, default=0)
+
+
+def _physical(cpus: list[int]) -> int:
+    cores = set()
+    for cpu in cpus:
+        folder = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
+        core = (_read(folder / "physical_package_id").strip(), _read(folder / "core_id").strip())
+        cores.add(core if all(core) else cpu)
+    if sys.platform == "darwin":
+        return int(_sysctl("hw.physicalcpu") or len(cpus))
+    return len(cores)
+
+
+def _cpu() -> tuple[str, set[str]]:
+    """(model name, feature flags)."""
+    if sys.platform == "darwin":
+        bf16 = {"bf16"} if _sysctl("hw.optional.arm.FEAT_BF16") == "1" else set()
+        return _sysctl("machdep.cpu.brand_string") or platform.machine(), bf16
+    fields: dict[str, str] = {}
+    for line in _read("/proc/cpuinfo").splitlines():
+        name, _, value = line.partition(":")
+        fields.setdefault(name.strip(), value.strip())
+    return fields.get("model name") or platform.processor() or platform.machine(), set(
+        (fields.get("flags") or fields.get("Features") or "").split()
+    )
+
+
+def _sysctl(name: str) -> str:
+    try:
+        return subprocess.run(["sysctl", "-n", name], capture_output=True, text=True, timeout=5).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def home() -> Path:
+    """$SPARING_HOME, by default ~/.local/share/sparing: calibrations, fitted laws, the workspace ledger."""
+    return Path(os.environ.get("SPARING_HOME") or Path.home() / ".local" / "share" / "sparing").expanduser()
+
+
+def machine_key(on: Machine) -> str:
+    """Names what a measurement depends on: the machine as this process sees it, and torch's version."""
+    try:
+        torch_version = importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        torch_version = ""
+    facts = {**asdict(on), "os": platform.system(), "torch": torch_version}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def load_calibration(on: Machine) -> dict:
+    """What was measured on this machine before, by name; empty when nothing was, or when the file is damaged."""
+    try:
+        values = json.loads((home() / "calibration" / f"{machine_key(on)}.json").read_text())["values"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def save_calibration(on: Machine, values: dict) -> bool:
+    """Add measurements (JSON values by name) to this machine's. False when the folder can't be written: nothing is lost but time."""
+    path = home() / "calibration" / f"{machine_key(on)}.json"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, json.dumps({"machine": asdict(on), "values": {**load_calibration(on), **values}}, indent=1))
+    except (OSError, ValueError):  # a full disk is a ValueError here (run.DiskFullError)
+        return False
+    return True

@@ -1,0 +1,146 @@
+"""A verb's command line -> its dataclass and the overrides behind it. Belongs to cli.py; builds the parser of one verb only.
+
+Own options are the dataclass's fields, parsed by tyro. Overrides are every field of a recipe by its dotted name (`--model.num-layers 8`)
+for verbs whose class says `takes = "recipe"`, and any name at all for `takes = "anything"`. Every mistake is a one-line `UserError`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import re
+import sys
+from typing import Any, get_type_hints
+
+from sparing.config import UserError
+from sparing.config_file import describe, nearest, options, parse_text
+
+
+@dataclasses.dataclass
+class Call:
+    """What a verb needs besides its own arguments."""
+
+    verb: str
+    started: float
+    overrides: dict[str, Any]
+
+    @property
+    def api(self):
+        import sparing.api
+
+        return sparing.api
+
+    def need(self, **values: Any) -> None:
+        """One line for the first value that is missing; lower-case names are options."""
+        for name, value in values.items():
+            if not value:
+                what = f"--{name}" if name.islower() else name
+                raise UserError(f"{self.verb} needs {what}; see `sparing {self.verb} --help`")
+
+    def choice(self, option: str, value: str, choices: tuple[str, ...]) -> None:
+        if value not in choices:
+            raise UserError(f"{option} {value}: not available; choose {' or '.join(choices)}")
+
+
+def flag_of(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def recipe_options() -> dict[str, tuple[Any, Any, str]]:
+    """The fields of a recipe that are options, by dotted name; the budget has an option of its own."""
+    return {name: row for name, row in options().items() if not name.startswith("budget.")}
+
+
+def parse(verb: str, kind: type, argv: list[str]) -> tuple[Any, dict[str, Any]]:
+    """`argv` -> (`kind`, a verb's dataclass; overrides by dotted name).
+
+    Options may be written `--flag value` or `--flag=value`, with - or _. Given twice, the last one counts; lists add up.
+    """
+    own = {flag_of(field.name): field.type for field in dataclasses.fields(kind) if "Positional" not in field.type}
+    takes = getattr(kind, "takes", "nothing")
+    dotted = {flag_of(name): name for name in recipe_options()} if takes == "recipe" else {}
+
+    words: dict[str, list[str]] = {}
+    positional: list[str] = []
+    wants: str | None = None  # the option that takes the next word
+    for token in argv:
+        if token.startswith("--") and not any(char.isspace() for char in token.split("=")[0]):
+            name, equals, value = token.partition("=")
+            flag = name.replace("_", "-")
+            if flag not in own and flag not in dotted and takes != "anything":
+                raise UserError(f"{verb}: unknown option {name}; nearest: {nearest(flag, [*own, *dotted])}")
+            many = _is_list(own, flag)
+            words[flag] = (words.get(flag, []) if many else []) + ([value] if equals else [])
+            wants = None if own.get(flag) == "bool" or (equals and not many) else flag
+        elif wants is not None:
+            words[wants].append(token)
+            wants = wants if _is_list(own, wants) else None
+        else:
+            positional.append(token)
+
+    for flag, values in words.items():
+        if own.get(flag) == "bool" and values:
+            raise UserError(f"{verb}: {flag} takes no value")
+        if own.get(flag) != "bool" and not values:
+            raise UserError(f"{verb}: {flag} needs a value")
+    if len(positional) > len(dataclasses.fields(kind)) - len(own):
+        raise UserError(f"{verb}: unexpected {positional[-1]!r}; see `sparing {verb} --help`")
+
+    overrides: dict[str, Any] = {}
+    for flag, values in words.items():
+        if flag in dotted:
+            overrides[dotted[flag]] = parse_text(values, recipe_options()[dotted[flag]][0], flag)
+        elif flag not in own:
+            overrides[flag[2:].replace("-", "_")] = _literal(values[0])
+    return _build(verb, kind, own, positional, {flag: values for flag, values in words.items() if flag in own}), overrides
+
+
+def _is_list(own: dict[str, str], flag: str) -> bool:
+    return own.get(flag) == "list[str]" or flag == "--data.paths"
+
+
+def _literal(text: str) -> Any:
+    """An option that nobody declared: number, truth value or text."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return {"true": True, "false": False}.get(text.lower(), text)
+
+
+def _build(verb: str, kind: type, own: dict[str, str], positional: list[str], words: dict[str, list[str]]) -> Any:
+    """The dataclass, by tyro; its boxed complaint becomes one line."""
+    arguments = [*positional]
+    for flag, values in words.items():
+        # `--flag=value` keeps a value that begins with a dash a value; a list goes as it is.
+        arguments += [flag, *values] if own[flag] in ("bool", "list[str]") else [f"{flag}={values[0]}"]
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return _tyro(verb, kind, arguments)
+    except SystemExit:
+        text = " ".join(re.sub(r"[─│╭╮╰╯]", " ", said.getvalue()).split())
+    flag = next((flag for flag in words if f"parsing {flag}:" in text), None)
+    if flag is None:
+        raise UserError(f"{verb}: {text}")
+    hint = get_type_hints(kind)[flag[2:].replace("-", "_")]
+    raise UserError(f"{flag}: {words[flag][0]!r} is not a {describe(hint).removesuffix('|none')}")
+
+
+def _tyro(verb: str, kind: type, arguments: list[str]) -> Any:
+    import tyro
+
+    sys.modules[kind.__module__].tyro = tyro  # the verbs' annotations name it, and are text until now
+    style = (tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff)
+    return tyro.cli(kind, prog=f"sparing {verb}", args=arguments, config=style)
+
+
+def print_help(verb: str, kind: type) -> None:
+    """The verb's own options, and below them what may be overridden."""
+    with contextlib.suppress(SystemExit):
+        _tyro(verb, kind, ["--help"])
+    if getattr(kind, "takes", "nothing") == "recipe":
+        print("Every field of a recipe is an option too. What is not set is derived; in brackets the built-in value.\n")
+        for name, (hint, default, text) in recipe_options().items():
+            shown = {None: "none", True: "true", False: "false"}.get(default, default) if not isinstance(default, tuple) else "none"
+            print(f"  {flag_of(name)} {describe(hint)} [{shown}]" + (f"  {text}" if text else ""))

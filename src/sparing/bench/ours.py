@@ -1,0 +1,66 @@
+"""Our side of the throughput figure: the model that `sparing train` trains, with the peer's optimizer and without its schedule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sparing.config import ModelConfig
+from sparing.model.init import init_weights
+from sparing.model.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class OurSetting:
+    """How our side runs: compute type over float32 master weights."""
+
+    precision: str = "bfloat16"
+    """`bfloat16` or `float32`."""
+    compile: bool = False
+    device: str = "cpu"
+
+
+class OursSide:
+    """One model with its optimizer; `step` is a whole training step on tokens (B, T) and returns the loss in nats.
+
+    Router biases keep their initial value (the peer has no update for them), every parameter is AdamW's, causal attention over the row.
+    """
+
+    def __init__(self, model: ModelConfig, setting: OurSetting, weights: Path | None, optimizer: dict):
+        from safetensors.torch import load_file
+
+        self.setting = setting
+        self.model = Transformer(model)
+        if weights is None:
+            init_weights(self.model, 0)
+        else:
+            self.model.load_state_dict(load_file(weights))
+        self.model.to(setting.device).train()
+        self.model.compute_dtype = getattr(torch, setting.precision)
+        self.loss = torch.compile(self.model.loss) if setting.compile else self.model.loss
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True, **optimizer)
+
+    def step(self, tokens_BT: torch.Tensor) -> float:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.loss(tokens_BT, shifted(tokens_BT, 1 + self.model.config.mtp_depth))
+        loss.total.backward()
+        self.optimizer.step()
+        return loss.loss.item()
+
+
+def shifted(tokens_BT: torch.Tensor, depth: int) -> torch.Tensor:
+    """Targets (B, T, depth): the token 1, 2, ... ahead, -100 past the end of the row."""
+    padded = torch.nn.functional.pad(tokens_BT, (0, depth), value=-100)
+    return torch.stack([padded[:, k + 1 : k + 1 + tokens_BT.shape[1]] for k in range(depth)], dim=-1)
+
+
+def save_initial_weights(model: ModelConfig, seed: int, path: Path) -> int:
+    """Write the state dict that both sides start from; returns the number of parameters."""
+    from safetensors.torch import save_file
+
+    ours = Transformer(model)
+    init_weights(ours, seed)
+    save_file({name: tensor.contiguous() for name, tensor in ours.state_dict().items()}, path)
+    return sum(parameter.numel() for parameter in ours.parameters())

@@ -1,0 +1,58 @@
+"""What every figure hands back: rows of one schema, and the same as a table for people."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+ROW_KEYS = ("name", "ours", "peer", "peer_name", "ratio", "unit", "runs", "machine")
+
+
+def row(name: str, ours: float | None, unit: str, peer: float | None = None, peer_name: str | None = None, runs: int = 1, **more: object) -> dict:
+    """One line of `bench … --json`: our value beside the peer's or the aim's, `ratio` = ours / peer; `more` may stand beside them."""
+    ratio = ours / peer if ours is not None and peer else None
+    values = (name, ours, peer, peer_name, ratio, unit, runs, machine())
+    return dict(zip(ROW_KEYS, values, strict=True)) | more
+
+
+def machine() -> str:
+    """This machine in a few words: processor or GPU, cores that may be used, torch."""
+    import torch
+
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    except OSError:
+        pass
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{name}, {cores} cores{gpu}, torch {torch.__version__}"
+
+
+def print_table(title: str, rows: list[dict]) -> None:
+    """The rows as a table on standard error (standard output belongs to --json)."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, caption=rows[0]["machine"] if rows else None)
+    for column in ("name", "ours", "peer", "ratio", "unit", "runs", "peer is"):
+        table.add_column(column, justify="left" if column in ("name", "unit", "peer is") else "right")
+    for line in rows:
+        numbers = [_short(line[key]) for key in ("ours", "peer", "ratio")]
+        table.add_row(line["name"], *numbers, line["unit"], str(line["runs"]), line["peer_name"] or "")
+    Console(stderr=True).print(table)
+
+
+def _short(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}" if abs(value) < 1 else f"{value:.2f}"
+
+
+def say(text: str) -> None:
+    """A line of progress on standard error."""
+    from rich.console import Console
+
+    Console(stderr=True, highlight=False).print(text, style="dim")

@@ -1,0 +1,295 @@
+"""The command line: parse, call one function of `api`, print. Nothing heavy is imported before a verb is chosen.
+
+Exit status: 0 done, 2 the user's mistake (one line on standard error), 1 our fault (a traceback), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import time
+
+_IMPORTED = time.monotonic()  # before all else: a budget counts from the start of the process
+
+# ruff: noqa: E402
+import contextlib
+import errno
+import json
+import os
+import shlex
+import signal
+import sys
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from sparing import __version__
+from sparing.arguments import Call, parse, print_help
+from sparing.budget.units import parse_budget, parse_extension
+from sparing.config import UserError
+from sparing.config_file import nearest, read_wishes, set_dotted
+from sparing.output import show, to_json
+
+if TYPE_CHECKING:
+    import tyro  # `arguments.parse` imports it for the chosen verb; until then the annotations below stay text
+
+HELP = f"""Sparing {__version__}: say what you can spend, get the best language model that it buys.
+
+  sparing train    [RECIPE.toml] --data PATH... --budget 20m --out RUN   train a model inside a budget
+  sparing resume   RUN [--budget +20m]                                   go on after an interruption, or extend a finished run
+  sparing eval     RUN --data PATH...                                    bits per byte of text that the model has not seen
+  sparing generate RUN --prompt TEXT                                     let the model write
+  sparing export   RUN --format hf --out FOLDER                          a folder that Hugging Face transformers loads
+  sparing import   FOLDER --out RUN                                      the other way round
+  sparing bench    train                                                 this code against its peers, in one run
+
+`sparing VERB --help` explains a verb. A budget is a number with a unit: 90s 20m 2h, 50Mtok, 3e17flop, $5, 0.2kWh.
+"""
+
+
+@dataclass
+class Train:
+    """Train a model inside a budget. What neither a recipe nor an option sets is derived from budget, data and machine."""
+
+    takes: ClassVar[str] = "recipe"
+    recipe: tyro.conf.Positional[str | None] = None
+    """A TOML file of wishes; options on the command line win over it."""
+    data: list[str] = field(default_factory=list)
+    """Files, folders, globs: text, Markdown, source code, JSONL (.gz, .zst), Parquet. Default: Python's own standard library."""
+    text_key: str | None = None
+    """JSONL and Parquet: the field that holds the text."""
+    budget: str | None = None
+    """90s 20m 2h, 50Mtok, 3e17flop, $5, 0.2kWh. It covers everything: tokenising, training, evaluation, saving."""
+    out: str | None = None
+    """The run folder to make."""
+    seed: int | None = None
+    samples: int = 3
+    """Completions to show at the end."""
+    json: bool = False
+    """Print one JSON object on standard output, and nothing else there."""
+
+    def __call__(self, call: Call) -> dict:
+        wishes = read_wishes(self.recipe) if self.recipe else {}
+        for name, value in call.overrides.items():
+            set_dotted(wishes, name, value)
+        if self.text_key is not None:
+            set_dotted(wishes, "data.text_key", self.text_key)
+        if self.data:
+            set_dotted(wishes, "data.paths", tuple(self.data))
+        if self.seed is not None:
+            set_dotted(wishes, "train.seed", self.seed)
+        budget = wishes.pop("budget", None)
+        if isinstance(budget, dict):
+            if set(budget) != {"amount", "unit"}:
+                raise UserError(f'{self.recipe}: a [budget] section needs amount and unit; or write budget = "20m"')
+            budget = f"{budget['amount']!r}{budget['unit']}"
+        budget = self.budget or budget
+        call.need(budget=budget, out=self.out)
+        if self.samples < 0:
+            raise UserError(f"--samples {self.samples}: must be 0 or more")
+        parse_budget(budget)  # a slip is told before torch is loaded
+        data, seed = wishes.get("data", {}).get("paths", ()), wishes.get("train", {}).get("seed")
+        return call.api.train(list(data), budget, self.out, wishes, seed, call.started, self.samples)
+
+
+@dataclass
+class Resume:
+    """Go on with an interrupted run, or extend a finished one."""
+
+    run: tyro.conf.Positional[str | None] = None
+    budget: str | None = None
+    """+20m: how much to add to a finished run."""
+    json: bool = False
+
+    def __call__(self, call: Call) -> dict:
+        call.need(RUN=self.run)
+        if self.budget is not None:
+            parse_extension(self.budget)
+        return call.api.resume(self.run, self.budget, call.started)
+
+
+@dataclass
+class Eval:
+    """Bits per byte of a run on documents; each is scored once, in windows of --context tokens."""
+
+    run: tyro.conf.Positional[str | None] = None
+    data: list[str] = field(default_factory=list)
+    """Files, folders, globs."""
+    context: int | None = None
+    """Window in tokens; default: the length that the run was trained with."""
+    json: bool = False
+
+    def __call__(self, call: Call) -> dict:
+        call.need(RUN=self.run, data=self.data)
+        return call.api.evaluate(self.run, self.data, self.context)
+
+
+@dataclass
+class Generate:
+    """Let a run's model continue a prompt."""
+
+    run: tyro.conf.Positional[str | None] = None
+    prompt: str | None = None
+    """Text to continue; - reads it from standard input."""
+    max_tokens: int = 200
+    temperature: float = 0.8
+    """0: always the likeliest token."""
+    top_p: float = 1.0
+    """Sample from the likeliest tokens that together have this probability."""
+    top_k: int = 0
+    """Sample from this many likeliest tokens; 0: from all."""
+    seed: int | None = None
+    """The same seed writes the same text."""
+    json: bool = False
+
+    def __call__(self, call: Call) -> dict | None:
+        call.need(RUN=self.run, prompt=self.prompt)
+        if self.prompt == "-":
+            self.prompt = sys.stdin.buffer.read().decode(errors="surrogateescape")
+        if any("\ud800" <= char <= "\udfff" for char in self.prompt):
+            raise UserError("the prompt is not UTF-8 text")
+        options = (self.max_tokens, self.temperature, self.top_p, self.top_k, self.seed)
+        if self.json:
+            return call.api.generate(self.run, self.prompt, *options)
+        # The prompt appears with the first piece: a mistake leaves standard output empty.
+        shown = iter([self.prompt])
+        call.api.generate(self.run, self.prompt, *options, stream=lambda piece: print(next(shown, "") + piece, end="", flush=True))
+        print(next(shown, ""))
+        return None
+
+
+@dataclass
+class Export:
+    """Write a run's model for other programs."""
+
+    run: tyro.conf.Positional[str | None] = None
+    format: str = "hf"
+    """hf: config.json and safetensors, as transformers loads them."""
+    out: str | None = None
+    """The folder to make."""
+    dtype: str = "float32"
+    """float32 or bfloat16."""
+    json: bool = False
+
+    def __call__(self, call: Call) -> dict:
+        call.choice("--format", self.format, ("hf",))
+        call.choice("--dtype", self.dtype, ("float32", "bfloat16"))
+        call.need(RUN=self.run, out=self.out)
+        return call.api.export(self.run, self.format, self.out, self.dtype) or {"out": self.out}
+
+
+@dataclass
+class Import:
+    """Make a run folder of a Hugging Face folder (deepseek_v3: config.json and safetensors)."""
+
+    folder: tyro.conf.Positional[str | None] = None
+    out: str | None = None
+    """The run folder to make."""
+    json: bool = False
+
+    def __call__(self, call: Call) -> dict:
+        call.need(FOLDER=self.folder, out=self.out)
+        return call.api.import_(self.folder, self.out) or {"out": self.out}
+
+
+@dataclass
+class Bench:
+    """Measure this code against its peers in one run. Options beyond these belong to the benchmark: --steps 20, --pairs 3."""
+
+    takes: ClassVar[str] = "anything"
+    name: tyro.conf.Positional[str | None] = None
+    """train"""
+    json: bool = False
+
+    def __call__(self, call: Call) -> dict:
+        call.need(NAME=self.name)
+        return call.api.bench(self.name, call.overrides)
+
+
+VERBS = {"train": Train, "resume": Resume, "eval": Eval, "generate": Generate, "export": Export, "import": Import, "bench": Bench}
+
+
+def process_start() -> float:
+    """`time.monotonic()` of the moment in which this process started, the interpreter's own start included."""
+    try:
+        with open("/proc/self/stat", "rb") as file:
+            ticks = int(file.read().rsplit(b")", 1)[1].split()[19])  # field 22 of proc(5), counted behind the command's name
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+        start = time.monotonic() - age
+        return start if 0 <= _IMPORTED - start < 60 else _IMPORTED
+    except (OSError, ValueError, AttributeError, IndexError):
+        return _IMPORTED
+
+
+@contextlib.contextmanager
+def _sigterm_interrupts():
+    """SIGTERM ends a verb in the same way as Ctrl-C. (A trainer replaces this: it saves first.)"""
+
+    def interrupt(_signal, _frame):
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # not in the main thread: whoever embeds us handles signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line `argv` (default: this process's) and return the exit status."""
+    started = process_start() if argv is None else time.monotonic()
+    argv = sys.argv[1:] if argv is None else argv
+    verb, arguments = None, None
+    try:
+        if argv and argv[0] in ("--help", "-h", "help"):
+            print(HELP, end="")
+            return 0
+        if argv and argv[0] == "--version":
+            print(f"sparing {__version__}")
+            return 0
+        if not argv or argv[0] not in VERBS:
+            hint = f"unknown verb {argv[0]!r}; nearest: {nearest(argv[0], VERBS)}; all" if argv else "no verb given; choose"
+            raise UserError(f"{hint}: {', '.join(VERBS)}")
+        verb = argv[0]
+        if {"--help", "-h"} & set(argv[1:]):
+            print_help(verb, VERBS[verb])
+            return 0
+        arguments, overrides = parse(verb, VERBS[verb], argv[1:])
+        # With --json, standard output belongs to the result: what anything prints on the way goes to standard error.
+        quiet = contextlib.redirect_stdout(sys.stderr) if arguments.json else contextlib.nullcontext()
+        with _sigterm_interrupts(), quiet:
+            result = arguments(Call(verb, started, overrides))
+        if arguments.json:
+            print(json.dumps(to_json(result), ensure_ascii=False))
+        elif result is not None:
+            show(result)
+        sys.stdout.flush()
+        return 0
+    except UserError as error:
+        return _complain(str(error), 2)
+    except KeyboardInterrupt:
+        return _complain(f"interrupted; to go on: {_way_on(verb, arguments, argv)}", 130)
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        return _complain(f"{error.filename or 'output'}: {error.strerror}", 2)
+
+
+def _way_on(verb: str | None, arguments: Any, argv: list[str]) -> str:
+    run = getattr(arguments, "out" if verb == "train" else "run", None)
+    if verb in ("train", "resume") and run and os.path.exists(os.path.join(run, "config.toml")):
+        return shlex.join(["sparing", "resume", run])
+    return shlex.join(["sparing", *argv])
+
+
+def _complain(message: str, status: int) -> int:
+    print(f"sparing: {' '.join(message.split())}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,223 @@
+"""TOML <-> `Config`, and the checks that a recipe and the command line share.
+
+Wishes are what the user set, and nothing else: nested dicts of checked values, {"model": {"num_layers": 8}}. `resolve` derives the rest.
+TOML has no null: a field that is None by default is left out when it is None, any other says "none".
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import math
+import re
+import tomllib
+import types
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import sparing.config as vocabulary  # not `from sparing`: that would ask the package's lazy re-exports
+from sparing.config import Config, UserError
+
+
+def nearest(word: str, choices) -> str:
+    """The choice most like `word`, for an error line."""
+    return max(choices, key=lambda choice: difflib.SequenceMatcher(None, word.lower(), choice.lower()).ratio())
+
+
+def unwrap(hint: Any) -> tuple[Any, bool]:
+    """(type, may be None) of an annotation: `int | None` -> (int, True)."""
+    if get_origin(hint) in (Union, types.UnionType):
+        rest = [arg for arg in get_args(hint) if arg is not type(None)]
+        assert len(rest) == 1, hint
+        return rest[0], True
+    return hint, False
+
+
+def describe(hint: Any) -> str:
+    """An annotation in the user's words."""
+    kind, optional = unwrap(hint)
+    if get_origin(kind) is Literal:
+        text = "|".join(get_args(kind))
+    elif get_origin(kind) is tuple:
+        text = "list of text"
+    else:
+        text = {bool: "true|false", int: "whole number", float: "number", str: "text"}.get(kind, "section")
+    return f"{text}|none" if optional else text
+
+
+def check(value: Any, hint: Any, where: str) -> Any:
+    """`value`, as TOML gives it, in the field's type.
+
+    Raises:
+        UserError: one line naming `where`, the value and what is allowed.
+    """
+    kind, optional = unwrap(hint)
+    if optional and (value is None or (kind is not str and isinstance(value, str) and value.lower() == "none")):
+        return None
+    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        return check_section(value, kind, where)
+    if get_origin(kind) is Literal and value in get_args(kind):
+        return value
+    if get_origin(kind) is tuple and isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
+        return tuple(value)
+    if kind in (bool, int, str) and type(value) is kind:
+        return value
+    if kind is float and type(value) in (int, float) and math.isfinite(value):
+        return float(value)
+    if get_origin(kind) is Literal:
+        raise UserError(f"{where}: {value!r} is not one of {', '.join(get_args(kind))}; nearest: {nearest(str(value), get_args(kind))}")
+    raise UserError(f"{where}: {value!r} is not a {describe(hint)}".replace("not a text", "not text"))
+
+
+def check_section(values: dict, kind: type, where: str) -> dict:
+    """`values` as wishes for dataclass `kind`; an unknown key is a `UserError` that names the nearest one."""
+    hints = get_type_hints(kind)
+    prefix = where if where.endswith(": ") else f"{where}."
+    for key in values:
+        if key not in hints:
+            raise UserError(f"{prefix}{key}: unknown key; nearest: {nearest(key, hints)}")
+    return {key: check(value, hints[key], f"{prefix}{key}") for key, value in values.items()}
+
+
+def parse_text(words: list[str], hint: Any, where: str) -> Any:
+    """A field's value from the words behind its command-line option, checked as TOML values are."""
+    kind, optional = unwrap(hint)
+    if get_origin(kind) is tuple:
+        return tuple(words)
+    text = words[0]
+    if optional and text.lower() == "none":
+        return None
+    value: Any = text
+    try:
+        if kind is bool:
+            value = {"true": True, "false": False}.get(text.lower(), text)
+        elif kind is int:  # 50e6 is a whole number too
+            value = int(text) if re.fullmatch(r"[+-]?[\d_]+", text) else (int(float(text)) if float(text).is_integer() else text)
+        elif kind is float:
+            value = float(text)
+    except (ValueError, OverflowError):
+        pass  # still text: `check` says what was expected
+    return check(value, hint, where)
+
+
+@cache
+def options() -> dict[str, tuple[Any, Any, str]]:
+    """Every field of `Config` by its dotted name: (annotation, default, explanation). Sections come without a row of their own."""
+    texts = _docstrings()
+    rows: dict[str, tuple[Any, Any, str]] = {}
+
+    def walk(kind: type, prefix: str):
+        hints = get_type_hints(kind)
+        for field in dataclasses.fields(kind):
+            inner, optional = unwrap(hints[field.name])
+            name = f"{prefix}{field.name}"
+            if not dataclasses.is_dataclass(inner) or optional:
+                rows[name] = (hints[field.name], field.default, texts.get((kind.__name__, field.name), ""))
+            if dataclasses.is_dataclass(inner):
+                walk(inner, f"{name}.")
+
+    walk(Config, "")
+    return rows
+
+
+def _docstrings() -> dict[tuple[str, str], str]:
+    """The text under each field of config.py, so that it is written once."""
+    texts = {}
+    for node in ast.parse(inspect.getsource(vocabulary)).body:
+        if isinstance(node, ast.ClassDef):
+            for field, text in zip(node.body, node.body[1:]):
+                if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+                    texts[node.name, field.target.id] = " ".join(str(text.value.value).split())
+    return texts
+
+
+def set_dotted(wishes: dict, name: str, value: Any) -> None:
+    """wishes["model"]["yarn"]["factor"] = value for the name `model.yarn.factor`."""
+    *sections, key = name.split(".")
+    for section in sections:
+        if not isinstance(wishes.get(section), dict):
+            wishes[section] = {}
+        wishes = wishes[section]
+    wishes[key] = value
+
+
+def _load(path: str | Path) -> dict:
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid TOML: {error}") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
+
+
+def read_wishes(path: str | Path) -> dict:
+    """The fields that a recipe sets, checked. `budget` may be a text such as "20m" instead of a section.
+
+    Raises:
+        UserError: unreadable, not TOML, an unknown key, a value of the wrong type.
+    """
+    values = _load(path)
+    budget = values.pop("budget", None) if isinstance(values.get("budget"), str) else None
+    wishes = check_section(values, Config, f"{path}: ")
+    return wishes if budget is None else {**wishes, "budget": budget}
+
+
+def read_config(path: str | Path) -> Config:
+    """The resolved configuration that `write_config` wrote; fields that the file lacks have their defaults."""
+    return build(Config, check_section(_load(path), Config, f"{path}: "))
+
+
+def build(kind: type, values: dict) -> Any:
+    """A dataclass from nested wishes; what they leave open has its default."""
+    hints = get_type_hints(kind)
+    return kind(**{key: build(unwrap(hints[key])[0], value) if isinstance(value, dict) else value for key, value in values.items()})
+
+
+def write_config(config: Config, reasons: dict[str, str] | None = None) -> str:
+    """TOML text that `read_config` turns back into an equal `Config`.
+
+    Args:
+        reasons: by dotted name (`model.num_layers`): why a derived value is what it is; becomes the comment behind it.
+    """
+    lines = ["# The whole recipe of this run. A comment behind a value says why it was chosen; values without one are defaults or wishes."]
+
+    def section(value: Any, prefix: str):
+        nested = []
+        for field in dataclasses.fields(value):
+            name, item = f"{prefix}{field.name}", getattr(value, field.name)
+            if dataclasses.is_dataclass(item):
+                nested.append((name, item))
+            elif not (item is None and field.default is None):
+                reason = " ".join((reasons or {}).get(name, "").split())
+                lines.append(f"{field.name} = {_toml(item, name)}" + (f"  # {_printable(reason)}" if reason else ""))
+        for name, item in nested:
+            lines.extend(["", f"[{name}]"])
+            section(item, f"{name}.")
+
+    section(config, "")
+    return "\n".join(lines) + "\n"
+
+
+def _printable(text: str) -> str:
+    return "".join(char if char.isprintable() else " " for char in text)
+
+
+def _toml(value: Any, name: str) -> str:
+    if value is None:
+        return '"none"'
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        assert math.isfinite(value), name
+        return repr(value)
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_toml(item, name) for item in value) + "]"
+    if any("\ud800" <= char <= "\udfff" for char in value):
+        raise UserError(f"{name}: {value!r} is not valid UTF-8 and cannot be written to a configuration; rename the file")
+    escaped = "".join(
+        f"\\u{ord(char):04x}" if ord(char) < 32 or ord(char) == 127 else char for char in value.replace("\\", "\\\\").replace('"', '\\"')
+    )
+    return f'"{escaped}"'

@@ -1,0 +1,117 @@
+"""Paths as a user writes them -> the list of files they stand for, and a fingerprint that changes when one of them does."""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import hashlib
+import os
+import sysconfig
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparing.config import UserError
+
+# Inside folders these are passed over in silence: nobody expects text in them. A file named by the user is always opened.
+BINARY_SUFFIXES = frozenset(
+    ".7z .a .avi .bin .bmp .bz2 .class .dll .doc .docx .dylib .eot .exe .flac .gif .ico .jar .jpeg .jpg .lib .mkv .mov .mp3 .mp4 .npy .npz "
+    ".o .obj .odt .ogg .otf .pdf .pkl .png .ppt .pptx .pt .pyc .pyd .pyo .rar .safetensors .so .sqlite .sqlite3 .tar .tgz .tif .tiff .ttf "
+    ".wasm .wav .webm .webp .whl .woff .woff2 .xls .xlsx .xz .zip".split()
+)
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    path: str
+    bytes: int
+    """Size on disk."""
+    mtime_ns: int
+
+
+def find_files(paths: Sequence[str]) -> list[SourceFile]:
+    """The regular files behind files, folders (recursive; hidden entries and binaries by suffix left out) and globs.
+
+    Sorted by path and free of repetitions, so that the order of the arguments does not matter. No paths: the default corpus.
+    Raises UserError for a path that does not exist (naming the nearest one that does), a glob or folder without files.
+    """
+    found: dict[str, SourceFile] = {}
+    for path in _default_corpus() if not paths else _expand(paths):
+        path = os.path.abspath(path)
+        if path not in found:
+            status = os.stat(path)
+            found[path] = SourceFile(path, status.st_size, status.st_mtime_ns)
+    return [found[path] for path in sorted(found)]
+
+
+def fingerprint(files: Iterable[SourceFile], *settings: object) -> str:
+    """32 hex digits over names, sizes and modification times of the files, and whatever settings shape what is made of them."""
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        digest.update(f"{file.path}\0{file.bytes}\0{file.mtime_ns}\n".encode(errors="surrogateescape"))
+    digest.update(repr(settings).encode())
+    return digest.hexdigest()
+
+
+def kind_of(path: str) -> str:
+    """The suffix that says how a file is read, lower case, compression left out: `notes.jsonl.gz` is `jsonl`; no suffix: `text`."""
+    name, suffix = os.path.splitext(os.path.basename(path).lower())
+    if suffix in (".gz", ".zst"):
+        suffix = os.path.splitext(name)[1]
+    return suffix.removeprefix(".") or "text"
+
+
+def _default_corpus() -> Iterator[str]:
+    """The Python standard library's own source on this machine."""
+    root = sysconfig.get_path("stdlib")
+    files = [path for path in _walk(root, leave_out={"site-packages", "dist-packages", "__pycache__"}) if path.endswith(".py")]
+    if not files:
+        raise UserError(f"the default corpus, Python's own source, is not in {root}: name your text with --data PATH")
+    return iter(files)
+
+
+def _expand(paths: Sequence[str]) -> Iterator[str]:
+    for given in paths:
+        path = os.path.expanduser(str(given))
+        if os.path.lexists(path):
+            matches = [path]
+        elif glob.has_magic(path):
+            matches = sorted(glob.glob(path, recursive=True))
+            if not matches:
+                raise UserError(f"no file matches {given!r}: {_nearest(path)}")
+        else:
+            raise UserError(f"no such file or folder: {given} ({_nearest(path)})")
+        for match in matches:
+            if os.path.isdir(match):
+                inside = list(_walk(match))
+                if not inside and len(matches) == 1:
+                    raise UserError(f"no files of text in the folder {given} (hidden files and binaries do not count)")
+                yield from inside
+            elif os.path.isfile(match):
+                yield match
+            elif len(matches) == 1:
+                raise UserError(f"{given} is neither a file nor a folder (a broken link or a device): name a regular file")
+
+
+def _walk(root: str, leave_out: Iterable[str] = ()) -> Iterator[str]:
+    skip = set(leave_out)
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in skip)
+        for name in sorted(names):
+            path = os.path.join(folder, name)
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() not in BINARY_SUFFIXES and os.path.isfile(path):
+                yield path
+
+
+def _nearest(path: str) -> str:
+    """Advice after a miss: the deepest folder that exists, and the entry in it that looks most like what was written."""
+    missing = Path(os.path.abspath(path))
+    while not missing.parent.is_dir():
+        missing = missing.parent
+    folder = missing.parent
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        names = []
+    like = difflib.get_close_matches(missing.name, names, n=1)
+    return f"did you mean {folder / like[0]}?" if like else f"the nearest existing folder is {folder}"

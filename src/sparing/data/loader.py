@@ -1,0 +1,80 @@
+"""Batches by number: step -> rows, with no state at all, so that any machine can make any batch at any time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+
+from sparing.config import UserError
+from sparing.data.pack import Epoch, Plan
+from sparing.data.store import TokenStore
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B rows of T tokens, K = 1 + MTP depth targets each."""
+
+    tokens: torch.Tensor
+    """(B, T) int64."""
+    targets: torch.Tensor
+    """(B, T, K) int64: [..., j] is the token 1 + j ahead in the same document; -100: does not count."""
+    documents: torch.Tensor
+    """(B, T) int32: pieces of different documents in a row have different numbers, from 0; padding is a piece of its own."""
+
+    def to(self, device: torch.device | str) -> Batch:
+        return Batch(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+
+    def __getitem__(self, rows: slice) -> Batch:
+        """A micro-batch."""
+        return Batch(self.tokens[rows], self.targets[rows], self.documents[rows])
+
+
+class Loader:
+    """Rows of `store` in an order given by `seed`: row r of the run is row r mod `rows_per_epoch` of epoch r // `rows_per_epoch`."""
+
+    def __init__(self, store: TokenStore, seq_len: int, batch_size: int, mtp_depth: int = 0, seed: int = 0):
+        """`batch_size` counts rows over all ranks."""
+        for name, value, least in (("seq_len", seq_len, 1), ("batch_size", batch_size, 1), ("mtp_depth", mtp_depth, 0)):
+            if value < least:
+                raise UserError(f"{name} must be at least {least}, not {value}")
+        self.store, self.seq_len, self.batch_size, self.mtp_depth, self.seed = store, seq_len, batch_size, mtp_depth, seed
+        self._plan = Plan(store.starts, store.lengths, seq_len)
+        self.rows_per_epoch = self._plan.rows
+        self._epochs: dict[int, Epoch] = {}
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
+        """This rank's part of step `step` (from 0): rows rank, rank + world, ... of its `batch_size`. Steps in any order."""
+        return self.rows(np.arange(step * self.batch_size + rank, (step + 1) * self.batch_size, world, dtype=np.int64))
+
+    def rows(self, rows: np.ndarray) -> Batch:
+        """The batch of these rows of the run, (B,) int64."""
+        epochs = rows // self.rows_per_epoch
+        position, last = np.empty((2, len(rows), self.seq_len), np.int64)
+        piece = np.empty((len(rows), self.seq_len), np.int32)
+        for epoch in np.unique(epochs):
+            mask = epochs == epoch
+            position[mask], last[mask], piece[mask] = self._plan.positions(self._epoch(int(epoch)), rows[mask] % self.rows_per_epoch)
+        padding = position < 0
+        tokens = self.store.take(np.maximum(position, 0))
+        tokens[padding] = self.store.eot_id
+        targets = np.empty((*position.shape, 1 + self.mtp_depth), np.int64)
+        for ahead in range(1 + self.mtp_depth):
+            wanted = position + 1 + ahead
+            valid = ~padding & (wanted <= last)
+            targets[..., ahead] = np.where(valid, self.store.take(np.where(valid, wanted, 0)), IGNORED)
+        return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), torch.from_numpy(piece))
+
+    def epoch(self, step: int) -> float:
+        """Epochs done before this step."""
+        return step * self.batch_size / self.rows_per_epoch
+
+    def _epoch(self, epoch: int) -> Epoch:
+        if epoch not in self._epochs:
+            while len(self._epochs) >= 2:  # a batch may reach from one into the next
+                del self._epochs[next(iter(self._epochs))]
+            self._epochs[epoch] = self._plan.epoch(self.seed, epoch)
+        return self._epochs[epoch]

@@ -1,0 +1,219 @@
+"""A corpus -> a TokenStore, once: scan, train the tokenizer, tokenise as much as will be used. Interrupted, it goes on where it was."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from sparing.config import DataConfig, UserError
+from sparing.data.files import find_files, fingerprint
+from sparing.data.pool import encode_chunks
+from sparing.data.scan import (
+    FORMAT,
+    SAMPLE_BYTES,
+    CorpusFacts,
+    Progress,
+    data_home,
+    load_sample,
+    quarantine_path,
+    room_in,
+    scan,
+    section_hash,
+)
+from sparing.data.sources import documents, pieces
+from sparing.data.split import SECTION_BYTES, content_hash, held_out_bound, threshold
+from sparing.data.stop import check
+from sparing.data.store import ShardWriter, TokenStore, file_sha256, write_whole
+from sparing.data.tokenizer import Tokenizer, train_tokenizer
+
+CHUNK_BYTES = 1 << 20
+HELD_OUT_BYTES = 8 << 20
+"""Of the held-out text this much is kept, whole documents in the order of their hashes."""
+MAX_WORKERS = 8
+"""Unless asked for more: beyond, this process, which reads, is what bounds; each takes some 100 MB."""
+try:
+    import fcntl
+except ImportError:  # Windows: two runs that prepare the same corpus at once are not kept apart there
+    fcntl = None
+
+
+def prepare(
+    config: DataConfig,
+    vocab_size: int,
+    root: Path | None = None,
+    *,
+    progress: Progress | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> TokenStore:
+    """Tokenise the corpus `config` names into `root`/<fingerprint> (default root: `data_home()`), or open what is already there.
+
+    `vocab_size` is for the tokenizer to be trained and without effect when `config.tokenizer` names one. With `config.max_tokens`, parts
+    of about 64 kB are sampled, by hash, until there are about that many tokens. Equal input gives equal bytes, whatever the number of
+    workers. Raises UserError (bad paths, nothing usable, disk full) and Stopped.
+    """
+    files = find_files(config.paths)
+    root = root or data_home()
+    if config.max_tokens is not None and config.max_tokens < 1:
+        raise UserError(f"data.max_tokens must be at least 1, not {config.max_tokens}")
+    given = Tokenizer.load(config.tokenizer) if config.tokenizer else None
+    settings = (FORMAT, config.text_key, config.holdout_fraction, config.max_tokens, given.to_json() if given else vocab_size)
+    key = fingerprint(files, *settings)
+    target, partial = root / key, root / f"{key}.partial"
+    with contextlib.suppress(UserError):  # not there, or not whole: build it
+        return TokenStore(target)
+    with room_in(root), _lock(root / "locks" / key, should_stop):
+        with contextlib.suppress(UserError):  # another process was quicker
+            return TokenStore(target)
+        shutil.rmtree(target, ignore_errors=True)
+        partial.mkdir(parents=True, exist_ok=True)
+        try:
+            facts = scan(config, root, progress=progress, should_stop=should_stop, files=files)
+            tokenizer = given or _trained(config, files, facts, vocab_size, root, progress, should_stop)
+            tokenizer.save(partial / "tokenizer.json")
+            shutil.copyfile(quarantine_path(facts.fingerprint, root), partial / "quarantine.jsonl")
+            writer = _tokenise(config, files, facts, tokenizer, partial, root, progress, should_stop)
+            _seal(partial, key, facts, tokenizer, writer)
+            os.replace(partial, target)
+        except OSError:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        return TokenStore(target)
+
+
+def training_parts(raw: bytes, hash: int, facts: CorpusFacts, whole: bool) -> Iterator[tuple[int, bytes]]:
+    """(sampling hash, text) of what a document gives to training: itself when `whole`, else its sections; nothing when it is held out."""
+    if facts.split.holds_out(hash):
+        return
+    if hash == facts.split.tail_hash:
+        raw = raw[: facts.split.cut(raw)]
+    if whole:
+        yield 0, raw
+    else:
+        for index, piece in enumerate(pieces(raw, SECTION_BYTES)):
+            yield section_hash(hash, index), piece
+
+
+def _trained(config, files, facts, vocab_size, root, progress, should_stop) -> Tokenizer:
+    """The tokenizer of this corpus, kept beside the stores: it serves every `max_tokens`."""
+    path = root / "tokenizers" / f"{fingerprint(files, FORMAT, config.text_key, config.holdout_fraction, vocab_size)}.json"
+    if path.is_file():
+        return Tokenizer.load(path)
+    total = min(SAMPLE_BYTES, facts.train_bytes)
+    if progress:
+        progress("tokenizer", 0, total)
+    tokenizer = train_tokenizer(load_sample(facts.fingerprint, root), vocab_size, should_stop)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(path)
+    if progress:
+        progress("tokenizer", total, total)
+    return tokenizer
+
+
+def _selection(config, facts, tokenizer, root) -> tuple[int | None, int]:
+    """(sections with a smaller hash are taken, None: whole documents, all of them; bytes of text that makes)."""
+    if config.max_tokens is None:
+        return None, facts.train_bytes
+    wanted = config.max_tokens * tokenizer.bytes_per_token(load_sample(facts.fingerprint, root)[:64])
+    if wanted >= facts.train_bytes:
+        return None, facts.train_bytes
+    # The table counts held-out sections too; they are as frequent below any bound as over all.
+    return threshold(facts.section_sizes, wanted / facts.train_bytes * facts.bytes), int(wanted)
+
+
+def _tokenise(config, files, facts, tokenizer, folder, root, progress, should_stop) -> ShardWriter:
+    """Write shards and held_out.jsonl into `folder`."""
+    split = facts.split
+    bound, wanted = _selection(config, facts, tokenizer, root)
+    held_bound = held_out_bound(facts.hash_sizes, split, HELD_OUT_BYTES)
+    held_out: list[tuple[int, str]] = []
+    writer = ShardWriter(folder, tokenizer.dtype, tokenizer.eot_id)
+
+    def chunks() -> Iterator[tuple[list[tuple[int, int]], list[str]]]:
+        entry, keys, texts, size = 0, [], [], 0
+        for document in documents(files, config.text_key, tick=lambda _: check(should_stop)):
+            raw = document.text.encode()
+            hash = content_hash(raw)
+            if hash == split.tail_hash:
+                held_out.append((hash, raw[split.cut(raw) :].decode()))
+            elif hash < held_bound and split.holds_out(hash):
+                held_out.append((hash, document.text))
+            for order, part in training_parts(raw, hash, facts, bound is None):
+                if bound is not None and order >= bound:
+                    continue
+                entry += 1
+                if entry <= writer.written:  # in a shard that an earlier call, interrupted since, has finished
+                    continue
+                keys.append((hash, len(part)))
+                texts.append(part.decode())
+                size += len(part)
+                if size >= CHUNK_BYTES:
+                    yield keys, texts
+                    keys, texts, size = [], [], 0
+        if keys:
+            yield keys, texts
+
+    done = 0
+    try:
+        with contextlib.closing(encode_chunks(tokenizer, chunks(), _workers(config), should_stop)) as results:
+            for keys, arrays in results:
+                writer.add([(hash, ids) for (hash, _), ids in zip(keys, arrays, strict=True)])
+                done += sum(size for _, size in keys)
+                if progress:
+                    progress("tokenise", min(done, wanted), wanted)
+        writer.end_shard()
+    finally:
+        writer.close()
+    lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for _, text in sorted(held_out)]
+    write_whole(folder / "held_out.jsonl", "".join(lines))
+    return writer
+
+
+def _seal(folder: Path, key: str, facts: CorpusFacts, tokenizer: Tokenizer, writer: ShardWriter) -> None:
+    """manifest.json: what is in the store, with sizes and checksums. Its presence means: complete."""
+    (folder / "journal.json").unlink(missing_ok=True)
+    known = {shard["tokens"]: shard["sha256"] for shard in writer.shards}
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": known.get(path.name) or file_sha256(path)}
+        for path in sorted(folder.iterdir())
+        if path.name != "manifest.json"
+    }
+    tokens = sum(shard["count"] for shard in writer.shards)
+    manifest = {
+        "format": FORMAT, "fingerprint": key, "dtype": tokenizer.dtype.name, "vocab_size": tokenizer.vocab_size, "eot_id": tokenizer.eot_id,
+        "tokens": tokens, "documents": sum(shard["documents"] for shard in writer.shards),
+        "corpus": {
+            "fingerprint": facts.fingerprint, "documents": facts.documents, "bytes": facts.bytes, "kinds": facts.kinds,
+            "held_out_documents": facts.held_out_documents, "held_out_bytes": facts.held_out_bytes, "held_out_by": facts.split.reason,
+            "quarantined": facts.quarantined, "reasons": facts.reasons,
+        },
+        "shards": [{name: shard[name] for name in ("tokens", "index", "documents")} for shard in writer.shards],
+        "files": files,
+    }  # fmt: skip
+    write_whole(folder / "manifest.json", json.dumps(manifest, indent=1))
+
+
+def _workers(config: DataConfig) -> int:
+    if config.workers is not None and config.workers < 1:
+        raise UserError(f"data.workers must be at least 1, not {config.workers}")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return config.workers or min(cores, MAX_WORKERS)
+
+
+@contextlib.contextmanager
+def _lock(path: Path, should_stop: Callable[[], bool] | None) -> Iterator[None]:
+    """One process at a time prepares a corpus; the others wait for it. The system lets go of the lock when its holder dies."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        while fcntl:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                check(should_stop)
+                time.sleep(0.1)
+        yield

@@ -1,0 +1,233 @@
+"""One pass over the corpus: how much there is, of what kind, what is unusable, and how it splits. Kept, so that it is done once."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from sparing.config import DataConfig, UserError
+from sparing.data.files import SourceFile, find_files, fingerprint, kind_of
+from sparing.data.sources import Rejected, documents, pieces
+from sparing.data.split import SECTION_BYTES, HashTable, Split, choose_split, content_hash, mix
+from sparing.data.stop import check
+
+FORMAT = 1
+"""Part of every fingerprint: raise it when the same input would be read, split or sampled differently."""
+SAMPLE_BYTES = 10_000_000
+Progress = Callable[[str, int, int], None]
+"""progress(stage, done, total): stages `scan`, `tokenizer`, `tokenise`; done and total in bytes."""
+
+
+@dataclass(frozen=True)
+class CorpusFacts:
+    """What `resolve` needs to know about the corpus. Sizes are bytes of UTF-8 text unless said otherwise."""
+
+    documents: int
+    bytes: int
+    held_out_documents: int
+    held_out_bytes: int
+    files: int
+    kinds: dict[str, int]
+    """Bytes of text per kind of file: {"py": 31525224}."""
+    quarantined: int
+    reasons: dict[str, int]
+    """Quarantined documents per reason, details left out."""
+    fingerprint: str
+    """Changes when a file, the text key or the held-out fraction does."""
+    split: Split = field(repr=False)
+    hash_sizes: tuple[np.ndarray, ...] = field(repr=False, compare=False)
+    """`HashTable.entries` of the documents."""
+    section_sizes: tuple[np.ndarray, ...] = field(repr=False, compare=False)
+    """`HashTable.entries` of the sections that sampling works on, by `section_hash`."""
+
+    @property
+    def train_bytes(self) -> int:
+        return self.bytes - self.held_out_bytes
+
+
+def section_hash(document_hash: int, index: int) -> int:
+    """Order in which the parts of documents are sampled; independent of the hash that decides what is held out."""
+    return mix((document_hash + index) % (1 << 64))
+
+
+def data_home() -> Path:
+    """`$SPARING_HOME/data`, default `~/.local/share/sparing/data`."""
+    home = os.environ.get("SPARING_HOME")
+    return (Path(home).expanduser() if home else Path.home() / ".local/share/sparing") / "data"
+
+
+def corpus_fingerprint(config: DataConfig, files: list[SourceFile]) -> str:
+    return fingerprint(files, FORMAT, config.text_key, config.holdout_fraction)
+
+
+def scan(
+    config: DataConfig,
+    root: Path | None = None,
+    *,
+    progress: Progress | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    files: list[SourceFile] | None = None,
+) -> CorpusFacts:
+    """Facts about the corpus `config` names; from `root` (default: `data_home()`) when nothing has changed since the last time.
+
+    Raises UserError when nothing is usable, Stopped when asked to.
+    """
+    if not 0 <= config.holdout_fraction <= 0.5:
+        raise UserError(f"data.holdout_fraction must be between 0 and 0.5, not {config.holdout_fraction}")
+    files = find_files(config.paths) if files is None else files
+    folder = (root or data_home()) / "scans" / corpus_fingerprint(config, files)
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not there, or damaged: scan again
+        return _load(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    with room_in(root or data_home()):
+        try:
+            partial.mkdir(parents=True, exist_ok=True)
+            facts = _pass(config, files, partial, folder.name, progress, should_stop)
+            _save(facts, partial)
+            try:
+                os.rename(partial, folder)
+            except OSError:
+                if not (folder / "facts.json").is_file():  # another process was quicker: its result is the same
+                    raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return facts
+
+
+@contextlib.contextmanager
+def room_in(root: Path) -> Iterator[None]:
+    """Turns a full or read-only disk into the user's one line."""
+    try:
+        yield
+    except OSError as error:
+        advice = "set SPARING_HOME to a folder on another disk"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise UserError(f"no space left for the prepared corpus in {root}: free some, or {advice}") from None
+        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EPERM):
+            raise UserError(f"cannot write the prepared corpus to {root} ({error.strerror}): {advice}") from None
+        raise
+
+
+def load_sample(fingerprint: str, root: Path | None = None) -> list[str]:
+    """About SAMPLE_BYTES of training text in sections of up to 64 kB, smallest `section_hash` first (all of a smaller corpus)."""
+    path = (root or data_home()) / "scans" / fingerprint / "sample.jsonl"
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def quarantine_path(fingerprint: str, root: Path | None = None) -> Path:
+    """The list of what could not be used: {"source", "line", "reason"} a line."""
+    return (root or data_home()) / "scans" / fingerprint / "quarantine.jsonl"
+
+
+def _pass(config, files, folder, fingerprint, progress, should_stop) -> CorpusFacts:
+    total, done = max(1, sum(file.bytes for file in files)), 0
+    documents_seen = text_bytes = 0
+    kinds, reasons = Counter(), Counter()
+    table, sections = HashTable(), HashTable()
+    largest, largest_raw = (0, 0, 0), b""
+    last = kind = ""
+    sample = _Sample()
+
+    def tick(size: int) -> None:
+        nonlocal done
+        check(should_stop)
+        done += size
+        if progress:
+            progress("scan", done, total)
+
+    with open(folder / "quarantine.jsonl", "w", encoding="utf-8") as quarantine:
+
+        def reject(rejected: Rejected) -> None:
+            quarantine.write(rejected.as_json() + "\n")
+            reasons[rejected.reason.split(" (")[0]] += 1
+
+        for text, source, _ in documents(files, config.text_key, reject, tick):
+            raw = text.encode()
+            size, hash = len(raw), content_hash(raw)
+            documents_seen += 1
+            text_bytes += size
+            if source is not last:
+                kind, last = kind_of(source), source
+            kinds[kind] += size
+            table.add(hash, size)
+            offset = 0
+            for index, piece in enumerate(pieces(raw, SECTION_BYTES)):
+                order = section_hash(hash, index)
+                sections.add(order, len(piece))
+                sample.add(order, hash, offset, piece)
+                offset += len(piece)
+            if (size, -hash) > (largest[0], -largest[2]):
+                largest, largest_raw = (size, len(text), hash), raw
+    if not documents_seen:
+        worst = "; ".join(f"{count} × {reason}" for reason, count in reasons.most_common(3))
+        where = ", ".join(config.paths[:3]) or "the default corpus"
+        raise UserError(f"no usable text in {where}: {worst or 'no files'} (--data.text-key is {config.text_key!r})")
+    entries = table.entries()
+    split = choose_split(entries, config.holdout_fraction, largest)
+    with open(folder / "sample.jsonl", "w", encoding="utf-8") as file:
+        for text in sample.texts(split, split.cut(largest_raw) if split.tail_hash is not None else 0):
+            file.write(json.dumps(text, ensure_ascii=False) + "\n")
+    return CorpusFacts(
+        documents_seen, text_bytes, split.documents, split.bytes, len(files), dict(sorted(kinds.items())),
+        sum(reasons.values()), dict(reasons.most_common()), fingerprint, split, entries, sections.entries(),
+    )  # fmt: skip
+
+
+class _Sample:
+    """The sections with the smallest hashes, about SAMPLE_BYTES of them, whatever the order of arrival."""
+
+    def __init__(self):
+        self._kept: list[tuple[int, int, int, bytes]] = []
+        self._bytes, self._bound = 0, 1 << 64
+
+    def add(self, order: int, hash: int, offset: int, raw: bytes) -> None:
+        if order < self._bound:
+            self._kept.append((order, hash, offset, raw))
+            self._bytes += len(raw)
+            if self._bytes > 2 * SAMPLE_BYTES:
+                self._trim()
+
+    def _trim(self) -> None:
+        self._kept.sort()
+        size = 0
+        for index, entry in enumerate(self._kept):
+            size += len(entry[3])
+            if size >= SAMPLE_BYTES:
+                self._bound, self._bytes = entry[0] + 1, size
+                del self._kept[index + 1 :]
+                return
+
+    def texts(self, split: Split, cut: int) -> Iterator[str]:
+        """Without what is held out; `cut`: where the held-out end of the document `split.tail_hash` begins."""
+        self._trim()
+        for _, hash, offset, raw in self._kept:
+            if hash == split.tail_hash:
+                raw = raw[: max(0, cut - offset)]
+            if raw and not split.holds_out(hash):
+                yield raw.decode()
+
+
+def _save(facts: CorpusFacts, folder: Path) -> None:
+    plain = {name: value for name, value in asdict(facts).items() if not name.endswith("_sizes")}
+    np.savez(folder / "tables.npz", *facts.hash_sizes, *facts.section_sizes)
+    (folder / "facts.json").write_text(json.dumps(plain, indent=1), encoding="utf-8")
+
+
+def _load(folder: Path) -> CorpusFacts:
+    plain = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+    plain["split"]["never"] = tuple(map(tuple, plain["split"]["never"]))
+    plain["split"] = Split(**plain["split"])
+    with np.load(folder / "tables.npz", allow_pickle=False) as arrays:
+        tables = tuple(arrays[name] for name in sorted(arrays, key=lambda name: int(name.rsplit("_", 1)[1])))
+    return CorpusFacts(**plain, hash_sizes=tables[:4], section_sizes=tables[4:])

@@ -1,0 +1,227 @@
+"""Files -> documents. What cannot be used is reported with file, line and reason, and never stops the rest."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from sparing.data.files import SourceFile, find_files, kind_of
+from sparing.data.streams import Damaged, blocks, lines
+
+WHOLE_BYTES = 2 << 20
+"""A text up to this size is one document; a longer one is read as consecutive documents of about a megabyte, cut at line ends."""
+PIECE_BYTES = 1 << 20
+LINE_BYTES = 16 << 20
+"""A longer JSON line is not read."""
+JSON_BYTES = 64 << 20
+"""A `.json` file that is not JSON lines is read whole, up to this size."""
+
+
+class Document(NamedTuple):
+    text: str
+    """Never empty; always encodable as UTF-8."""
+    source: str
+    line: int
+    """Line of the file from 1 (row of a Parquet file from 0) at which the document begins."""
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """One line of quarantine.jsonl."""
+
+    source: str
+    line: int | None
+    reason: str
+
+    def as_json(self) -> str:
+        return json.dumps({"source": self.source, "line": self.line, "reason": self.reason}, ensure_ascii=True)
+
+
+Reject = Callable[[Rejected], None]
+Tick = Callable[[int], None]
+
+
+def documents(
+    paths: Sequence[str] | Sequence[SourceFile], text_key: str = "text", reject: Reject | None = None, tick: Tick | None = None
+) -> Iterator[Document]:
+    """Every usable document behind `paths` (see `files.find_files`), in sorted order of the files, in bounded memory.
+
+    Text, Markdown and source code: a file is a document. `.jsonl`, `.json`: an object a line, its `text_key` is the document (a `.json`
+    file may also hold one array of objects). `.parquet`: a row is a document. `.gz` and `.zst` around any but Parquet.
+    `reject` receives what was skipped; `tick(bytes)` hears of the bytes read from the disk, about once a megabyte, and may raise to
+    end the reading. Raises UserError for paths that name nothing.
+    """
+    reject = reject or (lambda rejected: None)
+    tick = tick or (lambda size: None)
+    files = paths if paths and isinstance(paths[0], SourceFile) else find_files(paths)
+    for file in files:
+        kind = kind_of(file.path)
+        read = _parquet if kind in ("parquet", "pq") else _json if kind in ("jsonl", "json", "ndjson") else _text
+        try:
+            yield from read(file.path, text_key, reject, tick)
+        except OSError as error:
+            reject(Rejected(file.path, None, f"cannot be read: {error.strerror or error}"))
+
+
+def pieces(raw: bytes, size: int) -> Iterator[bytes]:
+    """Cut UTF-8 into parts of at most `size` bytes, after a line end where the last half has one, never inside a character."""
+    start = 0
+    while len(raw) - start > size:
+        cut = raw.rfind(b"\n", start + size // 2, start + size) + 1
+        if not cut:
+            cut = raw.rfind(b" ", start + size // 2, start + size) + 1
+        if not cut:
+            cut = start + size
+            while cut > start + size - 4 and raw[cut] & 0xC0 == 0x80:  # a continuation byte
+                cut -= 1
+        yield raw[start:cut]
+        start = cut
+    yield raw[start:]
+
+
+def _text(path: str, text_key: str, reject: Reject, tick: Tick) -> Iterator[Document]:
+    line, rest, whole = 1, b"", True
+    try:
+        for block in blocks(path, tick):
+            rest += block
+            if len(rest) > WHOLE_BYTES:
+                whole = False
+                *full, rest = pieces(rest, PIECE_BYTES)
+                for piece in full:
+                    yield from _decoded(piece, path, line, reject)
+                    line += piece.count(b"\n")
+    except Damaged as damage:
+        reject(Rejected(path, line + rest.count(b"\n"), str(damage)))
+        rest, whole = rest[: rest.rfind(b"\n") + 1], False  # the last line may be cut anywhere
+    if rest or whole:
+        yield from _decoded(rest, path, line, reject)
+
+
+def _decoded(raw: bytes, path: str, line: int, reject: Reject) -> Iterator[Document]:
+    if b"\0" in raw[:8192]:
+        return reject(Rejected(path, line, "binary or UTF-16: it holds NUL bytes"))
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        return reject(Rejected(path, line + raw.count(b"\n", 0, error.start), f"not UTF-8 (byte 0x{raw[error.start]:02x})"))
+    if not text.strip():
+        return reject(Rejected(path, line, "empty"))
+    yield Document(text, path, line)
+
+
+def _json(path: str, text_key: str, reject: Reject, tick: Tick) -> Iterator[Document]:
+    number, first = 0, kind_of(path) == "json"  # JSON lines unless the first line says otherwise
+    try:
+        for number, line in lines(blocks(path, tick), LINE_BYTES):
+            if line is None:
+                if first:
+                    yield from _json_whole(path, text_key, reject, lambda size: tick(0))
+                    return
+                reject(Rejected(path, number, f"line longer than {LINE_BYTES >> 20} MiB"))
+                continue
+            line = line.strip()
+            if not line:
+                continue
+            try:
+                value = json.loads(line.removeprefix(b"\xef\xbb\xbf").decode())
+            except UnicodeDecodeError as error:
+                reject(Rejected(path, number, f"not UTF-8 (byte 0x{line[error.start]:02x})"))
+            except (ValueError, RecursionError) as error:
+                if first:
+                    yield from _json_whole(path, text_key, reject, lambda size: tick(0))
+                    return
+                reject(Rejected(path, number, f"not JSON ({str(error).split(':')[0].lower()})"))
+            else:
+                if isinstance(value, list) and first:
+                    yield from _json_whole(path, text_key, reject, lambda size: tick(0))
+                    return
+                yield from _field(value, path, number, text_key, reject)
+            first = False
+    except Damaged as damage:
+        return reject(Rejected(path, number + 1, str(damage)))
+    if number == 0:
+        reject(Rejected(path, None, "empty"))
+
+
+def _json_whole(path: str, text_key: str, reject: Reject, tick: Tick) -> Iterator[Document]:
+    """One value over many lines: an object, or an array of objects."""
+    raw = bytearray()
+    try:
+        for block in blocks(path, tick):
+            raw += block
+            if len(raw) > JSON_BYTES:
+                return reject(Rejected(path, None, f"one JSON value larger than {JSON_BYTES >> 20} MiB: write it as one object a line"))
+        value = json.loads(raw.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        return reject(Rejected(path, None, "not UTF-8"))
+    except (ValueError, RecursionError) as error:
+        return reject(Rejected(path, getattr(error, "lineno", None), f"not JSON ({str(error).split(':')[0].lower()})"))
+    except Damaged as damage:
+        return reject(Rejected(path, None, str(damage)))
+    for index, item in enumerate(value if isinstance(value, list) else [value]):
+        yield from _field(item, path, index + 1, text_key, reject)
+
+
+def _field(value: object, path: str, line: int, text_key: str, reject: Reject) -> Iterator[Document]:
+    if not isinstance(value, dict):
+        return reject(Rejected(path, line, "not a JSON object"))
+    if text_key not in value:
+        return reject(Rejected(path, line, f"no key {text_key!r} (keys: {', '.join(map(str, list(value)[:8]))})"))
+    yield from _value(value[text_key], path, line, text_key, reject)
+
+
+def _value(text: object, path: str, line: int, text_key: str, reject: Reject) -> Iterator[Document]:
+    if not isinstance(text, str):
+        return reject(Rejected(path, line, f"{text_key!r} is not text but {type(text).__name__}"))
+    if not text.strip():
+        return reject(Rejected(path, line, "empty"))
+    try:
+        raw = text.encode() if not text.isascii() or len(text) > WHOLE_BYTES else b""
+    except UnicodeEncodeError:
+        return reject(Rejected(path, line, "not Unicode text (half of a surrogate pair)"))
+    if len(raw) > WHOLE_BYTES:
+        for piece in pieces(raw, PIECE_BYTES):
+            yield from _decoded(piece, path, line, reject)
+    else:
+        yield Document(text, path, line)
+
+
+def _parquet(path: str, text_key: str, reject: Reject, tick: Tick) -> Iterator[Document]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path, memory_map=os.path.getsize(path) > 0) as file:
+            names = file.schema_arrow.names
+            if text_key not in names:
+                return reject(Rejected(path, None, f"no column {text_key!r} (columns: {', '.join(names[:8])})"))
+            row, per_row = 0, os.path.getsize(path) / max(1, file.metadata.num_rows)
+            for batch in file.iter_batches(batch_size=256, columns=[text_key], use_threads=False):
+                tick(int(batch.num_rows * per_row))
+                column = batch.column(0)
+                if pyarrow.types.is_dictionary(column.type):
+                    column = column.dictionary_decode()
+                try:
+                    values = column.to_pylist()
+                except UnicodeDecodeError:  # one bad row must not take its neighbours along
+                    values = [_scalar(item) for item in column]
+                for value in values:
+                    if isinstance(value, UnicodeDecodeError):
+                        reject(Rejected(path, row, "not UTF-8"))
+                    elif isinstance(value, bytes):
+                        yield from _decoded(value, path, row, reject)
+                    else:
+                        yield from _value(value, path, row, text_key, reject)
+                    row += 1
+    except pyarrow.ArrowException as error:
+        reject(Rejected(path, None, f"damaged Parquet ({str(error).splitlines()[0][:120]})"))
+
+
+def _scalar(item) -> object:
+    try:
+        return item.as_py()
+    except UnicodeDecodeError as error:
+        return error

@@ -1,0 +1,167 @@
+"""Tokens on disk: shards of raw integers, memory-mapped, with an index of their documents.
+
+A shard is EOT t1 .. tn EOT t1 .. tn EOT: each document begins with the end-of-text token, and the token after its last, the next
+document's first or the shard's last, is again end-of-text. A document's inputs and targets are therefore slices that differ by one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from array import array
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from sparing.config import UserError
+from sparing.data.tokenizer import Tokenizer
+
+FORMAT = 1
+SHARD_TOKENS = 1 << 24
+
+
+class TokenStore:
+    """A prepared corpus. Opening checks that every file is there with its size; `verify` reads everything.
+
+    `starts`, `lengths` (documents,) int64: where each document's leading end-of-text token is, in positions that `take` understands, and
+    how many inputs it has (its tokens and that one); `tokens` is their sum.
+    """
+
+    def __init__(self, path: str | Path):
+        """Raises UserError when the folder is not a whole store."""
+        self.path = Path(path)
+        try:
+            self.manifest = json.loads((self.path / "manifest.json").read_text(encoding="utf-8"))
+            sizes = {name: (self.path / name).stat().st_size for name in self.manifest["files"]}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self.path} is not a prepared corpus: {error}") from None
+        for name, size in sizes.items():
+            wanted = self.manifest["files"][name]["bytes"]
+            if size != wanted:
+                raise UserError(f"{self.path / name} has {size} bytes instead of {wanted}: delete the folder to build it anew")
+        self.vocab_size: int = self.manifest["vocab_size"]
+        self.eot_id: int = self.manifest["eot_id"]
+        self.tokens: int = self.manifest["tokens"]
+        self.documents: int = self.manifest["documents"]
+        dtype = np.dtype(self.manifest["dtype"])
+        shards = self.manifest["shards"]
+        self._shards = [np.memmap(self.path / shard["tokens"], dtype, "r") for shard in shards]
+        self._bases = np.concatenate([[0], np.cumsum([len(shard) for shard in self._shards])]).astype(np.int64)
+        index = [np.load(self.path / shard["index"], mmap_mode="r", allow_pickle=False) for shard in shards]
+        self.lengths = np.concatenate([part[:, 0] for part in index]).astype(np.int64)
+        starts = [
+            base + np.cumsum(part[:, 0], dtype=np.int64) - part[:, 0].astype(np.int64)
+            for base, part in zip(self._bases[:-1], index, strict=True)
+        ]
+        self.starts = np.concatenate(starts)
+        assert int(self.lengths.sum()) == self.tokens and len(self.lengths) == self.documents
+
+    def take(self, positions: np.ndarray) -> np.ndarray:
+        """Tokens at these positions, int64, in the shape of `positions` (int64)."""
+        if len(self._shards) == 1:
+            return self._shards[0][positions].astype(np.int64)
+        result = np.empty(positions.shape, np.int64)
+        which = np.searchsorted(self._bases, positions, side="right") - 1
+        for shard in np.unique(which):
+            mask = which == shard
+            result[mask] = self._shards[shard][positions[mask] - self._bases[shard]]
+        return result
+
+    def hashes(self) -> np.ndarray:
+        """Content hash of the document that each entry comes from, (documents,) uint64."""
+        return np.concatenate([np.load(self.path / shard["index"], allow_pickle=False)[:, 1] for shard in self.manifest["shards"]])
+
+    def held_out(self) -> Iterator[str]:
+        """Held-out documents as text, in the order of their hashes; at most about `prepare.HELD_OUT_BYTES` were kept."""
+        with open(self.path / "held_out.jsonl", encoding="utf-8") as file:
+            for line in file:
+                yield json.loads(line)["text"]
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.load(self.path)
+
+    @property
+    def fingerprint(self) -> str:
+        return self.manifest["fingerprint"]
+
+    def verify(self) -> None:
+        """Compare every file with its checksum. Raises UserError."""
+        for name, entry in self.manifest["files"].items():
+            if file_sha256(self.path / name) != entry["sha256"]:
+                raise UserError(f"{self.path / name} is damaged (its checksum differs): delete the folder to build it anew")
+
+
+class ShardWriter:
+    """Writes shards into a folder and remembers, in journal.json, which are whole, so that building can go on after a kill."""
+
+    def __init__(self, folder: Path, dtype: np.dtype, eot_id: int, shard_tokens: int = SHARD_TOKENS):
+        self.folder, self.dtype, self.shard_tokens = folder, dtype, shard_tokens
+        self.eot = np.array([eot_id], dtype)
+        self.shards: list[dict] = []
+        self.written = 0
+        """Entries (documents or sections) in whole shards."""
+        self._file = None
+        journal = folder / "journal.json"
+        if journal.is_file():
+            state = json.loads(journal.read_text(encoding="utf-8"))
+            if all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in state["sizes"].items()):
+                self.shards, self.written = state["shards"], state["written"]
+        for path in folder.glob("shard-*"):
+            if not any(path.name in (shard["tokens"], shard["index"]) for shard in self.shards):
+                path.unlink()
+
+    def add(self, parts: list[tuple[int, np.ndarray]]) -> None:
+        """Append (content hash, ids) entries; a shard ends only between calls."""
+        if self._file is None:
+            self._name = f"shard-{len(self.shards):05d}"
+            self._file = open(self.folder / f"{self._name}.bin", "wb")
+            self._digest, self._index, self._tokens = hashlib.sha256(), array("Q"), 0
+        raw = b"".join(piece for _, ids in parts for piece in (self.eot.tobytes(), ids.astype(self.dtype, copy=False).tobytes()))
+        self._file.write(raw)
+        self._digest.update(raw)
+        for hash, ids in parts:
+            self._index.extend((len(ids) + 1, hash))
+            self._tokens += len(ids) + 1
+        if self._tokens >= self.shard_tokens:
+            self.end_shard()
+
+    def end_shard(self) -> None:
+        if self._file is None:
+            return
+        self._file.write(self.eot.tobytes())
+        self._digest.update(self.eot.tobytes())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._file = None
+        index = np.array(self._index, np.uint64).reshape(-1, 2)
+        np.save(self.folder / f"{self._name}.npy", index)
+        shard = {"tokens": f"{self._name}.bin", "index": f"{self._name}.npy", "count": self._tokens, "documents": len(index)}
+        self.shards.append({**shard, "sha256": self._digest.hexdigest()})
+        self.written += len(index)
+        sizes = {name: (self.folder / name).stat().st_size for shard in self.shards for name in (shard["tokens"], shard["index"])}
+        write_whole(self.folder / "journal.json", json.dumps({"shards": self.shards, "written": self.written, "sizes": sizes}))
+
+    def close(self) -> None:
+        """Let go of an unfinished shard's file (an error or a stop is on its way)."""
+        if self._file is not None:
+            self._file.close()
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """All of it or nothing: written beside, synchronised, renamed."""
+    beside = path.with_name(f"{path.name}.partial")
+    with open(beside, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)

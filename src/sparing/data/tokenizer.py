@@ -1,0 +1,191 @@
+"""Byte-level BPE: trained on a sample of the corpus, fast on ordinary text, the `tokenizers` library's own format on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+
+from sparing.config import UserError
+from sparing.data.stop import check
+
+END_OF_TEXT = "<|endoftext|>"
+SPECIAL_TOKENS = (END_OF_TEXT, "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+MIN_VOCAB = 256 + len(SPECIAL_TOKENS)
+MAX_FILE_BYTES = 64 << 20
+MAX_CACHED_WORDS = 200_000
+
+# Qwen2's pre-tokenisation (its tokenizer.json, Apache-2.0; llama.cpp knows it as "qwen2"): words with one leading character, digits singly,
+# punctuation, line ends, blanks.
+PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# The same for Python's `re`, over characters whose classes never change: ASCII, Latin-1 (0xb5, 0xdf ... letters), Latin Extended-A/B,
+# general punctuation. The long s is left out (it folds to "s"), control characters 0x1c-0x1f and 0x85 too (opinions on blanks differ).
+_L = "A-Za-z\u00aa\u00b5\u00ba\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u024f"
+_N = "0-9\u00b2\u00b3\u00b9\u00bc-\u00be"
+_S = "\t-\r \u00a0"
+_WORDS = re.compile(
+    rf"'(?:[sStTmMdD]|[rR][eE]|[vV][eE]|[lL][lL])|[^\r\n{_L}{_N}]?[{_L}]+|[{_N}]| ?[^{_S}{_L}{_N}]+[\r\n]*"
+    rf"|[{_S}]*[\r\n]+|[{_S}]+(?![^{_S}])|[{_S}]+"
+)
+_OTHER = re.compile("[^\t-\r -~\u00a0-\u017e\u0180-\u024f\u2010-\u2027\u2030-\u205e]")
+_LINES = re.compile(r"(?<=\n)(?=\S)")
+_EOT_NAMES = (END_OF_TEXT, "<｜end▁of▁sentence｜>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>", "</s>", "<eos>", "<|end|>")
+
+
+class Tokenizer:
+    """`tokenizer.json` with what training needs around it. `encode` never turns text into special tokens unless asked to."""
+
+    def __init__(self, text: str):
+        """`text`: the content of a tokenizer.json. Raises UserError when it is not one."""
+        try:
+            self._plain, self._special = tokenizers.Tokenizer.from_str(text), tokenizers.Tokenizer.from_str(text)
+            content = json.loads(text)
+        except Exception as error:  # the library raises bare Exception
+            raise UserError(f"not a tokenizer.json of the `tokenizers` library: {str(error).splitlines()[0][:200]}") from None
+        self._text = text
+        for inner in (self._plain, self._special):
+            inner.no_padding()
+            inner.no_truncation()
+        self._plain.encode_special_tokens = True  # means: as ordinary text
+        self.vocab_size: int = 1 + max(self._plain.get_vocab(with_added_tokens=True).values(), default=-1)
+        """One more than the largest id; a model's vocabulary may be larger."""
+        name = next((name for name in _EOT_NAMES if self._plain.token_to_id(name) is not None), None)
+        if name is None:
+            raise UserError(f"the tokenizer has no end-of-text token: none of {', '.join(_EOT_NAMES)}")
+        self.eot_id: int = self._plain.token_to_id(name)
+        self.dtype = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
+        """Smallest unsigned type that holds every id."""
+        self._words = _WordCache(self._plain, self.dtype) if _is_ours(content) else None
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """Token ids. `special`: names of special tokens in the text become those tokens (chat templates); else they are plain text."""
+        if special:
+            return self._special.encode(text, add_special_tokens=False).ids
+        return self.encode_array(text).tolist()
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """Like `encode`, as an array of `dtype`. Ordinary words are looked up, the rest goes through the library; same ids."""
+        if self._words is None:
+            return self._library(text)
+        if _OTHER.search(text) is None:
+            return self._lookup(text)
+        parts, run, usual = [], [], True
+        for line in _LINES.split(text):
+            if (_OTHER.search(line) is None) != usual:
+                if run:
+                    parts.append(self._lookup("".join(run)) if usual else self._library("".join(run)))
+                run, usual = [], not usual
+            run.append(line)
+        parts.append(self._lookup("".join(run)) if usual else self._library("".join(run)))
+        return np.concatenate(parts)
+
+    def decode(self, ids: Sequence[int] | np.ndarray, skip_special_tokens: bool = False) -> str:
+        """Text; bytes that are not UTF-8 (a token cut in the middle of a character) become U+FFFD."""
+        ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+        return self._special.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def token_id(self, token: str) -> int | None:
+        return self._plain.token_to_id(token)
+
+    def bytes_per_token(self, texts: Iterable[str]) -> float:
+        """UTF-8 bytes per token over the texts, end-of-text tokens (one a text) counted."""
+        size = tokens = 0
+        for text in texts:
+            size += len(text.encode())
+            tokens += len(self.encode_array(text)) + 1
+        return size / max(1, tokens)
+
+    def to_json(self) -> str:
+        return self._text
+
+    def save(self, path: str | Path) -> None:
+        """Written beside and renamed."""
+        path = Path(path)
+        beside = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        beside.write_text(self._text, encoding="utf-8")
+        os.replace(beside, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tokenizer:
+        """From a tokenizer.json or the folder that holds one. Raises UserError."""
+        path = Path(path)
+        path = path / "tokenizer.json" if path.is_dir() else path
+        try:
+            if path.stat().st_size > MAX_FILE_BYTES:
+                raise UserError(f"{path} is larger than {MAX_FILE_BYTES >> 20} MiB: not a tokenizer.json")
+            return cls(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"no tokenizer: {path} does not exist") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read the tokenizer {path}: {error}") from None
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+
+    def _library(self, text: str) -> np.ndarray:
+        return np.array(self._plain.encode(text, add_special_tokens=False).ids, self.dtype)
+
+    def _lookup(self, text: str) -> np.ndarray:
+        if len(self._words) > MAX_CACHED_WORDS:
+            self._words.clear()
+        return np.frombuffer(b"".join(map(self._words.__getitem__, _WORDS.findall(text))), self.dtype)
+
+
+class _WordCache(dict):
+    """Word -> the bytes of its ids. Words repeat so much that this is three to five times as fast as the library alone."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, dtype: np.dtype):
+        super().__init__()
+        self._tokenizer, self._dtype = tokenizer, dtype
+
+    def __missing__(self, word: str) -> bytes:
+        ids = np.array(self._tokenizer.encode(word, add_special_tokens=False).ids, self._dtype).tobytes()
+        if len(word) <= 64:
+            self[word] = ids
+        return ids
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, should_stop: Callable[[], bool] | None = None) -> Tokenizer:
+    """Byte-level BPE of at most `vocab_size` entries (a small sample may not fill it: see `Tokenizer.vocab_size`).
+
+    Ids 0-4 are SPECIAL_TOKENS, end of text first, then the 256 bytes. The result depends on the texts only, not on their order or on
+    threads. Raises UserError for a vocabulary that cannot hold the bytes, Stopped when asked to while the texts are read.
+    """
+    if vocab_size < MIN_VOCAB:
+        raise UserError(f"vocabulary of {vocab_size}: at least {MIN_VOCAB} are needed (256 bytes and {len(SPECIAL_TOKENS)} special tokens)")
+
+    def watched():
+        for text in texts:
+            check(should_stop)
+            yield text
+
+    inner = tokenizers.Tokenizer(models.BPE())
+    inner.pre_tokenizer = _pre_tokenizer()
+    inner.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), initial_alphabet=alphabet, show_progress=False, min_frequency=2
+    )
+    inner.train_from_iterator(watched(), trainer)
+    return Tokenizer(inner.to_str())
+
+
+def _is_ours(content: dict) -> bool:
+    """Whether words can be looked up: our pre-tokenisation, nothing before it, and the same word always the same ids."""
+    return (
+        content.get("normalizer") is None
+        and content.get("pre_tokenizer") == json.loads(_pre_tokenizer().__getstate__())
+        and content["model"].get("type") == "BPE"
+        and not content["model"].get("dropout")
+        and all(token.get("special") for token in content.get("added_tokens", []))
+    )
+
+
+def _pre_tokenizer() -> pre_tokenizers.PreTokenizer:
+    words = pre_tokenizers.Split(Regex(PATTERN), behavior="isolated")
+    return pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)])

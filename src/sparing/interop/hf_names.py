@@ -1,0 +1,114 @@
+"""Where each published tensor lies in ours: one list that the exporter walks forwards and the importer backwards.
+
+Our names are the published ones, with two differences. Experts are fused, as `mlp.experts.gate_up_proj` (E, 2F, D) with the gate's rows
+before the up projection's, and `mlp.experts.down_proj` (E, D, F); published are `mlp.experts.{j}.{gate,up,down}_proj.weight`.
+The MTP modules share the embedding and the head; published are copies inside the module's layer (DeepSeek-V3's layer 61).
+
+Rotary dimensions are interleaved pairs (2i, 2i+1) here and in DeepSeek's checkpoints; Llama's layout pairs i with i + d/2.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+
+from sparing.config import ModelConfig
+from sparing.model.transformer import Transformer
+
+EMBED = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+EIGHT_BIT = re.compile(r"(self_attn\.(q_a|q_b|q|k|v|o|kv_b)_proj|self_attn\.kv_a_proj_with_mqa|mlp\..*(gate|up|down)_proj)\.weight$")
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Rows of a projection that are rotated: in each of `heads` heads, `dim` rows after `skip` that are not."""
+
+    heads: int
+    skip: int
+    dim: int
+
+    def permute(self, weight: torch.Tensor, halves: bool) -> torch.Tensor:
+        """Rows reordered from pairs to halves (`halves`), or back. `weight`: (heads * (skip + dim), in)."""
+        grouped = weight.view(self.heads, self.skip + self.dim, -1)
+        rotated = grouped[:, self.skip :]
+        split = (self.dim // 2, 2) if halves else (2, self.dim // 2)
+        rotated = rotated.unflatten(1, split).transpose(1, 2).flatten(1, 2)
+        return torch.cat([grouped[:, : self.skip], rotated], dim=1).view_as(weight)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One published tensor."""
+
+    name: str
+    ours: str
+    shape: tuple[int, ...]
+    expert: int | None = None
+    rows: tuple[int, int] | None = None
+    """Rows of the expert's matrix; None: all."""
+    copy: bool = False
+    """A second copy of a shared tensor, which an importer only checks."""
+    rotary: Rotary | None = None
+    """Set where the file's rotary layout is halves."""
+
+    def view(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The part of our tensor that this one is."""
+        if self.expert is None:
+            return tensor
+        matrix = tensor[self.expert]
+        return matrix if self.rows is None else matrix[self.rows[0] : self.rows[1]]
+
+    @property
+    def float32(self) -> bool:
+        """Selection biases keep float32 whatever the file's type: they are sums of steps of 0.001."""
+        return self.name.endswith("e_score_correction_bias")
+
+    @property
+    def eight_bit(self) -> bool:
+        """Whether an FP8 checkpoint stores this tensor in 8 bits: the projections inside layers, not router, norms, `eh_proj`."""
+        return EIGHT_BIT.search(self.name) is not None and not self.copy
+
+
+def our_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the model's own state dict, without its memory."""
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in Transformer(config).state_dict().items()}
+
+
+def pieces(config: ModelConfig, halves: bool = False) -> list[Piece]:
+    """All published tensors of a model, those of one of our tensors side by side, in our order. `halves`: the file's rotary layout."""
+    shapes = our_shapes(config)
+    out = []
+    for name, shape in shapes.items():
+        match = LAYER.fullmatch(name)
+        if name.endswith("mlp.experts.gate_up_proj"):
+            stem, width = name.removesuffix("gate_up_proj"), shape[1] // 2
+            for j in range(shape[0]):
+                out.append(Piece(f"{stem}{j}.gate_proj.weight", name, (width, shape[2]), j, (0, width)))
+                out.append(Piece(f"{stem}{j}.up_proj.weight", name, (width, shape[2]), j, (width, 2 * width)))
+        elif name.endswith("mlp.experts.down_proj"):
+            stem = name.removesuffix("down_proj")
+            out += [Piece(f"{stem}{j}.down_proj.weight", name, shape[1:], j) for j in range(shape[0])]
+        else:
+            out.append(Piece(name, name, shape, rotary=_rotary(config, match[2]) if halves and match else None))
+    head = HEAD if HEAD in shapes else EMBED
+    for k in range(config.num_layers, config.num_layers + config.mtp_depth):
+        out.append(Piece(f"model.layers.{k}.embed_tokens.weight", EMBED, shapes[EMBED], copy=True))
+        out.append(Piece(f"model.layers.{k}.shared_head.head.weight", head, shapes[head], copy=True))
+    return out
+
+
+def _rotary(config: ModelConfig, name: str) -> Rotary | None:
+    """Rotated rows of a layer's tensor, by its name inside the layer."""
+    if config.attention == "gqa":
+        heads = {"self_attn.q_proj.weight": config.num_heads, "self_attn.k_proj.weight": config.num_kv_heads}.get(name)
+        return Rotary(heads, 0, config.head_dim) if heads else None
+    if name in ("self_attn.q_proj.weight", "self_attn.q_b_proj.weight"):
+        return Rotary(config.num_heads, config.qk_nope_head_dim, config.qk_rope_head_dim)
+    if name == "self_attn.kv_a_proj_with_mqa.weight":
+        return Rotary(1, config.kv_lora_rank, config.qk_rope_head_dim)
+    return None

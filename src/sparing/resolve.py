@@ -1,0 +1,179 @@
+"""(wishes, budget, machine, corpus facts) -> Config: what nobody set is derived, and every derived value carries its reason.
+
+Pure: nothing is measured or read here. The rules are fitted to the experiments in LAB.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from sparing.account.hardware import Machine
+from sparing.budget.flops import parameters, train_flops
+from sparing.config import Budget, Config, ModelConfig, UserError
+from sparing.config_file import build
+from sparing.data.scan import CorpusFacts
+
+UTILISATION = 0.25
+"""Share of the peak that small models reach while they train on a CPU (LAB.md)."""
+GPU_UTILISATION = 0.3
+TRAINING_SHARE = 0.88
+"""Of the time that is left after tokenising."""
+TOKENISE_BYTES_PER_S = 4e6
+MARGIN = 1.2
+"""Tokenise this many times what the plan can consume."""
+BYTES_PER_TOKEN = {1024: 2.6, 2048: 3.0, 4096: 3.4, 8192: 3.8, 16384: 4.1, 32768: 4.4}
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A complete configuration (but for what is measured at the start: micro-batch, threads, compile), and why."""
+
+    config: Config
+    reasons: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A rung of the ladder of model sizes."""
+
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    head_dim: int
+
+
+LADDER = (
+    Shape(64, 2, 2, 32),
+    Shape(96, 3, 2, 48),
+    Shape(128, 4, 2, 64),
+    Shape(192, 4, 3, 64),
+    Shape(256, 4, 4, 64),
+    Shape(320, 6, 5, 64),
+    Shape(384, 6, 6, 64),
+    Shape(512, 8, 8, 64),
+    Shape(768, 12, 12, 64),
+    Shape(1024, 16, 16, 64),
+    Shape(1536, 20, 16, 96),
+    Shape(2048, 24, 16, 128),
+)
+TOKENS_PER_PARAMETER = 8.0
+"""Of active parameters, head included."""
+
+
+def _round(value: float, multiple: int) -> int:
+    return max(multiple, round(value / multiple) * multiple)
+
+
+def shaped(shape: Shape, vocab_size: int, seq_len: int, moe: bool) -> ModelConfig:
+    """A model of this size whose exports stay open: row lengths multiples of 32, queries compressed, one group."""
+    d, head = shape.hidden_size, shape.head_dim
+    return ModelConfig(
+        vocab_size=vocab_size,
+        hidden_size=d,
+        num_layers=shape.num_layers,
+        num_dense_layers=1 if moe else shape.num_layers,
+        intermediate_size=_round(8 * d / 3, 32),
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_heads,
+        head_dim=head,
+        q_lora_rank=_round(d / 2, 32),
+        kv_lora_rank=_round(d / 4, 32),
+        qk_nope_head_dim=head,
+        qk_rope_head_dim=max(32, _round(head / 2, 32)),
+        v_head_dim=head,
+        n_routed_experts=16,
+        n_shared_experts=1,
+        num_experts_per_tok=2,
+        moe_intermediate_size=_round(d / 2, 32),
+        mtp_depth=0,
+        max_position_embeddings=seq_len,
+    )
+
+
+def vocabulary(train_bytes: float, tokens: float) -> int:
+    """Words: a larger vocabulary shortens the text but costs a larger head, and its rare words need data."""
+    for size, least in ((32768, 3e9), (16384, 4e8), (8192, 4e7), (4096, 3e6), (2048, 5e5)):
+        if tokens >= least and train_bytes >= 100 * size:
+            return size
+    return 1024
+
+
+def resolve(wishes: dict, budget: Budget, machine: Machine, facts: CorpusFacts, peak_flops: float) -> Resolved:
+    """Derive what `wishes` (nested {"model": {"num_layers": 8}}) leaves open. peak_flops: of the device that will train.
+
+    Raises UserError where the budget cannot work.
+    """
+    reasons: dict[str, str] = {}
+    model_wishes, train_wishes = wishes.get("model", {}), wishes.get("train", {})
+    device = train_wishes.get("device") or ("cuda" if machine.gpus else "cpu")
+    if device == "cuda" and not machine.gpus:
+        raise UserError("train.device cuda: torch sees no CUDA device here; use --train.device cpu")
+    seq_len = train_wishes.get("seq_len") or (1024 if device == "cuda" else 256)
+    utilisation = GPU_UTILISATION if device == "cuda" else UTILISATION
+    dtype = "bfloat16" if device == "cuda" or machine.cpu_bf16 else "float32"
+
+    # What can be spent on training, in operations.
+    if budget.unit == "s":
+        seconds = TRAINING_SHARE * budget.amount
+        flops = seconds * peak_flops * utilisation
+    elif budget.unit == "flop":
+        flops = budget.amount
+    elif budget.unit == "tok":
+        flops = None
+    else:
+        raise UserError(f"budget in {budget.unit}: prices and energy are not known to this version; give time, tokens or FLOPs, such as 20m")
+
+    moe = model_wishes.get("num_dense_layers") is None and MOE_FROM_FLOPS is not None and (flops or 0) >= MOE_FROM_FLOPS
+    moe = moe or any(key in model_wishes for key in ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size"))
+    best = None
+    for shape in LADDER:
+        vocab = model_wishes.get("vocab_size") or 4096
+        candidate = shaped(shape, vocab, seq_len, moe)
+        active = parameters(candidate).active
+        tokens = budget.amount if flops is None else flops / train_flops(candidate, seq_len)
+        if best is None or tokens >= TOKENS_PER_PARAMETER * active:
+            best = (shape, tokens)
+    shape, tokens = best
+    vocab = model_wishes.get("vocab_size") or vocabulary(facts.train_bytes, tokens)
+    derived = shaped(shape, vocab, seq_len, moe)
+    fields = {name: value for name, value in vars(derived).items() if name not in model_wishes}
+    model = build(ModelConfig, {**fields, **model_wishes})
+    if flops is not None:
+        tokens = flops / train_flops(model, seq_len)
+    counts = parameters(model)
+
+    ratio = tokens / counts.active
+    for name in ("hidden_size", "num_layers", "num_heads"):
+        if name not in model_wishes:
+            reasons[f"model.{name}"] = (
+                f"largest rung of the ladder with at least {TOKENS_PER_PARAMETER:g} tokens per active parameter: {tokens / 1e6:.1f} M tokens, {ratio:.0f} each"
+            )
+    if "vocab_size" not in model_wishes:
+        reasons["model.vocab_size"] = f"for about {tokens / 1e6:.1f} M tokens of training and {facts.train_bytes / 1e6:.1f} MB of text"
+
+    config = build(Config, {key: value for key, value in wishes.items() if key != "model"})
+    config = replace(config, model=model, budget=budget)
+    train = replace(config.train, device=device, seq_len=seq_len, dtype=train_wishes.get("dtype", dtype))
+    if "dtype" not in train_wishes:
+        reasons["train.dtype"] = "this device multiplies bfloat16 in hardware" if dtype == "bfloat16" else "no bfloat16 products in this CPU"
+    if "batch_size" not in train_wishes:
+        batch_tokens = 65536 if device == "cuda" else (4096 if tokens < 6e6 else 8192)
+        train = replace(train, batch_size=max(1, batch_tokens // seq_len))
+        reasons["train.batch_size"] = f"{batch_tokens} tokens: small budgets want many small steps"
+    data = config.data
+    if data.max_tokens is None:
+        needed = int(MARGIN * tokens)
+        if facts.train_bytes > needed * BYTES_PER_TOKEN.get(model.vocab_size, 3.4):
+            data = replace(data, max_tokens=needed)
+            reasons["data.max_tokens"] = f"{MARGIN} times the {tokens / 1e6:.1f} M tokens that the budget can train on"
+    reasons = {name: reason for name, reason in reasons.items() if _not_set(wishes, name)}
+    return Resolved(replace(config, train=train, data=data), reasons)
+
+
+MOE_FROM_FLOPS: float | None = None
+"""Training FLOPs from which a mixture beat our own dense model at equal minutes; None: it never did (LAB.md)."""
+
+
+def _not_set(wishes: dict, dotted: str) -> bool:
+    section, name = dotted.split(".")
+    return name not in wishes.get(section, {})

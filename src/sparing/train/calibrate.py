@@ -1,0 +1,159 @@
+"""What this machine does, measured: the peak that MFU is quoted against, and which micro-batch, threads and compiler win.
+
+Short by design: a probe is one forward and backward pass after a warm-up, and all of them together get a small share of the budget.
+Gradients are thrown away and nothing of the run's state changes.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from sparing.account.hardware import Machine, load_calibration, save_calibration
+from sparing.config import Config, TrainConfig
+from sparing.model.transformer import Transformer
+
+PEAK_SIZES = (1024, 2048, 4096)
+LEAST_TOKENS = 2048
+"""Smaller micro-batches are not tried: products become too thin."""
+COMPILE_S = 90.0
+"""A compilation of the training step takes about this long on two cores (LAB.md)."""
+
+
+def measure_peak(device: str = "cpu", dtype: torch.dtype = torch.bfloat16, sizes: tuple[int, ...] = PEAK_SIZES, repeats: int = 3) -> float:
+    """FLOP/s of the best square matrix product on this process's threads."""
+    best = 0.0
+    for size in sizes:
+        a, b = torch.randn(size, size, device=device).to(dtype), torch.randn(size, size, device=device).to(dtype)
+        a @ b
+        for _ in range(repeats):
+            _wait(device)
+            start = time.perf_counter()
+            a @ b
+            _wait(device)
+            best = max(best, 2.0 * size**3 / (time.perf_counter() - start))
+    return best
+
+
+def peak_flops(machine: Machine, device: str = "cpu", dtype: torch.dtype = torch.bfloat16) -> float:
+    """`measure_peak`, remembered per machine. The larger of what was measured before and what a quick look shows now: a machine that
+    was busy the first time must not set the yardstick low for good."""
+    key = f"peak_flops_{device}_{str(dtype).removeprefix('torch.')}"
+    known = load_calibration(machine).get(key, 0.0)
+    now = measure_peak(device, dtype, (2048,) if known else PEAK_SIZES, repeats=2)
+    if now > known:
+        save_calibration(machine, {key: now})
+    return max(now, known)
+
+
+def has_compiler() -> bool:
+    """torch.compile on a CPU needs a C++ compiler."""
+    return any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl"))
+
+
+def choose(
+    model: Transformer,
+    config: Config,
+    machine: Machine,
+    batch,
+    seconds: float,
+    check: Callable[[], None] = lambda: None,
+    say: Callable[[str], None] = lambda _: None,
+) -> tuple[TrainConfig, dict[str, str]]:
+    """Fill in what `config.train` leaves open (micro_batch_size, threads, compile) by measuring on `batch`, within about `seconds`.
+
+    -> (the complete TrainConfig, the reason for each choice by dotted name). check: called between probes, may raise.
+    """
+    t = config.train
+    device = str(next(model.parameters()).device.type)
+    reasons: dict[str, str] = {}
+    start = time.monotonic()
+    timed: dict[tuple[int, int], float] = {}
+
+    def probe(threads: int, micro: int) -> float:
+        """Tokens per second."""
+        check()
+        if (threads, micro) not in timed:
+            if device == "cpu":
+                torch.set_num_threads(threads)
+            timed[threads, micro] = _speed(model, t, batch, micro, device)
+        return timed[threads, micro]
+
+    all_threads = [t.threads] if t.threads else sorted({machine.cores_physical, machine.cores_logical})
+    micro_batches = [t.micro_batch_size] if t.micro_batch_size else _micro_batches(t)
+    threads, micro = all_threads[-1], micro_batches[0]
+    # Micro-batch first, on all threads, then threads with the best micro-batch: the product of both would cost more than it finds.
+    for size in micro_batches[: 1 if device == "cuda" and not t.micro_batch_size else None]:
+        if probe(threads, size) > 1.02 * probe(threads, micro):
+            micro = size
+        if time.monotonic() - start > seconds / 2:
+            break
+    for count in all_threads:
+        if time.monotonic() - start > seconds:
+            break
+        if probe(count, micro) > 1.02 * probe(threads, micro):
+            threads = count
+    if device == "cpu":
+        torch.set_num_threads(threads)
+    speed = probe(threads, micro)
+    if t.micro_batch_size is None:
+        tried = ", ".join(f"{m} rows {v:,.0f}" for (n, m), v in sorted(timed.items()) if n == all_threads[-1])
+        reasons["train.micro_batch_size"] = f"measured, tokens/s: {tried}"
+    if t.threads is None and device == "cpu":
+        reasons["train.threads"] = "measured, tokens/s: " + ", ".join(f"{n} threads {v:,.0f}" for (n, m), v in sorted(timed.items()) if m == micro)
+    compiled = t.compile
+    if compiled is None:
+        compiled, reasons["train.compile"] = _worth_compiling(model, t, batch, micro, device, speed, seconds, check, say)
+    return replace(t, micro_batch_size=micro, threads=threads if device == "cpu" else t.threads, compile=compiled), reasons
+
+
+def _worth_compiling(model, t, batch, micro, device, speed, seconds, check, say) -> tuple[bool, str]:
+    if device == "cpu" and not has_compiler():
+        say("no C++ compiler found: training without torch.compile")
+        return False, "no C++ compiler on this machine"
+    if seconds < COMPILE_S:
+        return False, f"the budget is too short to try: compiling takes about {COMPILE_S:.0f} s"
+    check()
+    try:
+        fast = _speed(model, t, batch, micro, device, compiled=True)
+    except Exception as error:  # a compiler's failure is not ours, and never a reason not to train
+        say(f"torch.compile failed ({type(error).__name__}): training without it")
+        return False, f"torch.compile failed: {type(error).__name__}"
+    return fast > 1.05 * speed, f"measured, tokens/s: {fast:,.0f} with, {speed:,.0f} without"
+
+
+def _micro_batches(t: TrainConfig) -> list[int]:
+    """The whole batch, then halves of it while a micro-batch keeps enough tokens."""
+    sizes = [t.batch_size]
+    while sizes[-1] % 2 == 0 and sizes[-1] // 2 * t.seq_len >= LEAST_TOKENS:
+        sizes.append(sizes[-1] // 2)
+    return sizes
+
+
+def _speed(model: Transformer, t: TrainConfig, batch, micro: int, device: str, compiled: bool = False) -> float:
+    loss_fn = torch.compile(model.loss, dynamic=False) if compiled else model.loss
+    rows = slice(0, micro)
+    tokens, targets, documents = (x[rows].to(device) for x in (batch.tokens, batch.targets, batch.documents))
+    took = []
+    model.compute_dtype = getattr(torch, t.dtype)
+    model.train()
+    for _ in range(3):
+        _wait(device)
+        before = time.perf_counter()
+        loss_fn(
+            tokens, targets, documents if t.document_mask else None, mtp_weight=t.mtp_weight, sequence_balance=t.sequence_balance
+        ).total.backward()
+        _wait(device)
+        took.append(time.perf_counter() - before)
+    for parameter in model.parameters():
+        parameter.grad = None
+    return tokens.numel() / min(took[1:])
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()

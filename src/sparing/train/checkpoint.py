@@ -1,0 +1,139 @@
+"""Checkpoints: state/step-00000123/{weights.safetensors optimizer.safetensors state.json checksums.json}.
+
+The number is that of finished steps. Weights are float32 under Hugging Face's names; the newest are hard-linked to
+weights/model.safetensors too, so that a killed run can be served. Kept: the newest two, and state/pre-decay, from which a finished
+run can be extended. Step 0 is saved like any other, so there is always something to go back to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from sparing.config import Config, UserError
+from sparing.run import DamagedError, RunFolder, link_or_copy, read_tensors, replace_folder, verify_folder, write_folder
+from sparing.train.optim import Optimizer
+
+KEEP = 2
+FORMAT = 1
+WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
+
+
+@dataclass
+class TrainState:
+    """What a run knows besides its tensors."""
+
+    step: int = 0
+    """Finished optimizer steps."""
+    cursor: int = 0
+    """The next batch of the loader; ahead of `step` by the batches skipped."""
+    tokens: int = 0
+    """Trained on so far."""
+    seconds: float = 0.0
+    """Of the budget, used when this was saved."""
+    guard: dict = field(default_factory=dict)
+    """Its memory (`Guard.state`)."""
+    skipped: list[int] = field(default_factory=list)
+    """Batches not learnt from."""
+    fingerprint: dict[str, str] = field(default_factory=dict)
+    format: int = FORMAT
+
+
+def fingerprint(config: Config) -> dict[str, str]:
+    """Hashes of what must be the same on resuming: the model's shape, and what else decides about losses."""
+
+    def digest(*parts: object) -> str:
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+    train = config.train
+    recipe = (config.optim, train.seq_len, train.batch_size, train.micro_batch_size, train.dtype, train.document_mask, train.mtp_weight)
+    return {"model": digest(config.model), "recipe": digest(recipe, train.bias_update_rate, train.sequence_balance, train.seed)}
+
+
+class Checkpoints:
+    """Saving to and loading from one run's state/. `say` gets a line about anything unusual."""
+
+    def __init__(self, run: RunFolder, model: nn.Module, optimizer: Optimizer, config: Config, say: Callable[[str], None]):
+        self.run, self.model, self.optimizer, self.say = run, model, optimizer, say
+        self.fingerprint = fingerprint(config)
+        self._saved: tuple[int, int] | None = None
+
+    def folders(self) -> list[Path]:
+        """Checkpoints, oldest first."""
+        return sorted(self.run.state.glob("step-*"))
+
+    def save(self, state: TrainState, *, keep_as_pre_decay: bool = False) -> Path:
+        """Write a checkpoint. Raises DiskFullError with everything older intact."""
+        state.fingerprint = self.fingerprint
+        folder = self.run.state / f"step-{state.step:08d}"
+        if self._saved == (state.step, state.cursor) and not keep_as_pre_decay:
+            return folder  # a signal right after a save
+        text = json.dumps(asdict(state), indent=1)
+        write_folder(folder, {WEIGHTS: self.model.state_dict(), OPTIMIZER: self.optimizer.state(), STATE: text})
+        link_or_copy(folder / WEIGHTS, self.run.weights_file)
+        if keep_as_pre_decay:
+            self._keep(folder)
+        self._prune(state.step)
+        self._saved = (state.step, state.cursor)
+        return folder
+
+    def _keep(self, folder: Path) -> None:
+        beside = self.run.state / ".pre-decay.tmp"
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir()
+        for file in folder.iterdir():
+            link_or_copy(file, beside / file.name)
+        replace_folder(beside, self.run.state / "pre-decay")
+
+    def _prune(self, step: int) -> None:
+        """Keep the newest two up to `step`; later ones are of a future that was given up (a rollback, a damaged newest)."""
+        folders = self.folders()
+        past = [folder for folder in folders if folder.name <= f"step-{step:08d}"]
+        leftovers = [path for pattern in ("damaged-*", ".*.tmp", ".*.old") for path in self.run.state.glob(pattern) if path.is_dir()]
+        for folder in [*(set(folders) - set(past[-KEEP:])), *leftovers]:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def load_newest(self, before: int | None = None) -> TrainState | None:
+        """Load the newest intact checkpoint (of less than `before` steps) into model and optimizer; None when there is none.
+
+        Damaged ones are set aside, said, and passed over. Raises UserError when a checkpoint belongs to another model, or when there
+        are checkpoints and none is intact.
+        """
+        folders = [folder for folder in self.folders() if before is None or folder.name < f"step-{before:08d}"]
+        for folder in reversed(folders):
+            try:
+                return self._load(folder)
+            except DamagedError as error:
+                self.say(f"checkpoint {folder.name} is damaged ({error}): going back to the one before")
+                shutil.rmtree(folder.with_name("damaged-" + folder.name), ignore_errors=True)
+                folder.rename(folder.with_name("damaged-" + folder.name))
+        if folders:
+            raise UserError(f"{self.run.state}: every checkpoint is damaged: train again from the start, with another --out")
+        return None
+
+    @torch.no_grad()
+    def _load(self, folder: Path) -> TrainState:
+        verify_folder(folder)
+        state = TrainState(**json.loads((folder / STATE).read_text()))
+        if state.fingerprint["model"] != self.fingerprint["model"]:
+            raise UserError(f"{folder} is of another model than config.toml describes: restore the [model] section the run began with")
+        if state.fingerprint["recipe"] != self.fingerprint["recipe"]:
+            self.say("config.toml was changed since the checkpoint: from here on losses differ from what they would have been")
+        targets = self.model.state_dict()
+        for name, tensor in read_tensors(folder / WEIGHTS):
+            if name not in targets or targets[name].shape != tensor.shape:
+                raise DamagedError(f"{folder.name}: unexpected tensor {name} {tuple(tensor.shape)}")
+            targets.pop(name).copy_(tensor)
+        if targets:
+            raise DamagedError(f"{folder.name}: no tensor {next(iter(targets))}")
+        self.optimizer.reset()
+        for name, tensor in read_tensors(folder / OPTIMIZER):
+            self.optimizer.load(name, tensor)
+        return state

@@ -1,0 +1,197 @@
+"""What a run tells: a progress line for people, metrics.jsonl for programs, TensorBoard or W&B for those who ask."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from sparing.config import UserError
+from sparing.run import RunFolder, disk_errors, read_lines, write_atomic
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+PLAIN_EVERY_S = 10.0
+
+
+class Metrics:
+    """metrics.jsonl: one object a step, and one an evaluation. `keep_until(step)`, called before the first `add`, drops what a resumed
+    run will do again."""
+
+    def __init__(self, run: RunFolder, kind: str):
+        self.path = run.metrics_file
+        self.lines = read_lines(self.path)
+        self._file = None
+        self._sink = open_sink(kind, run)
+
+    def keep_until(self, step: int) -> None:
+        """Keep the lines of the first `step` steps (a step appears once), and open the file for more."""
+        self.close_file()
+        self.lines = [line for line in self.lines if line.get("step", 0) <= step]
+        write_atomic(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
+        self._file = open(self.path, "a", encoding="utf-8")
+
+    def add(self, line: dict) -> None:
+        """Append one object: in the kernel's hands at once, so a killed process loses nothing."""
+        self.lines.append(line)
+        with disk_errors(self.path):
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+        if self._sink:
+            self._sink({key: value for key, value in line.items() if isinstance(value, int | float) and key != "step"}, line["step"])
+
+    def evals(self) -> list[dict]:
+        return [line for line in self.lines if "eval_bpb" in line]
+
+    def sync(self) -> None:
+        with disk_errors(self.path):
+            os.fsync(self._file.fileno())
+
+    def close_file(self) -> None:
+        if self._file:
+            self._file.close()
+            self._file = None
+
+    def close(self) -> None:
+        self.close_file()
+        if self._sink:
+            self._sink(None, 0)
+
+
+def open_sink(kind: str, run: RunFolder) -> Callable[[dict | None, int], None] | None:
+    """A function (values, step) that sends scalars to TensorBoard or W&B; values None: finish. Raises UserError when not installed."""
+    if kind == "tensorboard":
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UserError("train.log = tensorboard needs TensorBoard: `pip install tensorboard`, or train.log = none") from None
+        writer = SummaryWriter(str(run.path / "tensorboard"))
+
+        def to_tensorboard(values: dict | None, step: int) -> None:
+            if values is None:
+                writer.close()
+            for key, value in (values or {}).items():
+                writer.add_scalar(key, value, step)
+
+        return to_tensorboard
+    if kind == "wandb":
+        try:
+            import wandb
+        except ImportError:
+            raise UserError("train.log = wandb needs Weights & Biases: `pip install wandb`, or train.log = none") from None
+        name = run.path.resolve().name
+        session = wandb.init(project="sparing", name=name, id=f"sparing-{name}", resume="allow", dir=str(run.path))
+        return lambda values, step: session.finish() if values is None else session.log(values, step=step)
+    return None
+
+
+class Log:
+    """All that is told about one run: metrics, progress line, sinks. Speeds are in trained tokens per second."""
+
+    def __init__(self, run: RunFolder, kind: str, *, tokens_per_step: int, flops_per_token: float, peak_flops: float | None):
+        self.metrics, self.progress = Metrics(run, kind), Progress()
+        self.tokens_per_step, self.flops_per_token, self.peak_flops = tokens_per_step, flops_per_token, peak_flops
+        self.steps, self.training_s = 0, 0.0
+        self.last: dict = {}
+        self.bpb: float | None = None
+
+    def mfu(self, tokens_per_s: float) -> float | None:
+        return tokens_per_s * self.flops_per_token / self.peak_flops if self.peak_flops else None
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Mean over this process's steps, evaluations and saving left out."""
+        return self.steps * self.tokens_per_step / self.training_s if self.steps else 0.0
+
+    def keep_until(self, step: int) -> None:
+        self.metrics.keep_until(step)
+        self.bpb = next((line["eval_bpb"] for line in reversed(self.metrics.evals())), None)
+
+    def step(self, values: dict, took: float, seconds: float) -> dict:
+        """Write a step's metrics; returns the line."""
+        self.steps, self.training_s = self.steps + 1, self.training_s + took
+        speed = self.tokens_per_step / took
+        line = values | {"tokens_per_s": speed, "seconds": seconds}
+        if self.peak_flops:
+            line["mfu"] = self.mfu(speed)
+        self.metrics.add(line)
+        return line
+
+    def show(self, line: dict, *, total: int, step_s: float, seconds_left: float | None, now: bool = False) -> dict:
+        """Show a line with the speed of the last steps, which is steadier than one step's."""
+        speed = self.tokens_per_step / step_s
+        shown = line | {"total": total, "tokens_per_s": speed, "mfu": self.mfu(speed), "bpb": self.bpb, "seconds_left": seconds_left}
+        self.progress.show(shown, now=now)
+        self.last = line
+        return shown
+
+    def evaluation(self, line: dict, result: dict) -> None:
+        self.metrics.add(line | {f"eval_{key}": value for key, value in result.items()})
+        self.bpb = result.get("bpb", self.bpb)
+
+    def evaluated(self, step: int) -> dict | None:
+        """The evaluation after `step` steps, if it is in the metrics."""
+        lines = [line for line in self.metrics.evals() if line["step"] == step]
+        return {key.removeprefix("eval_"): value for key, value in lines[-1].items() if key.startswith("eval_")} if lines else None
+
+    def close(self) -> None:
+        self.progress.close()
+        self.metrics.close()
+
+
+class Progress:
+    """One line on standard error: redrawn in place on a terminal, printed now and then elsewhere (logs, pipes)."""
+
+    def __init__(self, every_s: float = PLAIN_EVERY_S):
+        self.every_s = every_s
+        self._last = 0.0
+        self._live = None
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.live import Live
+
+            self._live = Live(console=Console(stderr=True), auto_refresh=False, transient=False)
+            self._live.start()
+
+    def show(self, values: dict, *, now: bool = False) -> None:
+        """values: step total loss tokens_per_s, and bpb mfu max_violation seconds_left where known."""
+        wait = 0.25 if self._live else self.every_s
+        if not now and time.monotonic() - self._last < wait:
+            return
+        self._last = time.monotonic()
+        line = render(values)
+        if self._live:
+            self._live.update(line, refresh=True)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def say(self, message: str) -> None:
+        """A line that stays."""
+        if self._live:
+            self._live.console.print(message, markup=False, highlight=False)
+        else:
+            print(message, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._live:
+            self._live.stop()
+            self._live = None
+
+
+def render(values: dict) -> str:
+    """The progress line of `Progress.show`."""
+    parts = [f"step {values['step']:,}/{values['total']:,}", f"loss {values['loss']:.3f}"]
+    if values.get("bpb") is not None:
+        parts.append(f"held-out bpb {values['bpb']:.3f}")
+    parts.append(f"{values['tokens_per_s']:,.0f} tokens/s")
+    if values.get("mfu") is not None:
+        parts.append(f"MFU {100 * values['mfu']:.0f} %")
+    if values.get("max_violation") is not None:
+        parts.append(f"MaxVio {values['max_violation']:.2f}")
+    if values.get("seconds_left") is not None:
+        minutes, seconds = divmod(max(0, round(values["seconds_left"])), 60)
+        parts.append(f"{minutes // 60}h{minutes % 60:02d}m left" if minutes >= 60 else f"{minutes}m{seconds:02d}s left")
+    return "  ".join(parts)

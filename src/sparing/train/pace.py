@@ -1,0 +1,191 @@
+"""A budget becomes a number of steps, and stays one: what the schedule needs to know is only `total`.
+
+Token and FLOP budgets fix the total at the start. A time budget is planned from measured step times: total = steps done + what fits
+between now and the deadline minus what the end costs; planned again as the machine speeds up or slows down. A plan is on disk
+(state/plan.jsonl: step, total_steps, seconds, step_seconds) before it takes effect; a resumed run replays it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from pathlib import Path
+
+from sparing.run import append_durably, read_lines, write_atomic
+
+AIM = 0.99
+"""Share of a time budget that plans aim at. The issue asks for 95-102 %: misses are more often late than early."""
+LATEST = 1.012
+"""Share at which training stops whatever the plan says."""
+TOLERANCE = 0.005
+"""Plan again when the projected end is off by more than this share of the budget."""
+WINDOW = 64
+"""Steps whose mean time is believed."""
+SMALL_SHARE = 0.05
+"""Evaluations, and checkpoints, may each take at most this share of the run."""
+
+
+def fixed_steps(amount: float, unit: str, tokens_per_step: int, flops_per_token: float) -> int:
+    """Steps that a token or FLOP budget pays for: never more than the budget, at least one."""
+    assert unit in ("tok", "flop"), unit
+    tokens = amount if unit == "tok" else amount / flops_per_token
+    return max(1, int(tokens // tokens_per_step))
+
+
+class PlanLog:
+    """state/plan.jsonl: every plan of a run, in order."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.plans = [line for line in read_lines(path) if "step" in line and "total_steps" in line]
+
+    def add(self, plan: dict) -> None:
+        append_durably(self.path, json.dumps(plan))
+        self.plans.append(plan)
+
+    def forget_after(self, step: int) -> None:
+        """Drop plans made later than `step`: a resumed run that cannot afford to replay them makes its own."""
+        self.plans = [plan for plan in self.plans if plan["step"] <= step]
+        write_atomic(self.path, "".join(json.dumps(plan) + "\n" for plan in self.plans))
+
+    def at(self, step: int) -> dict | None:
+        """The plan in force at `step`."""
+        return next((plan for plan in reversed(self.plans) if plan["step"] <= step), None)
+
+
+class Pace:
+    """`total` steps, kept up to date by `advance`; fed with what things took. Seconds are budget seconds (see `Clock`)."""
+
+    def __init__(
+        self,
+        log: PlanLog,
+        *,
+        step: int,
+        seconds: float,
+        budget_s: float | None,
+        fixed: int | None = None,
+        step_seconds: float = 1.0,
+        reserve_s: float = 0.0,
+        evals: int | None = None,
+        interval_s: float = 60.0,
+    ):
+        """step: steps done; exactly one of budget_s and fixed (steps) is given. step_seconds: a first guess of a step's time.
+        reserve_s: what the caller does after training; evals: evaluations inside the run besides the last one (None: not even that);
+        interval_s: between checkpoints."""
+        assert (budget_s is None) != (fixed is None)
+        self.log, self.budget_s, self.reserve_s, self.interval_s = log, budget_s, reserve_s, interval_s
+        self.evals, self.evaluates = evals or 0, evals is not None
+        self.guess = step_seconds
+        self.durations: deque[float] = deque(maxlen=WINDOW)
+        self.measured = 0  # steps measured in this process
+        self.eval_s: float | None = None
+        self.save_s = 0.0
+        self.evals_done = 0
+        self.looked = seconds  # when the plan was last compared with the clock
+        recorded = log.at(step)
+        if recorded is not None:
+            self.guess = recorded.get("step_seconds") or self.guess
+            self.total = recorded["total_steps"]
+            late = budget_s is not None and self._end(step, seconds, log.plans[-1]["total_steps"]) > LATEST * budget_s
+            if late:
+                log.forget_after(step)
+                self._replan(step, seconds)
+        else:
+            self.total = fixed if fixed is not None else self._fitting(step, seconds)
+            self._record(step, seconds)
+
+    # what is measured
+
+    def step_took(self, seconds: float) -> None:
+        self.measured += 1
+        if self.measured == 3:
+            self.durations.clear()  # the first two steps warm caches (and compile): they tell nothing about the others
+        self.durations.append(seconds)
+
+    def eval_took(self, seconds: float) -> None:
+        self.eval_s = seconds
+        self.evals_done += 1
+
+    def save_took(self, seconds: float) -> None:
+        self.save_s = max(seconds, 0.5 * self.save_s)
+
+    @property
+    def step_s(self) -> float:
+        return sum(self.durations) / len(self.durations) if self.durations else self.guess
+
+    # what follows from it
+
+    def advance(self, step: int, seconds: float) -> int:
+        """The total to use from `step` (steps done) on: a recorded plan's, or, where the clock calls for it, a new one's."""
+        recorded = self.log.at(step)
+        if recorded is not None and recorded["step"] == step:
+            self.total = recorded["total_steps"]
+        if self.budget_s is None:
+            return self.total
+        if seconds + self.step_s + self.end_s > LATEST * self.budget_s and step < self.total and step > 0:
+            if self.log.plans[-1]["step"] > step:
+                self.log.forget_after(step)
+            self.total = step  # out of time: better an unfinished decay than a budget overrun
+            self._record(step, seconds)
+        elif self.log.plans[-1]["step"] < step and self._worth_a_look(step, seconds):
+            self.looked = seconds
+            if abs(self._fitting(step, seconds) - self.total) * self.step_s > TOLERANCE * self.budget_s:
+                self._replan(step, seconds)
+        return self.total
+
+    @property
+    def end_s(self) -> float:
+        """Seconds that the end of the run costs: last evaluation, last checkpoint, what the caller does."""
+        assert self.budget_s is not None
+        unknown = SMALL_SHARE / (self.evals + 1) * self.budget_s if self.evaluates else 0.0  # until the first: as much as one may take
+        return (unknown if self.eval_s is None else self.eval_s) + self.save_s + self.reserve_s
+
+    def evals_left(self) -> int:
+        """Evaluations inside the run still to come: as configured, fewer where they would take more than 5 % of a time budget."""
+        affordable = self.evals
+        if self.budget_s is not None and self.eval_s:
+            affordable = int(SMALL_SHARE * self.budget_s / self.eval_s) - 1  # the last one, after training, counts too
+        return max(0, min(self.evals, affordable) - self.evals_done)
+
+    def checkpoint_interval(self) -> float:
+        """Seconds between checkpoints, long enough for saving to be a small share of the time."""
+        return max(self.interval_s, self.save_s / SMALL_SHARE)
+
+    def checkpoint_due(self, step: int, since: float) -> bool:
+        """since: seconds since the last one. A time budget goes by them; others by a number of steps, fixed after the first ones and
+        written down, so that a run that goes back to a checkpoint does so to the same one however often it was killed."""
+        if self.budget_s is not None:
+            return since >= self.checkpoint_interval()
+        every = next((plan["checkpoint_steps"] for plan in self.log.plans if "checkpoint_steps" in plan), None)
+        if every is None and self.measured >= 8:
+            every = max(1, round(self.checkpoint_interval() / self.step_s))
+            self._record(step, self.looked, checkpoint_steps=every)
+        return every is not None and step % every == 0
+
+    def eval_due(self, step: int) -> bool:
+        """After `step` steps: has another of the evenly spaced evaluations inside the run been reached?"""
+        return 0 < step < self.total and step * (self.evals + 1) // self.total > self.evals_done and self.evals_left() > 0
+
+    def _worth_a_look(self, step: int, seconds: float) -> bool:
+        """Early, at 4, 8, 16, ... steps; later every 2 % of the time, and every 0.5 % in the last tenth."""
+        if step & (step - 1) == 0 and 4 <= step <= 64:
+            return True
+        late = seconds > 0.9 * self.budget_s
+        return self.measured >= 4 and seconds - self.looked > (0.005 if late else 0.02) * self.budget_s
+
+    def _end(self, step: int, seconds: float, total: int) -> float:
+        """Projected budget seconds at the very end, if `total` steps are made."""
+        saves = max(0.0, (self.budget_s - seconds) / self.checkpoint_interval() - 1) * self.save_s
+        evals = self.evals_left() * (0.0 if self.eval_s is None else self.eval_s)
+        return seconds + (total - step) * self.step_s + evals + saves + self.end_s
+
+    def _fitting(self, step: int, seconds: float) -> int:
+        free = AIM * self.budget_s - self._end(step, seconds, step)
+        return max(step, 1, step + round(free / self.step_s))
+
+    def _replan(self, step: int, seconds: float) -> None:
+        self.total = self._fitting(step, seconds)
+        self._record(step, seconds)
+
+    def _record(self, step: int, seconds: float, **more: int) -> None:
+        self.log.add({"step": step, "total_steps": self.total, "seconds": round(seconds, 3), "step_seconds": self.step_s} | more)

@@ -1,0 +1,117 @@
+"""SIGTERM and SIGINT: save what is consistent and leave within ten seconds, whatever is running.
+
+Three layers. (1) The handler sets a flag, which the loop looks at between steps. (2) Inside `interruptible` code (forward and backward,
+evaluation, tokenising: nothing there changes the run's state) the handler raises at once. (3) Python runs handlers only between its own
+instructions; for a product, a tokeniser or a compiler that doesn't come back, a thread is woken by the C-level handler and, after
+`GRACE_S`, ends the process: the newest checkpoint on disk is consistent by construction.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+GRACE_S = 6.0
+"""To reach a safe point."""
+SAVING_S = 9.0
+"""... and, once saving has begun, to finish it."""
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Interrupted(KeyboardInterrupt):
+    """Raised where work may stop. A KeyboardInterrupt, so that no `except Exception` on the way (compilers have them) swallows it."""
+
+
+class Preempt:
+    """Context manager that owns the signals of the main thread while it lasts; elsewhere (a notebook's worker thread) it does nothing."""
+
+    def __init__(self, hint: str):
+        """hint: the command that goes on, e.g. `sparing resume RUN`."""
+        self.hint = hint
+        self.requested = False
+        self.saving = False
+        self._raise = False
+        self._since = 0.0
+        self._depth = 0
+        self._left = threading.Event()
+
+    def __enter__(self) -> Preempt:
+        self._depth += 1
+        if self._depth == 1 and threading.current_thread() is threading.main_thread():
+            self._left.clear()
+            self._receive, self._send = socket.socketpair()
+            self._send.setblocking(False)
+            self._old_fd = signal.set_wakeup_fd(self._send.fileno(), warn_on_full_buffer=False)
+            self._old = {number: signal.signal(number, self._handle) for number in SIGNALS}
+            threading.Thread(target=self._watch, daemon=True, name="sparing-preempt").start()
+        return self
+
+    def __exit__(self, *_exc) -> None:
+        self._depth -= 1
+        if self._depth == 0 and hasattr(self, "_old"):
+            self._left.set()
+            for number, handler in self._old.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(self._old_fd)
+            self._send.close()
+            del self._old
+
+    def check(self) -> None:
+        """For loops outside `interruptible`: raise Interrupted if a signal has come."""
+        if self.requested:
+            raise Interrupted(self.message)
+
+    @property
+    def message(self) -> str:
+        return f"interrupted; go on with: {self.hint}"
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Code that may be left at any instruction: a signal raises Interrupted inside it."""
+        try:
+            self._raise = True
+            self.check()
+            yield
+        finally:
+            self._raise = False
+
+    def _handle(self, _number, _frame) -> None:
+        if self.requested:
+            self._exit()
+        self.requested = True
+        if self._raise:
+            self._raise = False
+            raise Interrupted(self.message)
+
+    def _watch(self) -> None:
+        """The thread: waits for a signal's byte, then for the main thread to leave."""
+        receive, signals = self._receive, 0
+        wanted = {int(number) for number in SIGNALS}
+        while not self._left.is_set():
+            limit = SAVING_S if self.saving else GRACE_S
+            receive.settimeout(None if not signals else max(0.01, min(0.25, self._since + limit - time.monotonic())))
+            try:
+                data = receive.recv(64)
+            except TimeoutError:
+                data = b"-"
+            except OSError:
+                break
+            if not data:
+                break  # closed: the context was left
+            came = sum(byte in wanted for byte in data)
+            if came and not signals:
+                self._since = time.monotonic()
+            signals += came
+            if signals >= 2 or (signals and time.monotonic() - self._since >= limit and not self._left.is_set()):
+                self._exit()
+        receive.close()
+
+    def _exit(self) -> None:
+        print(f"\n{self.message}", file=sys.stderr, flush=True)
+        os._exit(130)

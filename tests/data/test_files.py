@@ -1,0 +1,77 @@
+import os
+
+import pytest
+
+from sparing.config import UserError
+from sparing.data.files import find_files, fingerprint, kind_of
+
+
+def names(files, root):
+    return [os.path.relpath(file.path, root) for file in files]
+
+
+@pytest.fixture
+def tree(tmp_path):
+    for name in ("b.txt", "a.md", "sub/deep/c.py", ".hidden", ".git/config", "photo.png", "sub/x.pyc"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    return tmp_path
+
+
+def test_a_folder_is_walked_sorted_without_hidden_files_and_binaries(tree):
+    assert names(find_files([str(tree)]), tree) == ["a.md", "b.txt", os.path.join("sub", "deep", "c.py")]
+
+
+def test_a_file_that_is_named_is_taken_whatever_it_is(tree):
+    assert names(find_files([str(tree / ".hidden"), str(tree / "photo.png")]), tree) == [".hidden", "photo.png"]
+
+
+def test_globs_and_overlaps_and_order(tree):
+    both = find_files([str(tree / "**" / "*.py"), str(tree / "?.*")])
+    assert names(both, tree) == ["a.md", "b.txt", os.path.join("sub", "deep", "c.py")]
+    assert find_files([str(tree / "b.txt"), str(tree)]) == find_files([str(tree), str(tree / "b.txt")])
+
+
+def test_brackets_in_a_name_that_exists_are_no_glob(tmp_path):
+    (tmp_path / "a[1].txt").write_text("x")
+    assert names(find_files([str(tmp_path / "a[1].txt")]), tmp_path) == ["a[1].txt"]
+
+
+def test_missing_paths_name_the_nearest_one(tree):
+    with pytest.raises(UserError, match=r"no such file or folder: .*b\.text.*did you mean .*b\.txt"):
+        find_files([str(tree / "b.text")])
+    with pytest.raises(UserError, match=rf"nearest existing folder is {tree}"):
+        find_files([str(tree / "zzz" / "yyy" / "qqq")])
+    with pytest.raises(UserError, match="no file matches"):
+        find_files([str(tree / "*.parquet")])
+    (tree / "empty").mkdir()
+    with pytest.raises(UserError, match="no files of text in the folder"):
+        find_files([str(tree / "empty")])
+    with pytest.raises(UserError, match="neither a file nor a folder"):
+        find_files(["/dev/null"])
+
+
+def test_symbolic_link_cycles_end(tree):
+    (tree / "sub" / "loop").symlink_to(tree)
+    assert len(find_files([str(tree)])) == 3
+
+
+def test_default_corpus_is_the_standard_library():
+    files = [file.path.replace(os.sep, "/") for file in find_files(())]
+    assert any(path.endswith("/json/decoder.py") for path in files)
+    assert all(path.endswith(".py") and "/site-packages/" not in path and "__pycache__" not in path for path in files)
+
+
+def test_fingerprint_sees_contents_change_and_settings(tree):
+    before = fingerprint(find_files([str(tree)]), 1)
+    assert before == fingerprint(find_files([str(tree)]), 1) != fingerprint(find_files([str(tree)]), 2)
+    (tree / "b.txt").write_text("longer than before")
+    after = fingerprint(find_files([str(tree)]), 1)
+    assert after != before
+    os.utime(tree / "b.txt", ns=(5, 5))
+    assert fingerprint(find_files([str(tree)]), 1) != after
+
+
+def test_kinds():
+    assert [kind_of(path) for path in ("/a/b.jsonl.gz", "x.PY", "notes", "dump.zst", "a.b/c")] == ["jsonl", "py", "text", "text", "text"]

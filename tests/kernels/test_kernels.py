@@ -1,0 +1,109 @@
+"""Each fast path against the plain PyTorch reference in its file: values and gradients, in float32 and in bfloat16."""
+
+import pytest
+import torch
+
+from sparing.kernels.attention import attention_reference, causal_attention, document_bias
+from sparing.kernels.cross_entropy import IGNORE, linear_cross_entropy, linear_cross_entropy_reference, token_nll
+from sparing.kernels.experts import mixture, mixture_reference, swiglu, swiglu_reference
+from sparing.kernels.norm import rms_norm, rms_norm_reference
+
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-12))
+
+
+def compare(fast, reference, inputs, dtype):
+    """Values and all gradients of fast(inputs) in `dtype` against reference(inputs) in float64-like precision (float32)."""
+    results = []
+    for function, cast in ((fast, dtype), (reference, torch.float32)):
+        leaves = [x.detach().to(cast).requires_grad_() if x.is_floating_point() else x for x in inputs]
+        y = function(*leaves)
+        grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
+        y.backward(grad)
+        results.append([y.detach()] + [x.grad for x in leaves if x.is_floating_point()])
+    for ours, theirs in zip(*results, strict=True):
+        assert relative(ours, theirs) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_rms_norm(dtype):
+    torch.manual_seed(0)
+    x, w = torch.randn(3, 5, 32) * 4, torch.rand(32) + 0.5
+    compare(lambda x, w: rms_norm(x, w, 1e-6), lambda x, w: rms_norm_reference(x, w, 1e-6), (x, w), dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_swiglu(dtype):
+    torch.manual_seed(0)
+    compare(swiglu, swiglu_reference, (torch.randn(7, 3, 64),), dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("length", [1, 100, 128, 300])
+@pytest.mark.parametrize("documents", [False, True])
+def test_causal_attention(dtype, length, documents):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 3, length, 24), torch.randn(2, 3, length, 24), torch.randn(2, 3, length, 16)
+    bias = None
+    if documents:
+        ids = (torch.arange(length) // 37).expand(2, -1).contiguous()
+        bias = document_bias(ids, torch.float32)
+        assert (bias is None) == (length == 1)
+    compare(
+        lambda q, k, v: causal_attention(q, k, v, 0.2, bias), lambda q, k, v: attention_reference(q, k, v, 0.2, bias), (q, k, v), dtype
+    )
+
+
+def test_attention_with_a_cache_sees_all_earlier_positions():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 8)
+    whole = causal_attention(q, k, v, 0.3)
+    assert torch.allclose(causal_attention(q[:, :, 6:], k, v, 0.3), whole[:, :, 6:], atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("scale", [0.02, 1.0])
+def test_linear_cross_entropy(dtype, scale):
+    """1,500 tokens: two chunks, the second partial; confident (scale 1) and uncertain predictions; ignored targets."""
+    torch.manual_seed(0)
+    x, w = torch.randn(1500, 32), torch.randn(50, 32) * scale
+    targets = (x @ w.T + torch.randn(1500, 50)).argmax(-1)
+    targets[::7] = IGNORE
+    compare(
+        lambda x, w: linear_cross_entropy(x, w, targets, 700), lambda x, w: linear_cross_entropy_reference(x, w, targets, 700), (x, w), dtype
+    )
+    nll = token_nll(x, w, targets)
+    assert torch.equal(nll == 0, targets == IGNORE)
+    assert float(nll.sum() / 700) == pytest.approx(float(linear_cross_entropy_reference(x, w, targets, 700)), rel=1e-5)
+
+
+def test_cross_entropy_gradient_near_certainty():
+    """Where p(target) rounds to 1 in bfloat16 the target's gradient must still be minus the others' sum, not 0."""
+    x = torch.ones(1, 1, dtype=torch.bfloat16, requires_grad=True)
+    w = torch.tensor([[8.0], [0.0]], requires_grad=True)
+    loss = linear_cross_entropy(x, w, torch.tensor([0]), 1)
+    loss.backward()
+    p_other = float(torch.sigmoid(torch.tensor(-8.0)))
+    assert float(loss) == pytest.approx(p_other, rel=2e-2)
+    assert float(w.grad[0]) == pytest.approx(-p_other, rel=2e-2)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_mixture_of_experts(dtype, top_k):
+    """Random routing with an expert that receives nothing."""
+    torch.manual_seed(0)
+    E, F, D, N = 5, 12, 16, 40
+    x, gate_up, down = torch.randn(N, D), torch.randn(E, 2 * F, D) * 0.3, torch.randn(E, D, F) * 0.3
+    scores = torch.rand(N, E)
+    scores[:, 3] = -1
+    experts = scores.topk(top_k, -1).indices
+    weights = torch.rand(N, top_k)
+    assert 3 not in experts
+    compare(
+        lambda x, g, d, w: mixture(x, g, d, w, experts), lambda x, g, d, w: mixture_reference(x, g, d, w, experts),
+        (x, gate_up, down, weights), dtype,
+    )  # fmt: skip

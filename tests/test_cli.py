@@ -1,0 +1,225 @@
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import sparing
+from sparing.arguments import parse
+from sparing.cli import VERBS, main
+from sparing.output import show, to_json
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(sparing.__file__).parent.parent)}
+
+
+def python(*arguments, **options):
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=ENVIRONMENT, timeout=120, **options)
+
+
+def assert_one_line(capsys, status, says):
+    out, err = capsys.readouterr()
+    assert status == 2
+    assert out == ""
+    assert err.startswith("sparing: ") and err.count("\n") == 1 and err.endswith("\n"), err
+    assert says in err
+
+
+def test_help_is_cheap_and_names_every_verb():
+    code = "import sys; from sparing.cli import main; main(['--help']); print(sorted({'torch', 'tyro', 'numpy', 'rich'} & set(sys.modules)))"
+    result = python("-c", code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "[]"
+    for verb in VERBS:
+        assert f"sparing {verb}" in result.stdout
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself_without_torch(verb):
+    result = python("-c", f"import sys; from sparing.cli import main; code = main(['{verb}', '--help']); print('torch' in sys.modules); sys.exit(code)")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.endswith("False\n")
+    assert f"usage: sparing {verb}" in result.stdout
+    assert "--json" in result.stdout
+
+
+def test_train_help_lists_the_fields_of_a_recipe(capsys):
+    assert main(["train", "--help"]) == 0
+    out = capsys.readouterr().out
+    for option in ("--budget", "--text-key", "--model.num-layers", "--model.yarn.factor", "--optim.lr", "--data.text-key"):
+        assert option in out
+    assert "--budget.amount" not in out
+
+
+def test_python_dash_m_and_version():
+    result = python("-m", "sparing", "--version")
+    assert (result.returncode, result.stdout) == (0, f"sparing {sparing.__version__}\n")
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("", "no verb given"),
+        ("trian", "unknown verb 'trian'; nearest: train"),
+        ("--verbose", "unknown verb '--verbose'"),
+        ("train --budgt 5m", "unknown option --budgt; nearest: --budget"),
+        ("train --budget", "--budget needs a value"),
+        ("train --budget --out x", "--budget needs a value"),
+        ("train --data --budget 5m --out x", "--data needs a value"),
+        ("train --out x", "train needs --budget"),
+        ("train --budget 5m", "train needs --out"),
+        ("train --budget 5 --out x", "has no unit"),
+        ("train --budget 5parsec --out x", "unknown unit 'parsec'"),
+        ("train --budget -5m --out x", "must be positive"),
+        ("train --budget 0m --out x", "is zero"),
+        ("train --budget nan --out x", "not a finite number"),
+        ("train --budget 90000d --out x", "out of range"),
+        ("train --budget +5m --out x", "sparing resume"),
+        ("train a.toml b.toml --budget 5m --out x", "unexpected 'b.toml'"),
+        ("train missing.toml --budget 5m --out x", "missing.toml: No such file"),
+        ("train --seed five --budget 5m --out x", "--seed: 'five' is not a whole number"),
+        ("train --seed 1.5 --budget 5m --out x", "--seed: '1.5' is not a whole number"),
+        ("train --json=yes", "--json takes no value"),
+        ("train --model.num-layer 8", "unknown option --model.num-layer; nearest: --model.num-layers"),
+        ("train --model.num-layers eight", "--model.num-layers: 'eight' is not a whole number"),
+        ("train --model.num-layers", "--model.num-layers needs a value"),
+        ("train --model.attention mha", "'mha' is not one of mla, gqa"),
+        ("train --train.compile maybe", "'maybe' is not a true|false|none"),
+        ("train --optim.lr nan", "--optim.lr: nan is not a number"),
+        ("train --samples -1 --budget 5m --out x", "--samples -1"),
+        ("resume", "resume needs RUN"),
+        ("resume r --budget 20m", "plus sign"),
+        ("resume r --seed 3", "unknown option --seed"),
+        ("eval", "eval needs RUN"),
+        ("eval r", "eval needs --data"),
+        ("eval r --data x --context long", "--context: 'long' is not a whole number"),
+        ("generate r", "generate needs --prompt"),
+        ("generate r --prompt a --temperature hot", "--temperature: 'hot' is not a number"),
+        ("generate r --prompt a --model.num-layers 3", "unknown option --model.num-layers"),
+        ("generate r --prompt \udcff", "not UTF-8"),
+        ("export r", "export needs --out"),
+        ("export r --format onnx --out x", "--format onnx: not available; choose hf"),
+        ("export r --dtype int4 --out x", "--dtype int4: not available; choose float32 or bfloat16"),
+        ("import", "import needs FOLDER"),
+        ("import f", "import needs --out"),
+        ("bench", "bench needs NAME"),
+        ("bench train --steps", "--steps needs a value"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(capsys, line, says):
+    assert_one_line(capsys, main(line.split()), says)
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("train --data {tmp}/missing --budget 5m --out {tmp}/run", "missing"),
+        ("train --budget 5m --out {tmp}/taken", "choose a new folder"),
+        ("train --budget 5m --out {tmp}/taken/file", "file"),
+        ("resume {tmp}/missing", "missing: no such run folder"),
+        ("eval {tmp}/missing --data {tmp}", "no such run folder"),
+        ("eval {tmp}/taken --data {tmp}", "is not a run folder"),
+        ("generate {tmp}/missing --prompt a", "no such run folder"),
+        ("generate {tmp}/missing --prompt a --json", "no such run folder"),
+        ("export {tmp}/missing --out {tmp}/x", "no such run folder"),
+        ("import {tmp}/missing --out {tmp}/x", "missing"),
+        ("bench tarin", "tarin"),
+    ],
+)
+def test_mistakes_that_only_the_verb_itself_can_see(capsys, tmp_path, line, says):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").write_text("")
+    assert_one_line(capsys, main(line.format(tmp=tmp_path).split()), says)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[model]\nnum_layer = 3", "unknown key; nearest: num_layers"),
+        ("[model]\nnum_layers = 'x'", "not a whole number"),
+        ("[model", "not valid TOML"),
+        ("[budget]\namount = 3.0", "needs amount and unit"),
+        ("budget = '5 parsec'", "unknown unit"),
+    ],
+)
+def test_a_bad_recipe_is_one_line(capsys, tmp_path, text, says):
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(text)
+    assert_one_line(capsys, main(["train", str(recipe), "--out", str(tmp_path / "run")]), says)
+
+
+def words(verb, *line):
+    return parse(verb, VERBS[verb], list(line))
+
+
+def test_options_in_every_spelling():
+    verb, overrides = words("train", "r.toml", "--data", "a", "b", "--budget=5m", "--data=c", "--text_key", "t", "--model.num_layers=8", "--json")
+    assert (verb.recipe, verb.data, verb.budget, verb.text_key, verb.json) == ("r.toml", ["a", "b", "c"], "5m", "t", True)
+    assert overrides == {"model.num_layers": 8}
+
+
+def test_the_last_of_two_counts_and_dashes_may_begin_a_value():
+    verb, _ = words("generate", "run", "--prompt", "a", "--prompt=--help me", "--temperature", "1e-1", "--seed", "-3")
+    assert (verb.run, verb.prompt, verb.temperature, verb.seed) == ("run", "--help me", 0.1, -3)
+    assert words("generate", "run", "--prompt", "-- a dash and words")[0].prompt == "-- a dash and words"
+
+
+def test_overrides_are_typed():
+    line = ("--model.q-lora-rank", "none", "--train.compile", "false", "--optim.lr", "3e-4", "--model.yarn.factor", "8", "--data.max-tokens", "5e6")
+    _, overrides = words("train", *line)
+    assert overrides == {
+        "model.q_lora_rank": None, "train.compile": False, "optim.lr": 3e-4, "model.yarn.factor": 8.0, "data.max_tokens": 5_000_000,
+    }  # fmt: skip
+
+
+def test_a_benchmark_takes_options_of_its_own():
+    bench, options = words("bench", "train", "--steps", "20", "--lr=0.5", "--compile", "true", "--peer-name", "hf", "--json")
+    assert (bench.name, bench.json) == ("train", True)
+    assert options == {"steps": 20, "lr": 0.5, "compile": True, "peer_name": "hf"}
+
+
+def test_json_of_what_json_cannot_say():
+    value = {"a": math.nan, "b": (np.float32(0.5), np.int64(3)), "c": Path("x"), 4: [True, None, math.inf]}
+    assert json.loads(json.dumps(to_json(value), allow_nan=False)) == {"a": None, "b": [0.5, 3], "c": "x", "4": [True, None, None]}
+
+
+def test_what_people_see(capsys):
+    show({"bpb": 1.23456789, "run": "runs/a", "rows": [{"name": "x", "ratio": 2.5}], "samples": [{"prompt": "def ", "text": "f(x):"}]})
+    out = capsys.readouterr().out
+    assert "1.23457" in out and "runs/a" in out and "name x  ratio 2.5" in out and out.endswith("def f(x):\n")
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_an_interruption_says_how_to_go_on(how):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sparing", "generate", "a run", "--prompt", "-"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
+    )  # fmt: skip
+    # It waits for its prompt once the handler is in place.
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{process.pid}").exists() and not waits_for_input(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(how)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (130, "")
+    assert err == "sparing: interrupted; to go on: sparing generate 'a run' --prompt -\n"
+
+
+def waits_for_input(pid):
+    """Asleep with no imports left to do: tyro is loaded and the process blocks."""
+    state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    used = int(state[11]) + int(state[12])
+    time.sleep(0.3)
+    after = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return after[0] == "S" and used > 5 and int(after[11]) + int(after[12]) == used
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="the process's start is read from /proc")
+def test_the_budget_counts_from_the_start_of_the_process():
+    result = python("-c", "import time; time.sleep(0.5); import sparing.cli as cli; print(cli._IMPORTED - cli.process_start())")
+    assert 0.45 < float(result.stdout) < 30

@@ -1,0 +1,245 @@
+"""The run folder: nothing half written, one writer, damage noticed, tensors streamed."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sparing.config import UserError
+from sparing.run import (
+    DamagedError,
+    DiskFullError,
+    RunFolder,
+    append_durably,
+    link_or_copy,
+    read_lines,
+    read_tensors,
+    verify_folder,
+    write_atomic,
+    write_folder,
+    write_tensors,
+)
+
+
+def python(code: str, *arguments, **more) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)], stdout=-1, stderr=-1, text=True, **more)
+
+
+def test_create_and_open(tmp_path):
+    run = RunFolder.create(tmp_path / "deep" / "run")
+    assert run.weights.is_dir() and run.state.is_dir()
+    RunFolder.create(run.path)  # died before its config was written: may begin again
+    run.config_file.write_text("")
+    assert RunFolder.open(run.path).config_file == run.config_file
+    with pytest.raises(UserError, match="sparing resume"):
+        RunFolder.create(run.path)
+
+
+def test_wrong_folders_are_one_clear_line(tmp_path):
+    with pytest.raises(UserError, match="no such run folder"):
+        RunFolder.open(tmp_path / "absent")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").write_text("")
+    with pytest.raises(UserError, match=r"no config.toml; did you mean .*run\?"):
+        RunFolder.open(tmp_path)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.tex").write_text("years")
+    with pytest.raises(UserError, match=r"not empty .*thesis\.tex"):
+        RunFolder.create(tmp_path / "thesis")
+    with pytest.raises(UserError, match="is a file"):
+        RunFolder.create(tmp_path / "thesis" / "thesis.tex")
+
+
+HOLD = "import sys; from sparing.run import RunFolder\nwith RunFolder(sys.argv[1]).lock(): print('locked', flush=True); sys.stdin.read()"
+
+
+def test_second_writer_gets_one_line_and_a_dead_one_leaves_no_lock(tmp_path):
+    run = RunFolder.create(tmp_path / "run")
+    holder = python(HOLD, run.path, stdin=subprocess.PIPE)
+    assert holder.stdout.readline() == "locked\n"
+    with pytest.raises(UserError, match=f"is being written by process {holder.pid}") as error, run.lock():
+        pass
+    assert "\n" not in str(error.value)
+    holder.kill()
+    holder.communicate()
+    with run.lock(), run.lock():  # and again within one process
+        second = python(HOLD, run.path, stdin=subprocess.DEVNULL)
+        assert "is being written by process" in second.communicate()[1]
+    with run.lock():
+        pass
+
+
+def test_orphaned_worker_does_not_keep_the_lock(tmp_path):
+    run = RunFolder.create(tmp_path / "run")
+    code = """
+        import os, sys, time
+        from sparing.run import RunFolder
+        with RunFolder(sys.argv[1]).lock():
+            child = os.fork()
+            if child == 0:
+                time.sleep(60)
+            print(child, flush=True)
+            os.kill(os.getpid(), 9)
+    """
+    parent = python(code, run.path)
+    child = int(parent.stdout.readline())
+    parent.wait()
+    try:
+        with run.lock():
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        parent.communicate()
+
+
+TENSORS = {
+    "a": torch.randn(3, 5),
+    "b.bias": torch.randn(7).bfloat16(),
+    "c": torch.arange(4),
+    "scalar": torch.tensor(2.5, dtype=torch.float64),
+    "empty": torch.zeros(0, 3),
+    "f8": torch.randn(4, 4).to(torch.float8_e4m3fn),
+    "view": torch.randn(6, 4).T,
+    "flags": torch.tensor([True, False]),
+}
+
+
+def test_tensors_are_plain_safetensors_both_ways(tmp_path):
+    digest = write_tensors(tmp_path / "x.safetensors", TENSORS, {"format": "pt"})
+    theirs = load_file(tmp_path / "x.safetensors")
+    assert theirs.keys() == TENSORS.keys()
+    for name, tensor in TENSORS.items():
+        assert theirs[name].dtype == tensor.dtype and theirs[name].shape == tensor.shape
+        assert torch.equal(theirs[name].float(), tensor.float())
+    assert digest["bytes"] == (tmp_path / "x.safetensors").stat().st_size
+    save_file({"w": TENSORS["a"]}, tmp_path / "y.safetensors")
+    assert torch.equal(dict(read_tensors(tmp_path / "y.safetensors"))["w"], TENSORS["a"])
+    (tmp_path / "z.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(DamagedError):
+        list(read_tensors(tmp_path / "z.safetensors"))
+
+
+def test_writing_tensors_makes_no_second_copy(tmp_path):
+    """512 MB of weights; the process may grow by far less than that."""
+    code = """
+        import resource, sys, torch
+        from sparing.run import write_tensors
+        tensors = {f"w{i}": torch.full((2048, 2048), float(i)) for i in range(32)}
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        write_tensors(sys.argv[1], tensors)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    """
+    output, errors = python(code, tmp_path / "big.safetensors").communicate()
+    assert int(output) < 100_000, errors  # kB
+
+
+def test_folder_checksums(tmp_path):
+    folder = tmp_path / "step"
+    write_folder(folder, {"w.safetensors": {"w": torch.ones(10)}, "state.json": "{}"})
+    verify_folder(folder)
+    write_folder(folder, {"w.safetensors": {"w": torch.zeros(10)}, "state.json": "{}"})  # replaces
+    verify_folder(folder)
+    assert dict(read_tensors(folder / "w.safetensors"))["w"].sum() == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step"]
+    data = bytearray((folder / "w.safetensors").read_bytes())
+    data[-1] ^= 1
+    (folder / "w.safetensors").write_bytes(data)
+    with pytest.raises(DamagedError, match=r"w\.safetensors"):
+        verify_folder(folder)
+    for damage in ("w.safetensors", "checksums.json"):
+        (folder / damage).unlink()
+        with pytest.raises(DamagedError):
+            verify_folder(folder)
+
+
+def limited(code: str, path, limit: int) -> subprocess.CompletedProcess:
+    """Run code in a process that may write no file beyond `limit` bytes: EFBIG, which is treated like a full disk."""
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), str(path)], capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )  # fmt: skip
+
+
+def test_full_disk_leaves_what_was_there(tmp_path):
+    folder = tmp_path / "step"
+    write_folder(folder, {"w.safetensors": {"w": torch.ones(10)}})
+    code = """
+        import sys, torch
+        from pathlib import Path
+        from sparing.run import DiskFullError, append_durably, write_atomic, write_folder
+        path = Path(sys.argv[1])
+        for write in (
+            lambda: write_folder(path / "step", {"w.safetensors": {"w": torch.zeros(100_000)}}),
+            lambda: write_atomic(path / "file", b"x" * 200_000),
+            lambda: append_durably(path / "log", "x" * 200_000),
+        ):
+            try:
+                write()
+                print("no error")
+            except DiskFullError as error:
+                print(error)
+    """
+    done = limited(code, tmp_path, 100_000)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3 and all("no room left" in line for line in lines), done
+    verify_folder(folder)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "step"]
+
+
+def test_a_really_full_device():
+    """/dev/full answers ENOSPC to every write."""
+    from pathlib import Path
+
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    from sparing.run import disk_errors
+
+    with pytest.raises(DiskFullError, match="No space left"), disk_errors("there"), open("/dev/full", "w") as file:
+        file.write("x" * 100_000)
+
+
+def test_atomic_write_survives_a_kill(tmp_path):
+    code = """
+        import sys
+        from sparing.run import write_atomic
+        print("begun", flush=True)
+        for number in range(10**9):
+            write_atomic(sys.argv[1] + "/file", str(number % 10) * 50_000)
+    """
+    for delay in (0.01, 0.05, 0.1):
+        writer = python(code, tmp_path)
+        writer.stdout.readline()
+        signal.sigtimedwait([], delay)
+        writer.kill()
+        writer.communicate()
+        if (tmp_path / "file").exists():
+            text = (tmp_path / "file").read_text()
+            assert len(text) == 50_000 and len(set(text)) == 1
+    write_atomic(tmp_path / "file", "after")
+    assert (tmp_path / "file").read_text() == "after"
+
+
+def test_logs_survive_a_line_cut_short(tmp_path):
+    log = tmp_path / "log.jsonl"
+    append_durably(log, json.dumps({"a": 1}))
+    with open(log, "a") as file:
+        file.write('{"a": 2, "b')
+    append_durably(log, json.dumps({"a": 3}))
+    assert read_lines(log) == [{"a": 1}, {"a": 3}]
+    assert read_lines(tmp_path / "absent") == []
+
+
+def test_link_or_copy_replaces(tmp_path):
+    (tmp_path / "new").write_text("new")
+    (tmp_path / "old").write_text("old")
+    link_or_copy(tmp_path / "new", tmp_path / "old")
+    assert (tmp_path / "old").read_text() == "new"
+    (tmp_path / "new").unlink()
+    assert (tmp_path / "old").read_text() == "new"

@@ -1,0 +1,97 @@
+"""SIGTERM and SIGINT: out within ten seconds, whatever is running, and nothing lost that was on disk."""
+
+import signal
+import threading
+import time
+
+import pytest
+from test_resume import logged
+
+from sparing.run import RunFolder, verify_folder
+from sparing.train.preempt import Interrupted, Preempt
+
+
+def stop(process, run, number=signal.SIGTERM) -> float:
+    """Send the signal; returns seconds until the process has gone, after checking how it went."""
+    sent = time.monotonic()
+    process.kill(number)
+    assert process.wait() == 130, process.output()
+    assert f"sparing resume {run}" in process.output().splitlines()[-1]
+    assert "Traceback" not in process.output()
+    verify_folder(max(RunFolder(run).state.glob("step-*")))
+    return time.monotonic() - sent
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_in_a_step_the_finished_steps_are_saved(start, tmp_path, number):
+    run = tmp_path / "run"
+    process = start(run, "--steps", 1000, "--interval", 1000, "--slow-step", 0.05)
+    process.until(lambda: logged(run) >= 5)
+    assert stop(process, run, number) < 10
+    assert max(run.glob("state/step-*")).name == f"step-{logged(run):08d}"
+
+
+def test_in_a_slow_step_it_does_not_wait_for_the_end(start, tmp_path):
+    process = start(tmp_path / "run", "--steps", 100, "--slow-step", 120)
+    process.until_says("batch 0")
+    assert stop(process, tmp_path / "run") < 10
+
+
+def test_in_evaluation(start, tmp_path):
+    process = start(tmp_path / "run", "--steps", 40, "--slow-eval", 120)
+    process.until_says("evaluating")
+    assert stop(process, tmp_path / "run") < 10
+    assert max(tmp_path.glob("run/state/step-*")).name == f"step-{logged(tmp_path / 'run'):08d}"
+
+
+def test_in_code_that_cannot_be_interrupted_the_last_checkpoint_stands(start, tmp_path):
+    process = start(tmp_path / "run", "--steps", 100, "--stuck")
+    process.until_says("batch 3")
+    assert stop(process, tmp_path / "run") < 10
+
+
+def test_second_signal_leaves_at_once(start, tmp_path):
+    process = start(tmp_path / "run", "--steps", 100, "--stuck")
+    process.until_says("batch 3")
+    process.kill(signal.SIGINT)
+    time.sleep(0.3)
+    assert stop(process, tmp_path / "run", signal.SIGINT) < 3
+
+
+@pytest.mark.slow
+def test_in_compilation(start, tmp_path, monkeypatch):
+    process = start(tmp_path / "run", "--steps", 100, "--compile")
+    process.until_says("batch 0")
+    time.sleep(3.0)
+    assert stop(process, tmp_path / "run") < 10
+
+
+def test_within_one_process():
+    before = signal.getsignal(signal.SIGTERM)
+    with Preempt("go on") as preempt:
+        with pytest.raises(Interrupted, match="go on"), preempt.interruptible():
+            signal.raise_signal(signal.SIGTERM)
+            pytest.fail("unreachable")
+        assert preempt.requested
+        with pytest.raises(Interrupted):
+            preempt.check()
+        with pytest.raises(Interrupted), preempt.interruptible():
+            pytest.fail("a signal that came before is not forgotten")
+    assert signal.getsignal(signal.SIGTERM) is before
+
+    with Preempt("go on") as preempt:
+        signal.raise_signal(signal.SIGTERM)  # outside `interruptible`: only noted
+        assert preempt.requested
+
+
+def test_outside_the_main_thread_signals_are_left_alone():
+    before, seen = signal.getsignal(signal.SIGTERM), []
+
+    def work() -> None:
+        with Preempt("x") as preempt, preempt.interruptible():
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [before]
