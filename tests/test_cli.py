@@ -31,7 +31,9 @@ def assert_one_line(capsys, status, says):
 
 
 def test_help_is_cheap_and_names_every_verb():
-    code = "import sys; from sparing.cli import main; main(['--help']); print(sorted({'torch', 'tyro', 'numpy', 'rich'} & set(sys.modules)))"
+    code = (
+        "import sys; from sparing.cli import main; main(['--help']); print(sorted({'torch', 'tyro', 'numpy', 'rich'} & set(sys.modules)))"
+    )
     result = python("-c", code)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == "[]"
@@ -41,7 +43,9 @@ def test_help_is_cheap_and_names_every_verb():
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_explains_itself_without_torch(verb):
-    result = python("-c", f"import sys; from sparing.cli import main; code = main(['{verb}', '--help']); print('torch' in sys.modules); sys.exit(code)")
+    result = python(
+        "-c", f"import sys; from sparing.cli import main; code = main(['{verb}', '--help']); print('torch' in sys.modules); sys.exit(code)"
+    )
     assert result.returncode == 0, result.stderr
     assert result.stdout.endswith("False\n")
     assert f"usage: sparing {verb}" in result.stdout
@@ -128,7 +132,10 @@ def test_a_mistake_is_one_line_and_status_2(capsys, line, says):
         ("generate {tmp}/missing --prompt a --json", "no such run folder"),
         ("export {tmp}/missing --out {tmp}/x", "no such run folder"),
         ("import {tmp}/missing --out {tmp}/x", "missing"),
-        ("bench tarin", "tarin"),
+        ("bench tarin", "bench tarin: not available; choose train"),
+        ("bench train througput", "throughput"),
+        ("bench train --rounnds 3", "--rounnds"),
+        ("bench train throughput extra", "unexpected 'extra'"),
     ],
 )
 def test_mistakes_that_only_the_verb_itself_can_see(capsys, tmp_path, line, says):
@@ -158,7 +165,9 @@ def words(verb, *line):
 
 
 def test_options_in_every_spelling():
-    verb, overrides = words("train", "r.toml", "--data", "a", "b", "--budget=5m", "--data=c", "--text_key", "t", "--model.num_layers=8", "--json")
+    verb, overrides = words(
+        "train", "r.toml", "--data", "a", "b", "--budget=5m", "--data=c", "--text_key", "t", "--model.num_layers=8", "--json"
+    )
     assert (verb.recipe, verb.data, verb.budget, verb.text_key, verb.json) == ("r.toml", ["a", "b", "c"], "5m", "t", True)
     assert overrides == {"model.num_layers": 8}
 
@@ -170,7 +179,7 @@ def test_the_last_of_two_counts_and_dashes_may_begin_a_value():
 
 
 def test_overrides_are_typed():
-    line = ("--model.q-lora-rank", "none", "--train.compile", "false", "--optim.lr", "3e-4", "--model.yarn.factor", "8", "--data.max-tokens", "5e6")
+    line = "--model.q-lora-rank none --train.compile false --optim.lr 3e-4 --model.yarn.factor 8 --data.max-tokens 5e6".split()
     _, overrides = words("train", *line)
     assert overrides == {
         "model.q_lora_rank": None, "train.compile": False, "optim.lr": 3e-4, "model.yarn.factor": 8.0, "data.max_tokens": 5_000_000,
@@ -207,7 +216,7 @@ def test_an_interruption_says_how_to_go_on(how):
     process.send_signal(how)
     out, err = process.communicate(timeout=30)
     assert (process.returncode, out) == (130, "")
-    assert err == "sparing: interrupted; to go on: sparing generate 'a run' --prompt -\n"
+    assert err == "sparing: interrupted; go on with: sparing generate 'a run' --prompt -\n"
 
 
 def waits_for_input(pid):

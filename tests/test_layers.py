@@ -15,6 +15,7 @@ LAYERS = [
     {"bench"},
     {"serve", "federate"},
     {"api"},
+    {"pipeline"},
     {"curate"},
     {"adapt"},
     {"train", "infer"},

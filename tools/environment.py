@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"  # on Linux, PyPI's torch carries CUDA; the CPU builds live here
-# Download sizes with all dependencies, measured on Linux x86-64 with Python 3.11, torch 2.13.0, in November 2026; "cuda" has NVIDIA's libraries.
+# Download sizes, dependencies included ("cuda": NVIDIA's libraries), measured with torch 2.13.0 for Python 3.11 on Linux x86-64.
 MB = {"cpu": 192, "cuda": 2731, "sparing": 101, "dev": 57}
 PROBE = "import torch; print(torch.__version__, torch.version.cuda, torch.__file__, sep='\\n')"
 
@@ -47,6 +47,15 @@ def satisfies(version: str, requirement: str) -> bool:
 
     low, high = (re.search(mark + r"([\d.]+)", requirement).group(1) for mark in (">=", "<(?!=)"))
     return key(low) <= key(version) < key(high)
+
+
+def is_environment(python: str) -> bool:
+    """Whether this is a working interpreter with pip, of the version that runs us."""
+    try:
+        result = subprocess.run([python, "-c", "import sys, pip; print(sys.version)"], capture_output=True, text=True)
+    except OSError:
+        return False
+    return result.returncode == 0 and result.stdout.strip() == sys.version.strip()
 
 
 def has_nvidia_gpu() -> bool:
@@ -88,7 +97,7 @@ def main():
         return
     requirement = next(line for line in tomllib.loads(project.decode())["project"]["dependencies"] if line.startswith("torch"))
 
-    if subprocess.run([python, "-m", "pip", "--version"], capture_output=True).returncode != 0 if Path(python).exists() else True:
+    if not is_environment(python):
         say(f"making {args.env} with Python {sys.version.split()[0]}")
         made = subprocess.run([sys.executable, "-m", "venv", "--clear", str(env)], capture_output=True, text=True)
         if made.returncode != 0:
@@ -102,7 +111,11 @@ def main():
         return found is not None and satisfies(found[0], requirement) and (found[1] or not cuda)
 
     extra_index, builds = [], ["cuda" if cuda else "cpu"]
+    kept_from = next((env / "lib").glob("python3*/site-packages")) / "kept-torch.pth"
     ours = installed_torch(python)
+    if not usable(ours) and kept_from.exists():  # what was kept before no longer does
+        kept_from.unlink()
+        ours = installed_torch(python)
     kept = usable(ours)
     if kept:
         say(f"keeping torch {ours[0]}")
@@ -113,8 +126,7 @@ def main():
         kept = usable(theirs)
         if kept:
             # Behind the environment's own packages, so that only what is missing there comes from here.
-            site = next((env / "lib").glob("python3*/site-packages"))
-            (site / "kept-torch.pth").write_text(f"{theirs[2]}\n")
+            kept_from.write_text(f"{theirs[2]}\n")
             say(f"keeping torch {theirs[0]} of {sys.executable}")
         elif not cuda and sys.platform == "linux":
             if reachable(f"{CPU_INDEX}/torch/"):

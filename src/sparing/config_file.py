@@ -144,6 +144,15 @@ def set_dotted(wishes: dict, name: str, value: Any) -> None:
     wishes[key] = value
 
 
+def merge_wishes(*parts: dict | None) -> dict:
+    """Nested wishes in one, the later winning."""
+    result: dict = {}
+    for part in parts:
+        for key, value in (part or {}).items():
+            result[key] = merge_wishes(result.get(key, {}), value) if isinstance(value, dict) else value
+    return result
+
+
 def _load(path: str | Path) -> dict:
     try:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))

@@ -121,7 +121,9 @@ def resolve(wishes: dict, budget: Budget, machine: Machine, facts: CorpusFacts, 
     elif budget.unit == "tok":
         flops = None
     else:
-        raise UserError(f"budget in {budget.unit}: prices and energy are not known to this version; give time, tokens or FLOPs, such as 20m")
+        raise UserError(
+            f"budget in {budget.unit}: prices and energy are not known to this version; give time, tokens or FLOPs, such as 20m"
+        )
 
     moe = model_wishes.get("num_dense_layers") is None and MOE_FROM_FLOPS is not None and (flops or 0) >= MOE_FROM_FLOPS
     moe = moe or any(key in model_wishes for key in ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size"))
@@ -145,9 +147,8 @@ def resolve(wishes: dict, budget: Budget, machine: Machine, facts: CorpusFacts, 
     ratio = tokens / counts.active
     for name in ("hidden_size", "num_layers", "num_heads"):
         if name not in model_wishes:
-            reasons[f"model.{name}"] = (
-                f"largest rung of the ladder with at least {TOKENS_PER_PARAMETER:g} tokens per active parameter: {tokens / 1e6:.1f} M tokens, {ratio:.0f} each"
-            )
+            enough = f"largest size with {TOKENS_PER_PARAMETER:g} tokens or more per active parameter"
+            reasons[f"model.{name}"] = f"{enough}: {tokens / 1e6:.1f} M tokens, {ratio:.0f} each"
     if "vocab_size" not in model_wishes:
         reasons["model.vocab_size"] = f"for about {tokens / 1e6:.1f} M tokens of training and {facts.train_bytes / 1e6:.1f} MB of text"
 
@@ -155,7 +156,9 @@ def resolve(wishes: dict, budget: Budget, machine: Machine, facts: CorpusFacts, 
     config = replace(config, model=model, budget=budget)
     train = replace(config.train, device=device, seq_len=seq_len, dtype=train_wishes.get("dtype", dtype))
     if "dtype" not in train_wishes:
-        reasons["train.dtype"] = "this device multiplies bfloat16 in hardware" if dtype == "bfloat16" else "no bfloat16 products in this CPU"
+        reasons["train.dtype"] = (
+            "this device multiplies bfloat16 in hardware" if dtype == "bfloat16" else "no bfloat16 products in this CPU"
+        )
     if "batch_size" not in train_wishes:
         batch_tokens = 65536 if device == "cuda" else (4096 if tokens < 6e6 else 8192)
         train = replace(train, batch_size=max(1, batch_tokens // seq_len))

@@ -56,10 +56,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: str | Path) -> RunFolder:
-        """Make an empty run folder. An empty folder, or one in which a run died before its config was written, is taken over.
-
-        Raises UserError where there is a run, a file, or somebody's other files already.
-        """
+        """Make a run folder, or take over one that died before its config was written. UserError where other files are already."""
         run = cls(path)
         if run.config_file.exists():
             raise UserError(f"{path} already holds a run: continue it with `sparing resume {path}`, or choose another --out")
@@ -139,10 +136,8 @@ def disk_errors(path: str | Path) -> Iterator[None]:
 def sync_folder(path: Path) -> None:
     """Make renames inside a folder survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 class _HashingFile:

@@ -4,7 +4,9 @@ import random
 
 import pytest
 
-WORDS = "the of and to in is that it was for on are as with his they at be this from have or by one had not but what all were when we".split()
+WORDS = (
+    "the of and to in is that it was for on are as with his they at be this from have or by one had not but what all were when we".split()
+)
 
 
 def prose(seed: int, sentences: int = 40) -> str:

@@ -19,11 +19,17 @@ def test_facts(corpus, texts, tmp_path):
     assert facts.documents == 122 and facts.bytes == size + 13 + 9 and facts.files == 123
     assert facts.kinds == {"jsonl": 9, "md": 13, "txt": size}
     assert facts.quarantined == 3 and facts.reasons == {"no key 'text'": 2, "not UTF-8": 1}
-    held = [text for text in texts + ["markdown text", "json text"] if facts.split.holds_out(content_hash(text.encode()))]
+    held = [text for text in [*texts, "markdown text", "json text"] if facts.split.holds_out(content_hash(text.encode()))]
     assert len(held) == facts.held_out_documents > 0 and sum(len(text.encode()) for text in held) == facts.held_out_bytes
     lines = [json.loads(line) for line in quarantine_path(facts.fingerprint, tmp_path).read_text().splitlines()]
     assert [(line["source"].rsplit("/", 1)[1], line["line"]) for line in lines] == [("bad.py", 1), ("lines.jsonl", 2), ("lines.jsonl", 3)]
     assert lines[1]["reason"] == "no key 'text' (keys: no)"
+
+
+def test_the_default_corpus_is_the_standard_library(tmp_path):
+    facts = scan(DataConfig(), tmp_path)
+    assert facts.documents > 300 and facts.bytes > 5_000_000 and set(facts.kinds) == {"py"}
+    assert 0.01 < facts.held_out_bytes / facts.bytes < 0.04 and set(facts.reasons) <= {"empty", "not UTF-8"}
 
 
 def test_kept_and_made_again_when_damaged(corpus, tmp_path, monkeypatch):

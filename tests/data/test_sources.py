@@ -62,7 +62,16 @@ def test_json_lines(tmp_path):
     assert found == [("one", 1), ("last, without newline", 11)]
     reasons = dict(rejected)
     assert list(reasons) == [2, 3, 4, 5, 6, 8, 9, 10]
-    expected = ["no key 'text' (keys: other)", "is not text but int", "not a JSON object", "empty", "not JSON", "not UTF-8", "surrogate", "not JSON"]
+    expected = [
+        "no key 'text' (keys: other)",
+        "is not text but int",
+        "not a JSON object",
+        "empty",
+        "not JSON",
+        "not UTF-8",
+        "surrogate",
+        "not JSON",
+    ]
     assert all(part in reason for part, reason in zip(expected, reasons.values(), strict=True)), reasons
 
 

@@ -1,5 +1,7 @@
 import json
+import random
 import sysconfig
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -87,10 +89,23 @@ def test_merging_helps_and_is_measured(trained, texts):
     assert trained.bytes_per_token(texts) == pytest.approx(size / tokens) and size / tokens > 2
 
 
-def test_training_stops_when_asked(texts):
-    asked = iter([False, False, True])
+def test_training_stops_when_asked_while_reading_and_while_merging(texts):
     with pytest.raises(Stopped):
-        train_tokenizer(texts, 400, lambda: next(asked))
+        train_tokenizer(iter(lambda: texts[0], None), 400, lambda: True)
+    rng = random.Random(0)
+    long = [" ".join("".join(rng.choices("abcdefgh", k=12)) for _ in range(1000)) for _ in range(30)]
+    read = threading.Event()
+
+    def texts_then_note():
+        yield from long
+        read.set()
+
+    with pytest.raises(Stopped):
+        train_tokenizer(texts_then_note(), 20_000, lambda: threading.current_thread() is threading.main_thread() and read.is_set())
+    still_merging = [thread for thread in threading.enumerate() if thread.name == "tokenizer"]
+    assert still_merging
+    for thread in still_merging:
+        thread.join()
 
 
 def test_save_and_load(trained, tmp_path):
@@ -101,11 +116,11 @@ def test_save_and_load(trained, tmp_path):
 
 
 def test_bad_files_are_one_line(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="no tokenizer: .*does not exist"):
+    with pytest.raises(UserError, match=r"no tokenizer: .*does not exist"):
         Tokenizer.load(tmp_path / "none.json")
     for raw in (b"{}", b"not json", b"\xff", b'{"model": {"type": "BPE"}}'):
         (tmp_path / "bad.json").write_bytes(raw)
-        with pytest.raises(UserError, match="bad.json") as error:
+        with pytest.raises(UserError, match=r"bad\.json") as error:
             Tokenizer.load(tmp_path / "bad.json")
         assert "\n" not in str(error.value)
     monkeypatch.setattr(module, "MAX_FILE_BYTES", 10)

@@ -8,11 +8,11 @@ from sparing.infer.generate import generate, sample
 from sparing.model.init import init_weights
 from sparing.model.transformer import Transformer
 
-SMALL = dict(
-    vocab_size=97, hidden_size=32, num_layers=3, intermediate_size=48, num_heads=2, num_kv_heads=1, head_dim=16, q_lora_rank=24,
-    kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16, n_routed_experts=4, moe_intermediate_size=16,
-    max_position_embeddings=64,
-)  # fmt: skip
+SMALL = {
+    "vocab_size": 97, "hidden_size": 32, "num_layers": 3, "intermediate_size": 48, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16,
+    "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "n_routed_experts": 4,
+    "moe_intermediate_size": 16, "max_position_embeddings": 64,
+}  # fmt: skip
 
 
 def model_of(**changes):
@@ -84,7 +84,8 @@ def test_it_comes_piece_by_piece_and_leaves_the_mode_alone():
 def draws(logits, n=4000, **settings):
     generator = torch.Generator().manual_seed(0)
     defaults = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
-    return torch.bincount(torch.tensor([sample(logits, **{**defaults, **settings}, generator=generator) for _ in range(n)]), minlength=len(logits)) / n
+    tokens = [sample(logits, **{**defaults, **settings}, generator=generator) for _ in range(n)]
+    return torch.bincount(torch.tensor(tokens), minlength=len(logits)) / n
 
 
 def test_sampling_follows_the_probabilities():

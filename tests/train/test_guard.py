@@ -75,7 +75,7 @@ def trained(path, chosen, bad, fault=math.nan, loader=None):
 
 @pytest.mark.parametrize("fault", [math.nan, math.inf])
 def test_nan_batch_is_skipped_and_leaves_no_trace(tmp_path, capsys, fault):
-    chosen = config(steps(20))
+    chosen = config(steps(20), checkpoint_interval_s=100.0)
     result, lines, model = trained(tmp_path / "bad", chosen, {7, 8, 15}, fault)
     assert (result.steps, result.skipped) == (20, 3)
     assert [line["skipped_batch"] for line in lines if "skipped_batch" in line] == [7, 8, 15]
@@ -95,9 +95,9 @@ def test_nan_batch_is_skipped_and_leaves_no_trace(tmp_path, capsys, fault):
 
 
 def test_spike_is_skipped(tmp_path):
-    result, lines, _ = trained(tmp_path / "run", config(steps(90)), {80}, fault=10.0)
+    result, lines, _ = trained(tmp_path / "run", config(steps(76), checkpoint_interval_s=100.0, evals=0), {72}, fault=10.0)
     assert result.skipped == 1
-    assert [line["skipped_batch"] for line in lines if "skipped_batch" in line] == [80]
+    assert [line["skipped_batch"] for line in lines if "skipped_batch" in line] == [72]
 
 
 def test_bad_batch_after_bad_batch_goes_back_to_a_checkpoint(tmp_path, capsys):

@@ -130,5 +130,11 @@ def test_a_fixed_total_never_moves_and_checkpoints_keep_their_steps(tmp_path):
         due += [step] if pace.checkpoint_due(step, 1e6) else []
         pace.step_took(0.5 if step < 10 else 50.0)  # slower than when the number of steps was chosen
     assert due == [10, 20, 30]
-    again = Pace(PlanLog(tmp_path / "plan"), step=20, seconds=0.0, budget_s=None, fixed=70, step_seconds=1.0)
+    again = Pace(PlanLog(tmp_path / "plan"), step=20, seconds=0.0, budget_s=None, fixed=100, step_seconds=1.0)
     assert again.total == 100 and again.checkpoint_due(30, 0.0) and not again.checkpoint_due(31, 1e6)
+
+
+def test_a_larger_budget_makes_a_new_plan(tmp_path):
+    Pace(PlanLog(tmp_path / "plan"), step=0, seconds=0.0, budget_s=None, fixed=100)
+    again = Pace(PlanLog(tmp_path / "plan"), step=50, seconds=0.0, budget_s=None, fixed=150)
+    assert again.total == 150 and [plan["total_steps"] for plan in PlanLog(tmp_path / "plan").plans] == [100, 150]

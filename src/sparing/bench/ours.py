@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from sparing.config import ModelConfig
 from sparing.model.init import init_weights
@@ -19,7 +20,6 @@ class OurSetting:
     precision: str = "bfloat16"
     """`bfloat16` or `float32`."""
     compile: bool = False
-    device: str = "cpu"
 
 
 class OursSide:
@@ -28,18 +28,12 @@ class OursSide:
     Router biases keep their initial value (the peer has no update for them), every parameter is AdamW's, causal attention over the row.
     """
 
-    def __init__(self, model: ModelConfig, setting: OurSetting, weights: Path | None, optimizer: dict):
-        from safetensors.torch import load_file
-
-        self.setting = setting
+    def __init__(self, model: ModelConfig, setting: OurSetting, weights: Path, optimizer: dict):
         self.model = Transformer(model)
-        if weights is None:
-            init_weights(self.model, 0)
-        else:
-            self.model.load_state_dict(load_file(weights))
-        self.model.to(setting.device).train()
+        self.model.load_state_dict(load_file(weights))
+        self.model.train()
         self.model.compute_dtype = getattr(torch, setting.precision)
-        self.loss = torch.compile(self.model.loss) if setting.compile else self.model.loss
+        self.loss = torch.compile(self.model.loss, dynamic=False) if setting.compile else self.model.loss
         self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True, **optimizer)
 
     def step(self, tokens_BT: torch.Tensor) -> float:
@@ -58,8 +52,6 @@ def shifted(tokens_BT: torch.Tensor, depth: int) -> torch.Tensor:
 
 def save_initial_weights(model: ModelConfig, seed: int, path: Path) -> int:
     """Write the state dict that both sides start from; returns the number of parameters."""
-    from safetensors.torch import save_file
-
     ours = Transformer(model)
     init_weights(ours, seed)
     save_file({name: tensor.contiguous() for name, tensor in ours.state_dict().items()}, path)

@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
-import os
-import platform
-from pathlib import Path
+from collections.abc import Sequence
+from functools import cache
+
+from sparing.account.hardware import machine as this_machine
 
 ROW_KEYS = ("name", "ours", "peer", "peer_name", "ratio", "unit", "runs", "machine")
 
 
-def row(name: str, ours: float | None, unit: str, peer: float | None = None, peer_name: str | None = None, runs: int = 1, **more: object) -> dict:
+def paths_of(value: str | Sequence[str]) -> list[str]:
+    """The command line hands over one path as text; callers from Python may give several."""
+    return [value] if isinstance(value, str) else [str(path) for path in value]
+
+
+def row(
+    name: str, ours: float | None, unit: str, peer: float | None = None, peer_name: str | None = None, runs: int = 1, **more: object
+) -> dict:
     """One line of `bench … --json`: our value beside the peer's or the aim's, `ratio` = ours / peer; `more` may stand beside them."""
     ratio = ours / peer if ours is not None and peer else None
     values = (name, ours, peer, peer_name, ratio, unit, runs, machine())
     return dict(zip(ROW_KEYS, values, strict=True)) | more
 
 
+@cache
 def machine() -> str:
-    """This machine in a few words: processor or GPU, cores that may be used, torch."""
+    """This machine in a few words: processor, cores that may be used, GPUs, torch."""
     import torch
 
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    except OSError:
-        pass
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{name}, {cores} cores{gpu}, torch {torch.__version__}"
+    found = this_machine()
+    gpus = "".join(f", {gpu.name}" for gpu in found.gpus)
+    return f"{found.cpu}, {found.cores_physical} cores{gpus}, torch {torch.__version__}"
 
 
 def print_table(title: str, rows: list[dict]) -> None:

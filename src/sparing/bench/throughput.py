@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from sparing.bench.peer import PeerSetting, all_settings
-from sparing.bench.report import row, say
+from sparing.bench.report import paths_of, row, say
 from sparing.bench.worker import Worker, WorkerError
 from sparing.budget.flops import train_flops
 from sparing.config import DataConfig, ModelConfig, UserError
@@ -43,7 +43,7 @@ WARM_UP = 2
 
 
 def throughput(
-    data: Sequence[str] = (),
+    data: str | Sequence[str] = (),
     rounds: int = 8,
     steps: int = 6,
     trial_steps: int = 2,
@@ -54,6 +54,7 @@ def throughput(
     model: ModelConfig = MODEL,
     settings: Sequence[PeerSetting] | None = None,
     precision: Literal["bfloat16", "float32"] = "bfloat16",
+    peak_sizes: Sequence[int] = (1024, 1536, 2048, 3072, 4096),
 ) -> list[dict]:
     """Rows of the figure. data: text to train on, as `--data` (default: the standard library's source).
 
@@ -78,7 +79,7 @@ def throughput(
         ours, peer, meter = (stack.enter_context(Worker(threads)) for _ in range(3))
         ours.build("ours", **files, setting={"precision": precision, "compile": compile == "both"})
         peer.build("peer", **files, setting=best["setting"])
-        measured = take_turns({"ours": ours, "peer": peer}, meter, rounds, steps)
+        measured = take_turns({"ours": ours, "peer": peer}, meter, rounds, steps, peak_sizes)
         memory = {name: side.ask("memory")["bytes"] for name, side in (("ours", ours), ("peer", peer))}
     peer_name = f"transformers, {PeerSetting(**best['setting'])}"
     flops, peak = train_flops(model, seq_len), measured["peak"]
@@ -115,22 +116,23 @@ def try_settings(settings: Sequence[PeerSetting], files: dict, threads: int, ste
     return trials
 
 
-def take_turns(sides: dict[str, Worker], meter: Worker, rounds: int, steps: int) -> dict:
+def take_turns(sides: dict[str, Worker], meter: Worker, rounds: int, steps: int, peak_sizes: Sequence[int]) -> dict:
     """-> {side: {"seconds": one a round, "losses": all of them}, "peak": FLOP/s}. Who goes first changes every round."""
-    result: dict = {name: {"seconds": [], "losses": worker.ask("steps", first=0, count=WARM_UP)["losses"]} for name, worker in sides.items()}
-    peaks = [meter.ask("peak")["flops"]]
+    first = {name: worker.ask("steps", first=0, count=WARM_UP)["losses"] for name, worker in sides.items()}
+    result: dict = {name: {"seconds": [], "losses": losses} for name, losses in first.items()}
+    peaks = [meter.ask("peak", sizes=list(peak_sizes))["flops"]]
     for number in range(rounds):
         for name in list(sides)[:: 1 if number % 2 == 0 else -1]:
             answer = sides[name].ask("steps", first=WARM_UP + number * steps, count=steps)
             result[name]["seconds"].append(answer["seconds"])
             result[name]["losses"] += answer["losses"]
-        peaks.append(meter.ask("peak")["flops"])
+        peaks.append(meter.ask("peak", sizes=list(peak_sizes))["flops"])
         last = ", ".join(f"{name} {result[name]['seconds'][-1] / steps:.2f} s a step" for name in sides)
         say(f"round {number + 1} of {rounds}: {last}; peak {peaks[-1] / 1e9:,.0f} GFLOP/s")
     return result | {"peak": max(peaks)}
 
 
-def save_batches(path: Path, data: Sequence[str], count: int, batch_size: int, seq_len: int, vocab_size: int) -> None:
+def save_batches(path: Path, data: str | Sequence[str], count: int, batch_size: int, seq_len: int, vocab_size: int) -> None:
     """Write `tokens` (count, B, T) int32: the corpus as our data stage tokenises it, from its start, repeated if it is short."""
     import numpy as np
     import torch
@@ -140,7 +142,7 @@ def save_batches(path: Path, data: Sequence[str], count: int, batch_size: int, s
 
     needed = count * batch_size * seq_len
     with tempfile.TemporaryDirectory(prefix="sparing-bench-") as folder:
-        config = DataConfig(paths=tuple(str(path) for path in data), max_tokens=math.ceil(1.2 * needed))
+        config = DataConfig(paths=tuple(paths_of(data)), max_tokens=math.ceil(1.2 * needed), holdout_fraction=0.0)
         store = prepare(config, vocab_size, Path(folder))
         tokens = store.take(np.arange(needed) % store.tokens)
     save_file({"tokens": torch.from_numpy(tokens.astype(np.int32)).view(count, batch_size, seq_len)}, path)

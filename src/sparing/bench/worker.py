@@ -5,6 +5,7 @@ The parent writes one JSON object a line, the child answers each with one. Run b
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -123,10 +124,16 @@ class Child:
         """`bytes`: the most that was resident since the model was built, over what was resident before it was."""
         return {"bytes": resident_bytes("VmHWM") - self.baseline}
 
-    def peak(self) -> dict:
-        from sparing.bench.peak import measure_peak
+    def peak(self, sizes: list[int]) -> dict:
+        """`flops`: the best square bfloat16 product on this process's threads, FLOP/s."""
+        from sparing.train.calibrate import measure_peak
 
-        return {"flops": measure_peak()}
+        return {"flops": measure_peak(sizes=tuple(sizes))}
+
+    def run(self, function: str, **arguments) -> dict:
+        """A function `module.name` of this folder, from start to end in this process."""
+        module, name = function.split(".")
+        return getattr(importlib.import_module(f"sparing.bench.{module}"), name)(**arguments)
 
 
 def main() -> None:
@@ -144,7 +151,7 @@ def main() -> None:
             answer = getattr(child, request.pop("do"))(**request)
         except UserError as error:
             answer = {"error": str(error)}
-        except Exception as error:  # noqa: BLE001  (whatever a setting dies of goes to the parent, which decides)
+        except Exception as error:  # whatever a setting dies of goes to the parent, which decides
             answer = {"error": " ".join([f"{type(error).__name__}:", *str(error).strip().splitlines()[:2]])}
         print(json.dumps(answer), file=pipe, flush=True)
 

@@ -90,7 +90,7 @@ class _Worker:
     def __init__(self, tokenizer: Tokenizer):
         # Its own session: an interrupt at the keyboard is for the parent, which ends the worker itself.
         environment = dict(os.environ, TOKENIZERS_PARALLELISM="false", PYTHONPATH=_python_path())
-        command = [sys.executable, "-m", "sparing.data.pool"]
+        command = [sys.executable, "-P", "-m", "sparing.data.pool"]  # -P: a numpy.py in the working folder is not meant
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True)
         self.tokenizer: Tokenizer | None = tokenizer
 

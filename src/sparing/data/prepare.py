@@ -79,7 +79,7 @@ def prepare(
             writer = _tokenise(config, files, facts, tokenizer, partial, root, progress, should_stop)
             _seal(partial, key, facts, tokenizer, writer)
             os.replace(partial, target)
-        except OSError:
+        except (OSError, UserError):
             shutil.rmtree(partial, ignore_errors=True)
             raise
         return TokenStore(target)

@@ -135,7 +135,7 @@ def _pass(config, files, folder, fingerprint, progress, should_stop) -> CorpusFa
     documents_seen = text_bytes = 0
     kinds, reasons = Counter(), Counter()
     table, sections = HashTable(), HashTable()
-    largest, largest_raw = (0, 0, 0), b""
+    largest, largest_hash = b"", 0
     last = kind = ""
     sample = _Sample()
 
@@ -167,8 +167,8 @@ def _pass(config, files, folder, fingerprint, progress, should_stop) -> CorpusFa
                 sections.add(order, len(piece))
                 sample.add(order, hash, offset, piece)
                 offset += len(piece)
-            if (size, -hash) > (largest[0], -largest[2]):
-                largest, largest_raw = (size, len(text), hash), raw
+            if size > len(largest) or (size == len(largest) and hash < largest_hash):
+                largest, largest_hash = raw, hash
     if not documents_seen:
         worst = "; ".join(f"{count} × {reason}" for reason, count in reasons.most_common(3))
         where = ", ".join(config.paths[:3]) or "the default corpus"
@@ -176,7 +176,7 @@ def _pass(config, files, folder, fingerprint, progress, should_stop) -> CorpusFa
     entries = table.entries()
     split = choose_split(entries, config.holdout_fraction, largest)
     with open(folder / "sample.jsonl", "w", encoding="utf-8") as file:
-        for text in sample.texts(split, split.cut(largest_raw) if split.tail_hash is not None else 0):
+        for text in sample.texts(split, split.cut(largest) if split.tail_hash is not None else 0):
             file.write(json.dumps(text, ensure_ascii=False) + "\n")
     return CorpusFacts(
         documents_seen, text_bytes, split.documents, split.bytes, len(files), dict(sorted(kinds.items())),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -102,7 +102,7 @@ class Split:
         """Where the held-out end of the tail document begins: after a line, else a space, else between characters; 0 < cut < len."""
         target = max(1, len(raw) - self.tail_bytes)
         for mark in (b"\n", b" "):
-            cut = raw.rfind(mark, max(1, target - 4096), target) + 1
+            cut = raw.rfind(mark, max(1, target - min(4096, self.tail_bytes)), target) + 1
             if 0 < cut < len(raw):
                 return cut
         while target > 1 and raw[target] & 0xC0 == 0x80:
@@ -112,8 +112,8 @@ class Split:
         return target
 
 
-def choose_split(entries: tuple[np.ndarray, ...], fraction: float, largest: tuple[int, int, int]) -> Split:
-    """Hold out about `fraction` of the bytes; `largest` is (bytes, characters, hash) of the largest document.
+def choose_split(entries: tuple[np.ndarray, ...], fraction: float, largest: bytes) -> Split:
+    """Hold out about `fraction` of the bytes; `largest` is the largest document.
 
     Plainly hash < fraction where that comes within a factor of two. With few or very unequal documents: as many in hash order as come
     nearest, at least one, never one that is more than a fifth of the corpus; and where those give less than half of what was asked for,
@@ -140,11 +140,17 @@ def choose_split(entries: tuple[np.ndarray, ...], fraction: float, largest: tupl
         else:
             bound = chosen = held = 0
     documents = int(count[:chosen][~heavy[:chosen]].sum()) if chosen else 0
-    size_largest, characters, hash_largest = largest
-    if held < fraction / 2 * total and characters > 1 and not (hash_largest < bound and not any(a <= hash_largest <= b for a, b in never)):
-        copies = int(count[(first <= np.uint64(hash_largest)) & (np.uint64(hash_largest) <= last)].sum()) if len(first) < EXACT else 1
-        tail = min(size_largest // 2, max(1, (round(fraction * total) - held) // copies))
+    split = Split(bound, never, None, 0, documents, held, reason)
+    hash = content_hash(largest)
+    if held < fraction / 2 * total and len(largest.decode()) > 1 and not split.holds_out(hash):
+        copies = int(count[(first <= np.uint64(hash)) & (np.uint64(hash) <= last)].sum()) if len(first) < EXACT else 1
+        tail = min(len(largest) // 2, max(1, (round(fraction * total) - held) // copies))
         whole = f", and {documents} whole" if documents else ""
         reason = f"the end of the largest document{whole}: there are too few to hold out more"
-        return Split(bound, never, hash_largest, tail, documents + copies, held + tail * copies, reason)
-    return Split(bound, never, None, 0, documents, held, reason)
+        split = Split(bound, never, hash, tail, documents + copies, held, reason)
+        return replace(split, bytes=held + copies * (len(largest) - split.cut(largest)))
+    present = np.flatnonzero(size)
+    if documents == 0 and len(present) > 1:  # a handful of single characters: one of them must do
+        one = present[0]
+        return Split(int(able_last[one]) + 1, (), None, 0, int(count[one]), int(size[one]), "few documents: the one with the smallest hash")
+    return split

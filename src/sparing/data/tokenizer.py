@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, wait
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ SPECIAL_TOKENS = (END_OF_TEXT, "<|system|>", "<|user|>", "<|assistant|>", "<|end
 MIN_VOCAB = 256 + len(SPECIAL_TOKENS)
 MAX_FILE_BYTES = 64 << 20
 MAX_CACHED_WORDS = 200_000
+POLL_S = 0.1
 
 # Qwen2's pre-tokenisation (its tokenizer.json, Apache-2.0; llama.cpp knows it as "qwen2"): words with one leading character, digits singly,
 # punctuation, line ends, blanks.
@@ -154,7 +157,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, should_stop: Callable
     """Byte-level BPE of at most `vocab_size` entries (a small sample may not fill it: see `Tokenizer.vocab_size`).
 
     Ids 0-4 are SPECIAL_TOKENS, end of text first, then the 256 bytes. The result depends on the texts only, not on their order or on
-    threads. Raises UserError for a vocabulary that cannot hold the bytes, Stopped when asked to while the texts are read.
+    threads. Raises UserError for a vocabulary that cannot hold the bytes, Stopped when asked to.
     """
     if vocab_size < MIN_VOCAB:
         raise UserError(f"vocabulary of {vocab_size}: at least {MIN_VOCAB} are needed (256 bytes and {len(SPECIAL_TOKENS)} special tokens)")
@@ -171,7 +174,20 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, should_stop: Callable
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), initial_alphabet=alphabet, show_progress=False, min_frequency=2
     )
-    inner.train_from_iterator(watched(), trainer)
+    # The library cannot be interrupted: a thread waits for it, and is left behind when it is no longer wanted.
+    ended: Future = Future()
+
+    def work() -> None:
+        try:
+            ended.set_result(inner.train_from_iterator(watched(), trainer))
+        except BaseException as error:
+            ended.set_exception(error)
+
+    threading.Thread(target=work, daemon=True, name="tokenizer").start()
+    while not ended.done():
+        check(should_stop)
+        wait([ended], timeout=POLL_S)
+    ended.result()
     return Tokenizer(inner.to_str())
 
 

@@ -14,7 +14,7 @@ from sparing.data.stop import check
 from sparing.evals.select import select
 
 NllFn = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""(tokens (B, T) int64, targets (B, T) int64, -100: not scored) -> (B, T) float32, nats of each target given its row so far."""
+"""(tokens (B, T) int64, targets (B, T) int64, -100: not scored), on the CPU -> (B, T), nats of each target given its row so far."""
 POOL_TOKENS = 1 << 20
 """Windows of about this many tokens are sorted by length at a time."""
 ROUND = 64
@@ -105,6 +105,5 @@ def _score(nll_fn: NllFn, windows: list[list[int]], context: int, batch: int, sh
             targets[row, : len(window) - 1] = piece[1:]
         with torch.no_grad():
             nll = nll_fn(tokens, targets)
-        scored = (targets != -100).to(nll.device)
-        total += float(torch.where(scored, nll.double(), 0.0).sum())
+        total += float(torch.where(targets != -100, nll.float().cpu().double(), 0.0).sum())
     return total

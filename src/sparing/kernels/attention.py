@@ -1,7 +1,7 @@
 """Causal attention for query/key and value heads of different width, with optional document boundaries.
 
-On a CPU the fused SDPA kernel wants equal widths and was measured slower than explicit products over causal row blocks, which skip the upper
-triangle's work; on CUDA SDPA is the fast path, the values padded to the keys' width where the widths differ.
+On a CPU the fused SDPA kernel wants equal widths and was measured slower than explicit products over causal row blocks, which skip
+most of the upper triangle; on CUDA SDPA is the fast path, the values padded to the keys' width where the widths differ.
 """
 
 from __future__ import annotations

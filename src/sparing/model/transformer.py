@@ -150,8 +150,9 @@ class Transformer(nn.Module):
             x, balance = block(block.join(self._embed(ahead), x), table, bias, None, sequence_balance > 0)
             if balance is not None:
                 balances.append(balance)
-            normed = block.shared_head.norm(x).flatten(0, 1)
-            mtp_loss = mtp_loss + linear_cross_entropy(normed, self.head_weight, targets_BTK[..., k + 1].flatten(), denominator) / c.mtp_depth
+            x = block.shared_head.norm(x)  # the next depth gets it normed, as the first gets the main model's
+            targets = targets_BTK[..., k + 1].flatten()
+            mtp_loss = mtp_loss + linear_cross_entropy(x.flatten(0, 1), self.head_weight, targets, denominator) / c.mtp_depth
         if c.mtp_depth:
             total = total + mtp_weight * mtp_loss
         balance = torch.stack(balances).sum() / micro_batches if balances else zero

@@ -104,7 +104,9 @@ def choose(
         tried = ", ".join(f"{m} rows {v:,.0f}" for (n, m), v in sorted(timed.items()) if n == all_threads[-1])
         reasons["train.micro_batch_size"] = f"measured, tokens/s: {tried}"
     if t.threads is None and device == "cpu":
-        reasons["train.threads"] = "measured, tokens/s: " + ", ".join(f"{n} threads {v:,.0f}" for (n, m), v in sorted(timed.items()) if m == micro)
+        reasons["train.threads"] = "measured, tokens/s: " + ", ".join(
+            f"{n} threads {v:,.0f}" for (n, m), v in sorted(timed.items()) if m == micro
+        )
     compiled = t.compile
     if compiled is None:
         compiled, reasons["train.compile"] = _worth_compiling(model, t, batch, micro, device, speed, seconds, check, say)

@@ -120,9 +120,9 @@ class Log:
         self.metrics.add(line)
         return line
 
-    def show(self, line: dict, *, total: int, step_s: float, seconds_left: float | None, now: bool = False) -> dict:
-        """Show a line with the speed of the last steps, which is steadier than one step's."""
-        speed = self.tokens_per_step / step_s
+    def show(self, line: dict, *, total: int, step_s: float | None, seconds_left: float | None, now: bool = False) -> dict:
+        """Show a line with the speed of the last steps (step_s: their mean time, if known), which is steadier than one step's."""
+        speed = self.tokens_per_step / step_s if step_s else line["tokens_per_s"]
         shown = line | {"total": total, "tokens_per_s": speed, "mfu": self.mfu(speed), "bpb": self.bpb, "seconds_left": seconds_left}
         self.progress.show(shown, now=now)
         self.last = line

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparing.config import Config, UserError
+from sparing.data.stop import Stopped
 from sparing.model.router import routers, update_biases
 from sparing.run import RunFolder
 from sparing.train.checkpoint import Checkpoints, TrainState
@@ -83,9 +84,9 @@ def train(
         try:
             trainer.begin(budget_s, step_seconds, reserve_s)
             return trainer.go()
-        except Interrupted:
+        except (Interrupted, Stopped):  # Stopped: an evaluation that asks `should_stop` itself
             trainer.interrupted()
-            raise
+            raise Interrupted(signals.message) from None
         finally:
             trainer.log.close()
 
@@ -171,9 +172,8 @@ class _Trainer:
             before = time.monotonic()
             values = self._step(total)
             if values is not None:
-                took = time.monotonic() - before
-                pace.step_took(took)
-                self._show(self.log.step(values, took, self.clock.seconds()))
+                self._show(self.log.step(values, time.monotonic() - before, self.clock.seconds()))
+                pace.step_took(time.monotonic() - before)  # with what telling about it takes
         return self._finish()
 
     def begin(self, budget_s: float | None, step_seconds: float | None, reserve_s: float) -> None:
@@ -236,7 +236,7 @@ class _Trainer:
     def _show(self, line: dict, *, now: bool = False) -> None:
         pace = self.pace
         left = (pace.total - self.state.step) * pace.step_s if pace.budget_s is None else pace.budget_s - self.clock.seconds()
-        shown = self.log.show(line, total=pace.total, step_s=pace.step_s, seconds_left=left, now=now)
+        shown = self.log.show(line, total=pace.total, step_s=pace.step_s if pace.measured > 2 else None, seconds_left=left, now=now)
         if self.on_progress:
             self.on_progress(shown)
 

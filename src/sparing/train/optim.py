@@ -72,7 +72,7 @@ class Optimizer:
         momentum = self.muon.momentum if self.muon else {}
         flat = {f"optimizer/momentum/{name}": tensor for name, tensor in momentum.items()}
         for name, parameter in self.parameters.items():
-            for kind, tensor in self.adamw.state.get(parameter, {}).items():
+            for kind, tensor in sorted(self.adamw.state.get(parameter, {}).items()):  # sorted: equal states are equal files
                 flat[f"optimizer/{kind}/{name}"] = tensor
         return flat
 

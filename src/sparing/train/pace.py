@@ -82,7 +82,12 @@ class Pace:
         self.save_s = 0.0
         self.evals_done = 0
         self.looked = seconds  # when the plan was last compared with the clock
+        self.budget = fixed if fixed is not None else budget_s
         recorded = log.at(step)
+        if recorded is not None and recorded.get("budget") != self.budget:  # the run is being extended: what was planned is void
+            self.guess = recorded.get("step_seconds") or self.guess
+            log.forget_after(step)
+            recorded = None
         if recorded is not None:
             self.guess = recorded.get("step_seconds") or self.guess
             self.total = recorded["total_steps"]
@@ -98,9 +103,8 @@ class Pace:
 
     def step_took(self, seconds: float) -> None:
         self.measured += 1
-        if self.measured == 3:
-            self.durations.clear()  # the first two steps warm caches (and compile): they tell nothing about the others
-        self.durations.append(seconds)
+        if self.measured >= 3:  # the first two warm caches (and compile): they tell nothing about the others
+            self.durations.append(seconds)
 
     def eval_took(self, seconds: float) -> None:
         self.eval_s = seconds
@@ -111,7 +115,8 @@ class Pace:
 
     @property
     def step_s(self) -> float:
-        return sum(self.durations) / len(self.durations) if self.durations else self.guess
+        """A step's time: the first guess until the third step, the first that tells anything."""
+        return sum(self.durations) / len(self.durations) if self.measured >= 3 else self.guess
 
     # what follows from it
 
@@ -188,4 +193,5 @@ class Pace:
         self._record(step, seconds)
 
     def _record(self, step: int, seconds: float, **more: int) -> None:
-        self.log.add({"step": step, "total_steps": self.total, "seconds": round(seconds, 3), "step_seconds": self.step_s} | more)
+        plan = {"step": step, "total_steps": self.total, "seconds": round(seconds, 3), "step_seconds": self.step_s, "budget": self.budget}
+        self.log.add(plan | more)

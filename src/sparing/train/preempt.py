@@ -67,6 +67,10 @@ class Preempt:
         if self.requested:
             raise Interrupted(self.message)
 
+    def should_stop(self) -> bool:
+        """For work that polls (`sparing.data`, `sparing.evals`)."""
+        return self.requested
+
     @property
     def message(self) -> str:
         return f"interrupted; go on with: {self.hint}"

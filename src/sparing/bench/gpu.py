@@ -1,0 +1,105 @@
+"""Figure 3: training speed and MFU on one CUDA GPU at sequence 2048, of a mixture and two dense models."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from sparing.bench.ours import shifted
+from sparing.bench.report import row, say
+from sparing.budget.flops import parameters, train_flops
+from sparing.config import ModelConfig, OptimConfig, UserError
+from sparing.model.init import init_weights
+from sparing.model.router import update_biases
+from sparing.model.transformer import Transformer
+from sparing.train.calibrate import measure_peak
+from sparing.train.optim import Optimizer
+
+DENSE = ModelConfig(
+    vocab_size=32768,
+    hidden_size=768,
+    num_layers=12,
+    num_dense_layers=12,
+    intermediate_size=2816,
+    num_heads=12,
+    q_lora_rank=384,
+    kv_lora_rank=192,
+    max_position_embeddings=2048,
+)
+MODELS = {
+    "moe 124M active": replace(DENSE, num_dense_layers=1, n_routed_experts=64, num_experts_per_tok=8, moe_intermediate_size=320),
+    "dense 124M": DENSE,
+    "dense 1B": replace(DENSE, hidden_size=2048, num_layers=20, num_dense_layers=20, intermediate_size=5632, num_heads=16, q_lora_rank=1024,
+                        kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128),
+}  # fmt: skip
+AIMS = {"moe 124M active": 0.25, "dense 124M": 0.40, "dense 1B": 0.55}
+"""MFU."""
+
+
+def gpu(
+    data: str | Sequence[str] = (),
+    models: str = ",".join(MODELS),
+    batch_size: int = 16,
+    steps: int = 20,
+    warm_up: int = 5,
+    compile: bool = True,
+) -> list[dict]:
+    """Rows of the figure: tokens/s and MFU of each of `models` (comma-separated) over `steps` whole steps, bfloat16, our optimizer.
+
+    The text is tokenised beforehand. Raises UserError without a CUDA GPU.
+    """
+    if not torch.cuda.is_available():
+        raise UserError("bench train gpu needs a CUDA GPU, and torch sees none on this machine; `--figure throughput` measures its CPU")
+    names = [name.strip() for name in models.split(",")]
+    if unknown := [name for name in names if name not in MODELS]:
+        raise UserError(f"bench train gpu: no model {unknown[0]!r}; choose from {', '.join(MODELS)}")
+    seq_len = 2048
+    with tempfile.TemporaryDirectory(prefix="sparing-bench-") as folder:
+        batches = _batches(Path(folder), data, warm_up + steps, batch_size, seq_len)
+    rows = []
+    for name in names:
+        peak = measure_peak("cuda", sizes=(4096, 8192, 16384), repeats=10)
+        speed = _speed(MODELS[name], batches, warm_up, compile)
+        mfu = speed * train_flops(MODELS[name], seq_len) / peak
+        counts = parameters(MODELS[name])
+        more = {"runs": steps, "parameters": counts.total, "active_parameters": counts.active, "peak_flops": peak}
+        say(f"{name}: {speed:,.0f} tokens/s, MFU {mfu:.1%} of {peak / 1e12:,.0f} TFLOP/s")
+        rows += [row(f"{name}, speed", speed, "tokens/s", **more), row(f"{name}, MFU", mfu, "of the peak", AIMS[name], "aim", **more)]
+        torch.cuda.empty_cache()
+    return rows
+
+
+def _batches(folder: Path, data: str | Sequence[str], count: int, batch_size: int, seq_len: int) -> torch.Tensor:
+    from safetensors.torch import load_file
+
+    from sparing.bench.throughput import save_batches
+
+    save_batches(folder / "batches.safetensors", data, count, batch_size, seq_len, DENSE.vocab_size)
+    return load_file(folder / "batches.safetensors")["tokens"].long().to("cuda")
+
+
+def _speed(config: ModelConfig, batches: torch.Tensor, warm_up: int, compile: bool) -> float:
+    """Median tokens/s of whole optimizer steps, after `warm_up`."""
+    model = Transformer(config)
+    init_weights(model, 0)
+    model.to("cuda").train()
+    model.compute_dtype = torch.bfloat16
+    loss_of = torch.compile(model.loss, dynamic=False) if compile else model.loss
+    optimizer = Optimizer(model, OptimConfig())
+    took = []
+    for tokens in batches:
+        torch.cuda.synchronize()
+        before = time.perf_counter()
+        loss_of(tokens, shifted(tokens, 1)).total.backward()
+        optimizer.clip(float(optimizer.grad_norm()))
+        optimizer.step(1.0, 0.95)
+        update_biases(model, 0.001)
+        torch.cuda.synchronize()
+        took.append(time.perf_counter() - before)
+    return batches[0].numel() / statistics.median(took[warm_up:])

@@ -1,0 +1,155 @@
+"""Figure 2: held-out bits per byte for a budget of minutes, everything counted; our models against the yardstick, one run after another."""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+
+from sparing.bench.report import paths_of, row, say
+from sparing.bench.worker import Worker
+from sparing.bench.yardstick import parse_yardstick
+from sparing.budget.units import parse_budget
+from sparing.config import UserError
+from sparing.run import write_atomic
+
+RUNS = "dense:2m, moe:2m, dense:5m, moe:5m, dense+mtp:5m, moe+mtp:5m, dense:20m, moe:20m, yardstick:20m"
+WISHES: dict[str, dict] = {
+    "auto": {},
+    # More leading dense layers than any model has: no layer is left for experts, whatever depth is resolved.
+    "dense": {"num_dense_layers": 1000, "mtp_depth": 0},
+    "dense+mtp": {"num_dense_layers": 1000, "mtp_depth": 1},
+    "moe": {"n_routed_experts": 16, "mtp_depth": 0},
+    "moe+mtp": {"n_routed_experts": 16, "mtp_depth": 1},
+}
+"""What each of our sides forces; all else is derived from the budget."""
+SIDES = (*WISHES, "yardstick")
+
+
+def quality(
+    data: str | Sequence[str],
+    val: str | Sequence[str],
+    runs: str = RUNS,
+    yardstick: str = "256x6@2e-3",
+    yardstick_batch: int = 16,
+    context: int = 512,
+    val_bytes: int | None = None,
+    recipe: str | None = None,
+    threads: int = 2,
+    seed: int = 0,
+    out: str | None = None,
+) -> list[dict]:
+    """Rows of the figure: one for each of `runs` ("SIDE:BUDGET, ...", sides: auto dense dense+mtp moe moe+mtp yardstick).
+
+    Each run is a process of its own with an empty $SPARING_HOME, so that its budget pays for tokenising and calibrating too. All are
+    scored on the same documents in windows of `context` tokens, outside the budget; ours in windows of their own context too.
+    recipe: a TOML file of wishes for all of ours. out: a folder that keeps runs and results; results already there are not run again.
+    """
+    plan = parse_runs(runs)
+    shape = asdict(parse_yardstick(yardstick, yardstick_batch))
+    paths = {"data": paths_of(data), "val": paths_of(val)}
+    results = []
+    with ExitStack() as stack:
+        folder = Path(out or stack.enter_context(tempfile.TemporaryDirectory(prefix="sparing-bench-")))
+        for side, budget in plan:
+            name = f"{side.replace('+', '-')}-{budget}"
+            kept = folder / f"{name}.json"
+            if not kept.exists():
+                say(f"{side}, {budget} ...")
+                arguments = {**paths, "budget": budget, "contexts": [context], "val_bytes": val_bytes}
+                if side == "yardstick":
+                    arguments |= {"function": "yardstick.train_yardstick", "yardstick": shape | {"seed": seed}}
+                else:
+                    arguments |= {"function": "quality.train_ours", "side": side, "out": str(folder / name), "recipe": recipe, "seed": seed}
+                folder.mkdir(parents=True, exist_ok=True)
+                write_atomic(kept, json.dumps(_run(arguments, threads), indent=1))
+            results.append(json.loads(kept.read_text()))
+            score, tokens, seconds = (results[-1][key] for key in ("bpb", "tokens", "seconds"))
+            say(f"{side}, {budget}: {score:.4f} bits per byte, {tokens:,} tokens in {seconds:.0f} s")
+    return rows_of(plan, results)
+
+
+def _run(arguments: dict, threads: int) -> dict:
+    """One run in a fresh process and a fresh $SPARING_HOME; its budget starts before the process does."""
+    with tempfile.TemporaryDirectory(prefix="sparing-home-") as home:
+        started = time.monotonic()
+        with Worker(threads, {"SPARING_HOME": home}) as worker:
+            return worker.ask("run", started=started, **arguments)
+
+
+def train_ours(
+    side: str,
+    data: Sequence[str],
+    val: Sequence[str],
+    budget: str,
+    out: str,
+    started: float,
+    contexts: Sequence[int],
+    val_bytes: int | None = None,
+    recipe: str | None = None,
+    seed: int = 0,
+) -> dict:
+    """`sparing train` as one of SIDES, then its score on `val`; the same keys as `train_yardstick`."""
+    from sparing.api import load, train
+    from sparing.config_file import read_wishes
+    from sparing.data.sources import documents
+    from sparing.evals.bpb import bpb
+
+    wishes = read_wishes(recipe) if recipe else {}
+    wishes["model"] = {**wishes.get("model", {}), **WISHES[side]}
+    summary = train(list(data), budget, out, wishes, seed=seed, started=started, samples=0)
+    spent = time.monotonic() - started
+    model = load(out)
+    trained = model.config.train
+    scores = {}
+    for context in dict.fromkeys((*contexts, trained.seq_len)):
+        texts = (document.text for document in documents(val))
+        nll = model.network.nll
+        scores[context] = bpb(nll, model.tokenizer, texts, context, batch=max(1, 8192 // context), max_bytes=val_bytes)
+    return {
+        "bpb": next(iter(scores.values()))["bpb"],
+        "bpb_by_context": {context: score["bpb"] for context, score in scores.items()},
+        "held_out_bpb": summary["bpb"],
+        "loss": summary["loss"],
+        "tokens": summary["tokens"],
+        "steps": summary["steps"],
+        "seconds": spent,
+        "tokens_per_s": summary["tokens_per_s"],
+        "parameters": summary["parameters"],
+        "recipe": {"model": asdict(model.config.model), "train": asdict(trained), "optim": asdict(model.config.optim)},
+    }
+
+
+def parse_runs(text: str) -> list[tuple[str, str]]:
+    """`dense:5m, yardstick:20m` -> [("dense", "5m"), ("yardstick", "20m")]."""
+    plan = []
+    for entry in text.split(","):
+        side, _, budget = entry.strip().partition(":")
+        if side not in SIDES or not re.fullmatch(r"[\w.+$]+", budget):
+            raise UserError(f"bench train quality: {entry.strip()!r} is not SIDE:BUDGET, such as dense:5m; sides: {', '.join(SIDES)}")
+        parse_budget(budget)
+        plan.append((side, budget))
+    return plan
+
+
+def rows_of(plan: list[tuple[str, str]], results: list[dict]) -> list[dict]:
+    """Ours beside the yardstick's longest run, where there is one; and the least time in which one of ours was as good."""
+    runs = list(zip(plan, results, strict=True))
+    yardsticks = [(parse_budget(budget).amount, budget, result) for (side, budget), result in runs if side == "yardstick"]
+    _, length, best = max(yardsticks, key=lambda entry: entry[0], default=(0.0, "", None))
+    goal = best["bpb"] if best else None
+    peer_name = f"Llama-style in transformers, {length}" if best else None
+    rows = []
+    for (side, budget), result in runs:
+        if side != "yardstick":
+            rows.append(row(f"held-out text, {side}, {budget}", result["bpb"], "bits per byte", goal, peer_name, result=result))
+    reached = [(result["seconds"], side) for (side, _), result in runs if side != "yardstick" and goal and result["bpb"] <= goal]
+    if best:
+        seconds, side = min(reached, default=(None, "none of these runs"))
+        rows.append(row(f"time to the yardstick's bits per byte, {side}", seconds, "s", best["seconds"], peer_name, result=best))
+    return rows

@@ -1,0 +1,87 @@
+"""A trained model in memory: `load` a run folder, then `generate`, `logits`, `tokenizer`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sparing.config import Config, UserError
+from sparing.config_file import read_config
+from sparing.data.tokenizer import Tokenizer
+from sparing.infer.generate import generate as sample_tokens
+from sparing.model.transformer import Transformer
+from sparing.run import DamagedError, RunFolder, read_tensors
+
+
+class Model:
+    """A run's model: `generate`, `logits`, `tokenizer`."""
+
+    def __init__(self, run: RunFolder, config: Config, network: Transformer, tokenizer: Tokenizer | None):
+        self.run, self.config, self.network, self._tokenizer = run, config, network, tokenizer
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Raises UserError where the run has none (an import without one)."""
+        if self._tokenizer is None:
+            raise UserError(f"{self.run} has no tokenizer.json: it computes logits, but cannot read or write text")
+        return self._tokenizer
+
+    @torch.no_grad()
+    def logits(self, tokens) -> Tensor:
+        """(B, T) integers -> (B, T, vocab) float32."""
+        ids = torch.as_tensor(tokens)
+        if ids.dim() != 2 or ids.dtype.is_floating_point:
+            raise UserError(f"logits takes (B, T) integers, not {tuple(ids.shape)} {ids.dtype}")
+        return self.network(ids.long())
+
+    def generate(
+        self,
+        prompt: str,
+        max_tokens: int = 200,
+        temperature: float = 0.8,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int | None = None,
+        stream: Callable[[str], None] | None = None,
+    ) -> str:
+        """The text that the model writes after `prompt`; `stream` gets it piece by piece, whole characters only."""
+        tokenizer = self.tokenizer
+        ids = [tokenizer.eot_id, *tokenizer.encode(prompt)]
+        made: list[int] = []
+        shown = ""
+        context = self.config.model.max_position_embeddings
+        with torch.no_grad():
+            for token in sample_tokens(self.network, ids, max_tokens, temperature, top_p, top_k, seed, tokenizer.eot_id, context):
+                made.append(token)
+                if stream:
+                    text = tokenizer.decode(made, skip_special_tokens=True)
+                    if not text.endswith("\ufffd"):
+                        stream(text[len(shown) :])
+                        shown = text
+        text = tokenizer.decode(made, skip_special_tokens=True)
+        if stream and len(text) > len(shown):
+            stream(text[len(shown) :])
+        return text
+
+
+def load(run: str | Path) -> Model:
+    """Open a run folder's newest weights, float32, on the CPU. Raises UserError when there are none."""
+    folder = RunFolder.open(run)
+    config = read_config(folder.config_file)
+    network = Transformer(config.model)
+    state = network.state_dict()
+    try:
+        for name, tensor in read_tensors(folder.weights_file):
+            if name not in state or state[name].shape != tensor.shape:
+                raise UserError(f"{folder.weights_file}: {name} does not belong to the model of config.toml")
+            state.pop(name).copy_(tensor)
+    except DamagedError as error:
+        raise UserError(f"{run} has no usable weights: {error}") from None
+    if state:
+        raise UserError(f"{folder.weights_file}: {next(iter(state))} is missing")
+    network.eval()
+    tokenizer = Tokenizer.load(folder.tokenizer_file) if folder.tokenizer_file.exists() else None
+    return Model(folder, config, network, tokenizer)

@@ -1,0 +1,199 @@
+"""From wishes to a finished run folder: what `train` and `resume` have in common. Every stage can be killed and done again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+
+from sparing.account.card import model_card
+from sparing.account.hardware import Machine
+from sparing.budget.flops import kv_cache_bytes, parameters, train_flops
+from sparing.budget.units import format_budget
+from sparing.config import Budget, Config, DataConfig, UserError
+from sparing.config_file import merge_wishes, write_config
+from sparing.data.loader import Loader
+from sparing.data.prepare import prepare
+from sparing.data.progress import Bars
+from sparing.data.scan import scan
+from sparing.data.stop import Stopped
+from sparing.data.store import TokenStore
+from sparing.data.tokenizer import Tokenizer
+from sparing.evals.bpb import NllFn, bpb
+from sparing.infer.loaded import Model
+from sparing.model.init import init_weights
+from sparing.model.transformer import Transformer
+from sparing.resolve import resolve
+from sparing.run import RunFolder, write_atomic
+from sparing.train.calibrate import choose, peak_flops
+from sparing.train.clock import Clock
+from sparing.train.loop import TrainResult
+from sparing.train.loop import train as train_loop
+from sparing.train.preempt import Interrupted, Preempt
+
+CALIBRATION_SHARE = 0.02
+"""Of a time budget, for choosing micro-batch, threads and compiler."""
+CALIBRATION_S = 10.0
+"""The same where the budget is not a time."""
+SAMPLE_TOKENS = 64
+EVAL_TOKENS = 8192
+"""Tokens of a forward pass in evaluations."""
+
+
+def say(text: str) -> None:
+    """To the user, beside standard output."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def signals_of(run: RunFolder) -> Iterator[Preempt]:
+    with Preempt(f"sparing resume {run}") as signals:
+        try:
+            yield signals
+        except Stopped:
+            raise Interrupted(signals.message) from None
+
+
+def resolved(wishes: dict, budget: Budget, machine: Machine, signals: Preempt, run: RunFolder) -> Config:
+    """The configuration of a new run, written into its folder and shown with its reasons."""
+    data_config = DataConfig(**wishes.get("data", {}))
+    with Bars() as bars:
+        facts = scan(data_config, progress=bars, should_stop=lambda: signals.requested)
+    if facts.quarantined:
+        say(f"{facts.quarantined} documents cannot be used ({', '.join(facts.reasons)}): see quarantine.jsonl in the run folder")
+    device = wishes.get("train", {}).get("device") or ("cuda" if machine.gpus else "cpu")
+    with signals.interruptible():
+        peak = peak_flops(machine, device if device == "cpu" or machine.gpus else "cpu")
+    if data_config.tokenizer:
+        size = -(-Tokenizer.load(data_config.tokenizer).vocab_size // 64) * 64
+        if wishes.get("model", {}).get("vocab_size", size) < size - 63:
+            raise UserError(
+                f"model.vocab_size {wishes['model']['vocab_size']}: the tokenizer {data_config.tokenizer} needs at least {size}"
+            )
+        wishes = merge_wishes({"model": {"vocab_size": size}}, wishes)
+    result = resolve(wishes, budget, machine, facts, peak)
+    say(f"{facts.documents:,} documents, {facts.bytes / 1e6:.1f} MB; budget {format_budget(budget)}; peak {peak / 1e9:,.0f} GFLOP/s")
+    for name, reason in result.reasons.items():
+        section, field = name.split(".")
+        say(f"  {name} = {getattr(getattr(result.config, section), field)}  # {reason}")
+    write_atomic(run.state / "reasons.json", json.dumps(result.reasons))
+    write_atomic(run.config_file, write_config(result.config, result.reasons))
+    return result.config
+
+
+def reasons_of(run: RunFolder) -> dict[str, str]:
+    try:
+        return json.loads((run.state / "reasons.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def go_on(run: RunFolder, config: Config, machine: Machine, started: float, samples: int, signals: Preempt) -> dict:
+    """Everything from the written configuration on; each part is skipped or repeated as the run folder's state asks."""
+    clock = Clock(run, started)
+    with Bars() as bars:
+        store = prepare(config.data, config.model.vocab_size, progress=bars, should_stop=lambda: signals.requested)
+    for name in ("tokenizer.json", "quarantine.jsonl"):
+        if not (run.path / name).exists():
+            shutil.copyfile(store.path / name, run.path / f".{name}.tmp")
+            (run.path / f".{name}.tmp").replace(run.path / name)
+    clock.record()
+    signals.check()
+    t = config.train
+    device = torch.device(t.device or ("cuda" if machine.gpus else "cpu"))
+    with signals.interruptible():
+        model = Transformer(config.model)
+        init_weights(model, t.seed)
+        model.to(device)
+        loader = Loader(store, t.seq_len, t.batch_size, config.model.mtp_depth, t.seed)
+        peak = peak_flops(machine, device.type, torch.bfloat16 if t.dtype == "bfloat16" else torch.float32)
+        config = _calibrated(run, config, model, loader, machine, signals)
+    flops = train_flops(config.model, t.seq_len)
+    held_out = list(store.held_out())
+    context = config.train.seq_len
+
+    def evaluate(model: Transformer) -> dict:
+        return bpb(
+            nll_of(model), store.tokenizer, held_out, context, batch=max(1, EVAL_TOKENS // context), max_bytes=config.train.eval_bytes,
+            should_stop=lambda: signals.requested,
+        )  # fmt: skip
+
+    reserve = 0.5 + samples * SAMPLE_TOKENS * 0.004
+    result = train_loop(
+        run,
+        config,
+        model,
+        loader,
+        evaluate=evaluate,
+        started=started,
+        flops_per_token=flops,
+        peak_flops=peak,
+        reserve_s=reserve,
+        preempt=signals,
+    )
+    with signals.interruptible():
+        return _finished(run, config, model, store, result, started, samples)
+
+
+def _calibrated(run: RunFolder, config: Config, model: Transformer, loader: Loader, machine: Machine, signals: Preempt) -> Config:
+    """Choose what is left open by measuring, and write it down before it takes effect."""
+    t = config.train
+    if t.micro_batch_size is not None and t.compile is not None and (t.threads is not None or t.device == "cuda"):
+        return config
+    seconds = CALIBRATION_SHARE * config.budget.amount if config.budget.unit == "s" else CALIBRATION_S
+    train_config, reasons = choose(model, config, machine, loader.batch(0), seconds, check=signals.check, say=say)
+    config = replace(config, train=train_config)
+    reasons = reasons_of(run) | reasons
+    write_atomic(run.state / "reasons.json", json.dumps(reasons))
+    write_atomic(run.config_file, write_config(config, reasons))
+    return config
+
+
+def _finished(
+    run: RunFolder, config: Config, model: Transformer, store: TokenStore, result: TrainResult, started: float, samples: int
+) -> dict:
+    """Completions, the model card, the summary."""
+    counts = parameters(config.model)
+    model.eval()
+    loaded = Model(run, config, model, store.tokenizer)
+    texts = []
+    for document in list(store.held_out())[:samples]:
+        prompt = _prompt(document)
+        texts.append({"prompt": prompt, "text": loaded.generate(prompt, SAMPLE_TOKENS, temperature=0.7, seed=config.train.seed)})
+    summary = {
+        "run": str(run.path),
+        "bpb": result.evaluation.get("bpb"),
+        "loss": result.loss,
+        "eval_loss": result.evaluation.get("loss"),
+        "steps": result.steps,
+        "tokens": result.tokens,
+        "tokens_per_s": result.tokens_per_s,
+        "mfu": result.mfu,
+        "parameters": counts.total,
+        "active_parameters": counts.active,
+        "skipped": result.skipped,
+        "seconds": 0.0,
+        "budget": format_budget(config.budget),
+        "samples": texts,
+    }
+    write_atomic(run.model_card_file, model_card(config, summary, kv_cache_bytes(config.model)))
+    summary["seconds"] = Clock(run, started).seconds()
+    write_atomic(run.state / "summary.json", json.dumps(summary, indent=1))
+    return summary
+
+
+def _prompt(document: str) -> str:
+    """The beginning of a document: up to its third line or 120 characters, not ending inside a word."""
+    start = "\n".join(document.splitlines()[:3])[:120]
+    return start if len(start) < 120 or " " not in start else start.rsplit(" ", 1)[0]
+
+
+def nll_of(model: Transformer) -> NllFn:
+    """The model as `bpb` wants it."""
+    device = model.model.norm.weight.device
+    return lambda tokens, targets: model.nll(tokens.to(device), targets.to(device))

@@ -1,0 +1,73 @@
+"""Deriving a configuration: every derived value has a reason, wishes win, more budget never buys a smaller model."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from sparing.account.hardware import Machine
+from sparing.budget.flops import parameters, train_flops
+from sparing.config import Budget, UserError
+from sparing.config_file import options
+from sparing.interop.hf_config import to_hf
+from sparing.resolve import resolve
+
+LAPTOP = Machine("Linux", "some CPU", 2, 4, 16 << 30, True)
+BOOKS = SimpleNamespace(train_bytes=78e6, bytes=80e6)
+PEAK = 6e11
+
+
+def derive(budget="300s", wishes=None, machine=LAPTOP, facts=BOOKS):
+    from sparing.budget.units import parse_budget
+
+    return resolve(wishes or {}, parse_budget(budget), machine, facts, PEAK)
+
+
+def test_more_time_never_buys_a_smaller_model():
+    sizes = [parameters(derive(budget).config.model).active for budget in ("60s", "5m", "20m", "2h", "20h", "100h")]
+    assert sizes == sorted(sizes) and sizes[-1] > 10 * sizes[0]
+
+
+def test_reasons_name_real_fields_and_spare_what_was_wished():
+    everything = derive().reasons
+    assert everything and all(name in options() for name in everything)
+    wished = derive(wishes={"model": {"hidden_size": 96, "vocab_size": 1024}, "train": {"batch_size": 4}})
+    assert wished.config.model.hidden_size == 96 and wished.config.model.vocab_size == 1024 and wished.config.train.batch_size == 4
+    assert not {"model.hidden_size", "model.vocab_size", "train.batch_size"} & wished.reasons.keys()
+
+
+@pytest.mark.parametrize("budget", ["2m", "20m", "5h"])
+@pytest.mark.parametrize("moe", [False, True])
+def test_every_export_stays_open(budget, moe):
+    """Row lengths multiples of 32 (GGUF), queries compressed, one group, and a config.json that can be written."""
+    wishes = {"model": {"n_routed_experts": 8, "mtp_depth": 1}} if moe else {}
+    m = derive(budget, wishes).config.model
+    assert (m.num_dense_layers < m.num_layers) == moe or not moe
+    widths = (m.hidden_size, m.q_lora_rank, m.kv_lora_rank, m.num_heads * m.v_head_dim, m.moe_intermediate_size, m.intermediate_size)
+    assert all(width % 32 == 0 for width in widths)
+    assert m.n_group == 1
+    assert to_hf(m, "float32", 0)[0]["model_type"] == "deepseek_v3"
+
+
+def test_a_token_budget_and_a_flop_budget_buy_what_they_say():
+    config = derive("5Mtok").config
+    assert config.data.max_tokens is None or config.data.max_tokens >= 5e6
+    flops = train_flops(config.model, config.train.seq_len)
+    assert parameters(derive(f"{5e6 * flops:.4g}flop").config.model).active == parameters(config.model).active
+
+
+def test_only_as_many_tokens_as_the_plan_can_consume():
+    config = derive("60s").config
+    assert config.data.max_tokens and config.data.max_tokens < 10e6
+    assert derive("20h").config.data.max_tokens is None  # the whole corpus is less than that
+
+
+def test_hardware_decides_the_arithmetic():
+    old = Machine("Linux", "old CPU", 2, 2, 8 << 30, False)
+    assert derive(machine=old).config.train.dtype == "float32" and derive().config.train.dtype == "bfloat16"
+    with pytest.raises(UserError, match="no CUDA device"):
+        derive(wishes={"train": {"device": "cuda"}})
+
+
+def test_money_is_refused_in_one_line():
+    with pytest.raises(UserError, match="prices"):
+        resolve({}, Budget(5.0, "usd"), LAPTOP, BOOKS, PEAK)
