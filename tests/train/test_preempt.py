@@ -59,10 +59,10 @@ def test_second_signal_leaves_at_once(start, tmp_path):
 
 
 @pytest.mark.slow
-def test_in_compilation(start, tmp_path, monkeypatch):
+def test_in_compilation(start, tmp_path):
     process = start(tmp_path / "run", "--steps", 100, "--compile")
     process.until_says("batch 0")
-    time.sleep(3.0)
+    time.sleep(2.0)
     assert stop(process, tmp_path / "run") < 10
 
 

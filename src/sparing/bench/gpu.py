@@ -55,7 +55,7 @@ def gpu(
     The text is tokenised beforehand. Raises UserError without a CUDA GPU.
     """
     if not torch.cuda.is_available():
-        raise UserError("bench train gpu needs a CUDA GPU, and torch sees none on this machine; `--figure throughput` measures its CPU")
+        raise UserError("bench train gpu: torch sees no CUDA GPU on this machine; `sparing bench train throughput` measures its CPU")
     names = [name.strip() for name in models.split(",")]
     if unknown := [name for name in names if name not in MODELS]:
         raise UserError(f"bench train gpu: no model {unknown[0]!r}; choose from {', '.join(MODELS)}")

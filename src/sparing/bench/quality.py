@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+import shutil
 import tempfile
 import time
 from collections.abc import Sequence
@@ -16,6 +18,7 @@ from sparing.bench.worker import Worker
 from sparing.bench.yardstick import parse_yardstick
 from sparing.budget.units import parse_budget
 from sparing.config import UserError
+from sparing.config_file import read_wishes
 from sparing.run import write_atomic
 
 RUNS = "dense:2m, moe:2m, dense:5m, moe:5m, dense+mtp:5m, moe+mtp:5m, dense:20m, moe:20m, yardstick:20m"
@@ -53,21 +56,26 @@ def quality(
     plan = parse_runs(runs)
     shape = asdict(parse_yardstick(yardstick, yardstick_batch))
     paths = {"data": paths_of(data), "val": paths_of(val)}
+    wishes = read_wishes(recipe) if recipe else {}
     results = []
     with ExitStack() as stack:
         folder = Path(out or stack.enter_context(tempfile.TemporaryDirectory(prefix="sparing-bench-")))
         for side, budget in plan:
-            name = f"{side.replace('+', '-')}-{budget}"
-            kept = folder / f"{name}.json"
+            arguments = {**paths, "budget": budget, "contexts": [context], "val_bytes": val_bytes}
+            if side == "yardstick":
+                arguments |= {"function": "yardstick.train_yardstick", "yardstick": shape | {"seed": seed}}
+            else:
+                arguments |= {"function": "quality.train_ours", "side": side, "wishes": wishes, "seed": seed}
+            # The name holds all that shapes a result, so that one is found again only where it would come out alike.
+            digest = hashlib.sha256(json.dumps([arguments, threads], sort_keys=True).encode()).hexdigest()[:8]
+            kept = folder / f"{side.replace('+', '-')}-{budget.replace('$', 'usd')}-{digest}.json"
             if not kept.exists():
                 say(f"{side}, {budget} ...")
-                arguments = {**paths, "budget": budget, "contexts": [context], "val_bytes": val_bytes}
-                if side == "yardstick":
-                    arguments |= {"function": "yardstick.train_yardstick", "yardstick": shape | {"seed": seed}}
-                else:
-                    arguments |= {"function": "quality.train_ours", "side": side, "out": str(folder / name), "recipe": recipe, "seed": seed}
+                run = kept.with_suffix("")
+                shutil.rmtree(run, ignore_errors=True)  # of an attempt that did not end
                 folder.mkdir(parents=True, exist_ok=True)
-                write_atomic(kept, json.dumps(_run(arguments, threads), indent=1))
+                result = _run(arguments if side == "yardstick" else arguments | {"out": str(run)}, threads)
+                write_atomic(kept, json.dumps(result, indent=1))
             results.append(json.loads(kept.read_text()))
             score, tokens, seconds = (results[-1][key] for key in ("bpb", "tokens", "seconds"))
             say(f"{side}, {budget}: {score:.4f} bits per byte, {tokens:,} tokens in {seconds:.0f} s")
@@ -91,21 +99,22 @@ def train_ours(
     started: float,
     contexts: Sequence[int],
     val_bytes: int | None = None,
-    recipe: str | None = None,
+    wishes: dict | None = None,
     seed: int = 0,
 ) -> dict:
     """`sparing train` as one of SIDES, then its score on `val`; the same keys as `train_yardstick`."""
+    import torch
+
     from sparing.api import load, train
-    from sparing.config_file import read_wishes
     from sparing.data.sources import documents
     from sparing.evals.bpb import bpb
 
-    wishes = read_wishes(recipe) if recipe else {}
-    wishes["model"] = {**wishes.get("model", {}), **WISHES[side]}
+    wishes = {**(wishes or {}), "model": {**(wishes or {}).get("model", {}), **WISHES[side]}}
     summary = train(list(data), budget, out, wishes, seed=seed, started=started, samples=0)
     spent = time.monotonic() - started
     model = load(out)
     trained = model.config.train
+    model.network.compute_dtype = getattr(torch, trained.dtype)  # each side is scored in the arithmetic that it was trained in
     scores = {}
     for context in dict.fromkeys((*contexts, trained.seq_len)):
         texts = (document.text for document in documents(val))

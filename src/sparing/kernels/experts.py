@@ -1,4 +1,4 @@
-"""SwiGLU, and a mixture of SwiGLU experts: tokens sorted by expert, one product per expert, no padding, activations recomputed.
+"""SwiGLU, and a mixture of SwiGLU experts: tokens grouped by expert, one product per expert, activations recomputed.
 
 `F.grouped_mm` computes the same products; on a CPU its backward was measured far slower than one product per expert, so it is chosen
 on CUDA only. Gates scale the expert's hidden activation (F wide) rather than its output (D wide): same function, fewer numbers.
@@ -9,6 +9,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+ROWS = 64
+"""Groups are filled up to a multiple of this: oneDNN builds a kernel for every new shape, which costs more than the filler rows."""
 
 
 def swiglu_reference(h: Tensor) -> Tensor:
@@ -54,13 +57,22 @@ def mixture_reference(x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, weig
     return out
 
 
-def _sort(experts_NK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(order, token of each sorted row, (N, K) place of each choice among the sorted rows, rows per expert)."""
+def _layout(experts_NK: Tensor, num_experts: int, multiple: int) -> tuple[Tensor, Tensor, list[int]]:
+    """Where each choice goes when rows are grouped by expert and every group is filled up to a multiple of rows.
+
+    -> (source (S,): the choice that fills each row, N*K for filler; place (N, K): the row of each choice; rows of each group).
+    """
     flat = experts_NK.flatten()
     order = flat.argsort(stable=True)
-    places = torch.empty_like(order).scatter_(0, order, torch.arange(len(flat), device=flat.device))
-    # A token's K choices are neighbours in `flat`, so dividing by K finds the token.
-    return order, order // experts_NK.shape[1], places.view_as(experts_NK), torch.bincount(flat, minlength=num_experts)
+    counts = torch.bincount(flat, minlength=num_experts)
+    sizes = (counts + multiple - 1) // multiple * multiple
+    # A sorted row moves down by the filler of all groups before its own.
+    shift = (sizes - counts).cumsum(0) - (sizes - counts)
+    rows = torch.arange(len(flat), device=flat.device) + shift.index_select(0, flat.index_select(0, order))
+    place = torch.empty_like(order).scatter_(0, order, rows)
+    groups = sizes.tolist()
+    source = torch.full((sum(groups),), len(flat), dtype=order.dtype, device=flat.device).scatter_(0, rows, order)
+    return source, place.view_as(experts_NK), groups
 
 
 def _combine(rows_SD: Tensor, places_NK: Tensor) -> Tensor:
@@ -74,32 +86,33 @@ def _combine(rows_SD: Tensor, places_NK: Tensor) -> Tensor:
 class _Mixture(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
-        order, tokens, places, counts = _sort(experts, len(gate_up))
+        source, places, groups = _layout(experts, len(gate_up), ROWS)
+        tokens = (source // experts.shape[1]).clamp_(max=len(x) - 1)
         gate_up_c, down_c = gate_up.to(x.dtype), down.to(x.dtype)
-        spans = _spans(counts.tolist())
+        spans = _spans(groups)
         rows = x.index_select(0, tokens)
         h = x.new_empty(len(rows), gate_up.shape[1])
         for expert, span in spans:
             torch.mm(rows[span], gate_up_c[expert].t(), out=h[span])
-        gates = weights.flatten().index_select(0, order).to(x.dtype).unsqueeze(-1)
+        # Filler rows have gate 0: they reach neither the output nor a gradient.
+        gates = torch.cat((weights.flatten(), weights.new_zeros(1))).index_select(0, source).to(x.dtype).unsqueeze(-1)
         hidden = swiglu_reference(h).mul_(gates)
         y = torch.empty_like(rows)
         for expert, span in spans:
             torch.mm(hidden[span], down_c[expert].t(), out=y[span])
-        ctx.save_for_backward(rows, h, gate_up_c, down_c, gates, order, tokens, places)
+        ctx.save_for_backward(rows, h, gate_up_c, down_c, gates, tokens, places)
         ctx.spans, ctx.dtypes = spans, (gate_up.dtype, weights.dtype)
         return _combine(y, places)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        rows, h, gate_up, down, gates, order, tokens, places = ctx.saved_tensors
+        rows, h, gate_up, down, gates, tokens, places = ctx.saved_tensors
         grad_y = grad.index_select(0, tokens)
         grad_gated = h.new_empty(len(rows), h.shape[1] // 2)
         for expert, span in ctx.spans:
             torch.mm(grad_y[span], down[expert], out=grad_gated[span])
         hidden, grad_h = _swiglu_backward(h, grad_gated * gates)
-        grad_weights = torch.empty(len(rows), dtype=ctx.dtypes[1], device=grad.device)
-        grad_weights[order] = (grad_gated * hidden).sum(-1, dtype=ctx.dtypes[1])
+        grad_weights = (grad_gated * hidden).sum(-1, dtype=ctx.dtypes[1]).index_select(0, places.flatten()).view_as(places)
         hidden *= gates
         # An expert without tokens has gradient zero.
         grad_gate_up, grad_down = torch.zeros_like(gate_up), torch.zeros_like(down)
@@ -109,7 +122,7 @@ class _Mixture(torch.autograd.Function):
             torch.mm(grad_h[span].t(), rows[span], out=grad_gate_up[expert])
             torch.mm(grad_h[span], gate_up[expert], out=grad_rows[span])
         dtype = ctx.dtypes[0]
-        return _combine(grad_rows, places), grad_gate_up.to(dtype), grad_down.to(dtype), grad_weights.view_as(places), None
+        return _combine(grad_rows, places), grad_gate_up.to(dtype), grad_down.to(dtype), grad_weights, None
 
 
 def _spans(counts: list[int]) -> list[tuple[int, slice]]:
@@ -124,10 +137,10 @@ def _spans(counts: list[int]) -> list[tuple[int, slice]]:
 
 def _mixture_grouped(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
     """The same by `F.grouped_mm` and autograd."""
-    order, tokens, places, counts = _sort(experts, len(gate_up))
-    ends = counts.cumsum(0).to(torch.int32)
-    h = F.grouped_mm(x.index_select(0, tokens), gate_up.to(x.dtype).transpose(1, 2), offs=ends)
-    gates = weights.flatten().index_select(0, order).to(x.dtype).unsqueeze(-1)
+    source, places, groups = _layout(experts, len(gate_up), 1)
+    ends = torch.tensor(groups, device=x.device).cumsum(0).to(torch.int32)
+    h = F.grouped_mm(x.index_select(0, source // experts.shape[1]), gate_up.to(x.dtype).transpose(1, 2), offs=ends)
+    gates = weights.flatten().index_select(0, source).to(x.dtype).unsqueeze(-1)
     y = F.grouped_mm(swiglu(h) * gates, down.to(x.dtype).transpose(1, 2), offs=ends)
     return y.index_select(0, places.flatten()).unflatten(0, places.shape).sum(1)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -116,7 +117,8 @@ class _Trainer:
     def _step(self, total: int) -> dict | None:
         """One whole optimizer step. Returns its metrics, or None when the batch was bad and the weights are as before."""
         state, optim, t = self.state, self.config.optim, self.config.train
-        with self.signals.interruptible():  # up to the verdict nothing is changed that a checkpoint would hold
+        compiling = t.compile and not self.log.steps  # an exception inside the compiler would get lost in its callbacks
+        with nullcontext() if compiling else self.signals.interruptible():  # nothing changes yet that a checkpoint would hold
             batch = self.loader.batch(state.cursor)
             denominator = max(1, int((batch.targets[..., 0] != IGNORED).sum()))
             tokens, targets = batch.tokens.to(self.device), batch.targets.to(self.device)
