@@ -92,12 +92,12 @@ def parse(verb: str, kind: type, argv: list[str]) -> tuple[Any, dict[str, Any]]:
         if flag in dotted:
             overrides[dotted[flag]] = parse_text(values, recipe_options()[dotted[flag]][0], flag)
         elif flag not in own:
-            overrides[flag[2:].replace("-", "_")] = _literal(values[0])
+            overrides[flag[2:].replace("-", "_")] = values if len(values) > 1 else _literal(values[0])
     return _build(verb, kind, own, positional, {flag: values for flag, values in words.items() if flag in own}), overrides
 
 
 def _is_list(own: dict[str, str], flag: str) -> bool:
-    return own.get(flag) == "list[str]" or flag == "--data.paths"
+    return own.get(flag) == "list[str]" or flag in ("--data.paths", "--data", "--val")
 
 
 def _literal(text: str) -> Any:

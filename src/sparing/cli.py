@@ -275,6 +275,8 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         return _complain(str(error), 2)
     except KeyboardInterrupt:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # we are leaving: a second one must not change the exit status
         return _complain(f"interrupted; go on with: {_way_on(verb, arguments, argv)}", 130)
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

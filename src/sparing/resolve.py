@@ -165,7 +165,7 @@ def resolve(wishes: dict, budget: Budget, machine: Machine, facts: CorpusFacts, 
         reasons["train.batch_size"] = f"{batch_tokens} tokens: small budgets want many small steps"
     data = config.data
     if data.max_tokens is None:
-        needed = int(MARGIN * tokens)
+        needed = int(float(f"{MARGIN * tokens:.1e}"))  # two digits: a slightly different budget finds the corpus ready
         if facts.train_bytes > needed * BYTES_PER_TOKEN.get(model.vocab_size, 3.4):
             data = replace(data, max_tokens=needed)
             reasons["data.max_tokens"] = f"{MARGIN} times the {tokens / 1e6:.1f} M tokens that the budget can train on"

@@ -254,3 +254,13 @@ def test_bad_settings(corpus, tmp_path):
     for config, words in ((DataConfig(max_tokens=0), "max_tokens"), (DataConfig(paths=(corpus,), workers=0), "workers")):
         with pytest.raises(UserError, match=words):
             prepare(config, 300, tmp_path)
+
+
+def test_a_handful_of_tokens_is_never_nothing(tmp_path):
+    """With a budget of one token the sampled part may be a held-out one: the store has training text all the same, every time."""
+    for i in range(30):
+        (tmp_path / f"{i}.txt").write_text(f"the {i}th text, not long but long enough\n" * 20)
+    for seed in range(12):
+        (tmp_path / "more.txt").write_text(f"one more text {seed}\n" * 50)
+        config = DataConfig(paths=(str(tmp_path / "*.txt"),), max_tokens=1, holdout_fraction=0.5)
+        assert prepare(config, 300, tmp_path / "root").tokens > 0

@@ -8,6 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from sparing.config import DataConfig, UserError
@@ -168,6 +169,10 @@ def _tokenise(config, files, facts, tokenizer, folder, root, progress, should_st
         writer.end_shard()
     finally:
         writer.close()
+    if not writer.shards and config.max_tokens is not None:
+        # So few tokens that by chance every part with a small hash is held out: take more.
+        more = replace(config, max_tokens=4 * config.max_tokens)
+        return _tokenise(more, files, facts, tokenizer, folder, root, progress, should_stop)
     lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for _, text in sorted(held_out)]
     write_whole(folder / "held_out.jsonl", "".join(lines))
     return writer
