@@ -13,7 +13,7 @@ from sparing.config import Budget, Config, ModelConfig, UserError
 from sparing.config_file import build
 from sparing.data.scan import CorpusFacts
 
-UTILISATION = 0.25
+UTILISATION = 0.33
 """Share of the peak that small models reach while they train on a CPU (LAB.md)."""
 GPU_UTILISATION = 0.3
 TRAINING_SHARE = 0.88
@@ -56,8 +56,10 @@ LADDER = (
     Shape(1536, 20, 16, 96),
     Shape(2048, 24, 16, 128),
 )
-TOKENS_PER_PARAMETER = 8.0
-"""Of active parameters, head included."""
+TOKENS_PER_PARAMETER = 3.0
+"""Of active parameters, head included: below about this the next smaller size won at equal time (LAB.md, 2026-11-21)."""
+LR_TOKENS, LR_PEAK, LR_EXPONENT = 1.2e6, 0.04, -0.3
+"""The best of 0.01, 0.02, 0.04 at 1.2 M tokens; falling with the length of the run, slightly slower than Marin's tokens^-0.395."""
 
 
 def _round(value: float, multiple: int) -> int:
@@ -163,6 +165,13 @@ def resolve(wishes: dict, budget: Budget, machine: Machine, facts: CorpusFacts, 
         batch_tokens = 65536 if device == "cuda" else (4096 if tokens < 6e6 else 8192)
         train = replace(train, batch_size=max(1, batch_tokens // seq_len))
         reasons["train.batch_size"] = f"{batch_tokens} tokens: small budgets want many small steps"
+    optim = config.optim
+    if "lr" not in wishes.get("optim", {}) and optim.matrix == "adamw":
+        optim = replace(optim, lr=0.004)
+        reasons["optim.lr"] = "AdamW takes smaller steps than Muon"
+    elif "lr" not in wishes.get("optim", {}):
+        optim = replace(optim, lr=round(min(0.05, max(0.005, LR_PEAK * (tokens / LR_TOKENS) ** LR_EXPONENT)), 4))
+        reasons["optim.lr"] = f"{LR_PEAK} at {LR_TOKENS / 1e6} M tokens, falling as tokens^{LR_EXPONENT}"
     data = config.data
     if data.max_tokens is None:
         needed = int(float(f"{MARGIN * tokens:.1e}"))  # two digits: a slightly different budget finds the corpus ready
@@ -170,7 +179,7 @@ def resolve(wishes: dict, budget: Budget, machine: Machine, facts: CorpusFacts, 
             data = replace(data, max_tokens=needed)
             reasons["data.max_tokens"] = f"{MARGIN} times the {tokens / 1e6:.1f} M tokens that the budget can train on"
     reasons = {name: reason for name, reason in reasons.items() if _not_set(wishes, name)}
-    return Resolved(replace(config, train=train, data=data), reasons)
+    return Resolved(replace(config, train=train, data=data, optim=optim), reasons)
 
 
 MOE_FROM_FLOPS: float | None = None
