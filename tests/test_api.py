@@ -12,7 +12,7 @@ from sparing.config_file import read_config
 
 SMALL = {
     "model": {"hidden_size": 64, "num_layers": 2, "num_heads": 2, "vocab_size": 512, "n_routed_experts": 4, "mtp_depth": 1},
-    "train": {"seq_len": 64, "batch_size": 8, "threads": 1, "compile": False, "micro_batch_size": 4},
+    "train": {"seq_len": 64, "batch_size": 8, "threads": 1, "replicas": 1, "compile": False, "micro_batch_size": 4},
 }
 
 

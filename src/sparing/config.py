@@ -131,6 +131,10 @@ class OptimConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     seq_len: int = 512
+    short_seq_len: int | None = None
+    """Cut rows into pieces of this length at first: attention costs less, and early on the far context is not used."""
+    short_until: float = 0.7
+    """Share of the run trained on the short pieces."""
     batch_size: int = 16
     """Sequences per optimizer step, over all micro-batches and ranks."""
     micro_batch_size: int | None = None
@@ -141,6 +145,9 @@ class TrainConfig:
     """None: the GPU where there is one."""
     threads: int | None = None
     """CPU threads; None: measured."""
+    replicas: int | None = None
+    """Threads that each take a share of a micro-batch's rows with one thread an operation, instead of `threads` in each operation; 1: off;
+    None: measured."""
     compile: bool | None = None
     """torch.compile; None: measured, used only where it wins."""
     recompute: bool = False

@@ -143,7 +143,7 @@ def go_on(run: RunFolder, config: Config, machine: Machine, started: float, samp
 def _calibrated(run: RunFolder, config: Config, model: Transformer, loader: Loader, machine: Machine, signals: Preempt) -> Config:
     """Choose what is left open by measuring, and write it down before it takes effect."""
     t = config.train
-    if t.micro_batch_size is not None and t.compile is not None and (t.threads is not None or t.device == "cuda"):
+    if None not in (t.micro_batch_size, t.compile, t.replicas) and (t.threads is not None or t.device == "cuda"):
         return config
     seconds = CALIBRATION_SHARE * config.budget.amount if config.budget.unit == "s" else CALIBRATION_S
     train_config, reasons = choose(model, config, machine, loader.batch(0), seconds, check=signals.check, say=say)

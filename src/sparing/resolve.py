@@ -92,6 +92,18 @@ def shaped(shape: Shape, vocab_size: int, seq_len: int, moe: bool) -> ModelConfi
     )
 
 
+def _largest(vocab_size: int, seq_len: int, flops: float | None, tokens: float) -> tuple[Shape, float, float]:
+    """(the largest shape that the budget can feed, its tokens, its training FLOPs a token); from `flops`, or from `tokens` without them."""
+    best = None
+    for shape in LADDER:
+        candidate = shaped(shape, vocab_size, seq_len, moe=False)
+        each = train_flops(candidate, seq_len)
+        count = tokens if flops is None else flops / each
+        if best is None or count >= TOKENS_PER_PARAMETER * parameters(candidate).active:
+            best = (shape, count, each)
+    return best
+
+
 def vocabulary(train_bytes: float, tokens: float) -> int:
     """Words: a larger vocabulary shortens the text but costs a larger head, and its rare words need data."""
     for size, least in ((32768, 3e9), (16384, 4e8), (8192, 4e7), (4096, 3e6), (2048, 5e5)):
@@ -110,7 +122,7 @@ def resolve(wishes: dict, budget: Budget, machine: Machine, facts: CorpusFacts, 
     device = train_wishes.get("device") or ("cuda" if machine.gpus else "cpu")
     if device == "cuda" and not machine.gpus:
         raise UserError("train.device cuda: torch sees no CUDA device here; use --train.device cpu")
-    seq_len = train_wishes.get("seq_len") or (1024 if device == "cuda" else 256)
+    seq_len = train_wishes.get("seq_len") or (1024 if device == "cuda" else 512)
     utilisation = GPU_UTILISATION if device == "cuda" else UTILISATION
     dtype = "bfloat16" if device == "cuda" or machine.cpu_bf16 else "float32"
 
@@ -127,19 +139,13 @@ def resolve(wishes: dict, budget: Budget, machine: Machine, facts: CorpusFacts, 
             f"budget in {budget.unit}: prices and energy are not known to this version; give time, tokens or FLOPs, such as 20m"
         )
 
-    moe = model_wishes.get("num_dense_layers") is None and MOE_FROM_FLOPS is not None and (flops or 0) >= MOE_FROM_FLOPS
+    shape, tokens, dense_flops = _largest(model_wishes.get("vocab_size") or 4096, seq_len, flops, budget.amount)
+    moe = "num_dense_layers" not in model_wishes and MOE_FROM_FLOPS is not None and tokens * dense_flops >= MOE_FROM_FLOPS
     moe = moe or any(key in model_wishes for key in ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size"))
-    best = None
-    for shape in LADDER:
-        vocab = model_wishes.get("vocab_size") or 4096
-        candidate = shaped(shape, vocab, seq_len, moe)
-        active = parameters(candidate).active
-        tokens = budget.amount if flops is None else flops / train_flops(candidate, seq_len)
-        if best is None or tokens >= TOKENS_PER_PARAMETER * active:
-            best = (shape, tokens)
-    shape, tokens = best
     vocab = model_wishes.get("vocab_size") or vocabulary(facts.train_bytes, tokens)
     derived = shaped(shape, vocab, seq_len, moe)
+    if moe and "num_dense_layers" not in model_wishes:
+        reasons["model.num_dense_layers"] = f"a mixture beat a dense model at equal minutes from {MOE_FROM_FLOPS:g} FLOPs on (LAB.md)"
     fields = {name: value for name, value in vars(derived).items() if name not in model_wishes}
     model = build(ModelConfig, {**fields, **model_wishes})
     if flops is not None:
@@ -150,7 +156,7 @@ def resolve(wishes: dict, budget: Budget, machine: Machine, facts: CorpusFacts, 
     for name in ("hidden_size", "num_layers", "num_heads"):
         if name not in model_wishes:
             enough = f"largest size with {TOKENS_PER_PARAMETER:g} tokens or more per active parameter"
-            reasons[f"model.{name}"] = f"{enough}: {tokens / 1e6:.1f} M tokens, {ratio:.0f} each"
+            reasons[f"model.{name}"] = f"{enough}: {tokens / 1e6:.1f} M tokens, {ratio:.1f} each"
     if "vocab_size" not in model_wishes:
         reasons["model.vocab_size"] = f"for about {tokens / 1e6:.1f} M tokens of training and {facts.train_bytes / 1e6:.1f} MB of text"
 
@@ -172,6 +178,9 @@ def resolve(wishes: dict, budget: Budget, machine: Machine, facts: CorpusFacts, 
     elif "lr" not in wishes.get("optim", {}):
         optim = replace(optim, lr=round(min(0.05, max(0.005, LR_PEAK * (tokens / LR_TOKENS) ** LR_EXPONENT)), 4))
         reasons["optim.lr"] = f"{LR_PEAK} at {LR_TOKENS / 1e6} M tokens, falling as tokens^{LR_EXPONENT}"
+    if "short_seq_len" not in train_wishes and device == "cpu" and seq_len % 256 == 0 and seq_len > 256:
+        train = replace(train, short_seq_len=256)
+        reasons["train.short_seq_len"] = "on short rows a model learns faster at first, and attention costs less; the last part is on whole ones"
     data = config.data
     if data.max_tokens is None:
         needed = int(float(f"{MARGIN * tokens:.1e}"))  # two digits: a slightly different budget finds the corpus ready
@@ -182,8 +191,8 @@ def resolve(wishes: dict, budget: Budget, machine: Machine, facts: CorpusFacts, 
     return Resolved(replace(config, train=train, data=data, optim=optim), reasons)
 
 
-MOE_FROM_FLOPS: float | None = None
-"""Training FLOPs from which a mixture beat our own dense model at equal minutes; None: it never did (LAB.md)."""
+MOE_FROM_FLOPS: float | None = 2e13
+"""Training FLOPs from which a mixture beat our own dense model at equal minutes: the shortest runs compared (LAB.md); None: never."""
 
 
 def _not_set(wishes: dict, dotted: str) -> bool:

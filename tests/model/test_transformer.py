@@ -69,7 +69,7 @@ def test_micro_batches_add_up_to_the_whole_batch():
     model.loss(tokens, targets).total.backward()
     whole = {n: p.grad.clone() for n, p in model.named_parameters()}
     model.zero_grad()
-    parts = [model.loss(tokens[i : i + 1], targets[i : i + 1], denominator=denominator, micro_batches=4) for i in range(4)]
+    parts = [model.loss(tokens[i : i + 1], targets[i : i + 1], denominator=denominator, share=0.25) for i in range(4)]
     sum(p.total for p in parts).backward()
     for name, p in model.named_parameters():
         assert torch.allclose(p.grad, whole[name], atol=1e-5, rtol=1e-4), name

@@ -28,6 +28,10 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         return Batch(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
 
+    def cut(self, length: int) -> Batch:
+        """Rows cut into pieces of `length` tokens, which divides T: (B * T / length, length)."""
+        return Batch(*(getattr(self, field.name).unflatten(1, (-1, length)).flatten(0, 1) for field in fields(self)))
+
     def __getitem__(self, rows: slice) -> Batch:
         """A micro-batch."""
         return Batch(self.tokens[rows], self.targets[rows], self.documents[rows])

@@ -128,13 +128,13 @@ class Transformer(nn.Module):
         mtp_weight: float = 0.3,
         sequence_balance: float = 0.0,
         denominator: int | None = None,
-        micro_batches: int = 1,
+        share: float = 1.0,
     ) -> LossOutput:
         """Training loss of a micro-batch.
 
         targets_BTK: K = 1 + mtp_depth targets a position (the token 1, 2, ... ahead), -100 where ignored. denominator: valid main targets
         of the whole optimizer step (default: of this micro-batch), so that losses and gradients add up over micro-batches exactly;
-        the balance loss is averaged over `micro_batches`.
+        share: of the step's sequences, how many are here; the balance loss, a mean over sequences, counts by it.
         """
         c = self.config
         table, bias = self._context(tokens_BT, documents_BT, None, None)
@@ -155,7 +155,7 @@ class Transformer(nn.Module):
             mtp_loss = mtp_loss + linear_cross_entropy(x.flatten(0, 1), self.head_weight, targets, denominator) / c.mtp_depth
         if c.mtp_depth:
             total = total + mtp_weight * mtp_loss
-        balance = torch.stack(balances).sum() / micro_batches if balances else zero
+        balance = torch.stack(balances).sum() * share if balances else zero
         if balances:
             total = total + sequence_balance * balance
         return LossOutput(total, loss.detach(), mtp_loss.detach(), balance.detach())

@@ -16,6 +16,7 @@ import torch
 from sparing.account.hardware import Machine, load_calibration, save_calibration
 from sparing.config import Config, TrainConfig
 from sparing.model.transformer import Transformer
+from sparing.train.replicas import Replicas
 
 PEAK_SIZES = (1024, 2048, 4096)
 LEAST_TOKENS = 2048
@@ -107,10 +108,19 @@ def choose(
         reasons["train.threads"] = "measured, tokens/s: " + ", ".join(
             f"{n} threads {v:,.0f}" for (n, m), v in sorted(timed.items()) if m == micro
         )
+    replicas = t.replicas or 1
+    if t.replicas is None and device == "cpu" and threads > 1 and micro >= threads and not t.compile:
+        check()
+        divided = _speed(model, t, batch, micro, device, replicas=threads)
+        reasons["train.replicas"] = f"measured, tokens/s: {divided:,.0f} with {threads}, {speed:,.0f} without"
+        if divided > 1.03 * speed:
+            replicas, speed = threads, divided
     compiled = t.compile
     if compiled is None:
         compiled, reasons["train.compile"] = _worth_compiling(model, t, batch, micro, device, speed, seconds, check, say)
-    return replace(t, micro_batch_size=micro, threads=threads if device == "cpu" else t.threads, compile=compiled), reasons
+    replicas = 1 if compiled else replicas
+    threads = threads if device == "cpu" else t.threads
+    return replace(t, micro_batch_size=micro, threads=threads, replicas=replicas, compile=compiled), reasons
 
 
 def _worth_compiling(model, t, batch, micro, device, speed, seconds, check, say) -> tuple[bool, str]:
@@ -136,19 +146,21 @@ def _micro_batches(t: TrainConfig) -> list[int]:
     return sizes
 
 
-def _speed(model: Transformer, t: TrainConfig, batch, micro: int, device: str, compiled: bool = False) -> float:
+def _speed(model: Transformer, t: TrainConfig, batch, micro: int, device: str, compiled: bool = False, replicas: int = 1) -> float:
+    """Tokens per second of a forward and backward pass over `micro` rows."""
     loss_fn = torch.compile(model.loss, dynamic=False) if compiled else model.loss
+    divided = Replicas(model, replicas)
     rows = slice(0, micro)
-    tokens, targets, documents = (x[rows].to(device) for x in (batch.tokens, batch.targets, batch.documents))
+    part = batch[rows].cut(t.short_seq_len) if t.short_seq_len else batch[rows]
+    tokens, targets, documents = (x.to(device) for x in (part.tokens, part.targets, part.documents))
     took = []
     model.compute_dtype = getattr(torch, t.dtype)
     model.train()
     for _ in range(3):
         _wait(device)
         before = time.perf_counter()
-        loss_fn(
-            tokens, targets, documents if t.document_mask else None, mtp_weight=t.mtp_weight, sequence_balance=t.sequence_balance
-        ).total.backward()
+        options = {"denominator": tokens.numel(), "mtp_weight": t.mtp_weight, "sequence_balance": t.sequence_balance}
+        divided.backward(tokens, targets, documents if t.document_mask else None, loss_fn=loss_fn, **options)
         _wait(device)
         took.append(time.perf_counter() - before)
     for parameter in model.parameters():

@@ -53,7 +53,8 @@ def fingerprint(config: Config) -> dict[str, str]:
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     train = config.train
-    recipe = (config.optim, train.seq_len, train.batch_size, train.micro_batch_size, train.dtype, train.document_mask, train.mtp_weight)
+    rows = (train.seq_len, train.short_seq_len, train.short_until, train.batch_size, train.micro_batch_size, train.replicas)
+    recipe = (config.optim, rows, train.dtype, train.document_mask, train.mtp_weight)
     return {"model": digest(config.model), "recipe": digest(recipe, train.bias_update_rate, train.sequence_balance, train.seed)}
 
 

@@ -23,6 +23,7 @@ from sparing.train.log import Log
 from sparing.train.optim import Optimizer
 from sparing.train.pace import Pace, PlanLog, fixed_steps
 from sparing.train.preempt import Interrupted, Preempt
+from sparing.train.replicas import Replicas
 from sparing.train.schedule import decay_start, lr_scale, momentum
 
 IGNORED = -100
@@ -105,6 +106,7 @@ class _Trainer:
         model.train()
         self.device = next(model.parameters()).device
         self.loss_fn = torch.compile(model.loss, dynamic=False) if t.compile else model.loss
+        self.replicas = Replicas(model, t.replicas or 1)
         self.optimizer = Optimizer(model, config.optim, model.compute_dtype)
         self.guard = Guard()
         self.clock = Clock(run, started)
@@ -120,25 +122,20 @@ class _Trainer:
         compiling = t.compile and not self.log.steps  # an exception inside the compiler would get lost in its callbacks
         with nullcontext() if compiling else self.signals.interruptible():  # nothing changes yet that a checkpoint would hold
             batch = self.loader.batch(state.cursor)
+            if t.short_seq_len and state.step < t.short_until * total:
+                batch = batch.cut(t.short_seq_len)
             denominator = max(1, int((batch.targets[..., 0] != IGNORED).sum()))
             tokens, targets = batch.tokens.to(self.device), batch.targets.to(self.device)
             documents = batch.documents.to(self.device) if t.document_mask else None
-            micro = t.micro_batch_size or len(tokens)
+            micro = (t.micro_batch_size or t.batch_size) * t.seq_len // tokens.shape[1]
+            options = {"denominator": denominator, "mtp_weight": t.mtp_weight, "sequence_balance": t.sequence_balance}
             starts = range(0, len(tokens), micro)
             parts: list[Tensor] = []
             for start in starts:
                 rows = slice(start, start + micro)
-                out = self.loss_fn(
-                    tokens[rows],
-                    targets[rows],
-                    None if documents is None else documents[rows],
-                    mtp_weight=t.mtp_weight,
-                    sequence_balance=t.sequence_balance,
-                    denominator=denominator,
-                    micro_batches=len(starts),
-                )
-                out.total.backward()
-                parts.append(torch.stack([out.loss, out.mtp_loss, out.balance]).detach())
+                mine = None if documents is None else documents[rows]
+                share = len(tokens[rows]) / len(tokens)
+                parts.append(self.replicas.backward(tokens[rows], targets[rows], mine, share, self.loss_fn, **options))
             norm = self.optimizer.grad_norm()
             loss, mtp_loss, balance, grad_norm = torch.cat([torch.stack(parts).sum(0), norm.reshape(1)]).tolist()
         bad = self.guard.verdict(loss, grad_norm, warm=state.step >= optim.warmup * total)

@@ -1,0 +1,115 @@
+"""The verb itself, killed with -9 and stopped with SIGTERM at any instant from its first import to its last file, then resumed."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from sparing.run import read_lines
+
+TIMING = ("seconds", "tokens_per_s", "mfu", "took_s")
+OPTIONS = (
+    "--budget 40ktok --samples 1 --seed 5 --model.hidden-size 64 --model.num-layers 2 --model.num-heads 2 --model.vocab-size 384"
+    " --train.seq-len 64 --train.batch-size 8 --train.micro-batch-size 4 --train.threads 1 --train.compile false --train.replicas 1 --data.workers 1"
+    " --train.checkpoint-interval-s 0.3"
+).split()
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefghij", k=rng.randint(1, 9))) for _ in range(500)]
+    for i in range(200):
+        (folder / f"{i}.txt").write_text(" ".join(rng.choices(words, k=3000)))
+    return folder
+
+
+def start(home, *arguments) -> subprocess.Popen:
+    environment = os.environ | {"SPARING_HOME": str(home), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-m", "sparing", *map(str, arguments)], env=environment, stdout=-1, stderr=-1, text=True)
+
+
+def go_on(home, out, corpus) -> subprocess.Popen:
+    """What a user would type: the command again while there is no run yet, `resume` afterwards."""
+    if (out / "config.toml").exists():
+        return start(home, "resume", out)
+    return start(home, "train", "--data", corpus, "--out", out, *OPTIONS)
+
+
+def losses(out) -> list[dict]:
+    return [{key: value for key, value in line.items() if key not in TIMING} for line in read_lines(out / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus, tmp_path_factory):
+    """(its run folder, seconds it took from start to end)."""
+    root = tmp_path_factory.mktemp("undisturbed")
+    before = time.monotonic()
+    process = go_on(root / "home", root / "run", corpus)
+    _, said = process.communicate()
+    assert process.returncode == 0, said
+    assert len(losses(root / "run")) > 40_000 // 512
+    return root / "run", time.monotonic() - before
+
+
+def kill_and_finish(instant: float, root, corpus, undisturbed) -> str:
+    """Kill at this share of the run's time; -> the stage that was under way."""
+    out, home = root / "run", root / "home"
+    process = go_on(home, out, corpus)
+    time.sleep(instant * undisturbed[1])
+    process.kill()
+    process.communicate()
+    steps = sum("loss" in line for line in losses(out)) if (out / "metrics.jsonl").exists() else 0
+    stage = "training" if steps else "tokenising" if (out / "config.toml").exists() else "starting"
+    while not (out / "state/summary.json").exists():
+        process = go_on(home, out, corpus)
+        _, said = process.communicate()
+        assert process.returncode == 0, said
+    assert losses(out) == losses(undisturbed[0])
+    for name in ("weights/model.safetensors", "tokenizer.json"):
+        assert (out / name).read_bytes() == (undisturbed[0] / name).read_bytes()
+    return stage
+
+
+@pytest.mark.parametrize("instant", [0.35, 0.6, 0.85])
+def test_killed_anywhere_the_losses_are_those_of_the_undisturbed_run(instant, tmp_path, corpus, undisturbed):
+    kill_and_finish(instant, tmp_path, corpus, undisturbed)
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_random_instants(tmp_path, corpus, undisturbed):
+    rng = random.Random(0)
+    stages = []
+    for i in range(20):
+        (tmp_path / str(i)).mkdir()
+        stages.append(kill_and_finish(rng.uniform(0.05, 1.0), tmp_path / str(i), corpus, undisturbed))
+    assert {"training", "tokenising"} <= set(stages), stages
+
+
+@pytest.mark.parametrize("instant", [0.4, 0.7])
+def test_sigterm_leaves_in_time_and_says_how_to_go_on(instant, tmp_path, corpus, undisturbed):
+    process = go_on(tmp_path / "home", tmp_path / "run", corpus)
+    time.sleep(instant * undisturbed[1])
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=10)
+    assert process.returncode in (130, 0)
+    if process.returncode == 130:
+        assert "sparing resume" in said or "sparing train" in said
+    while not (tmp_path / "run/state/summary.json").exists():
+        process = go_on(tmp_path / "home", tmp_path / "run", corpus)
+        _, said = process.communicate()
+        assert process.returncode == 0, said
+    assert losses(tmp_path / "run") == losses(undisturbed[0])
+
+
+def test_one_json_object_and_nothing_else(tmp_path, corpus):
+    process = start(tmp_path / "home", "train", "--data", corpus, "--out", tmp_path / "run", *OPTIONS, "--json")
+    out, said = process.communicate()
+    assert process.returncode == 0, said
+    assert json.loads(out)["bpb"] > 0 and out.count("\n") == 1

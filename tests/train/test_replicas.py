@@ -1,0 +1,58 @@
+"""Rows divided among threads: the gradients, losses and expert counts of the undivided pass."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tests.model.shapes import TINY
+
+from sparing.model.init import init_weights
+from sparing.model.router import routers, update_biases
+from sparing.model.transformer import Transformer
+from sparing.train.replicas import Replicas
+
+
+def make():
+    model = Transformer(replace(TINY, mtp_depth=1)).train()
+    init_weights(model, 0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(parameter.numel()))
+    return model
+
+
+def run(model, count, rows=5):
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, 64, (rows, 16), generator=generator)
+    targets = torch.stack((tokens.roll(-1, 1), tokens.roll(-2, 1)), -1)
+    replicas = Replicas(model, count)
+    parts = [replicas.backward(tokens, targets, None, denominator=tokens.numel(), sequence_balance=0.01) for _ in range(2)]
+    return parts[-1], {n: p.grad.clone() for n, p in model.named_parameters()}, [r.tokens_per_expert.clone() for r in routers(model)]
+
+
+@pytest.mark.parametrize("count", [2, 3, 8])
+def test_divided_equals_undivided(count):
+    whole, divided = run(make(), 1), run(make(), count)
+    assert torch.allclose(whole[0], divided[0], rtol=1e-5)
+    for name, grad in whole[1].items():
+        assert torch.allclose(grad, divided[1][name], atol=2e-5, rtol=1e-3), name
+    assert all(torch.equal(a, b) for a, b in zip(whole[2], divided[2], strict=True))
+
+
+def test_divided_is_reproducible_bit_for_bit():
+    first, second = run(make(), 2), run(make(), 2)
+    assert torch.equal(first[0], second[0]) and all(torch.equal(first[1][n], second[1][n]) for n in first[1])
+
+
+def test_copies_follow_the_weights_and_the_biases():
+    model = make()
+    replicas = Replicas(model, 2)
+    with torch.no_grad():
+        model.lm_head.weight.fill_(3.0)
+    for router in routers(model):
+        router.tokens_per_expert[0] = 5
+    update_biases(model, 0.5)
+    twin = replicas.models[1]
+    assert torch.equal(twin.lm_head.weight, model.lm_head.weight)
+    for mine, theirs in zip(routers(twin), routers(model), strict=True):
+        assert torch.equal(mine.e_score_correction_bias, theirs.e_score_correction_bias) and theirs.e_score_correction_bias.any()
+        assert not mine.tokens_per_expert.any()
