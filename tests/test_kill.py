@@ -15,8 +15,8 @@ from sparing.run import read_lines
 TIMING = ("seconds", "tokens_per_s", "mfu", "took_s")
 OPTIONS = (
     "--budget 40ktok --samples 1 --seed 5 --model.hidden-size 64 --model.num-layers 2 --model.num-heads 2 --model.vocab-size 384"
-    " --train.seq-len 64 --train.batch-size 8 --train.micro-batch-size 4 --train.threads 1 --train.compile false --train.replicas 1 --data.workers 1"
-    " --train.checkpoint-interval-s 0.3"
+    " --train.seq-len 64 --train.batch-size 8 --train.micro-batch-size 4 --train.threads 1 --train.compile false"
+    " --train.replicas 1 --data.workers 1 --train.checkpoint-interval-s 0.3"
 ).split()
 
 

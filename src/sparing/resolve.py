@@ -56,7 +56,7 @@ LADDER = (
     Shape(1536, 20, 16, 96),
     Shape(2048, 24, 16, 128),
 )
-TOKENS_PER_PARAMETER = 3.0
+TOKENS_PER_PARAMETER = 2.0
 """Of active parameters, head included: below about this the next smaller size won at equal time (LAB.md, 2026-11-21)."""
 LR_TOKENS, LR_PEAK, LR_EXPONENT = 1.2e6, 0.04, -0.3
 """The best of 0.01, 0.02, 0.04 at 1.2 M tokens; falling with the length of the run, slightly slower than Marin's tokens^-0.395."""
@@ -168,7 +168,7 @@ def resolve(wishes: dict, budget: Budget, machine: Machine, facts: CorpusFacts, 
             "this device multiplies bfloat16 in hardware" if dtype == "bfloat16" else "no bfloat16 products in this CPU"
         )
     if "batch_size" not in train_wishes:
-        batch_tokens = 65536 if device == "cuda" else (4096 if tokens < 6e6 else 8192)
+        batch_tokens = 65536 if device == "cuda" else (4096 if tokens < 2e7 else 8192)
         train = replace(train, batch_size=max(1, batch_tokens // seq_len))
         reasons["train.batch_size"] = f"{batch_tokens} tokens: small budgets want many small steps"
     optim = config.optim
@@ -180,7 +180,7 @@ def resolve(wishes: dict, budget: Budget, machine: Machine, facts: CorpusFacts, 
         reasons["optim.lr"] = f"{LR_PEAK} at {LR_TOKENS / 1e6} M tokens, falling as tokens^{LR_EXPONENT}"
     if "short_seq_len" not in train_wishes and device == "cpu" and seq_len % 256 == 0 and seq_len > 256:
         train = replace(train, short_seq_len=256)
-        reasons["train.short_seq_len"] = "on short rows a model learns faster at first, and attention costs less; the last part is on whole ones"
+        reasons["train.short_seq_len"] = "cheaper attention and faster learning at first; the last part is on whole rows"
     data = config.data
     if data.max_tokens is None:
         needed = int(float(f"{MARGIN * tokens:.1e}"))  # two digits: a slightly different budget finds the corpus ready

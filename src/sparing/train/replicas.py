@@ -39,7 +39,8 @@ class Replicas:
     ) -> Tensor:
         """Gradients of a micro-batch into the first model's parameters; -> (3,) loss, MTP loss, balance loss.
 
-        tokens (B, T), targets (B, T, K), documents (B, T) or None; share: see `Transformer.loss`; options go to `Transformer.loss`. loss_fn: a compiled form of it.
+        tokens (B, T), targets (B, T, K), documents (B, T) or None; share and options: see `Transformer.loss`. loss_fn: a compiled form
+        of it, used where nothing is divided.
         """
         if self.pool is None:
             return _one(loss_fn or self.models[0].loss, tokens, targets, documents, share, options)
