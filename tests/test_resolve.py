@@ -49,10 +49,10 @@ def test_every_export_stays_open(budget, moe):
 
 
 def test_a_token_budget_and_a_flop_budget_buy_what_they_say():
-    config = derive("5Mtok").config
-    assert config.data.max_tokens is None or config.data.max_tokens >= 5e6
+    config = derive("7Mtok").config
+    assert config.data.max_tokens is None or config.data.max_tokens >= 7e6
     flops = train_flops(config.model, config.train.seq_len)
-    assert parameters(derive(f"{5e6 * flops:.4g}flop").config.model).active == parameters(config.model).active
+    assert parameters(derive(f"{7e6 * flops:.4g}flop").config.model).active == parameters(config.model).active
 
 
 def test_only_as_many_tokens_as_the_plan_can_consume():

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from sparing.config import ModelConfig
 from sparing.model.init import init_weights
 from sparing.model.transformer import Transformer
+from sparing.train.replicas import Replicas
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,8 @@ class OurSetting:
     precision: str = "bfloat16"
     """`bfloat16` or `float32`."""
     compile: bool = False
+    replicas: int = 1
+    """Threads that divide the rows among them (`sparing.train.replicas`); calibration would choose it by measuring."""
 
 
 class OursSide:
@@ -33,15 +36,17 @@ class OursSide:
         self.model.load_state_dict(load_file(weights))
         self.model.train()
         self.model.compute_dtype = getattr(torch, setting.precision)
-        self.loss = torch.compile(self.model.loss, dynamic=False) if setting.compile else self.model.loss
+        self.loss = torch.compile(self.model.loss, dynamic=False) if setting.compile else None
+        self.replicas = Replicas(self.model, setting.replicas)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True, **optimizer)
 
     def step(self, tokens_BT: torch.Tensor) -> float:
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.loss(tokens_BT, shifted(tokens_BT, 1 + self.model.config.mtp_depth))
-        loss.total.backward()
+        targets = shifted(tokens_BT, 1 + self.model.config.mtp_depth)
+        denominator = int((targets[..., 0] != -100).sum())
+        loss, _, _ = self.replicas.backward(tokens_BT, targets, None, loss_fn=self.loss, denominator=denominator)
         self.optimizer.step()
-        return loss.loss.item()
+        return loss.item()
 
 
 def shifted(tokens_BT: torch.Tensor, depth: int) -> torch.Tensor:

@@ -77,7 +77,8 @@ def throughput(
         if not best["tokens_per_s"]:
             raise UserError(f"no setting of transformers trains here; the first one: {trials[0]['error']}")
         ours, peer, meter = (stack.enter_context(Worker(threads)) for _ in range(3))
-        ours.build("ours", **files, setting={"precision": precision, "compile": compile == "both"})
+        setting = {"precision": precision, "compile": compile == "both", "replicas": 1 if compile == "both" else threads}
+        ours.build("ours", **files, setting=setting)
         peer.build("peer", **files, setting=best["setting"])
         measured = take_turns({"ours": ours, "peer": peer}, meter, rounds, steps, peak_sizes)
         memory = {name: side.ask("memory")["bytes"] for name, side in (("ours", ours), ("peer", peer))}
