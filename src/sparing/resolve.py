@@ -171,6 +171,10 @@ def resolve(wishes: dict, budget: Budget, machine: Machine, facts: CorpusFacts, 
         batch_tokens = 65536 if device == "cuda" else (4096 if tokens < 2e7 else 8192)
         train = replace(train, batch_size=max(1, batch_tokens // seq_len))
         reasons["train.batch_size"] = f"{batch_tokens} tokens: small budgets want many small steps"
+    if "bias_update_rate" not in train_wishes and moe:
+        steps = tokens / (train.batch_size * seq_len)
+        train = replace(train, bias_update_rate=round(min(0.01, max(0.001, 10 / steps)), 5))
+        reasons["train.bias_update_rate"] = f"about {steps:,.0f} steps: the published 0.001 would move a bias by no more than that times it"
     optim = config.optim
     if "lr" not in wishes.get("optim", {}) and optim.matrix == "adamw":
         optim = replace(optim, lr=0.004)
