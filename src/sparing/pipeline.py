@@ -184,6 +184,8 @@ def _finished(
     write_atomic(run.model_card_file, model_card(config, summary, kv_cache_bytes(config.model)))
     summary["seconds"] = Clock(run, started).seconds()
     write_atomic(run.state / "summary.json", json.dumps(summary, indent=1))
+    say(f"\n{run}: the recipe with its reasons is config.toml, the model weights/, every step metrics.jsonl, a summary MODEL_CARD.md")
+    say(f'next: sparing generate {run} --prompt "..."   sparing eval {run} --data PATH   sparing export {run} --format hf --out FOLDER')
     return summary
 
 
