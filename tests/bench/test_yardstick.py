@@ -27,7 +27,7 @@ def test_time_is_a_budget(text):
     started = time.monotonic()
     result = train(text, "6s", started=started, val_bytes=1000)
     assert result["steps"] > 1
-    assert 3 < result["seconds"] < 9, "on a busy machine the end is not exact"
+    assert 3 < result["seconds"] < 30, "on a busy machine the end is not exact"
 
 
 def test_the_schedule_warms_up_and_falls_to_its_end():
