@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparing.kernels import native
+
 IGNORE = -100
 CHUNK_TOKENS = 512
 
@@ -27,6 +29,10 @@ def _softmax_and_nll(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, T
     gradient is minus the sum of the others', so it keeps its precision where the target's probability is near 1, and so does the loss.
     """
     valid = targets != IGNORE
+    if native.usable(logits):
+        nll = torch.empty(len(logits), dtype=torch.float32)
+        native.call("cross_entropy", logits.dtype, logits, targets.contiguous(), nll, *logits.shape)
+        return logits, nll, valid
     probability = logits.softmax(-1)
     rows, words = probability.shape
     # Flat positions: indexed writes touch one number a row, where scatter_ would copy the whole matrix.
