@@ -6,11 +6,10 @@ import pytest
 import torch
 
 from sparing.kernels import native
-from sparing.kernels.attention import attention_reference, causal_attention, DocumentMask
+from sparing.kernels.attention import DocumentMask, attention_reference, causal_attention
 from sparing.kernels.cross_entropy import IGNORE, linear_cross_entropy, linear_cross_entropy_reference, token_nll
 from sparing.kernels.experts import mixture, mixture_reference, swiglu, swiglu_reference
 from sparing.kernels.norm import rms_norm, rms_norm_reference
-
 
 
 @pytest.fixture(autouse=True, params=["compiled", "plain"])
@@ -67,9 +66,8 @@ def test_causal_attention(dtype, length, documents):
         ids = (torch.arange(length) // 37).expand(2, -1).contiguous()
         mask = DocumentMask.of(ids, torch.float32)
         assert (mask is None) == (length == 1)
-    compare(
-        lambda q, k, v: causal_attention(q, k, v, 0.2, mask), lambda q, k, v: attention_reference(q, k, v, 0.2, mask and mask.bias), (q, k, v), dtype
-    )
+    bias = None if mask is None else mask.bias
+    compare(lambda q, k, v: causal_attention(q, k, v, 0.2, mask), lambda q, k, v: attention_reference(q, k, v, 0.2, bias), (q, k, v), dtype)
 
 
 def test_attention_with_a_cache_sees_all_earlier_positions():

@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tests.model.shapes import TINY
 
 from sparing.config import YarnConfig
 from sparing.kernels import native
 from sparing.model.init import init_weights
 from sparing.model.router import routers, update_biases
 from sparing.model.transformer import Transformer
-from tests.model.shapes import TINY
 
 CASES = {
     "mixture": {},

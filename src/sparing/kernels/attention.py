@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparing.kernels import native
+from sparing.kernels import native, products
 
 ROWS = 128  # query rows of a block: small enough to skip most of the upper triangle, large enough for efficient products
 
@@ -111,6 +111,35 @@ def blocks_backward(
         torch.bmm(grad_scores, k[:, :stop], out=grad_q[:, start:stop])
         grad_k[:, :stop] += torch.bmm(grad_scores.transpose(1, 2), q[:, start:stop])
     return grad_q, grad_k, grad_v
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: DocumentMask | None) -> tuple[Tensor, list[Tensor]]:
+    """q, k (B, H, T, K), v (B, H, T, V), contiguous -> (rows (B*T, H*V), what `attend_backward` needs). On the compiled passes."""
+    B, H, T, V = v.shape
+    mixed = v.new_empty(B * T, H * V)
+    if products.usable(q):
+        log_sum = torch.empty(B, H, T)
+        native.call("attention_forward", None, q, k, v, mask and mask.first, scale, mixed, log_sum, B, H, T, q.shape[-1], V)
+        return mixed, [log_sum]
+    out, blocks = blocks_forward(*(t.flatten(0, 1) for t in (q, k, v)), scale, mask, H)
+    native.call("heads_last", v.dtype, out, mixed, B, H, T, V)
+    return mixed, blocks
+
+
+def attend_backward(
+    grad: Tensor, mixed: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: list[Tensor], scale: float, mask: DocumentMask | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v from that of the rows (B*T, H*V) that `attend` returned, `mixed`."""
+    B, H, T, V = v.shape
+    if products.usable(q):
+        grads = tuple(torch.empty_like(t) for t in (q, k, v))
+        native.call(
+            "attention_backward", None, q, k, v, mask and mask.first, scale, mixed, kept[0], grad, *grads, B, H, T, q.shape[-1], V
+        )  # fmt: skip
+        return grads
+    grad_out = torch.empty_like(v)
+    native.call("heads_last", v.dtype, grad, grad_out, B, T, H, V)
+    return blocks_backward(*(t.flatten(0, 1) for t in (grad_out, q, k, v)), kept, scale)
 
 
 class _BlockAttention(torch.autograd.Function):

@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparing.kernels import native
-from sparing.kernels.experts import ROWS, group_rows, spans_of
-from sparing.kernels.latent_attention import joined
+from sparing.kernels import native, products
+from sparing.kernels.experts import ROWS, group_rows
 from sparing.kernels.norm import norm_gradient_into, norm_into
+from sparing.kernels.products import grouped_nn, grouped_nt, grouped_tn, nn, nt, tn
 
 
 def _swiglu(h: Tensor, scale: Tensor | None = None) -> Tensor:
@@ -36,27 +36,39 @@ def _combine(rows: Tensor, places: Tensor, base: Tensor | None) -> Tensor:
     return out
 
 
+def _up(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    """Both projections side by side: (N, 2F)."""
+    h = x.new_empty(len(x), 2 * len(gate))
+    nt(x, gate, out=h[:, : len(gate)])
+    nt(x, up, out=h[:, len(gate) :])
+    return h
+
+
+def _up_backward(grad_h: Tensor, x: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """-> gradients of x, gate, up."""
+    left, right = grad_h[:, : len(gate)], grad_h[:, len(gate) :]
+    return nn(right, up, base=nn(left, gate)), tn(left, x), tn(right, x)
+
+
 class _Dense(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_BTD, norm, gate, up, down, eps: float):
         x = x_BTD.reshape(-1, x_BTD.shape[-1])
         normed = torch.empty_like(x)
         inverse = norm_into(x, norm, eps, normed)
-        w_up, w_down = joined(gate, up, x.dtype), down.to(x.dtype)
-        h = normed @ w_up.t()
-        ctx.save_for_backward(x, norm, inverse, normed, w_up, w_down, h)
-        return torch.addmm(x, _swiglu(h), w_down.t()).view_as(x_BTD)
+        h = _up(normed, gate, up)
+        ctx.save_for_backward(x, norm, inverse, normed, gate, up, down, h)
+        return nt(_swiglu(h), down, base=x).view_as(x_BTD)
 
     @staticmethod
     def backward(ctx, grad_BTD: Tensor):
-        x, norm, inverse, normed, w_up, w_down, h = ctx.saved_tensors
+        x, norm, inverse, normed, gate, up, down, h = ctx.saved_tensors
         grad = grad_BTD.reshape(x.shape)
-        grad_h, hidden, _ = _swiglu_backward(h, grad @ w_down)
-        grad_up = grad_h.t() @ normed
+        grad_h, hidden, _ = _swiglu_backward(h, nn(grad, down))
+        grad_normed, grad_gate, grad_up = _up_backward(grad_h, normed, gate, up)
         grad_x = torch.empty_like(x)
-        grad_norm = norm_gradient_into(grad_h @ w_up, x, norm, inverse, grad_x, extra=grad)
-        width = len(w_up) // 2
-        return grad_x.view_as(grad_BTD), grad_norm, grad_up[:width], grad_up[width:], grad.t() @ hidden, None
+        grad_norm = norm_gradient_into(grad_normed, x, norm, inverse, grad_x, extra=grad)
+        return grad_x.view_as(grad_BTD), grad_norm, grad_gate, grad_up, tn(grad, hidden), None
 
 
 def dense_feed_forward(x_BTD: Tensor, norm: Tensor, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor, eps: float) -> Tensor:
@@ -67,52 +79,36 @@ def dense_feed_forward(x_BTD: Tensor, norm: Tensor, gate_FD: Tensor, up_FD: Tens
 class _Mixture(torch.autograd.Function):
     @staticmethod
     def forward(ctx, residual, normed, gate_up, down, weights, experts, shared_gate, shared_up, shared_down):
-        source, places, groups = group_rows(experts, len(gate_up), ROWS)
+        source, places, groups = group_rows(experts, len(gate_up), 1 if products.usable(normed) else ROWS)
+        ends = torch.tensor(groups).cumsum(0)
         tokens = (source // experts.shape[1]).clamp_(max=len(normed) - 1)
-        gate_up_c, down_c = gate_up.to(normed.dtype), down.to(normed.dtype)
-        spans = spans_of(groups)
         rows = normed.index_select(0, tokens)
-        h = normed.new_empty(len(rows), gate_up.shape[1])
-        for expert, span in spans:
-            torch.mm(rows[span], gate_up_c[expert].t(), out=h[span])
+        h = grouped_nt(rows, gate_up, ends)
         # Filler rows have gate 0: they reach neither the output nor a gradient.
         gates = torch.cat((weights.flatten(), weights.new_zeros(1))).index_select(0, source)
-        hidden = _swiglu(h, gates)
-        y = torch.empty_like(rows)
-        for expert, span in spans:
-            torch.mm(hidden[span], down_c[expert].t(), out=y[span])
-        base, shared = residual, (None, None, None)
+        y = grouped_nt(_swiglu(h, gates), down, ends)
+        base, h_shared = residual, None
         if shared_gate is not None:
-            w_up, w_down = joined(shared_gate, shared_up, normed.dtype), shared_down.to(normed.dtype)
-            h_shared = normed @ w_up.t()
-            base, shared = torch.addmm(residual, _swiglu(h_shared), w_down.t()), (w_up, w_down, h_shared)
-        ctx.save_for_backward(normed, rows, h, gate_up_c, down_c, gates, tokens, places, *shared)
-        ctx.spans = spans
+            h_shared = _up(normed, shared_gate, shared_up)
+            base = nt(_swiglu(h_shared), shared_down, base=residual)
+        ctx.save_for_backward(normed, rows, h, gate_up, down, gates, tokens, places, ends, shared_gate, shared_up, shared_down, h_shared)
         return _combine(y, places, base)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        normed, rows, h, gate_up, down, gates, tokens, places, w_up, w_down, h_shared = ctx.saved_tensors
+        normed, rows, h, gate_up, down, gates, tokens, places, ends, shared_gate, shared_up, shared_down, h_shared = ctx.saved_tensors
         grad = grad.contiguous()
         grad_y = grad.index_select(0, tokens)
-        grad_hidden = h.new_empty(len(rows), h.shape[1] // 2)
-        for expert, span in ctx.spans:
-            torch.mm(grad_y[span], down[expert], out=grad_hidden[span])
-        grad_h, hidden, grad_gates = _swiglu_backward(h, grad_hidden, gates)
+        grad_h, hidden, grad_gates = _swiglu_backward(h, grouped_nn(grad_y, down, ends), gates)
         grad_weights = grad_gates.index_select(0, places.flatten()).view_as(places)
-        # An expert without tokens has gradient zero.
-        grad_gate_up, grad_down = torch.zeros_like(gate_up), torch.zeros_like(down)
-        grad_rows = torch.empty_like(rows)
-        for expert, span in ctx.spans:
-            torch.mm(grad_y[span].t(), hidden[span], out=grad_down[expert])
-            torch.mm(grad_h[span].t(), rows[span], out=grad_gate_up[expert])
-            torch.mm(grad_h[span], gate_up[expert], out=grad_rows[span])
+        grad_rows = grouped_nn(grad_h, gate_up, ends)
+        grads = grouped_tn(grad_h, rows, ends), grouped_tn(grad_y, hidden, ends)
         base, shared = None, (None, None, None)
-        if w_up is not None:
-            grad_shared, hidden, _ = _swiglu_backward(h_shared, grad @ w_down)
-            grad_up, width = grad_shared.t() @ normed, len(w_up) // 2
-            base, shared = grad_shared @ w_up, (grad_up[:width], grad_up[width:], grad.t() @ hidden)
-        return grad, _combine(grad_rows, places, base), grad_gate_up, grad_down, grad_weights, None, *shared
+        if h_shared is not None:
+            grad_shared, hidden, _ = _swiglu_backward(h_shared, nn(grad, shared_down))
+            base, grad_gate, grad_up = _up_backward(grad_shared, normed, shared_gate, shared_up)
+            shared = grad_gate, grad_up, tn(grad, hidden)
+        return grad, _combine(grad_rows, places, base), *grads, grad_weights, None, *shared
 
 
 def mixture_feed_forward(

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-SOURCES = ("native.c", "passes.inc")
+SOURCES = ("native.c", "passes.inc", "products.c")
 FLAGS = ("-O3", "-march=native", "-fopenmp-simd", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
 SUFFIXES = {torch.bfloat16: "_bf16", torch.float32: "_f32"}
 
@@ -91,8 +91,9 @@ def _function(name: str, arguments: str):
     return function
 
 
-def call(name: str, dtype: torch.dtype, *arguments: Tensor | float | int | None) -> None:
-    """Run one pass for `dtype`. Tensors go as the address of their first element: the caller answers for shapes and strides."""
+def call(name: str, dtype: torch.dtype | None, *arguments: Tensor | float | int | None) -> None:
+    """Run one pass, the one for `dtype` where there are several. Tensors go as the address of their first element: shapes and strides are
+    the caller's business."""
     kinds, values = [], []
     for a in arguments:
         if isinstance(a, Tensor):
@@ -104,4 +105,4 @@ def call(name: str, dtype: torch.dtype, *arguments: Tensor | float | int | None)
         else:
             kinds.append("f" if isinstance(a, float) else "i")
             values.append(a)
-    _function(name + SUFFIXES[dtype], "".join(kinds))(*values)
+    _function(name + SUFFIXES.get(dtype, ""), "".join(kinds))(*values)

@@ -13,7 +13,7 @@ enum { TO_BF16, TO_F32, ADD_F32 };
 
 /* Scratch of this thread that only grows; slot: which of them. */
 static void *scratch(int slot, int64_t bytes) {
-    static __thread struct { void *at; int64_t bytes; } slots[8];
+    static __thread struct { void *at; int64_t bytes; } slots[11];
     if (slots[slot].bytes < bytes) {
         free(slots[slot].at);
         slots[slot].at = aligned_alloc(64, (bytes + 4095) / 4096 * 4096);
@@ -47,20 +47,20 @@ static inline __m512i pair(const void *low, const void *high, int f32, __mmask16
 /* source (K, N) -> panels (N / 32, K / 2, 32) of pairs; width: 32 for B, or 8 for a transposed A. */
 static void pack_rows(const void *source, int f32, int64_t stride, int64_t K, int64_t N, int64_t width, int32_t *out) {
     int64_t pairs = (K + 1) / 2, size = f32 ? 4 : 2;
-    const char *s = source;
-    for (int64_t p = 0; p < pairs; p++) {
-        const char *low = s + 2 * p * stride * size, *high = 2 * p + 1 < K ? low + stride * size : 0;
-        for (int64_t n = 0; n < up(N, width); n += 16) {
-            __m512i words = pair(low + n * size, high ? high + n * size : 0, f32, first(N - n));
-            if (width == NR)
-                _mm512_storeu_si512(out + (n / NR * pairs + p) * NR + n % NR, words);
-            else {
-                _mm256_storeu_si256((__m256i *)(out + (n / MR * pairs + p) * MR), _mm512_castsi512_si256(words));
-                if (n + MR < up(N, width))
-                    _mm256_storeu_si256((__m256i *)(out + ((n + MR) / MR * pairs + p) * MR), _mm512_extracti64x4_epi64(words, 1));
+    for (int64_t block = 0; block < up(N, width); block += NR) /* a cache line of columns at a time, down all rows */
+        for (int64_t p = 0; p < pairs; p++) {
+            const char *low = (const char *)source + 2 * p * stride * size, *high = 2 * p + 1 < K ? low + stride * size : 0;
+            for (int64_t n = block; n < block + NR && n < up(N, width); n += 16) {
+                __m512i words = pair(low + n * size, high ? high + n * size : 0, f32, first(N - n));
+                if (width == NR)
+                    _mm512_storeu_si512(out + (n / NR * pairs + p) * NR + n % NR, words);
+                else {
+                    _mm256_storeu_si256((__m256i *)(out + (n / MR * pairs + p) * MR), _mm512_castsi512_si256(words));
+                    if (n + MR < up(N, width))
+                        _mm256_storeu_si256((__m256i *)(out + ((n + MR) / MR * pairs + p) * MR), _mm512_extracti64x4_epi64(words, 1));
+                }
             }
         }
-    }
 }
 
 static inline void transpose16(__m512i r[16]) {
@@ -146,29 +146,21 @@ static inline __attribute__((always_inline)) void tile(int rows, int halves, int
         }
 }
 
-/* C (M, N) from A's words and packed B. */
+/* C (M, N) from A's words and packed B, whose panels are `panel` words apart; size: bytes of C's numbers. */
 static void multiply(int64_t M, int64_t N, int64_t pairs, const int32_t *a, int64_t a_row, int64_t a_pair, int64_t a_block, const int32_t *b,
-                     void *c, int64_t stride, int kind, const bf16 *base, int64_t base_stride) {
+                     int64_t panel, void *c, int64_t stride, int kind, const bf16 *base, int64_t base_stride) {
     int64_t size = kind == TO_BF16 ? 2 : 4;
     for (int64_t n = 0; n < N; n += NR)
         for (int64_t m = 0; m < M; m += MR) {
-            const int32_t *block = a + m / MR * a_block, *panel = b + n / NR * pairs * NR;
+            const int32_t *block = a + m / MR * a_block, *right = b + n / NR * panel;
             void *to = (char *)c + (m * stride + n) * size;
             const bf16 *from = base ? base + m * base_stride + n : 0;
-            int64_t rows = M - m < MR ? M - m : MR, columns = N - n < NR ? N - n : NR;
-#define TILE(R, H) tile(R, H, pairs, block, a_row, a_pair, panel, to, stride, kind, from, base_stride, columns)
-            if (columns > 16) {
-                if (rows == MR) TILE(MR, 2);
-                else for (int64_t i = 0; i < rows; i++) {
-                    TILE(1, 2);
-                    block += a_row, to = (char *)to + stride * size, from = from ? from + base_stride : 0;
-                }
-            } else {
-                if (rows == MR) TILE(MR, 1);
-                else for (int64_t i = 0; i < rows; i++) {
-                    TILE(1, 1);
-                    block += a_row, to = (char *)to + stride * size, from = from ? from + base_stride : 0;
-                }
+            int64_t columns = N - n < NR ? N - n : NR;
+#define TILE(R, H) tile(R, H, pairs, block, a_row, a_pair, right, to, stride, kind, from, base_stride, columns)
+#define ROWS(R) case R: if (columns > 16) TILE(R, 2); else TILE(R, 1); break
+            switch (M - m) {
+                ROWS(1); ROWS(2); ROWS(3); ROWS(4); ROWS(5); ROWS(6); ROWS(7);
+                default: if (columns > 16) TILE(8, 2); else TILE(8, 1);
             }
         }
 }
@@ -180,7 +172,7 @@ void nt(const bf16 *a, int64_t s_a, const void *b, int64_t f32, int64_t s_b, voi
         int64_t s_base, int64_t M, int64_t N, int64_t K) {
     int32_t *packed = panels(0, K, N);
     pack_columns(b, f32, s_b, K, N, packed);
-    multiply(M, N, K / 2, (const int32_t *)a, s_a / 2, 1, MR * s_a / 2, packed, c, s_c, kind, base, s_base);
+    multiply(M, N, K / 2, (const int32_t *)a, s_a / 2, 1, MR * s_a / 2, packed, K / 2 * NR, c, s_c, kind, base, s_base);
 }
 
 /* c (M, N) = a (M, K) b (K, N) (+ base). */
@@ -188,7 +180,7 @@ void nn(const bf16 *a, int64_t s_a, const void *b, int64_t f32, int64_t s_b, voi
         int64_t s_base, int64_t M, int64_t N, int64_t K) {
     int32_t *packed = panels(0, K, N);
     pack_rows(b, f32, s_b, K, N, NR, packed);
-    multiply(M, N, K / 2, (const int32_t *)a, s_a / 2, 1, MR * s_a / 2, packed, c, s_c, kind, base, s_base);
+    multiply(M, N, K / 2, (const int32_t *)a, s_a / 2, 1, MR * s_a / 2, packed, K / 2 * NR, c, s_c, kind, base, s_base);
 }
 
 /* c (M, N) = a (K, M)^T b (K, N). */
@@ -197,6 +189,136 @@ void tn(const bf16 *a, int64_t s_a, const bf16 *b, int64_t s_b, void *c, int64_t
     int32_t *packed = panels(0, K, N), *turned = scratch(1, up(M, 16) * pairs * 4);
     pack_rows(b, 0, s_b, K, N, NR, packed);
     pack_rows(a, 0, s_a, K, M, MR, turned);
-    multiply(M, N, pairs, turned, 1, MR, pairs * MR, packed, c, s_c, kind, 0, 0);
+    multiply(M, N, pairs, turned, 1, MR, pairs * MR, packed, pairs * NR, c, s_c, kind, 0, 0);
+}
+
+/* Group e is rows ends[e - 1] to ends[e]. c (S, N) = a (S, K) b[e] (N, K)^T. */
+void grouped_nt(const bf16 *a, const float *b, bf16 *c, const int64_t *ends, int64_t E, int64_t N, int64_t K) {
+    for (int64_t e = 0, row = 0; e < E; row = ends[e++])
+        nt(a + row * K, K, b + e * N * K, 1, K, c + row * N, N, TO_BF16, 0, 0, ends[e] - row, N, K);
+}
+
+/* c (S, N) = a (S, K) b[e] (K, N). */
+void grouped_nn(const bf16 *a, const float *b, bf16 *c, const int64_t *ends, int64_t E, int64_t N, int64_t K) {
+    for (int64_t e = 0, row = 0; e < E; row = ends[e++])
+        nn(a + row * K, K, b + e * N * K, 1, N, c + row * N, N, TO_BF16, 0, 0, ends[e] - row, N, K);
+}
+
+/* c[e] (M, N) float32 = a[group] (., M)^T b[group] (., N). */
+void grouped_tn(const bf16 *a, const bf16 *b, float *c, const int64_t *ends, int64_t E, int64_t M, int64_t N) {
+    for (int64_t e = 0, row = 0; e < E; row = ends[e++])
+        tn(a + row * M, M, b + row * N, N, c + e * M * N, N, TO_F32, M, N, ends[e] - row);
+}
+
+enum { QUERIES = 64 };
+
+/* Causal attention, a block of 64 query rows at a time: their scores stay in cache. q, k (B, H, T, K), v (B, H, T, V), K and V even ->
+ * out (B, T, H, V), log_sum (B, H, T) of the exponentials. first: see softmax_forward. */
+void attention_forward(const bf16 *q, const bf16 *k, const bf16 *v, const int32_t *first_key, float scale, bf16 *out, float *log_sum, int64_t B,
+                       int64_t H, int64_t T, int64_t K, int64_t V) {
+    int64_t width = up(T, NR), pairs = (T + 1) / 2;
+    int32_t *keys = panels(0, K, T), *values = panels(1, T, V);
+    float *scores = scratch(2, QUERIES * width * 4);
+    bf16 *weights = scratch(3, QUERIES * width * 2);
+    for (int64_t bh = 0; bh < B * H; bh++) {
+        const bf16 *qs = q + bh * T * K;
+        pack_columns(k + bh * T * K, 0, K, K, T, keys);
+        pack_rows(v + bh * T * V, 0, V, T, V, NR, values);
+        for (int64_t start = 0; start < T; start += QUERIES) {
+            int64_t R = T - start < QUERIES ? T - start : QUERIES, S = start + R;
+            multiply(R, S, K / 2, (const int32_t *)(qs + start * K), K / 2, 1, MR * K / 2, keys, K / 2 * NR, scores, width, TO_F32, 0, 0);
+            for (int64_t r = 0; r < R; r++) {
+                float *x = scores + r * width, most = -INFINITY, total = 0.0f;
+                bf16 *w = weights + r * width;
+                int64_t low = first_key ? first_key[bh / H * T + start + r] : 0, high = start + r + 1;
+                MAX(most) for (int64_t j = low; j < high; j++) most = x[j] > most ? x[j] : most;
+                SUM(total) for (int64_t j = low; j < high; j++) {
+                    x[j] = exp_((x[j] - most) * scale);
+                    total += x[j];
+                }
+                log_sum[bh * T + start + r] = logf(total) + most * scale;
+                total = 1.0f / total;
+                memset(w, 0, low * 2);
+                SIMD for (int64_t j = low; j < high; j++) w[j] = put_bf16(x[j] * total);
+                memset(w + high, 0, (width - high) * 2);
+            }
+            multiply(R, V, (S + 1) / 2, (const int32_t *)weights, width / 2, 1, MR * width / 2, values, pairs * NR,
+                     out + ((bh / H * T + start) * H + bh % H) * V, H * V, TO_BF16, 0, 0);
+        }
+    }
+}
+
+/* Gradients of q, k, v from that of out (B, T, H, V); the probabilities are computed again from log_sum. */
+void attention_backward(const bf16 *q, const bf16 *k, const bf16 *v, const int32_t *first_key, float scale, const bf16 *out,
+                        const float *log_sum, const bf16 *grad, bf16 *grad_q, bf16 *grad_k, bf16 *grad_v, int64_t B, int64_t H, int64_t T,
+                        int64_t K, int64_t V) {
+    int64_t width = up(T, NR), pairs = (T + 1) / 2;
+    int32_t *keys = panels(0, K, T), *values = panels(1, V, T), *key_rows = panels(4, T, K);
+    float *scores = scratch(2, QUERIES * width * 4), *upper = scratch(5, QUERIES * width * 4);
+    bf16 *weights = scratch(3, QUERIES * width * 2), *slopes = scratch(6, QUERIES * width * 2);
+    float *sum_k = scratch(7, T * K * 4), *sum_v = scratch(8, T * V * 4);
+    int32_t *turned = scratch(9, up(T, 16) * QUERIES * 2), *right = panels(10, QUERIES, K > V ? K : V);
+    for (int64_t bh = 0; bh < B * H; bh++) {
+        const bf16 *qs = q + bh * T * K;
+        pack_columns(k + bh * T * K, 0, K, K, T, keys);
+        pack_columns(v + bh * T * V, 0, V, V, T, values);
+        pack_rows(k + bh * T * K, 0, K, T, K, NR, key_rows);
+        memset(sum_k, 0, T * K * 4);
+        memset(sum_v, 0, T * V * 4);
+        for (int64_t start = 0; start < T; start += QUERIES) {
+            int64_t R = T - start < QUERIES ? T - start : QUERIES, S = start + R, some = (R + 1) / 2;
+            const bf16 *o = out + ((bh / H * T + start) * H + bh % H) * V, *g = grad + (o - out);
+            multiply(R, S, K / 2, (const int32_t *)(qs + start * K), K / 2, 1, MR * K / 2, keys, K / 2 * NR, scores, width, TO_F32, 0, 0);
+            multiply(R, S, V / 2, (const int32_t *)g, H * V / 2, 1, MR * H * V / 2, values, V / 2 * NR, upper, width, TO_F32, 0, 0);
+            for (int64_t r = 0; r < R; r++) {
+                const float *x = scores + r * width, *y = upper + r * width;
+                bf16 *w = weights + r * width, *d = slopes + r * width;
+                int64_t low = first_key ? first_key[bh / H * T + start + r] : 0, high = start + r + 1;
+                float dot = 0.0f, log_total = log_sum[bh * T + start + r];
+                SUM(dot) for (int64_t i = 0; i < V; i++) dot += get_bf16(o[r * H * V + i]) * get_bf16(g[r * H * V + i]);
+                memset(w, 0, low * 2);
+                memset(d, 0, low * 2);
+                SIMD for (int64_t j = low; j < high; j++) {
+                    float p = exp_(x[j] * scale - log_total);
+                    w[j] = put_bf16(p);
+                    d[j] = put_bf16(p * (y[j] - dot) * scale);
+                }
+                memset(w + high, 0, (width - high) * 2);
+                memset(d + high, 0, (width - high) * 2);
+            }
+            multiply(R, K, (S + 1) / 2, (const int32_t *)slopes, width / 2, 1, MR * width / 2, key_rows, pairs * NR,
+                     grad_q + (bh * T + start) * K, K, TO_BF16, 0, 0);
+            pack_rows(slopes, 0, width, R, S, MR, turned);
+            pack_rows(qs + start * K, 0, K, R, K, NR, right);
+            multiply(S, K, some, turned, 1, MR, some * MR, right, some * NR, sum_k, K, ADD_F32, 0, 0);
+            pack_rows(weights, 0, width, R, S, MR, turned);
+            pack_rows(g, 0, H * V, R, V, NR, right);
+            multiply(S, V, some, turned, 1, MR, some * MR, right, some * NR, sum_v, V, ADD_F32, 0, 0);
+        }
+        SIMD for (int64_t i = 0; i < T * K; i++) grad_k[bh * T * K + i] = put_bf16(sum_k[i]);
+        SIMD for (int64_t i = 0; i < T * V; i++) grad_v[bh * T * V + i] = put_bf16(sum_v[i]);
+    }
+}
+
+enum { TOKENS = 256 };
+
+/* Head and cross-entropy in chunks of tokens. x (N, D), w (W, D) float32, D and W even -> nll (N,); the gradients of scale * sum(nll):
+ * grad_x (N, D), grad_w (W, D) float32. */
+void head_loss(const bf16 *x, const float *w, const int64_t *target, float scale, float *nll, bf16 *grad_x, float *grad_w, int64_t N,
+               int64_t D, int64_t W) {
+    int32_t *words = panels(0, D, W), *back = panels(1, W, D), *turned = scratch(3, up(W, 16) * TOKENS * 2), *right = panels(4, TOKENS, D);
+    bf16 *logits = scratch(2, TOKENS * W * 2);
+    pack_columns(w, 1, D, D, W, words);
+    pack_rows(w, 1, D, W, D, NR, back);
+    for (int64_t n = 0; n < N; n += TOKENS) {
+        int64_t R = N - n < TOKENS ? N - n : TOKENS, some = (R + 1) / 2;
+        const bf16 *rows = x + n * D;
+        multiply(R, W, D / 2, (const int32_t *)rows, D / 2, 1, MR * D / 2, words, D / 2 * NR, logits, W, TO_BF16, 0, 0);
+        cross_entropy_bf16(logits, target + n, scale, nll + n, R, W);
+        multiply(R, D, W / 2, (const int32_t *)logits, W / 2, 1, MR * W / 2, back, W / 2 * NR, grad_x + n * D, D, TO_BF16, 0, 0);
+        pack_rows(logits, 0, W, R, W, MR, turned);
+        pack_rows(rows, 0, D, R, D, NR, right);
+        multiply(W, D, some, turned, 1, MR, some * MR, right, some * NR, grad_w, D, n ? ADD_F32 : TO_F32, 0, 0);
+    }
 }
 #endif
