@@ -8,7 +8,7 @@ import torch
 from tiny import MODEL, Counting, config, steps
 
 from sparing.config import OptimConfig
-from sparing.kernels import native, products
+from sparing.kernels import native
 from sparing.model.init import init_weights
 from sparing.model.transformer import Transformer
 from sparing.run import DamagedError
@@ -215,7 +215,6 @@ def test_compiled_muon_is_the_batched_one(decay):
         parameters = {name: torch.nn.Parameter(torch.randn(shape)) for name, shape in shapes.items()}
         muon = Muon(parameters, weight_decay=decay)
         with nullcontext() if compiled else native.plain():
-            assert muon._compiled and (not compiled or products.available() or native.library() is None)
             for _ in range(3):
                 for p in parameters.values():
                     p.grad = torch.randn(p.shape)
@@ -223,4 +222,4 @@ def test_compiled_muon_is_the_batched_one(decay):
         results.append({**{f"weight {n}": p.detach() for n, p in parameters.items()}, **muon.momentum})
     for name, value in results[0].items():
         difference = (value - results[1][name]).abs()
-        assert (difference > 4e-3).float().mean() < 0.01, (name, difference.max())
+        assert (difference > 4e-3).float().mean() <= (0.03 if decay else 0.0), (name, difference.max())
