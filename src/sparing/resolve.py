@@ -140,6 +140,11 @@ def resolve(wishes: dict, budget: Budget, machine: Machine, facts: CorpusFacts, 
         )
 
     shape, tokens, dense_flops = _largest(model_wishes.get("vocab_size") or 4096, seq_len, flops, budget.amount)
+    if "hidden_size" in model_wishes:  # whatever else has a width follows it
+        width = model_wishes["hidden_size"]
+        near = min(LADDER, key=lambda rung: abs(rung.hidden_size - width))
+        heads = max(1, round(width / near.head_dim))
+        shape = replace(near, hidden_size=width, num_heads=heads)
     moe = "num_dense_layers" not in model_wishes and MOE_FROM_FLOPS is not None and tokens * dense_flops >= MOE_FROM_FLOPS
     moe = moe or any(key in model_wishes for key in ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size"))
     vocab = model_wishes.get("vocab_size") or vocabulary(facts.train_bytes, tokens)
