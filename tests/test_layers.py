@@ -16,6 +16,7 @@ LAYERS = [
     {"serve", "federate"},
     {"api"},
     {"pipeline"},
+    {"planning"},
     {"curate"},
     {"adapt"},
     {"train", "infer"},
