@@ -34,9 +34,7 @@ class Replicas:
         # The setting is each thread's own: the optimizer, in the caller's thread, keeps all cores.
         self.pool = ThreadPoolExecutor(count, "sparing-replica", torch.set_num_threads, (1,)) if count > 1 else None
 
-    def backward(
-        self, tokens: Tensor, targets: Tensor, documents: Tensor | None, share: float = 1.0, loss_fn=None, **options
-    ) -> Tensor:
+    def backward(self, tokens: Tensor, targets: Tensor, documents: Tensor | None, share: float = 1.0, loss_fn=None, **options) -> Tensor:
         """Gradients of a micro-batch into the first model's parameters; -> (3,) loss, MTP loss, balance loss.
 
         tokens (B, T), targets (B, T, K), documents (B, T) or None; share and options: see `Transformer.loss`. loss_fn: a compiled form

@@ -1,0 +1,121 @@
+"""The ledgers, read: what a run has cost, in all its attempts and together with the runs that it was derived from."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import socket
+import sqlite3
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from sparing.account.ledger import WAIT_S, Ancestor, Entry, Ledger, workspace_file
+from sparing.config import UserError
+from sparing.run import RunFolder
+
+STALE_S = 60.0
+"""A row that says it is running and was not written for so long belongs to a process that died."""
+ADDS_UP = ("wall_s", "device_s", "tokens", "flops", "kwh", "co2e_g", "usd")
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[sqlite3.Connection]:
+    """A ledger to read from; where its folder can't be written (WAL wants to), a copy. Raises UserError when it is damaged."""
+    with tempfile.TemporaryDirectory() as folder:
+        if not os.access(path.parent, os.W_OK):
+            for end in ("", "-wal"):
+                if os.path.exists(f"{path}{end}"):
+                    shutil.copyfile(f"{path}{end}", f"{folder}/{path.name}{end}")
+            source = Path(folder) / path.name
+        else:
+            source = path
+        db = sqlite3.connect(source, timeout=WAIT_S)
+        db.row_factory = sqlite3.Row
+        try:
+            yield db
+        except sqlite3.OperationalError as error:
+            raise UserError(f"the ledger {path} cannot be read now: {error}") from None
+        except sqlite3.DatabaseError as error:
+            raise UserError(
+                f"the ledger {path} is damaged ({error}): the next verb that meters moves it aside and begins a new one"
+            ) from None
+        finally:
+            db.close()
+
+
+def _rows(path: Path, table: str, kind: type) -> list:
+    if not path.exists():
+        return []
+    with _reading(path) as db:
+        if db.execute("SELECT name FROM sqlite_master WHERE name = ?", (table,)).fetchone() is None:
+            return []  # made, but killed before its tables were
+        return [kind(**row) for row in db.execute(f"SELECT * FROM {table} ORDER BY rowid")]
+
+
+def entries(path: Path) -> list[Entry]:
+    """All rows of a ledger, those of dead processes marked killed."""
+    found = _rows(path, "stages", Entry)
+    for row in found:
+        if row.status == "running" and not _alive(row):
+            row.status = "killed"
+    return found
+
+
+def _alive(row: Entry) -> bool:
+    if row.host != socket.gethostname():
+        return time.time() - row.updated < STALE_S
+    try:
+        os.kill(row.pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return time.time() - row.updated < STALE_S
+
+
+def run_id_of(run: RunFolder) -> str:
+    """A run's name in all ledgers: from its own ledger, or, where it has none, from its path."""
+    if run.ledger_file.exists():
+        with _reading(run.ledger_file) as db, contextlib.suppress(sqlite3.OperationalError):
+            if row := db.execute("SELECT value FROM meta WHERE key = 'run_id'").fetchone():
+                return row[0]
+    return "path-" + hashlib.sha256(str(run.path.resolve()).encode()).hexdigest()[:16]
+
+
+def entries_of(run: RunFolder) -> list[Entry]:
+    """All rows about a run: its own ledger's, and the workspace's from when its folder (or the ledger in it) could not be written."""
+    own = entries(run.ledger_file)
+    known, here, name = {row.uid for row in own}, str(run.path.resolve()), run_id_of(run)
+    path_name = "path-" + hashlib.sha256(here.encode()).hexdigest()[:16]
+    elsewhere = [
+        row
+        for row in entries(workspace_file())
+        if row.uid not in known and row.run_id in (name, path_name) and (row.run == here or not os.path.exists(row.run))  # not a copy's
+    ]
+    return sorted(own + elsewhere, key=lambda row: row.started)
+
+
+def ancestors_of(run: RunFolder) -> list[Ancestor]:
+    """The runs that `run` was derived from, nearest first, each once."""
+    return sorted(_rows(run.ledger_file, "ancestors", Ancestor), key=lambda row: row.generation)
+
+
+def inherit(run: RunFolder, parent: RunFolder, relation: str) -> None:
+    """Note in `run`'s ledger that it was derived from `parent` (as `relation`), with what that and its own ancestors had cost by now."""
+    rows = entries_of(parent)
+    totals = {name: sum(getattr(row, name) for row in rows) for name in ADDS_UP}
+    how = "measured" if rows and all(row.energy_how == "measured" for row in rows) else "estimated"
+    ledger = Ledger(run.ledger_file)
+    known = {row.ancestor_id: row.generation for row in ancestors_of(run)}
+    name = parent.path.resolve().name
+    ledger.put(Ancestor(ledger.run_id, run_id_of(parent), name, relation, 1, energy_how=how, **totals))
+    for row in ancestors_of(parent):
+        values = asdict(row) | {"run_id": ledger.run_id, "generation": row.generation + 1}
+        if known.get(row.ancestor_id, 99) > values["generation"]:  # reached by two ways: counted once, as the nearer
+            ledger.put(Ancestor(**values))
+    ledger.close()
