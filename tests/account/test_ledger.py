@@ -120,7 +120,7 @@ def test_two_processes_write_one_ledger(tmp_path):
 def full_disk() -> None:
     """A limit on file sizes is the full disk that needs no file system of its own: writes beyond it fail in the same way."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
 
 
 def test_no_room_is_said_in_a_line_and_what_was_there_stays(tmp_path):
@@ -129,7 +129,7 @@ def test_no_room_is_said_in_a_line_and_what_was_there_stays(tmp_path):
     ledger.put(entry())
     ledger.close()
     again = "open(sys.argv[1] + '.end', 'w').write('reached')"
-    script = WRITER.replace("range(100)", "range(1000)") + again
+    script = WRITER.replace("range(100)", "range(200)") + again
     process = subprocess.run([sys.executable, "-c", script, str(path), "x"], preexec_fn=full_disk, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     assert (tmp_path / "l.sqlite.end").exists()

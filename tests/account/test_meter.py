@@ -89,12 +89,12 @@ def test_changed_prices_count_from_then_on(run, home, monkeypatch):
     said = []
     with Meter("train", MACHINE, run, say=said.append) as meter:
         time.sleep(0.3)
-        before, rate = meter.spent()[0], meter.per_second()[0]
+        before, rate = meter.latest()[1], meter.per_second()[0]
         (home / "prices.toml").write_text("[electricity.WORLD\n")
         time.sleep(0.3)
         (home / "prices.toml").write_text("[electricity.WORLD]\nusd_per_kwh = 1000\n")
         time.sleep(0.6)
-        assert meter.per_second()[0] > 5 * rate and meter.spent()[0] > before
+        assert meter.per_second()[0] > 5 * rate and meter.latest()[1] > before
     assert len(said) == 2 and "not used" in said[0] and said[1].startswith("prices changed: $")
 
 

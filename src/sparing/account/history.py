@@ -10,16 +10,22 @@ import socket
 import sqlite3
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sparing.account.ledger import WAIT_S, Ancestor, Entry, Ledger, workspace_file
 from sparing.config import UserError
 from sparing.run import RunFolder
 
+if TYPE_CHECKING:  # the meter asks this file for a run's name
+    from sparing.account.meter import Meter
+
 STALE_S = 60.0
 """A row that says it is running and was not written for so long belongs to a process that died."""
+TRAINING = ("train", "resume")
+"""Verbs whose cost a run's budget covers; evaluating the result later is not part of it."""
 ADDS_UP = ("wall_s", "device_s", "tokens", "flops", "kwh", "co2e_g", "usd")
 
 
@@ -87,6 +93,26 @@ def run_id_of(run: RunFolder) -> str:
     return "path-" + hashlib.sha256(str(run.path.resolve()).encode()).hexdigest()[:16]
 
 
+def books(run: RunFolder | None, say: Callable[[str], None]) -> tuple[list[Ledger], str]:
+    """(the ledgers to write about `run`, its name in them): its own where its folder can be written, and the workspace's."""
+    found, name = [], ""
+    if run and os.access(run.path, os.W_OK):
+        found.append(Ledger(run.ledger_file, say))
+        name = found[0].run_id
+    elif run:
+        name = run_id_of(run)
+    workspace = workspace_file()
+    try:
+        workspace.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        say(f"{workspace.parent}: {error.strerror}: this is not in the workspace's ledger")
+        return found, name
+    if os.access(workspace.parent, os.W_OK):
+        return [*found, Ledger(workspace, say)], name
+    say(f"{workspace.parent} cannot be written: this is not in the workspace's ledger")
+    return found, name
+
+
 def entries_of(run: RunFolder) -> list[Entry]:
     """All rows about a run: its own ledger's, and the workspace's from when its folder (or the ledger in it) could not be written."""
     own = entries(run.ledger_file)
@@ -100,6 +126,22 @@ def entries_of(run: RunFolder) -> list[Entry]:
     return sorted(own + elsewhere, key=lambda row: row.started)
 
 
+def bill(run: RunFolder, meter: Meter) -> dict:
+    """What training `run` has cost until now, all attempts: cost_usd, energy_kwh, energy_how, co2e_g. meter: of the one under way."""
+    rows = [row for row in entries_of(run) if row.verb in TRAINING and not meter.owns(row)] + meter.rows()
+    return {
+        "cost_usd": sum(row.usd for row in rows),
+        "energy_kwh": sum(row.kwh for row in rows),
+        "energy_how": how(rows),
+        "co2e_g": sum(row.co2e_g for row in rows),
+    }
+
+
+def how(rows: list[Entry]) -> str:
+    """measured: the energy of all of them was."""
+    return "measured" if rows and all(row.energy_how == "measured" for row in rows) else "estimated"
+
+
 def ancestors_of(run: RunFolder) -> list[Ancestor]:
     """The runs that `run` was derived from, nearest first, each once."""
     return sorted(_rows(run.ledger_file, "ancestors", Ancestor), key=lambda row: row.generation)
@@ -109,11 +151,10 @@ def inherit(run: RunFolder, parent: RunFolder, relation: str) -> None:
     """Note in `run`'s ledger that it was derived from `parent` (as `relation`), with what that and its own ancestors had cost by now."""
     rows = entries_of(parent)
     totals = {name: sum(getattr(row, name) for row in rows) for name in ADDS_UP}
-    how = "measured" if rows and all(row.energy_how == "measured" for row in rows) else "estimated"
     ledger = Ledger(run.ledger_file)
     known = {row.ancestor_id: row.generation for row in ancestors_of(run)}
     name = parent.path.resolve().name
-    ledger.put(Ancestor(ledger.run_id, run_id_of(parent), name, relation, 1, energy_how=how, **totals))
+    ledger.put(Ancestor(ledger.run_id, run_id_of(parent), name, relation, 1, energy_how=how(rows), **totals))
     for row in ancestors_of(parent):
         values = asdict(row) | {"run_id": ledger.run_id, "generation": row.generation + 1}
         if known.get(row.ancestor_id, 99) > values["generation"]:  # reached by two ways: counted once, as the nearer

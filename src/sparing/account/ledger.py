@@ -210,12 +210,3 @@ class Ledger:
 
 def workspace_file() -> Path:
     return home() / "ledger.sqlite"
-
-
-def writable(folder: Path) -> bool:
-    """May files be made in `folder` (made itself where it doesn't exist yet)?"""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return False
-    return os.access(folder, os.W_OK)

@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 
 from sparing.account.hardware import Machine
-from sparing.account.history import run_id_of
-from sparing.account.ledger import Entry, Ledger, complain, workspace_file, writable
+from sparing.account.history import books
+from sparing.account.ledger import Entry, complain
 from sparing.account.power import Model, cpu_seconds, peak_memory, reset_peak_memory, resident_memory, sources
 from sparing.account.prices import Rent
 from sparing.account.tariff import Tariff
@@ -45,6 +45,10 @@ class NoMeter:
 
     def add(self, tokens: int = 0, flops: float = 0.0) -> None:
         """Work done by the stage under way."""
+
+    def now(self) -> dict[str, float]:
+        """The last second's watts and memory_bytes, where they are known."""
+        return {name: value for name in ("watts", "memory_bytes") if (value := getattr(self, name)) is not None}
 
 
 class Meter(NoMeter):
@@ -85,7 +89,7 @@ class Meter(NoMeter):
     # the verb's side
 
     def __enter__(self) -> Meter:
-        self._ledgers = self._open_ledgers()
+        self._ledgers, self.run_id = books(self.run, self.say)
         self._clock, self._cpu = time.monotonic(), cpu_seconds()
         self._joules = {}
         self._joules = self._count()
@@ -135,17 +139,19 @@ class Meter(NoMeter):
             entry.flops += flops
             self._dirty.add(entry.stage)
 
-    @property
-    def entries(self) -> list[Entry]:
+    def rows(self) -> list[Entry]:
         """Copies of this attempt's rows, up to now."""
         with self._lock:
             self._look()
             return [replace(entry) for entry in self._entries.values()]
 
-    def spent(self) -> tuple[float, float]:
-        """(US dollars, kWh) of this attempt so far."""
-        rows = self.entries
-        return sum(row.usd for row in rows), sum(row.kwh for row in rows)
+    def owns(self, row: Entry) -> bool:
+        """Is this one of this attempt's rows?"""
+        return row.uid.startswith(self._attempt)
+
+    def latest(self) -> tuple[float, float, float]:
+        """(`time.monotonic()` of the last sample, US dollars, kWh of this attempt until then)."""
+        return self._recent[-1]
 
     def per_second(self) -> tuple[float, float] | None:
         """(US dollars, kWh) a second over the last half minute; None in the first three seconds."""
@@ -160,11 +166,10 @@ class Meter(NoMeter):
             self._look()
             self._peak()
             self._stack.append(name)
-            now = time.time()
             if name not in self._entries:
                 folder = str(self.run.path.resolve()) if self.run else ""
                 self._entries[name] = Entry(
-                    f"{self._attempt}-{name}", self.run_id, folder, self.verb, name, started=now, machine=self.machine.describe(),
+                    f"{self._attempt}-{name}", self.run_id, folder, self.verb, name, started=time.time(), machine=self.machine.describe(),
                     host=socket.gethostname(), pid=os.getpid(), energy_how=self.energy_how, energy_source=self.energy_source,
                 )  # fmt: skip
             self._entries[name].status = "running"
@@ -281,17 +286,3 @@ class Meter(NoMeter):
             self._recent.clear()
             self._recent.append(self._total())
         self.say(f"prices changed: ${before.per_hour():.4g} → ${self.tariff.rates.per_hour():.4g} an hour at full power")
-
-    def _open_ledgers(self) -> list[Ledger]:
-        found = []
-        self.run_id = ""
-        if self.run and os.access(self.run.path, os.W_OK):
-            found.append(Ledger(self.run.ledger_file, self.say))
-            self.run_id = found[0].run_id
-        elif self.run:
-            self.run_id = run_id_of(self.run)
-        if writable(workspace_file().parent):
-            found.append(Ledger(workspace_file(), self.say))
-        else:
-            self.say(f"{workspace_file().parent} cannot be written: this is not in the workspace's ledger")
-        return found
