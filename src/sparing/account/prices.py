@@ -36,7 +36,12 @@ FIELDS: dict[str, dict[str, type]] = {
     "electricity": {"usd_per_kwh": float},
     "carbon": {"gco2e_per_kwh": float},
     "pue": {"value": float},
-}
+    "kernels": dict.fromkeys(
+        (*(f"{name}_{format}" for name in ("gemm", "grouped", "bytes_per_number") for format in ("fp8", "bf16")), "wgrad_fp8", "link_share",
+         *(f"{old}attention_{way}" for old in ("", "old_") for way in ("forward", "backward")), "dispatch", "combine", "node_dispatch",
+         "node_combine"), float,
+    ),
+}  # fmt: skip
 """What a row must have, besides source and date."""
 OPTIONAL: dict[str, dict[str, type]] = {
     "machine": {"cores": int, "note": str},
@@ -176,6 +181,12 @@ def device(name: str) -> Device:
         name=name.lower(), kind=row["kind"], cores=row.get("cores", 1), peak={kind: row[f"peak_{kind}"] for kind in FORMATS},
         **{field: row[field] for field in ("memory_bytes", "bandwidth", "link", "network", "watts_idle", "watts_busy")}, source=_cite(row),
     )  # fmt: skip
+
+
+def kernels(name: str) -> dict[str, float]:
+    """What kernels sustain on a device: FLOP/s and bytes/s by name (tables/kernels.toml)."""
+    row = _row("kernels", name, "machine")
+    return {field: row[field] for field in FIELDS["kernels"]}
 
 
 def device_of(machine: Machine) -> str:
