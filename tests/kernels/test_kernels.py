@@ -52,9 +52,7 @@ def test_causal_attention(dtype, length, documents):
         ids = (torch.arange(length) // 37).expand(2, -1).contiguous()
         bias = document_bias(ids, torch.float32)
         assert (bias is None) == (length == 1)
-    compare(
-        lambda q, k, v: causal_attention(q, k, v, 0.2, bias), lambda q, k, v: attention_reference(q, k, v, 0.2, bias), (q, k, v), dtype
-    )
+    compare(lambda q, k, v: causal_attention(q, k, v, 0.2, bias), lambda q, k, v: attention_reference(q, k, v, 0.2, bias), (q, k, v), dtype)
 
 
 def test_attention_with_a_cache_sees_all_earlier_positions():

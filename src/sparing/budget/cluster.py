@@ -188,8 +188,10 @@ def step_time(c: ModelConfig, seq_len: int, batch_sequences: float, layout: Layo
     tokens = batch_sequences * seq_len
     micro = tokens / ranks / MICRO_TOKENS
     if micro < 1:
-        raise UserError(f"{batch_sequences:g} sequences of {seq_len} are less than a micro-batch for each of {ranks:g} ranks; nearest batch: "
-                        f"{ranks * MICRO_TOKENS / seq_len:g}")  # fmt: skip
+        least = ranks * MICRO_TOKENS / seq_len
+        raise UserError(
+            f"{batch_sequences:g} sequences of {seq_len} are no micro-batch for each of {ranks:g} ranks; nearest batch: {least:g}"
+        )
     stage = MICRO_TOKENS / (layout.pipeline * layout.tensor)
     bubble = bubble_time(layout, t.forward * stage, t.backward * stage, t.weights * stage)
     experts, others = held_parameters(c, layout)
