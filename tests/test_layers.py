@@ -11,6 +11,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "sparing"
 LAYERS = [
     {"__main__"},
     {"cli"},
+    {"verbs"},
     {"arguments", "output"},
     {"bench"},
     {"serve", "federate"},

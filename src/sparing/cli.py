@@ -26,6 +26,7 @@ from sparing.budget.units import parse_budget, parse_extension
 from sparing.config import UserError
 from sparing.config_file import nearest, read_wishes, set_dotted
 from sparing.output import show, to_json
+from sparing.verbs import Bench, Compare, Receipt, Report
 
 if TYPE_CHECKING:
     import tyro  # `arguments.parse` imports it for the chosen verb; until then the annotations below stay text
@@ -36,6 +37,8 @@ HELP = f"""Sparing {__version__}: say what you can spend, get the best language 
   sparing resume   RUN [--budget +20m]                                   go on after an interruption, or extend a finished run
   sparing eval     RUN --data PATH...                                    bits per byte of text that the model has not seen
   sparing generate RUN --prompt TEXT                                     let the model write
+  sparing receipt  RUN | --all                                           what it cost, beside what was predicted
+  sparing report   RUN        sparing compare RUN RUN...                 the same and all curves as one HTML page
   sparing export   RUN --format hf --out FOLDER                          a folder that Hugging Face transformers loads
   sparing import   FOLDER --out RUN                                      the other way round
   sparing bench    train [FIGURE]                                        this code against its peers, in one run
@@ -189,27 +192,10 @@ class Import:
         return call.api.import_(self.folder, self.out)
 
 
-@dataclass
-class Bench:
-    """Measure this code against its peers in one run. Further options belong to the figure: --rounds 3; a wrong one lists them."""
-
-    takes: ClassVar[str] = "anything"
-    name: tyro.conf.Positional[str | None] = None
-    """train"""
-    figure: tyro.conf.Positional[str | None] = None
-    """Which figure; default: throughput."""
-    json: bool = False
-
-    def __call__(self, call: Call) -> dict | None:
-        call.need(NAME=self.name)
-        call.choice("bench", self.name, ("train",))
-        from sparing.bench.train import run
-
-        result = run(self.figure or "throughput", json=self.json, **call.overrides)
-        return result if self.json else None  # the figure has drawn its table
-
-
-VERBS = {"train": Train, "resume": Resume, "eval": Eval, "generate": Generate, "export": Export, "import": Import, "bench": Bench}
+VERBS = {
+    "train": Train, "resume": Resume, "eval": Eval, "generate": Generate, "receipt": Receipt, "report": Report, "compare": Compare,
+    "export": Export, "import": Import, "bench": Bench,
+}  # fmt: skip
 
 
 def process_start() -> float:
