@@ -90,9 +90,9 @@ def _extended(run: RunFolder, config: Config, budget: str, summary: Path) -> Con
 # a trained model
 
 
-def evaluate(run: str, data: list[str], context: int | None = None) -> dict:
+def evaluate(run: str, data: list[str], context: int | None = None, started: float | None = None) -> dict:
     """{"bpb", "loss", "bytes", "tokens", "documents", "context"} of a run on documents."""
-    with metered("eval", RunFolder.open(run), "evaluate") as meter:
+    with metered("eval", RunFolder.open(run), "evaluate", started) as meter:
         model = load(run)
         tokenizer = model.tokenizer
         context = context or model.config.train.seq_len
@@ -113,9 +113,10 @@ def generate(
     top_k: int = 0,
     seed: int | None = None,
     stream: Callable[[str], None] | None = None,
+    started: float | None = None,
 ) -> dict:
     """{"prompt", "text", "tokens", "seconds"}."""
-    with metered("generate", RunFolder.open(run), "generate") as meter:
+    with metered("generate", RunFolder.open(run), "generate", started) as meter:
         model = load(run)
         start = time.monotonic()
         text = model.generate(prompt, max_tokens, temperature, top_p, top_k, seed, stream)
