@@ -17,6 +17,7 @@ LAYERS = [
     {"serve", "federate"},
     {"api"},
     {"pipeline"},
+    {"planning"},
     {"curate"},
     {"adapt"},
     {"train", "infer"},
