@@ -58,14 +58,15 @@ def resume(run: str, budget: str | None = None, started: float | None = None, sa
     """Go on with an interrupted run; with `budget` ("+20m"), extend a finished one from its checkpoint before the decay."""
     started = time.monotonic() if started is None else started
     folder = RunFolder.open(run)
-    with folder.lock(), metered("resume", folder, started=started) as meter, signals_of(folder) as signals:
+    with folder.lock():
         config = read_config(folder.config_file)
         summary = folder.state / "summary.json"
         if budget is None and summary.exists():
             raise UserError(f"{run} is finished; to train it further: sparing resume {run} --budget +{format_budget(config.budget)}")
         if budget is not None:
             config = _extended(folder, config, budget, summary)
-        return go_on(folder, config, meter, samples, signals)
+        with metered("resume", folder, started=started) as meter, signals_of(folder) as signals:
+            return go_on(folder, config, meter, samples, signals)
 
 
 def _extended(run: RunFolder, config: Config, budget: str, summary: Path) -> Config:
