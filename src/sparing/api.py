@@ -23,6 +23,7 @@ from sparing.infer.loaded import load
 from sparing.interop.huggingface import export_hf, import_hf
 from sparing.model.transformer import Transformer
 from sparing.pipeline import EVAL_TOKENS, go_on, metered, nll_of, reasons_of, resolved, say, signals_of
+from sparing.planning.plan import plan as plan
 from sparing.run import RunFolder, link_or_copy, read_tensors, write_atomic, write_tensors
 from sparing.train.clock import Clock
 from sparing.train.extend import rewind

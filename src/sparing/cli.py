@@ -26,14 +26,15 @@ from sparing.budget.units import parse_budget, parse_extension
 from sparing.config import UserError
 from sparing.config_file import nearest, read_wishes, set_dotted
 from sparing.output import show, to_json
-from sparing.verbs import Bench, Compare, Receipt, Report
+from sparing.verbs import Bench, Compare, Plan, Receipt, Report
 
 if TYPE_CHECKING:
     import tyro  # `arguments.parse` imports it for the chosen verb; until then the annotations below stay text
 
 HELP = f"""Sparing {__version__}: say what you can spend, get the best language model that it buys.
 
-  sparing train    [RECIPE.toml] --data PATH... --budget 20m --out RUN   train a model inside a budget
+  sparing plan     [RECIPE] --data PATH... --budget 20m                  what it would cost and reach
+  sparing train    [RECIPE] --data PATH... --budget 20m --out RUN        train a model inside a budget
   sparing resume   RUN [--budget +20m]                                   go on after an interruption, or extend a finished run
   sparing eval     RUN --data PATH...                                    bits per byte of text that the model has not seen
   sparing generate RUN --prompt TEXT                                     let the model write
@@ -194,8 +195,8 @@ class Import:
 
 
 VERBS = {
-    "train": Train, "resume": Resume, "eval": Eval, "generate": Generate, "receipt": Receipt, "report": Report, "compare": Compare,
-    "export": Export, "import": Import, "bench": Bench,
+    "plan": Plan, "train": Train, "resume": Resume, "eval": Eval, "generate": Generate, "receipt": Receipt, "report": Report,
+    "compare": Compare, "export": Export, "import": Import, "bench": Bench,
 }  # fmt: skip
 
 

@@ -37,14 +37,16 @@ def show_plan(result: dict) -> None:
             continue
         span = "" if number["low"] == number["high"] else f"  ({number['low']:.4g} to {number['high']:.4g})"
         print(f"{name:>32}  {number['value']:.6g}{span}  [{number['source']}]")
-    for stage in result.get("stages", []):
-        print(f"{stage['name']:>32}  {stage['tokens']:.4g} tokens, {stage['device_hours']['value']:,.0f} device-hours")
+    for name, stage in result.get("stages", {}).items():
+        took = f"{stage['time_s']['value']:,.4g} s" if "time_s" in stage else f"{stage['device_hours']['value']:,.0f} device-hours"
+        print(f"{name:>32}  {took}")
     for row in result.get("alternatives", []):
         if "problem" in row:
             print(f"{row['name']:>32}  {row['problem']}")
         else:
-            print(f"{row['name']:>32}  bpb {row['bpb']['value']:.3f}  ${row['cost_usd']['value']:.3g}  {row['time_s']['value']:.4g} s  "
-                  f"{row['energy_kwh']['value']:.3g} kWh  {row['memory_bytes']['value'] / 1e9:.2f} GB")  # fmt: skip
+            numbers = f"bpb {row['bpb']['value']:.3f}  ${row['cost_usd']['value']:.3g}  {row['time_s']['value']:.4g} s"
+            more = f"{row['energy_kwh']['value']:.3g} kWh  {row['memory_bytes']['value'] / 1e9:.2f} GB"
+            print(f"{row['name']:>32}  {numbers}  {more}" + (f"  ({row['note']})" if "note" in row else ""))
     if "buy" in result:
         print(f"\nbuy: {result['buy']}: {result['why']}")
     if "recipe" in result:

@@ -18,6 +18,8 @@ from sparing.account.history import bill
 from sparing.account.limit import Limit
 from sparing.account.meter import Meter
 from sparing.budget.flops import kv_cache_bytes, parameters, train_flops
+from sparing.budget.plan import in_seconds
+from sparing.budget.scaling import Point, add_point, effective_bytes
 from sparing.budget.units import format_budget
 from sparing.config import Budget, Config, DataConfig, UserError
 from sparing.config_file import merge_wishes, write_config
@@ -32,6 +34,7 @@ from sparing.evals.bpb import NllFn, bpb
 from sparing.infer.loaded import Model
 from sparing.model.init import init_weights
 from sparing.model.transformer import Transformer
+from sparing.planning.plan import foresee
 from sparing.resolve import resolve
 from sparing.run import RunFolder, write_atomic
 from sparing.train.calibrate import choose, peak_flops
@@ -45,6 +48,8 @@ CALIBRATION_SHARE = 0.02
 CALIBRATION_S = 10.0
 """The same where the budget is not a time."""
 SAMPLE_TOKENS = 64
+FEWEST_STEPS = 100
+"""A run of fewer tells the loss law nothing: it is all warm-up and decay."""
 EVAL_TOKENS = 8192
 """Tokens of a forward pass in evaluations."""
 
@@ -85,14 +90,36 @@ def resolved(wishes: dict, budget: Budget, machine: Machine, signals: Preempt, r
                 f"model.vocab_size {wishes['model']['vocab_size']}: the tokenizer {data_config.tokenizer} needs at least {size}"
             )
         wishes = merge_wishes({"model": {"vocab_size": size}}, wishes)
-    result = resolve(wishes, budget, machine, facts, peak)
+    lasts = in_seconds(budget, meter.tariff.rates)
+    result = resolve(wishes, budget if lasts is None else Budget(lasts, "s"), machine, facts, peak)
+    if budget.unit in ("usd", "kwh"):
+        reasons = {**result.reasons, "budget.amount": f"lasts about {lasts:,.0f} s at the prices and the power of this machine"}
+        result = replace(result, config=replace(result.config, budget=budget), reasons=reasons)
     say(f"{facts.documents:,} documents, {facts.bytes / 1e6:.1f} MB; budget {format_budget(budget)}; peak {peak / 1e9:,.0f} GFLOP/s")
     for name, reason in result.reasons.items():
         section, field = name.split(".")
         say(f"  {name} = {getattr(getattr(result.config, section), field)}  # {reason}")
     write_atomic(run.state / "reasons.json", json.dumps(result.reasons))
     write_atomic(run.config_file, write_config(result.config, result.reasons))
+    try:
+        write_atomic(run.state / "prediction.json", json.dumps(foresee(result.config, facts, machine, lasts), indent=1))
+    except UserError as error:  # a forecast that cannot be made is no reason not to train
+        say(f"no prediction: {error}")
     return result.config
+
+
+def _learn(run: RunFolder, config: Config, result: TrainResult) -> None:
+    """One more point for the law of this kind of corpus."""
+    try:
+        before = json.loads((run.state / "prediction.json").read_text())
+        kind, unique = str(before["kind"]), float(before["train_bytes"])
+        read = result.tokens * result.evaluation["bytes"] / result.evaluation["tokens"]
+        bits = float(result.evaluation["bpb"])
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
+        return
+    if result.steps >= FEWEST_STEPS:
+        counts = parameters(config.model)
+        add_point(kind, Point(counts.active, counts.total, effective_bytes(read, unique), bits, run.path.name))
 
 
 def reasons_of(run: RunFolder) -> dict[str, str]:
@@ -150,6 +177,7 @@ def go_on(run: RunFolder, config: Config, meter: Meter, samples: int, signals: P
             preempt=signals,
             meter=meter,
         )
+    _learn(run, config, result)
     with meter.stage("sample"), signals.interruptible():
         return _finished(run, config, model, store, result, meter, samples)
 

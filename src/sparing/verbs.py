@@ -1,16 +1,60 @@
-"""The verbs that count: bench, receipt, report, compare. Belongs to cli.py, which has the others."""
+"""The verbs that count: plan, bench, receipt, report, compare. Belongs to cli.py, which has the others."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
+from sparing.budget.units import parse_budget
 from sparing.config import UserError
+from sparing.config_file import set_dotted
+from sparing.output import show_plan
 
 if TYPE_CHECKING:
     import tyro  # `arguments.parse` imports it for the chosen verb; until then the annotations below stay text
 
     from sparing.arguments import Call
+
+
+@dataclass
+class Plan:
+    """What a run would cost and reach, before it runs. RECIPE is a TOML file or a preset: `sparing plan deepseek-v3`."""
+
+    takes: ClassVar[str] = "recipe"
+    recipe: tyro.conf.Positional[str | None] = None
+    data: list[str] = field(default_factory=list)
+    """As for `train`."""
+    budget: str | None = None
+    """90s 20m 2h, 50Mtok, 3e17flop, $5, 0.2kWh."""
+    target_bpb: float | None = None
+    """Instead of a budget: the cheapest one that reaches this many bits per byte."""
+    fits: str | None = None
+    """8GB: the best model that serves in this much memory."""
+    machine: str | None = None
+    """A machine of the hardware table, such as h100 or 4090; default: this one."""
+    rent: str | None = None
+    """own, on_demand or spot; default: this machine is owned, any other rented."""
+    country: str | None = None
+    """Whose electricity, as DEU; default: $SPARING_COUNTRY, or the world's mean."""
+    compare: bool = False
+    """Alternatives side by side, and which of them the budget should buy."""
+    json: bool = False
+
+    def __call__(self, call: Call) -> dict | None:
+        from sparing.planning.plan import plan  # not through api: torch would take longer to load than planning
+
+        wishes: dict = {}
+        for name, value in call.overrides.items():
+            set_dotted(wishes, name, value)
+        if self.budget is not None:
+            parse_budget(self.budget)
+        result = plan(
+            self.recipe, self.data, self.budget, self.target_bpb, self.fits, self.machine, self.compare, wishes, self.rent, self.country
+        )
+        if self.json:
+            return result
+        show_plan(result)
+        return None
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 A step's time is a sum over what it does (products, attention scores, head, memory traffic, optimizer, launches), each at a rate of its own.
 The rates are fitted to timed steps of a few models (`train/profile.py`) as the most probable ones around defaults, so that two or three
-timings already help. The interval comes from how far the fit misses its own timings.
+timings already help. The interval comes from how far the fit misses timings that it was not given.
 """
 
 from __future__ import annotations
@@ -114,13 +114,22 @@ class StepModel:
 def fit(timings: list[dict[str, Any]], peak_flops: float, device: str = "cpu") -> StepModel:
     """Most probable rates, given timed steps [{"features": [...], "seconds": s}] and the defaults.
 
-    Gauss-Newton on the rates' logarithms: relative misses weigh by NOISE, distances from the defaults by SPREAD.
+    The interval's width is how far off each timed step is when it is predicted from the others.
     """
-    defaults = np.log(np.array(DEFAULTS[device]))
     if not timings:
-        return StepModel(tuple(np.exp(defaults)), peak_flops, SPREAD, f"default rates of a {device}, not measured here")
+        return StepModel(DEFAULTS[device], peak_flops, SPREAD, f"default rates of a {device}, not measured here")
     x = np.array([row["features"] for row in timings])
     y = np.array([row["seconds"] for row in timings])
+    rates = _rates(x, y, device)
+    each = np.arange(len(y))
+    alone = [math.log(float(x[i] @ _rates(x[each != i], y[each != i], device)) / y[i]) for i in each]
+    scatter = 1.28 * max(NOISE, math.sqrt(float(np.mean(np.square(alone)))))
+    return StepModel(tuple(rates.tolist()), peak_flops, scatter, f"fitted to {len(timings)} timed steps on this machine")
+
+
+def _rates(x: np.ndarray, y: np.ndarray, device: str) -> np.ndarray:
+    """Gauss-Newton on the rates' logarithms: relative misses weigh by NOISE, distances from the defaults by SPREAD."""
+    defaults = np.log(np.array(DEFAULTS[device]))
     theta = defaults.copy()
     for _ in range(50):
         terms = x * np.exp(theta)
@@ -131,10 +140,7 @@ def fit(timings: list[dict[str, Any]], peak_flops: float, device: str = "cpu") -
         theta = theta - np.clip(step, -0.5, 0.5)
         if abs(step).max() < 1e-6:
             break
-    miss = np.log((x * np.exp(theta)).sum(1) / y)
-    # 1.28 standard deviations hold four fifths; what a new model adds to the misses of the fitted ones is taken as the noise itself.
-    scatter = 1.28 * math.hypot(float(np.sqrt((miss**2).mean())), NOISE)
-    return StepModel(tuple(np.exp(theta)), peak_flops, scatter, f"fitted to {len(timings)} timed steps on this machine")
+    return np.exp(theta)
 
 
 def profile_model(config: Config, peak_flops: float, kind: str, name: str) -> Estimate:

@@ -194,8 +194,26 @@ def predict(run: Run) -> dict[str, Any]:
         "co2e_g": energy.times(run.rates.gco2e_per_kwh, run.rates.sources["gco2e_per_kwh"]),
         "cost_usd": cost,
         "bpb": _reached(run, tokens),
+        "stages": {name: {"time_s": seconds} for name, seconds in _stages(run, tokens).items()},
     }
     return as_json(numbers)
+
+
+def _stages(run: Run, tokens: Estimate) -> dict[str, Estimate]:
+    """Seconds by stage, named as in the ledger. Training's are those of its steps."""
+    limit = run.budget_s if run.config.budget.unit == "s" else None
+    choosing = CALIBRATION[1] if limit is None else CALIBRATION[0] * limit
+    speed, rough = run.speed, "rule of thumb"
+    # A time budget fixes the time whatever the speed is: then the tokens follow, not the seconds.
+    train = exactly(tokens.value / speed.value, speed.source) if run.budget_s else Estimate(
+        tokens.value / speed.value, tokens.value / speed.high, tokens.value / speed.low, speed.source
+    )  # fmt: skip
+    return {
+        "tokenise": around(tokenising_s(run), 1.0, rough),
+        "calibrate": around(choosing, 0.5, rough),
+        "train": around(train.value, 0.05, train.source) if run.budget_s else train,
+        "evaluate": around(_evaluating_s(run, speed.value), 0.5, rough),
+    }
 
 
 def _reached(run: Run, tokens: Estimate) -> Estimate:

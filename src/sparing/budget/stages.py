@@ -122,7 +122,7 @@ def plan_stages(c: ModelConfig, seq_len: int, batch: int, section: dict, country
             "cost_usd": cost,
         }
     )
-    shown = [{"name": row.name, "tokens": row.tokens, "device_hours": row.hours.to_dict()} for row in rows]
+    shown = {row.name: {"tokens": row.tokens, "device_hours": row.hours.to_dict()} for row in rows}
     return {**numbers, "bpb": unknown, "machine": f"{layout.devices} x {layout.machine}", "stages": shown}
 
 

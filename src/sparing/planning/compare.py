@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
+from sparing.account.prices import rates_for, tables
 from sparing.budget.memory import serving_memory
 from sparing.budget.plan import Corpus, Run, check, predict
 from sparing.budget.units import format_budget
@@ -47,8 +49,22 @@ def _row(label: str, wishes: dict, budget: Budget, corpus: Corpus, where: Place 
         numbers = predict(run)
     except UserError as error:
         return {"name": label, "problem": str(error)}
+    note = {}
+    if label == "with MTP":
+        note = {"note": "the law counts what MTP costs, not what it may gain"}
+    if place.name and place.rent == "own":
+        hours = _pays_after(place)
+        note = {"note": f"buying pays after {hours:,.0f} hours of use", "pays_after_hours": hours}
     keys = ("bpb", "tokens", "time_s", "cost_usd", "energy_kwh", "co2e_g")
-    return {"name": label, **{key: numbers[key] for key in keys}, "memory_bytes": numbers["memory_bytes"]["total"]}
+    return {"name": label, **{key: numbers[key] for key in keys}, "memory_bytes": numbers["memory_bytes"]["total"], **note}
+
+
+def _pays_after(place: Place) -> float:
+    """Hours of use after which a bought device has cost less than the same one rented on demand."""
+    price = tables()["price"][place.name]
+    own, rented = (rates_for(place.machine, place.name, place.country, rent) for rent in ("own", "on_demand"))
+    saved = rented.per_hour() - (own.per_hour() - own.usd_per_hour)
+    return price["purchase"] / saved if saved > 0 else math.inf
 
 
 def _eight_bit(base: Run, row: dict) -> dict[str, Any]:
@@ -62,8 +78,9 @@ def _eight_bit(base: Run, row: dict) -> dict[str, Any]:
 
 
 def _advice(rows: list[dict], budget: Budget) -> dict[str, str]:
-    """The lowest bits per byte; the cheaper of those that are as good."""
+    """The lowest bits per byte; the cheaper of those that are as good. A purchase counts only where this run alone pays for it."""
     able = [row for row in rows if "problem" not in row and "if it were" not in row["name"]]
+    able = [row for row in able if row.get("pays_after_hours", 0) <= row["time_s"]["value"] / 3600]
     if not able:
         return {"buy": "nothing", "why": "no option works"}
     best = min(row["bpb"]["value"] for row in able)

@@ -10,6 +10,7 @@ from sparing.account import hardware
 from sparing.account.hardware import Gpu, Machine, load_calibration
 from sparing.account.prices import Rent, device, device_of, rates_for
 from sparing.budget.estimate import Estimate, StepModel, fit, profile_model
+from sparing.budget.memory import training_memory
 from sparing.budget.plan import Corpus, Run, in_seconds
 from sparing.budget.scaling import kind_of, law_of
 from sparing.config import Budget, Config
@@ -51,16 +52,16 @@ def this_machine() -> Machine:
     return hardware.machine(with_gpus=Path("/dev/nvidiactl").exists() or Path("/dev/kfd").exists())
 
 
-def here(rent: Rent = "own", country: str | None = None, say: Callable[[str], None] = lambda _: None, measure: bool = True) -> Place:
-    """This machine by its calibration; without one, about ten seconds of measuring (or, measure False, default rates)."""
-    machine = this_machine()
+def here(rent: Rent = "own", country: str | None = None, say: Callable[[str], None] | None = None, machine: Machine | None = None) -> Place:
+    """This machine by its calibration; without one, about ten seconds of measuring that `say` is told of (say None: default rates)."""
+    machine = machine or this_machine()
     kind = "cuda" if machine.gpus else "cpu"
-    known = load_calibration(machine)
-    timings = known.get(f"step_timings_{kind}")
-    if measure:
+    timings = load_calibration(machine).get(f"step_timings_{kind}")
+    if not timings and say is not None:
         from sparing.train.profile import step_timings  # torch is loaded only to measure
 
-        timings = timings or step_timings(machine, kind, say=say)
+        timings = step_timings(machine, kind, say=say)
+    known = load_calibration(machine)
     row = device(device_of(machine))
     table = row.peak["bf16"] if machine.gpus else row.peak["bf16"] / row.cores * machine.cores_physical
     peak = known.get(f"peak_flops_{kind}_bfloat16") or (timings or {}).get("peak_flops") or table
@@ -89,10 +90,15 @@ def run_of(wishes: dict, budget: Budget, corpus: Corpus, place: Place) -> tuple[
 
 
 def run_from(config: Config, corpus: Corpus, place: Place, budget_s: float | None) -> Run:
-    """For a configuration that is resolved already; micro-batch and replicas left open are taken as they mostly come out."""
-    t = config.train
-    if t.replicas is None and t.device == "cpu":
-        config = replace(config, train=replace(t, replicas=t.threads or place.machine.cores_physical))
+    """For a configuration that is resolved already; replicas and micro-batch left open: one a core, the largest that fits."""
+    if config.train.replicas is None and config.train.device == "cpu":
+        config = replace(config, train=replace(config.train, replicas=config.train.threads or place.machine.cores_physical))
+    if config.train.micro_batch_size is None:
+        micro = config.train.batch_size
+        while micro > 1 and place.memory_limit and _needs(config, micro) > place.memory_limit:
+            micro //= 2
+        if _needs(config, micro) <= place.memory_limit:
+            config = replace(config, train=replace(config.train, micro_batch_size=micro))
     vocab = min(BYTES_PER_TOKEN, key=lambda size: abs(size - config.model.vocab_size))
     speed = _speed(config, place)
     return Run(
@@ -105,6 +111,10 @@ def run_from(config: Config, corpus: Corpus, place: Place, budget_s: float | Non
         memory_limit=place.memory_limit,
         budget_s=budget_s,
     )
+
+
+def _needs(config: Config, micro: int) -> float:
+    return training_memory(replace(config, train=replace(config.train, micro_batch_size=micro))).total
 
 
 def _speed(config: Config, place: Place) -> Estimate:

@@ -6,6 +6,7 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
+from sparing.account.hardware import Machine
 from sparing.budget.flops import parameters
 from sparing.budget.memory import serving_memory
 from sparing.budget.plan import Corpus, Run, check, predict
@@ -15,7 +16,7 @@ from sparing.config import Budget, Config, DataConfig, ModelConfig, UserError
 from sparing.config_file import build, merge_wishes, nearest, read_plan_section, read_wishes, write_config
 from sparing.data.scan import CorpusFacts, scan
 from sparing.planning.compare import alternatives
-from sparing.planning.places import Given, Place, elsewhere, here, run_of
+from sparing.planning.places import Given, Place, elsewhere, here, run_from, run_of
 from sparing.resolve import LADDER, Resolved, shaped
 
 PLAN_FIELDS = {"data_bytes", "machine", "rent", "country"}
@@ -83,6 +84,12 @@ def plan(
     if compare:
         result |= alternatives(wishes, parsed, corpus, place)
     return result
+
+
+def foresee(config: Config, corpus: Corpus, machine: Machine, budget_s: float | None) -> dict[str, Any]:
+    """The prediction for a run that is about to start here: `plan --json`'s keys, and the size and kind of its corpus."""
+    run = run_from(config, corpus, here(machine=machine), budget_s)
+    return {**predict(run), "budget": format_budget(config.budget), "kind": run.law.kind, "train_bytes": corpus.train_bytes}
 
 
 def _say(text: str) -> None:
@@ -155,7 +162,4 @@ def _that_serves(wishes: dict, size: int, budget: Budget | None, corpus: Corpus,
     model = fitting[-1]
     if budget is None:
         budget = Budget(float(f"{TOKENS_PER_PARAMETER * parameters(model).active:.2g}"), "tok")
-    named = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_dense_layers", "n_routed_experts", "num_experts_per_tok",
-             "moe_intermediate_size", "intermediate_size", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim",
-             "v_head_dim")  # fmt: skip
-    return merge_wishes({"model": {name: getattr(model, name) for name in named}}, wishes), budget
+    return merge_wishes({"model": vars(model)}, wishes), budget
