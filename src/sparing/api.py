@@ -59,14 +59,15 @@ def resume(run: str, budget: str | None = None, started: float | None = None, sa
     """Go on with an interrupted run; with `budget` ("+20m"), extend a finished one from its checkpoint before the decay."""
     started = time.monotonic() if started is None else started
     folder = RunFolder.open(run)
-    with folder.lock(), metered("resume", folder, started=started) as meter, signals_of(folder) as signals:
+    with folder.lock():
         config = read_config(folder.config_file)
         summary = folder.state / "summary.json"
         if budget is None and summary.exists():
             raise UserError(f"{run} is finished; to train it further: sparing resume {run} --budget +{format_budget(config.budget)}")
         if budget is not None:
             config = _extended(folder, config, budget, summary)
-        return go_on(folder, config, meter, samples, signals)
+        with metered("resume", folder, started=started) as meter, signals_of(folder) as signals:
+            return go_on(folder, config, meter, samples, signals)
 
 
 def _extended(run: RunFolder, config: Config, budget: str, summary: Path) -> Config:
@@ -91,9 +92,9 @@ def _extended(run: RunFolder, config: Config, budget: str, summary: Path) -> Con
 # a trained model
 
 
-def evaluate(run: str, data: list[str], context: int | None = None) -> dict:
+def evaluate(run: str, data: list[str], context: int | None = None, started: float | None = None) -> dict:
     """{"bpb", "loss", "bytes", "tokens", "documents", "context"} of a run on documents."""
-    with metered("eval", RunFolder.open(run), "evaluate") as meter:
+    with metered("eval", RunFolder.open(run), "evaluate", started) as meter:
         model = load(run)
         tokenizer = model.tokenizer
         context = context or model.config.train.seq_len
@@ -114,9 +115,10 @@ def generate(
     top_k: int = 0,
     seed: int | None = None,
     stream: Callable[[str], None] | None = None,
+    started: float | None = None,
 ) -> dict:
     """{"prompt", "text", "tokens", "seconds"}."""
-    with metered("generate", RunFolder.open(run), "generate") as meter:
+    with metered("generate", RunFolder.open(run), "generate", started) as meter:
         model = load(run)
         start = time.monotonic()
         text = model.generate(prompt, max_tokens, temperature, top_p, top_k, seed, stream)

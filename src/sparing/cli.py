@@ -122,7 +122,7 @@ class Eval:
 
     def __call__(self, call: Call) -> dict:
         call.need(RUN=self.run, data=self.data)
-        return call.api.evaluate(self.run, self.data, self.context)
+        return call.api.evaluate(self.run, self.data, self.context, call.started)
 
 
 @dataclass
@@ -151,10 +151,11 @@ class Generate:
             raise UserError("the prompt is not UTF-8 text")
         options = (self.max_tokens, self.temperature, self.top_p, self.top_k, self.seed)
         if self.json:
-            return call.api.generate(self.run, self.prompt, *options)
+            return call.api.generate(self.run, self.prompt, *options, started=call.started)
         # The prompt appears with the first piece: a mistake leaves standard output empty.
         shown = iter([self.prompt])
-        call.api.generate(self.run, self.prompt, *options, stream=lambda piece: print(next(shown, "") + piece, end="", flush=True))
+        stream = lambda piece: print(next(shown, "") + piece, end="", flush=True)  # noqa: E731
+        call.api.generate(self.run, self.prompt, *options, stream, call.started)
         print(next(shown, ""))
         return None
 

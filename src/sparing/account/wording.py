@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from sparing.account.receipt import COMPARED, at
 
 LABEL = {
@@ -11,20 +13,20 @@ LABEL = {
 
 
 def amount(name: str, value: float | None) -> str:
-    """A figure by its name in the receipt: seconds as 5m03s, bytes as GB, ..."""
+    """A figure by its name in the receipt: seconds as 5m03s, bytes as 1.2 GB, ..."""
     if value is None:
         return "–"
-    match name.rpartition(".")[0] or name:
+    match name.partition(".")[0]:
         case "time_s":
             return duration(value)
         case "device_hours":
-            return f"{value:,.4g} h"
+            return f"{digits(value)} h"
         case "energy_kwh":
-            return f"{value:,.4g} kWh" if value >= 1 else f"{1000 * value:,.4g} Wh"
+            return scaled(1000 * value, "Wh")
         case "co2e_g":
-            return f"{value / 1000:,.4g} kg" if value >= 1000 else f"{value:.4g} g"
+            return f"{digits(value / 1e6)} t" if value >= 1e6 else scaled(value, "g")
         case "cost_usd":
-            return f"${value:,.2f}" if value >= 1 else f"${value:.3g}"
+            return f"${value:,.2f}" if value >= 1 else f"${digits(value)}"
         case "flops":
             return scaled(value, "FLOP")
         case "tokens":
@@ -33,7 +35,9 @@ def amount(name: str, value: float | None) -> str:
             return f"{value:,.0f} tokens/s"
         case "memory_bytes":
             return scaled(value, "B")
-    return f"{value:.4g}"
+        case "bpb":
+            return f"{value:.3f}"
+    return digits(value)
 
 
 def duration(seconds: float) -> str:
@@ -41,16 +45,35 @@ def duration(seconds: float) -> str:
         return f"{seconds:.1f}s"
     hours, rest = divmod(round(seconds), 3600)
     minutes, rest = divmod(rest, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s"
+    return f"{hours:,}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s"
+
+
+def digits(value: float) -> str:
+    """Three that count, without an exponent: 34,310, 5.13, 0.000175."""
+    if value == 0 or abs(value) >= 999.5:
+        return f"{value:,.0f}"
+    value = float(f"{value:.3g}")
+    return f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
 
 
 def scaled(value: float, unit: str) -> str:
-    """1.23 GB, 4.5 TFLOP."""
-    for prefix in ("", "k", "M", "G", "T", "P", "E", "Z"):
-        if abs(value) < 1000 or prefix == "Z":
-            return f"{value:.4g} {prefix}{unit}"
-        value /= 1000
-    raise AssertionError(unit)
+    """1.23 GB, 4.5 TFLOP, 35.0 mWh."""
+    for exponent, prefix in (
+        (-6, "µ"),
+        (-3, "m"),
+        (0, ""),
+        (3, "k"),
+        (6, "M"),
+        (9, "G"),
+        (12, "T"),
+        (15, "P"),
+        (18, "E"),
+        (21, "Z"),
+        (24, "Y"),
+    ):
+        if 0 < abs(value) < 999.5 * 10.0**exponent:
+            return f"{digits(value / 10.0**exponent)} {prefix}{unit}"
+    return f"{value:.3g} {unit}"
 
 
 def percent(difference: dict | None) -> str:
@@ -69,14 +92,14 @@ def span(name: str, figure: dict | None) -> str:
     return amount(name, figure["value"]) + around
 
 
-def compared(receipt: dict) -> list[tuple[str, str, str, str, str]]:
-    """(what, predicted, actual, measured or estimated, difference) of each figure that is known."""
+def compared(receipt: dict) -> list[tuple[str, str, str, str]]:
+    """(what, predicted, actual and how that is known, difference) of each figure."""
     rows = []
     for name in COMPARED:
         before, after = at(receipt["predicted"], name), at(receipt["actual"], name)
         if after:
-            shown = (LABEL[name], span(name, before), amount(name, after["value"]), after["how"], percent(receipt["difference"].get(name)))
-            rows.append(shown)
+            is_ = f"{amount(name, after['value'])} {after['how']}"
+            rows.append((LABEL[name], span(name, before), is_, percent(receipt["difference"].get(name))))
     return rows
 
 
@@ -99,7 +122,7 @@ def staged(stages: list[dict]) -> list[tuple[str, ...]]:
 
 
 STAGE_HEAD = ("stage", "time", "predicted", "energy", "cost", "CO2e", "memory", "tokens", "status")
-COMPARED_HEAD = ("", "predicted", "actual", "how", "difference")
+COMPARED_HEAD = ("", "predicted", "actual", "difference")
 
 
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
@@ -135,7 +158,7 @@ def receipt_text(receipt: dict) -> str:
 def quality_text(quality: dict) -> str:
     if not quality:
         return ""
-    each = [f"{quality[key]:,.4g} {unit}" for key, unit in (("per_usd", "a dollar"), ("per_kwh", "a kWh")) if key in quality]
+    each = [f"{digits(quality[key])} {unit}" for key, unit in (("per_usd", "a dollar"), ("per_kwh", "a kWh")) if key in quality]
     return f"{quality['bits_saved_per_byte']:.3f} bits saved per byte of text" + (f": {', '.join(each)}" if each else "")
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparing.account.meter import NoMeter
+from sparing.budget.flops import train_flops
 from sparing.config import Config, UserError
 from sparing.data.stop import Stopped
 from sparing.model.router import routers, update_biases
@@ -98,6 +99,7 @@ class _Trainer:
         self.log = Log(run, t.log, tokens_per_step=tokens, flops_per_token=flops_per_token, peak_flops=peak_flops)
         self.checkpoints = Checkpoints(run, model, self.optimizer, config, self.log.progress.say)
         self.meter, self.limit = NoMeter(), None
+        self.work = tokens * train_flops(config.model, t.seq_len, t.recompute)  # of a step; recomputing is work, though not in MFU
         self.state: TrainState | None = None
         self.pace: Pace | None = None
 
@@ -157,7 +159,7 @@ class _Trainer:
             stable = not decaying
             before = time.monotonic()
             values = self._step(total)
-            self.meter.add(self.log.tokens_per_step, self.log.tokens_per_step * self.log.flops_per_token)
+            self.meter.add(self.log.tokens_per_step, self.work)
             if values is not None:
                 self._show(self.log.step(values | self.meter.now(), time.monotonic() - before, self.clock.seconds()))
                 pace.step_took(time.monotonic() - before)  # with what telling about it takes

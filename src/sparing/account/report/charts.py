@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from sparing.account.receipt import at
 from sparing.account.report.story import Story, curve
+from sparing.account.wording import digits
 
 COLOURS = ("#0072B2", "#D55E00", "#007A5A", "#A3447F", "#8A6100", "#3D7EA6")
 """Told apart by most colour-blind readers (after Okabe and Ito, jfly.uni-koeln.de/color), darkened to 4.5:1 on white where paler."""
@@ -66,18 +67,22 @@ def _lines(stories: list[Story], lines: list[tuple[list[float], list[float]]], k
         )  # fmt: skip
         if key == "bpb":
             data += _predicted(story, x, colour)
-        said.append(f"{story.name}: {y[0]:.4g} at first, {y[-1]:.4g} at last, between {min(y):.4g} and {max(y):.4g}")
+        whose = f"{story.name}: " if len(stories) > 1 else ""
+        said.append(f"{whose}{digits(y[0])} at first, {digits(y[-1])} at last, between {digits(min(y))} and {digits(max(y))}")
     layout = _layout(unit, legend=len(data) > 1)
     if key in ("loss", "bpb"):
-        layout["yaxis"] |= _without_the_beginning(lines)
+        layout["yaxis"] |= _without_the_beginning(lines, data)
     else:
         layout["yaxis"]["rangemode"] = "tozero"
     return Chart(title, f"{title}, {unit}. " + ". ".join(said) + ".", data, layout)
 
 
-def _without_the_beginning(lines: list[tuple[list[float], list[float]]]) -> dict:
-    """A range that the first steps' high values do not squeeze the rest into a line."""
+def _without_the_beginning(lines: list[tuple[list[float], list[float]]], data: list[dict]) -> dict:
+    """A range of which the first steps' high values do not squeeze the rest into a line; predictions and their intervals are in it."""
     rest = [value for _, y in lines for value in y[len(y) // 20 :]]
+    for mark in data:
+        if "error_y" in mark:
+            rest += [mark["y"][0] + mark["error_y"]["array"][0], mark["y"][0] - mark["error_y"]["arrayminus"][0]]
     low, high = min(rest), max(rest)
     pad = 0.06 * (high - low) or 0.05
     return {"range": [low - pad, high + pad]}

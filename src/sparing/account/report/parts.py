@@ -6,7 +6,7 @@ from html import escape
 
 from sparing.account.receipt import COMPARED, at
 from sparing.account.report.story import Story
-from sparing.account.wording import COMPARED_HEAD, LABEL, STAGE_HEAD, amount, compared, quality_text, staged
+from sparing.account.wording import COMPARED_HEAD, LABEL, STAGE_HEAD, amount, compared, digits, quality_text, scaled, staged
 
 TILES = ("bpb", "time_s", "cost_usd", "energy_kwh", "co2e_g", "tokens")
 
@@ -17,7 +17,7 @@ def tiles(story: Story) -> str:
     found = [(LABEL[name], amount(name, figure["value"]), figure["how"]) for name in TILES if (figure := at(actual, name))]
     parts = story.summary.get("parameters")
     if parts:
-        found.append(("parameters", f"{parts / 1e6:,.3g} M", f"{story.summary['active_parameters'] / 1e6:,.3g} M active"))
+        found.append(("parameters", scaled(parts, ""), f"{scaled(story.summary['active_parameters'], '')} active"))
     cells = "".join(
         f'<div class="tile"><dt>{escape(name)}</dt><dd>{escape(value)}<small>{escape(how)}</small></dd></div>' for name, value, how in found
     )
@@ -66,8 +66,8 @@ def side_by_side(stories: list[Story]) -> str:
     bought = [(story.receipt or {}).get("quality", {}) for story in stories]
     for key, label in (("per_usd", "bits saved per byte, a dollar"), ("per_kwh", "bits saved per byte, a kWh")):
         if any(key in each for each in bought):
-            rows.append((label, *(f"{each[key]:,.4g}" if key in each else "–" for each in bought)))
-    return table("The runs side by side", head, rows)
+            rows.append((label, *(digits(each[key]) if key in each else "–" for each in bought)))
+    return table("What each run cost and reached", head, rows)
 
 
 def bill(story: Story) -> str:

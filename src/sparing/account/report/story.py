@@ -9,8 +9,8 @@ from sparing.account.receipt import receipt
 from sparing.config import UserError
 from sparing.run import RunFolder, read_lines
 
-POINTS = 600
-"""Of a curve: more than a screen has pixels for is bytes for nothing."""
+POINTS = 160
+"""Of a curve: each the mean of its span of steps, so that what is seen is the course and not the noise of single batches."""
 
 
 @dataclass
