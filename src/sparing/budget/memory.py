@@ -16,8 +16,11 @@ ATTENTION_ROWS = 128
 EXPERT_ROWS = 64
 HEAD_TOKENS = 512
 """Of kernels/attention.py, kernels/experts.py, kernels/cross_entropy.py."""
-PROCESS_BYTES = {"cpu": 373e6, "cuda": 900e6}
-"""A process without its model: interpreter, torch, the libraries that its first step loads (CPU: fitted with SLACK; CUDA: an estimate)."""
+PROCESS_BYTES = {"cpu": 458e6, "cuda": 900e6}
+"""A process without its model: interpreter, torch, the libraries that its first step loads, the corpus. CPU: 373 MB fitted together with
+SLACK, and what four short runs of `train` had more; CUDA: an estimate."""
+SERVING_BYTES = 300e6
+"""A process that only generates."""
 SLACK = 1.17
 """What the allocator holds over what is in use. Fitted on the resident peaks of ten models of 0.6-26 M parameters, dense and mixtures,
 three steps each: largest error 9 % of what is not the process (torch 2.13, glibc)."""
@@ -122,8 +125,11 @@ def activations(config: Config, rows: int, seq_len: int) -> float:
     return kept + copies + mask
 
 
-def training_memory(config: Config) -> Memory:
-    """Peak of one training process. Micro-batch and replicas left open count as the whole batch and one."""
+def training_memory(config: Config, measured: bool = False) -> Memory:
+    """Peak of one training process. Micro-batch and replicas left open count as the whole batch and one.
+
+    measured: the run begins by timing steps with and without replicas (`train/calibrate.py`): what other threads used is not given back.
+    """
     c, t = config.model, config.train
     total = float(parameters(c).total + parameters(c).mtp)
     replicas = t.replicas or 1
@@ -139,10 +145,12 @@ def training_memory(config: Config) -> Memory:
     work = size * _largest_group(c) if config.optim.matrix == "muon" else 0.0
     gradients = 4 * total * replicas
     process = PROCESS_BYTES[device] + (SLACK - 1) * (weights + gradients + moments + kept + head) + SLACK * (layer + work)
+    if measured and device == "cpu":
+        process += SLACK * (activations(config, micro, seq_len) + head / replicas + 4 * total)
     return Memory(weights, gradients, moments, kept + head, process)
 
 
 def serving_memory(c: ModelConfig, context: int, bytes_per_weight: float = 2.0, sequences: int = 1) -> float:
     """Bytes to serve a model: weights, the cache of `sequences` full contexts, and the process."""
     counts = parameters(c)
-    return bytes_per_weight * counts.total + sequences * context * kv_cache_bytes(c) + PROCESS_BYTES["cpu"]
+    return bytes_per_weight * counts.total + sequences * context * kv_cache_bytes(c) + SERVING_BYTES

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from sparing.account.prices import Rates
 from sparing.budget.estimate import Estimate, around, exactly
 from sparing.budget.flops import kv_cache_bytes, parameters, train_flops
-from sparing.budget.memory import SPREAD, training_memory
+from sparing.budget.memory import SPREAD, Memory, training_memory
 from sparing.budget.scaling import Law, effective_bytes
 from sparing.budget.units import format_budget
 from sparing.config import Budget, Config, UserError
@@ -17,8 +17,12 @@ from sparing.config import Budget, Config, UserError
 START_S = 4.0
 """Starting, building the model, saving at the end."""
 TOKENISE_BYTES_PER_S = 4e6
+TOKENISER_S = 4.0
+"""Training the tokenizer and starting the processes that apply it."""
 CALIBRATION = (0.02, 10.0)
 """Choosing micro-batch and threads: this share of a time budget, these seconds of any other."""
+CALIBRATION_STEPS = 10
+"""It takes at least about as long as this many steps."""
 AIM = 0.99
 FEWEST_STEPS = 20
 WATTS_SPREAD = 0.4
@@ -48,6 +52,11 @@ class Run:
     budget_s: float | None
     """Of a budget in time, money or energy."""
     devices: float = 1.0
+    measured: bool = False
+    """It begins by timing steps, with and without replicas."""
+
+    def memory(self) -> Memory:
+        return training_memory(self.config, self.measured)
 
 
 def in_seconds(budget: Budget, rates: Rates) -> float | None:
@@ -70,7 +79,13 @@ def in_seconds(budget: Budget, rates: Rates) -> float | None:
 def tokenising_s(run: Run) -> float:
     data = run.config.data
     needed = math.inf if data.max_tokens is None else data.max_tokens * run.bytes_per_token
-    return min(run.corpus.train_bytes, needed) / TOKENISE_BYTES_PER_S
+    return TOKENISER_S + min(run.corpus.train_bytes, needed) / TOKENISE_BYTES_PER_S
+
+
+def _choosing_s(run: Run, tokens_per_s: float) -> float:
+    share = CALIBRATION[1] if run.config.budget.unit != "s" else CALIBRATION[0] * run.config.budget.amount
+    t = run.config.train
+    return max(share, CALIBRATION_STEPS * t.batch_size * t.seq_len / tokens_per_s)
 
 
 def _evaluating_s(run: Run, tokens_per_s: float) -> float:
@@ -88,7 +103,7 @@ def tokens_and_time(run: Run) -> tuple[Estimate, Estimate]:
     if run.budget_s is not None:
 
         def trained(speed: float, slower: float) -> float:
-            rest = AIM * run.budget_s - START_S - slower * tokenising - CALIBRATION[0] * run.budget_s - _evaluating_s(run, speed)
+            rest = AIM * run.budget_s - START_S - slower * tokenising - _choosing_s(run, speed) - _evaluating_s(run, speed)
             return max(0.0, rest) * speed
 
         tokens = Estimate(trained(run.speed.value, 1), trained(run.speed.low, 1.5), trained(run.speed.high, 0.5), run.speed.source)
@@ -96,7 +111,7 @@ def tokens_and_time(run: Run) -> tuple[Estimate, Estimate]:
     tokens = budget.amount if budget.unit == "tok" else budget.amount / per_token
 
     def seconds(speed: float, other: float) -> float:
-        return tokens / speed + other * (START_S + tokenising + CALIBRATION[1] + _evaluating_s(run, speed))
+        return tokens / speed + other * (START_S + tokenising + _choosing_s(run, speed) + _evaluating_s(run, speed))
 
     return exactly(tokens, "the budget"), Estimate(
         seconds(run.speed.value, 1), seconds(run.speed.high, 0.6), seconds(run.speed.low, 1.5), run.speed.source
@@ -113,7 +128,7 @@ def check(run: Run) -> None:
             f"the data have {run.corpus.train_bytes:,.0f} bytes to train on, less than one batch: give {need:,.0f} bytes or more"
         )
     if run.budget_s is not None:
-        least = (START_S + tokenising_s(run) + FEWEST_STEPS * batch / run.speed.value) / (AIM - CALIBRATION[0] - 0.05)
+        least = (START_S + tokenising_s(run) + (FEWEST_STEPS + CALIBRATION_STEPS) * batch / run.speed.value) / (AIM - CALIBRATION[0] - 0.05)
         if run.budget_s < least:
             scale = run.config.budget.amount / run.budget_s
             works = format_budget(Budget(float(f"{1.05 * least * scale:.2g}"), run.config.budget.unit))
@@ -124,7 +139,7 @@ def check(run: Run) -> None:
             )
     elif tokens_and_time(run)[0].value < batch:
         raise UserError(f"budget {format_budget(run.config.budget)} is less than one batch; nearest that works: {batch}tok")
-    need = training_memory(run.config).total
+    need = run.memory().total
     if run.memory_limit and need > run.memory_limit:
         raise UserError(
             f"training needs {need / 1e9:.1f} GB, {run.memory_limit / 1e9:.1f} GB are there; what fits: {_smaller(run)}"
@@ -159,7 +174,7 @@ def predict(run: Run) -> dict[str, Any]:
     counts = parameters(c)
     tokens, time_s = tokens_and_time(run)
     flops = tokens.times(train_flops(c, t.seq_len, t.recompute), "counted, times tokens")
-    memory = training_memory(run.config)
+    memory = run.memory()
     hours = time_s.times(run.devices / 3600)
     watts = around(run.rates.watts_busy, WATTS_SPREAD, f"estimated: {run.rates.sources['watts']}")
     energy = Estimate(
@@ -201,8 +216,6 @@ def predict(run: Run) -> dict[str, Any]:
 
 def _stages(run: Run, tokens: Estimate) -> dict[str, Estimate]:
     """Seconds by stage, named as in the ledger. Training's are those of its steps."""
-    limit = run.budget_s if run.config.budget.unit == "s" else None
-    choosing = CALIBRATION[1] if limit is None else CALIBRATION[0] * limit
     speed, rough = run.speed, "rule of thumb"
     # A time budget fixes the time whatever the speed is: then the tokens follow, not the seconds.
     train = exactly(tokens.value / speed.value, speed.source) if run.budget_s else Estimate(
@@ -210,7 +223,7 @@ def _stages(run: Run, tokens: Estimate) -> dict[str, Estimate]:
     )  # fmt: skip
     return {
         "tokenise": around(tokenising_s(run), 1.0, rough),
-        "calibrate": around(choosing, 0.5, rough),
+        "calibrate": around(_choosing_s(run, speed.value), 0.5, rough),
         "train": around(train.value, 0.05, train.source) if run.budget_s else train,
         "evaluate": around(_evaluating_s(run, speed.value), 0.5, rough),
     }

@@ -91,13 +91,14 @@ def run_of(wishes: dict, budget: Budget, corpus: Corpus, place: Place) -> tuple[
 
 def run_from(config: Config, corpus: Corpus, place: Place, budget_s: float | None) -> Run:
     """For a configuration that is resolved already; replicas and micro-batch left open: one a core, the largest that fits."""
+    measured = config.train.replicas is None and place.machine.cores_physical > 1
     if config.train.replicas is None and config.train.device == "cpu":
         config = replace(config, train=replace(config.train, replicas=config.train.threads or place.machine.cores_physical))
     if config.train.micro_batch_size is None:
         micro = config.train.batch_size
-        while micro > 1 and place.memory_limit and _needs(config, micro) > place.memory_limit:
+        while micro > 1 and place.memory_limit and _needs(config, micro, measured) > place.memory_limit:
             micro //= 2
-        if _needs(config, micro) <= place.memory_limit:
+        if _needs(config, micro, measured) <= place.memory_limit:
             config = replace(config, train=replace(config.train, micro_batch_size=micro))
     vocab = min(BYTES_PER_TOKEN, key=lambda size: abs(size - config.model.vocab_size))
     speed = _speed(config, place)
@@ -110,11 +111,12 @@ def run_from(config: Config, corpus: Corpus, place: Place, budget_s: float | Non
         bytes_per_token=BYTES_PER_TOKEN[vocab],
         memory_limit=place.memory_limit,
         budget_s=budget_s,
+        measured=measured,
     )
 
 
-def _needs(config: Config, micro: int) -> float:
-    return training_memory(replace(config, train=replace(config.train, micro_batch_size=micro))).total
+def _needs(config: Config, micro: int, measured: bool) -> float:
+    return training_memory(replace(config, train=replace(config.train, micro_batch_size=micro)), measured).total
 
 
 def _speed(config: Config, place: Place) -> Estimate:
