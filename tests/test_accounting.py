@@ -86,6 +86,19 @@ def test_slips_are_one_clear_line(workplace, capsys, argv, said):
     assert said in error and error.count("\n") == 1
 
 
+def test_receipts_and_reports_do_not_wait_for_torch(workplace):
+    script = "import sys; from sparing.cli import main; print(main(sys.argv[1:]), 'torch' in sys.modules)"
+    for verb in ("receipt", "report"):
+        done = subprocess.run([sys.executable, "-c", script, verb, str(workplace / "run"), "--json"], capture_output=True, text=True)
+        assert done.stdout.splitlines()[-1] == "0 False", done.stderr
+
+
+def test_how_the_machine_is_paid_for(workplace, capsys, monkeypatch):
+    monkeypatch.setenv("SPARING_RENT", "sopt")
+    assert main(["generate", str(workplace / "run"), "--prompt", "Line"]) == 2
+    assert "rent 'sopt': choose own, on_demand, spot" in capsys.readouterr().err
+
+
 def test_compare_takes_several_runs(workplace, capsys):
     found = answer(capsys, "compare", workplace / "run", workplace / "run", "--out", workplace / "both.html")
     assert found["bytes"] == (workplace / "both.html").stat().st_size > 1e6

@@ -7,12 +7,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from sparing.account.codecarbon import write_csv
-from sparing.account.history import entries, entries_of
-from sparing.account.ledger import workspace_file
-from sparing.account.receipt import receipt as run_receipt
-from sparing.account.receipt import workspace
-from sparing.account.report.page import write_page
+from sparing.account.paper import compare as compare
+from sparing.account.paper import receipt as receipt
+from sparing.account.paper import report as report
 from sparing.budget.flops import forward_flops, parameters
 from sparing.budget.units import format_budget, parse_budget, parse_extension
 from sparing.config import Budget, Config, UserError
@@ -125,29 +122,6 @@ def generate(
         seconds, tokens = time.monotonic() - start, len(model.tokenizer.encode(text))
         meter.add(tokens, tokens * sum(forward_flops(model.config.model, max(1, tokens), mtp=False).values()))
     return {"prompt": prompt, "text": text, "tokens": tokens, "seconds": seconds}
-
-
-# what it cost
-
-
-def receipt(run: str | None = None, csv: str | None = None) -> dict:
-    """A run's receipt (`account.receipt`), or, without one, the workspace's. csv: also write CodeCarbon's columns to this file."""
-    folder = None if run is None else RunFolder.open(run)
-    result = run_receipt(folder) if folder else workspace()
-    if csv:
-        write_csv(csv, entries_of(folder) if folder else entries(workspace_file()))
-    return result
-
-
-def report(run: str, out: str | None = None) -> dict:
-    """Write the run's page (`account.report`), by default to RUN/report.html. -> {"report", "bytes"}."""
-    folder = RunFolder.open(run)
-    return write_page([folder], Path(out) if out else folder.report_file)
-
-
-def compare(runs: list[str], out: str = "compare.html") -> dict:
-    """Write a page about several runs. -> {"report", "bytes"}."""
-    return write_page([RunFolder.open(run) for run in runs], Path(out))
 
 
 # to and from other programs

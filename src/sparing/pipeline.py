@@ -150,7 +150,7 @@ def go_on(run: RunFolder, config: Config, meter: Meter, samples: int, signals: P
         loader = Loader(store, t.seq_len, t.batch_size, config.model.mtp_depth, t.seed)
         with meter.stage("calibrate"):
             peak = peak_flops(machine, device.type, torch.bfloat16 if t.dtype == "bfloat16" else torch.float32)
-            config = _calibrated(run, config, model, loader, machine, signals)
+            config = _calibrated(run, config, model, loader, meter, signals)
     flops = train_flops(config.model, t.seq_len)
     held_out = list(store.held_out())
     context = config.train.seq_len
@@ -182,13 +182,14 @@ def go_on(run: RunFolder, config: Config, meter: Meter, samples: int, signals: P
         return _finished(run, config, model, store, result, meter, samples)
 
 
-def _calibrated(run: RunFolder, config: Config, model: Transformer, loader: Loader, machine: Machine, signals: Preempt) -> Config:
+def _calibrated(run: RunFolder, config: Config, model: Transformer, loader: Loader, meter: Meter, signals: Preempt) -> Config:
     """Choose what is left open by measuring, and write it down before it takes effect."""
     t = config.train
     if None not in (t.micro_batch_size, t.compile, t.replicas) and (t.threads is not None or t.device == "cuda"):
         return config
-    seconds = CALIBRATION_SHARE * config.budget.amount if config.budget.unit == "s" else CALIBRATION_S
-    train_config, reasons = choose(model, config, machine, loader.batch(0), seconds, check=signals.check, say=say)
+    lasts = in_seconds(config.budget, meter.tariff.rates)
+    seconds = CALIBRATION_S if lasts is None else CALIBRATION_SHARE * lasts
+    train_config, reasons = choose(model, config, meter.machine, loader.batch(0), seconds, check=signals.check, say=say)
     config = replace(config, train=train_config)
     reasons = reasons_of(run) | reasons
     write_atomic(run.state / "reasons.json", json.dumps(reasons))

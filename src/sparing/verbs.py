@@ -41,6 +41,8 @@ class Plan:
     json: bool = False
 
     def __call__(self, call: Call) -> dict | None:
+        from sparing.account.meter import Meter
+        from sparing.planning.places import this_machine
         from sparing.planning.plan import plan  # not through api: torch would take longer to load than planning
 
         wishes: dict = {}
@@ -48,9 +50,10 @@ class Plan:
             set_dotted(wishes, name, value)
         if self.budget is not None:
             parse_budget(self.budget)
-        result = plan(
-            self.recipe, self.data, self.budget, self.target_bpb, self.fits, self.machine, self.compare, wishes, self.rent, self.country
-        )
+        with Meter("plan", this_machine(), first="plan", started=call.started):  # measuring a new machine takes its time too
+            result = plan(
+                self.recipe, self.data, self.budget, self.target_bpb, self.fits, self.machine, self.compare, wishes, self.rent, self.country
+            )
         if self.json:
             return result
         show_plan(result)
@@ -73,11 +76,12 @@ class Receipt:
             raise UserError(f"receipt: either {self.run} or --all")
         if not self.all:
             call.need(RUN=self.run)
-        result = call.api.receipt(None if self.all else self.run, self.csv)
-        if self.json:
-            return result
+        from sparing.account.paper import receipt
         from sparing.account.wording import receipt_text, workspace_text
 
+        result = receipt(None if self.all else self.run, self.csv)
+        if self.json:
+            return result
         print(workspace_text(result) if self.all else receipt_text(result))
         return None
 
@@ -93,7 +97,9 @@ class Report:
 
     def __call__(self, call: Call) -> dict:
         call.need(RUN=self.run)
-        return call.api.report(self.run, self.out)
+        from sparing.account.paper import report
+
+        return report(self.run, self.out)
 
 
 @dataclass
@@ -107,7 +113,9 @@ class Compare:
 
     def __call__(self, call: Call) -> dict:
         call.need(RUN=self.runs)
-        return call.api.compare(self.runs, self.out)
+        from sparing.account.paper import compare
+
+        return compare(self.runs, self.out)
 
 
 @dataclass

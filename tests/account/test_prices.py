@@ -86,7 +86,7 @@ def test_the_users_file_wins_field_by_field(own_home):
         ("[price.mine]\nspot = 1.0", "price.mine.* lacks lifetime_years"),
         ("[electricity.ATL]\nsource = 'a letter'", "lacks usd_per_kwh"),
         ("[price.h100\n", "prices.toml: "),
-        ("[home]\ntown = 'Ulm'", "one field: country"),
+        ("[home]\ntown = 'Ulm'", "has country"),
         ("price = 3", r"unknown section \[price\]"),
     ],
 )

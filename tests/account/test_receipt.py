@@ -158,7 +158,8 @@ def test_codecarbons_columns(tmp_path):
     [
         ("time_s", 3725, "1h02m"), ("time_s", 59.94, "59.9s"), ("energy_kwh", 3.5e-5, "35.0 mWh"), ("energy_kwh", 1.5, "1.50 kWh"),
         ("co2e_g", 2.5e6, "2.50 t"), ("co2e_g", 0.0166, "16.6 mg"), ("co2e_g", 0, "0 g"),
-        ("cost_usd", 1.04e-5, "$0.0000104"), ("cost_usd", 5576000, "$5,576,000.00"), ("cost_usd", 0, "$0"),
+        ("cost_usd", 1.04e-5, "$0.000010"), ("cost_usd", 5576000, "$5,576,000.00"), ("cost_usd", 0, "$0"),
+        ("cost_usd", 8e-8, "<$0.000001"), ("cost_usd", 0.00123, "$0.0012"),
         ("memory_bytes.total", 999.9e6, "1.00 GB"), ("flops", 3.3e24, "3.30 YFLOP"), ("bpb", 1.43, "1.430"), ("tokens", None, "–"),
     ],
 )  # fmt: skip

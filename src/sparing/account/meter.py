@@ -20,7 +20,7 @@ from dataclasses import asdict, replace
 from sparing.account.hardware import Machine
 from sparing.account.history import books
 from sparing.account.ledger import Entry, complain
-from sparing.account.power import Model, cpu_seconds, peak_memory, reset_peak_memory, resident_memory, sources
+from sparing.account.power import Model, cpu_seconds, cuda_memory, peak_memory, reset_peak_memory, resident_memory, sources
 from sparing.account.prices import Rent
 from sparing.account.tariff import Tariff
 from sparing.run import RunFolder
@@ -63,13 +63,13 @@ class Meter(NoMeter):
         machine: Machine,
         run: RunFolder | None = None,
         *,
-        rent: Rent = "own",
+        rent: Rent | None = None,
         first: str = "setup",
         started: float | None = None,
         say: Callable[[str], None] = complain,
     ):
-        """rent: how the machine is paid for. first: the stage that everything outside other stages belongs to. started:
-        `time.monotonic()` when the verb began, if before now. Raises UserError for a price file that cannot be."""
+        """rent: how the machine is paid for; None: as the user says (`home_rent`). first: the stage of everything outside other stages.
+        started: `time.monotonic()` when the verb began, if before now. Raises UserError for a price file that cannot be used."""
         self.verb, self.machine, self.run, self.first, self.say = verb, machine, run, first, say
         self.devices = max(1, len(machine.gpus))
         self.tariff = Tariff(machine, rent, say)
@@ -245,9 +245,10 @@ class Meter(NoMeter):
             begun, own = time.thread_time(), self.own_s
             with self._lock:
                 self._look()
-                self.memory_bytes = resident_memory()
+                resident = resident_memory()
+                self.memory_bytes = cuda_memory() or resident
                 entry = self._entries[self._stack[-1]]
-                entry.memory_bytes = max(entry.memory_bytes, self.memory_bytes)
+                entry.memory_bytes = max(entry.memory_bytes, resident)
                 self._recent.append(self._total())
             now = time.monotonic()
             if now - looked >= RELOAD_S:

@@ -192,6 +192,12 @@ def resident_memory() -> int:
         return 0
 
 
+def cuda_memory() -> int:
+    """Bytes that CUDA's allocator holds for tensors now; 0 where CUDA is not used."""
+    cuda = _cuda()
+    return cuda.memory_allocated() if cuda else 0
+
+
 def _cuda():
     """torch.cuda where somebody uses it already: metering alone never starts CUDA."""
     torch = sys.modules.get("torch")

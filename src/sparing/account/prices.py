@@ -16,7 +16,7 @@ import tomllib
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from sparing.account.hardware import Machine, home
 from sparing.config import UserError
@@ -125,8 +125,8 @@ def _overlay(rows: dict, file: Path) -> None:
         raise UserError(f"{file}: {error}") from None
     day = datetime.date.fromtimestamp(file.stat().st_mtime)
     rows["home"] = users.pop("home", {})
-    if not isinstance(rows["home"], dict) or set(rows["home"]) - {"country"}:
-        raise UserError(f'{file}: [home] has one field: country = "DEU"')
+    if not isinstance(rows["home"], dict) or set(rows["home"]) - {"country", "rent"}:
+        raise UserError(f'{file}: [home] has country = "DEU" and rent = "own", "on_demand" or "spot"')
     for kind, named in users.items():
         if kind not in FIELDS or not isinstance(named, dict):
             raise UserError(f"{file}: unknown section [{kind}]; nearest: [{nearest(kind, FIELDS)}]")
@@ -216,6 +216,14 @@ def units_of(machine: Machine, name: str | None = None) -> float:
     if name is not None:
         return 1.0
     return float(len(machine.gpus)) if machine.gpus else machine.cores_physical / device(device_of(machine)).cores
+
+
+def home_rent() -> Rent:
+    """How this machine is paid for: $SPARING_RENT, else [home] rent of the user's file, else owned. Raises UserError for another word."""
+    said = os.environ.get("SPARING_RENT") or tables().get("home", {}).get("rent") or "own"
+    if said not in get_args(Rent):
+        raise UserError(f"rent {said!r}: choose {', '.join(get_args(Rent))} (SPARING_RENT, or [home] rent in {home() / 'prices.toml'})")
+    return said
 
 
 def rates_for(machine: Machine, name: str | None = None, country: str | None = None, rent: Rent = "own") -> Rates:

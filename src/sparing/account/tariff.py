@@ -6,15 +6,18 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from sparing.account.hardware import Machine, home
-from sparing.account.prices import Rates, Rent, rates_for
+from sparing.account.prices import Rates, Rent, home_rent, rates_for
 from sparing.config import UserError
 
 
 class Tariff:
     """`rates` of what the machine trains on; `processor`: of its processor alone, whose watts count beside a GPU's."""
 
-    def __init__(self, machine: Machine, rent: Rent, say: Callable[[str], None]):
-        """Raises UserError for a price file that cannot be used. A GPU that no table has is said, and costs nothing."""
+    def __init__(self, machine: Machine, rent: Rent | None, say: Callable[[str], None]):
+        """rent: how the machine is paid for; None: as the user says it is (`home_rent`), looked at again with the prices.
+
+        Raises UserError for a price file that cannot be used. A GPU that no table has is said, and costs nothing.
+        """
         self.machine, self.rent = machine, rent
         self._stamp = _stamp()
         self.rates, self.processor = self._read(say)
@@ -35,11 +38,12 @@ class Tariff:
         return now != before
 
     def _read(self, say: Callable[[str], None]) -> tuple[Rates, Rates]:
+        rent = self.rent or home_rent()
         processor = rates_for(replace(self.machine, gpus=()))
         if not self.machine.gpus:
-            return rates_for(self.machine, rent=self.rent), processor
+            return rates_for(self.machine, rent=rent), processor
         try:
-            return rates_for(self.machine, rent=self.rent), processor
+            return rates_for(self.machine, rent=rent), processor
         except UserError as error:
             say(f"{error}; until then only the processor costs anything")
             return processor, processor

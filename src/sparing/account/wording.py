@@ -26,7 +26,7 @@ def amount(name: str, value: float | None) -> str:
         case "co2e_g":
             return f"{digits(value / 1e6)} t" if value >= 1e6 else scaled(value, "g")
         case "cost_usd":
-            return f"${value:,.2f}" if value >= 1 else f"${digits(value)}"
+            return f"${value:,.2f}" if value >= 1 else f"${digits(value)}" if value >= 0.01 or not value else _cents(value)
         case "flops":
             return scaled(value, "FLOP")
         case "tokens":
@@ -38,6 +38,11 @@ def amount(name: str, value: float | None) -> str:
         case "bpb":
             return f"{value:.3f}"
     return digits(value)
+
+
+def _cents(usd: float) -> str:
+    """Less than a cent, to two digits that count and no finer than a millionth of a dollar."""
+    return "<$0.000001" if usd < 1e-6 else f"${usd:.{min(6, 1 - math.floor(math.log10(usd)))}f}"
 
 
 def duration(seconds: float) -> str:
@@ -84,12 +89,15 @@ def percent(difference: dict | None) -> str:
 
 
 def span(name: str, figure: dict | None) -> str:
-    """5m00s (4m40s – 5m20s)."""
+    """5m00s (4m40s – 5m20s), 310 GFLOP (294 – 326 GFLOP)."""
     if figure is None:
         return "–"
     low, high = figure.get("low"), figure.get("high")
-    around = f" ({amount(name, low)} – {amount(name, high)})" if low is not None and high is not None and low != high else ""
-    return amount(name, figure["value"]) + around
+    if low is None or high is None or low == high:
+        return amount(name, figure["value"])
+    first, last = amount(name, low), amount(name, high)
+    number, _, unit = first.rpartition(" ")
+    return f"{amount(name, figure['value'])} ({number if number and last.endswith(' ' + unit) else first} – {last})"
 
 
 def compared(receipt: dict) -> list[tuple[str, str, str, str]]:

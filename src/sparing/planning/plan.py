@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from sparing.account.hardware import Machine
+from sparing.account.prices import home_rent
 from sparing.budget.flops import parameters
 from sparing.budget.memory import serving_memory
 from sparing.budget.plan import Corpus, Run, check, predict
@@ -52,7 +53,7 @@ def plan(
         return plan_stages(c, train.seq_len, train.batch_size, section, country)
     for name in section.keys() - PLAN_FIELDS - {"tokens", "layout", "stage", "hours", "hours_of", "usd_per_hour"}:
         raise UserError(f"[plan]: unknown key {name}; nearest: {nearest(name, PLAN_FIELDS)}")
-    rent = rent or section.get("rent") or ("on_demand" if machine or section.get("machine") else "own")
+    rent = rent or section.get("rent") or ("on_demand" if machine or section.get("machine") else home_rent())
     if rent not in ("own", "on_demand", "spot"):
         raise UserError(f"--rent {rent}: choose own, on_demand or spot")
     if sum(x is not None for x in (budget, target_bpb, fits)) > 1 and not (budget and fits):
@@ -88,7 +89,7 @@ def plan(
 
 def foresee(config: Config, corpus: Corpus, machine: Machine, budget_s: float | None) -> dict[str, Any]:
     """The prediction for a run that is about to start here: `plan --json`'s keys, and the size and kind of its corpus."""
-    run = run_from(config, corpus, here(machine=machine), budget_s)
+    run = run_from(config, corpus, here(home_rent(), machine=machine), budget_s)
     return {**predict(run), "budget": format_budget(config.budget), "kind": run.law.kind, "train_bytes": corpus.train_bytes}
 
 

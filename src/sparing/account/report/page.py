@@ -62,6 +62,7 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--panel); 
   tr { border: 1px solid var(--line); border-radius: 8px; padding: 8px 12px; margin: 8px 0; }
   th:first-child, td { border: 0; padding: 2px 0; }
   td { display: flex; justify-content: space-between; gap: 16px; text-align: right; }
+  td.none { display: none; }
   td::before { content: attr(data-label); color: var(--soft); flex: none; }
 }
 @media print { details > * { display: block; } nav, .skip { display: none; } }

@@ -31,21 +31,18 @@ def table(caption: str, head: tuple[str, ...], rows: list[tuple[str, ...]]) -> s
         return ""
     keep = [i for i in range(len(head)) if i == 0 or any(row[i] not in ("", "–") for row in rows)]
     top = "".join(f'<th scope="col" role="columnheader">{escape(head[i])}</th>' for i in keep)
-    body = "".join(
-        '<tr role="row">'
-        + "".join(
-            f'<th scope="row" role="rowheader">{escape(row[i])}</th>'
-            if i == 0
-            else f'<td role="cell" data-label="{escape(head[i])}">{escape(row[i]) or "–"}</td>'
-            for i in keep
-        )
-        + "</tr>"
-        for row in rows
-    )
+    body = "".join('<tr role="row">' + "".join(_cell(head[i], row[i], first=i == 0) for i in keep) + "</tr>" for row in rows)
     return (
         f'<table role="table"><caption>{escape(caption)}</caption><thead role="rowgroup"><tr role="row">{top}</tr></thead>'
         f'<tbody role="rowgroup">{body}</tbody></table>'
     )
+
+
+def _cell(label: str, text: str, first: bool) -> str:
+    if first:
+        return f'<th scope="row" role="rowheader">{escape(text)}</th>'
+    empty = " class=none" if text in ("", "–") else ""
+    return f'<td role="cell"{empty} data-label="{escape(label)}">{escape(text) or "–"}</td>'
 
 
 def prediction(story: Story) -> str:
