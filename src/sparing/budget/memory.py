@@ -1,0 +1,156 @@
+"""Bytes that training needs, by part, from the configuration alone: what the code of `model/` and `kernels/` keeps, part by part.
+
+Master weights, gradients and moments are float32, activations the compute type. Gradients appear while activations go, but in pieces of
+other sizes, so that the allocator holds both: the peak is their sum and the work space of a layer's backward pass and of the optimizer.
+N tokens of a micro-batch, D hidden size, H heads, K and V their widths, E experts, F their width, S rows that reach experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sparing.budget.flops import attention_parameters, feed_forward_parameters, kv_cache_bytes, parameters
+from sparing.config import Config, ModelConfig
+
+ATTENTION_ROWS = 128
+EXPERT_ROWS = 64
+HEAD_TOKENS = 512
+"""Of kernels/attention.py, kernels/experts.py, kernels/cross_entropy.py."""
+PROCESS_BYTES = {"cpu": 458e6, "cuda": 900e6}
+"""A process without its model: interpreter, torch, the libraries that its first step loads, the corpus. CPU: 373 MB fitted together with
+SLACK, and what four short runs of `train` had more; CUDA: an estimate."""
+SERVING_BYTES = 300e6
+"""A process that only generates."""
+SLACK = 1.17
+"""What the allocator holds over what is in use. Fitted on the resident peaks of ten models of 0.6-26 M parameters, dense and mixtures,
+three steps each: largest error 9 % of what is not the process (torch 2.13, glibc)."""
+SPREAD = 0.12
+"""Half-width of the stated interval, as a share."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one process at its peak."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    """Of a micro-batch at the end of its forward pass, 16-bit copies of weights and the head's work space included."""
+    process: float
+    """All else: libraries, work space, what the allocator holds back."""
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.process
+
+
+def _matrices(c: ModelConfig) -> float:
+    """Weights that Muon updates: everything in layers but routers and norms."""
+    layers = range(c.num_layers + c.mtp_depth)
+    routers = c.num_moe_layers * c.n_routed_experts * c.hidden_size
+    return (
+        sum(attention_parameters(c) + feed_forward_parameters(c, i, False) for i in layers) - routers + c.mtp_depth * 2 * c.hidden_size**2
+    )
+
+
+def optimizer_bytes(c: ModelConfig, matrix: str) -> float:
+    """Moments: one float32 number a weight under Muon, two under AdamW."""
+    total = parameters(c).total + parameters(c).mtp
+    return 4.0 * (_matrices(c) + 2 * (total - _matrices(c)) if matrix == "muon" else 2 * total)
+
+
+def _largest_group(c: ModelConfig) -> float:
+    """Numbers in the largest batch of equally shaped matrices: Muon orthogonalises them together."""
+    dense = c.num_layers if not c.num_moe_layers else c.num_dense_layers
+    experts = c.num_moe_layers * c.n_routed_experts * 2 * c.moe_intermediate_size * c.hidden_size
+    return max(experts, (dense + (c.mtp_depth if not c.num_moe_layers else 0)) * 2 * c.intermediate_size * c.hidden_size)
+
+
+def saved_per_token(c: ModelConfig, layer: int, seq_len: int, size: int, device: str = "cpu", balance: bool = True) -> float:
+    """Bytes that a layer keeps of one token for its backward pass. size: bytes of a number in the compute type."""
+    D, H = c.hidden_size, c.num_heads
+    dense = layer < c.num_dense_layers or c.num_dense_layers >= c.num_layers
+    K = c.head_dim if c.attention == "gqa" else c.qk_nope_head_dim + c.qk_rope_head_dim
+    V = c.head_dim if c.attention == "gqa" else c.v_head_dim
+    numbers = 4 * D  # two norms: the normed rows, and their gain's product, which the projections take
+    numbers += 2 * H * K + H * V + H * V  # q, k, v laid out for attention, and its output
+    if c.attention == "mla":
+        numbers += 2 * (c.kv_lora_rank + (c.q_lora_rank or 0))
+    if device == "cpu":  # the probabilities of row blocks: ATTENTION_ROWS rows up to the diagonal's end
+        blocks = -(-seq_len // ATTENTION_ROWS)
+        numbers += (
+            H
+            * sum(min(ATTENTION_ROWS, seq_len - i * ATTENTION_ROWS) * min((i + 1) * ATTENTION_ROWS, seq_len) for i in range(blocks))
+            / seq_len
+        )
+    else:
+        numbers += H * V + H * max(0, K - V)
+    if dense:
+        return size * (numbers + 3 * c.intermediate_size)
+    numbers += c.n_shared_experts * 3 * c.moe_intermediate_size
+    rows = c.num_experts_per_tok
+    per_row = D + 2 * c.moe_intermediate_size + 1 + (2 * c.moe_intermediate_size if device != "cpu" else 0)
+    router = 4 * D + 4 * c.n_routed_experts * (3 if balance else 1) + rows * (8 + 4 + 4 + 8)
+    return size * (numbers + rows * per_row) + router + rows * 8
+
+
+def filler_bytes(c: ModelConfig, tokens: float, size: int) -> float:
+    """Rows that fill each expert's group up to a multiple of EXPERT_ROWS on a CPU, on average half of one, in one layer."""
+    return c.n_routed_experts * EXPERT_ROWS / 2 * (size * (c.hidden_size + 2 * c.moe_intermediate_size + 1) + 8)
+
+
+def activations(config: Config, rows: int, seq_len: int) -> float:
+    """Bytes kept of `rows` sequences, 16-bit copies of the weights included."""
+    c, t = config.model, config.train
+    size = 2 if t.dtype == "bfloat16" else 4
+    device = t.device or "cpu"
+    tokens = rows * seq_len
+    layers = range(c.num_layers + c.mtp_depth)
+    kept = 0.0
+    for layer in layers:
+        if t.recompute:
+            kept += tokens * c.hidden_size * size
+            continue
+        moe = not (layer < c.num_dense_layers or c.num_dense_layers >= c.num_layers)
+        kept += tokens * saved_per_token(c, layer, seq_len, size, device, t.sequence_balance > 0)
+        kept += filler_bytes(c, tokens, size) if moe and device == "cpu" else 0.0
+    if t.recompute:  # one layer at a time is whole
+        kept += tokens * max(saved_per_token(c, layer, seq_len, size, device) for layer in (0, c.num_layers - 1))
+    heads = 1 + c.mtp_depth
+    kept += size * tokens * c.hidden_size * (2 * heads + 4 * c.mtp_depth)  # last norms, their gradients; the MTP modules' joined inputs
+    kept += heads * 4 * c.vocab_size * c.hidden_size  # the head's gradient, made in the forward pass
+    copies = _matrices(c) * size if size == 2 else 0.0
+    mask = rows * seq_len**2 * size if t.document_mask else 0.0
+    return kept + copies + mask
+
+
+def training_memory(config: Config, measured: bool = False) -> Memory:
+    """Peak of one training process. Micro-batch and replicas left open count as the whole batch and one.
+
+    measured: the run begins by timing steps with and without replicas (`train/calibrate.py`): what other threads used is not given back.
+    """
+    c, t = config.model, config.train
+    total = float(parameters(c).total + parameters(c).mtp)
+    replicas = t.replicas or 1
+    size = 2 if t.dtype == "bfloat16" else 4
+    micro = min(t.micro_batch_size or t.batch_size, t.batch_size)
+    rows = -(-micro // replicas)
+    seq_len = t.seq_len
+    weights, moments = 4 * total, optimizer_bytes(c, config.optim.matrix)
+    kept = replicas * activations(config, rows, seq_len)
+    head = replicas * (2 * HEAD_TOKENS * c.vocab_size * size + c.vocab_size * c.hidden_size * size)
+    device = t.device or "cpu"
+    layer = rows * replicas * seq_len * max(saved_per_token(c, i, seq_len, size, device) for i in (0, c.num_layers - 1))
+    work = size * _largest_group(c) if config.optim.matrix == "muon" else 0.0
+    gradients = 4 * total * replicas
+    process = PROCESS_BYTES[device] + (SLACK - 1) * (weights + gradients + moments + kept + head) + SLACK * (layer + work)
+    if measured and device == "cpu":
+        process += SLACK * (activations(config, micro, seq_len) + head / replicas + 4 * total)
+    return Memory(weights, gradients, moments, kept + head, process)
+
+
+def serving_memory(c: ModelConfig, context: int, bytes_per_weight: float = 2.0, sequences: int = 1) -> float:
+    """Bytes to serve a model: weights, the cache of `sequences` full contexts, and the process."""
+    counts = parameters(c)
+    return bytes_per_weight * counts.total + sequences * context * kv_cache_bytes(c) + SERVING_BYTES
