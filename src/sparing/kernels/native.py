@@ -77,10 +77,15 @@ def plain():
         _off.reset(token)
 
 
+def wanted() -> bool:
+    """False within `plain`."""
+    return not _off.get()
+
+
 def usable(x: Tensor) -> bool:
     """Whether a pass over `x` should be the compiled one."""
     fits = x.device.type == "cpu" and x.dtype in SUFFIXES and torch.get_num_threads() == 1
-    return fits and not _off.get() and not torch.compiler.is_compiling() and library() is not None
+    return fits and wanted() and not torch.compiler.is_compiling() and library() is not None
 
 
 @cache

@@ -321,4 +321,41 @@ void head_loss(const bf16 *x, const float *w, const int64_t *target, float scale
         multiply(W, D, some, turned, 1, MR, some * MR, right, some * NR, grad_w, D, n ? ADD_F32 : TO_F32, 0, 0);
     }
 }
+/* One Muon update of a matrix (rows x columns, contiguous; both even): the average, its Nesterov direction, `steps` quintic Newton-Schulz
+ * iterations in bfloat16 on the wide side, cautious decay, the step. See train/muon.py. */
+void muon(float *weight, const float *grad, float *average, int64_t rows, int64_t columns, float momentum, int64_t steps, float lr,
+          float decay) {
+    static const float a = 3.4445f, b = -4.7750f, c = 2.0315f;
+    int64_t size = rows * columns, tall = rows > columns, R = tall ? columns : rows, C = tall ? rows : columns;
+    float *direction = scratch(5, size * 4), *sums = scratch(6, (C > R ? C : R) * R * 4), square = 0.0f;
+    bf16 *x = scratch(7, size * 2), *gram = scratch(8, R * R * 2), *polynomial = scratch(9, R * R * 2);
+    SUM(square) for (int64_t i = 0; i < size; i++) {
+        average[i] += (1.0f - momentum) * (grad[i] - average[i]);
+        direction[i] = get_bf16(put_bf16(grad[i] + momentum * (average[i] - grad[i])));
+        square += direction[i] * direction[i];
+    }
+    float inverse = 1.0f / fmaxf(sqrtf(square), 1e-7f);
+    if (tall)
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t i = 0; i < columns; i++) x[i * rows + r] = put_bf16(direction[r * columns + i] * inverse);
+    else
+        SIMD for (int64_t i = 0; i < size; i++) x[i] = put_bf16(direction[i] * inverse);
+    for (int64_t step = 0; step < steps; step++) {
+        nt(x, C, x, 0, C, gram, R, TO_BF16, 0, 0, R, R, C);
+        nt(gram, R, gram, 0, R, sums, R, TO_F32, 0, 0, R, R, R); /* the Gram matrix is its own transpose */
+        SIMD for (int64_t i = 0; i < R * R; i++) polynomial[i] = put_bf16(b * get_bf16(gram[i]) + c * sums[i]);
+        nn(polynomial, R, x, 0, C, sums, C, TO_F32, 0, 0, R, C, R);
+        SIMD for (int64_t i = 0; i < size; i++) x[i] = put_bf16(a * get_bf16(x[i]) + sums[i]);
+    }
+    if (tall)
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t i = 0; i < columns; i++) direction[r * columns + i] = get_bf16(x[i * rows + r]);
+    else
+        SIMD for (int64_t i = 0; i < size; i++) direction[i] = get_bf16(x[i]);
+    SIMD for (int64_t i = 0; i < size; i++) {
+        float w = weight[i];
+        if (direction[i] * w > 0.0f) w *= decay;
+        weight[i] = w - lr * direction[i];
+    }
+}
 #endif

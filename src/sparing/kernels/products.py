@@ -31,6 +31,11 @@ def usable(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and native.usable(x) and _compiled()
 
 
+def available() -> bool:
+    """Whether the compiled products are there and wanted, whatever this thread's setting: for callers that bring threads of their own."""
+    return native.wanted() and _compiled()
+
+
 def _out(a: Tensor, columns: int, out: Tensor | None) -> Tensor:
     return a.new_empty(len(a), columns) if out is None else out
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -83,9 +84,14 @@ def sequence_balance_loss(scores_NE: Tensor, c: ModelConfig, sequences: int) -> 
     return (f * p).sum(-1).mean()
 
 
+_known: WeakKeyDictionary[nn.Module, list[Router]] = WeakKeyDictionary()
+
+
 def routers(model: nn.Module) -> list[Router]:
-    """The routers of a model in layer order, those of MTP modules last."""
-    return [m for m in model.modules() if isinstance(m, Router)]
+    """The routers of a model in layer order, those of MTP modules last. Remembered: a walk over all modules takes milliseconds."""
+    if model not in _known:
+        _known[model] = [m for m in model.modules() if isinstance(m, Router)]
+    return _known[model]
 
 
 @contextmanager

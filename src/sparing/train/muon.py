@@ -8,8 +8,12 @@ alone. R rows, C columns, N matrices of the batch.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 from torch import Tensor
+
+from sparing.kernels import native, products
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # largest slope at zero that still lands singular values in about [0.7, 1.2]
 
@@ -45,6 +49,11 @@ class Muon:
     def __init__(self, parameters: dict[str, Tensor], *, steps: int = 5, weight_decay: float = 0.0, dtype: torch.dtype = torch.bfloat16):
         self.parameters, self.steps, self.weight_decay, self.dtype = parameters, steps, weight_decay, dtype
         self.momentum = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+        # The compiled products take pairs of numbers, and neither other devices nor other types.
+        self._compiled = dtype == torch.bfloat16 and all(
+            p.device.type == "cpu" and p.shape[-1] % 2 == 0 and p.shape[-2] % 4 == 0 for p in parameters.values()
+        )
+        self._pool: ThreadPoolExecutor | None = None
         self.groups: dict[tuple[int, int], list[tuple[str, int]]] = {}
         for name, parameter in parameters.items():
             for part, matrix in enumerate(split(name, parameter)):
@@ -52,7 +61,36 @@ class Muon:
 
     @torch.no_grad()
     def step(self, lr: float, momentum: float) -> None:
-        """One update from the parameters' `.grad` (overwritten: it becomes the Nesterov direction). lr: peak x schedule."""
+        """One update from the parameters' `.grad` (which may be overwritten). lr: peak x schedule."""
+        if self._compiled and products.available():
+            self._compiled_step(lr, momentum)
+        else:
+            self._batched_step(lr, momentum)
+
+    def _compiled_step(self, lr: float, momentum: float) -> None:
+        """Matrix by matrix, divided among as many threads as PyTorch would use inside its operations."""
+        matrices = []
+        for name, parameter in self.parameters.items():
+            grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.contiguous()
+            views = (split(name, tensor) for tensor in (parameter, grad, self.momentum[name]))
+            matrices += [matrix for part in zip(*views, strict=True) for matrix in zip(*(t.unbind(0) for t in part), strict=True)]
+        count = torch.get_num_threads()
+        if self._pool is None and count > 1:
+            self._pool = ThreadPoolExecutor(count, "sparing-muon")
+
+        def update(share: int) -> None:
+            for weight, grad, average in matrices[share::count]:
+                rows, columns = weight.shape
+                scale = lr * max(1.0, rows / columns) ** 0.5
+                sizes = (rows, columns, float(momentum), self.steps, float(scale), 1.0 - lr * self.weight_decay)
+                native.call("muon", None, weight, grad, average, *sizes)
+
+        if self._pool is None:
+            update(0)
+        else:
+            list(self._pool.map(update, range(count)))
+
+    def _batched_step(self, lr: float, momentum: float) -> None:
         names = list(self.parameters)
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters.values()]
         averages = [self.momentum[name] for name in names]
