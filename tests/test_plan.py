@@ -209,3 +209,10 @@ def test_a_budget_in_money_becomes_seconds(corpus, tmp_path):
     summary = api.train([corpus], "$1", str(tmp_path / "run"), small, samples=0)
     assert summary["budget"] == "$1" and 0.7 < summary["cost_usd"] < 1.3
     assert "lasts about 7 s" in (tmp_path / "run" / "config.toml").read_text()
+
+
+def test_a_runs_own_configuration_is_a_recipe(tmp_path):
+    first = plan("laptop", budget="5m")
+    (tmp_path / "config.toml").write_text(first["recipe"] + "\n[plan]\ndata_bytes = 100e6\n")
+    again = plan(str(tmp_path / "config.toml"))
+    assert again["config"] == first["config"] and again["bpb"] == first["bpb"]

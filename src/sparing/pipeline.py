@@ -22,18 +22,18 @@ from sparing.budget.plan import in_seconds
 from sparing.budget.scaling import Point, add_point, effective_bytes
 from sparing.budget.units import format_budget
 from sparing.config import Budget, Config, DataConfig, UserError
-from sparing.config_file import merge_wishes, write_config
+from sparing.config_file import write_config
 from sparing.data.loader import Loader
 from sparing.data.prepare import prepare
 from sparing.data.progress import Bars
 from sparing.data.scan import scan
 from sparing.data.stop import Stopped
 from sparing.data.store import TokenStore
-from sparing.data.tokenizer import Tokenizer
 from sparing.evals.bpb import NllFn, bpb
 from sparing.infer.loaded import Model
 from sparing.model.init import init_weights
 from sparing.model.transformer import Transformer
+from sparing.planning.places import with_vocabulary
 from sparing.planning.plan import foresee
 from sparing.resolve import resolve
 from sparing.run import RunFolder, write_atomic
@@ -83,13 +83,7 @@ def resolved(wishes: dict, budget: Budget, machine: Machine, signals: Preempt, r
     device = wishes.get("train", {}).get("device") or ("cuda" if machine.gpus else "cpu")
     with meter.stage("calibrate"), signals.interruptible():
         peak = peak_flops(machine, device if device == "cpu" or machine.gpus else "cpu")
-    if data_config.tokenizer:
-        size = -(-Tokenizer.load(data_config.tokenizer).vocab_size // 64) * 64
-        if wishes.get("model", {}).get("vocab_size", size) < size - 63:
-            raise UserError(
-                f"model.vocab_size {wishes['model']['vocab_size']}: the tokenizer {data_config.tokenizer} needs at least {size}"
-            )
-        wishes = merge_wishes({"model": {"vocab_size": size}}, wishes)
+    wishes = with_vocabulary(wishes)
     lasts = in_seconds(budget, meter.tariff.rates)
     result = resolve(wishes, budget if lasts is None else Budget(lasts, "s"), machine, facts, peak)
     if budget.unit in ("usd", "kwh"):

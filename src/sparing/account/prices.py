@@ -47,6 +47,7 @@ OPTIONAL: dict[str, dict[str, type]] = {
     "machine": {"cores": int, "note": str},
     "price": {"on_demand": float, "spot": float, "purchase": float},
 }
+_ZERO_ALLOWED = {"peak_fp8", "peak_int8", "link", "network", "watts_idle", "usd_per_kwh", "gco2e_per_kwh", "on_demand", "spot", "purchase"}
 _told: set[str] = set()
 
 
@@ -146,12 +147,16 @@ def _checked(value: Any, kind: str, field: str, where: str) -> Any:
     known = {**FIELDS[kind], **OPTIONAL.get(kind, {}), "source": str, "date": datetime.date}
     if field not in known:
         raise UserError(f"{where}: unknown field {field}; nearest: {nearest(field, known)}")
-    if known[field] is float and type(value) in (int, float):
-        if not math.isfinite(value) or value < 0 or (field in ("lifetime_years", "utilisation", "value") and value == 0):
-            raise UserError(f"{where}: {field} = {value} must be {'above 0' if value == 0 else '0 or more'}")
-        return float(value)
+    if known[field] in (float, int) and type(value) in (int, known[field]):
+        zero = field in _ZERO_ALLOWED
+        if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+            raise UserError(f"{where}: {field} = {value} must be {'0 or more' if zero else 'above 0'}")
+        return known[field](value)
     if type(value) is not known[field]:
-        raise UserError(f"{where}: {field} = {value!r} is not a {known[field].__name__}")
+        what = {float: "number", int: "whole number", str: "text", list: "list", datetime.date: "date, as 2026-11-21"}[known[field]]
+        raise UserError(f"{where}: {field} = {value!r} is not a {what}".replace("a text", "text"))
+    if field == "kind" and value not in ("cpu", "gpu"):
+        raise UserError(f"{where}: kind = {value!r}: choose cpu or gpu")
     return value
 
 

@@ -16,7 +16,8 @@ from sparing.config import Budget, Config, UserError
 
 START_S = 4.0
 """Starting, building the model, saving at the end."""
-TOKENISE_BYTES_PER_S = 4e6
+TOKENISE_BYTES_PER_S = 2e6
+"""A core."""
 TOKENISER_S = 4.0
 """Training the tokenizer and starting the processes that apply it."""
 CALIBRATION = (0.02, 10.0)
@@ -52,6 +53,8 @@ class Run:
     budget_s: float | None
     """Of a budget in time, money or energy."""
     devices: float = 1.0
+    cores: int = 2
+    """Of the processor: they tokenise."""
     measured: bool = False
     """It begins by timing steps, with and without replicas."""
 
@@ -79,7 +82,7 @@ def in_seconds(budget: Budget, rates: Rates) -> float | None:
 def tokenising_s(run: Run) -> float:
     data = run.config.data
     needed = math.inf if data.max_tokens is None else data.max_tokens * run.bytes_per_token
-    return TOKENISER_S + min(run.corpus.train_bytes, needed) / TOKENISE_BYTES_PER_S
+    return TOKENISER_S + min(run.corpus.train_bytes, needed) / (run.cores * TOKENISE_BYTES_PER_S)
 
 
 def _choosing_s(run: Run, tokens_per_s: float) -> float:

@@ -13,7 +13,9 @@ from sparing.budget.estimate import Estimate, StepModel, fit, profile_model
 from sparing.budget.memory import training_memory
 from sparing.budget.plan import Corpus, Run, in_seconds
 from sparing.budget.scaling import kind_of, law_of
-from sparing.config import Budget, Config
+from sparing.config import Budget, Config, UserError
+from sparing.config_file import merge_wishes
+from sparing.data.tokenizer import Tokenizer
 from sparing.resolve import BYTES_PER_TOKEN, Resolved, resolve
 
 
@@ -80,6 +82,17 @@ def elsewhere(name: str, rent: Rent, country: str | None = None) -> Place:
     return Place(machine, row.name, rent, country, None, row.peak["bf16"])
 
 
+def with_vocabulary(wishes: dict) -> dict:
+    """Wishes for a model that a tokenizer of the user's own fits. Raises UserError where the model wished for is too small for it."""
+    path = wishes.get("data", {}).get("tokenizer")
+    if not path:
+        return wishes
+    size = -(-Tokenizer.load(path).vocab_size // 64) * 64
+    if wishes.get("model", {}).get("vocab_size", size) < size - 63:
+        raise UserError(f"model.vocab_size {wishes['model']['vocab_size']}: the tokenizer {path} needs at least {size}")
+    return merge_wishes({"model": {"vocab_size": size}}, wishes)
+
+
 def run_of(wishes: dict, budget: Budget, corpus: Corpus, place: Place) -> tuple[Run, Resolved]:
     """The resolved run and all that predicting it takes."""
     rates = rates_for(place.machine, place.name, place.country, place.rent)
@@ -93,7 +106,9 @@ def run_from(config: Config, corpus: Corpus, place: Place, budget_s: float | Non
     """For a configuration that is resolved already; replicas and micro-batch left open: one a core, the largest that fits."""
     measured = config.train.replicas is None and place.machine.cores_physical > 1
     if config.train.replicas is None and config.train.device == "cpu":
-        config = replace(config, train=replace(config.train, replicas=config.train.threads or place.machine.cores_physical))
+        config = replace(
+            config, train=replace(config.train, replicas=min(config.train.threads or place.machine.cores_physical, config.train.batch_size))
+        )
     if config.train.micro_batch_size is None:
         micro = config.train.batch_size
         while micro > 1 and place.memory_limit and _needs(config, micro, measured) > place.memory_limit:
@@ -111,6 +126,7 @@ def run_from(config: Config, corpus: Corpus, place: Place, budget_s: float | Non
         bytes_per_token=BYTES_PER_TOKEN[vocab],
         memory_limit=place.memory_limit,
         budget_s=budget_s,
+        cores=place.machine.cores_logical,
         measured=measured,
     )
 

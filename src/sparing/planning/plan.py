@@ -17,7 +17,7 @@ from sparing.config import Budget, Config, DataConfig, ModelConfig, UserError
 from sparing.config_file import build, merge_wishes, nearest, read_plan_section, read_wishes, write_config
 from sparing.data.scan import CorpusFacts, scan
 from sparing.planning.compare import alternatives
-from sparing.planning.places import Given, Place, elsewhere, here, run_from, run_of
+from sparing.planning.places import Given, Place, elsewhere, here, run_from, run_of, with_vocabulary
 from sparing.resolve import LADDER, Resolved, shaped
 
 PLAN_FIELDS = {"data_bytes", "machine", "rent", "country"}
@@ -47,6 +47,8 @@ def plan(
     section = read_plan_section(recipe) if recipe else {}
     wishes = merge_wishes(read_wishes(recipe) if recipe else {}, wishes, {"data": {"paths": tuple(data)}} if data else {})
     stated = wishes.pop("budget", None)
+    if isinstance(stated, dict):  # a run's own config.toml is a recipe too
+        stated = format_budget(build(Budget, {"amount": 0.0, "unit": "s", **stated}))
     if "layout" in section and not (data or budget or fits or target_bpb):
         c = build(ModelConfig, wishes.get("model", {}))
         train = build(Config, {"train": wishes.get("train", {})}).train
@@ -64,6 +66,7 @@ def plan(
     corpus = _corpus(wishes, section)
     name, country = machine or section.get("machine"), country or section.get("country")
     place = elsewhere(name, rent, country) if name else here(rent, country, _say)
+    wishes = with_vocabulary(wishes)
 
     if fits is not None:
         wishes, parsed = _that_serves(wishes, parse_size(fits), parse_budget(budget) if budget else None, corpus, place)

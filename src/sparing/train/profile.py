@@ -41,13 +41,15 @@ def step_timings(
     dtype = "bfloat16" if device == "cuda" or machine.cpu_bf16 else "float32"
     peak = peak_flops(machine, device, getattr(torch, dtype))
     start, rows = time.monotonic(), []
-    replicas = machine.cores_physical if device == "cpu" else 1
+    cores = machine.cores_physical if device == "cpu" else 1
     for rung, moe, seq_len, vocab in PROBES:
         if rows and time.monotonic() - start > seconds:
             break
         config = Config(
             model=shaped(LADDER[rung], vocab, seq_len, moe),
-            train=TrainConfig(seq_len=seq_len, batch_size=TOKENS // seq_len, dtype=dtype, device=device, replicas=replicas),
+            train=TrainConfig(
+                seq_len=seq_len, batch_size=TOKENS // seq_len, dtype=dtype, device=device, replicas=min(cores, TOKENS // seq_len)
+            ),
         )
         rows.append({"features": features(config, seq_len, peak).tolist(), "seconds": _step(config, 4)})
     found = {"peak_flops": peak, "rows": rows}
