@@ -13,7 +13,7 @@ from sparing.config import Budget, Config, ModelConfig, UserError
 from sparing.config_file import build
 from sparing.data.scan import CorpusFacts
 
-UTILISATION = 0.33
+UTILISATION = 0.42
 """Share of the peak that small models reach while they train on a CPU (LAB.md)."""
 GPU_UTILISATION = 0.3
 TRAINING_SHARE = 0.88

@@ -1,12 +1,26 @@
 """Each fast path against the plain PyTorch reference in its file: values and gradients, in float32 and in bfloat16."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
-from sparing.kernels.attention import attention_reference, causal_attention, document_bias
+from sparing.kernels import native
+from sparing.kernels.attention import DocumentMask, attention_reference, causal_attention
 from sparing.kernels.cross_entropy import IGNORE, linear_cross_entropy, linear_cross_entropy_reference, token_nll
 from sparing.kernels.experts import mixture, mixture_reference, swiglu, swiglu_reference
 from sparing.kernels.norm import rms_norm, rms_norm_reference
+
+
+@pytest.fixture(autouse=True, params=["compiled", "plain"])
+def path(request):
+    """Compiled passes serve single threads; without a compiler both runs are the plain one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with native.plain() if request.param == "plain" else nullcontext():
+        yield
+    torch.set_num_threads(threads)
+
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 
@@ -47,12 +61,13 @@ def test_swiglu(dtype):
 def test_causal_attention(dtype, length, documents):
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 3, length, 24), torch.randn(2, 3, length, 24), torch.randn(2, 3, length, 16)
-    bias = None
+    mask = None
     if documents:
         ids = (torch.arange(length) // 37).expand(2, -1).contiguous()
-        bias = document_bias(ids, torch.float32)
-        assert (bias is None) == (length == 1)
-    compare(lambda q, k, v: causal_attention(q, k, v, 0.2, bias), lambda q, k, v: attention_reference(q, k, v, 0.2, bias), (q, k, v), dtype)
+        mask = DocumentMask.of(ids, torch.float32)
+        assert (mask is None) == (length == 1)
+    bias = None if mask is None else mask.bias
+    compare(lambda q, k, v: causal_attention(q, k, v, 0.2, mask), lambda q, k, v: attention_reference(q, k, v, 0.2, bias), (q, k, v), dtype)
 
 
 def test_attention_with_a_cache_sees_all_earlier_positions():

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from sparing.budget.flops import attention_flops, attention_parameters, feed_forward_parameters, parameters, train_flops
-from sparing.budget.memory import _matrices, saved_per_token
+from sparing.budget.memory import _matrices, path_of, saved_per_token
 from sparing.config import Config, ModelConfig
 
 FEATURES = ("products", "experts", "scores", "head", "traffic", "optimizer", "muon", "launches")
@@ -67,7 +67,7 @@ def features(config: Config, seq_len: int, peak_flops: float) -> np.ndarray:
     linear = 2.0 * sum(attention_parameters(c) + feed_forward_parameters(c, i, True) for i in range(layers)) - routed
     linear += 4.0 * c.mtp_depth * c.hidden_size**2
     again = 4 / 3 if t.recompute else 1.0
-    traffic = sum(saved_per_token(c, i, seq_len, size, t.device or "cpu") for i in range(layers)) * again
+    traffic = sum(saved_per_token(c, i, seq_len, size, path_of(config)) for i in range(layers)) * again
     counts = parameters(c)
     return np.array(
         [

@@ -8,6 +8,7 @@ N tokens of a micro-batch, D hidden size, H heads, K and V their widths, E exper
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from sparing.budget.flops import attention_parameters, feed_forward_parameters, kv_cache_bytes, parameters
 from sparing.config import Config, ModelConfig
@@ -67,30 +68,43 @@ def _largest_group(c: ModelConfig) -> float:
     return max(experts, (dense + (c.mtp_depth if not c.num_moe_layers else 0)) * 2 * c.intermediate_size * c.hidden_size)
 
 
-def saved_per_token(c: ModelConfig, layer: int, seq_len: int, size: int, device: str = "cpu", balance: bool = True) -> float:
+Path = Literal["plain", "passes", "products", "cuda"]
+"""Which kernels run: PyTorch's on a CPU; our compiled passes (`kernels/native.py`); those with our own bf16 products; PyTorch's on a GPU."""
+
+
+def path_of(config: Config, compiled: bool = True, bf16: bool = True) -> Path:
+    """compiled: there is a C compiler; bf16: the processor multiplies bfloat16. One thread an operation is what the compiled kernels ask."""
+    t = config.train
+    if t.device == "cuda":
+        return "cuda"
+    if not compiled or not (t.threads == 1 or (t.replicas or 1) > 1):
+        return "plain"
+    return "products" if bf16 and t.dtype == "bfloat16" else "passes"
+
+
+def saved_per_token(c: ModelConfig, layer: int, seq_len: int, size: int, path: Path = "plain", balance: bool = True) -> float:
     """Bytes that a layer keeps of one token for its backward pass. size: bytes of a number in the compute type."""
     D, H = c.hidden_size, c.num_heads
     dense = layer < c.num_dense_layers or c.num_dense_layers >= c.num_layers
     K = c.head_dim if c.attention == "gqa" else c.qk_nope_head_dim + c.qk_rope_head_dim
     V = c.head_dim if c.attention == "gqa" else c.v_head_dim
-    numbers = 4 * D  # two norms: the normed rows, and their gain's product, which the projections take
+    fused = path in ("passes", "products")
+    numbers = 4 * D  # of two norms: the rows, normed or (fused) not, and what the projections take
     numbers += 2 * H * K + H * V + H * V  # q, k, v laid out for attention, and its output
     if c.attention == "mla":
-        numbers += 2 * (c.kv_lora_rank + (c.q_lora_rank or 0))
-    if device == "cpu":  # the probabilities of row blocks: ATTENTION_ROWS rows up to the diagonal's end
-        blocks = -(-seq_len // ATTENTION_ROWS)
-        numbers += (
-            H
-            * sum(min(ATTENTION_ROWS, seq_len - i * ATTENTION_ROWS) * min((i + 1) * ATTENTION_ROWS, seq_len) for i in range(blocks))
-            / seq_len
-        )
-    else:
+        numbers += 2 * (c.kv_lora_rank + (c.q_lora_rank or 0)) + (c.qk_rope_head_dim if fused else 0)
+        numbers += H * K if fused and c.q_lora_rank is None else 0
+    if path == "cuda":
         numbers += H * V + H * max(0, K - V)
+    elif path != "products" or c.attention == "gqa":  # the probabilities of row blocks: ATTENTION_ROWS rows up to the diagonal's end
+        ends = range(min(ATTENTION_ROWS, seq_len), seq_len + ATTENTION_ROWS, ATTENTION_ROWS)
+        numbers += H * sum(min(ATTENTION_ROWS, seq_len - end + ATTENTION_ROWS) * min(end, seq_len) for end in ends) / seq_len
+    kept = 2 if fused else 3  # the compiled passes make the gated activations again
     if dense:
-        return size * (numbers + 3 * c.intermediate_size)
-    numbers += c.n_shared_experts * 3 * c.moe_intermediate_size
+        return size * (numbers + kept * c.intermediate_size)
+    numbers += c.n_shared_experts * kept * c.moe_intermediate_size
     rows = c.num_experts_per_tok
-    per_row = D + 2 * c.moe_intermediate_size + 1 + (2 * c.moe_intermediate_size if device != "cpu" else 0)
+    per_row = D + 2 * c.moe_intermediate_size + 1 + (2 * c.moe_intermediate_size if path == "cuda" else 0)
     router = 4 * D + 4 * c.n_routed_experts * (3 if balance else 1) + rows * (8 + 4 + 4 + 8)
     return size * (numbers + rows * per_row) + router + rows * 8
 
@@ -100,11 +114,10 @@ def filler_bytes(c: ModelConfig, tokens: float, size: int) -> float:
     return c.n_routed_experts * EXPERT_ROWS / 2 * (size * (c.hidden_size + 2 * c.moe_intermediate_size + 1) + 8)
 
 
-def activations(config: Config, rows: int, seq_len: int) -> float:
+def activations(config: Config, rows: int, seq_len: int, path: Path = "plain") -> float:
     """Bytes kept of `rows` sequences, 16-bit copies of the weights included."""
     c, t = config.model, config.train
     size = 2 if t.dtype == "bfloat16" else 4
-    device = t.device or "cpu"
     tokens = rows * seq_len
     layers = range(c.num_layers + c.mtp_depth)
     kept = 0.0
@@ -113,24 +126,25 @@ def activations(config: Config, rows: int, seq_len: int) -> float:
             kept += tokens * c.hidden_size * size
             continue
         moe = not (layer < c.num_dense_layers or c.num_dense_layers >= c.num_layers)
-        kept += tokens * saved_per_token(c, layer, seq_len, size, device, t.sequence_balance > 0)
-        kept += filler_bytes(c, tokens, size) if moe and device == "cpu" else 0.0
+        kept += tokens * saved_per_token(c, layer, seq_len, size, path, t.sequence_balance > 0)
+        kept += filler_bytes(c, tokens, size) if moe and path in ("plain", "passes") else 0.0
     if t.recompute:  # one layer at a time is whole
-        kept += tokens * max(saved_per_token(c, layer, seq_len, size, device) for layer in (0, c.num_layers - 1))
+        kept += tokens * max(saved_per_token(c, layer, seq_len, size, path) for layer in (0, c.num_layers - 1))
     heads = 1 + c.mtp_depth
     kept += size * tokens * c.hidden_size * (2 * heads + 4 * c.mtp_depth)  # last norms, their gradients; the MTP modules' joined inputs
     kept += heads * 4 * c.vocab_size * c.hidden_size  # the head's gradient, made in the forward pass
-    copies = _matrices(c) * size if size == 2 else 0.0
+    copies = _matrices(c) * size if size == 2 and path in ("plain", "cuda") else 0.0
     mask = rows * seq_len**2 * size if t.document_mask else 0.0
     return kept + copies + mask
 
 
-def training_memory(config: Config, measured: bool = False) -> Memory:
+def training_memory(config: Config, measured: bool = False, path: Path | None = None) -> Memory:
     """Peak of one training process. Micro-batch and replicas left open count as the whole batch and one.
 
     measured: the run begins by timing steps with and without replicas (`train/calibrate.py`): what other threads used is not given back.
     """
     c, t = config.model, config.train
+    path = path or path_of(config)
     total = float(parameters(c).total + parameters(c).mtp)
     replicas = t.replicas or 1
     size = 2 if t.dtype == "bfloat16" else 4
@@ -138,15 +152,15 @@ def training_memory(config: Config, measured: bool = False) -> Memory:
     rows = -(-micro // replicas)
     seq_len = t.seq_len
     weights, moments = 4 * total, optimizer_bytes(c, config.optim.matrix)
-    kept = replicas * activations(config, rows, seq_len)
+    kept = replicas * activations(config, rows, seq_len, path)
     head = replicas * (2 * HEAD_TOKENS * c.vocab_size * size + c.vocab_size * c.hidden_size * size)
     device = t.device or "cpu"
-    layer = rows * replicas * seq_len * max(saved_per_token(c, i, seq_len, size, device) for i in (0, c.num_layers - 1))
+    layer = rows * replicas * seq_len * max(saved_per_token(c, i, seq_len, size, path) for i in (0, c.num_layers - 1))
     work = size * _largest_group(c) if config.optim.matrix == "muon" else 0.0
     gradients = 4 * total * replicas
     process = PROCESS_BYTES[device] + (SLACK - 1) * (weights + gradients + moments + kept + head) + SLACK * (layer + work)
     if measured and device == "cpu":
-        process += SLACK * (activations(config, micro, seq_len) + head / replicas + 4 * total)
+        process += SLACK * (activations(config, micro, seq_len, "plain") + head / replicas + 4 * total)
     return Memory(weights, gradients, moments, kept + head, process)
 
 

@@ -6,19 +6,42 @@ most of the upper triangle; on CUDA SDPA is the fast path, the values padded to 
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparing.kernels import native, products
+
 ROWS = 128  # query rows of a block: small enough to skip most of the upper triangle, large enough for efficient products
 
 
-def document_bias(documents_BT: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """(B, 1, T, T) additive bias, 0 within a document and -inf across; None where every row holds a single document."""
-    if bool((documents_BT == documents_BT[:, :1]).all()):
-        return None
-    same = documents_BT[:, None, :, None] == documents_BT[:, None, None, :]
-    return torch.zeros((), dtype=dtype, device=same.device).where(same, float("-inf"))
+class DocumentMask:
+    """Keeps attention inside a document. documents_BT: ids; a document is a run of equal ids within a row."""
+
+    def __init__(self, documents_BT: Tensor, dtype: torch.dtype):
+        self.documents, self.dtype = documents_BT, dtype
+
+    @classmethod
+    def of(cls, documents_BT: Tensor | None, dtype: torch.dtype) -> DocumentMask | None:
+        """None where every row holds a single document."""
+        if documents_BT is None or bool((documents_BT == documents_BT[:, :1]).all()):
+            return None
+        return cls(documents_BT, dtype)
+
+    @cached_property
+    def bias(self) -> Tensor:
+        """(B, 1, T, T) additive, 0 within a document and -inf across."""
+        same = self.documents[:, None, :, None] == self.documents[:, None, None, :]
+        return torch.zeros((), dtype=self.dtype, device=same.device).where(same, float("-inf"))
+
+    @cached_property
+    def first(self) -> Tensor:
+        """(B, T) int32: where the document of each position begins."""
+        begins = F.pad(self.documents[:, 1:] != self.documents[:, :-1], (1, 0))
+        positions = torch.arange(begins.shape[1], device=begins.device)
+        return positions.where(begins, 0).cummax(1).values.to(torch.int32)
 
 
 def attention_reference(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
@@ -32,63 +55,122 @@ def attention_reference(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, scale: f
     return scores.softmax(-1).to(v_BHSV.dtype) @ v_BHSV
 
 
+def _weights(q: Tensor, k: Tensor, start: int, scale: float, mask: DocumentMask | None, heads: int) -> Tensor:
+    """(B*H, R, S) probabilities of a block of R query rows, from position `start`, over S = start + R keys."""
+    scores = torch.bmm(q, k.transpose(1, 2))
+    rows, keys = scores.shape[1:]
+    batch = scores.shape[0] // heads
+    if native.usable(scores):
+        first = None if mask is None else mask.first
+        length = 0 if first is None else first.shape[1]
+        native.call("softmax_forward", scores.dtype, scores, first, scale, batch, heads, rows, keys, length, start)
+        return scores
+    scores *= scale
+    # Only the last square of the block reaches into the future.
+    future = torch.ones(rows, rows, dtype=torch.bool, device=q.device).triu_(1)
+    scores[:, :, start:].masked_fill_(future, float("-inf"))
+    if mask is not None:
+        scores.view(batch, heads, rows, keys).add_(mask.bias[:, :, start : start + rows, :keys])
+    return torch.softmax(scores, -1)
+
+
+def _scores_gradient(grad: Tensor, weights: Tensor, start: int, scale: float) -> Tensor:
+    """Gradient of the products q·k from that of the probabilities; `grad` may be overwritten."""
+    if native.usable(grad):
+        rows, keys = grad.shape[1:]
+        native.call("softmax_backward", grad.dtype, grad, weights, scale, grad.shape[0] * rows, rows, keys, start)
+        return grad
+    return torch._softmax_backward_data(grad, weights, -1, weights.dtype).mul_(scale)
+
+
+def blocks_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: DocumentMask | None, heads: int) -> tuple[Tensor, list[Tensor]]:
+    """q, k (B*H, T, K), v (B*H, T, V) -> (out (B*H, T, V), the probabilities of each block of rows, which the backward pass takes)."""
+    T = q.shape[1]
+    out = torch.empty_like(v)
+    blocks = []
+    for start in range(0, T, ROWS):
+        stop = min(start + ROWS, T)
+        weights = _weights(q[:, start:stop], k[:, :stop], start, scale, mask, heads)
+        torch.bmm(weights, v[:, :stop], out=out[:, start:stop])
+        blocks.append(weights)
+    return out, blocks
+
+
+def blocks_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, blocks: list[Tensor] | tuple[Tensor, ...], scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v from that of `blocks_forward`'s output."""
+    grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    for i, weights in reversed(list(enumerate(blocks))):
+        start = i * ROWS
+        stop = start + weights.shape[1]
+        g = grad[:, start:stop]
+        # The last block touches every key, so it initialises the sums that the earlier ones add to.
+        grad_v[:, :stop] += torch.bmm(weights.transpose(1, 2), g)
+        grad_scores = _scores_gradient(torch.bmm(g, v[:, :stop].transpose(1, 2)), weights, start, scale)
+        torch.bmm(grad_scores, k[:, :stop], out=grad_q[:, start:stop])
+        grad_k[:, :stop] += torch.bmm(grad_scores.transpose(1, 2), q[:, start:stop])
+    return grad_q, grad_k, grad_v
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: DocumentMask | None) -> tuple[Tensor, list[Tensor]]:
+    """q, k (B, H, T, K), v (B, H, T, V), contiguous -> (rows (B*T, H*V), what `attend_backward` needs). On the compiled passes."""
+    B, H, T, V = v.shape
+    mixed = v.new_empty(B * T, H * V)
+    if products.usable(q):
+        log_sum = torch.empty(B, H, T)
+        native.call("attention_forward", None, q, k, v, mask and mask.first, scale, mixed, log_sum, B, H, T, q.shape[-1], V)
+        return mixed, [log_sum]
+    out, blocks = blocks_forward(*(t.flatten(0, 1) for t in (q, k, v)), scale, mask, H)
+    native.call("heads_last", v.dtype, out, mixed, B, H, T, V)
+    return mixed, blocks
+
+
+def attend_backward(
+    grad: Tensor, mixed: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: list[Tensor], scale: float, mask: DocumentMask | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v from that of the rows (B*T, H*V) that `attend` returned, `mixed`."""
+    B, H, T, V = v.shape
+    if products.usable(q):
+        grads = tuple(torch.empty_like(t) for t in (q, k, v))
+        native.call(
+            "attention_backward", None, q, k, v, mask and mask.first, scale, mixed, kept[0], grad, *grads, B, H, T, q.shape[-1], V
+        )  # fmt: skip
+        return grads
+    grad_out = torch.empty_like(v)
+    native.call("heads_last", v.dtype, grad, grad_out, B, T, H, V)
+    return blocks_backward(*(t.flatten(0, 1) for t in (grad_out, q, k, v)), kept, scale)
+
+
 class _BlockAttention(torch.autograd.Function):
     """Row blocks of explicit products; keeps the probabilities in the compute type, so the backward pass does no second softmax."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> Tensor:
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: DocumentMask | None) -> Tensor:
         B, H, T, _ = q.shape
-        q, k, v = (t.reshape(B * H, T, -1) for t in (q * scale, k, v))
-        out = torch.empty(B * H, T, v.shape[-1], dtype=v.dtype, device=v.device)
-        blocks = []
-        for start in range(0, T, ROWS):
-            stop = min(start + ROWS, T)
-            scores = torch.bmm(q[:, start:stop], k[:, :stop].transpose(1, 2))
-            # Only the last square of the block reaches into the future.
-            future = torch.ones(stop - start, stop - start, dtype=torch.bool, device=q.device).triu_(1)
-            scores[:, :, start:].masked_fill_(future, float("-inf"))
-            if bias is not None:
-                scores.view(B, H, stop - start, stop).add_(bias[:, :, start:stop, :stop])
-            weights = torch.softmax(scores, -1)
-            torch.bmm(weights, v[:, :stop], out=out[:, start:stop])
-            blocks.append(weights)
+        q, k, v = (t.reshape(B * H, T, -1) for t in (q, k, v))
+        out, blocks = blocks_forward(q, k, v, scale, mask, H)
         ctx.save_for_backward(q, k, v, *blocks)
-        ctx.shape, ctx.scale = (B, H, T), scale
-        return out.view(B, H, T, -1)
+        ctx.shape, ctx.scale = (B, H, T, -1), scale
+        return out.view(ctx.shape)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         q, k, v, *blocks = ctx.saved_tensors
-        B, H, T = ctx.shape
-        grad = grad.reshape(B * H, T, -1)
-        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for i, weights in reversed(list(enumerate(blocks))):
-            start = i * ROWS
-            stop = start + weights.shape[1]
-            g = grad[:, start:stop]
-            # The last block touches every key, so it initialises the sums that the earlier ones add to.
-            grad_v[:, :stop] += torch.bmm(weights.transpose(1, 2), g)
-            grad_scores = torch._softmax_backward_data(torch.bmm(g, v[:, :stop].transpose(1, 2)), weights, -1, weights.dtype)
-            torch.bmm(grad_scores, k[:, :stop], out=grad_q[:, start:stop])
-            grad_k[:, :stop] += torch.bmm(grad_scores.transpose(1, 2), q[:, start:stop])
-        return (
-            grad_q.mul_(ctx.scale).view(B, H, T, -1),
-            grad_k.view(B, H, T, -1),
-            grad_v.view(B, H, T, -1),
-            None,
-            None,
-        )
+        grads = blocks_backward(grad.reshape(q.shape[0], q.shape[1], -1), q, k, v, blocks, ctx.scale)
+        return *(g.view(ctx.shape) for g in grads), None, None
 
 
-def causal_attention(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
-    """q (B,H,T,K), k (B,H,S,K), v (B,H,S,V) -> (B,H,T,V). bias: `document_bias`, or None. Block path: S == T on a CPU; CUDA: SDPA."""
+def causal_attention(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, scale: float, mask: DocumentMask | None = None) -> Tensor:
+    """q (B,H,T,K), k (B,H,S,K), v (B,H,S,V) -> (B,H,T,V). Block path: S == T on a CPU; CUDA: SDPA."""
     if q_BHTK.shape[2] != k_BHSK.shape[2] or q_BHTK.dtype == torch.float64:
-        return attention_reference(q_BHTK, k_BHSK, v_BHSV, scale, bias)
+        return attention_reference(q_BHTK, k_BHSK, v_BHSV, scale, mask.bias if mask else None)
     if q_BHTK.is_cuda:
         width = v_BHSV.shape[-1]
         v = F.pad(v_BHSV, (0, q_BHTK.shape[-1] - width)) if width < q_BHTK.shape[-1] else v_BHSV
-        if bias is not None:
+        bias = None
+        if mask is not None:
             T = q_BHTK.shape[2]
-            bias = bias.to(q_BHTK.dtype).masked_fill(torch.ones(T, T, dtype=torch.bool, device=bias.device).triu(1), float("-inf"))
+            bias = mask.bias.to(q_BHTK.dtype).masked_fill(torch.ones(T, T, dtype=torch.bool, device=q_BHTK.device).triu(1), float("-inf"))
         return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v, attn_mask=bias, is_causal=bias is None, scale=scale)[..., :width]
-    return _BlockAttention.apply(q_BHTK, k_BHSK, v_BHSV, scale, bias)
+    return _BlockAttention.apply(q_BHTK, k_BHSK, v_BHSV, scale, mask)

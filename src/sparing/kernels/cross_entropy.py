@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparing.kernels import native, products
+
 IGNORE = -100
 CHUNK_TOKENS = 512
 
@@ -27,6 +29,10 @@ def _softmax_and_nll(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, T
     gradient is minus the sum of the others', so it keeps its precision where the target's probability is near 1, and so does the loss.
     """
     valid = targets != IGNORE
+    if native.usable(logits):
+        nll = torch.empty(len(logits), dtype=torch.float32)
+        native.call("cross_entropy", logits.dtype, logits, targets.contiguous(), 1.0, nll, *logits.shape)
+        return logits, nll, valid
     probability = logits.softmax(-1)
     rows, words = probability.shape
     # Flat positions: indexed writes touch one number a row, where scatter_ would copy the whole matrix.
@@ -73,9 +79,32 @@ class _LinearCrossEntropy(torch.autograd.Function):
         )
 
 
+class _CompiledCrossEntropy(torch.autograd.Function):
+    """Gradients are computed with the loss and already divided; `backward` only passes them on."""
+
+    @staticmethod
+    def forward(ctx, x_ND: Tensor, weight_WD: Tensor, targets_N: Tensor, denominator: float) -> Tensor:
+        x = x_ND.contiguous()
+        nll = torch.empty(len(x), dtype=torch.float32)
+        grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight_WD)
+        targets = targets_N.contiguous()
+        native.call("head_loss", None, x, weight_WD, targets, 1.0 / denominator, nll, grad_x, grad_weight, *x.shape, len(weight_WD))
+        ctx.save_for_backward(grad_x, grad_weight)
+        return nll.sum() / denominator
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        grad_x, grad_weight = ctx.saved_tensors
+        if float(grad) != 1.0:
+            grad_x, grad_weight = grad_x * grad.to(grad_x.dtype), grad_weight * grad
+        return grad_x, grad_weight, None, None
+
+
 def linear_cross_entropy(x_ND: Tensor, weight_WD: Tensor, targets_N: Tensor, denominator: float) -> Tensor:
     """Mean-like cross-entropy of `x @ weight.T` against targets; see the reference for the definition."""
-    return _LinearCrossEntropy.apply(x_ND, weight_WD, targets_N, float(denominator))
+    even = x_ND.shape[1] % 2 == 0 and len(weight_WD) % 2 == 0  # the compiled products take numbers in pairs
+    compiled = even and len(x_ND) and weight_WD.dtype == torch.float32 and torch.is_grad_enabled() and products.usable(x_ND)
+    return (_CompiledCrossEntropy if compiled else _LinearCrossEntropy).apply(x_ND, weight_WD, targets_N, float(denominator))
 
 
 def token_nll(x_ND: Tensor, weight_WD: Tensor, targets_N: Tensor) -> Tensor:

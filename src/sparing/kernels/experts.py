@@ -57,7 +57,7 @@ def mixture_reference(x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, weig
     return out
 
 
-def _layout(experts_NK: Tensor, num_experts: int, multiple: int) -> tuple[Tensor, Tensor, list[int]]:
+def group_rows(experts_NK: Tensor, num_experts: int, multiple: int) -> tuple[Tensor, Tensor, list[int]]:
     """Where each choice goes when rows are grouped by expert and every group is filled up to a multiple of rows.
 
     -> (source (S,): the choice that fills each row, N*K for filler; place (N, K): the row of each choice; rows of each group).
@@ -86,10 +86,10 @@ def _combine(rows_SD: Tensor, places_NK: Tensor) -> Tensor:
 class _Mixture(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
-        source, places, groups = _layout(experts, len(gate_up), ROWS)
+        source, places, groups = group_rows(experts, len(gate_up), ROWS)
         tokens = (source // experts.shape[1]).clamp_(max=len(x) - 1)
         gate_up_c, down_c = gate_up.to(x.dtype), down.to(x.dtype)
-        spans = _spans(groups)
+        spans = spans_of(groups)
         rows = x.index_select(0, tokens)
         h = x.new_empty(len(rows), gate_up.shape[1])
         for expert, span in spans:
@@ -125,7 +125,7 @@ class _Mixture(torch.autograd.Function):
         return _combine(grad_rows, places), grad_gate_up.to(dtype), grad_down.to(dtype), grad_weights, None
 
 
-def _spans(counts: list[int]) -> list[tuple[int, slice]]:
+def spans_of(counts: list[int]) -> list[tuple[int, slice]]:
     """(expert, its rows) for experts that received any."""
     spans, start = [], 0
     for expert, count in enumerate(counts):
@@ -137,7 +137,7 @@ def _spans(counts: list[int]) -> list[tuple[int, slice]]:
 
 def _mixture_grouped(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
     """The same by `F.grouped_mm` and autograd."""
-    source, places, groups = _layout(experts, len(gate_up), 1)
+    source, places, groups = group_rows(experts, len(gate_up), 1)
     ends = torch.tensor(groups, device=x.device).cumsum(0).to(torch.int32)
     h = F.grouped_mm(x.index_select(0, source // experts.shape[1]), gate_up.to(x.dtype).transpose(1, 2), offs=ends)
     gates = weights.flatten().index_select(0, source).to(x.dtype).unsqueeze(-1)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparing.kernels import native
+
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x (..., D), weight (D,) float32 -> (..., D) in x's type. Plain autograd."""
@@ -37,8 +39,41 @@ class _RMSNorm(torch.autograd.Function):
         return grad_x, grad_weight.to(weight.dtype), None
 
 
+def norm_into(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
+    """Compiled: rows x (N, D) of any stride normed into rows `out` (N, D); -> 1 / rms of each row, (N,) float32."""
+    N, D = x.shape
+    inverse = torch.empty(N, dtype=torch.float32)
+    native.call("norm_forward", x.dtype, x, None, weight.detach().float(), float(eps), None, out, inverse, N, D, x.stride(0), out.stride(0))
+    return inverse
+
+
+def norm_gradient_into(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, out: Tensor, extra: Tensor | None = None) -> Tensor:
+    """Compiled: the gradient of x (plus `extra`, strided like `out`) into rows `out`; -> the gradient of weight, (D,) float32."""
+    N, D = x.shape
+    grad_weight = torch.zeros(D, dtype=torch.float32)
+    strides = (grad.stride(0), x.stride(0), out.stride(0))
+    native.call("norm_backward", x.dtype, grad, x, weight.detach().float(), inverse, extra, out, grad_weight, N, D, *strides)
+    return grad_weight
+
+
+class _CompiledRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        out = torch.empty_like(rows)
+        ctx.save_for_backward(rows, weight, norm_into(rows, weight, eps, out))
+        return out.view(x.shape)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        rows, weight, inverse = ctx.saved_tensors
+        out = torch.empty_like(rows)
+        grad_weight = norm_gradient_into(grad.reshape(rows.shape), rows, weight, inverse, out)
+        return out.view(grad.shape), grad_weight, None
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x (..., D), weight (D,) -> (..., D). The hand-written backward unless a compiler will fuse the plain form anyway."""
     if torch.compiler.is_compiling() or x.dtype == torch.float64:
         return rms_norm_reference(x, weight, eps)
-    return _RMSNorm.apply(x, weight, eps)
+    return (_CompiledRMSNorm if native.usable(x) else _RMSNorm).apply(x, weight, eps)

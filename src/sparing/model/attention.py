@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparing.config import ModelConfig
-from sparing.kernels.attention import causal_attention
+from sparing.kernels import native
+from sparing.kernels.attention import DocumentMask, causal_attention
+from sparing.kernels.latent_attention import latent_attention
 from sparing.model.linear import Linear, RMSNorm
 from sparing.model.rope import rotate, softmax_scale
 
@@ -50,7 +52,20 @@ class MLA(nn.Module):
         self.kv_b_proj = Linear(c.kv_lora_rank, c.num_heads * (c.qk_nope_head_dim + c.v_head_dim))
         self.o_proj = Linear(c.num_heads * c.v_head_dim, c.hidden_size)
 
-    def forward(self, x_BTD: Tensor, table: Tensor, bias: Tensor | None, cache: LayerCache | None) -> Tensor:
+    def residual(self, x_BTD: Tensor, norm: RMSNorm, table: Tensor, mask: DocumentMask | None, cache: LayerCache | None) -> Tensor:
+        """x + attention(norm(x))."""
+        c = self.c
+        if cache is not None or not native.usable(x_BTD):
+            return x_BTD + self(norm(x_BTD), table, mask, cache)
+        if c.q_lora_rank is None:
+            q = (self.q_proj.weight, None, None)
+        else:
+            q = (self.q_a_proj.weight, self.q_a_layernorm.weight, self.q_b_proj.weight)
+        kv = (self.kv_a_proj_with_mqa.weight, self.kv_a_layernorm.weight, self.kv_b_proj.weight)
+        widths = (c.num_heads, c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim)
+        return latent_attention(x_BTD, norm.weight, q, kv, self.o_proj.weight, table, c.rms_norm_eps, widths, self.scale, mask)
+
+    def forward(self, x_BTD: Tensor, table: Tensor, mask: DocumentMask | None, cache: LayerCache | None) -> Tensor:
         c = self.c
         B, T, _ = x_BTD.shape
         # Both projections of the input in one product: it is read once, and its gradient needs no addition.
@@ -69,7 +84,7 @@ class MLA(nn.Module):
         # Heads move to dimension 1 in the concatenation itself, so that q and k are laid out once, as attention wants them.
         q_BHTK = torch.cat((q_nope.transpose(1, 2), rotate(q_rope, table).transpose(1, 2)), -1)
         k_BHSK = torch.cat((k_nope.transpose(1, 2), k_rope.unsqueeze(1).expand(B, c.num_heads, S, -1)), -1)
-        o = causal_attention(q_BHTK, k_BHSK, v.transpose(1, 2), self.scale, bias)
+        o = causal_attention(q_BHTK, k_BHSK, v.transpose(1, 2), self.scale, mask)
         return self.o_proj(o.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -85,7 +100,11 @@ class GQA(nn.Module):
         self.v_proj = Linear(c.hidden_size, c.num_kv_heads * c.head_dim)
         self.o_proj = Linear(c.num_heads * c.head_dim, c.hidden_size)
 
-    def forward(self, x_BTD: Tensor, table: Tensor, bias: Tensor | None, cache: LayerCache | None) -> Tensor:
+    def residual(self, x_BTD: Tensor, norm: RMSNorm, table: Tensor, mask: DocumentMask | None, cache: LayerCache | None) -> Tensor:
+        """x + attention(norm(x))."""
+        return x_BTD + self(norm(x_BTD), table, mask, cache)
+
+    def forward(self, x_BTD: Tensor, table: Tensor, mask: DocumentMask | None, cache: LayerCache | None) -> Tensor:
         c = self.c
         B, T, _ = x_BTD.shape
         q = rotate(self.q_proj(x_BTD).view(B, T, c.num_heads, c.head_dim), table)
@@ -95,5 +114,5 @@ class GQA(nn.Module):
             k, v = cache.append(k, v)
         groups = c.num_heads // c.num_kv_heads
         k, v = (t.transpose(1, 2).repeat_interleave(groups, 1) for t in (k, v))
-        o = causal_attention(q.transpose(1, 2), k, v, self.scale, bias)
+        o = causal_attention(q.transpose(1, 2), k, v, self.scale, mask)
         return self.o_proj(o.transpose(1, 2).reshape(B, T, -1))

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sparing.config import ModelConfig
+from sparing.kernels.attention import DocumentMask
 from sparing.model.attention import GQA, MLA, LayerCache
 from sparing.model.experts import MLP, MoE
 from sparing.model.linear import Linear, RMSNorm
@@ -26,24 +27,23 @@ class Block(nn.Module):
         self.mlp = MLP(c.hidden_size, c.intermediate_size) if dense else MoE(c)
         self.recompute = False
 
-    def _forward(self, x: Tensor, table: Tensor, bias: Tensor | None, cache: LayerCache | None, want_balance: bool):
-        x = x + self.self_attn(self.input_layernorm(x), table, bias, cache)
+    def _forward(self, x: Tensor, table: Tensor, mask: DocumentMask | None, cache: LayerCache | None, want_balance: bool):
+        x = self.self_attn.residual(x, self.input_layernorm, table, mask, cache)
         losses: list[Tensor] | None = [] if want_balance else None
-        normed = self.post_attention_layernorm(x)
-        x = x + (self.mlp(normed, losses) if isinstance(self.mlp, MoE) else self.mlp(normed))
+        x = self.mlp.residual(x, self.post_attention_layernorm, losses)
         return x, (losses[0] if losses else None)
 
     def forward(
-        self, x_BTD: Tensor, table: Tensor, bias: Tensor | None = None, cache: LayerCache | None = None, want_balance: bool = False
+        self, x_BTD: Tensor, table: Tensor, mask: DocumentMask | None = None, cache: LayerCache | None = None, want_balance: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """-> (x (B,T,D), the sequence-wise balance loss of a MoE layer where wanted)."""
         if self.recompute and torch.is_grad_enabled():
             # The second pass must not count tokens for the balance again.
             return checkpoint(
-                self._forward, x_BTD, table, bias, cache, want_balance,
+                self._forward, x_BTD, table, mask, cache, want_balance,
                 use_reentrant=False, context_fn=lambda: (torch.enable_grad(), not_counting(self)),
             )  # fmt: skip
-        return self._forward(x_BTD, table, bias, cache, want_balance)
+        return self._forward(x_BTD, table, mask, cache, want_balance)
 
 
 class SharedHead(nn.Module):

@@ -7,9 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparing.config import ModelConfig
+from sparing.kernels import native
 from sparing.kernels.experts import mixture, swiglu
-from sparing.model.linear import Linear
-from sparing.model.router import Router, sequence_balance_loss
+from sparing.kernels.feed_forward import dense_feed_forward, mixture_feed_forward
+from sparing.model.linear import Linear, RMSNorm
+from sparing.model.router import Router, Routing, sequence_balance_loss
 
 
 class MLP(nn.Module):
@@ -20,6 +22,16 @@ class MLP(nn.Module):
         self.gate_proj = Linear(hidden_size, width)
         self.up_proj = Linear(hidden_size, width)
         self.down_proj = Linear(width, hidden_size)
+
+    @property
+    def weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
+
+    def residual(self, x_BTD: Tensor, norm: RMSNorm, balance: list[Tensor] | None = None) -> Tensor:
+        """x + mlp(norm(x)); no experts, so nothing to balance."""
+        if native.usable(x_BTD):
+            return dense_feed_forward(x_BTD, norm.weight, *self.weights, norm.eps)
+        return x_BTD + self(norm(x_BTD))
 
     def forward(self, x: Tensor) -> Tensor:
         # One product for both projections: the input is read once, and its gradient needs no addition.
@@ -50,11 +62,26 @@ class MoE(nn.Module):
         self.experts = Experts(c)
         self.shared_experts = MLP(c.hidden_size, c.moe_intermediate_size * c.n_shared_experts) if c.n_shared_experts else None
 
+    def residual(self, x_BTD: Tensor, norm: RMSNorm, balance: list[Tensor] | None = None) -> Tensor:
+        """x + experts(norm(x)). balance: where given, the layer appends its sequence-wise balance loss."""
+        normed = norm(x_BTD)
+        if not native.usable(x_BTD):
+            return x_BTD + self(normed, balance)
+        x_ND = normed.flatten(0, 1)
+        routing = self._route(x_ND, x_BTD.shape[0], balance)
+        shared = self.shared_experts.weights if self.shared_experts else (None, None, None)
+        experts = (self.experts.gate_up_proj, self.experts.down_proj)
+        return mixture_feed_forward(x_BTD.flatten(0, 1), x_ND, *experts, routing.weights_NK, routing.experts_NK, shared).view_as(x_BTD)
+
+    def _route(self, x_ND: Tensor, sequences: int, balance: list[Tensor] | None) -> Routing:
+        routing = self.gate(x_ND)
+        if balance is not None:
+            balance.append(sequence_balance_loss(routing.scores_NE, self.c, sequences))
+        return routing
+
     def forward(self, x_BTD: Tensor, balance: list[Tensor] | None = None) -> Tensor:
         """balance: where given, the layer appends its sequence-wise balance loss."""
         x_ND = x_BTD.flatten(0, 1)
-        routing = self.gate(x_ND)
-        if balance is not None:
-            balance.append(sequence_balance_loss(routing.scores_NE, self.c, x_BTD.shape[0]))
+        routing = self._route(x_ND, x_BTD.shape[0], balance)
         y = self.experts(x_ND, routing.weights_NK, routing.experts_NK).view_as(x_BTD)
         return y if self.shared_experts is None else y + self.shared_experts(x_BTD)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparing.config import ModelConfig
-from sparing.kernels.attention import document_bias
+from sparing.kernels.attention import DocumentMask
 from sparing.kernels.cross_entropy import IGNORE, linear_cross_entropy, token_nll
 from sparing.model.attention import LayerCache
 from sparing.model.block import Block, MTPBlock
@@ -82,23 +82,23 @@ class Transformer(nn.Module):
         cache: list[LayerCache] | None = None,
     ) -> Tensor:
         """(B, T) token ids -> (B, T, D) hidden states after the last norm."""
-        table, bias = self._context(tokens_BT, documents_BT, positions, cache)
-        x, _ = self._run(self._embed(tokens_BT), table, bias, cache, want_balance=False)
+        table, mask = self._context(tokens_BT, documents_BT, positions, cache)
+        x, _ = self._run(self._embed(tokens_BT), table, mask, cache, want_balance=False)
         return x
 
-    def _context(self, tokens_BT, documents_BT, positions, cache) -> tuple[Tensor, Tensor | None]:
+    def _context(self, tokens_BT, documents_BT, positions, cache) -> tuple[Tensor, DocumentMask | None]:
         start = cache[0].length if cache else 0
         T = tokens_BT.shape[1]
         if positions is None:
             table = self._table(start + T)[start : start + T]
         else:
             table = self._table(int(positions.max()) + 1)[positions]
-        return table, None if documents_BT is None else document_bias(documents_BT, self.compute_dtype)
+        return table, DocumentMask.of(documents_BT, self.compute_dtype)
 
-    def _run(self, x: Tensor, table: Tensor, bias: Tensor | None, cache, want_balance: bool) -> tuple[Tensor, list[Tensor]]:
+    def _run(self, x: Tensor, table: Tensor, mask: DocumentMask | None, cache, want_balance: bool) -> tuple[Tensor, list[Tensor]]:
         losses = []
         for i in range(self.config.num_layers):
-            x, loss = self.model.layers[i](x, table, bias, cache[i] if cache else None, want_balance)
+            x, loss = self.model.layers[i](x, table, mask, cache[i] if cache else None, want_balance)
             if loss is not None:
                 losses.append(loss)
         return self.model.norm(x), losses
@@ -137,17 +137,17 @@ class Transformer(nn.Module):
         share: of the step's sequences, how many are here; the balance loss, a mean over sequences, counts by it.
         """
         c = self.config
-        table, bias = self._context(tokens_BT, documents_BT, None, None)
+        table, mask = self._context(tokens_BT, documents_BT, None, None)
         if denominator is None:
             denominator = max(1, int((targets_BTK[..., 0] != IGNORE).sum()))
-        x, balances = self._run(self._embed(tokens_BT), table, bias, None, want_balance=sequence_balance > 0)
+        x, balances = self._run(self._embed(tokens_BT), table, mask, None, want_balance=sequence_balance > 0)
         loss = linear_cross_entropy(x.flatten(0, 1), self.head_weight, targets_BTK[..., 0].flatten(), denominator)
         total, zero = loss, loss.new_zeros(())
         mtp_loss = zero
         for k in range(c.mtp_depth):
             block: MTPBlock = self.model.layers[c.num_layers + k]
             ahead = targets_BTK[..., k].clamp(min=0)  # ignored positions embed word 0: their own loss is masked
-            x, balance = block(block.join(self._embed(ahead), x), table, bias, None, sequence_balance > 0)
+            x, balance = block(block.join(self._embed(ahead), x), table, mask, None, sequence_balance > 0)
             if balance is not None:
                 balances.append(balance)
             x = block.shared_head.norm(x)  # the next depth gets it normed, as the first gets the main model's

@@ -1,0 +1,119 @@
+"""Whole feed-forward sub-layers over the compiled passes: x + down(swiglu(up(norm(x)))), dense and as a mixture of experts.
+
+The plain paths are `model/experts.py` and `kernels/experts.py` under autograd; these are chosen where `native.usable`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparing.kernels import native, products
+from sparing.kernels.experts import ROWS, group_rows
+from sparing.kernels.norm import norm_gradient_into, norm_into
+from sparing.kernels.products import grouped_nn, grouped_nt, grouped_tn, nn, nt, tn
+
+
+def _swiglu(h: Tensor, scale: Tensor | None = None) -> Tensor:
+    """(N, 2F) -> (N, F), times scale (N,) float32."""
+    out = h.new_empty(len(h), h.shape[1] // 2)
+    native.call("swiglu_forward", h.dtype, h, scale, out, *out.shape)
+    return out
+
+
+def _swiglu_backward(h: Tensor, grad: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """-> (gradient of h, `_swiglu(h, scale)` again, gradient of scale)."""
+    grad_h, hidden = torch.empty_like(h), torch.empty_like(grad)
+    grad_scale = None if scale is None else torch.empty_like(scale)
+    native.call("swiglu_backward", h.dtype, h, scale, grad, grad_h, hidden, grad_scale, *grad.shape)
+    return grad_h, hidden, grad_scale
+
+
+def _combine(rows: Tensor, places: Tensor, base: Tensor | None) -> Tensor:
+    """base + the sum of each token's rows: rows (S, D), places (N, K) -> (N, D)."""
+    out = rows.new_empty(len(places), rows.shape[1])
+    native.call("combine", rows.dtype, rows, places, base, out, *places.shape, rows.shape[1])
+    return out
+
+
+def _up(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    """Both projections side by side: (N, 2F)."""
+    h = x.new_empty(len(x), 2 * len(gate))
+    nt(x, gate, out=h[:, : len(gate)])
+    nt(x, up, out=h[:, len(gate) :])
+    return h
+
+
+def _up_backward(grad_h: Tensor, x: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """-> gradients of x, gate, up."""
+    left, right = grad_h[:, : len(gate)], grad_h[:, len(gate) :]
+    return nn(right, up, base=nn(left, gate)), tn(left, x), tn(right, x)
+
+
+class _Dense(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_BTD, norm, gate, up, down, eps: float):
+        x = x_BTD.reshape(-1, x_BTD.shape[-1])
+        normed = torch.empty_like(x)
+        inverse = norm_into(x, norm, eps, normed)
+        h = _up(normed, gate, up)
+        ctx.save_for_backward(x, norm, inverse, normed, gate, up, down, h)
+        return nt(_swiglu(h), down, base=x).view_as(x_BTD)
+
+    @staticmethod
+    def backward(ctx, grad_BTD: Tensor):
+        x, norm, inverse, normed, gate, up, down, h = ctx.saved_tensors
+        grad = grad_BTD.reshape(x.shape)
+        grad_h, hidden, _ = _swiglu_backward(h, nn(grad, down))
+        grad_normed, grad_gate, grad_up = _up_backward(grad_h, normed, gate, up)
+        grad_x = torch.empty_like(x)
+        grad_norm = norm_gradient_into(grad_normed, x, norm, inverse, grad_x, extra=grad)
+        return grad_x.view_as(grad_BTD), grad_norm, grad_gate, grad_up, tn(grad, hidden), None
+
+
+def dense_feed_forward(x_BTD: Tensor, norm: Tensor, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor, eps: float) -> Tensor:
+    """x + down(silu(gate n) * up n) with n = norm(x): (B, T, D) -> (B, T, D)."""
+    return _Dense.apply(x_BTD, norm, gate_FD, up_FD, down_DF, eps)
+
+
+class _Mixture(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, residual, normed, gate_up, down, weights, experts, shared_gate, shared_up, shared_down):
+        source, places, groups = group_rows(experts, len(gate_up), 1 if products.usable(normed) else ROWS)
+        ends = torch.tensor(groups).cumsum(0)
+        tokens = (source // experts.shape[1]).clamp_(max=len(normed) - 1)
+        rows = normed.index_select(0, tokens)
+        h = grouped_nt(rows, gate_up, ends)
+        # Filler rows have gate 0: they reach neither the output nor a gradient.
+        gates = torch.cat((weights.flatten(), weights.new_zeros(1))).index_select(0, source)
+        y = grouped_nt(_swiglu(h, gates), down, ends)
+        base, h_shared = residual, None
+        if shared_gate is not None:
+            h_shared = _up(normed, shared_gate, shared_up)
+            base = nt(_swiglu(h_shared), shared_down, base=residual)
+        ctx.save_for_backward(normed, rows, h, gate_up, down, gates, tokens, places, ends, shared_gate, shared_up, shared_down, h_shared)
+        return _combine(y, places, base)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        normed, rows, h, gate_up, down, gates, tokens, places, ends, shared_gate, shared_up, shared_down, h_shared = ctx.saved_tensors
+        grad = grad.contiguous()
+        grad_y = grad.index_select(0, tokens)
+        grad_h, hidden, grad_gates = _swiglu_backward(h, grouped_nn(grad_y, down, ends), gates)
+        grad_weights = grad_gates.index_select(0, places.flatten()).view_as(places)
+        grad_rows = grouped_nn(grad_h, gate_up, ends)
+        grads = grouped_tn(grad_h, rows, ends), grouped_tn(grad_y, hidden, ends)
+        base, shared = None, (None, None, None)
+        if h_shared is not None:
+            grad_shared, hidden, _ = _swiglu_backward(h_shared, nn(grad, shared_down))
+            base, grad_gate, grad_up = _up_backward(grad_shared, normed, shared_gate, shared_up)
+            shared = grad_gate, grad_up, tn(grad, hidden)
+        return grad, _combine(grad_rows, places, base), *grads, grad_weights, None, *shared
+
+
+def mixture_feed_forward(
+    residual_ND: Tensor, normed_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, weights_NK: Tensor, experts_NK: Tensor,
+    shared: tuple[Tensor, Tensor, Tensor] | tuple[None, None, None],
+) -> Tensor:  # fmt: skip
+    """residual + routed experts (`kernels.experts.mixture_reference`) + shared expert (gate, up, down) of the normed rows: (N, D)."""
+    return _Mixture.apply(residual_ND, normed_ND, gate_up_E2FD, down_EDF, weights_NK, experts_NK, *shared)

@@ -1,0 +1,85 @@
+"""A whole attention sub-layer of MLA, x + attention(norm(x)), as one differentiable operation over the compiled passes.
+
+The plain path is `model/attention.py` under autograd; this one is chosen where `native.usable`. Against it, one pass lays out and turns
+the heads, gradients of the joined input projections are written side by side, and no intermediate is copied.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparing.kernels import native
+from sparing.kernels.attention import DocumentMask, attend, attend_backward
+from sparing.kernels.norm import norm_gradient_into, norm_into
+from sparing.kernels.products import nn, nt, tn
+
+
+class _LatentAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_BTD, norm, q_a, q_norm, q_b, kv_a, kv_norm, kv_b, o, table, eps: float, widths, scale: float, mask):
+        """q_norm and q_b are None where queries are not compressed. widths: (H, nope, rope, value); table: complex rotations."""
+        (B, T, D), (H, C, R, V) = x_BTD.shape, widths
+        x = x_BTD.reshape(B * T, D)
+        normed = torch.empty_like(x)
+        inverse = norm_into(x, norm, eps, normed)
+        q_rank, kv_rank = len(q_a), kv_b.shape[1]
+        both = x.new_empty(len(x), q_rank + len(kv_a))
+        nt(normed, q_a, out=both[:, :q_rank])
+        nt(normed, kv_a, out=both[:, q_rank:])
+        q, q_latent, q_inverse = both, None, None
+        if q_b is not None:
+            q_latent = x.new_empty(len(x), q_rank)
+            q_inverse = norm_into(both[:, :q_rank], q_norm, eps, q_latent)
+            q = nt(q_latent, q_b)
+        kv_latent = x.new_empty(len(x), kv_rank)
+        kv_inverse = norm_into(both[:, q_rank : q_rank + kv_rank], kv_norm, eps, kv_latent)
+        turns = torch.view_as_real(table).contiguous()
+        shape = (B, T, H, C, R, V, q.stride(0), both.stride(0), int(table.ndim == 3))
+        heads = [x.new_empty(B, H, T, width) for width in (C + R, C + R, V)]
+        native.call("heads_forward", x.dtype, q, nt(kv_latent, kv_b), both[:, q_rank + kv_rank :], turns, *heads, *shape)
+        mixed, kept = attend(*heads, scale, mask)
+        ctx.save_for_backward(
+            x, norm, inverse, normed, q_a, kv_a, both, q_norm, q_inverse, q_latent, q_b, kv_norm, kv_inverse, kv_latent, kv_b,
+            o, mixed, turns, *heads, *kept,
+        )  # fmt: skip
+        ctx.shape, ctx.scale, ctx.mask = shape, scale, mask
+        return nt(mixed, o, base=x).view(B, T, D)
+
+    @staticmethod
+    def backward(ctx, grad_BTD: Tensor):
+        (
+            x, norm, inverse, normed, q_a, kv_a, both, q_norm, q_inverse, q_latent, q_b, kv_norm, kv_inverse, kv_latent, kv_b,
+            o, mixed, turns, q, k, v, *kept,
+        ) = ctx.saved_tensors  # fmt: skip
+        _, _, H, C, R, V, *_ = ctx.shape
+        q_rank, kv_rank = len(q_a), kv_b.shape[1]
+        grad = grad_BTD.reshape(x.shape)
+        grad_o = tn(grad, mixed)
+        grads = attend_backward(nn(grad, o), mixed, q, k, v, kept, ctx.scale, ctx.mask)
+        grad_both = torch.empty_like(both)
+        grad_q = grad_both if q_b is None else x.new_empty(len(x), H * (C + R))
+        grad_kv = x.new_empty(len(x), H * (C + V))
+        native.call("heads_backward", x.dtype, *grads, turns, grad_q, grad_kv, grad_both[:, q_rank + kv_rank :], *ctx.shape)
+        part = slice(q_rank, q_rank + kv_rank)
+        grad_kv_norm = norm_gradient_into(nn(grad_kv, kv_b), both[:, part], kv_norm, kv_inverse, grad_both[:, part])
+        grad_q_b = grad_q_norm = None
+        if q_b is not None:
+            grad_q_b = tn(grad_q, q_latent)
+            grad_q_norm = norm_gradient_into(nn(grad_q, q_b), both[:, :q_rank], q_norm, q_inverse, grad_both[:, :q_rank])
+        left, right = grad_both[:, :q_rank], grad_both[:, q_rank:]
+        grad_x = torch.empty_like(x)
+        grad_norm = norm_gradient_into(nn(right, kv_a, base=nn(left, q_a)), x, norm, inverse, grad_x, extra=grad)
+        return (
+            grad_x.view(grad_BTD.shape), grad_norm, tn(left, normed), grad_q_norm, grad_q_b, tn(right, normed), grad_kv_norm,
+            tn(grad_kv, kv_latent), grad_o, None, None, None, None, None,
+        )  # fmt: skip
+
+
+def latent_attention(
+    x_BTD: Tensor, norm: Tensor, q: tuple[Tensor, Tensor | None, Tensor | None], kv: tuple[Tensor, Tensor, Tensor], o: Tensor,
+    table: Tensor, eps: float, widths: tuple[int, int, int, int], scale: float, mask: DocumentMask | None,
+) -> Tensor:  # fmt: skip
+    """x + MLA(norm(x)), (B, T, D) -> (B, T, D). q: (down, norm, up) or (direct, None, None), kv: (down with rope, norm, up), o: weights as
+    in the checkpoint; widths (H, nope, rope, value); table (T, R/2) or (B, T, R/2) complex64."""
+    return _LatentAttention.apply(x_BTD, norm, *q, *kv, o, table, eps, widths, scale, mask)

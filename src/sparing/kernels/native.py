@@ -1,0 +1,108 @@
+"""Compiled element-wise passes (native.c, passes.inc): built once per machine with the system's C compiler, called through ctypes.
+
+Where there is no compiler `library()` is None and every kernel takes its plain PyTorch path. The passes are serial, so they are used where
+PyTorch has one thread per operation as well: with rows divided among threads, which measured fastest (LAB.md), or on one core.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCES = ("native.c", "passes.inc", "products.c")
+FLAGS = ("-O3", "-march=native", "-fopenmp-simd", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
+SUFFIXES = {torch.bfloat16: "_bf16", torch.float32: "_f32"}
+
+
+def _folder() -> Path:
+    base = os.environ.get("SPARING_HOME") or Path.home() / ".local" / "share" / "sparing"
+    return Path(base).expanduser() / "native"
+
+
+def _build() -> Path | None:
+    """The shared library for these sources, this compiler and this processor; compiled where it is not there yet (about 2 s)."""
+    compiler = next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
+    if compiler is None:
+        return None
+    here = Path(__file__).parent
+    processor = Path("/proc/cpuinfo").read_text().split("\n\n")[0] if Path("/proc/cpuinfo").exists() else platform.processor()
+    flags = "\n".join(line for line in processor.splitlines() if line.startswith(("model", "flags", "Features"))) or processor
+    key = hashlib.sha256("\0".join([compiler, *FLAGS, flags, *((here / name).read_text() for name in SOURCES)]).encode()).hexdigest()[:16]
+    target = _folder() / f"passes-{key}.so"
+    if target.exists():
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            made = Path(scratch) / target.name
+            subprocess.run([compiler, *FLAGS, "-o", made, here / SOURCES[0], "-lm"], check=True, capture_output=True, timeout=120)
+            made.replace(target)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return target
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled passes, or None on a machine without a C compiler."""
+    path = _build()
+    try:
+        return ctypes.CDLL(str(path)) if path else None
+    except OSError:
+        return None
+
+
+_off = ContextVar("sparing_plain", default=False)
+
+
+@contextmanager
+def plain():
+    """PyTorch's own operations only, in this thread: for comparisons."""
+    token = _off.set(True)
+    try:
+        yield
+    finally:
+        _off.reset(token)
+
+
+def usable(x: Tensor) -> bool:
+    """Whether a pass over `x` should be the compiled one."""
+    fits = x.device.type == "cpu" and x.dtype in SUFFIXES and torch.get_num_threads() == 1
+    return fits and not _off.get() and not torch.compiler.is_compiling() and library() is not None
+
+
+@cache
+def _function(name: str, arguments: str):
+    function = getattr(library(), name)
+    kinds = {"p": ctypes.c_void_p, "f": ctypes.c_float, "i": ctypes.c_int64}
+    function.argtypes, function.restype = [kinds[c] for c in arguments], None
+    return function
+
+
+def call(name: str, dtype: torch.dtype | None, *arguments: Tensor | float | int | None) -> None:
+    """Run one pass, the one for `dtype` where there are several. Tensors go as the address of their first element: shapes and strides are
+    the caller's business."""
+    kinds, values = [], []
+    for a in arguments:
+        if isinstance(a, Tensor):
+            kinds.append("p")
+            values.append(a.data_ptr())
+        elif a is None:
+            kinds.append("p")
+            values.append(None)
+        else:
+            kinds.append("f" if isinstance(a, float) else "i")
+            values.append(a)
+    _function(name + SUFFIXES.get(dtype, ""), "".join(kinds))(*values)

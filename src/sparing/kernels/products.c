@@ -1,0 +1,324 @@
+/* bfloat16 matrix products with float32 sums, for processors that multiply pairs of bfloat16 (AVX512_BF16) but have no matrix unit.
+ *
+ * B is packed into panels of 32 columns, pair of rows by pair of rows, so that one 512-bit register holds the pairs of 16 columns; A is
+ * read as it lies, or packed likewise where it is transposed. An 8 x 32 tile of C stays in registers over the whole inner dimension.
+ * Included by native.c. All sizes in numbers, not bytes. The inner dimension of a product must be even, but for `tn`.
+ */
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#include <stdlib.h>
+
+enum { MR = 8, NR = 32 };
+enum { TO_BF16, TO_F32, ADD_F32 };
+
+/* Scratch of this thread that only grows; slot: which of them. */
+static void *scratch(int slot, int64_t bytes) {
+    static __thread struct { void *at; int64_t bytes; } slots[11];
+    if (slots[slot].bytes < bytes) {
+        free(slots[slot].at);
+        slots[slot].at = aligned_alloc(64, (bytes + 4095) / 4096 * 4096);
+        slots[slot].bytes = slots[slot].at ? bytes : 0;
+        if (!slots[slot].at) abort();
+    }
+    return slots[slot].at;
+}
+
+static inline int64_t up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+static inline __m512i widen(const bf16 *x, __mmask16 mask) { return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, x)); }
+
+static inline __m256i narrow(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
+
+static inline __mmask16 first(int64_t n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (__mmask16)((1u << n) - 1); }
+
+/* 16 columns of a pair of rows; `low` may be there without `high`. */
+static inline __m512i pair(const void *low, const void *high, int f32, __mmask16 mask) {
+    __m512i a, b = _mm512_setzero_si512();
+    if (f32) {
+        a = _mm512_cvtepu16_epi32(narrow(_mm512_maskz_loadu_ps(mask, low)));
+        if (high) b = _mm512_cvtepu16_epi32(narrow(_mm512_maskz_loadu_ps(mask, high)));
+    } else {
+        a = widen(low, mask);
+        if (high) b = widen(high, mask);
+    }
+    return _mm512_or_si512(a, _mm512_slli_epi32(b, 16));
+}
+
+/* source (K, N) -> panels (N / 32, K / 2, 32) of pairs; width: 32 for B, or 8 for a transposed A. */
+static void pack_rows(const void *source, int f32, int64_t stride, int64_t K, int64_t N, int64_t width, int32_t *out) {
+    int64_t pairs = (K + 1) / 2, size = f32 ? 4 : 2;
+    for (int64_t block = 0; block < up(N, width); block += NR) /* a cache line of columns at a time, down all rows */
+        for (int64_t p = 0; p < pairs; p++) {
+            const char *low = (const char *)source + 2 * p * stride * size, *high = 2 * p + 1 < K ? low + stride * size : 0;
+            for (int64_t n = block; n < block + NR && n < up(N, width); n += 16) {
+                __m512i words = pair(low + n * size, high ? high + n * size : 0, f32, first(N - n));
+                if (width == NR)
+                    _mm512_storeu_si512(out + (n / NR * pairs + p) * NR + n % NR, words);
+                else {
+                    _mm256_storeu_si256((__m256i *)(out + (n / MR * pairs + p) * MR), _mm512_castsi512_si256(words));
+                    if (n + MR < up(N, width))
+                        _mm256_storeu_si256((__m256i *)(out + ((n + MR) / MR * pairs + p) * MR), _mm512_extracti64x4_epi64(words, 1));
+                }
+            }
+        }
+}
+
+static inline void transpose16(__m512i r[16]) {
+    __m512i t[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {
+        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+        t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 4; i++) {
+        r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+        r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+        r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+        r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+    }
+}
+
+/* source (N, K), K even -> the same panels of its transpose. */
+static void pack_columns(const void *source, int f32, int64_t stride, int64_t K, int64_t N, int32_t *out) {
+    int64_t pairs = K / 2, size = f32 ? 4 : 2;
+    for (int64_t n = 0; n < up(N, NR); n += 16)
+        for (int64_t p = 0; p < pairs; p += 16) {
+            __m512i r[16];
+            __mmask16 mask = first(pairs - p);
+            for (int i = 0; i < 16; i++) {
+                const char *s = (const char *)source + ((n + i) * stride + 2 * p) * size;
+                if (n + i >= N)
+                    r[i] = _mm512_setzero_si512();
+                else if (f32) {
+                    __m512 a = _mm512_maskz_loadu_ps(first(K - 2 * p), s), b = _mm512_maskz_loadu_ps(first(K - 2 * p - 16), s + 64);
+                    r[i] = (__m512i)_mm512_cvtne2ps_pbh(b, a);
+                } else
+                    r[i] = _mm512_maskz_loadu_epi32(mask, s);
+            }
+            transpose16(r);
+            int64_t stop = pairs - p < 16 ? pairs - p : 16;
+            for (int64_t i = 0; i < stop; i++) _mm512_storeu_si512(out + (n / NR * pairs + p + i) * NR + n % NR, r[i]);
+        }
+}
+
+/* One tile: rows (<= 8) x 32 columns over all pairs. Word (i, p) of A lies at a[i * a_row + p * a_pair]. */
+static inline __attribute__((always_inline)) void tile(int rows, int halves, int64_t pairs, const int32_t *a, int64_t a_row, int64_t a_pair,
+                                                       const int32_t *b, void *c, int64_t stride, int kind, const bf16 *base,
+                                                       int64_t base_stride, int64_t columns) {
+    __m512 sum[MR][2];
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; i++) sum[i][0] = sum[i][1] = _mm512_setzero_ps();
+    for (int64_t p = 0; p < pairs; p++) {
+        __m512bh b0 = (__m512bh)_mm512_load_si512(b + p * NR), b1 = b0;
+        if (halves == 2) b1 = (__m512bh)_mm512_load_si512(b + p * NR + 16);
+#pragma GCC unroll 8
+        for (int i = 0; i < rows; i++) {
+            __m512bh x = (__m512bh)_mm512_set1_epi32(a[i * a_row + p * a_pair]);
+            sum[i][0] = _mm512_dpbf16_ps(sum[i][0], x, b0);
+            if (halves == 2) sum[i][1] = _mm512_dpbf16_ps(sum[i][1], x, b1);
+        }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 2
+        for (int h = 0; h < halves; h++) {
+            __mmask16 mask = first(columns - 16 * h);
+            __m512 value = sum[i][h];
+            if (base) value = _mm512_add_ps(value, (__m512)_mm512_slli_epi32(widen(base + i * base_stride + 16 * h, mask), 16));
+            if (kind == TO_BF16)
+                _mm256_mask_storeu_epi16((bf16 *)c + i * stride + 16 * h, mask, narrow(value));
+            else {
+                float *to = (float *)c + i * stride + 16 * h;
+                if (kind == ADD_F32) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, to));
+                _mm512_mask_storeu_ps(to, mask, value);
+            }
+        }
+}
+
+/* C (M, N) from A's words and packed B, whose panels are `panel` words apart; size: bytes of C's numbers. */
+static void multiply(int64_t M, int64_t N, int64_t pairs, const int32_t *a, int64_t a_row, int64_t a_pair, int64_t a_block, const int32_t *b,
+                     int64_t panel, void *c, int64_t stride, int kind, const bf16 *base, int64_t base_stride) {
+    int64_t size = kind == TO_BF16 ? 2 : 4;
+    for (int64_t n = 0; n < N; n += NR)
+        for (int64_t m = 0; m < M; m += MR) {
+            const int32_t *block = a + m / MR * a_block, *right = b + n / NR * panel;
+            void *to = (char *)c + (m * stride + n) * size;
+            const bf16 *from = base ? base + m * base_stride + n : 0;
+            int64_t columns = N - n < NR ? N - n : NR;
+#define TILE(R, H) tile(R, H, pairs, block, a_row, a_pair, right, to, stride, kind, from, base_stride, columns)
+#define ROWS(R) case R: if (columns > 16) TILE(R, 2); else TILE(R, 1); break
+            switch (M - m) {
+                ROWS(1); ROWS(2); ROWS(3); ROWS(4); ROWS(5); ROWS(6); ROWS(7);
+                default: if (columns > 16) TILE(8, 2); else TILE(8, 1);
+            }
+        }
+}
+
+static int32_t *panels(int slot, int64_t K, int64_t N) { return scratch(slot, up(N, NR) * ((K + 1) / 2) * 4); }
+
+/* c (M, N) = a (M, K) b (N, K)^T (+ base). */
+void nt(const bf16 *a, int64_t s_a, const void *b, int64_t f32, int64_t s_b, void *c, int64_t s_c, int64_t kind, const bf16 *base,
+        int64_t s_base, int64_t M, int64_t N, int64_t K) {
+    int32_t *packed = panels(0, K, N);
+    pack_columns(b, f32, s_b, K, N, packed);
+    multiply(M, N, K / 2, (const int32_t *)a, s_a / 2, 1, MR * s_a / 2, packed, K / 2 * NR, c, s_c, kind, base, s_base);
+}
+
+/* c (M, N) = a (M, K) b (K, N) (+ base). */
+void nn(const bf16 *a, int64_t s_a, const void *b, int64_t f32, int64_t s_b, void *c, int64_t s_c, int64_t kind, const bf16 *base,
+        int64_t s_base, int64_t M, int64_t N, int64_t K) {
+    int32_t *packed = panels(0, K, N);
+    pack_rows(b, f32, s_b, K, N, NR, packed);
+    multiply(M, N, K / 2, (const int32_t *)a, s_a / 2, 1, MR * s_a / 2, packed, K / 2 * NR, c, s_c, kind, base, s_base);
+}
+
+/* c (M, N) = a (K, M)^T b (K, N). */
+void tn(const bf16 *a, int64_t s_a, const bf16 *b, int64_t s_b, void *c, int64_t s_c, int64_t kind, int64_t M, int64_t N, int64_t K) {
+    int64_t pairs = (K + 1) / 2;
+    int32_t *packed = panels(0, K, N), *turned = scratch(1, up(M, 16) * pairs * 4);
+    pack_rows(b, 0, s_b, K, N, NR, packed);
+    pack_rows(a, 0, s_a, K, M, MR, turned);
+    multiply(M, N, pairs, turned, 1, MR, pairs * MR, packed, pairs * NR, c, s_c, kind, 0, 0);
+}
+
+/* Group e is rows ends[e - 1] to ends[e]. c (S, N) = a (S, K) b[e] (N, K)^T. */
+void grouped_nt(const bf16 *a, const float *b, bf16 *c, const int64_t *ends, int64_t E, int64_t N, int64_t K) {
+    for (int64_t e = 0, row = 0; e < E; row = ends[e++])
+        nt(a + row * K, K, b + e * N * K, 1, K, c + row * N, N, TO_BF16, 0, 0, ends[e] - row, N, K);
+}
+
+/* c (S, N) = a (S, K) b[e] (K, N). */
+void grouped_nn(const bf16 *a, const float *b, bf16 *c, const int64_t *ends, int64_t E, int64_t N, int64_t K) {
+    for (int64_t e = 0, row = 0; e < E; row = ends[e++])
+        nn(a + row * K, K, b + e * N * K, 1, N, c + row * N, N, TO_BF16, 0, 0, ends[e] - row, N, K);
+}
+
+/* c[e] (M, N) float32 = a[group] (., M)^T b[group] (., N). */
+void grouped_tn(const bf16 *a, const bf16 *b, float *c, const int64_t *ends, int64_t E, int64_t M, int64_t N) {
+    for (int64_t e = 0, row = 0; e < E; row = ends[e++])
+        tn(a + row * M, M, b + row * N, N, c + e * M * N, N, TO_F32, M, N, ends[e] - row);
+}
+
+enum { QUERIES = 64 };
+
+/* Causal attention, a block of 64 query rows at a time: their scores stay in cache. q, k (B, H, T, K), v (B, H, T, V), K and V even ->
+ * out (B, T, H, V), log_sum (B, H, T) of the exponentials. first: see softmax_forward. */
+void attention_forward(const bf16 *q, const bf16 *k, const bf16 *v, const int32_t *first_key, float scale, bf16 *out, float *log_sum, int64_t B,
+                       int64_t H, int64_t T, int64_t K, int64_t V) {
+    int64_t width = up(T, NR), pairs = (T + 1) / 2;
+    int32_t *keys = panels(0, K, T), *values = panels(1, T, V);
+    float *scores = scratch(2, QUERIES * width * 4);
+    bf16 *weights = scratch(3, QUERIES * width * 2);
+    for (int64_t bh = 0; bh < B * H; bh++) {
+        const bf16 *qs = q + bh * T * K;
+        pack_columns(k + bh * T * K, 0, K, K, T, keys);
+        pack_rows(v + bh * T * V, 0, V, T, V, NR, values);
+        for (int64_t start = 0; start < T; start += QUERIES) {
+            int64_t R = T - start < QUERIES ? T - start : QUERIES, S = start + R;
+            multiply(R, S, K / 2, (const int32_t *)(qs + start * K), K / 2, 1, MR * K / 2, keys, K / 2 * NR, scores, width, TO_F32, 0, 0);
+            for (int64_t r = 0; r < R; r++) {
+                float *x = scores + r * width, most = -INFINITY, total = 0.0f;
+                bf16 *w = weights + r * width;
+                int64_t low = first_key ? first_key[bh / H * T + start + r] : 0, high = start + r + 1;
+                MAX(most) for (int64_t j = low; j < high; j++) most = x[j] > most ? x[j] : most;
+                SUM(total) for (int64_t j = low; j < high; j++) {
+                    x[j] = exp_((x[j] - most) * scale);
+                    total += x[j];
+                }
+                log_sum[bh * T + start + r] = logf(total) + most * scale;
+                total = 1.0f / total;
+                memset(w, 0, low * 2);
+                SIMD for (int64_t j = low; j < high; j++) w[j] = put_bf16(x[j] * total);
+                memset(w + high, 0, (width - high) * 2);
+            }
+            multiply(R, V, (S + 1) / 2, (const int32_t *)weights, width / 2, 1, MR * width / 2, values, pairs * NR,
+                     out + ((bh / H * T + start) * H + bh % H) * V, H * V, TO_BF16, 0, 0);
+        }
+    }
+}
+
+/* Gradients of q, k, v from that of out (B, T, H, V); the probabilities are computed again from log_sum. */
+void attention_backward(const bf16 *q, const bf16 *k, const bf16 *v, const int32_t *first_key, float scale, const bf16 *out,
+                        const float *log_sum, const bf16 *grad, bf16 *grad_q, bf16 *grad_k, bf16 *grad_v, int64_t B, int64_t H, int64_t T,
+                        int64_t K, int64_t V) {
+    int64_t width = up(T, NR), pairs = (T + 1) / 2;
+    int32_t *keys = panels(0, K, T), *values = panels(1, V, T), *key_rows = panels(4, T, K);
+    float *scores = scratch(2, QUERIES * width * 4), *upper = scratch(5, QUERIES * width * 4);
+    bf16 *weights = scratch(3, QUERIES * width * 2), *slopes = scratch(6, QUERIES * width * 2);
+    float *sum_k = scratch(7, T * K * 4), *sum_v = scratch(8, T * V * 4);
+    int32_t *turned = scratch(9, up(T, 16) * QUERIES * 2), *right = panels(10, QUERIES, K > V ? K : V);
+    for (int64_t bh = 0; bh < B * H; bh++) {
+        const bf16 *qs = q + bh * T * K;
+        pack_columns(k + bh * T * K, 0, K, K, T, keys);
+        pack_columns(v + bh * T * V, 0, V, V, T, values);
+        pack_rows(k + bh * T * K, 0, K, T, K, NR, key_rows);
+        memset(sum_k, 0, T * K * 4);
+        memset(sum_v, 0, T * V * 4);
+        for (int64_t start = 0; start < T; start += QUERIES) {
+            int64_t R = T - start < QUERIES ? T - start : QUERIES, S = start + R, some = (R + 1) / 2;
+            const bf16 *o = out + ((bh / H * T + start) * H + bh % H) * V, *g = grad + (o - out);
+            multiply(R, S, K / 2, (const int32_t *)(qs + start * K), K / 2, 1, MR * K / 2, keys, K / 2 * NR, scores, width, TO_F32, 0, 0);
+            multiply(R, S, V / 2, (const int32_t *)g, H * V / 2, 1, MR * H * V / 2, values, V / 2 * NR, upper, width, TO_F32, 0, 0);
+            for (int64_t r = 0; r < R; r++) {
+                const float *x = scores + r * width, *y = upper + r * width;
+                bf16 *w = weights + r * width, *d = slopes + r * width;
+                int64_t low = first_key ? first_key[bh / H * T + start + r] : 0, high = start + r + 1;
+                float dot = 0.0f, log_total = log_sum[bh * T + start + r];
+                SUM(dot) for (int64_t i = 0; i < V; i++) dot += get_bf16(o[r * H * V + i]) * get_bf16(g[r * H * V + i]);
+                memset(w, 0, low * 2);
+                memset(d, 0, low * 2);
+                SIMD for (int64_t j = low; j < high; j++) {
+                    float p = exp_(x[j] * scale - log_total);
+                    w[j] = put_bf16(p);
+                    d[j] = put_bf16(p * (y[j] - dot) * scale);
+                }
+                memset(w + high, 0, (width - high) * 2);
+                memset(d + high, 0, (width - high) * 2);
+            }
+            multiply(R, K, (S + 1) / 2, (const int32_t *)slopes, width / 2, 1, MR * width / 2, key_rows, pairs * NR,
+                     grad_q + (bh * T + start) * K, K, TO_BF16, 0, 0);
+            pack_rows(slopes, 0, width, R, S, MR, turned);
+            pack_rows(qs + start * K, 0, K, R, K, NR, right);
+            multiply(S, K, some, turned, 1, MR, some * MR, right, some * NR, sum_k, K, ADD_F32, 0, 0);
+            pack_rows(weights, 0, width, R, S, MR, turned);
+            pack_rows(g, 0, H * V, R, V, NR, right);
+            multiply(S, V, some, turned, 1, MR, some * MR, right, some * NR, sum_v, V, ADD_F32, 0, 0);
+        }
+        SIMD for (int64_t i = 0; i < T * K; i++) grad_k[bh * T * K + i] = put_bf16(sum_k[i]);
+        SIMD for (int64_t i = 0; i < T * V; i++) grad_v[bh * T * V + i] = put_bf16(sum_v[i]);
+    }
+}
+
+enum { TOKENS = 256 };
+
+/* Head and cross-entropy in chunks of tokens. x (N, D), w (W, D) float32, D and W even -> nll (N,); the gradients of scale * sum(nll):
+ * grad_x (N, D), grad_w (W, D) float32. */
+void head_loss(const bf16 *x, const float *w, const int64_t *target, float scale, float *nll, bf16 *grad_x, float *grad_w, int64_t N,
+               int64_t D, int64_t W) {
+    int32_t *words = panels(0, D, W), *back = panels(1, W, D), *turned = scratch(3, up(W, 16) * TOKENS * 2), *right = panels(4, TOKENS, D);
+    bf16 *logits = scratch(2, TOKENS * W * 2);
+    pack_columns(w, 1, D, D, W, words);
+    pack_rows(w, 1, D, W, D, NR, back);
+    for (int64_t n = 0; n < N; n += TOKENS) {
+        int64_t R = N - n < TOKENS ? N - n : TOKENS, some = (R + 1) / 2;
+        const bf16 *rows = x + n * D;
+        multiply(R, W, D / 2, (const int32_t *)rows, D / 2, 1, MR * D / 2, words, D / 2 * NR, logits, W, TO_BF16, 0, 0);
+        cross_entropy_bf16(logits, target + n, scale, nll + n, R, W);
+        multiply(R, D, W / 2, (const int32_t *)logits, W / 2, 1, MR * W / 2, back, W / 2 * NR, grad_x + n * D, D, TO_BF16, 0, 0);
+        pack_rows(logits, 0, W, R, W, MR, turned);
+        pack_rows(rows, 0, D, R, D, NR, right);
+        multiply(W, D, some, turned, 1, MR, some * MR, right, some * NR, grad_w, D, n ? ADD_F32 : TO_F32, 0, 0);
+    }
+}
+#endif

@@ -1,0 +1,107 @@
+"""Matrix products with master weights as they are: float32 in, rounded to the activations' type on the way, sums in float32.
+
+The compiled ones (products.c) serve bfloat16 on one thread of a processor with AVX512_BF16 and no matrix unit; measured against oneDNN on
+such a one they are level for large shapes and up to a third faster for an expert's (LAB.md, 2026-11-21). Everywhere else it is torch.mm.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sparing.kernels import native
+
+TO_BF16, TO_F32 = 0, 1
+
+
+@cache
+def _compiled() -> bool:
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        flags = ""
+    return "amx_bf16" not in flags and native.library() is not None and hasattr(native.library(), "grouped_nt")
+
+
+def usable(x: Tensor) -> bool:
+    """Whether products of `x` should be the compiled ones."""
+    return x.dtype == torch.bfloat16 and native.usable(x) and _compiled()
+
+
+def _out(a: Tensor, columns: int, out: Tensor | None) -> Tensor:
+    return a.new_empty(len(a), columns) if out is None else out
+
+
+def _product(name: str, a: Tensor, b: Tensor, out: Tensor, base: Tensor | None, inner: int) -> Tensor:
+    base_stride = 0 if base is None else base.stride(0)
+    wide = int(b.dtype == torch.float32)
+    sizes = (TO_BF16, base, base_stride, len(a), out.shape[1], inner)
+    native.call(name, None, a, a.stride(0), b, wide, b.stride(0), out, out.stride(0), *sizes)
+    return out
+
+
+def nt(a: Tensor, b: Tensor, out: Tensor | None = None, base: Tensor | None = None) -> Tensor:
+    """a (M, K) b (N, K)ᵀ (+ base (M, N)) in a's type; rows of a, base and out may be strided."""
+    if usable(a):
+        return _product("nt", a, b, _out(a, len(b), out), base, b.shape[1])
+    y = torch.mm(a, b.to(a.dtype).t()) if base is None else torch.addmm(base, a, b.to(a.dtype).t())
+    return y if out is None else out.copy_(y)
+
+
+def nn(a: Tensor, b: Tensor, base: Tensor | None = None) -> Tensor:
+    """a (M, K) b (K, N) (+ base (M, N)) in a's type."""
+    if usable(a):
+        return _product("nn", a, b, _out(a, b.shape[1], None), base, len(b))
+    return torch.mm(a, b.to(a.dtype)) if base is None else torch.addmm(base, a, b.to(a.dtype))
+
+
+def tn(a: Tensor, b: Tensor) -> Tensor:
+    """a (K, M)ᵀ b (K, N): a weight's gradient, float32 (in b's type by torch.mm)."""
+    if not usable(a):
+        return torch.mm(a.t(), b)
+    out = torch.empty(a.shape[1], b.shape[1])
+    native.call("tn", None, a, a.stride(0), b, b.stride(0), out, out.stride(0), TO_F32, *out.shape, len(a))
+    return out
+
+
+def _spans(ends: Tensor) -> list[tuple[int, slice]]:
+    """(group, its rows) of groups that have any."""
+    stops = ends.tolist()
+    return [(e, slice(start, stop)) for e, (start, stop) in enumerate(zip([0, *stops], stops)) if stop > start]
+
+
+def grouped_nt(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+    """Rows of a (S, K) in groups that end at ends (E,) int64, each with its own b (E, N, K): (S, N)."""
+    out = a.new_empty(len(a), b.shape[1])
+    if usable(a):
+        native.call("grouped_nt", None, a, b, out, ends, *b.shape)
+    else:
+        for e, rows in _spans(ends):
+            torch.mm(a[rows], b[e].to(a.dtype).t(), out=out[rows])
+    return out
+
+
+def grouped_nn(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+    """The same with b (E, K, N)."""
+    out = a.new_empty(len(a), b.shape[2])
+    if usable(a):
+        native.call("grouped_nn", None, a, b, out, ends, len(b), b.shape[2], b.shape[1])
+    else:
+        for e, rows in _spans(ends):
+            torch.mm(a[rows], b[e].to(a.dtype), out=out[rows])
+    return out
+
+
+def grouped_tn(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+    """a (S, M), b (S, N) -> each group's aᵀ b: (E, M, N), zero for an empty group."""
+    if usable(a):
+        out = torch.empty(len(ends), a.shape[1], b.shape[1])
+        native.call("grouped_tn", None, a, b, out, ends, *out.shape)
+        return out
+    out = a.new_zeros(len(ends), a.shape[1], b.shape[1])
+    for e, rows in _spans(ends):
+        torch.mm(a[rows].t(), b[rows], out=out[e])
+    return out

@@ -1,0 +1,72 @@
+"""The compiled sub-layers against the plain path: loss and every gradient of whole models."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tests.model.shapes import TINY
+
+from sparing.config import YarnConfig
+from sparing.kernels import native
+from sparing.model.init import init_weights
+from sparing.model.router import routers, update_biases
+from sparing.model.transformer import Transformer
+
+CASES = {
+    "mixture": {},
+    "dense": {"num_dense_layers": TINY.num_layers},
+    "queries not compressed": {"q_lora_rank": None},
+    "no shared expert": {"n_shared_experts": 0},
+    "two predicted tokens": {"mtp_depth": 1},
+    "yarn": {"yarn": YarnConfig(factor=4.0, original_max_position_embeddings=8)},
+    "gqa": {"attention": "gqa", "num_dense_layers": TINY.num_layers, "num_kv_heads": 1, "head_dim": 16},
+    "tied": {"tie_word_embeddings": True},
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def results(model, batch, dtype) -> dict[str, torch.Tensor]:
+    model.compute_dtype = dtype
+    model.zero_grad(set_to_none=True)
+    out = model.loss(*batch, sequence_balance=0.01)
+    out.total.backward()
+    counts = [r.tokens_per_expert.clone() for r in routers(model)]
+    update_biases(model, 0.0)
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"total": out.total.detach(), "counts": torch.stack(counts).flatten() if counts else torch.zeros(1), **grads}
+
+
+@pytest.mark.skipif(native.library() is None, reason="no C compiler here")
+@pytest.mark.parametrize(
+    "case, dtype, tolerance",
+    [(case, torch.float32, 2e-5) for case in CASES] + [(case, torch.bfloat16, 6e-2) for case in ("dense", "gqa")],
+)  # in bfloat16 rounding moves single tokens to other experts
+@pytest.mark.parametrize("length", [7, 150])
+def test_compiled_equals_plain(case, dtype, tolerance, length):
+    config = replace(TINY, **CASES[case])
+    model = Transformer(config)
+    init_weights(model, 0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():  # output projections start at 0, which would hide what is behind them
+            p.add_(torch.randn(p.shape, generator=generator) * 0.3 * (p.shape[-1] ** -0.5 if p.ndim > 1 else 0.3))
+    model.train()
+    shape = (3, length)
+    tokens = torch.randint(config.vocab_size, shape, generator=generator)
+    targets = torch.randint(config.vocab_size, (*shape, 1 + config.mtp_depth), generator=generator)
+    targets[:, ::5] = -100
+    documents = (torch.arange(length) // 40).to(torch.int32).expand(shape).contiguous()
+    ours = results(model, (tokens, targets, documents), dtype)
+    with native.plain():
+        plain = results(model, (tokens, targets, documents), torch.float32)
+    assert ours.keys() == plain.keys()
+    for name, value in plain.items():
+        difference = (ours[name].double() - value.double()).norm() / value.double().norm().clamp(min=1e-6)
+        assert difference < tolerance, (name, float(difference))
