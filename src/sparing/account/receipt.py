@@ -20,7 +20,7 @@ def receipt(run: RunFolder) -> dict:
     """The receipt of one run.
 
     -> run, status, predicted (as `plan --json` gave it before the run, or None), actual (the same names, each {"value", "how", "source"}),
-    difference (of a finished run: actual / predicted - 1, and whether it lies in the interval), stages (of training, with their predictions),
+    difference (of a finished run: actual / predicted - 1, and whether it is in the interval), stages (of training, with predictions),
     later (evaluating, generating, ...), ancestors, quality (bits saved per byte: all, per dollar, per kWh), missing (what cannot be said).
     Raises UserError where nothing was metered, or for a damaged ledger.
     """
