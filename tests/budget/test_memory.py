@@ -7,10 +7,9 @@ import torch
 from tests.model.shapes import SHAPES
 
 from sparing.budget.memory import activations, optimizer_bytes, path_of, serving_memory, training_memory
-
 from sparing.config import Config, ModelConfig, OptimConfig, TrainConfig
-from sparing.model.init import init_weights
 from sparing.kernels import native, products
+from sparing.model.init import init_weights
 from sparing.model.transformer import Transformer
 from sparing.resolve import LADDER, shaped
 from sparing.train.optim import Optimizer
