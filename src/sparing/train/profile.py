@@ -33,7 +33,7 @@ PROBES = (
 def step_timings(
     machine: Machine, device: str = "cpu", seconds: float = 12.0, say: Callable[[str], None] = lambda _: None
 ) -> dict[str, Any]:
-    """What `budget.estimate.fit` takes: {"description", "peak_flops", "rows": [{"features", "seconds"}]}; measured once, then remembered."""
+    """For `budget.estimate.fit`: {"description", "peak_flops", "rows": [{"features", "seconds"}]}; measured once, then remembered."""
     known = load_calibration(machine).get(f"{KEY}_{device}")
     if isinstance(known, dict) and known.get("description") == DESCRIPTION:
         return known
