@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -10,7 +11,7 @@ import time
 
 import pytest
 
-from sparing.account.history import ancestors_of, entries, entries_of, inherit, run_id_of
+from sparing.account.history import ancestors_of, books, entries, entries_of, inherit, run_id_of
 from sparing.account.ledger import Entry, Ledger
 from sparing.config import UserError
 from sparing.run import RunFolder
@@ -23,8 +24,8 @@ def home(tmp_path, monkeypatch):
     return tmp_path / "home"
 
 
-def entry(uid="a", run_id="r", stage="train", **more) -> Entry:
-    return Entry(uid, run_id, "", "train", stage, **({"status": "done", "wall_s": 2.0, "usd": 0.5, "kwh": 0.01, "started": 1.0} | more))
+def entry(uid="a", run_id="r", stage="train", run="", **more) -> Entry:
+    return Entry(uid, run_id, run, "train", stage, **({"status": "done", "wall_s": 2.0, "usd": 0.5, "kwh": 0.01, "started": 1.0} | more))
 
 
 def new_run(path) -> RunFolder:
@@ -185,3 +186,32 @@ def test_a_derived_run_carries_its_ancestors_each_once(tmp_path):
         ("teacher", "teacher", 1, 2.0),
         ("base", "initialised", 1, 1.0),
     ]
+
+
+def test_after_damage_the_workspace_still_knows_the_run(tmp_path, home, capsys):
+    run = new_run(tmp_path / "run")
+    parent = filled(tmp_path / "parent", entry("p", usd=7.0))
+    inherit(run, parent, "teacher")
+    ledgers, name = books(run, print)
+    for ledger in ledgers:
+        ledger.put(entry("a", run_id=name, run=str(run.path)))
+        ledger.close()
+    run.ledger_file.write_bytes(b"gone" * 1000)
+    assert [row.uid for row in entries_of(run)] == ["a"] and [row.name for row in ancestors_of(run)] == ["parent"]
+    assert "damaged" in capsys.readouterr().err
+    (again, _), same = books(run, print)  # the next verb begins a new ledger, under the old name
+    assert same == name
+    again.put(entry("b", run_id=same, run=str(run.path), started=9.0))
+    again.close()
+    assert [row.uid for row in entries_of(run)] == ["a", "b"] and [row.usd for row in ancestors_of(run)] == [7.0]
+
+
+def test_another_run_at_the_same_path_inherits_nothing(tmp_path):
+    for name in "ab":
+        run = new_run(tmp_path / "run")
+        ledgers, run_id = books(run, print)
+        for ledger in ledgers:
+            ledger.put(entry(name, run_id=run_id, run=str(run.path)))
+            ledger.close()
+        assert [row.uid for row in entries_of(run)] == [name]
+        shutil.rmtree(run.path)

@@ -105,3 +105,18 @@ def test_peak_memory_starts_anew():
     reset_peak_memory()
     assert peak_memory()[0] - before < 32 * 2**20
     assert 0 < resident_memory() <= peak_memory()[0]
+
+
+@pytest.mark.gpu
+def test_nvml_counts_what_a_gpu_draws():
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("pynvml")
+    from sparing.account.power import Nvml
+
+    nvml, begun = Nvml(), time.monotonic()
+    a = torch.randn(4096, 4096, device="cuda")
+    while time.monotonic() - begun < 2:
+        a = (a @ a).clamp(-1, 1)
+        torch.cuda.synchronize()
+    watts = nvml.joules() / (time.monotonic() - begun)
+    assert nvml.how == "measured" and 20 < watts < 2000 * torch.cuda.device_count()

@@ -170,3 +170,10 @@ def test_figures_for_people(name, value, text):
 def test_digits():
     assert [digits(value) for value in (34310.4, 999.4, 0.5, 0.000175, 0)] == ["34,310", "999", "0.500", "0.000175", "0"]
     assert scaled(0.05, "") == "50.0 m"
+
+
+def test_an_interrupted_run_is_not_held_against_its_prediction(tmp_path):
+    run = a_run(tmp_path / "run", [entry("a", "setup", status="interrupted"), entry("a", "train", started=2.0)])
+    (run.state / "prediction.json").write_text(json.dumps({"time_s": {"value": 99.0, "low": 98.0, "high": 100.0}}))
+    found = receipt(run)
+    assert found["status"] == "interrupted" and found["difference"] == {} and "interrupted" in found["missing"][0]

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sparing.account.ledger import WAIT_S, Ancestor, Entry, Ledger, workspace_file
+from sparing.account.ledger import WAIT_S, Ancestor, Entry, Ledger, complain, workspace_file
 from sparing.config import UserError
 from sparing.run import RunFolder
 
@@ -90,14 +90,15 @@ def run_id_of(run: RunFolder) -> str:
         with _reading(run.ledger_file) as db, contextlib.suppress(sqlite3.OperationalError):
             if row := db.execute("SELECT value FROM meta WHERE key = 'run_id'").fetchone():
                 return row[0]
-    return "path-" + hashlib.sha256(str(run.path.resolve()).encode()).hexdigest()[:16]
+    return _path_id(str(run.path.resolve()))
 
 
 def books(run: RunFolder | None, say: Callable[[str], None]) -> tuple[list[Ledger], str]:
     """(the ledgers to write about `run`, its name in them): its own where its folder can be written, and the workspace's."""
     found, name = [], ""
     if run and os.access(run.path, os.W_OK):
-        found.append(Ledger(run.ledger_file, say))
+        here = str(run.path.resolve())
+        found.append(Ledger(run.ledger_file, say, lambda: _last_id(here)))
         name = found[0].run_id
     elif run:
         name = run_id_of(run)
@@ -114,16 +115,31 @@ def books(run: RunFolder | None, say: Callable[[str], None]) -> tuple[list[Ledge
 
 
 def entries_of(run: RunFolder) -> list[Entry]:
-    """All rows about a run: its own ledger's, and the workspace's from when its folder (or the ledger in it) could not be written."""
-    own = entries(run.ledger_file)
-    known, here, name = {row.uid for row in own}, str(run.path.resolve()), run_id_of(run)
-    path_name = "path-" + hashlib.sha256(here.encode()).hexdigest()[:16]
+    """All rows about a run: its own ledger's, and the workspace's from when its folder (or the ledger in it) could not be used."""
+    here = str(run.path.resolve())
+    try:
+        own, names = entries(run.ledger_file), {run_id_of(run), _path_id(here)}
+    except UserError as error:
+        complain(f"{error}; what the workspace's ledger knows of this run is used")
+        own, names = [], {_last_id(here), _path_id(here)}
+    known = {row.uid for row in own}
     elsewhere = [
         row
         for row in entries(workspace_file())
-        if row.uid not in known and row.run_id in (name, path_name) and (row.run == here or not os.path.exists(row.run))  # not a copy's
+        if row.uid not in known and row.run_id in names and (row.run == here or not os.path.exists(row.run))  # not a copy's
     ]
     return sorted(own + elsewhere, key=lambda row: row.started)
+
+
+def _path_id(path: str) -> str:
+    return "path-" + hashlib.sha256(path.encode()).hexdigest()[:16]
+
+
+def _last_id(path: str) -> str:
+    """The id of the run that was last at `path`, as the workspace's ledger has it; empty where it has none."""
+    with contextlib.suppress(UserError):
+        return next((row.run_id for row in reversed(entries(workspace_file())) if row.run == path), "")
+    return ""
 
 
 def bill(run: RunFolder, meter: Meter) -> dict:
@@ -144,19 +160,28 @@ def how(rows: list[Entry]) -> str:
 
 def ancestors_of(run: RunFolder) -> list[Ancestor]:
     """The runs that `run` was derived from, nearest first, each once."""
-    return sorted(_rows(run.ledger_file, "ancestors", Ancestor), key=lambda row: row.generation)
+    try:
+        found, name = _rows(run.ledger_file, "ancestors", Ancestor), run_id_of(run)
+    except UserError:  # `entries_of` says it
+        found, name = [], _last_id(str(run.path.resolve()))
+    found += [row for row in _rows(workspace_file(), "ancestors", Ancestor) if row.run_id == name]
+    nearest: dict[str, Ancestor] = {}
+    for row in sorted(found, key=lambda row: row.generation):
+        nearest.setdefault(row.ancestor_id, row)  # reached by two ways: counted once, as the nearer
+    return list(nearest.values())
 
 
 def inherit(run: RunFolder, parent: RunFolder, relation: str) -> None:
-    """Note in `run`'s ledger that it was derived from `parent` (as `relation`), with what that and its own ancestors had cost by now."""
+    """Note that `run` was derived from `parent` (as `relation`), with what that and its own ancestors had cost by now."""
     rows = entries_of(parent)
     totals = {name: sum(getattr(row, name) for row in rows) for name in ADDS_UP}
-    ledger = Ledger(run.ledger_file)
+    ledgers, name = books(run, complain)
+    parent_name = parent.path.resolve().name
+    made = [Ancestor(name, run_id_of(parent), parent_name, relation, 1, energy_how=how(rows), **totals)]
+    made += [Ancestor(**(asdict(row) | {"run_id": name, "generation": row.generation + 1})) for row in ancestors_of(parent)]
     known = {row.ancestor_id: row.generation for row in ancestors_of(run)}
-    name = parent.path.resolve().name
-    ledger.put(Ancestor(ledger.run_id, run_id_of(parent), name, relation, 1, energy_how=how(rows), **totals))
-    for row in ancestors_of(parent):
-        values = asdict(row) | {"run_id": ledger.run_id, "generation": row.generation + 1}
-        if known.get(row.ancestor_id, 99) > values["generation"]:  # reached by two ways: counted once, as the nearer
-            ledger.put(Ancestor(**values))
-    ledger.close()
+    for ledger in ledgers:
+        for row in made:
+            if known.get(row.ancestor_id, 99) > row.generation:
+                ledger.put(row)
+        ledger.close()

@@ -103,9 +103,12 @@ def complain(text: str) -> None:
 class Ledger:
     """One ledger file, open for writing. Used by one thread at a time."""
 
-    def __init__(self, path: Path, say: Callable[[str], None] = complain):
-        """Never raises for a file that is full, locked, damaged or not writable: it says so and keeps the rows."""
-        self.path, self.say = path, say
+    def __init__(self, path: Path, say: Callable[[str], None] = complain, known_as: Callable[[], str] = str):
+        """Never raises for a file that is full, locked, damaged or not writable: it says so and keeps the rows.
+
+        known_as: the run's id as others have it, asked for when the file that says it is damaged.
+        """
+        self.path, self.say, self.known_as = path, say, known_as
         self._db: sqlite3.Connection | None = None
         self._mine: dict[tuple, Entry | Ancestor] = {}
         self._unwritten: set[tuple] = set()
@@ -200,6 +203,7 @@ class Ledger:
         for end in ("-wal", "-shm", ""):
             with contextlib.suppress(OSError):
                 os.replace(f"{self.path}{end}", f"{aside}{end}")
+        self.run_id = self.run_id or self.known_as()
         self._once(f"the ledger {self.path} was damaged ({reason}): moved aside to {aside.name}, a new one is begun")
 
     def _once(self, text: str) -> None:

@@ -10,6 +10,7 @@ from sparing.account.ledger import workspace_file
 from sparing.account.receipt import receipt as of_run
 from sparing.account.receipt import workspace
 from sparing.account.report.page import write_page
+from sparing.config import UserError
 from sparing.run import RunFolder
 
 
@@ -18,6 +19,8 @@ def receipt(run: str | None = None, csv: str | None = None) -> dict:
     folder = None if run is None else RunFolder.open(run)
     result = of_run(folder) if folder else workspace()
     if csv:
+        if not Path(csv).resolve().parent.is_dir():
+            raise UserError(f"--csv {csv}: there is no folder {Path(csv).parent}")
         write_csv(csv, entries_of(folder) if folder else entries(workspace_file()))
     return result
 

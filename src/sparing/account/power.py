@@ -74,7 +74,7 @@ class Nvml:
     part, name, how = "gpu", "NVML", "measured"
 
     def __init__(self):
-        """Raises ImportError without nvidia-ml-py (`pip install sparing[energy]`), RuntimeError where NVML shows no such GPU."""
+        """Raises ImportError without nvidia-ml-py, RuntimeError where NVML shows no such GPU."""
         import pynvml
         import torch
 

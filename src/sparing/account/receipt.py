@@ -20,7 +20,7 @@ def receipt(run: RunFolder) -> dict:
     """The receipt of one run.
 
     -> run, status, predicted (as `plan --json` gave it before the run, or None), actual (the same names, each {"value", "how", "source"}),
-    difference (actual / predicted - 1, and whether it lies in the interval), stages (of training, each with what was predicted of it),
+    difference (of a finished run: actual / predicted - 1, and whether it is in the interval), stages (of training, with predictions),
     later (evaluating, generating, ...), ancestors, quality (bits saved per byte: all, per dollar, per kWh), missing (what cannot be said).
     Raises UserError where nothing was metered, or for a damaged ledger.
     """
@@ -30,21 +30,26 @@ def receipt(run: RunFolder) -> dict:
     training = [row for row in rows if row.verb in TRAINING] or rows
     predicted = _prediction(run)
     actual = _actual(run, training)
+    status, missing = _status(training), []
+    if predicted is None:
+        missing.append("no prediction was kept with this run: predicted and difference are empty")
+    elif status != "done":
+        missing.append(f"the run is {status}: what was predicted is of the whole, so no difference is given")
     ancestors = [vars(row) | {"energy_kwh": row.kwh, "cost_usd": row.usd} for row in ancestors_of(run)]
     _shares(ancestors, actual)
     return {
         "run": str(run),
-        "status": _status(training),
+        "status": status,
         "predicted": predicted,
         "actual": actual,
-        "difference": difference(predicted, actual),
+        "difference": difference(predicted, actual) if status == "done" else {},
         "stages": _stages(training, (predicted or {}).get("stages") or {}),
         "later": _stages([row for row in rows if row not in training], {}),
         "ancestors": ancestors,
         "quality": quality(actual),
         "rates": json.loads(training[-1].rates),
         "machine": training[-1].machine,
-        "missing": [] if predicted else ["no prediction was kept with this run: predicted and difference are empty"],
+        "missing": missing,
     }
 
 

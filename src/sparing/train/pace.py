@@ -24,7 +24,7 @@ WINDOW = 64
 """Steps whose mean time is believed."""
 KNOWN = 16
 """Steps after which the machine's speed is known well enough for its changes to be news."""
-WORTH_TELLING = 0.05
+WORTH_TELLING = 0.1
 SMALL_SHARE = 0.05
 """Evaluations, and checkpoints, may each take at most this share of the run."""
 

@@ -61,7 +61,7 @@ def _lines(stories: list[Story], lines: list[tuple[list[float], list[float]]], k
         data.append(
             {
                 "type": "scatter", "mode": "lines+markers" if key == "bpb" else "lines", "name": story.name, "x": x, "y": y,
-                "line": {"color": colour, "width": 2, "dash": DASHES[number % len(DASHES)]},
+                "line": {"color": colour, "width": 2, "dash": DASHES[(number + number // len(COLOURS)) % len(DASHES)]},
                 "marker": {"size": 7}, "hovertemplate": f"%{{y:.4g}} {unit} at %{{x:.3g}} M tokens<extra>{story.name}</extra>",
             }
         )  # fmt: skip

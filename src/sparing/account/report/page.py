@@ -187,5 +187,5 @@ def _plotly() -> str:
     try:
         from plotly.offline import get_plotlyjs
     except ImportError:
-        raise UserError("reports need plotly: pip install 'sparing[report]'") from None
+        raise UserError("reports need plotly: pip install plotly") from None
     return get_plotlyjs().replace("</script", "<\\/script")
