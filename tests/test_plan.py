@@ -11,7 +11,7 @@ import pytest
 from sparing import api
 from sparing.account import hardware, prices
 from sparing.account.hardware import save_calibration
-from sparing.budget.estimate import DEFAULTS
+from sparing.budget.estimate import DEFAULTS, DESCRIPTION
 from sparing.cli import main
 from sparing.config import UserError
 from sparing.planning.places import this_machine
@@ -31,7 +31,7 @@ def calibrated(tmp_path, monkeypatch):
     monkeypatch.delenv("SPARING_COUNTRY", raising=False)
     monkeypatch.setattr(prices, "_told", {"stale"})
     row = {"features": [0.1] * len(DEFAULTS["cpu"]), "seconds": 0.1 * sum(DEFAULTS["cpu"])}
-    known = {"step_timings_cpu": {"peak_flops": PEAK, "rows": [row]}, "peak_flops_cpu_bfloat16": PEAK}
+    known = {"step_timings_cpu": {"description": DESCRIPTION, "peak_flops": PEAK, "rows": [row]}, "peak_flops_cpu_bfloat16": PEAK}
     assert save_calibration(this_machine(), known)  # for other processes
     monkeypatch.setattr(hardware, "_memory", lambda: 8 << 30)  # the answers must not depend on where the tests run
     monkeypatch.setattr(hardware, "_physical", lambda cpus: 2)

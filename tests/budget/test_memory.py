@@ -6,12 +6,19 @@ import pytest
 import torch
 from tests.model.shapes import SHAPES
 
-from sparing.budget.memory import activations, optimizer_bytes, serving_memory, training_memory
+from sparing.budget.memory import activations, optimizer_bytes, path_of, serving_memory, training_memory
 from sparing.config import Config, ModelConfig, OptimConfig, TrainConfig
+from sparing.kernels import native, products
 from sparing.model.init import init_weights
 from sparing.model.transformer import Transformer
 from sparing.resolve import LADDER, shaped
 from sparing.train.optim import Optimizer
+
+
+def path_here(config: Config):
+    """Which kernels run in this process."""
+    tensor = torch.zeros(2, 2, dtype=getattr(torch, config.train.dtype))
+    return path_of(replace(config, train=replace(config.train, threads=1)), native.usable(tensor), products.usable(tensor))
 
 
 def kept_bytes(config: Config, rows: int) -> int:
@@ -45,13 +52,15 @@ def kept_bytes(config: Config, rows: int) -> int:
 def test_activations_are_what_autograd_keeps(rung, moe, mtp, seq_len, dtype):
     model = replace(shaped(LADDER[rung], 4096, seq_len, moe), mtp_depth=mtp)
     config = Config(model=model, train=TrainConfig(seq_len=seq_len, batch_size=4, dtype=dtype, device="cpu"))
-    assert activations(config, 4, seq_len) == pytest.approx(kept_bytes(config, 4), rel=0.08)
+    assert activations(config, 4, seq_len, path_here(config)) == pytest.approx(kept_bytes(config, 4), rel=0.08)
+    with native.plain():
+        assert activations(config, 4, seq_len, "plain") == pytest.approx(kept_bytes(config, 4), rel=0.08)
 
 
 def test_grouped_query_attention_too():
     model = replace(shaped(LADDER[2], 4096, 256, False), attention="gqa", num_kv_heads=1)
     config = Config(model=model, train=TrainConfig(seq_len=256, batch_size=4, device="cpu"))
-    assert activations(config, 4, 256) == pytest.approx(kept_bytes(config, 4), rel=0.08)
+    assert activations(config, 4, 256, path_here(config)) == pytest.approx(kept_bytes(config, 4), rel=0.08)
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -78,6 +87,7 @@ def test_what_makes_it_larger_and_smaller():
     assert with_train(micro_batch_size=2).total < total
     assert with_train(recompute=True).activations < 0.6 * training_memory(base).activations
     assert with_train(replicas=2).gradients == 2 * training_memory(base).gradients
+    assert with_train(threads=1).activations < 0.8 * with_train(threads=2).activations  # the compiled kernels keep less
     assert with_train(dtype="float32").total > total
     parts = training_memory(base)
     assert parts.total == parts.weights + parts.gradients + parts.optimizer + parts.activations + parts.process

@@ -17,6 +17,8 @@ from sparing.budget.flops import attention_flops, attention_parameters, feed_for
 from sparing.budget.memory import _matrices, path_of, saved_per_token
 from sparing.config import Config, ModelConfig
 
+DESCRIPTION = 2
+"""Raise it when the features or the kernels change: steps that were timed before tell nothing any more."""
 FEATURES = ("products", "experts", "scores", "head", "traffic", "optimizer", "muon", "launches")
 DEFAULTS = {
     "cpu": (1.2, 1.9, 2.0, 1.6, 7.0e-10, 1.0e-9, 1.5, 3.0e-4),

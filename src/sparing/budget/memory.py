@@ -1,7 +1,7 @@
 """Bytes that training needs, by part, from the configuration alone: what the code of `model/` and `kernels/` keeps, part by part.
 
 Master weights, gradients and moments are float32, activations the compute type. Gradients appear while activations go, but in pieces of
-other sizes, so that the allocator holds both: the peak is their sum and the work space of a layer's backward pass and of the optimizer.
+other sizes, so that the allocator holds both: the peak is their sum, and the work space of the optimizer.
 N tokens of a micro-batch, D hidden size, H heads, K and V their widths, E experts, F their width, S rows that reach experts.
 """
 
@@ -17,14 +17,16 @@ ATTENTION_ROWS = 128
 EXPERT_ROWS = 64
 HEAD_TOKENS = 512
 """Of kernels/attention.py, kernels/experts.py, kernels/cross_entropy.py."""
-PROCESS_BYTES = {"cpu": 458e6, "cuda": 900e6}
-"""A process without its model: interpreter, torch, the libraries that its first step loads, the corpus. CPU: 373 MB fitted together with
-SLACK, and what four short runs of `train` had more; CUDA: an estimate."""
+PROCESS_BYTES = {"cpu": 355e6, "cuda": 900e6}
+"""A process without its model: interpreter, torch, the libraries that its first step loads. CPU: 240 MB with everything imported; the rest
+and MUON_BYTES are fitted on the resident peaks of ten models of 0.6-26 M parameters, dense and mixtures, three steps each: largest error
+4.7 % (torch 2.13, glibc). CUDA: an estimate."""
+MUON_BYTES = 12.0
+"""Work space for each number of the largest group of equally shaped matrices."""
+CORPUS_BYTES = 85e6
+"""What a run of `train` has more: tokenizer, corpus, metrics."""
 SERVING_BYTES = 300e6
 """A process that only generates."""
-SLACK = 1.17
-"""What the allocator holds over what is in use. Fitted on the resident peaks of ten models of 0.6-26 M parameters, dense and mixtures,
-three steps each: largest error 9 % of what is not the process (torch 2.13, glibc)."""
 SPREAD = 0.12
 """Half-width of the stated interval, as a share."""
 
@@ -69,11 +71,11 @@ def _largest_group(c: ModelConfig) -> float:
 
 
 Path = Literal["plain", "passes", "products", "cuda"]
-"""Which kernels run: PyTorch's on a CPU; our compiled passes (`kernels/native.py`); those with our own bf16 products; PyTorch's on a GPU."""
+"""Which kernels run: plain ones, our compiled passes (`kernels/native.py`), those with our own bf16 products, PyTorch's on a GPU."""
 
 
 def path_of(config: Config, compiled: bool = True, bf16: bool = True) -> Path:
-    """compiled: there is a C compiler; bf16: the processor multiplies bfloat16. One thread an operation is what the compiled kernels ask."""
+    """compiled: there is a C compiler; bf16: the processor multiplies bfloat16. The compiled kernels want one thread an operation."""
     t = config.train
     if t.device == "cuda":
         return "cuda"
@@ -141,7 +143,7 @@ def activations(config: Config, rows: int, seq_len: int, path: Path = "plain") -
 def training_memory(config: Config, measured: bool = False, path: Path | None = None) -> Memory:
     """Peak of one training process. Micro-batch and replicas left open count as the whole batch and one.
 
-    measured: the run begins by timing steps with and without replicas (`train/calibrate.py`): what other threads used is not given back.
+    measured: a run of `train` that begins by timing steps with and without replicas: what other threads used is not given back.
     """
     c, t = config.model, config.train
     path = path or path_of(config)
@@ -155,12 +157,12 @@ def training_memory(config: Config, measured: bool = False, path: Path | None = 
     kept = replicas * activations(config, rows, seq_len, path)
     head = replicas * (2 * HEAD_TOKENS * c.vocab_size * size + c.vocab_size * c.hidden_size * size)
     device = t.device or "cpu"
-    layer = rows * replicas * seq_len * max(saved_per_token(c, i, seq_len, size, path) for i in (0, c.num_layers - 1))
-    work = size * _largest_group(c) if config.optim.matrix == "muon" else 0.0
+    work = MUON_BYTES * _largest_group(c) if config.optim.matrix == "muon" else 0.0
+    # Twins' gradients are added to the first model's: for a moment there are those too.
     gradients = 4 * total * replicas
-    process = PROCESS_BYTES[device] + (SLACK - 1) * (weights + gradients + moments + kept + head) + SLACK * (layer + work)
+    process = PROCESS_BYTES[device] + work + 4 * total * (replicas - 1)
     if measured and device == "cpu":
-        process += SLACK * (activations(config, micro, seq_len, "plain") + head / replicas + 4 * total)
+        process += CORPUS_BYTES + activations(config, micro, seq_len, "plain") + head / replicas + 4 * total
     return Memory(weights, gradients, moments, kept + head, process)
 
 

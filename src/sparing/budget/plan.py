@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from sparing.account.prices import Rates
 from sparing.budget.estimate import Estimate, around, exactly
 from sparing.budget.flops import kv_cache_bytes, parameters, train_flops
-from sparing.budget.memory import SPREAD, Memory, training_memory
+from sparing.budget.memory import SPREAD, Memory, Path, training_memory
 from sparing.budget.scaling import Law, effective_bytes
 from sparing.budget.units import format_budget
 from sparing.config import Budget, Config, UserError
@@ -58,8 +58,11 @@ class Run:
     measured: bool = False
     """It begins by timing steps, with and without replicas."""
 
+    path: Path | None = None
+    """Which kernels run; None: as the configuration says, with a C compiler and bfloat16."""
+
     def memory(self) -> Memory:
-        return training_memory(self.config, self.measured)
+        return training_memory(self.config, self.measured, self.path)
 
 
 def in_seconds(budget: Budget, rates: Rates) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,8 +10,9 @@ from pathlib import Path
 from sparing.account import hardware
 from sparing.account.hardware import Gpu, Machine, load_calibration
 from sparing.account.prices import Rent, device, device_of, rates_for
-from sparing.budget.estimate import Estimate, StepModel, fit, profile_model
-from sparing.budget.memory import training_memory
+from sparing.budget.estimate import DESCRIPTION, Estimate, StepModel, fit, profile_model
+from sparing.budget.memory import Path as KernelPath
+from sparing.budget.memory import path_of, training_memory
 from sparing.budget.plan import Corpus, Run, in_seconds
 from sparing.budget.scaling import kind_of, law_of
 from sparing.config import Budget, Config, UserError
@@ -58,7 +60,8 @@ def here(rent: Rent = "own", country: str | None = None, say: Callable[[str], No
     """This machine by its calibration; without one, about ten seconds of measuring that `say` is told of (say None: default rates)."""
     machine = machine or this_machine()
     kind = "cuda" if machine.gpus else "cpu"
-    timings = load_calibration(machine).get(f"step_timings_{kind}")
+    timings = load_calibration(machine).get(f"step_timings_{kind}") or {}
+    timings = timings if timings.get("description") == DESCRIPTION else None
     if not timings and say is not None:
         from sparing.train.profile import step_timings  # torch is loaded only to measure
 
@@ -109,11 +112,13 @@ def run_from(config: Config, corpus: Corpus, place: Place, budget_s: float | Non
         config = replace(
             config, train=replace(config.train, replicas=min(config.train.threads or place.machine.cores_physical, config.train.batch_size))
         )
+    compiled = any(shutil.which(name) for name in ("cc", "gcc", "clang"))
+    path = path_of(config, compiled, place.machine.cpu_bf16)
     if config.train.micro_batch_size is None:
         micro = config.train.batch_size
-        while micro > 1 and place.memory_limit and _needs(config, micro, measured) > place.memory_limit:
+        while micro > 1 and place.memory_limit and _needs(config, micro, measured, path) > place.memory_limit:
             micro //= 2
-        if _needs(config, micro, measured) <= place.memory_limit:
+        if _needs(config, micro, measured, path) <= place.memory_limit:
             config = replace(config, train=replace(config.train, micro_batch_size=micro))
     vocab = min(BYTES_PER_TOKEN, key=lambda size: abs(size - config.model.vocab_size))
     speed = _speed(config, place)
@@ -128,11 +133,12 @@ def run_from(config: Config, corpus: Corpus, place: Place, budget_s: float | Non
         budget_s=budget_s,
         cores=place.machine.cores_logical,
         measured=measured,
+        path=path,
     )
 
 
-def _needs(config: Config, micro: int, measured: bool) -> float:
-    return training_memory(replace(config, train=replace(config.train, micro_batch_size=micro)), measured).total
+def _needs(config: Config, micro: int, measured: bool, path: KernelPath) -> float:
+    return training_memory(replace(config, train=replace(config.train, micro_batch_size=micro)), measured, path).total
 
 
 def _speed(config: Config, place: Place) -> Estimate:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from sparing.account.hardware import Machine, load_calibration, save_calibration
-from sparing.budget.estimate import features
+from sparing.budget.estimate import DESCRIPTION, features
 from sparing.config import Config, OptimConfig, TrainConfig
 from sparing.model.init import init_weights
 from sparing.model.transformer import Transformer
@@ -33,9 +33,9 @@ PROBES = (
 def step_timings(
     machine: Machine, device: str = "cpu", seconds: float = 12.0, say: Callable[[str], None] = lambda _: None
 ) -> dict[str, Any]:
-    """{"peak_flops", "rows": [{"features", "seconds"}]} for `budget.estimate.fit`; measured within about `seconds`, then remembered."""
+    """For `budget.estimate.fit`: {"description", "peak_flops", "rows": [{"features", "seconds"}]}; measured once, then remembered."""
     known = load_calibration(machine).get(f"{KEY}_{device}")
-    if isinstance(known, dict) and known.get("rows") and len(known["rows"][0]["features"]) == len(_blank_features(device)):
+    if isinstance(known, dict) and known.get("description") == DESCRIPTION:
         return known
     say(f"measuring training steps on this machine, once, for about {seconds:.0f} s")
     dtype = "bfloat16" if device == "cuda" or machine.cpu_bf16 else "float32"
@@ -52,13 +52,9 @@ def step_timings(
             ),
         )
         rows.append({"features": features(config, seq_len, peak).tolist(), "seconds": _step(config, 4)})
-    found = {"peak_flops": peak, "rows": rows}
+    found = {"description": DESCRIPTION, "peak_flops": peak, "rows": rows}
     save_calibration(machine, {f"{KEY}_{device}": found})
     return found
-
-
-def _blank_features(device: str) -> list[float]:
-    return features(Config(train=TrainConfig(device=device)), 256, 1.0).tolist()
 
 
 def _step(config: Config, repeats: int) -> float:
