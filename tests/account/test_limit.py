@@ -18,6 +18,12 @@ MOST = 1.06
 MACHINE = machine(with_gpus=False)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def warm(tmp_path_factory):
+    """A process's first steps load kernels, which takes seconds on a busy machine."""
+    tiny.fit(tiny.new_run(tmp_path_factory.mktemp("warm") / "run"), tiny.config(tiny.steps(3)))
+
+
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
     monkeypatch.setenv("SPARING_HOME", str(tmp_path / "home"))
