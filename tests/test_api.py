@@ -122,7 +122,7 @@ def test_a_finished_run_is_extended_from_before_the_decay(corpus, tmp_path, monk
 @pytest.mark.parametrize(
     "wishes,budget,message",
     [
-        ({}, "$5", "prices"),
+        ({}, "1e-6kWh", "lasts .* s here; a minute costs"),
         ({"train": {"device": "cuda"}}, "30ktok", "no CUDA device"),
         ({"data": {"tokenizer": "/nowhere/tokenizer.json"}}, "30ktok", "does not exist"),
         ({"data": {"holdout_fraction": 0.9}}, "30ktok", "holdout_fraction"),

@@ -12,7 +12,7 @@ import pytest
 
 from sparing.run import read_lines
 
-TIMING = ("seconds", "tokens_per_s", "mfu", "took_s")
+TIMING = ("seconds", "tokens_per_s", "mfu", "took_s", "watts", "memory_bytes")
 OPTIONS = (
     "--budget 40ktok --samples 1 --seed 5 --model.hidden-size 64 --model.num-layers 2 --model.num-heads 2 --model.vocab-size 384"
     " --train.seq-len 64 --train.batch-size 8 --train.micro-batch-size 4 --train.threads 1 --train.compile false"

@@ -11,11 +11,13 @@ SOURCE = Path(__file__).parent.parent / "src" / "sparing"
 LAYERS = [
     {"__main__"},
     {"cli"},
+    {"verbs"},
     {"arguments", "output"},
     {"bench"},
     {"serve", "federate"},
     {"api"},
     {"pipeline"},
+    {"planning"},
     {"curate"},
     {"adapt"},
     {"train", "infer"},

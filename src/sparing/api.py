@@ -7,8 +7,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from sparing.account.hardware import machine as this_machine
-from sparing.budget.flops import parameters
+from sparing.account.paper import compare as compare
+from sparing.account.paper import receipt as receipt
+from sparing.account.paper import report as report
+from sparing.budget.flops import forward_flops, parameters
 from sparing.budget.units import format_budget, parse_budget, parse_extension
 from sparing.config import Budget, Config, UserError
 from sparing.config_file import merge_wishes, read_config, write_config
@@ -17,7 +19,8 @@ from sparing.evals.bpb import bpb
 from sparing.infer.loaded import load
 from sparing.interop.huggingface import export_hf, import_hf
 from sparing.model.transformer import Transformer
-from sparing.pipeline import EVAL_TOKENS, go_on, nll_of, reasons_of, resolved, say, signals_of
+from sparing.pipeline import EVAL_TOKENS, go_on, metered, nll_of, reasons_of, resolved, say, signals_of
+from sparing.planning.plan import plan as plan
 from sparing.run import RunFolder, link_or_copy, read_tensors, write_atomic, write_tensors
 from sparing.train.clock import Clock
 from sparing.train.extend import rewind
@@ -44,24 +47,24 @@ def train(
     amount = parse_budget(budget)
     wishes = merge_wishes(wishes, {"data": {"paths": tuple(data)}} if data else {}, {} if seed is None else {"train": {"seed": seed}})
     run = RunFolder.create(out)
-    with run.lock(), signals_of(run) as signals:
-        machine = this_machine()
-        config = resolved(wishes, amount, machine, signals, run)
-        return go_on(run, config, machine, started, samples, signals)
+    with run.lock(), metered("train", run, started=started) as meter, signals_of(run) as signals:
+        config = resolved(wishes, amount, meter.machine, signals, run, meter)
+        return go_on(run, config, meter, samples, signals)
 
 
 def resume(run: str, budget: str | None = None, started: float | None = None, samples: int = 3) -> dict:
     """Go on with an interrupted run; with `budget` ("+20m"), extend a finished one from its checkpoint before the decay."""
     started = time.monotonic() if started is None else started
     folder = RunFolder.open(run)
-    with folder.lock(), signals_of(folder) as signals:
+    with folder.lock():
         config = read_config(folder.config_file)
         summary = folder.state / "summary.json"
         if budget is None and summary.exists():
             raise UserError(f"{run} is finished; to train it further: sparing resume {run} --budget +{format_budget(config.budget)}")
         if budget is not None:
             config = _extended(folder, config, budget, summary)
-        return go_on(folder, config, this_machine(), started, samples, signals)
+        with metered("resume", folder, started=started) as meter, signals_of(folder) as signals:
+            return go_on(folder, config, meter, samples, signals)
 
 
 def _extended(run: RunFolder, config: Config, budget: str, summary: Path) -> Config:
@@ -86,15 +89,18 @@ def _extended(run: RunFolder, config: Config, budget: str, summary: Path) -> Con
 # a trained model
 
 
-def evaluate(run: str, data: list[str], context: int | None = None) -> dict:
+def evaluate(run: str, data: list[str], context: int | None = None, started: float | None = None) -> dict:
     """{"bpb", "loss", "bytes", "tokens", "documents", "context"} of a run on documents."""
-    model = load(run)
-    tokenizer = model.tokenizer
-    context = context or model.config.train.seq_len
-    if not any(True for _ in documents(data, model.config.data.text_key)):
-        raise UserError(f"{', '.join(data)}: no usable text")
-    texts = (document.text for document in documents(data, model.config.data.text_key))
-    return bpb(nll_of(model.network), tokenizer, texts, context, batch=max(1, EVAL_TOKENS // context))
+    with metered("eval", RunFolder.open(run), "evaluate", started) as meter:
+        model = load(run)
+        tokenizer = model.tokenizer
+        context = context or model.config.train.seq_len
+        if not any(True for _ in documents(data, model.config.data.text_key)):
+            raise UserError(f"{', '.join(data)}: no usable text")
+        texts = (document.text for document in documents(data, model.config.data.text_key))
+        result = bpb(nll_of(model.network), tokenizer, texts, context, batch=max(1, EVAL_TOKENS // context))
+        meter.add(result["tokens"], result["tokens"] * sum(forward_flops(model.config.model, context, mtp=False).values()))
+    return result
 
 
 def generate(
@@ -106,12 +112,16 @@ def generate(
     top_k: int = 0,
     seed: int | None = None,
     stream: Callable[[str], None] | None = None,
+    started: float | None = None,
 ) -> dict:
     """{"prompt", "text", "tokens", "seconds"}."""
-    model = load(run)
-    start = time.monotonic()
-    text = model.generate(prompt, max_tokens, temperature, top_p, top_k, seed, stream)
-    return {"prompt": prompt, "text": text, "tokens": len(model.tokenizer.encode(text)), "seconds": time.monotonic() - start}
+    with metered("generate", RunFolder.open(run), "generate", started) as meter:
+        model = load(run)
+        start = time.monotonic()
+        text = model.generate(prompt, max_tokens, temperature, top_p, top_k, seed, stream)
+        seconds, tokens = time.monotonic() - start, len(model.tokenizer.encode(text))
+        meter.add(tokens, tokens * sum(forward_flops(model.config.model, max(1, tokens), mtp=False).values()))
+    return {"prompt": prompt, "text": text, "tokens": tokens, "seconds": seconds}
 
 
 # to and from other programs

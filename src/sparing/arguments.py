@@ -84,7 +84,8 @@ def parse(verb: str, kind: type, argv: list[str]) -> tuple[Any, dict[str, Any]]:
             raise UserError(f"{verb}: {flag} takes no value")
         if own.get(flag) != "bool" and not values:
             raise UserError(f"{verb}: {flag} needs a value")
-    if len(positional) > len(dataclasses.fields(kind)) - len(own):
+    places = [field.type for field in dataclasses.fields(kind) if "Positional" in field.type]
+    if len(positional) > len(places) and not any("list" in place for place in places):
         raise UserError(f"{verb}: unexpected {positional[-1]!r}; see `sparing {verb} --help`")
 
     overrides: dict[str, Any] = {}

@@ -26,16 +26,20 @@ from sparing.budget.units import parse_budget, parse_extension
 from sparing.config import UserError
 from sparing.config_file import nearest, read_wishes, set_dotted
 from sparing.output import show, to_json
+from sparing.verbs import Bench, Compare, Plan, Receipt, Report
 
 if TYPE_CHECKING:
     import tyro  # `arguments.parse` imports it for the chosen verb; until then the annotations below stay text
 
 HELP = f"""Sparing {__version__}: say what you can spend, get the best language model that it buys.
 
-  sparing train    [RECIPE.toml] --data PATH... --budget 20m --out RUN   train a model inside a budget
+  sparing plan     [RECIPE] --data PATH... --budget 20m                  what it would cost and reach
+  sparing train    [RECIPE] --data PATH... --budget 20m --out RUN        train a model inside a budget
   sparing resume   RUN [--budget +20m]                                   go on after an interruption, or extend a finished run
   sparing eval     RUN --data PATH...                                    bits per byte of text that the model has not seen
   sparing generate RUN --prompt TEXT                                     let the model write
+  sparing receipt  RUN | --all                                           what it cost, beside what was predicted
+  sparing report   RUN        sparing compare RUN RUN...                 the same and all curves as one HTML page
   sparing export   RUN --format hf --out FOLDER                          a folder that Hugging Face transformers loads
   sparing import   FOLDER --out RUN                                      the other way round
   sparing bench    train [FIGURE]                                        this code against its peers, in one run
@@ -118,7 +122,7 @@ class Eval:
 
     def __call__(self, call: Call) -> dict:
         call.need(RUN=self.run, data=self.data)
-        return call.api.evaluate(self.run, self.data, self.context)
+        return call.api.evaluate(self.run, self.data, self.context, call.started)
 
 
 @dataclass
@@ -147,10 +151,11 @@ class Generate:
             raise UserError("the prompt is not UTF-8 text")
         options = (self.max_tokens, self.temperature, self.top_p, self.top_k, self.seed)
         if self.json:
-            return call.api.generate(self.run, self.prompt, *options)
+            return call.api.generate(self.run, self.prompt, *options, started=call.started)
         # The prompt appears with the first piece: a mistake leaves standard output empty.
         shown = iter([self.prompt])
-        call.api.generate(self.run, self.prompt, *options, stream=lambda piece: print(next(shown, "") + piece, end="", flush=True))
+        stream = lambda piece: print(next(shown, "") + piece, end="", flush=True)  # noqa: E731
+        call.api.generate(self.run, self.prompt, *options, stream, call.started)
         print(next(shown, ""))
         return None
 
@@ -189,27 +194,10 @@ class Import:
         return call.api.import_(self.folder, self.out)
 
 
-@dataclass
-class Bench:
-    """Measure this code against its peers in one run. Further options belong to the figure: --rounds 3; a wrong one lists them."""
-
-    takes: ClassVar[str] = "anything"
-    name: tyro.conf.Positional[str | None] = None
-    """train"""
-    figure: tyro.conf.Positional[str | None] = None
-    """Which figure; default: throughput."""
-    json: bool = False
-
-    def __call__(self, call: Call) -> dict | None:
-        call.need(NAME=self.name)
-        call.choice("bench", self.name, ("train",))
-        from sparing.bench.train import run
-
-        result = run(self.figure or "throughput", json=self.json, **call.overrides)
-        return result if self.json else None  # the figure has drawn its table
-
-
-VERBS = {"train": Train, "resume": Resume, "eval": Eval, "generate": Generate, "export": Export, "import": Import, "bench": Bench}
+VERBS = {
+    "plan": Plan, "train": Train, "resume": Resume, "eval": Eval, "generate": Generate, "receipt": Receipt, "report": Report,
+    "compare": Compare, "export": Export, "import": Import, "bench": Bench,
+}  # fmt: skip
 
 
 def process_start() -> float:

@@ -162,13 +162,37 @@ def _load(path: str | Path) -> dict:
         raise UserError(f"{path}: {error.strerror or error}") from None
 
 
+def presets() -> dict[str, Path]:
+    """The package's recipes by name."""
+    return {path.stem: path for path in sorted((Path(__file__).parent / "presets").glob("*.toml"))}
+
+
+def recipe_path(name: str | Path) -> Path:
+    """A recipe's file: the path itself, or a preset of that name. Raises UserError where neither is there."""
+    if Path(name).exists() or str(name).endswith(".toml") or "/" in str(name):
+        return Path(name)
+    if str(name) not in presets():
+        raise UserError(f"{name}: no such recipe; nearest preset: {nearest(str(name), presets())}; or give the path of a TOML file")
+    return presets()[str(name)]
+
+
+def read_plan_section(path: str | Path) -> dict:
+    """What a recipe says to the planner alone: its [plan] section, as it is."""
+    section = _load(recipe_path(path)).get("plan", {})
+    if not isinstance(section, dict):
+        raise UserError(f"{path}: plan must be a section, [plan]")
+    return section
+
+
 def read_wishes(path: str | Path) -> dict:
-    """The fields that a recipe sets, checked. `budget` may be a text such as "20m" instead of a section.
+    """The fields that a recipe (a file, or a preset by its name) sets, checked. `budget` may be a text such as "20m" instead of a section.
 
     Raises:
         UserError: unreadable, not TOML, an unknown key, a value of the wrong type.
     """
+    path = recipe_path(path)
     values = _load(path)
+    values.pop("plan", None)
     budget = values.pop("budget", None) if isinstance(values.get("budget"), str) else None
     wishes = check_section(values, Config, f"{path}: ")
     return wishes if budget is None else {**wishes, "budget": budget}

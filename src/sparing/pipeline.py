@@ -13,21 +13,28 @@ import torch
 
 from sparing.account.card import model_card
 from sparing.account.hardware import Machine
+from sparing.account.hardware import machine as this_machine
+from sparing.account.history import bill
+from sparing.account.limit import Limit
+from sparing.account.meter import Meter
 from sparing.budget.flops import kv_cache_bytes, parameters, train_flops
+from sparing.budget.plan import in_seconds
+from sparing.budget.scaling import Point, add_point, effective_bytes
 from sparing.budget.units import format_budget
 from sparing.config import Budget, Config, DataConfig, UserError
-from sparing.config_file import merge_wishes, write_config
+from sparing.config_file import write_config
 from sparing.data.loader import Loader
 from sparing.data.prepare import prepare
 from sparing.data.progress import Bars
 from sparing.data.scan import scan
 from sparing.data.stop import Stopped
 from sparing.data.store import TokenStore
-from sparing.data.tokenizer import Tokenizer
 from sparing.evals.bpb import NllFn, bpb
 from sparing.infer.loaded import Model
 from sparing.model.init import init_weights
 from sparing.model.transformer import Transformer
+from sparing.planning.places import with_vocabulary
+from sparing.planning.plan import foresee
 from sparing.resolve import resolve
 from sparing.run import RunFolder, write_atomic
 from sparing.train.calibrate import choose, peak_flops
@@ -41,8 +48,15 @@ CALIBRATION_SHARE = 0.02
 CALIBRATION_S = 10.0
 """The same where the budget is not a time."""
 SAMPLE_TOKENS = 64
+FEWEST_STEPS = 100
+"""A run of fewer tells the loss law nothing: it is all warm-up and decay."""
 EVAL_TOKENS = 8192
 """Tokens of a forward pass in evaluations."""
+
+
+def metered(verb: str, run: RunFolder | None = None, first: str = "setup", started: float | None = None) -> Meter:
+    """A meter on this machine, to be entered. Raises UserError for a price file that cannot be used."""
+    return Meter(verb, this_machine(), run, first=first, started=started, say=say)
 
 
 def say(text: str) -> None:
@@ -59,31 +73,47 @@ def signals_of(run: RunFolder) -> Iterator[Preempt]:
             raise Interrupted(signals.message) from None
 
 
-def resolved(wishes: dict, budget: Budget, machine: Machine, signals: Preempt, run: RunFolder) -> Config:
+def resolved(wishes: dict, budget: Budget, machine: Machine, signals: Preempt, run: RunFolder, meter: Meter) -> Config:
     """The configuration of a new run, written into its folder and shown with its reasons."""
     data_config = DataConfig(**wishes.get("data", {}))
-    with Bars() as bars:
+    with meter.stage("scan"), Bars() as bars:
         facts = scan(data_config, progress=bars, should_stop=lambda: signals.requested)
     if facts.quarantined:
         say(f"{facts.quarantined} documents cannot be used ({', '.join(facts.reasons)}): see quarantine.jsonl in the run folder")
     device = wishes.get("train", {}).get("device") or ("cuda" if machine.gpus else "cpu")
-    with signals.interruptible():
+    with meter.stage("calibrate"), signals.interruptible():
         peak = peak_flops(machine, device if device == "cpu" or machine.gpus else "cpu")
-    if data_config.tokenizer:
-        size = -(-Tokenizer.load(data_config.tokenizer).vocab_size // 64) * 64
-        if wishes.get("model", {}).get("vocab_size", size) < size - 63:
-            raise UserError(
-                f"model.vocab_size {wishes['model']['vocab_size']}: the tokenizer {data_config.tokenizer} needs at least {size}"
-            )
-        wishes = merge_wishes({"model": {"vocab_size": size}}, wishes)
-    result = resolve(wishes, budget, machine, facts, peak)
+    wishes = with_vocabulary(wishes)
+    lasts = in_seconds(budget, meter.tariff.rates)
+    result = resolve(wishes, budget if lasts is None else Budget(lasts, "s"), machine, facts, peak)
+    if budget.unit in ("usd", "kwh"):
+        reasons = {**result.reasons, "budget.amount": f"lasts about {lasts:,.0f} s at the prices and the power of this machine"}
+        result = replace(result, config=replace(result.config, budget=budget), reasons=reasons)
     say(f"{facts.documents:,} documents, {facts.bytes / 1e6:.1f} MB; budget {format_budget(budget)}; peak {peak / 1e9:,.0f} GFLOP/s")
     for name, reason in result.reasons.items():
         section, field = name.split(".")
         say(f"  {name} = {getattr(getattr(result.config, section), field)}  # {reason}")
     write_atomic(run.state / "reasons.json", json.dumps(result.reasons))
     write_atomic(run.config_file, write_config(result.config, result.reasons))
+    try:
+        write_atomic(run.state / "prediction.json", json.dumps(foresee(result.config, facts, machine, lasts), indent=1))
+    except UserError as error:  # a forecast that cannot be made is no reason not to train
+        say(f"no prediction: {error}")
     return result.config
+
+
+def _learn(run: RunFolder, config: Config, result: TrainResult) -> None:
+    """One more point for the law of this kind of corpus."""
+    try:
+        before = json.loads((run.state / "prediction.json").read_text())
+        kind, unique = str(before["kind"]), float(before["train_bytes"])
+        read = result.tokens * result.evaluation["bytes"] / result.evaluation["tokens"]
+        bits = float(result.evaluation["bpb"])
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
+        return
+    if result.steps >= FEWEST_STEPS:
+        counts = parameters(config.model)
+        add_point(kind, Point(counts.active, counts.total, effective_bytes(read, unique), bits, run.path.name))
 
 
 def reasons_of(run: RunFolder) -> dict[str, str]:
@@ -93,10 +123,11 @@ def reasons_of(run: RunFolder) -> dict[str, str]:
         return {}
 
 
-def go_on(run: RunFolder, config: Config, machine: Machine, started: float, samples: int, signals: Preempt) -> dict:
+def go_on(run: RunFolder, config: Config, meter: Meter, samples: int, signals: Preempt) -> dict:
     """Everything from the written configuration on; each part is skipped or repeated as the run folder's state asks."""
+    machine, started = meter.machine, meter.started
     clock = Clock(run, started)
-    with Bars() as bars:
+    with meter.stage("tokenise"), Bars() as bars:
         store = prepare(config.data, config.model.vocab_size, progress=bars, should_stop=lambda: signals.requested)
     for name in ("tokenizer.json", "quarantine.jsonl"):
         if not (run.path / name).exists():
@@ -111,8 +142,9 @@ def go_on(run: RunFolder, config: Config, machine: Machine, started: float, samp
         init_weights(model, t.seed)
         model.to(device)
         loader = Loader(store, t.seq_len, t.batch_size, config.model.mtp_depth, t.seed)
-        peak = peak_flops(machine, device.type, torch.bfloat16 if t.dtype == "bfloat16" else torch.float32)
-        config = _calibrated(run, config, model, loader, machine, signals)
+        with meter.stage("calibrate"):
+            peak = peak_flops(machine, device.type, torch.bfloat16 if t.dtype == "bfloat16" else torch.float32)
+            config = _calibrated(run, config, model, loader, meter, signals)
     flops = train_flops(config.model, t.seq_len)
     held_out = list(store.held_out())
     context = config.train.seq_len
@@ -124,29 +156,34 @@ def go_on(run: RunFolder, config: Config, machine: Machine, started: float, samp
         )  # fmt: skip
 
     reserve = 0.5 + samples * SAMPLE_TOKENS * 0.004
-    result = train_loop(
-        run,
-        config,
-        model,
-        loader,
-        evaluate=evaluate,
-        started=started,
-        flops_per_token=flops,
-        peak_flops=peak,
-        reserve_s=reserve,
-        preempt=signals,
-    )
-    with signals.interruptible():
-        return _finished(run, config, model, store, result, started, samples)
+    with meter.stage("train"):
+        result = train_loop(
+            run,
+            config,
+            model,
+            loader,
+            evaluate=evaluate,
+            started=started,
+            flops_per_token=flops,
+            peak_flops=peak,
+            limit=Limit(config.budget, meter) if config.budget.unit in ("usd", "kwh") else None,
+            reserve_s=reserve,
+            preempt=signals,
+            meter=meter,
+        )
+    _learn(run, config, result)
+    with meter.stage("sample"), signals.interruptible():
+        return _finished(run, config, model, store, result, meter, samples)
 
 
-def _calibrated(run: RunFolder, config: Config, model: Transformer, loader: Loader, machine: Machine, signals: Preempt) -> Config:
+def _calibrated(run: RunFolder, config: Config, model: Transformer, loader: Loader, meter: Meter, signals: Preempt) -> Config:
     """Choose what is left open by measuring, and write it down before it takes effect."""
     t = config.train
     if None not in (t.micro_batch_size, t.compile, t.replicas) and (t.threads is not None or t.device == "cuda"):
         return config
-    seconds = CALIBRATION_SHARE * config.budget.amount if config.budget.unit == "s" else CALIBRATION_S
-    train_config, reasons = choose(model, config, machine, loader.batch(0), seconds, check=signals.check, say=say)
+    lasts = in_seconds(config.budget, meter.tariff.rates)
+    seconds = CALIBRATION_S if lasts is None else CALIBRATION_SHARE * lasts
+    train_config, reasons = choose(model, config, meter.machine, loader.batch(0), seconds, check=signals.check, say=say)
     config = replace(config, train=train_config)
     reasons = reasons_of(run) | reasons
     write_atomic(run.state / "reasons.json", json.dumps(reasons))
@@ -155,7 +192,7 @@ def _calibrated(run: RunFolder, config: Config, model: Transformer, loader: Load
 
 
 def _finished(
-    run: RunFolder, config: Config, model: Transformer, store: TokenStore, result: TrainResult, started: float, samples: int
+    run: RunFolder, config: Config, model: Transformer, store: TokenStore, result: TrainResult, meter: Meter, samples: int
 ) -> dict:
     """Completions, the model card, the summary."""
     counts = parameters(config.model)
@@ -182,9 +219,11 @@ def _finished(
         "samples": texts,
     }
     write_atomic(run.model_card_file, model_card(config, summary, kv_cache_bytes(config.model)))
-    summary["seconds"] = Clock(run, started).seconds()
+    summary |= {"seconds": Clock(run, meter.started).seconds()} | bill(run, meter)
     write_atomic(run.state / "summary.json", json.dumps(summary, indent=1))
-    say(f"\n{run}: the recipe with its reasons is config.toml, the model weights/, every step metrics.jsonl, a summary MODEL_CARD.md")
+    cost = f"${summary['cost_usd']:.3g}, {1000 * summary['energy_kwh']:.3g} Wh ({summary['energy_how']}), {summary['co2e_g']:.3g} gCO2e"
+    say(f"\nspent: {summary['seconds']:,.0f} s, {cost}; sparing receipt {run} has the details")
+    say(f"{run}: the recipe with its reasons is config.toml, the model weights/, every step metrics.jsonl, a summary MODEL_CARD.md")
     say(f'next: sparing generate {run} --prompt "..."   sparing eval {run} --data PATH   sparing export {run} --format hf --out FOLDER')
     return summary
 

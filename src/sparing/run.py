@@ -62,8 +62,8 @@ class RunFolder:
             raise UserError(f"{path} already holds a run: continue it with `sparing resume {path}`, or choose another --out")
         if run.path.exists() and not run.path.is_dir():
             raise UserError(f"{path} is a file, not a folder: choose another --out")
-        ours = {"weights", "state", "data", "tokenizer.json", "ledger.sqlite", "metrics.jsonl"}
-        strangers = {entry.name for entry in run.path.glob("[!.]*")} - ours
+        ours = {"weights", "state", "data", "tokenizer.json", "metrics.jsonl"}
+        strangers = {entry.name for entry in run.path.glob("[!.]*") if not entry.name.startswith("ledger.")} - ours
         if strangers:
             raise UserError(f"{path} is not empty (it has {min(strangers)}): choose a new folder for --out")
         try:

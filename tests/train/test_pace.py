@@ -138,3 +138,31 @@ def test_a_larger_budget_makes_a_new_plan(tmp_path):
     Pace(PlanLog(tmp_path / "plan"), step=0, seconds=0.0, budget_s=None, fixed=100)
     again = Pace(PlanLog(tmp_path / "plan"), step=50, seconds=0.0, budget_s=None, fixed=150)
     assert again.total == 150 and [plan["total_steps"] for plan in PlanLog(tmp_path / "plan").plans] == [100, 150]
+
+
+def test_it_says_when_the_machine_slows_down_and_nothing_when_it_does_not(tmp_path):
+    for name, step_at in (("slow", lambda seconds: 0.1 if seconds < 150 else 0.2), ("steady", lambda seconds: 0.1)):
+        said, clock, step = [], 0.0, 0
+        pace = Pace(PlanLog(tmp_path / name), step=0, seconds=0.0, budget_s=300.0, step_seconds=0.1, say=said.append)
+        while step < pace.advance(step, clock):
+            clock += step_at(clock)
+            pace.step_took(step_at(clock))
+            step += 1
+        if name == "steady":
+            assert said == []
+        else:
+            assert said and said[0].startswith("planned again: ") and "times as long" in said[0]
+
+
+def test_a_budget_that_shrinks_under_way_is_kept(tmp_path):
+    said, clock, step = [], 0.0, 0
+    pace = Pace(PlanLog(tmp_path / "plan"), step=0, seconds=0.0, budget_s=300.0, step_seconds=0.1, name=5.0, say=said.append)
+    while step < (total := pace.advance(step, clock, 300.0 if clock < 100 else 200.0)):
+        clock += 0.1
+        pace.step_took(0.1)
+        step += 1
+    assert 0.97 * 200 < clock < 1.02 * 200 and step == total
+    assert any("the budget lasts 200 s, not 300 s" in text for text in said)
+    assert {plan["budget"] for plan in pace.log.plans} == {5.0}
+    again = Pace(PlanLog(tmp_path / "plan"), step=10, seconds=1.0, budget_s=250.0, name=5.0)
+    assert again.log.plans == pace.log.plans  # still the same budget: its plans are replayed

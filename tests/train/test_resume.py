@@ -9,7 +9,7 @@ import pytest
 from sparing.run import read_lines
 
 STEPS = 50
-TIMING = ("seconds", "tokens_per_s", "mfu", "took_s")
+TIMING = ("seconds", "tokens_per_s", "mfu", "took_s", "watts", "memory_bytes")
 
 
 def told(run) -> list[dict]:

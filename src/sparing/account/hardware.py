@@ -43,6 +43,11 @@ class Machine:
     """The CPU multiplies bfloat16 in hardware (AVX512-BF16, AMX, Arm BF16)."""
     gpus: tuple[Gpu, ...] = ()
 
+    def describe(self) -> str:
+        """One line: `2 cores of AMD EPYC`, `1 x NVIDIA H200, 16 cores of ...`."""
+        gpus = f"{len(self.gpus)} x {self.gpus[0].name}, " if self.gpus else ""
+        return f"{gpus}{self.cores_logical} cores of {self.cpu}"
+
 
 def machine(with_gpus: bool = True) -> Machine:
     """Look at this machine. Looking for GPUs imports torch."""

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from sparing.config import UserError
@@ -15,6 +16,27 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 PLAIN_EVERY_S = 10.0
+LOADS = 150
+"""Times in a run that the experts' loads are written down."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended."""
+
+    steps: int
+    tokens: int
+    loss: float
+    """Mean main-token loss of the last steps (at most 64), nats."""
+    evaluation: dict = field(default_factory=dict)
+    """What `evaluate` returned at the end; empty without one."""
+    seconds: float = 0.0
+    """Of the budget, used by the whole run so far."""
+    tokens_per_s: float = 0.0
+    """Over the training steps of this process."""
+    mfu: float | None = None
+    skipped: int = 0
+    """Batches that were not learnt from (loss spikes, NaN)."""
 
 
 class Metrics:
@@ -93,6 +115,7 @@ class Log:
 
     def __init__(self, run: RunFolder, kind: str, *, tokens_per_step: int, flops_per_token: float, peak_flops: float | None):
         self.metrics, self.progress = Metrics(run, kind), Progress()
+        self.loads_file = run.state / "loads.jsonl"
         self.tokens_per_step, self.flops_per_token, self.peak_flops = tokens_per_step, flops_per_token, peak_flops
         self.steps, self.training_s = 0, 0.0
         self.last: dict = {}
@@ -108,6 +131,9 @@ class Log:
 
     def keep_until(self, step: int) -> None:
         self.metrics.keep_until(step)
+        kept = [line for line in read_lines(self.loads_file) if line.get("step", 0) <= step]
+        if self.loads_file.exists():
+            write_atomic(self.loads_file, "".join(json.dumps(line) + "\n" for line in kept))
         self.bpb = next((line["eval_bpb"] for line in reversed(self.metrics.evals())), None)
 
     def step(self, values: dict, took: float, seconds: float) -> dict:
@@ -119,6 +145,17 @@ class Log:
             line["mfu"] = self.mfu(speed)
         self.metrics.add(line)
         return line
+
+    def loads_due(self, step: int, total: int) -> bool:
+        """Are the experts' loads of this step (counted from 1) to be written down? About `LOADS` times a run."""
+        return step % max(1, total // LOADS) == 0
+
+    def loads(self, step: int, by_layer: list[list[int]]) -> None:
+        """Append to state/loads.jsonl how many tokens each expert of each layer was given in this step."""
+        if not by_layer:  # a dense model
+            return
+        with disk_errors(self.loads_file), open(self.loads_file, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "loads": by_layer}) + "\n")
 
     def show(self, line: dict, *, total: int, step_s: float | None, seconds_left: float | None, now: bool = False) -> dict:
         """Show a line with the speed of the last steps (step_s: their mean time, if known), which is steadier than one step's."""

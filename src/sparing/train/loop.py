@@ -6,12 +6,13 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from sparing.account.meter import NoMeter
+from sparing.budget.flops import train_flops
 from sparing.config import Config, UserError
 from sparing.data.stop import Stopped
 from sparing.model.router import routers, update_biases
@@ -19,7 +20,7 @@ from sparing.run import RunFolder
 from sparing.train.checkpoint import Checkpoints, TrainState
 from sparing.train.clock import Clock
 from sparing.train.guard import MAX_ROLLBACKS, Guard
-from sparing.train.log import Log
+from sparing.train.log import Log, TrainResult
 from sparing.train.optim import Optimizer
 from sparing.train.pace import Pace, PlanLog, fixed_steps
 from sparing.train.preempt import Interrupted, Preempt
@@ -33,25 +34,6 @@ class Batches(Protocol):
     """What the loop needs of a loader: any batch at any time, a pure function of its number (`sparing.data.loader.Loader`)."""
 
     def batch(self, step: int, rank: int = 0, world: int = 1): ...
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """How a run ended."""
-
-    steps: int
-    tokens: int
-    loss: float
-    """Mean main-token loss of the last steps (at most 64), nats."""
-    evaluation: dict = field(default_factory=dict)
-    """What `evaluate` returned at the end; empty without one."""
-    seconds: float = 0.0
-    """Of the budget, used by the whole run so far."""
-    tokens_per_s: float = 0.0
-    """Over the training steps of this process."""
-    mfu: float | None = None
-    skipped: int = 0
-    """Batches that were not learnt from (loss spikes, NaN)."""
 
 
 class Diverged(UserError):
@@ -68,23 +50,26 @@ def train(
     started: float,
     flops_per_token: float,
     peak_flops: float | None = None,
-    budget_s: float | None = None,
+    limit: Callable[[float], float] | None = None,
     step_seconds: float | None = None,
     reserve_s: float = 0.0,
     preempt: Preempt | None = None,
+    meter: NoMeter | None = None,
     on_progress: Callable[[dict], None] | None = None,
 ) -> TrainResult:
     """Train (or go on training) `run` until its budget is used.
 
     model: initialised from the seed; where the run has a checkpoint, that is loaded over it. evaluate: model -> {"bpb": ..., ...}.
     started: `time.monotonic()` when the verb began. flops_per_token: forward and backward of one trained token. peak_flops: of this
-    machine, for MFU. budget_s: the time limit of budgets in money or energy. step_seconds: a first guess of a step's time. reserve_s: what
-    the caller does afterwards. Raises Interrupted on a signal (state saved), DiskFullError, and Diverged.
+    machine, for MFU. limit: for budgets in money or energy: seconds used -> seconds they last, asked before every step. step_seconds: a
+    first guess of a step's time. reserve_s: what the caller does afterwards. meter: told what each step did. Raises Interrupted on a signal
+    (state saved), DiskFullError, and Diverged.
     """
     with run.lock(), preempt or Preempt(f"sparing resume {run}") as signals:
         trainer = _Trainer(run, config, model, loader, evaluate, started, flops_per_token, peak_flops, signals, on_progress)
+        trainer.meter, trainer.limit = meter or trainer.meter, limit
         try:
-            trainer.begin(budget_s, step_seconds, reserve_s)
+            trainer.begin(step_seconds, reserve_s)
             return trainer.go()
         except (Interrupted, Stopped):  # Stopped: an evaluation that asks `should_stop` itself
             trainer.interrupted()
@@ -113,6 +98,8 @@ class _Trainer:
         tokens = t.batch_size * t.seq_len
         self.log = Log(run, t.log, tokens_per_step=tokens, flops_per_token=flops_per_token, peak_flops=peak_flops)
         self.checkpoints = Checkpoints(run, model, self.optimizer, config, self.log.progress.say)
+        self.meter, self.limit = NoMeter(), None
+        self.work = tokens * train_flops(config.model, t.seq_len, t.recompute)  # of a step; recomputing is work, though not in MFU
         self.state: TrainState | None = None
         self.pace: Pace | None = None
 
@@ -146,6 +133,8 @@ class _Trainer:
         self.optimizer.clip(grad_norm)
         scale = lr_scale(state.step, total, optim)
         self.optimizer.step(scale, momentum(state.step, total, optim))
+        if self.log.loads_due(state.step + 1, total):
+            self.log.loads(state.step + 1, [router.tokens_per_expert.int().tolist() for router in routers(self.model)])
         violations = update_biases(self.model, t.bias_update_rate)
         state.step, state.cursor, state.tokens = state.step + 1, state.cursor + 1, state.tokens + tokens.numel()
         values = {"step": state.step, "tokens": state.tokens, "loss": loss, "lr": optim.lr * scale, "grad_norm": grad_norm}
@@ -159,7 +148,7 @@ class _Trainer:
         """Step after step, with what comes between steps: plan, evaluation, checkpoints."""
         state, pace = self.state, self.pace
         saved, stable = time.monotonic(), state.step <= decay_start(pace.total, self.config.optim)
-        while state.step < (total := pace.advance(state.step, self.clock.seconds())):
+        while state.step < (total := pace.advance(state.step, self.clock.seconds(), self._limit())):
             self.signals.check()
             if self.evaluate and pace.eval_due(state.step):  # asked before a step, so that a resumed run makes up for a missed one
                 self._evaluate()
@@ -170,12 +159,17 @@ class _Trainer:
             stable = not decaying
             before = time.monotonic()
             values = self._step(total)
+            self.meter.add(self.log.tokens_per_step, self.work)
             if values is not None:
-                self._show(self.log.step(values, time.monotonic() - before, self.clock.seconds()))
+                self._show(self.log.step(values | self.meter.now(), time.monotonic() - before, self.clock.seconds()))
                 pace.step_took(time.monotonic() - before)  # with what telling about it takes
         return self._finish()
 
-    def begin(self, budget_s: float | None, step_seconds: float | None, reserve_s: float) -> None:
+    def _limit(self) -> float | None:
+        """Seconds that a budget in money or energy lasts, as things are now; None for other budgets."""
+        return self.limit(self.clock.seconds()) if self.limit else None
+
+    def begin(self, step_seconds: float | None, reserve_s: float) -> None:
         """Load the newest checkpoint (or save step 0), drop the metrics of steps to be done again, make the plan."""
         config, t = self.config, self.config.train
         loaded = self.checkpoints.load_newest()
@@ -191,8 +185,7 @@ class _Trainer:
             self._save()
         tokens, flops, peak = t.batch_size * t.seq_len, self.log.flops_per_token, self.log.peak_flops
         budget, fixed = config.budget, None
-        if budget_s is None and budget.unit == "s":
-            budget_s = budget.amount
+        budget_s = budget.amount if budget.unit == "s" else self._limit()
         if budget_s is None:
             if budget.unit not in ("tok", "flop"):
                 raise UserError(f"budget in {budget.unit}: how long that lasts here is not known; give one in s, tok or flop")
@@ -205,6 +198,8 @@ class _Trainer:
             seconds=self.clock.seconds(),
             budget_s=budget_s,
             fixed=fixed,
+            name=budget.amount if self.limit else None,
+            say=self.log.progress.say,
             step_seconds=step_seconds,
             reserve_s=reserve_s,
             evals=t.evals if self.evaluate else None,
@@ -243,7 +238,7 @@ class _Trainer:
         before = time.monotonic()
         self.model.eval()
         try:
-            with self.signals.interruptible(), torch.no_grad():
+            with self.meter.stage("evaluate"), self.signals.interruptible(), torch.no_grad():
                 result = self.evaluate(self.model)
         finally:
             self.model.train()
@@ -258,7 +253,8 @@ class _Trainer:
         state = self.state
         state.seconds, state.guard = self.clock.seconds(), self.guard.state()
         self.log.metrics.sync()  # a checkpoint must not be ahead of the metrics
-        self.checkpoints.save(state, keep_as_pre_decay=keep_as_pre_decay)
+        with self.meter.stage("save"):
+            self.checkpoints.save(state, keep_as_pre_decay=keep_as_pre_decay)
         if self.pace:
             self.pace.save_took(time.monotonic() - before)
 

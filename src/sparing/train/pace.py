@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 
 from sparing.run import append_durably, read_lines, write_atomic
@@ -21,6 +22,9 @@ TOLERANCE = 0.005
 """Plan again when the projected end is off by more than this share of the budget."""
 WINDOW = 64
 """Steps whose mean time is believed."""
+KNOWN = 16
+"""Steps after which the machine's speed is known well enough for its changes to be news."""
+WORTH_TELLING = 0.1
 SMALL_SHARE = 0.05
 """Evaluations, and checkpoints, may each take at most this share of the run."""
 
@@ -68,10 +72,13 @@ class Pace:
         reserve_s: float = 0.0,
         evals: int | None = None,
         interval_s: float = 60.0,
+        name: float | None = None,
+        say: Callable[[str], None] | None = None,
     ):
         """step: steps done; exactly one of budget_s and fixed (steps) is given. step_seconds: a first guess of a step's time.
         reserve_s: what the caller does after training; evals: evaluations inside the run besides the last one (None: not even that);
-        interval_s: between checkpoints."""
+        interval_s: between checkpoints. name: what the budget is recognised by when a run goes on, where budget_s itself may change
+        (budgets in money and energy). say: told when the run becomes longer or shorter than it was said to be."""
         assert (budget_s is None) != (fixed is None)
         self.log, self.budget_s, self.reserve_s, self.interval_s = log, budget_s, reserve_s, interval_s
         self.evals, self.evaluates = evals or 0, evals is not None
@@ -82,7 +89,9 @@ class Pace:
         self.save_s = 0.0
         self.evals_done = 0
         self.looked = seconds  # when the plan was last compared with the clock
-        self.budget = fixed if fixed is not None else budget_s
+        self.budget = name if name is not None else fixed if fixed is not None else budget_s
+        self.say = say or (lambda text: None)
+        self.told: tuple[int, float, float] | None = None  # total, step_s, budget_s as the user knows them
         recorded = log.at(step)
         if recorded is not None and recorded.get("budget") != self.budget:  # the run is being extended: what was planned is void
             self.guess = recorded.get("step_seconds") or self.guess
@@ -120,8 +129,10 @@ class Pace:
 
     # what follows from it
 
-    def advance(self, step: int, seconds: float) -> int:
-        """The total to use from `step` (steps done) on: a recorded plan's, or, where the clock calls for it, a new one's."""
+    def advance(self, step: int, seconds: float, budget_s: float | None = None) -> int:
+        """The total to use from `step` (steps done) on: a recorded plan's, or, where the clock calls for it, a new one's.
+        budget_s: how long the budget lasts, where that changes."""
+        self.budget_s = self.budget_s if budget_s is None else budget_s
         recorded = self.log.at(step)
         if recorded is not None and recorded["step"] == step:
             self.total = recorded["total_steps"]
@@ -136,6 +147,8 @@ class Pace:
             self.looked = seconds
             if abs(self._fitting(step, seconds) - self.total) * self.step_s > TOLERANCE * self.budget_s:
                 self._replan(step, seconds)
+            if self.measured >= KNOWN:
+                self._tell()
         return self.total
 
     @property
@@ -191,6 +204,17 @@ class Pace:
     def _replan(self, step: int, seconds: float) -> None:
         self.total = self._fitting(step, seconds)
         self._record(step, seconds)
+
+    def _tell(self) -> None:
+        """Say it once the run has become longer or shorter by `WORTH_TELLING` than was said before, and why."""
+        now = (self.total, self.step_s, self.budget_s)
+        before, self.told = self.told or now, self.told or now
+        if abs(now[0] / before[0] - 1) > WORTH_TELLING:
+            why = f"a step takes {now[1] / before[1]:.2f} times as long"
+            if abs(now[2] / before[2] - 1) > abs(now[1] / before[1] - 1):
+                why = f"the budget lasts {now[2]:,.0f} s, not {before[2]:,.0f} s"
+            self.say(f"planned again: {now[0]:,} steps instead of {before[0]:,}, as {why}")
+            self.told = now
 
     def _record(self, step: int, seconds: float, **more: int) -> None:
         plan = {"step": step, "total_steps": self.total, "seconds": round(seconds, 3), "step_seconds": self.step_s, "budget": self.budget}

@@ -1,0 +1,187 @@
+"""The ledgers, read: what a run has cost, in all its attempts and together with the runs that it was derived from."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import socket
+import sqlite3
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sparing.account.ledger import WAIT_S, Ancestor, Entry, Ledger, complain, workspace_file
+from sparing.config import UserError
+from sparing.run import RunFolder
+
+if TYPE_CHECKING:  # the meter asks this file for a run's name
+    from sparing.account.meter import Meter
+
+STALE_S = 60.0
+"""A row that says it is running and was not written for so long belongs to a process that died."""
+TRAINING = ("train", "resume")
+"""Verbs whose cost a run's budget covers; evaluating the result later is not part of it."""
+ADDS_UP = ("wall_s", "device_s", "tokens", "flops", "kwh", "co2e_g", "usd")
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[sqlite3.Connection]:
+    """A ledger to read from; where its folder can't be written (WAL wants to), a copy. Raises UserError when it is damaged."""
+    with tempfile.TemporaryDirectory() as folder:
+        if not os.access(path.parent, os.W_OK):
+            for end in ("", "-wal"):
+                if os.path.exists(f"{path}{end}"):
+                    shutil.copyfile(f"{path}{end}", f"{folder}/{path.name}{end}")
+            source = Path(folder) / path.name
+        else:
+            source = path
+        db = sqlite3.connect(source, timeout=WAIT_S)
+        db.row_factory = sqlite3.Row
+        try:
+            yield db
+        except sqlite3.OperationalError as error:
+            raise UserError(f"the ledger {path} cannot be read now: {error}") from None
+        except sqlite3.DatabaseError as error:
+            raise UserError(
+                f"the ledger {path} is damaged ({error}): the next verb that meters moves it aside and begins a new one"
+            ) from None
+        finally:
+            db.close()
+
+
+def _rows(path: Path, table: str, kind: type) -> list:
+    if not path.exists():
+        return []
+    with _reading(path) as db:
+        if db.execute("SELECT name FROM sqlite_master WHERE name = ?", (table,)).fetchone() is None:
+            return []  # made, but killed before its tables were
+        return [kind(**row) for row in db.execute(f"SELECT * FROM {table} ORDER BY rowid")]
+
+
+def entries(path: Path) -> list[Entry]:
+    """All rows of a ledger, those of dead processes marked killed."""
+    found = _rows(path, "stages", Entry)
+    for row in found:
+        if row.status == "running" and not _alive(row):
+            row.status = "killed"
+    return found
+
+
+def _alive(row: Entry) -> bool:
+    if row.host != socket.gethostname():
+        return time.time() - row.updated < STALE_S
+    try:
+        os.kill(row.pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return time.time() - row.updated < STALE_S
+
+
+def run_id_of(run: RunFolder) -> str:
+    """A run's name in all ledgers: from its own ledger, or, where it has none, from its path."""
+    if run.ledger_file.exists():
+        with _reading(run.ledger_file) as db, contextlib.suppress(sqlite3.OperationalError):
+            if row := db.execute("SELECT value FROM meta WHERE key = 'run_id'").fetchone():
+                return row[0]
+    return _path_id(str(run.path.resolve()))
+
+
+def books(run: RunFolder | None, say: Callable[[str], None]) -> tuple[list[Ledger], str]:
+    """(the ledgers to write about `run`, its name in them): its own where its folder can be written, and the workspace's."""
+    found, name = [], ""
+    if run and os.access(run.path, os.W_OK):
+        here = str(run.path.resolve())
+        found.append(Ledger(run.ledger_file, say, lambda: _last_id(here)))
+        name = found[0].run_id
+    elif run:
+        name = run_id_of(run)
+    workspace = workspace_file()
+    try:
+        workspace.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        say(f"{workspace.parent}: {error.strerror}: this is not in the workspace's ledger")
+        return found, name
+    if os.access(workspace.parent, os.W_OK):
+        return [*found, Ledger(workspace, say)], name
+    say(f"{workspace.parent} cannot be written: this is not in the workspace's ledger")
+    return found, name
+
+
+def entries_of(run: RunFolder) -> list[Entry]:
+    """All rows about a run: its own ledger's, and the workspace's from when its folder (or the ledger in it) could not be used."""
+    here = str(run.path.resolve())
+    try:
+        own, names = entries(run.ledger_file), {run_id_of(run), _path_id(here)}
+    except UserError as error:
+        complain(f"{error}; what the workspace's ledger knows of this run is used")
+        own, names = [], {_last_id(here), _path_id(here)}
+    known = {row.uid for row in own}
+    elsewhere = [
+        row
+        for row in entries(workspace_file())
+        if row.uid not in known and row.run_id in names and (row.run == here or not os.path.exists(row.run))  # not a copy's
+    ]
+    return sorted(own + elsewhere, key=lambda row: row.started)
+
+
+def _path_id(path: str) -> str:
+    return "path-" + hashlib.sha256(path.encode()).hexdigest()[:16]
+
+
+def _last_id(path: str) -> str:
+    """The id of the run that was last at `path`, as the workspace's ledger has it; empty where it has none."""
+    with contextlib.suppress(UserError):
+        return next((row.run_id for row in reversed(entries(workspace_file())) if row.run == path), "")
+    return ""
+
+
+def bill(run: RunFolder, meter: Meter) -> dict:
+    """What training `run` has cost until now, all attempts: cost_usd, energy_kwh, energy_how, co2e_g. meter: of the one under way."""
+    rows = [row for row in entries_of(run) if row.verb in TRAINING and not meter.owns(row)] + meter.rows()
+    return {
+        "cost_usd": sum(row.usd for row in rows),
+        "energy_kwh": sum(row.kwh for row in rows),
+        "energy_how": how(rows),
+        "co2e_g": sum(row.co2e_g for row in rows),
+    }
+
+
+def how(rows: list[Entry]) -> str:
+    """measured: the energy of all of them was."""
+    return "measured" if rows and all(row.energy_how == "measured" for row in rows) else "estimated"
+
+
+def ancestors_of(run: RunFolder) -> list[Ancestor]:
+    """The runs that `run` was derived from, nearest first, each once."""
+    try:
+        found, name = _rows(run.ledger_file, "ancestors", Ancestor), run_id_of(run)
+    except UserError:  # `entries_of` says it
+        found, name = [], _last_id(str(run.path.resolve()))
+    found += [row for row in _rows(workspace_file(), "ancestors", Ancestor) if row.run_id == name]
+    nearest: dict[str, Ancestor] = {}
+    for row in sorted(found, key=lambda row: row.generation):
+        nearest.setdefault(row.ancestor_id, row)  # reached by two ways: counted once, as the nearer
+    return list(nearest.values())
+
+
+def inherit(run: RunFolder, parent: RunFolder, relation: str) -> None:
+    """Note that `run` was derived from `parent` (as `relation`), with what that and its own ancestors had cost by now."""
+    rows = entries_of(parent)
+    totals = {name: sum(getattr(row, name) for row in rows) for name in ADDS_UP}
+    ledgers, name = books(run, complain)
+    parent_name = parent.path.resolve().name
+    made = [Ancestor(name, run_id_of(parent), parent_name, relation, 1, energy_how=how(rows), **totals)]
+    made += [Ancestor(**(asdict(row) | {"run_id": name, "generation": row.generation + 1})) for row in ancestors_of(parent)]
+    known = {row.ancestor_id: row.generation for row in ancestors_of(run)}
+    for ledger in ledgers:
+        for row in made:
+            if known.get(row.ancestor_id, 99) > row.generation:
+                ledger.put(row)
+        ledger.close()

@@ -1,0 +1,208 @@
+"""Step time of training on many devices, from published kernel figures: pipeline bubbles, expert all-to-all, tensor parallelism, ZeRO-1.
+
+Times are device-seconds of one token unless said otherwise: what one device would need if it did all of the token's work. Assumed: stages
+of a pipeline are balanced, every micro-batch has 4,096 tokens (longer sequences are divided), nothing fails. Bubbles: DeepSeek-V3 (arXiv
+2412.19437) table 2; interleaving: arXiv 2104.04473 §2.2. `docs/planning.md` says what comes out for published runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from sparing.account.prices import Device, device, kernels
+from sparing.budget.flops import attention_flops, attention_parameters, feed_forward_parameters, parameters
+from sparing.config import ModelConfig, UserError
+
+MICRO_TOKENS = 4096
+REFERENCE = "h800"
+COMPUTING_SMS = 112 / 132
+"""Share of the device that computes while an overlapped all-to-all takes the rest (V3 §3.2.2: 20 of 132 SMs)."""
+EFFICIENCY = 0.839
+"""What this model says of V3's pre-training / what it took (2.664 M H800-hours). The only fitted number here."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a run is spread over devices."""
+
+    machine: str = "h800"
+    devices: int = 2048
+    pipeline: int = 1
+    tensor: int = 1
+    expert: int = 1
+    """Devices that share a layer's experts."""
+    virtual: int = 1
+    """Pipeline stages a device (interleaved 1F1B)."""
+    schedule: Literal["1f1b", "zb", "dualpipe"] = "1f1b"
+    """dualpipe also hides the all-to-all behind computation."""
+    format: Literal["bf16", "fp8"] = "bf16"
+    attention: Literal["old", "new"] = "new"
+    """old: FlashAttention-2 kernels."""
+    recompute: Literal["none", "up", "full"] = "none"
+    """up: MLA's up-projections; full: the whole layer."""
+
+    def check(self) -> None:
+        """Raises UserError where the divisions do not come out even."""
+        group = self.pipeline * self.tensor
+        if self.devices % group or self.devices < self.expert * self.pipeline:
+            near = max(group, round(self.devices / group) * group, self.expert * self.pipeline)
+            raise UserError(f"{self.devices} devices cannot hold {self.pipeline} stages x {max(self.tensor, self.expert)}; nearest: {near}")
+
+
+@dataclass(frozen=True)
+class LayerTime:
+    """Device-seconds of one token in the whole model, by pass."""
+
+    forward: float
+    backward: float
+    """Weight gradients included."""
+    weights: float
+    """The weight gradients alone: what a zero-bubble schedule can put off."""
+    exposed: float
+    """Communication that nothing hides; in forward and backward already."""
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one optimizer step."""
+
+    work: float
+    bubble: float
+    optimizer: float
+    tokens: float
+
+    @property
+    def total(self) -> float:
+        return self.work + self.bubble + self.optimizer
+
+
+def _widths(c: ModelConfig) -> float:
+    """Numbers of a token's activations in all layers: residual and norms, heads, expert rows."""
+    if c.attention == "gqa":
+        heads = c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
+    else:
+        heads = 2 * c.num_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim)
+    total = 0.0
+    for layer in range(c.num_layers + c.mtp_depth):
+        dense = layer < c.num_dense_layers or c.num_dense_layers >= c.num_layers
+        rows, width = (1, c.intermediate_size) if dense else (c.num_experts_per_tok + c.n_shared_experts, c.moe_intermediate_size)
+        total += 4 * c.hidden_size + heads + rows * (2 * c.hidden_size + 3 * width)
+    return total
+
+
+def _products(c: ModelConfig) -> tuple[float, float, float]:
+    """Operations of a token's forward pass in matrix products: (dense, routed experts, heads); MTP modules included."""
+    layers = range(c.num_layers + c.mtp_depth)
+    dense = sum(attention_parameters(c) + feed_forward_parameters(c, i, True) for i in layers) + c.mtp_depth * 2 * c.hidden_size**2
+    routed = c.num_moe_layers * c.num_experts_per_tok * 3 * c.hidden_size * c.moe_intermediate_size
+    return 2.0 * (dense - routed), 2.0 * routed, 2.0 * (1 + c.mtp_depth) * c.vocab_size * c.hidden_size
+
+
+def all_to_all(c: ModelConfig, layout: Layout, rates: dict[str, float], scale: float) -> float:
+    """Seconds of dispatch and combine of one token in one layer, forward and backward.
+
+    A token goes once to every node (inside one node: to every device) that holds one of its experts, group-limited to `topk_group`.
+    The backward pass dispatches the combine's gradient and combines the dispatch's: the same volume. Combine is 16 bit.
+    """
+    if layout.expert == 1 or not c.num_moe_layers:
+        return 0.0
+    inside = layout.expert <= 8
+    places = layout.expert if inside else layout.expert / 8
+    copies = min(places, c.num_experts_per_tok, places * c.topk_group / c.n_group if c.n_group > 1 else places)
+    first, second = ("node_dispatch", "node_combine") if inside else ("dispatch", "combine")
+    sent = c.hidden_size * (1 if layout.format == "fp8" else 2)
+    return 2 * copies * (sent / rates[first] + 2 * c.hidden_size / rates[second]) / scale
+
+
+def layer_time(c: ModelConfig, seq_len: int, layout: Layout) -> LayerTime:
+    """A token's work, from kernel figures of the H800 scaled to the layout's device."""
+    on, reference, rates = device(layout.machine), device(REFERENCE), kernels(REFERENCE)
+    if not on.peak[layout.format]:
+        raise UserError(f"{layout.machine} has no {layout.format} products; nearest: bf16")
+    hidden = layout.schedule == "dualpipe" and layout.expert > 1
+    speed = on.peak[layout.format] / reference.peak[layout.format] * (COMPUTING_SMS if hidden else 1.0)
+    speed16 = on.peak["bf16"] / reference.peak["bf16"] * (COMPUTING_SMS if hidden else 1.0)
+    f, old = layout.format, "old_" if layout.attention == "old" else ""
+    dense, routed, head = _products(c)
+    layers = c.num_layers + c.mtp_depth
+    scores = layers * attention_flops(c, seq_len)
+    other = _widths(c) * rates[f"bytes_per_number_{f}"] / on.bandwidth
+
+    linear = dense / (rates[f"gemm_{f}"] * speed) + routed / (rates[f"grouped_{f}"] * speed)
+    heads = head / (rates["gemm_bf16"] * speed16)
+    scored = scores / (rates[f"{old}attention_forward"] * speed16)
+    forward = linear + heads + scored + other / 3
+    gradient = (dense + routed) / (rates["wgrad_fp8"] * speed) if f == "fp8" else linear
+    # The backward pass of attention repeats the scores: five products for the forward pass's two.
+    backward = linear + gradient + 2 * heads + 2.5 * scores / (rates[f"{old}attention_backward"] * speed16) + 2 * other / 3
+    if layout.recompute == "full":
+        backward += forward - heads
+    elif layout.recompute == "up" and c.attention == "mla":
+        up = c.num_heads * (
+            (c.q_lora_rank or 0) * (c.qk_nope_head_dim + c.qk_rope_head_dim) + c.kv_lora_rank * (c.qk_nope_head_dim + c.v_head_dim)
+        )
+        backward += layers * 2.0 * up / (rates[f"gemm_{f}"] * speed)
+
+    exchange = c.num_moe_layers * all_to_all(c, layout, rates, _wires(on, reference, layout.expert))
+    if hidden:
+        exposed = max(0.0, exchange - forward - backward)
+    else:  # the shared experts' products run meanwhile (DeepSeek-V2 §3.1.3)
+        shared = 2.0 * c.num_moe_layers * c.n_shared_experts * 3 * c.hidden_size * c.moe_intermediate_size
+        exposed = max(0.0, exchange - 3 * shared / (rates[f"gemm_{f}"] * speed))
+    # Tensor and sequence parallelism: two gathers and two scatters a layer and pass, and one gather more for the weight gradients.
+    volume = c.hidden_size * 2 * (layout.tensor - 1) / layout.tensor
+    exposed += layers * layout.tensor * 9 * volume / (rates["link_share"] * on.link) if layout.tensor > 1 else 0.0
+    return LayerTime(forward + exposed / 3, backward + 2 * exposed / 3, gradient + heads, exposed)
+
+
+def _wires(on: Device, reference: Device, expert: int) -> float:
+    return on.link / reference.link if expert <= 8 else on.network / reference.network
+
+
+def bubble_time(layout: Layout, forward: float, backward: float, weights: float) -> float:
+    """Idle seconds of a device in a step; forward, backward (weights included), weights: of one stage's micro-batch.
+
+    1F1B: (PP-1)(F+B); interleaved: the same over `virtual`; zero bubble: (PP-1)(F+B-2W); DualPipe: (PP/2-1)(F&B+B-3W).
+    """
+    if layout.schedule == "dualpipe":
+        return max(0.0, (layout.pipeline / 2 - 1) * (forward + 2 * backward - 3 * weights))
+    if layout.schedule == "zb":
+        return max(0.0, (layout.pipeline - 1) * (forward + backward - 2 * weights))
+    return (layout.pipeline - 1) * (forward + backward) / layout.virtual
+
+
+def held_parameters(c: ModelConfig, layout: Layout) -> tuple[float, float]:
+    """Weights that one device holds: (experts, all others)."""
+    counts = parameters(c)
+    experts = c.num_moe_layers * c.n_routed_experts * 3 * c.hidden_size * c.moe_intermediate_size
+    others = counts.total + counts.mtp - experts
+    return experts / (layout.pipeline * max(layout.expert, layout.tensor)), others / (layout.pipeline * layout.tensor)
+
+
+def step_time(c: ModelConfig, seq_len: int, batch_sequences: float, layout: Layout) -> StepTime:
+    """One optimizer step of `batch_sequences` sequences, over all devices."""
+    layout.check()
+    on, t = device(layout.machine), layer_time(c, seq_len, layout)
+    ranks = layout.devices / (layout.pipeline * layout.tensor)
+    tokens = batch_sequences * seq_len
+    micro = tokens / ranks / MICRO_TOKENS
+    if micro < 1:
+        least = ranks * MICRO_TOKENS / seq_len
+        raise UserError(
+            f"{batch_sequences:g} sequences of {seq_len} are no micro-batch for each of {ranks:g} ranks; nearest batch: {least:g}"
+        )
+    stage = MICRO_TOKENS / (layout.pipeline * layout.tensor)
+    bubble = bubble_time(layout, t.forward * stage, t.backward * stage, t.weights * stage)
+    experts, others = held_parameters(c, layout)
+    # ZeRO-1: float32 gradients are scattered among the ranks, 16-bit weights gathered; its own part of the moments is read and written.
+    wire = kernels(REFERENCE)["link_share"] * on.network
+    optimizer = (experts * (layout.devices > layout.expert * layout.pipeline) + others * (ranks > 1)) * 6 / wire
+    optimizer += (experts * layout.expert * layout.pipeline / layout.devices + others / ranks) * 24 / on.bandwidth
+    return StepTime(tokens / layout.devices * (t.forward + t.backward), bubble, optimizer, tokens)
+
+
+def device_hours(c: ModelConfig, tokens: float, seq_len: int, batch_sequences: float, layout: Layout, efficiency: float = 1.0) -> float:
+    """Hours of one device times devices for `tokens`; efficiency 1: nothing fitted."""
+    step = step_time(c, seq_len, batch_sequences, layout)
+    return tokens / step.tokens * step.total * layout.devices / 3600 / efficiency

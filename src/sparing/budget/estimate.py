@@ -1,0 +1,151 @@
+"""Seconds of a training step: from steps that were timed on this machine, or from a hardware table for a machine that is not here.
+
+A step's time is a sum over what it does (products, attention scores, head, memory traffic, optimizer, launches), each at a rate of its own.
+The rates are fitted to timed steps of a few models (`train/profile.py`) as the most probable ones around defaults, so that two or three
+timings already help. The interval comes from how far the fit misses timings that it was not given.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from sparing.budget.flops import attention_flops, attention_parameters, feed_forward_parameters, parameters, train_flops
+from sparing.budget.memory import _matrices, path_of, saved_per_token
+from sparing.config import Config, ModelConfig
+
+DESCRIPTION = 2
+"""Raise it when the features or the kernels change: steps that were timed before tell nothing any more."""
+FEATURES = ("products", "experts", "scores", "head", "traffic", "optimizer", "muon", "launches")
+DEFAULTS = {
+    "cpu": (1.2, 1.9, 2.0, 1.6, 7.0e-10, 1.0e-9, 1.5, 3.0e-4),
+    "cuda": (2.0, 3.0, 4.0, 2.5, 1.5e-12, 1.0e-11, 4.0, 2.0e-5),
+}
+"""Seconds per unit of each feature; products, experts, scores, head and muon in units of the peak's time (1: at the peak rate)."""
+SPREAD = 0.5
+"""How far rates are believed to lie from the defaults, as a factor's logarithm."""
+NOISE = 0.04
+"""Relative scatter of a timed step on a machine that does something else now and then."""
+UTILISATION = {"cpu": (0.2, 0.33, 0.5), "gpu": (0.15, 0.3, 0.45)}
+"""Low, middle, high share of the dense peak that our models reach on a machine that was not measured (LAB.md; GPU: assumption)."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number, the interval that should hold it four times out of five, and where it is from."""
+
+    value: float
+    low: float
+    high: float
+    source: str
+
+    def times(self, factor: float, source: str | None = None) -> Estimate:
+        return Estimate(self.value * factor, self.low * factor, self.high * factor, source or self.source)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def exactly(value: float, source: str) -> Estimate:
+    return Estimate(value, value, value, source)
+
+
+def around(value: float, share: float, source: str) -> Estimate:
+    """value, give or take a share of it."""
+    return Estimate(value, value / (1 + share), value * (1 + share), source)
+
+
+def features(config: Config, seq_len: int, peak_flops: float) -> np.ndarray:
+    """What one optimizer step on rows of `seq_len` tokens does, in the units of DEFAULTS."""
+    c, t = config.model, config.train
+    tokens = t.batch_size * t.seq_len
+    micro = -(-t.batch_size // min(t.micro_batch_size or t.batch_size, t.batch_size))
+    layers = c.num_layers + c.mtp_depth
+    size = 2 if t.dtype == "bfloat16" else 4
+    routed = 2.0 * c.num_moe_layers * c.num_experts_per_tok * 3 * c.hidden_size * c.moe_intermediate_size
+    linear = 2.0 * sum(attention_parameters(c) + feed_forward_parameters(c, i, True) for i in range(layers)) - routed
+    linear += 4.0 * c.mtp_depth * c.hidden_size**2
+    again = 4 / 3 if t.recompute else 1.0
+    traffic = sum(saved_per_token(c, i, seq_len, size, path_of(config)) for i in range(layers)) * again
+    counts = parameters(c)
+    return np.array(
+        [
+            3 * again * tokens * linear / peak_flops,
+            3 * again * tokens * routed / peak_flops,
+            3 * again * tokens * layers * attention_flops(c, seq_len) / peak_flops,
+            3 * tokens * 2.0 * (1 + c.mtp_depth) * c.vocab_size * c.hidden_size / peak_flops,
+            tokens * traffic,
+            4.0 * (counts.total + counts.mtp),
+            _muon_flops(c, config.optim.ns_steps) / peak_flops if config.optim.matrix == "muon" else 0.0,
+            micro * (layers + 2 + c.num_moe_layers * c.n_routed_experts / 8) * (t.replicas or 1),
+        ]
+    )
+
+
+def _muon_flops(c: ModelConfig, steps: int) -> float:
+    """Newton-Schulz on every matrix: about three products with its shorter side (hidden size, an expert's width) each step."""
+    return 2.0 * steps * 3 * _matrices(c) * min(c.hidden_size, c.moe_intermediate_size if c.num_moe_layers else c.hidden_size)
+
+
+@dataclass(frozen=True)
+class StepModel:
+    """Rates of one machine."""
+
+    rates: tuple[float, ...]
+    peak_flops: float
+    scatter: float
+    """Relative half-width of the interval."""
+    source: str
+
+    def step_seconds(self, config: Config, seq_len: int | None = None) -> Estimate:
+        """One optimizer step; without `seq_len` the mean over the run's short and whole rows."""
+        t = config.train
+        if seq_len is None and t.short_seq_len:
+            short, whole = self.step_seconds(config, t.short_seq_len).value, self.step_seconds(config, t.seq_len).value
+            return around(t.short_until * short + (1 - t.short_until) * whole, self.scatter, self.source)
+        return around(float(features(config, seq_len or t.seq_len, self.peak_flops) @ np.array(self.rates)), self.scatter, self.source)
+
+    def tokens_per_second(self, config: Config) -> Estimate:
+        step, tokens = self.step_seconds(config), config.train.batch_size * config.train.seq_len
+        return Estimate(tokens / step.value, tokens / step.high, tokens / step.low, self.source)
+
+
+def fit(timings: list[dict[str, Any]], peak_flops: float, device: str = "cpu") -> StepModel:
+    """Most probable rates, given timed steps [{"features": [...], "seconds": s}] and the defaults.
+
+    The interval's width is how far off each timed step is when it is predicted from the others.
+    """
+    if not timings:
+        return StepModel(DEFAULTS[device], peak_flops, SPREAD, f"default rates of a {device}, not measured here")
+    x = np.array([row["features"] for row in timings])
+    y = np.array([row["seconds"] for row in timings])
+    rates = _rates(x, y, device)
+    each = np.arange(len(y))
+    alone = [math.log(float(x[i] @ _rates(x[each != i], y[each != i], device)) / y[i]) for i in each]
+    scatter = 1.28 * max(NOISE, math.sqrt(float(np.mean(np.square(alone)))))
+    return StepModel(tuple(rates.tolist()), peak_flops, scatter, f"fitted to {len(timings)} timed steps on this machine")
+
+
+def _rates(x: np.ndarray, y: np.ndarray, device: str) -> np.ndarray:
+    """Gauss-Newton on the rates' logarithms: relative misses weigh by NOISE, distances from the defaults by SPREAD."""
+    defaults = np.log(np.array(DEFAULTS[device]))
+    theta = defaults.copy()
+    for _ in range(50):
+        terms = x * np.exp(theta)
+        miss = np.log(terms.sum(1) / y) / NOISE
+        jacobian = terms / terms.sum(1, keepdims=True) / NOISE
+        normal = jacobian.T @ jacobian + np.eye(len(theta)) / SPREAD**2
+        step = np.linalg.solve(normal, jacobian.T @ miss + (theta - defaults) / SPREAD**2)
+        theta = theta - np.clip(step, -0.5, 0.5)
+        if abs(step).max() < 1e-6:
+            break
+    return np.exp(theta)
+
+
+def profile_model(config: Config, peak_flops: float, kind: str, name: str) -> Estimate:
+    """Tokens per second on a machine that is not here: its dense peak times the share that training reaches."""
+    low, middle, high = (share * peak_flops / train_flops(config.model, config.train.seq_len) for share in UTILISATION[kind])
+    return Estimate(middle, low, high, f"hardware table: {name}, {UTILISATION[kind][1]:.0%} of the dense peak")

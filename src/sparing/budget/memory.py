@@ -1,0 +1,172 @@
+"""Bytes that training needs, by part, from the configuration alone: what the code of `model/` and `kernels/` keeps, part by part.
+
+Master weights, gradients and moments are float32, activations the compute type. Gradients appear while activations go, but in pieces of
+other sizes, so that the allocator holds both: the peak is their sum, and the work space of the optimizer.
+N tokens of a micro-batch, D hidden size, H heads, K and V their widths, E experts, F their width, S rows that reach experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from sparing.budget.flops import attention_parameters, feed_forward_parameters, kv_cache_bytes, parameters
+from sparing.config import Config, ModelConfig
+
+ATTENTION_ROWS = 128
+EXPERT_ROWS = 64
+HEAD_TOKENS = 512
+"""Of kernels/attention.py, kernels/experts.py, kernels/cross_entropy.py."""
+PROCESS_BYTES = {"cpu": 355e6, "cuda": 900e6}
+"""A process without its model: interpreter, torch, the libraries that its first step loads. CPU: 240 MB with everything imported; the rest
+and MUON_BYTES are fitted on the resident peaks of ten models of 0.6-26 M parameters, dense and mixtures, three steps each: largest error
+4.7 % (torch 2.13, glibc). CUDA: an estimate."""
+MUON_BYTES = 12.0
+"""Work space for each number of the largest group of equally shaped matrices."""
+CORPUS_BYTES = 85e6
+"""What a run of `train` has more: tokenizer, corpus, metrics."""
+SERVING_BYTES = 300e6
+"""A process that only generates."""
+SPREAD = 0.12
+"""Half-width of the stated interval, as a share."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one process at its peak."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    """Of a micro-batch at the end of its forward pass, 16-bit copies of weights and the head's work space included."""
+    process: float
+    """All else: libraries, work space, what the allocator holds back."""
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.process
+
+
+def _matrices(c: ModelConfig) -> float:
+    """Weights that Muon updates: everything in layers but routers and norms."""
+    layers = range(c.num_layers + c.mtp_depth)
+    routers = c.num_moe_layers * c.n_routed_experts * c.hidden_size
+    return (
+        sum(attention_parameters(c) + feed_forward_parameters(c, i, False) for i in layers) - routers + c.mtp_depth * 2 * c.hidden_size**2
+    )
+
+
+def optimizer_bytes(c: ModelConfig, matrix: str) -> float:
+    """Moments: one float32 number a weight under Muon, two under AdamW."""
+    total = parameters(c).total + parameters(c).mtp
+    return 4.0 * (_matrices(c) + 2 * (total - _matrices(c)) if matrix == "muon" else 2 * total)
+
+
+def _largest_group(c: ModelConfig) -> float:
+    """Numbers in the largest batch of equally shaped matrices: Muon orthogonalises them together."""
+    dense = c.num_layers if not c.num_moe_layers else c.num_dense_layers
+    experts = c.num_moe_layers * c.n_routed_experts * 2 * c.moe_intermediate_size * c.hidden_size
+    return max(experts, (dense + (c.mtp_depth if not c.num_moe_layers else 0)) * 2 * c.intermediate_size * c.hidden_size)
+
+
+Path = Literal["plain", "passes", "products", "cuda"]
+"""Which kernels run: plain ones, our compiled passes (`kernels/native.py`), those with our own bf16 products, PyTorch's on a GPU."""
+
+
+def path_of(config: Config, compiled: bool = True, bf16: bool = True) -> Path:
+    """compiled: there is a C compiler; bf16: the processor multiplies bfloat16. The compiled kernels want one thread an operation."""
+    t = config.train
+    if t.device == "cuda":
+        return "cuda"
+    if not compiled or not (t.threads == 1 or (t.replicas or 1) > 1):
+        return "plain"
+    return "products" if bf16 and t.dtype == "bfloat16" else "passes"
+
+
+def saved_per_token(c: ModelConfig, layer: int, seq_len: int, size: int, path: Path = "plain", balance: bool = True) -> float:
+    """Bytes that a layer keeps of one token for its backward pass. size: bytes of a number in the compute type."""
+    D, H = c.hidden_size, c.num_heads
+    dense = layer < c.num_dense_layers or c.num_dense_layers >= c.num_layers
+    K = c.head_dim if c.attention == "gqa" else c.qk_nope_head_dim + c.qk_rope_head_dim
+    V = c.head_dim if c.attention == "gqa" else c.v_head_dim
+    fused = path in ("passes", "products")
+    numbers = 4 * D  # of two norms: the rows, normed or (fused) not, and what the projections take
+    numbers += 2 * H * K + H * V + H * V  # q, k, v laid out for attention, and its output
+    if c.attention == "mla":
+        numbers += 2 * (c.kv_lora_rank + (c.q_lora_rank or 0)) + (c.qk_rope_head_dim if fused else 0)
+        numbers += H * K if fused and c.q_lora_rank is None else 0
+    if path == "cuda":
+        numbers += H * V + H * max(0, K - V)
+    elif path != "products" or c.attention == "gqa":  # the probabilities of row blocks: ATTENTION_ROWS rows up to the diagonal's end
+        ends = range(min(ATTENTION_ROWS, seq_len), seq_len + ATTENTION_ROWS, ATTENTION_ROWS)
+        numbers += H * sum(min(ATTENTION_ROWS, seq_len - end + ATTENTION_ROWS) * min(end, seq_len) for end in ends) / seq_len
+    kept = 2 if fused else 3  # the compiled passes make the gated activations again
+    if dense:
+        return size * (numbers + kept * c.intermediate_size)
+    numbers += c.n_shared_experts * kept * c.moe_intermediate_size
+    rows = c.num_experts_per_tok
+    per_row = D + 2 * c.moe_intermediate_size + 1 + (2 * c.moe_intermediate_size if path == "cuda" else 0)
+    router = 4 * D + 4 * c.n_routed_experts * (3 if balance else 1) + rows * (8 + 4 + 4 + 8)
+    return size * (numbers + rows * per_row) + router + rows * 8
+
+
+def filler_bytes(c: ModelConfig, tokens: float, size: int) -> float:
+    """Rows that fill each expert's group up to a multiple of EXPERT_ROWS on a CPU, on average half of one, in one layer."""
+    return c.n_routed_experts * EXPERT_ROWS / 2 * (size * (c.hidden_size + 2 * c.moe_intermediate_size + 1) + 8)
+
+
+def activations(config: Config, rows: int, seq_len: int, path: Path = "plain") -> float:
+    """Bytes kept of `rows` sequences, 16-bit copies of the weights included."""
+    c, t = config.model, config.train
+    size = 2 if t.dtype == "bfloat16" else 4
+    tokens = rows * seq_len
+    layers = range(c.num_layers + c.mtp_depth)
+    kept = 0.0
+    for layer in layers:
+        if t.recompute:
+            kept += tokens * c.hidden_size * size
+            continue
+        moe = not (layer < c.num_dense_layers or c.num_dense_layers >= c.num_layers)
+        kept += tokens * saved_per_token(c, layer, seq_len, size, path, t.sequence_balance > 0)
+        kept += filler_bytes(c, tokens, size) if moe and path in ("plain", "passes") else 0.0
+    if t.recompute:  # one layer at a time is whole
+        kept += tokens * max(saved_per_token(c, layer, seq_len, size, path) for layer in (0, c.num_layers - 1))
+    heads = 1 + c.mtp_depth
+    kept += size * tokens * c.hidden_size * (2 * heads + 4 * c.mtp_depth)  # last norms, their gradients; the MTP modules' joined inputs
+    kept += heads * 4 * c.vocab_size * c.hidden_size  # the head's gradient, made in the forward pass
+    copies = _matrices(c) * size if size == 2 and path in ("plain", "cuda") else 0.0
+    mask = rows * seq_len**2 * size if t.document_mask else 0.0
+    return kept + copies + mask
+
+
+def training_memory(config: Config, measured: bool = False, path: Path | None = None) -> Memory:
+    """Peak of one training process. Micro-batch and replicas left open count as the whole batch and one.
+
+    measured: a run of `train` that begins by timing steps with and without replicas: what other threads used is not given back.
+    """
+    c, t = config.model, config.train
+    path = path or path_of(config)
+    total = float(parameters(c).total + parameters(c).mtp)
+    replicas = t.replicas or 1
+    size = 2 if t.dtype == "bfloat16" else 4
+    micro = min(t.micro_batch_size or t.batch_size, t.batch_size)
+    rows = -(-micro // replicas)
+    seq_len = t.seq_len
+    weights, moments = 4 * total, optimizer_bytes(c, config.optim.matrix)
+    kept = replicas * activations(config, rows, seq_len, path)
+    head = replicas * (2 * HEAD_TOKENS * c.vocab_size * size + c.vocab_size * c.hidden_size * size)
+    device = t.device or "cpu"
+    work = MUON_BYTES * _largest_group(c) if config.optim.matrix == "muon" else 0.0
+    # Twins' gradients are added to the first model's: for a moment there are those too.
+    gradients = 4 * total * replicas
+    process = PROCESS_BYTES[device] + work + 4 * total * (replicas - 1)
+    if measured and device == "cpu":
+        process += CORPUS_BYTES + activations(config, micro, seq_len, "plain") + head / replicas + 4 * total
+    return Memory(weights, gradients, moments, kept + head, process)
+
+
+def serving_memory(c: ModelConfig, context: int, bytes_per_weight: float = 2.0, sequences: int = 1) -> float:
+    """Bytes to serve a model: weights, the cache of `sequences` full contexts, and the process."""
+    counts = parameters(c)
+    return bytes_per_weight * counts.total + sequences * context * kv_cache_bytes(c) + SERVING_BYTES

@@ -1,0 +1,147 @@
+"""Where a run would happen, this machine or one of the hardware table, and the run resolved for it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from sparing.account import hardware
+from sparing.account.hardware import Gpu, Machine, load_calibration
+from sparing.account.prices import Rent, device, device_of, rates_for
+from sparing.budget.estimate import DESCRIPTION, Estimate, StepModel, fit, profile_model
+from sparing.budget.memory import Path as KernelPath
+from sparing.budget.memory import path_of, training_memory
+from sparing.budget.plan import Corpus, Run, in_seconds
+from sparing.budget.scaling import kind_of, law_of
+from sparing.config import Budget, Config, UserError
+from sparing.config_file import merge_wishes
+from sparing.data.tokenizer import Tokenizer
+from sparing.resolve import BYTES_PER_TOKEN, Resolved, resolve
+
+
+@dataclass(frozen=True)
+class Given:
+    """A corpus that a recipe states by its size alone."""
+
+    train_bytes: float
+    kinds: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run would happen: this machine, or a device of the hardware table."""
+
+    machine: Machine
+    name: str | None
+    rent: Rent
+    country: str | None
+    step: StepModel | None
+    """Timed steps; None: a machine that is not here."""
+    peak_flops: float
+
+    @property
+    def memory_limit(self) -> float:
+        return self.machine.gpus[0].memory_bytes * 0.95 if self.machine.gpus else self.machine.memory_bytes * 0.95
+
+    @property
+    def label(self) -> str:
+        what = self.name or (self.machine.gpus[0].name if self.machine.gpus else f"{self.machine.cpu}, {self.machine.cores_physical} cores")
+        return f"{what} ({'owned' if self.rent == 'own' else self.rent.replace('_', '-')})"
+
+
+def this_machine() -> Machine:
+    """This machine; torch is asked for GPUs only where there may be one."""
+    return hardware.machine(with_gpus=Path("/dev/nvidiactl").exists() or Path("/dev/kfd").exists())
+
+
+def here(rent: Rent = "own", country: str | None = None, say: Callable[[str], None] | None = None, machine: Machine | None = None) -> Place:
+    """This machine by its calibration; without one, about ten seconds of measuring that `say` is told of (say None: default rates)."""
+    machine = machine or this_machine()
+    kind = "cuda" if machine.gpus else "cpu"
+    timings = load_calibration(machine).get(f"step_timings_{kind}") or {}
+    timings = timings if timings.get("description") == DESCRIPTION else None
+    if not timings and say is not None:
+        from sparing.train.profile import step_timings  # torch is loaded only to measure
+
+        timings = step_timings(machine, kind, say=say)
+    known = load_calibration(machine)
+    row = device(device_of(machine))
+    table = row.peak["bf16"] if machine.gpus else row.peak["bf16"] / row.cores * machine.cores_physical
+    peak = known.get(f"peak_flops_{kind}_bfloat16") or (timings or {}).get("peak_flops") or table
+    step = fit((timings or {}).get("rows", []), (timings or {}).get("peak_flops", peak), kind)
+    return Place(machine, None, rent, country, step, peak)
+
+
+def elsewhere(name: str, rent: Rent, country: str | None = None) -> Place:
+    """A device of the hardware table."""
+    row = device(name)
+    if row.kind == "gpu":
+        machine = Machine("Linux", "", 8, 16, int(64e9), True, (Gpu(row.name, int(row.memory_bytes), ""),))
+    else:
+        bf16 = row.peak["bf16"] > row.peak["fp32"]
+        machine = Machine("Linux", row.name, row.cores, 2 * row.cores, int(row.memory_bytes), bf16)
+    return Place(machine, row.name, rent, country, None, row.peak["bf16"])
+
+
+def with_vocabulary(wishes: dict) -> dict:
+    """Wishes for a model that a tokenizer of the user's own fits. Raises UserError where the model wished for is too small for it."""
+    path = wishes.get("data", {}).get("tokenizer")
+    if not path:
+        return wishes
+    size = -(-Tokenizer.load(path).vocab_size // 64) * 64
+    if wishes.get("model", {}).get("vocab_size", size) < size - 63:
+        raise UserError(f"model.vocab_size {wishes['model']['vocab_size']}: the tokenizer {path} needs at least {size}")
+    return merge_wishes({"model": {"vocab_size": size}}, wishes)
+
+
+def run_of(wishes: dict, budget: Budget, corpus: Corpus, place: Place) -> tuple[Run, Resolved]:
+    """The resolved run and all that predicting it takes."""
+    rates = rates_for(place.machine, place.name, place.country, place.rent)
+    seconds = in_seconds(budget, rates)
+    found = resolve(wishes, budget if seconds is None else Budget(seconds, "s"), place.machine, corpus, place.peak_flops)
+    config = replace(found.config, budget=budget)
+    return run_from(config, corpus, place, seconds), Resolved(config, found.reasons)
+
+
+def run_from(config: Config, corpus: Corpus, place: Place, budget_s: float | None) -> Run:
+    """For a configuration that is resolved already; replicas and micro-batch left open: one a core, the largest that fits."""
+    measured = config.train.replicas is None and place.machine.cores_physical > 1
+    if config.train.replicas is None and config.train.device == "cpu":
+        config = replace(
+            config, train=replace(config.train, replicas=min(config.train.threads or place.machine.cores_physical, config.train.batch_size))
+        )
+    compiled = any(shutil.which(name) for name in ("cc", "gcc", "clang"))
+    path = path_of(config, compiled, place.machine.cpu_bf16)
+    if config.train.micro_batch_size is None:
+        micro = config.train.batch_size
+        while micro > 1 and place.memory_limit and _needs(config, micro, measured, path) > place.memory_limit:
+            micro //= 2
+        if _needs(config, micro, measured, path) <= place.memory_limit:
+            config = replace(config, train=replace(config.train, micro_batch_size=micro))
+    vocab = min(BYTES_PER_TOKEN, key=lambda size: abs(size - config.model.vocab_size))
+    speed = _speed(config, place)
+    return Run(
+        config=config,
+        corpus=corpus,
+        law=law_of(kind_of(corpus.kinds)),
+        speed=speed,
+        rates=rates_for(place.machine, place.name, place.country, place.rent),
+        bytes_per_token=BYTES_PER_TOKEN[vocab],
+        memory_limit=place.memory_limit,
+        budget_s=budget_s,
+        cores=place.machine.cores_logical,
+        measured=measured,
+        path=path,
+    )
+
+
+def _needs(config: Config, micro: int, measured: bool, path: KernelPath) -> float:
+    return training_memory(replace(config, train=replace(config.train, micro_batch_size=micro)), measured, path).total
+
+
+def _speed(config: Config, place: Place) -> Estimate:
+    if place.step is not None:
+        return place.step.tokens_per_second(config)
+    return profile_model(config, place.peak_flops, "gpu" if place.machine.gpus else "cpu", place.name or "")

@@ -1,0 +1,140 @@
+"""The verbs that count: plan, bench, receipt, report, compare. Belongs to cli.py, which has the others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+from sparing.budget.units import parse_budget
+from sparing.config import UserError
+from sparing.config_file import set_dotted
+from sparing.output import show_plan
+
+if TYPE_CHECKING:
+    import tyro  # `arguments.parse` imports it for the chosen verb; until then the annotations below stay text
+
+    from sparing.arguments import Call
+
+
+@dataclass
+class Plan:
+    """What a run would cost and reach, before it runs. RECIPE is a TOML file or a preset: `sparing plan deepseek-v3`."""
+
+    takes: ClassVar[str] = "recipe"
+    recipe: tyro.conf.Positional[str | None] = None
+    data: list[str] = field(default_factory=list)
+    """As for `train`."""
+    budget: str | None = None
+    """90s 20m 2h, 50Mtok, 3e17flop, $5, 0.2kWh."""
+    target_bpb: float | None = None
+    """Instead of a budget: the cheapest one that reaches this many bits per byte."""
+    fits: str | None = None
+    """8GB: the best model that serves in this much memory."""
+    machine: str | None = None
+    """A machine of the hardware table, such as h100 or 4090; default: this one."""
+    rent: str | None = None
+    """own, on_demand or spot; default: this machine is owned, any other rented."""
+    country: str | None = None
+    """Whose electricity, as DEU; default: $SPARING_COUNTRY, or the world's mean."""
+    compare: bool = False
+    """Alternatives side by side, and which of them the budget should buy."""
+    json: bool = False
+
+    def __call__(self, call: Call) -> dict | None:
+        from sparing.account.meter import Meter
+        from sparing.planning.places import this_machine
+        from sparing.planning.plan import plan  # not through api: torch would take longer to load than planning
+
+        wishes: dict = {}
+        for name, value in call.overrides.items():
+            set_dotted(wishes, name, value)
+        if self.budget is not None:
+            parse_budget(self.budget)
+        with Meter("plan", this_machine(), first="plan", started=call.started):  # measuring a new machine takes its time too
+            result = plan(
+                self.recipe, self.data, self.budget, self.target_bpb, self.fits, self.machine, self.compare, wishes, self.rent, self.country
+            )
+        if self.json:
+            return result
+        show_plan(result)
+        return None
+
+
+@dataclass
+class Receipt:
+    """What a run cost and reached, stage by stage, beside what was predicted; with --all, everything metered in this workspace."""
+
+    run: tyro.conf.Positional[str | None] = None
+    all: bool = False
+    """Every run, failed, tuning and benchmark runs included."""
+    csv: str | None = None
+    """Also write CodeCarbon's emissions.csv to this file: one line per attempt."""
+    json: bool = False
+
+    def __call__(self, call: Call) -> dict | None:
+        if self.all and self.run:
+            raise UserError(f"receipt: either {self.run} or --all")
+        if not self.all:
+            call.need(RUN=self.run)
+        from sparing.account.paper import receipt
+        from sparing.account.wording import receipt_text, workspace_text
+
+        result = receipt(None if self.all else self.run, self.csv)
+        if self.json:
+            return result
+        print(workspace_text(result) if self.all else receipt_text(result))
+        return None
+
+
+@dataclass
+class Report:
+    """One self-contained HTML page about a run: curves, experts' balance, predicted against actual, samples, the receipt."""
+
+    run: tyro.conf.Positional[str | None] = None
+    out: str | None = None
+    """The file to write; default: RUN/report.html."""
+    json: bool = False
+
+    def __call__(self, call: Call) -> dict:
+        call.need(RUN=self.run)
+        from sparing.account.paper import report
+
+        return report(self.run, self.out)
+
+
+@dataclass
+class Compare:
+    """Several runs on one self-contained HTML page."""
+
+    runs: tyro.conf.Positional[list[str]] = field(default_factory=list)
+    out: str = "compare.html"
+    """The file to write."""
+    json: bool = False
+
+    def __call__(self, call: Call) -> dict:
+        call.need(RUN=self.runs)
+        from sparing.account.paper import compare
+
+        return compare(self.runs, self.out)
+
+
+@dataclass
+class Bench:
+    """Measure this code against its peers in one run. Further options belong to the figure: --rounds 3; a wrong one lists them."""
+
+    takes: ClassVar[str] = "anything"
+    name: tyro.conf.Positional[str | None] = None
+    """train"""
+    figure: tyro.conf.Positional[str | None] = None
+    """Which figure; default: throughput."""
+    json: bool = False
+
+    def __call__(self, call: Call) -> dict | None:
+        call.need(NAME=self.name)
+        call.choice("bench", self.name, ("train",))
+        from sparing.bench.train import run
+        from sparing.pipeline import metered
+
+        with metered("bench", first=f"{self.name} {self.figure or 'throughput'}"):
+            result = run(self.figure or "throughput", json=self.json, **call.overrides)
+        return result if self.json else None  # the figure has drawn its table
