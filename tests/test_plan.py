@@ -163,7 +163,7 @@ def test_alternatives_side_by_side(capsys):
         ("plan laptop --rent lease", "choose own, on_demand or spot"),
         ("plan labtop", "nearest preset: laptop"),
         ("plan missing.toml --budget 5m", "missing.toml: No such file"),
-        ("plan laptop --budget 20m --model.hidden-size 4096 --model.num-layers 16", "GB are there; what fits: --"),
+        ("plan laptop --budget 40h --model.hidden-size 4096 --model.num-layers 16", "GB are there; what fits: --"),
         ("plan --data {tmp}/little --budget 5m", "less than one batch: give "),
         ("plan --data {tmp}/nothing --budget 5m", "nothing"),
         ("plan {tmp}/odd.toml --budget 5m", "unknown key data_byte; nearest: data_bytes"),
