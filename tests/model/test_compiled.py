@@ -43,7 +43,7 @@ def results(model, batch, dtype) -> dict[str, torch.Tensor]:
     return {"total": out.total.detach(), "counts": torch.stack(counts).flatten() if counts else torch.zeros(1), **grads}
 
 
-@pytest.mark.skipif(native.library() is None, reason="no C compiler here")
+@pytest.mark.skipif(native.passes() is None, reason="no C compiler here")
 @pytest.mark.parametrize(
     "case, dtype, tolerance",
     [(case, torch.float32, 2e-5) for case in CASES] + [(case, torch.bfloat16, 6e-2) for case in ("dense", "gqa")],

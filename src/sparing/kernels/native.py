@@ -1,6 +1,6 @@
 """Compiled element-wise passes (native.c, passes.inc): built once per machine with the system's C compiler, called through ctypes.
 
-Where there is no compiler `library()` is None and every kernel takes its plain PyTorch path. The passes are serial, so they are used where
+Where there is no compiler `passes()` is None and every kernel takes its plain PyTorch path. The passes are serial, so they are used where
 PyTorch has one thread per operation as well: with rows divided among threads, which measured fastest (LAB.md), or on one core.
 """
 
@@ -55,7 +55,7 @@ def _build() -> Path | None:
 
 
 @cache
-def library() -> ctypes.CDLL | None:
+def passes() -> ctypes.CDLL | None:
     """The compiled passes, or None on a machine without a C compiler."""
     path = _build()
     try:
@@ -85,12 +85,12 @@ def wanted() -> bool:
 def usable(x: Tensor) -> bool:
     """Whether a pass over `x` should be the compiled one."""
     fits = x.device.type == "cpu" and x.dtype in SUFFIXES and torch.get_num_threads() == 1
-    return fits and wanted() and not torch.compiler.is_compiling() and library() is not None
+    return fits and wanted() and not torch.compiler.is_compiling() and passes() is not None
 
 
 @cache
 def _function(name: str, arguments: str):
-    function = getattr(library(), name)
+    function = getattr(passes(), name)
     kinds = {"p": ctypes.c_void_p, "f": ctypes.c_float, "i": ctypes.c_int64}
     function.argtypes, function.restype = [kinds[c] for c in arguments], None
     return function

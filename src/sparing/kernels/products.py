@@ -23,7 +23,7 @@ def _compiled() -> bool:
         flags = Path("/proc/cpuinfo").read_text()
     except OSError:
         flags = ""
-    return "amx_bf16" not in flags and native.library() is not None and hasattr(native.library(), "grouped_nt")
+    return "amx_bf16" not in flags and native.passes() is not None and hasattr(native.passes(), "grouped_nt")
 
 
 def usable(x: Tensor) -> bool:

@@ -85,7 +85,7 @@ def choose(
             timed[threads, micro] = _speed(model, t, batch, micro, device)
         return timed[threads, micro]
 
-    if device == "cpu" and native.library() is None:
+    if device == "cpu" and native.passes() is None:
         say("no C compiler found: training with PyTorch's own operations, without compiled passes and torch.compile, which is slower")
     all_threads = [t.threads] if t.threads else sorted({machine.cores_physical, machine.cores_logical})
     micro_batches = [t.micro_batch_size] if t.micro_batch_size else _micro_batches(t)
@@ -117,7 +117,7 @@ def choose(
         divided = _speed(model, t, batch, micro, device, replicas=threads)
         reasons["train.replicas"] = f"measured, tokens/s: {divided:,.0f} with {threads}, {speed:,.0f} without"
         # The compiled passes are for single threads: on a machine that is busy just now they show less than they give.
-        if divided > (0.95 if native.library() else 1.03) * speed:
+        if divided > (0.95 if native.passes() else 1.03) * speed:
             replicas, speed = threads, divided
     compiled = t.compile
     if compiled is None:
