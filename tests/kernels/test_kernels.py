@@ -119,3 +119,10 @@ def test_mixture_of_experts(dtype, top_k):
         lambda x, g, d, w: mixture(x, g, d, w, experts), lambda x, g, d, w: mixture_reference(x, g, d, w, experts),
         (x, gate_up, down, weights), dtype,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_a_target_outside_the_vocabulary_is_an_error(dtype):
+    x, w = torch.randn(4, 8, dtype=dtype), torch.randn(6, 8)
+    with pytest.raises(IndexError, match="target 6"):
+        linear_cross_entropy(x, w, torch.tensor([0, 6, 1, 2]), 4)

@@ -101,7 +101,13 @@ class _CompiledCrossEntropy(torch.autograd.Function):
 
 
 def linear_cross_entropy(x_ND: Tensor, weight_WD: Tensor, targets_N: Tensor, denominator: float) -> Tensor:
-    """Mean-like cross-entropy of `x @ weight.T` against targets; see the reference for the definition."""
+    """Mean-like cross-entropy of `x @ weight.T` against targets; see the reference for the definition.
+
+    Raises IndexError for a target that is no word (not looked for on a GPU, where it would cost a wait)."""
+    if (
+        not x_ND.is_cuda and len(targets_N) and int(targets_N.max()) >= len(weight_WD)
+    ):  # it would be read from the next row, or past the end
+        raise IndexError(f"target {int(targets_N.max())} is no word of a vocabulary of {len(weight_WD)}")
     even = x_ND.shape[1] % 2 == 0 and len(weight_WD) % 2 == 0  # the compiled products take numbers in pairs
     compiled = even and len(x_ND) and weight_WD.dtype == torch.float32 and torch.is_grad_enabled() and products.usable(x_ND)
     return (_CompiledCrossEntropy if compiled else _LinearCrossEntropy).apply(x_ND, weight_WD, targets_N, float(denominator))

@@ -31,6 +31,11 @@ def usable(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and native.usable(x) and _compiled()
 
 
+def even(*widths: int | None) -> bool:
+    """The compiled products take the numbers of a row in pairs: a sub-layer with an odd width is left to the plain path."""
+    return all(not (width or 0) % 2 for width in widths)
+
+
 def available() -> bool:
     """Whether the compiled products are there and wanted, whatever this thread's setting: for callers that bring threads of their own."""
     return native.wanted() and _compiled()

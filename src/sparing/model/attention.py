@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparing.config import ModelConfig
-from sparing.kernels import native
+from sparing.kernels import native, products
 from sparing.kernels.attention import DocumentMask, causal_attention
 from sparing.kernels.latent_attention import latent_attention
 from sparing.model.linear import Linear, RMSNorm
@@ -55,7 +55,8 @@ class MLA(nn.Module):
     def residual(self, x_BTD: Tensor, norm: RMSNorm, table: Tensor, mask: DocumentMask | None, cache: LayerCache | None) -> Tensor:
         """x + attention(norm(x))."""
         c = self.c
-        if cache is not None or not native.usable(x_BTD):
+        even = products.even(c.hidden_size, c.q_lora_rank, c.kv_lora_rank, c.qk_nope_head_dim, c.v_head_dim)
+        if cache is not None or not even or not native.usable(x_BTD):
             return x_BTD + self(norm(x_BTD), table, mask, cache)
         if c.q_lora_rank is None:
             q = (self.q_proj.weight, None, None)

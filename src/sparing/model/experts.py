@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparing.config import ModelConfig
-from sparing.kernels import native
+from sparing.kernels import native, products
 from sparing.kernels.experts import mixture, swiglu
 from sparing.kernels.feed_forward import dense_feed_forward, mixture_feed_forward
 from sparing.model.linear import Linear, RMSNorm
@@ -29,7 +29,7 @@ class MLP(nn.Module):
 
     def residual(self, x_BTD: Tensor, norm: RMSNorm, balance: list[Tensor] | None = None) -> Tensor:
         """x + mlp(norm(x)); no experts, so nothing to balance."""
-        if native.usable(x_BTD):
+        if products.even(*self.gate_proj.weight.shape) and native.usable(x_BTD):
             return dense_feed_forward(x_BTD, norm.weight, *self.weights, norm.eps)
         return x_BTD + self(norm(x_BTD))
 
@@ -65,7 +65,7 @@ class MoE(nn.Module):
     def residual(self, x_BTD: Tensor, norm: RMSNorm, balance: list[Tensor] | None = None) -> Tensor:
         """x + experts(norm(x)). balance: where given, the layer appends its sequence-wise balance loss."""
         normed = norm(x_BTD)
-        if not native.usable(x_BTD):
+        if not products.even(self.c.hidden_size, self.c.moe_intermediate_size) or not native.usable(x_BTD):
             return x_BTD + self(normed, balance)
         x_ND = normed.flatten(0, 1)
         routing = self._route(x_ND, x_BTD.shape[0], balance)
