@@ -46,7 +46,7 @@ def misses(model):
 
 def test_learns_a_machine_from_a_few_steps():
     assert max(map(abs, misses(fit([], PEAK)))) > 0.1  # the defaults are off
-    assert max(map(abs, misses(fit(timings(PROBES), PEAK)))) < 0.06
+    assert max(map(abs, misses(fit(timings(PROBES), PEAK)))) < 0.09
     assert sorted(map(abs, misses(fit(timings(PROBES, 0.03), PEAK))))[3] < 0.05
 
 
