@@ -32,6 +32,8 @@ SPEED_SPREAD = 0.5
 """after all of them are multiplied by one factor, the machine's, which may lie this far from 1."""
 NOISE = 0.04
 """Relative scatter of a timed step on a machine that does something else now and then."""
+DRIFT = 0.12
+"""How much faster or slower, as a standard deviation, a shared machine is at another time than when it was timed (LAB.md)."""
 UTILISATION = {"cpu": (0.2, 0.33, 0.5), "gpu": (0.15, 0.3, 0.45)}
 """Low, middle, high share of the dense peak that our models reach on a machine that was not measured (LAB.md; GPU: assumption)."""
 
@@ -119,7 +121,7 @@ class StepModel:
 def fit(timings: list[dict[str, Any]], peak_flops: float, device: str = "cpu") -> StepModel:
     """Most probable rates, given timed steps [{"features": [...], "seconds": s}] and the defaults.
 
-    The interval's width is how far off each timed step is when it is predicted from the others.
+    The interval's width is how far off each timed step is when it is predicted from the others, and what the machine may do meanwhile.
     """
     if not timings:
         return StepModel(DEFAULTS[device], peak_flops, SPEED_SPREAD, f"default rates of a {device}, not measured here")
@@ -128,7 +130,7 @@ def fit(timings: list[dict[str, Any]], peak_flops: float, device: str = "cpu") -
     rates = _rates(x, y, device)
     each = np.arange(len(y))
     alone = [math.log(float(x[i] @ _rates(x[each != i], y[each != i], device)) / y[i]) for i in each]
-    scatter = 1.28 * max(NOISE, math.sqrt(float(np.mean(np.square(alone)))))
+    scatter = 1.28 * math.hypot(DRIFT, NOISE, math.sqrt(float(np.mean(np.square(alone)))))
     return StepModel(tuple(rates.tolist()), peak_flops, scatter, f"fitted to {len(timings)} timed steps on this machine")
 
 
