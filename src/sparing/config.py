@@ -173,10 +173,14 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class PrecisionConfig:
-    """Eight bits where they are safe (DeepSeek-V3, arXiv 2412.19437 §3.3): arithmetic, then storage. docs/precision.md has what each is worth."""
+    """Eight bits where they are safe (DeepSeek-V3, arXiv 2412.19437 §3.3): arithmetic, then storage; docs/precision.md has their worth."""
 
     linear: Literal["none", "int8", "fp8", "auto"] = "none"
     """Products of the decoder's linears, forward and both gradients; embedding, head, router, norms and softmax never. auto: measured."""
+    error_budget: float = 0.1
+    """Largest relative error of a product against 16 bits; a linear that makes more gets finer blocks, then 16 bits."""
+    measure_every: int = 100
+    """Steps between measurements of that error; 0: only faults (infinities, NaN, blocks lost) move a linear."""
     weights: Literal["float32", "bfloat16"] = "float32"
     """Master weights; bfloat16 ones need a compensation."""
     compensation: Literal["stochastic", "kahan"] = "stochastic"
