@@ -3,7 +3,8 @@
 Every `measure_every` steps each product is also computed in 16 bits, on the batch at hand. A direction over the budget goes up one level;
 one that a lower level would serve with less than half the budget goes down one (hysteresis: an error near the budget moves nothing to
 and fro). A fault (an infinity or NaN in a block, a block whose numbers are all lost) moves a direction to 16 bits at once, for
-`PENALTY` measurements. Moves depend on nothing but the batches, so a resumed run repeats them.
+`PENALTY` measurements; of infinities and NaNs, which spread, only the first linear that met one. Moves depend on nothing but the batches,
+so a resumed run repeats them.
 """
 
 from __future__ import annotations
@@ -49,14 +50,13 @@ class Policy:
 
     def end(self) -> list[Move]:
         """Moves made after this step, whether its batch is learnt from or not."""
-        moves, measured = [], {}
+        moves, measured = self._faults(), {}
         for site in self.sites:
             relative = {key: (error / norm) ** 0.5 if norm > 0 else 0.0 for key, (error, norm) in (site.errors or {}).items()}
-            for direction in DIRECTIONS:
-                level = site.levels[direction]
+            for direction, level in site.levels.items():
                 if (direction, level) in relative:
                     measured.setdefault(site.name, {})[direction] = relative[direction, level]
-                move = self._fault(site, direction, level) or self._error(site, direction, level, relative)
+                move = self._error(site, direction, level, relative)
                 if move:
                     site.levels[direction] = move.after
                     moves.append(move)
@@ -64,13 +64,20 @@ class Policy:
         self.errors = measured or self.errors
         return moves
 
-    def _fault(self, site: EightBit, direction: str, level: int) -> Move | None:
-        overflow, dead = site.take_faults(direction)
-        if not (overflow or dead):
-            return None
-        self.held[f"{site.name} {direction}"] = PENALTY
-        what = f"{overflow} blocks with an infinity or NaN" if overflow else f"{dead} blocks too small to scale"
-        return Move(site.name, direction, level, SIXTEEN, what) if level != SIXTEEN else None
+    def _faults(self) -> list[Move]:
+        found = {(site, direction): site.take_faults(direction) for direction in DIRECTIONS for site in self.sites}
+        broken = [key for key, (overflow, _) in found.items() if overflow]
+        # Forward the first in the model's order met it first; where the forward pass was sound, the last one did.
+        origin = next((site for site, direction in broken if direction == "forward"), broken[-1][0] if broken else None)
+        moves = []
+        for (site, direction), (overflow, dead) in found.items():
+            if dead or (overflow and site is origin):
+                self.held[f"{site.name} {direction}"] = PENALTY
+                what = f"{overflow} blocks with an infinity or NaN" if overflow else f"{dead} blocks too small to scale"
+                if site.levels[direction] != SIXTEEN:
+                    moves.append(Move(site.name, direction, site.levels[direction], SIXTEEN, what))
+                    site.levels[direction] = SIXTEEN
+        return moves
 
     def _error(self, site: EightBit, direction: str, level: int, relative: dict[tuple[str, int], float]) -> Move | None:
         key, budget = f"{site.name} {direction}", self.config.error_budget

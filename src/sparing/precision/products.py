@@ -75,8 +75,8 @@ def fp8_operand(operand: Operand, blocks: Blocks, found: Tensor | None, kept_e5m
 
 
 def _integers(a: Tensor, b: Tensor) -> Tensor:
-    """int8 (M, K), (N, K) -> int32 (M, N). Filled up: torch._int_mm wants more than 16 rows and multiples of 8 on CUDA, and on a CPU (2.13) is
-    wrong for an inner dimension of 1."""
+    """int8 (M, K), (N, K) -> int32 (M, N). Filled up: torch._int_mm wants more than 16 rows and multiples of 8 on CUDA, and torch 2.13's is
+    wrong on a CPU for an inner dimension of 1."""
     M, N = len(a), len(b)
     a = F.pad(a, (0, -a.shape[1] % 8, 0, max(0, 24 - M)))
     b = F.pad(b, (0, -b.shape[1] % 8, 0, -N % 8))
