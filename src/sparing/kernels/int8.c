@@ -34,6 +34,15 @@ static inline __m512 load16(const void *x, int f32, __mmask16 mask) {
 
 static inline __m512i quantise16(__m512 x, __m512 inverse) { return _mm512_cvtps_epi32(_mm512_mul_ps(x, inverse)); }
 
+/* 64 numbers, of which n are there, to bytes in order. */
+static inline __m512i bytes64(const char *x, int f32, int64_t n, __m512 inverse) {
+    const __m512i lanes = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    __m512i q[4];
+    for (int i = 0; i < 4; i++) q[i] = quantise16(load16(x + 16 * i * (f32 ? 4 : 2), f32, first(n - 16 * i)), inverse);
+    __m512i low = _mm512_packs_epi32(q[0], q[1]), high = _mm512_packs_epi32(q[2], q[3]); /* within quarters of a register: put in order after */
+    return _mm512_permutexvar_epi32(lanes, _mm512_packs_epi16(low, high));
+}
+
 /* The largest magnitude of n numbers; NaN and infinities win, because as integers their bits are the largest. */
 static inline float amax_of(const void *x, int f32, int64_t n) {
     __m512i most = _mm512_setzero_si512();
@@ -68,7 +77,6 @@ static Side side(int slot, int64_t K, int64_t N, int64_t block) {
 /* A (M, K) as it lies -> rows of words with 128 added. */
 static void rows8(const bf16 *a, int64_t stride, int64_t M, int64_t K, int64_t block, Side out, Faults *faults) {
     int64_t blocks = (K + block - 1) / block, wide = up(K, 4);
-    const __m512i offset = _mm512_set1_epi32(128);
     for (int64_t m = 0; m < M; m++)
         for (int64_t b = 0; b < blocks; b++) {
             const bf16 *from = a + m * stride + b * block;
@@ -81,9 +89,14 @@ static void rows8(const bf16 *a, int64_t stride, int64_t M, int64_t K, int64_t b
                 continue;
             }
             __m512 factor = _mm512_set1_ps(inverse);
-            for (int64_t i = 0; i < n; i += 16) /* past the end zeros become 128, up to the end of the word */
-                _mm_mask_storeu_epi8(to + i, first(up(n, 4) - i),
-                                     _mm512_cvtepi32_epi8(_mm512_add_epi32(quantise16(load16(from + i, 0, first(n - i)), factor), offset)));
+            for (int64_t i = 0; i < n; i += 64) { /* the exclusive or adds 128 to each byte; past the end zeros, up to the end of the word */
+                __m512i bytes = _mm512_xor_si512(bytes64((const char *)(from + i), 0, n - i, factor), _mm512_set1_epi8((char)0x80));
+                int64_t stay = up(n, 4) - i;
+                if (stay >= 64)
+                    _mm512_storeu_si512(to + i, bytes);
+                else
+                    _mm512_mask_storeu_epi8(to + i, ((__mmask64)1 << stay) - 1, bytes);
+            }
         }
 }
 
@@ -109,13 +122,7 @@ static void columns8(const void *b, int f32, int64_t stride, int64_t K, int64_t 
                 for (int i = 0; i < 16; i++) {
                     r[i] = _mm512_setzero_si512();
                     if (inverse[i] == 0.0f) continue;
-                    const char *from = (const char *)b + ((n + i) * stride + k + j) * size;
-                    __m512 factor = _mm512_set1_ps(inverse[i]);
-                    __m128i part[4];
-                    for (int q = 0; q < 4; q++)
-                        part[q] = _mm512_cvtepi32_epi8(quantise16(load16(from + 16 * q * size, f32, first(length - j - 16 * q)), factor));
-                    r[i] = _mm512_inserti32x4(_mm512_castsi128_si512(part[0]), part[1], 1);
-                    r[i] = _mm512_inserti32x4(_mm512_inserti32x4(r[i], part[2], 2), part[3], 3);
+                    r[i] = bytes64((const char *)b + ((n + i) * stride + k + j) * size, f32, length - j, _mm512_set1_ps(inverse[i]));
                 }
                 transpose16(r);
                 int64_t stop = (length - j + 3) / 4 < 16 ? (length - j + 3) / 4 : 16;
