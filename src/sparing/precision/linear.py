@@ -143,8 +143,17 @@ def install(model: nn.Module, kind: Kind | None) -> list[EightBit]:
     return [site for site in sites if site]
 
 
+def fastest_kind(device: str) -> Kind | None:
+    """The 8-bit format that this machine multiplies faster than 16 bits, if any: FP8 from compute capability 8.9 on, int8 from 8.0 on and
+    with AVX512_VNNI."""
+    if device == "cpu":
+        return "int8" if int8.available() else None
+    capability = torch.cuda.get_device_capability()
+    return "fp8" if capability >= (8, 9) else "int8" if capability >= (8, 0) else None
+
+
 def speed_note(kind: Kind, device: str) -> str:
     """What to expect of 8-bit products here, in words."""
-    if device == "cpu" and kind == "int8" and int8.available():
-        return "int8 products run on AVX512_VNNI"
+    if kind == fastest_kind(device):
+        return f"{kind} products run on this machine's own 8-bit arithmetic"
     return f"{kind} products run in their plain form here: the same numbers, not faster than 16 bits"

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sparing.config import PrecisionConfig
-from sparing.precision.linear import COARSE, DIRECTIONS, LEVELS, SIXTEEN, EightBit
+from torch import nn
+
+from sparing.config import Config, PrecisionConfig, UserError
+from sparing.precision.linear import COARSE, DIRECTIONS, LEVELS, SIXTEEN, EightBit, install
 
 DOWN = 0.5
 """Share of the budget that the lower level must stay under to be gone back to."""
@@ -41,6 +43,16 @@ class Policy:
         self.errors: dict[str, dict[str, float]] = {}
         """Of the last measurement: site -> direction -> relative error at the level in use."""
         self.measured = False
+
+    @classmethod
+    def of(cls, model: nn.Module, config: Config) -> Policy:
+        """Over a model whose linears are made what `config.precision` says. Raises UserError where that cannot be."""
+        kind = config.precision.linear
+        if kind == "auto":
+            raise UserError("precision.linear = auto is for `sparing train`, which measures; here say none, int8 or fp8")
+        if kind != "none" and config.train.compile:
+            raise UserError(f"train.compile = true compiles no 8-bit products: leave it out, or precision.linear = {kind}")
+        return cls(install(model, None if kind == "none" else kind), config.precision)
 
     def begin(self, step: int) -> None:
         every = self.config.measure_every

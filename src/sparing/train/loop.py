@@ -16,7 +16,6 @@ from sparing.budget.flops import train_flops
 from sparing.config import Config, UserError
 from sparing.data.stop import Stopped
 from sparing.model.router import routers, update_biases
-from sparing.precision.linear import install
 from sparing.precision.policy import Policy
 from sparing.run import RunFolder
 from sparing.train.checkpoint import Checkpoints, TrainState
@@ -93,7 +92,7 @@ class _Trainer:
         model.train()
         self.device = next(model.parameters()).device
         self.loss_fn = torch.compile(model.loss, dynamic=False) if t.compile else model.loss
-        self.policy = Policy(install(model, None if config.precision.linear == "none" else config.precision.linear), config.precision)
+        self.policy = Policy.of(model, config)
         self.replicas = Replicas(model, t.replicas or 1)
         self.optimizer = Optimizer(model, config.optim, model.compute_dtype)
         self.guard = Guard()
