@@ -28,14 +28,15 @@ def test_auto_takes_what_is_faster_and_within_the_budget(monkeypatch):
     chosen = replace(tiny.config(tiny.steps(1), dtype="bfloat16"), precision=PrecisionConfig(linear="auto"))
     model, batch = untrained(chosen), tiny.Counting(chosen).batch(0)
     batch = SliceBatch(batch)
-    speeds = iter([100.0, 120.0, 1.0, 100.0, 104.0, 1.0, 100.0, 120.0, 1.0])
+    speeds = iter([100.0, 120.0, 1.0, 1.0, 100.0, 104.0, 1.0, 1.0, 100.0, 120.0, 1.0, 1.0])
     real = calibrate._speed
     monkeypatch.setattr(calibrate, "_speed", lambda *a, **k: (real(*a, **k), next(speeds))[1])  # its clock alone is replaced
     precision, why = calibrate.choose_products(model, chosen, batch)
-    assert precision.linear == "int8" and "120 in int8, 100 in 16 bits" in why and "largest error 0.0" in why
+    assert precision.linear == "int8" and "120 in int8, 100 in 16 bits" in why and "100% within" in why
     assert calibrate.choose_products(model, chosen, batch)[0].linear == "none"
     strict = replace(chosen, precision=replace(chosen.precision, error_budget=1e-6))
-    assert calibrate.choose_products(model, strict, batch)[0].linear == "none"
+    precision, why = calibrate.choose_products(model, strict, batch)
+    assert precision.linear == "none" and "within" in why and "100%" not in why
     assert all(getattr(m, "eight_bit", None) is None for m in model.modules())
     assert all(p.grad is None for p in model.parameters())
 

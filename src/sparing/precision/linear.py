@@ -12,10 +12,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from sparing.kernels import int8
+from sparing.kernels import float8, int8
 from sparing.kernels import products as sixteen
 from sparing.precision import products as eight
-from sparing.precision.products import SCHEMES, Kind
+from sparing.precision.products import SCHEMES, TILE, Kind
 
 DIRECTIONS = ("forward", "dgrad", "wgrad")
 Direction = Literal["forward", "dgrad", "wgrad"]
@@ -30,19 +30,19 @@ class EightBit:
     and does not measure.
     """
 
-    def __init__(self, name: str, kind: Kind, size: float = 1.0):
-        """size: multiplications a token, for shares."""
+    def __init__(self, name: str, kind: Kind, size: float = 1.0, device: torch.device | str = "cpu"):
+        """size: multiplications a token, for shares. device: where faults are counted."""
         self.name, self.kind, self.size = name, kind, size
         self.after_attention = name.endswith("o_proj")
         self.levels: dict[str, int] = dict.fromkeys(DIRECTIONS, COARSE)
-        self.faults = {direction: torch.zeros(2, dtype=torch.int64) for direction in DIRECTIONS}
+        self.faults = {direction: torch.zeros(2, dtype=torch.int64, device=device) for direction in DIRECTIONS}
         self.copies = [self]
         self.errors: dict[tuple[str, int], list[float]] | None = None
         """While measuring: (direction, level) -> squared error and squared norm of the 16-bit product, summed."""
 
     def __deepcopy__(self, memo) -> EightBit:
         twin = copy.copy(self)
-        twin.faults = {direction: torch.zeros(2, dtype=torch.int64) for direction in DIRECTIONS}
+        twin.faults = {direction: torch.zeros_like(counts) for direction, counts in self.faults.items()}
         twin.errors = None
         self.copies.append(twin)
         return twin
@@ -71,6 +71,8 @@ class EightBit:
         a, b, ends = arguments
         if self.kind == "int8" and int8.usable(a):
             return getattr(int8, name)(a, b, ends, blocks.inner, found)
+        if self.kind == "fp8" and blocks.inner == TILE and float8.usable(a, b):
+            return getattr(float8, name)(a, b, ends, found)
         one = getattr(eight, name.removeprefix("grouped_"))
         if name == "grouped_tn":
             out = a.new_zeros(len(ends), a.shape[1], b.shape[1], dtype=torch.float32)
@@ -86,7 +88,7 @@ class EightBit:
         """The error of the level in use and of the one below, against 16 bits. Faults of a trial count for nobody."""
         exact = getattr(sixteen, name)(*arguments).float()
         for trial in {level, max(level - 1, COARSE)} - {SIXTEEN}:
-            mine = self._eight(direction, name, trial, torch.zeros(2, dtype=torch.int64), arguments, {}).float()
+            mine = self._eight(direction, name, trial, torch.zeros_like(self.faults[direction]), arguments, {}).float()
             sums = self.errors.setdefault((direction, trial), [0.0, 0.0])
             sums[0] += float((mine - exact).square().sum(dtype=torch.float64))
             sums[1] += float(exact.square().sum(dtype=torch.float64))
@@ -137,7 +139,9 @@ def install(model: nn.Module, kind: Kind | None) -> list[EightBit]:
         if not hasattr(module, "eight_bit") or name.endswith(("lm_head", "eh_proj")):
             continue
         parts = {f"{name}.{part}": weight for part, weight in module.named_parameters()}
-        mine = [EightBit(part.removesuffix(".weight"), kind, module.active * w.numel()) for part, w in parts.items()] if kind else [None]
+        mine: list = [None]
+        if kind:
+            mine = [EightBit(part.removesuffix(".weight"), kind, module.active * w.numel(), w.device) for part, w in parts.items()]
         module.eight_bit = tuple(mine) if len(mine) > 1 else mine[0]
         sites += mine
     return [site for site in sites if site]

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparing.kernels import int8, products
+from sparing.kernels import float8, int8, products
 from sparing.precision.formats import E4M3, E5M6, INT8, Format
-from sparing.precision.quantise import TILE, Block, dequantise, faults, quantise
+from sparing.precision.quantise import TILE, Block, dequantise, quantise
 
 Kind = Literal["int8", "fp8"]
 LONGEST = int8.LONGEST
@@ -55,7 +55,7 @@ class Operand(NamedTuple):
 def count(q, found: Tensor | None) -> None:
     """Add a quantised operand's faults to `found`, int64 (2,)."""
     if found is not None:
-        found += torch.tensor(faults(q))
+        found += torch.stack((q.scale.isnan().sum(), (q.scale == 0).sum()))
 
 
 def rounded(x: Tensor, format: Format, block: Block, found: Tensor | None) -> Tensor:
@@ -99,6 +99,8 @@ def int8_product(a: Tensor, b: Tensor, block: int | None, found: Tensor | None =
 def nt(kind: Kind, blocks: Blocks, found: Tensor, a: Tensor, b: Tensor, out: Tensor | None = None, base: Tensor | None = None) -> Tensor:
     """`kernels.products.nt` in 8 bits: a activations, b a weight."""
     if kind == "fp8":
+        if blocks.inner == TILE and float8.usable(a, b):
+            return float8.nt(a, b, found, out, base)
         left, right = (fp8_operand(o, blocks, found) for o in (Operand(a, False, False), Operand(b, False, True)))
         return products.nt(left.to(a.dtype), right, out, base)
     if int8.usable(a):
@@ -109,6 +111,8 @@ def nt(kind: Kind, blocks: Blocks, found: Tensor, a: Tensor, b: Tensor, out: Ten
 def nn(kind: Kind, blocks: Blocks, found: Tensor, a: Tensor, b: Tensor, base: Tensor | None = None) -> Tensor:
     """`kernels.products.nn` in 8 bits: a a gradient, b a weight."""
     if kind == "fp8":
+        if blocks.inner == TILE and float8.usable(a, b):
+            return float8.nn(a, b, found, base)
         left, right = (fp8_operand(o, blocks, found) for o in (Operand(a, False, False), Operand(b, True, True)))
         return products.nn(left.to(a.dtype), right, base)
     if int8.usable(a):
@@ -119,6 +123,8 @@ def nn(kind: Kind, blocks: Blocks, found: Tensor, a: Tensor, b: Tensor, base: Te
 def tn(kind: Kind, blocks: Blocks, found: Tensor, a: Tensor, b: Tensor, kept_e5m6: bool = False) -> Tensor:
     """`kernels.products.tn` in 8 bits: a a gradient, b activations."""
     if kind == "fp8":
+        if blocks.inner == TILE and float8.usable(a, b):
+            return float8.tn(a, rounded(b, E5M6, (1, TILE), found) if kept_e5m6 else b, found)
         left = fp8_operand(Operand(a, True, False), blocks, found)
         right = fp8_operand(Operand(b, True, False), blocks, found, kept_e5m6)
         return products.tn(left.to(a.dtype), right.to(b.dtype))
