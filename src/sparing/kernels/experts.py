@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparing.kernels.products import Plain
+from sparing.kernels import products as kernels
 
 ROWS = 64
 """Groups are filled up to a multiple of this: oneDNN builds a kernel for every new shape, which costs more than the filler rows."""
@@ -46,6 +46,13 @@ class _SwiGLU(torch.autograd.Function):
 def swiglu(h: Tensor) -> Tensor:
     """(..., 2F) -> (..., F); see the reference."""
     return _SwiGLU.apply(h)
+
+
+class Plain(kernels.Plain):
+    @staticmethod
+    def swiglu_grouped_nt(h: Tensor, gates: Tensor, b: Tensor, ends: Tensor, grouped_nt=kernels.Plain.grouped_nt) -> Tensor:
+        """swiglu(h) * gates (S, 1) by each group's b (E, N, F): (S, N). 8-bit products may do both at once."""
+        return grouped_nt(swiglu_reference(h).mul_(gates), b, ends)
 
 
 def mixture_reference(x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, weights_NK: Tensor, experts_NK: Tensor) -> Tensor:
@@ -97,8 +104,7 @@ class _Mixture(torch.autograd.Function):
         h = products[0].grouped_nt(rows, gate_up_c, ends)
         # Filler rows have gate 0: they reach neither the output nor a gradient.
         gates = torch.cat((weights.flatten(), weights.new_zeros(1))).index_select(0, source).to(x.dtype).unsqueeze(-1)
-        hidden = swiglu_reference(h).mul_(gates)
-        y = products[1].grouped_nt(hidden, down_c, ends)
+        y = products[1].swiglu_grouped_nt(h, gates, down_c, ends)
         ctx.save_for_backward(rows, h, gate_up_c, down_c, gates, tokens, places, ends)
         ctx.products, ctx.dtypes = products, (gate_up.dtype, weights.dtype)
         return _combine(y, places)

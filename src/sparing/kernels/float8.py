@@ -220,6 +220,13 @@ def grouped_nt(a: Tensor, b: Tensor, ends: Tensor, found: Tensor | None) -> Tens
     return grouped(left, right, ends.tolist(), a.dtype)
 
 
+def swiglu_grouped_nt(h: Tensor, gates: Tensor, b: Tensor, ends: Tensor, found: Tensor | None) -> Tensor:
+    """swiglu(h) * gates, h (S, 2F), gates (S,), by each group's b (E, N, F): (S, N)."""
+    left, right = swiglu_tiles(h, gates), blocks(b)
+    count(found, left[1], right[1])
+    return grouped(left, right, ends.tolist(), h.dtype)
+
+
 def grouped_nn(a: Tensor, b: Tensor, ends: Tensor, found: Tensor | None) -> Tensor:
     """The same with b (E, N, K) by its first dimension."""
     left, right = tiles(a), blocks(b, turned=True)
