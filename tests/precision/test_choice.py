@@ -28,7 +28,7 @@ def test_auto_takes_what_is_faster_and_within_the_budget(monkeypatch):
     chosen = replace(tiny.config(tiny.steps(1), dtype="bfloat16"), precision=PrecisionConfig(linear="auto"))
     model, batch = untrained(chosen), tiny.Counting(chosen).batch(0)
     batch = SliceBatch(batch)
-    speeds = iter([100.0, 120.0, 1.0, 1.0, 100.0, 104.0, 1.0, 1.0, 100.0, 120.0, 1.0, 1.0])
+    speeds = iter([90.0, 120.0, 1.0, 1.0, 100.0, 100.0, 106.0, 1.0, 1.0, 102.0, 100.0, 120.0, 1.0, 1.0, 100.0])
     real = calibrate._speed
     monkeypatch.setattr(calibrate, "_speed", lambda *a, **k: (real(*a, **k), next(speeds))[1])  # its clock alone is replaced
     precision, why = calibrate.choose_products(model, chosen, batch)
