@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from sparing.config import Config, PrecisionConfig, UserError
@@ -77,6 +78,9 @@ class Policy:
         return moves
 
     def _faults(self) -> list[Move]:
+        counts = [twin.faults[direction] for site in self.sites for twin in site.copies for direction in DIRECTIONS]
+        if not counts or not torch.stack(counts).any():  # nearly always; one look instead of hundreds
+            return []
         found = {(site, direction): site.take_faults(direction) for direction in DIRECTIONS for site in self.sites}
         broken = [key for key, (overflow, _) in found.items() if overflow]
         # Forward the first in the model's order met it first; where the forward pass was sound, the last one did.
