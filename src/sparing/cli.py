@@ -170,12 +170,12 @@ class Export:
     out: str | None = None
     """The folder to make."""
     dtype: str = "float32"
-    """float32 or bfloat16."""
+    """float32, bfloat16, or float8: 128x128 blocks of e4m3 with a scale each, as DeepSeek-V3 is published."""
     json: bool = False
 
     def __call__(self, call: Call) -> dict:
         call.choice("--format", self.format, ("hf",))
-        call.choice("--dtype", self.dtype, ("float32", "bfloat16"))
+        call.choice("--dtype", self.dtype, ("float32", "bfloat16", "float8"))
         call.need(RUN=self.run, out=self.out)
         return call.api.export(self.run, self.format, self.out, self.dtype)
 

@@ -172,6 +172,26 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class PrecisionConfig:
+    """Eight bits where they are safe (DeepSeek-V3, arXiv 2412.19437 §3.3): arithmetic, then storage; docs/precision.md has their worth."""
+
+    linear: Literal["none", "int8", "fp8", "auto"] = "none"
+    """Products of the decoder's linears, forward and both gradients; embedding, head, router, norms and softmax never. auto: measured."""
+    error_budget: float = 0.1
+    """Largest relative error of a product against 16 bits; a linear that makes more gets finer blocks, then 16 bits."""
+    measure_every: int = 100
+    """Steps between measurements of that error; 0: only faults (infinities, NaN, blocks lost) move a linear."""
+    weights: Literal["float32", "bfloat16"] = "float32"
+    """Master weights; bfloat16 ones need a compensation."""
+    compensation: Literal["stochastic", "kahan"] = "stochastic"
+    """How bfloat16 weights keep updates smaller than half their last bit."""
+    moments: Literal["float32", "int8"] = "float32"
+    """The optimizer's averages; int8: in blocks with a scale each."""
+    activations: Literal["full", "int8"] = "full"
+    """What the backward pass keeps of a layer's inputs."""
+
+
+@dataclass(frozen=True)
 class Budget:
     """A number with a unit; `parse_budget` (sparing.budget.units) reads `20m`, `50Mtok`, `3e17flop`, `$5`, `0.2kWh`."""
 
@@ -187,4 +207,5 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     budget: Budget = field(default_factory=lambda: Budget(300.0, "s"))

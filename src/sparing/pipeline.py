@@ -37,7 +37,7 @@ from sparing.planning.places import with_vocabulary
 from sparing.planning.plan import foresee
 from sparing.resolve import resolve
 from sparing.run import RunFolder, write_atomic
-from sparing.train.calibrate import choose, peak_flops
+from sparing.train.calibrate import choose, choose_products, peak_flops
 from sparing.train.clock import Clock
 from sparing.train.loop import TrainResult
 from sparing.train.loop import train as train_loop
@@ -179,12 +179,19 @@ def go_on(run: RunFolder, config: Config, meter: Meter, samples: int, signals: P
 def _calibrated(run: RunFolder, config: Config, model: Transformer, loader: Loader, meter: Meter, signals: Preempt) -> Config:
     """Choose what is left open by measuring, and write it down before it takes effect."""
     t = config.train
-    if None not in (t.micro_batch_size, t.compile, t.replicas) and (t.threads is not None or t.device == "cuda"):
+    open_ = None in (t.micro_batch_size, t.compile, t.replicas) or (t.threads is None and t.device != "cuda")
+    auto = config.precision.linear == "auto"
+    if not open_ and not auto:
         return config
     lasts = in_seconds(config.budget, meter.tariff.rates)
     seconds = CALIBRATION_S if lasts is None else CALIBRATION_SHARE * lasts
-    train_config, reasons = choose(model, config, meter.machine, loader.batch(0), seconds, check=signals.check, say=say)
-    config = replace(config, train=train_config)
+    reasons = {}
+    if open_:
+        train_config, reasons = choose(model, config, meter.machine, loader.batch(0), seconds, check=signals.check, say=say)
+        config = replace(config, train=train_config)
+    if auto:
+        precision, reasons["precision.linear"] = choose_products(model, config, loader.batch(0))
+        config = replace(config, precision=precision)
     reasons = reasons_of(run) | reasons
     write_atomic(run.state / "reasons.json", json.dumps(reasons))
     write_atomic(run.config_file, write_config(config, reasons))

@@ -124,17 +124,21 @@ class Bench:
 
     takes: ClassVar[str] = "anything"
     name: tyro.conf.Positional[str | None] = None
-    """train"""
+    """train or precision"""
     figure: tyro.conf.Positional[str | None] = None
-    """Which figure; default: throughput."""
+    """Which figure; default: throughput, for precision speed."""
     json: bool = False
 
     def __call__(self, call: Call) -> dict | None:
         call.need(NAME=self.name)
-        call.choice("bench", self.name, ("train",))
-        from sparing.bench.train import run
+        call.choice("bench", self.name, ("train", "precision"))
+        if self.name == "train":
+            from sparing.bench.train import run
+        else:
+            from sparing.bench.precision import run
         from sparing.pipeline import metered
 
-        with metered("bench", first=f"{self.name} {self.figure or 'throughput'}"):
-            result = run(self.figure or "throughput", json=self.json, **call.overrides)
+        figure = self.figure or {"train": "throughput", "precision": "speed"}[self.name]
+        with metered("bench", first=f"{self.name} {figure}"):
+            result = run(figure, json=self.json, **call.overrides)
         return result if self.json else None  # the figure has drawn its table

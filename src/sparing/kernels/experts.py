@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparing.kernels import products as kernels
+
 ROWS = 64
 """Groups are filled up to a multiple of this: oneDNN builds a kernel for every new shape, which costs more than the filler rows."""
 
@@ -44,6 +46,13 @@ class _SwiGLU(torch.autograd.Function):
 def swiglu(h: Tensor) -> Tensor:
     """(..., 2F) -> (..., F); see the reference."""
     return _SwiGLU.apply(h)
+
+
+class Plain(kernels.Plain):
+    @staticmethod
+    def swiglu_grouped_nt(h: Tensor, gates: Tensor, b: Tensor, ends: Tensor, grouped_nt=kernels.Plain.grouped_nt) -> Tensor:
+        """swiglu(h) * gates (S, 1) by each group's b (E, N, F): (S, N). 8-bit products may do both at once."""
+        return grouped_nt(swiglu_reference(h).mul_(gates), b, ends)
 
 
 def mixture_reference(x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, weights_NK: Tensor, experts_NK: Tensor) -> Tensor:
@@ -85,54 +94,34 @@ def _combine(rows_SD: Tensor, places_NK: Tensor) -> Tensor:
 
 class _Mixture(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor, products) -> Tensor:
+        """products: `kernels.products`' functions, for gate_up and for down."""
         source, places, groups = group_rows(experts, len(gate_up), ROWS)
         tokens = (source // experts.shape[1]).clamp_(max=len(x) - 1)
         gate_up_c, down_c = gate_up.to(x.dtype), down.to(x.dtype)
-        spans = spans_of(groups)
+        ends = torch.tensor(groups).cumsum(0)
         rows = x.index_select(0, tokens)
-        h = x.new_empty(len(rows), gate_up.shape[1])
-        for expert, span in spans:
-            torch.mm(rows[span], gate_up_c[expert].t(), out=h[span])
+        h = products[0].grouped_nt(rows, gate_up_c, ends)
         # Filler rows have gate 0: they reach neither the output nor a gradient.
         gates = torch.cat((weights.flatten(), weights.new_zeros(1))).index_select(0, source).to(x.dtype).unsqueeze(-1)
-        hidden = swiglu_reference(h).mul_(gates)
-        y = torch.empty_like(rows)
-        for expert, span in spans:
-            torch.mm(hidden[span], down_c[expert].t(), out=y[span])
-        ctx.save_for_backward(rows, h, gate_up_c, down_c, gates, tokens, places)
-        ctx.spans, ctx.dtypes = spans, (gate_up.dtype, weights.dtype)
+        y = products[1].swiglu_grouped_nt(h, gates, down_c, ends)
+        ctx.save_for_backward(rows, h, gate_up_c, down_c, gates, tokens, places, ends)
+        ctx.products, ctx.dtypes = products, (gate_up.dtype, weights.dtype)
         return _combine(y, places)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        rows, h, gate_up, down, gates, tokens, places = ctx.saved_tensors
+        rows, h, gate_up, down, gates, tokens, places, ends = ctx.saved_tensors
+        products = ctx.products
         grad_y = grad.index_select(0, tokens)
-        grad_gated = h.new_empty(len(rows), h.shape[1] // 2)
-        for expert, span in ctx.spans:
-            torch.mm(grad_y[span], down[expert], out=grad_gated[span])
+        grad_gated = products[1].grouped_nn(grad_y, down, ends)
         hidden, grad_h = _swiglu_backward(h, grad_gated * gates)
         grad_weights = (grad_gated * hidden).sum(-1, dtype=ctx.dtypes[1]).index_select(0, places.flatten()).view_as(places)
         hidden *= gates
-        # An expert without tokens has gradient zero.
-        grad_gate_up, grad_down = torch.zeros_like(gate_up), torch.zeros_like(down)
-        grad_rows = torch.empty_like(rows)
-        for expert, span in ctx.spans:
-            torch.mm(grad_y[span].t(), hidden[span], out=grad_down[expert])
-            torch.mm(grad_h[span].t(), rows[span], out=grad_gate_up[expert])
-            torch.mm(grad_h[span], gate_up[expert], out=grad_rows[span])
+        grad_gate_up, grad_down = products[0].grouped_tn(grad_h, rows, ends), products[1].grouped_tn(grad_y, hidden, ends)
+        grad_rows = products[0].grouped_nn(grad_h, gate_up, ends)
         dtype = ctx.dtypes[0]
-        return _combine(grad_rows, places), grad_gate_up.to(dtype), grad_down.to(dtype), grad_weights, None
-
-
-def spans_of(counts: list[int]) -> list[tuple[int, slice]]:
-    """(expert, its rows) for experts that received any."""
-    spans, start = [], 0
-    for expert, count in enumerate(counts):
-        if count:
-            spans.append((expert, slice(start, start + count)))
-        start += count
-    return spans
+        return _combine(grad_rows, places), grad_gate_up.to(dtype), grad_down.to(dtype), grad_weights, None, None
 
 
 def _mixture_grouped(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
@@ -145,8 +134,9 @@ def _mixture_grouped(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, 
     return y.index_select(0, places.flatten()).unflatten(0, places.shape).sum(1)
 
 
-def mixture(x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, weights_NK: Tensor, experts_NK: Tensor) -> Tensor:
-    """(N, D) tokens through their K experts, weighted by their gates and summed: (N, D). See `mixture_reference`."""
-    if x_ND.is_cuda and hasattr(F, "grouped_mm"):
+def mixture(x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, weights_NK: Tensor, experts_NK: Tensor, products=None) -> Tensor:
+    """(N, D) tokens through their K experts, weighted by their gates and summed: (N, D). See `mixture_reference`. products: functions like
+    `kernels.products`', a pair for gate_up and down, instead of torch's."""
+    if products is None and x_ND.is_cuda and hasattr(F, "grouped_mm"):
         return _mixture_grouped(x_ND, gate_up_E2FD, down_EDF, weights_NK, experts_NK)
-    return _Mixture.apply(x_ND, gate_up_E2FD, down_EDF, weights_NK, experts_NK)
+    return _Mixture.apply(x_ND, gate_up_E2FD, down_EDF, weights_NK, experts_NK, products or (Plain, Plain))

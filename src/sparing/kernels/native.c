@@ -61,3 +61,5 @@ static inline float sigmoid_(float x) { return 1.0f / (1.0f + exp_(-x)); }
 #include "passes.inc"
 
 #include "products.c"
+
+#include "int8.c"

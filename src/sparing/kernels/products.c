@@ -13,7 +13,7 @@ enum { TO_BF16, TO_F32, ADD_F32 };
 
 /* Scratch of this thread that only grows; slot: which of them. */
 static void *scratch(int slot, int64_t bytes) {
-    static __thread struct { void *at; int64_t bytes; } slots[11];
+    static __thread struct { void *at; int64_t bytes; } slots[16];
     if (slots[slot].bytes < bytes) {
         free(slots[slot].at);
         slots[slot].at = aligned_alloc(64, (bytes + 4095) / 4096 * 4096);

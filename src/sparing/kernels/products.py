@@ -27,8 +27,8 @@ def _compiled() -> bool:
 
 
 def usable(x: Tensor) -> bool:
-    """Whether products of `x` should be the compiled ones."""
-    return x.dtype == torch.bfloat16 and native.usable(x) and _compiled()
+    """Whether products with rows of `x` should be the compiled ones, which take the numbers of a row in pairs."""
+    return x.dtype == torch.bfloat16 and x.shape[1] % 2 == 0 and x.stride(0) % 2 == 0 and native.usable(x) and _compiled()
 
 
 def even(*widths: int | None) -> bool:
@@ -53,65 +53,95 @@ def _product(name: str, a: Tensor, b: Tensor, out: Tensor, base: Tensor | None, 
     return out
 
 
+def spans(ends: Tensor) -> list[tuple[int, slice]]:
+    """(group, its rows) of groups that have any."""
+    stops = ends.tolist()
+    return [(e, slice(start, stop)) for e, (start, stop) in enumerate(zip([0, *stops], stops)) if stop > start]
+
+
+class Plain:
+    """The same functions by torch.mm; weights' gradients in the operands' type."""
+
+    @staticmethod
+    def nt(a: Tensor, b: Tensor, out: Tensor | None = None, base: Tensor | None = None) -> Tensor:
+        y = torch.mm(a, b.to(a.dtype).t()) if base is None else torch.addmm(base, a, b.to(a.dtype).t())
+        return y if out is None else out.copy_(y)
+
+    @staticmethod
+    def nn(a: Tensor, b: Tensor, base: Tensor | None = None) -> Tensor:
+        return torch.mm(a, b.to(a.dtype)) if base is None else torch.addmm(base, a, b.to(a.dtype))
+
+    @staticmethod
+    def tn(a: Tensor, b: Tensor) -> Tensor:
+        return torch.mm(a.t(), b)
+
+    @staticmethod
+    def grouped_nt(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+        out = a.new_empty(len(a), b.shape[1])
+        for e, rows in spans(ends):
+            torch.mm(a[rows], b[e].to(a.dtype).t(), out=out[rows])
+        return out
+
+    @staticmethod
+    def grouped_nn(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+        out = a.new_empty(len(a), b.shape[2])
+        for e, rows in spans(ends):
+            torch.mm(a[rows], b[e].to(a.dtype), out=out[rows])
+        return out
+
+    @staticmethod
+    def grouped_tn(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+        out = a.new_zeros(len(ends), a.shape[1], b.shape[1])
+        for e, rows in spans(ends):
+            torch.mm(a[rows].t(), b[rows], out=out[e])
+        return out
+
+
 def nt(a: Tensor, b: Tensor, out: Tensor | None = None, base: Tensor | None = None) -> Tensor:
     """a (M, K) b (N, K)ᵀ (+ base (M, N)) in a's type; rows of a, base and out may be strided."""
     if usable(a):
         return _product("nt", a, b, _out(a, len(b), out), base, b.shape[1])
-    y = torch.mm(a, b.to(a.dtype).t()) if base is None else torch.addmm(base, a, b.to(a.dtype).t())
-    return y if out is None else out.copy_(y)
+    return Plain.nt(a, b, out, base)
 
 
 def nn(a: Tensor, b: Tensor, base: Tensor | None = None) -> Tensor:
     """a (M, K) b (K, N) (+ base (M, N)) in a's type."""
     if usable(a):
         return _product("nn", a, b, _out(a, b.shape[1], None), base, len(b))
-    return torch.mm(a, b.to(a.dtype)) if base is None else torch.addmm(base, a, b.to(a.dtype))
+    return Plain.nn(a, b, base)
 
 
 def tn(a: Tensor, b: Tensor) -> Tensor:
     """a (K, M)ᵀ b (K, N): a weight's gradient, float32 (in b's type by torch.mm)."""
     if not usable(a):
-        return torch.mm(a.t(), b)
+        return Plain.tn(a, b)
     out = torch.empty(a.shape[1], b.shape[1])
     native.call("tn", None, a, a.stride(0), b, b.stride(0), out, out.stride(0), TO_F32, *out.shape, len(a))
     return out
 
 
-def _spans(ends: Tensor) -> list[tuple[int, slice]]:
-    """(group, its rows) of groups that have any."""
-    stops = ends.tolist()
-    return [(e, slice(start, stop)) for e, (start, stop) in enumerate(zip([0, *stops], stops)) if stop > start]
-
-
 def grouped_nt(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
     """Rows of a (S, K) in groups that end at ends (E,) int64, each with its own b (E, N, K): (S, N)."""
+    if not usable(a):
+        return Plain.grouped_nt(a, b, ends)
     out = a.new_empty(len(a), b.shape[1])
-    if usable(a):
-        native.call("grouped_nt", None, a, b, out, ends, *b.shape)
-    else:
-        for e, rows in _spans(ends):
-            torch.mm(a[rows], b[e].to(a.dtype).t(), out=out[rows])
+    native.call("grouped_nt", None, a, b, out, ends, *b.shape)
     return out
 
 
 def grouped_nn(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
     """The same with b (E, K, N)."""
+    if not usable(a):
+        return Plain.grouped_nn(a, b, ends)
     out = a.new_empty(len(a), b.shape[2])
-    if usable(a):
-        native.call("grouped_nn", None, a, b, out, ends, len(b), b.shape[2], b.shape[1])
-    else:
-        for e, rows in _spans(ends):
-            torch.mm(a[rows], b[e].to(a.dtype), out=out[rows])
+    native.call("grouped_nn", None, a, b, out, ends, len(b), b.shape[2], b.shape[1])
     return out
 
 
 def grouped_tn(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
     """a (S, M), b (S, N) -> each group's aᵀ b: (E, M, N), zero for an empty group."""
-    if usable(a):
-        out = torch.empty(len(ends), a.shape[1], b.shape[1])
-        native.call("grouped_tn", None, a, b, out, ends, *out.shape)
-        return out
-    out = a.new_zeros(len(ends), a.shape[1], b.shape[1])
-    for e, rows in _spans(ends):
-        torch.mm(a[rows].t(), b[rows], out=out[e])
+    if not usable(a):
+        return Plain.grouped_tn(a, b, ends)
+    out = torch.empty(len(ends), a.shape[1], b.shape[1])
+    native.call("grouped_tn", None, a, b, out, ends, *out.shape)
     return out

@@ -7,14 +7,13 @@ for GQA keys and values.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparing.config import ModelConfig
 from sparing.kernels import native, products
 from sparing.kernels.attention import DocumentMask, causal_attention
 from sparing.kernels.latent_attention import latent_attention
-from sparing.model.linear import Linear, RMSNorm
+from sparing.model.linear import Linear, RMSNorm, side_by_side
 from sparing.model.rope import rotate, softmax_scale
 
 
@@ -59,19 +58,20 @@ class MLA(nn.Module):
         if cache is not None or not even or not native.usable(x_BTD):
             return x_BTD + self(norm(x_BTD), table, mask, cache)
         if c.q_lora_rank is None:
-            q = (self.q_proj.weight, None, None)
+            q, q_by = (self.q_proj.weight, None, None), (self.q_proj.products, None)
         else:
             q = (self.q_a_proj.weight, self.q_a_layernorm.weight, self.q_b_proj.weight)
+            q_by = (self.q_a_proj.products, self.q_b_proj.products)
         kv = (self.kv_a_proj_with_mqa.weight, self.kv_a_layernorm.weight, self.kv_b_proj.weight)
         widths = (c.num_heads, c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim)
-        return latent_attention(x_BTD, norm.weight, q, kv, self.o_proj.weight, table, c.rms_norm_eps, widths, self.scale, mask)
+        by = (*q_by, self.kv_a_proj_with_mqa.products, self.kv_b_proj.products, self.o_proj.products)
+        return latent_attention(x_BTD, norm.weight, q, kv, self.o_proj.weight, table, c.rms_norm_eps, widths, self.scale, mask, by)
 
     def forward(self, x_BTD: Tensor, table: Tensor, mask: DocumentMask | None, cache: LayerCache | None) -> Tensor:
         c = self.c
         B, T, _ = x_BTD.shape
-        # Both projections of the input in one product: it is read once, and its gradient needs no addition.
         first = self.q_proj if c.q_lora_rank is None else self.q_a_proj
-        both = F.linear(x_BTD, torch.cat((first.weight, self.kv_a_proj_with_mqa.weight)).to(x_BTD.dtype))
+        both = side_by_side(x_BTD, first, self.kv_a_proj_with_mqa)
         q, latent, k_rope = both.split([first.weight.shape[0], c.kv_lora_rank, c.qk_rope_head_dim], -1)
         if c.q_lora_rank is not None:
             q = self.q_b_proj(self.q_a_layernorm(q))

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparing.config import ModelConfig
 from sparing.kernels import native, products
 from sparing.kernels.experts import mixture, swiglu
 from sparing.kernels.feed_forward import dense_feed_forward, mixture_feed_forward
-from sparing.model.linear import Linear, RMSNorm
+from sparing.model.linear import Linear, RMSNorm, side_by_side
 from sparing.model.router import Router, Routing, sequence_balance_loss
+from sparing.precision.linear import EightBit
 
 
 class MLP(nn.Module):
@@ -27,29 +27,39 @@ class MLP(nn.Module):
     def weights(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
 
+    @property
+    def products(self) -> tuple:
+        return self.gate_proj.products, self.up_proj.products, self.down_proj.products
+
     def residual(self, x_BTD: Tensor, norm: RMSNorm, balance: list[Tensor] | None = None) -> Tensor:
         """x + mlp(norm(x)); no experts, so nothing to balance."""
         if products.even(*self.gate_proj.weight.shape) and native.usable(x_BTD):
-            return dense_feed_forward(x_BTD, norm.weight, *self.weights, norm.eps)
+            return dense_feed_forward(x_BTD, norm.weight, *self.weights, norm.eps, self.products)
         return x_BTD + self(norm(x_BTD))
 
     def forward(self, x: Tensor) -> Tensor:
-        # One product for both projections: the input is read once, and its gradient needs no addition.
-        gate_up = torch.cat((self.gate_proj.weight, self.up_proj.weight)).to(x.dtype)
-        return self.down_proj(swiglu(F.linear(x, gate_up)))
+        return self.down_proj(swiglu(side_by_side(x, self.gate_proj, self.up_proj)))
 
 
 class Experts(nn.Module):
     """The routed experts' weights: gate and up projections stacked (gate first), then the down projections."""
 
+    eight_bit: tuple[EightBit, EightBit] | None = None
+    """As `Linear.eight_bit`, of each part."""
+
     def __init__(self, c: ModelConfig):
         super().__init__()
         E, F_, D = c.n_routed_experts, c.moe_intermediate_size, c.hidden_size
+        self.active = c.num_experts_per_tok / E
         self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * F_, D))
         self.down_proj = nn.Parameter(torch.empty(E, D, F_))
 
     def forward(self, x_ND: Tensor, weights_NK: Tensor, experts_NK: Tensor) -> Tensor:
-        return mixture(x_ND, self.gate_up_proj, self.down_proj, weights_NK, experts_NK)
+        return mixture(x_ND, self.gate_up_proj, self.down_proj, weights_NK, experts_NK, self.eight_bit if self.training else None)
+
+    @property
+    def products(self) -> tuple:
+        return self.eight_bit if self.eight_bit and self.training else (products, products)
 
 
 class MoE(nn.Module):
@@ -69,9 +79,11 @@ class MoE(nn.Module):
             return x_BTD + self(normed, balance)
         x_ND = normed.flatten(0, 1)
         routing = self._route(x_ND, x_BTD.shape[0], balance)
-        shared = self.shared_experts.weights if self.shared_experts else (None, None, None)
+        shared, by = (None, None, None), self.experts.products
+        if self.shared_experts:
+            shared, by = self.shared_experts.weights, by + self.shared_experts.products
         experts = (self.experts.gate_up_proj, self.experts.down_proj)
-        return mixture_feed_forward(x_BTD.flatten(0, 1), x_ND, *experts, routing.weights_NK, routing.experts_NK, shared).view_as(x_BTD)
+        return mixture_feed_forward(x_BTD.flatten(0, 1), x_ND, *experts, routing.weights_NK, routing.experts_NK, shared, by).view_as(x_BTD)
 
     def _route(self, x_ND: Tensor, sequences: int, balance: list[Tensor] | None) -> Routing:
         routing = self.gate(x_ND)

@@ -6,18 +6,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparing.kernels import products
 from sparing.kernels.norm import rms_norm
+from sparing.precision.linear import EightBit, eight_bit_linear
 
 
 class Linear(nn.Module):
     """y = x Wᵀ, weight (out, in), no bias (DeepSeek-V3 has none)."""
 
+    eight_bit: EightBit | None = None
+    """Set by `precision.linear.install`; used in training, so that evaluations show the model as it is saved."""
+    active = 1.0
+    """Share of the weights that a token meets."""
+
     def __init__(self, in_features: int, out_features: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
 
+    @property
+    def products(self):
+        """`kernels.products`, or functions like its in 8 bits."""
+        return self.eight_bit if self.eight_bit and self.training else products
+
     def forward(self, x: Tensor) -> Tensor:
+        if self.products is not products:
+            return eight_bit_linear(x, self.weight, self.products)
         return F.linear(x, self.weight.to(x.dtype))
+
+
+def side_by_side(x: Tensor, *linears: Linear) -> Tensor:
+    """Several linears of one input, (..., sum of their widths). In one product: the input is read once, and its gradient needs no addition;
+    in 8 bits each has its own."""
+    if any(linear.products is not products for linear in linears):
+        return torch.cat([linear(x) for linear in linears], -1)
+    return F.linear(x, torch.cat([linear.weight for linear in linears]).to(x.dtype))
 
 
 class RMSNorm(nn.Module):

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from sparing.config import Config, UserError
+from sparing.config import Config, PrecisionConfig, UserError
 from sparing.run import DamagedError, RunFolder, link_or_copy, read_tensors, replace_folder, verify_folder, write_folder
 from sparing.train.optim import Optimizer
 
@@ -42,6 +42,8 @@ class TrainState:
     """Its memory (`Guard.state`)."""
     skipped: list[int] = field(default_factory=list)
     """Batches not learnt from."""
+    precision: dict = field(default_factory=dict)
+    """Which linears are not in 8 bits (`Policy.state`)."""
     fingerprint: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT
 
@@ -55,6 +57,8 @@ def fingerprint(config: Config) -> dict[str, str]:
     train = config.train
     rows = (train.seq_len, train.short_seq_len, train.short_until, train.batch_size, train.micro_batch_size, train.replicas)
     recipe = (config.optim, rows, train.dtype, train.document_mask, train.mtp_weight)
+    if config.precision != PrecisionConfig():
+        recipe += (config.precision,)
     return {"model": digest(config.model), "recipe": digest(recipe, train.bias_update_rate, train.sequence_balance, train.seed)}
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from sparing.config import UserError
+from sparing.precision.linear import LEVELS
 from sparing.run import RunFolder, disk_errors, read_lines, write_atomic
 
 if TYPE_CHECKING:
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 PLAIN_EVERY_S = 10.0
 LOADS = 150
 """Times in a run that the experts' loads are written down."""
+SHOWN_MOVES = 4
+"""Of the precision policy, at a time."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,15 @@ class Log:
             line["mfu"] = self.mfu(speed)
         self.metrics.add(line)
         return line
+
+    def moves(self, step: int, moves: list) -> None:
+        """Linears that the precision policy moved (`precision.policy.Move`) in a step, counted from 1."""
+        for move in moves:
+            self.metrics.add({"step": step, "precision": vars(move) | {"before": LEVELS[move.before], "after": LEVELS[move.after]}})
+        for move in moves[:SHOWN_MOVES]:
+            self.progress.say(f"step {step}: {move}")
+        if len(moves) > SHOWN_MOVES:
+            self.progress.say(f"step {step}: ... and {len(moves) - SHOWN_MOVES} more moves, in metrics.jsonl")
 
     def loads_due(self, step: int, total: int) -> bool:
         """Are the experts' loads of this step (counted from 1) to be written down? About `LOADS` times a run."""

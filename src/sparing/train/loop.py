@@ -16,6 +16,7 @@ from sparing.budget.flops import train_flops
 from sparing.config import Config, UserError
 from sparing.data.stop import Stopped
 from sparing.model.router import routers, update_biases
+from sparing.precision.policy import Policy
 from sparing.run import RunFolder
 from sparing.train.checkpoint import Checkpoints, TrainState
 from sparing.train.clock import Clock
@@ -91,6 +92,7 @@ class _Trainer:
         model.train()
         self.device = next(model.parameters()).device
         self.loss_fn = torch.compile(model.loss, dynamic=False) if t.compile else model.loss
+        self.policy = Policy.of(model, config)
         self.replicas = Replicas(model, t.replicas or 1)
         self.optimizer = Optimizer(model, config.optim, model.compute_dtype)
         self.guard = Guard()
@@ -107,6 +109,7 @@ class _Trainer:
         """One whole optimizer step. Returns its metrics, or None when the batch was bad and the weights are as before."""
         state, optim, t = self.state, self.config.optim, self.config.train
         compiling = t.compile and not self.log.steps  # an exception inside the compiler would get lost in its callbacks
+        self.policy.begin(state.step)
         with nullcontext() if compiling else self.signals.interruptible():  # nothing changes yet that a checkpoint would hold
             batch = self.loader.batch(state.cursor)
             if t.short_seq_len and state.step < t.short_until * total:
@@ -125,6 +128,7 @@ class _Trainer:
                 parts.append(self.replicas.backward(tokens[rows], targets[rows], mine, share, self.loss_fn, **options))
             norm = self.optimizer.grad_norm()
             loss, mtp_loss, balance, grad_norm = torch.cat([torch.stack(parts).sum(0), norm.reshape(1)]).tolist()
+        self.log.moves(state.step + 1, self.policy.end())
         bad = self.guard.verdict(loss, grad_norm, warm=state.step >= optim.warmup * total)
         if bad:
             self._skip(bad)
@@ -138,6 +142,7 @@ class _Trainer:
         violations = update_biases(self.model, t.bias_update_rate)
         state.step, state.cursor, state.tokens = state.step + 1, state.cursor + 1, state.tokens + tokens.numel()
         values = {"step": state.step, "tokens": state.tokens, "loss": loss, "lr": optim.lr * scale, "grad_norm": grad_norm}
+        values |= self.policy.values()
         if self.config.model.mtp_depth:
             values["mtp_loss"] = mtp_loss
         if violations:
@@ -178,6 +183,7 @@ class _Trainer:
         if loaded:
             self.clock.at_least(loaded.seconds)
             self.guard.load(loaded.guard)
+            self.policy.load(loaded.precision)
             self.log.progress.say(f"going on from step {loaded.step:,}")
         self.clock.record()  # before the lines that it was read from are dropped
         self.log.keep_until(self.state.step)
@@ -251,7 +257,7 @@ class _Trainer:
     def _save(self, *, keep_as_pre_decay: bool = False) -> None:
         before = time.monotonic()
         state = self.state
-        state.seconds, state.guard = self.clock.seconds(), self.guard.state()
+        state.seconds, state.guard, state.precision = self.clock.seconds(), self.guard.state(), self.policy.state()
         self.log.metrics.sync()  # a checkpoint must not be ahead of the metrics
         with self.meter.stage("save"):
             self.checkpoints.save(state, keep_as_pre_decay=keep_as_pre_decay)

@@ -1,0 +1,124 @@
+"""Loss after equal tokens in 8 bits and in 16: paired seeds, the same batches, the same budget, one run after another."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from sparing.bench.report import paths_of, row, say
+from sparing.bench.worker import Worker
+from sparing.config import UserError
+from sparing.config_file import read_wishes
+from sparing.run import write_atomic
+
+SIDES: dict[str, dict] = {
+    "none": {},
+    "int8": {"linear": "int8"},
+    "fp8": {"linear": "fp8"},
+    "storage": {"weights": "bfloat16", "moments": "int8", "activations": "int8"},
+    "int8+storage": {"linear": "int8", "weights": "bfloat16", "moments": "int8", "activations": "int8"},
+}
+MODEL = {
+    "hidden_size": 192, "num_layers": 5, "num_dense_layers": 1, "intermediate_size": 576, "num_heads": 3, "q_lora_rank": 96,
+    "kv_lora_rank": 48, "n_routed_experts": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 96, "mtp_depth": 0, "vocab_size": 4096,
+}  # fmt: skip
+"""3 million active parameters, the embedding among them."""
+TRAIN = {"seq_len": 256, "batch_size": 16, "micro_batch_size": 16, "replicas": 1, "compile": False, "evals": 0, "short_seq_len": None}
+PAIRED = "the same seeds in 16 bits"
+REQUIRED, MOONSHOT = 0.0025, 0.001
+T_975 = (0.0, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+"""Student's t, 97.5 %, by degrees of freedom up to 10."""
+
+
+def precision_loss(
+    data: str | Sequence[str],
+    val: str | Sequence[str],
+    tokens: str = "6Mtok",
+    seeds: int = 5,
+    sides: str = "int8, fp8",
+    val_bytes: int = 1_000_000,
+    recipe: str | None = None,
+    out: str | None = None,
+) -> list[dict]:
+    """Rows: for each of `sides` the relative difference of the held-out loss to 16 bits, mean and 95 % interval over seeds, whose upper end
+    counts; and the least share of the linears' multiplications that was in 8 bits at any measurement.
+
+    Every run is one thread in a process of its own, scored on `val` in 16 bits with the weights as saved. recipe: a TOML file of wishes
+    over the figure's model. out: a folder that keeps finished runs, which are not made again.
+    """
+    wanted = [side.strip() for side in sides.split(",")]
+    for side in wanted:
+        if side not in SIDES or side == "none":
+            raise UserError(f"bench precision loss: {side!r} is no side; choose from {', '.join(s for s in SIDES if s != 'none')}")
+    if not 2 <= seeds <= len(T_975):
+        raise UserError(f"bench precision loss: --seeds {seeds}: give 2 to {len(T_975)}")
+    wishes = read_wishes(recipe) if recipe else {}
+    results: dict[str, list[dict]] = {side: [] for side in ("none", *wanted)}
+    with ExitStack() as stack:
+        folder = Path(out or stack.enter_context(tempfile.TemporaryDirectory(prefix="sparing-bench-")))
+        folder.mkdir(parents=True, exist_ok=True)
+        for seed in range(seeds):  # a pair is complete before the next begins: what is there can be looked at
+            for side, done in results.items():
+                arguments = {
+                    "data": paths_of(data), "val": paths_of(val), "budget": tokens, "seed": seed, "side": side, "wishes": wishes,
+                    "val_bytes": val_bytes,
+                }  # fmt: skip
+                digest = hashlib.sha256(json.dumps([arguments, SIDES[side], MODEL, TRAIN], sort_keys=True).encode()).hexdigest()[:8]
+                kept = folder / f"{side}-{seed}-{digest}.json"
+                if not kept.exists():
+                    shutil.rmtree(kept.with_suffix(""), ignore_errors=True)
+                    with Worker(1, {"SPARING_HOME": str(folder / "home")}) as worker:
+                        result = worker.ask("run", function="precision_loss.train_side", out=str(kept.with_suffix("")), **arguments)
+                    write_atomic(kept, json.dumps(result, indent=1))
+                done.append(json.loads(kept.read_text()))
+                say(f"{side}, seed {seed}: loss {done[-1]['loss']:.5f}, {done[-1]['tokens_per_s']:,.0f} tokens/s")
+    return [line for side in wanted for line in rows_of(side, results["none"], results[side], tokens)]
+
+
+def train_side(data: Sequence[str], val: Sequence[str], budget: str, seed: int, side: str, wishes: dict, val_bytes: int, out: str) -> dict:
+    """`sparing train` with one precision, then its loss on `val`."""
+    from sparing.api import load, train
+    from sparing.config_file import merge_wishes
+    from sparing.data.sources import documents
+    from sparing.evals.bpb import bpb
+    from sparing.run import RunFolder, read_lines
+
+    base = {"model": MODEL, "train": {**TRAIN, "threads": 1}, "precision": SIDES[side]}
+    summary = train(list(data), budget, out, merge_wishes(base, wishes), seed=seed, samples=0)
+    model = load(out)
+    texts = (document.text for document in documents(val))
+    score = bpb(model.network.nll, model.tokenizer, texts, model.config.train.seq_len, batch=32, max_bytes=val_bytes)
+    lines = read_lines(RunFolder.open(out).metrics_file)
+    shares = [line[f"eight_bit_{d}"] for line in lines for d in ("forward", "dgrad", "wgrad") if f"eight_bit_{d}" in line]
+    return {
+        "loss": score["loss"], "bpb": score["bpb"], "train_loss": summary["loss"], "tokens": summary["tokens"], "seed": seed,
+        "tokens_per_s": summary["tokens_per_s"], "skipped": summary["skipped"], "active": summary["active_parameters"],
+        "share": min(shares, default=0.0), "moves": sum("precision" in line for line in lines),
+    }  # fmt: skip
+
+
+def interval(differences: Sequence[float]) -> tuple[float, float]:
+    """(mean, half width of its 95 % interval), by Student's t: pairs are few."""
+    n = len(differences)
+    mean = sum(differences) / n
+    deviation = math.sqrt(sum((d - mean) ** 2 for d in differences) / (n - 1))
+    return mean, T_975[n - 1] * deviation / math.sqrt(n)
+
+
+def rows_of(side: str, plain: list[dict], ours: list[dict], tokens: str) -> list[dict]:
+    """The upper end against what is required; the mean beside it."""
+    mean, half = interval([mine["loss"] / theirs["loss"] - 1 for mine, theirs in zip(ours, plain, strict=True)])
+    more = {"mean": mean, "low": mean - half, "high": mean + half, "moonshot": MOONSHOT, "results": ours, "peer_results": plain}
+    name = f"loss, {side}, {tokens}: relative difference, upper end of 95 %"
+    lines = [row(name, mean + half, "of the loss", REQUIRED, f"required; {PAIRED}", len(ours), **more)]
+    lines.append(row(f"loss, {side}, {tokens}: mean of the difference", mean, "of the loss", None, PAIRED, len(ours), half=half))
+    if SIDES[side].get("linear"):
+        least = min(result["share"] for result in ours)
+        lines.append(row(f"share in 8 bits, {side}, least of any direction", least, "of the linears' FLOPs", 0.9, "required", len(ours)))
+    return lines

@@ -1,0 +1,101 @@
+"""8-bit integer products for processors with AVX512_VNNI: bfloat16 in, quantised on the way, sums in int32, result as kernels.products'.
+
+What they compute is `precision.products`'s plain form; int8.c has the layout. Measured against the bfloat16 products: LAB.md, 2026-11-22.
+Every function adds (blocks with an infinity or NaN, blocks too small to scale) to `faults`, int64 (2,).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from sparing.kernels import native
+from sparing.kernels.products import TO_BF16, TO_F32, _out
+
+LONGEST = 32768
+"""Of an inner block: 255 * 127 * 32768 fits an int32 sum."""
+
+
+@cache
+def _compiled() -> bool:
+    return hasattr(native.passes(), "int8_nt")
+
+
+def usable(x: Tensor) -> bool:
+    """Whether 8-bit products of `x` should be the compiled ones."""
+    return x.dtype == torch.bfloat16 and rounds(x)
+
+
+def rounds(x: Tensor) -> bool:
+    """Whether `float_round` serves `x`."""
+    return native.usable(x) and _compiled() and x.stride(-1) == 1
+
+
+def available() -> bool:
+    """Whether compiled 8-bit products are there and wanted, whatever this thread's setting."""
+    return native.wanted() and _compiled()
+
+
+def _length(block: int | None, inner: int) -> int:
+    """A multiple of 4, at most `LONGEST`."""
+    return min(block or LONGEST, (inner + 3) // 4 * 4 or 4, LONGEST)
+
+
+def _wide(b: Tensor) -> int:
+    return int(b.dtype == torch.float32)
+
+
+def nt(a: Tensor, b: Tensor, block: int | None, faults: Tensor, out: Tensor | None = None, base: Tensor | None = None) -> Tensor:
+    """a (M, K) b (N, K)ᵀ (+ base (M, N)), bfloat16; block: numbers of the inner dimension that share a scale, None: all."""
+    return _product("int8_nt", a, b, _out(a, len(b), out), base, b.shape[1], block, faults)
+
+
+def nn(a: Tensor, b: Tensor, block: int | None, faults: Tensor, base: Tensor | None = None) -> Tensor:
+    """a (M, K) b (K, N) (+ base (M, N))."""
+    return _product("int8_nn", a, b, _out(a, b.shape[1], None), base, len(b), block, faults)
+
+
+def _product(name: str, a: Tensor, b: Tensor, out: Tensor, base: Tensor | None, inner: int, block: int | None, faults: Tensor) -> Tensor:
+    base_stride = 0 if base is None else base.stride(0)
+    sizes = (TO_BF16, base, base_stride, len(a), out.shape[1], inner, _length(block, inner), faults)
+    native.call(name, None, a, a.stride(0), b, _wide(b), b.stride(0), out, out.stride(0), *sizes)
+    return out
+
+
+def tn(a: Tensor, b: Tensor, block: int | None, faults: Tensor) -> Tensor:
+    """a (K, M)ᵀ b (K, N), float32."""
+    out = torch.empty(a.shape[1], b.shape[1])
+    sizes = (TO_F32, *out.shape, len(a), _length(block, len(a)), faults)
+    native.call("int8_tn", None, a, a.stride(0), b, b.stride(0), out, out.stride(0), *sizes)
+    return out
+
+
+def grouped_nt(a: Tensor, b: Tensor, ends: Tensor, block: int | None, faults: Tensor) -> Tensor:
+    """Rows of a (S, K) in groups that end at ends (E,) int64, each with its own b (E, N, K): (S, N)."""
+    out = a.new_empty(len(a), b.shape[1])
+    native.call("int8_grouped_nt", None, a, b, _wide(b), out, ends, *b.shape, _length(block, b.shape[2]), faults)
+    return out
+
+
+def grouped_nn(a: Tensor, b: Tensor, ends: Tensor, block: int | None, faults: Tensor) -> Tensor:
+    """The same with b (E, K, N)."""
+    out = a.new_empty(len(a), b.shape[2])
+    native.call("int8_grouped_nn", None, a, b, _wide(b), out, ends, len(b), b.shape[2], b.shape[1], _length(block, b.shape[1]), faults)
+    return out
+
+
+def grouped_tn(a: Tensor, b: Tensor, ends: Tensor, block: int | None, faults: Tensor) -> Tensor:
+    """a (S, M), b (S, N) -> each group's aᵀ b: (E, M, N) float32, zero for an empty group."""
+    out = torch.empty(len(ends), a.shape[1], b.shape[1])
+    native.call("int8_grouped_tn", None, a, b, out, ends, *out.shape, _length(block, LONGEST), faults)
+    return out
+
+
+def float_round(x: Tensor, block: tuple[int, int], mantissa: int, normal: float, most: float, faults: Tensor) -> Tensor:
+    """x (M, N) through a small floating-point format and back, bfloat16 (`quantise` with powers, then `dequantise`)."""
+    out = torch.empty(x.shape, dtype=torch.bfloat16)
+    sizes = (*x.shape, *(max(1, min(b, n)) for b, n in zip(block, x.shape, strict=True)), mantissa, normal, most, faults)
+    native.call("float8_round", None, x, _wide(x), x.stride(0), out, *sizes)
+    return out

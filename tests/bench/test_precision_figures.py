@@ -1,0 +1,76 @@
+"""The figures of `bench precision`: what the rows say, what is kept, what is refused; the speed figure's own measurement."""
+
+import json
+
+import pytest
+import torch
+
+from sparing.bench import precision, precision_loss
+from sparing.bench.precision_loss import interval, rows_of
+from sparing.bench.precision_speed import measure
+from sparing.config import UserError
+
+
+def test_the_interval_is_students():
+    mean, half = interval([0.001, 0.002, 0.003, 0.002, 0.002])
+    assert mean == pytest.approx(0.002)
+    assert half == pytest.approx(2.776 * 0.000707107 / 5**0.5, rel=1e-5)
+    assert interval([0.5, 0.5]) == (0.5, 0.0)
+
+
+def result(loss: float, share: float = 1.0) -> dict:
+    return {"loss": loss, "share": share, "tokens_per_s": 1.0}
+
+
+def test_the_upper_end_counts():
+    plain, ours = [result(4.0), result(5.0)], [result(4.004), result(5.01, 0.93)]
+    upper, mean, share = rows_of("int8", plain, ours, "1Mtok")
+    assert mean["ours"] == pytest.approx(0.0015) and mean["half"] == pytest.approx(12.706 * 0.0005, rel=1e-3)
+    assert upper["ours"] == pytest.approx(mean["ours"] + mean["half"]) and upper["peer"] == 0.0025 and upper["runs"] == 2
+    assert share["ours"] == 0.93 and share["peer"] == 0.9
+    assert len(rows_of("storage", plain, ours, "1Mtok")) == 2  # it has no products in 8 bits
+
+
+def test_finished_runs_are_kept(tmp_path, monkeypatch):
+    """Every seed's pair once; a second call makes none; the same seed on both sides."""
+    asked = []
+
+    class Fake:
+        def __init__(self, threads, environment=None):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def ask(self, do, side, seed, **more):
+            asked.append((side, seed))
+            return result(4.0 + 0.01 * seed + (0.001 if side == "int8" else 0.0))
+
+    monkeypatch.setattr(precision_loss, "Worker", Fake)
+    rows = precision_loss.precision_loss("x", "y", "1Mtok", seeds=3, sides="int8", out=str(tmp_path))
+    assert asked == [(side, seed) for seed in range(3) for side in ("none", "int8")]
+    assert rows[1]["ours"] == pytest.approx(0.00025, rel=0.01)
+    assert json.dumps(rows)
+    precision_loss.precision_loss("x", "y", "1Mtok", seeds=3, sides="int8", out=str(tmp_path))
+    assert len(asked) == 6
+
+
+def test_what_is_refused():
+    for options, words in [({"sides": "int4"}, "int4"), ({"seeds": 1}, "--seeds 1")]:
+        with pytest.raises(UserError, match=words):
+            precision.run("loss", data="x", val="y", **options)
+    with pytest.raises(UserError, match="no figure 'lost'; did you mean loss"):
+        precision.run("lost")
+    with pytest.raises(UserError, match="bench precision loss needs --data"):
+        precision.run("loss")
+
+
+def test_speed_takes_turns_on_the_same_weights():
+    threads = torch.get_num_threads()
+    found = measure(width=64, kind="int8", rounds=2, rows=2, length=32)
+    assert len(found["eight"]) == len(found["sixteen"]) == 2 and min(found["eight"] + found["sixteen"]) > 0
+    assert set(found["products"]) == {"nt", "nn", "tn"} and found["share"] == 1.0 and found["how"]
+    assert torch.get_num_threads() == threads
