@@ -1,16 +1,20 @@
 """What the backward pass keeps of a layer, in int8 with a scale for each row: the inputs of its linears, norms and attention.
 
 DeepSeek-V3 keeps linears' inputs in FP8 (arXiv 2412.19437 §3.3.3). Here a hook of autograd packs every bfloat16 tensor that a layer saves, so that
-plain and compiled paths need no second version; weights, float32 tensors (statistics, gates) and small ones stay as they are. The forward
-pass is exact; gradients see activations with a relative error of about 1 % in each number's row.
+plain and compiled paths need no second version; weights, float32 statistics and small tensors stay as they are. The forward pass is exact;
+gradients see activations with a relative error of about 1 %.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from sparing.kernels import native
+from sparing.kernels.norm import recomputed
 
 LEAST = 4096
 """Numbers of a tensor that is worth packing."""
@@ -30,8 +34,13 @@ def _is_weight(tensor: Tensor) -> bool:
     return True
 
 
-def pack(tensor: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-    """bfloat16 (..., columns) -> (codes int8 of the same shape, scales (...) float32); what is not to be packed comes back as it is."""
+def pack(tensor: Tensor) -> Tensor | tuple[Tensor, Tensor | None]:
+    """bfloat16 (..., columns) -> (codes int8 of the same shape, scales (...) float32); what is not to be packed comes back as it is.
+
+    A float32 copy of bfloat16 rows (a router's input) is kept as what it was made from."""
+    if tensor.dtype == torch.float32 and tensor.grad_fn is not None and tensor.grad_fn.name() == "ToCopyBackward0" and not _is_weight(tensor):
+        narrow = tensor.detach().to(torch.bfloat16)
+        return (narrow, None) if torch.equal(narrow.float(), tensor) else tensor
     if tensor.dtype != torch.bfloat16 or tensor.numel() < LEAST or tensor.ndim < 2 or _is_weight(tensor):
         return tensor
     x = tensor.detach().contiguous()
@@ -49,11 +58,13 @@ def pack(tensor: Tensor) -> Tensor | tuple[Tensor, Tensor]:
     return code, scale
 
 
-def unpack(packed: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+def unpack(packed: Tensor | tuple[Tensor, Tensor | None]) -> Tensor:
     """The other way."""
     if isinstance(packed, Tensor):
         return packed
     code, scale = packed
+    if scale is None:
+        return code.float()
     x = torch.empty_like(code, dtype=torch.bfloat16)
     if native.usable(x):
         native.call("unpack_int8", None, code, scale, x, scale.numel(), x.shape[-1])
@@ -61,6 +72,12 @@ def unpack(packed: Tensor | tuple[Tensor, Tensor]) -> Tensor:
     return torch.mul(code, scale.unsqueeze(-1), out=x)
 
 
-def kept_in_int8() -> torch.autograd.graph.saved_tensors_hooks:
-    """A context: what is saved for the backward pass within it is packed."""
-    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+@contextmanager
+def kept_in_int8() -> Iterator[None]:
+    """Within it, what is saved for the backward pass is packed, and what the compiled sub-layers can norm or gather again is not saved."""
+    token = recomputed.set(True)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            yield
+    finally:
+        recomputed.reset(token)
