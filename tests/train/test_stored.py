@@ -12,7 +12,7 @@ from sparing.kernels import native
 from sparing.model.init import init_weights
 from sparing.model.transformer import Transformer
 from sparing.run import DamagedError, read_lines
-from sparing.train.optim import Optimizer, group_of, store_weights
+from sparing.train.optim import Optimizer, group_of, keep_as
 from sparing.train.stored import StoredAdamW, StoredMuon
 
 SMALL = PrecisionConfig(weights="bfloat16", moments="int8")
@@ -28,9 +28,8 @@ CASES = {
 def trained(precision: PrecisionConfig, number: int = 3, matrix: str = "muon", dtype=torch.bfloat16, before=None):
     model = Transformer(MODEL)
     init_weights(model, 0)
-    store_weights(model, precision)
+    keep_as(model, precision)
     model.compute_dtype = dtype
-    model.set_int8_activations(precision.activations == "int8")
     model.train()
     optimizer = Optimizer(model, OptimConfig(matrix=matrix, lr=0.02 if matrix == "muon" else 0.002), dtype, precision, seed=5)
     losses = []

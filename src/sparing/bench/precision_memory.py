@@ -35,7 +35,7 @@ def measure(config: dict, steps: int, pages: bool = False) -> dict:
     from sparing.model.transformer import Transformer
     from sparing.precision.allocator import give_back
     from sparing.precision.policy import Policy
-    from sparing.train.optim import Optimizer, store_weights
+    from sparing.train.optim import Optimizer, keep_as
     from sparing.train.replicas import Replicas
 
     torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], fused=True)  # imports torch's compiler: on one side alone it would count
@@ -46,10 +46,9 @@ def measure(config: dict, steps: int, pages: bool = False) -> dict:
         give_back()
     model = Transformer(c)
     init_weights(model, t.seed)
-    store_weights(model, chosen.precision)
+    keep_as(model, chosen.precision)
     model.compute_dtype = getattr(torch, t.dtype)
     model.set_recompute(t.recompute)
-    model.set_int8_activations(chosen.precision.activations == "int8")
     model.train()
     policy = Policy.of(model, chosen)
     optimizer = Optimizer(model, chosen.optim, model.compute_dtype, chosen.precision)
@@ -82,7 +81,9 @@ def precision_memory(
     for name in models.split(","):
         if name not in MODELS:
             raise UserError(f"bench precision memory: no model {name!r}; choose from {', '.join(MODELS)}")
-        train = TrainConfig(seq_len=seq_len, batch_size=batch_size, replicas=1, threads=1, device="cpu", recompute=recompute, document_mask=False)
+        train = TrainConfig(
+            seq_len=seq_len, batch_size=batch_size, replicas=1, threads=1, device="cpu", recompute=recompute, document_mask=False
+        )
         full = Config(model=MODELS[name], train=train)
         small = replace(full, precision=replace(SMALL, linear=linear))
         found = {}

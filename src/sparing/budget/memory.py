@@ -1,7 +1,7 @@
 """Bytes that training needs, by part, from the configuration alone: what the code of `model/` and `kernels/` keeps, part by part.
 
-Weights, gradients and moments are float32, activations the compute type, unless `[precision]` keeps them in fewer bits. Gradients appear while
-activations go, but in pieces of other sizes: the allocator holds part of both, or little (`precision/allocator.py`, with few bits).
+Weights, gradients and moments are float32, activations the compute type, unless `[precision]` keeps them in fewer bits. Gradients appear
+while activations go, but in pieces of other sizes: the allocator holds part of both, or little (`precision/allocator.py`).
 N tokens of a micro-batch, D hidden size, H heads, K and V their widths, E experts, F their width, S rows that reach experts.
 """
 
@@ -20,8 +20,8 @@ EXPERT_ROWS = 64
 HEAD_TOKENS = 512
 """Of kernels/attention.py, kernels/experts.py, kernels/cross_entropy.py."""
 PROCESS_BYTES = {"cpu": 414e6, "cuda": 900e6}
-"""A process without its model: interpreter, torch, the libraries that its first step loads. CPU: fitted, with REUSED, on the resident peaks of
-eight models of 0.4-121 M parameters, dense and mixtures, in full and in few bits (LAB.md, 2026-11-22; torch 2.13, glibc). CUDA: an estimate."""
+"""A process without its model: interpreter, torch, the libraries that its first step loads. CPU: fitted, with REUSED, on the resident peaks
+of eight models of 0.4-121 M parameters, dense and mixtures, in full and in few bits (LAB.md; torch 2.13, glibc). CUDA: an estimate."""
 OWN_UPDATES_BYTES = -139e6
 """torch.optim loads torch's compiler; the optimizers of few bits are our own."""
 REUSED = {False: 0.5, True: 1.0}
@@ -69,8 +69,8 @@ def _matrices(c: ModelConfig) -> float:
 
 def weight_bytes(c: ModelConfig, p: PrecisionConfig = FULL) -> float:
     """Of the weights, and of their gradients; routers and norms are float32 always."""
-    matrices, total = _matrices(c) + (1 if c.tie_word_embeddings else 2) * c.vocab_size * c.hidden_size, parameters(c).total + parameters(c).mtp
-    return 4.0 * total - (2.0 * matrices if p.weights == "bfloat16" else 0.0)
+    narrow = _matrices(c) + (1 if c.tie_word_embeddings else 2) * c.vocab_size * c.hidden_size
+    return 4.0 * (parameters(c).total + parameters(c).mtp) - (2.0 * narrow if p.weights == "bfloat16" else 0.0)
 
 
 def optimizer_bytes(c: ModelConfig, matrix: str, p: PrecisionConfig = FULL) -> float:
@@ -140,7 +140,7 @@ def filler_bytes(c: ModelConfig, tokens: float, size: int) -> float:
 
 
 def _copied(c: ModelConfig, path: Path, whole: bool) -> float:
-    """Weights that the plain kernels keep in the compute type besides their own: all but a CPU's experts; of 16-bit ones those that are joined."""
+    """Weights that the plain kernels keep in the compute type too: all but a CPU's experts; of 16-bit ones those that are joined."""
     experts = c.num_moe_layers * c.n_routed_experts * 3 * c.moe_intermediate_size * c.hidden_size
     if whole:
         return _matrices(c) - (experts if path == "plain" else 0)

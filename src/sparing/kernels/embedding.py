@@ -1,6 +1,6 @@
 """Rows of a bfloat16 embedding, with a gradient whose sums are float32.
 
-Added up in bfloat16, the gradients of a frequent word stop growing after a few hundred occurrences. Only rows that were read exist in float32.
+Added up in bfloat16, the gradients of a frequent word stop growing after a few hundred. Only rows that were read exist in float32.
 """
 
 from __future__ import annotations

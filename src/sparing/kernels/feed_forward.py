@@ -95,7 +95,9 @@ class _Mixture(torch.autograd.Function):
         if shared_gate is not None:
             h_shared = _up(normed, shared_gate, shared_up, by[2:])
             base = by[4].nt(_swiglu(h_shared), shared_down, base=residual)
-        ctx.save_for_backward(normed, kept_rows(rows), h, gate_up, down, gates, tokens, places, ends, shared_gate, shared_up, shared_down, h_shared)
+        ctx.save_for_backward(
+            normed, kept_rows(rows), h, gate_up, down, gates, tokens, places, ends, shared_gate, shared_up, shared_down, h_shared
+        )
         ctx.by = by
         return _combine(y, places, base)
 

@@ -1,8 +1,8 @@
 """What the backward pass keeps of a layer, in int8 with a scale for each row: the inputs of its linears, norms and attention.
 
-DeepSeek-V3 keeps linears' inputs in FP8 (arXiv 2412.19437 §3.3.3). Here a hook of autograd packs every bfloat16 tensor that a layer saves, so that
-plain and compiled paths need no second version; weights, float32 statistics and small tensors stay as they are. The forward pass is exact;
-gradients see activations with a relative error of about 1 %.
+DeepSeek-V3 keeps linears' inputs in FP8 (arXiv 2412.19437 §3.3.3). Here a hook of autograd packs every bfloat16 tensor that a layer saves,
+so that plain and compiled paths need no second version; weights, float32 statistics and small tensors stay as they are. The forward pass
+is exact; gradients see activations with a relative error of about 1 %.
 """
 
 from __future__ import annotations
@@ -38,7 +38,12 @@ def pack(tensor: Tensor) -> Tensor | tuple[Tensor, Tensor | None]:
     """bfloat16 (..., columns) -> (codes int8 of the same shape, scales (...) float32); what is not to be packed comes back as it is.
 
     A float32 copy of bfloat16 rows (a router's input) is kept as what it was made from."""
-    if tensor.dtype == torch.float32 and tensor.grad_fn is not None and tensor.grad_fn.name() == "ToCopyBackward0" and not _is_weight(tensor):
+    if (
+        tensor.dtype == torch.float32
+        and tensor.grad_fn is not None
+        and tensor.grad_fn.name() == "ToCopyBackward0"
+        and not _is_weight(tensor)
+    ):
         narrow = tensor.detach().to(torch.bfloat16)
         return (narrow, None) if torch.equal(narrow.float(), tensor) else tensor
     if tensor.dtype != torch.bfloat16 or tensor.numel() < LEAST or tensor.ndim < 2 or _is_weight(tensor):

@@ -1,8 +1,8 @@
 """Memory that goes back to the system when a tensor dies, where memory is what one wants to save.
 
-glibc keeps freed blocks of up to 32 MB in its heap, and what a training step frees last (the first layer's activations) lies between what it
-keeps: the resident peak is then nearer the sum of activations and gradients than the larger of them. Large tensors in pages of their own
-cost the system's work of clearing those pages at every step (docs/precision.md): not for small models.
+glibc keeps freed blocks of up to 32 MB in its heap, among blocks that live on: the resident peak is then nearer the sum of activations and
+gradients than the larger of them. Large tensors in pages of their own cost the clearing of those pages at every step
+(docs/precision.md): not for small models.
 """
 
 from __future__ import annotations

@@ -134,7 +134,9 @@ class Checkpoints:
         if state.fingerprint["model"] != self.fingerprint["model"]:
             raise UserError(f"{folder} is of another model than config.toml describes: restore the [model] section the run began with")
         if state.fingerprint.get("storage") != self.fingerprint.get("storage"):
-            raise UserError(f"{folder} keeps its numbers otherwise than config.toml says: restore weights, compensation and moments of [precision]")
+            raise UserError(
+                f"{folder} keeps its numbers otherwise than config.toml says: restore weights, compensation and moments of [precision]"
+            )
         if state.fingerprint["recipe"] != self.fingerprint["recipe"]:
             self.say("config.toml was changed since the checkpoint: from here on losses differ from what they would have been")
         targets = self.model.state_dict()

@@ -13,18 +13,16 @@ from torch import Tensor, nn
 
 from sparing.account.meter import NoMeter
 from sparing.budget.flops import train_flops
-from sparing.budget.memory import gives_back
 from sparing.config import Config, UserError
 from sparing.data.stop import Stopped
 from sparing.model.router import routers, update_biases
-from sparing.precision.allocator import give_back
 from sparing.precision.policy import Policy
 from sparing.run import RunFolder
 from sparing.train.checkpoint import Checkpoints, TrainState
 from sparing.train.clock import Clock
 from sparing.train.guard import MAX_ROLLBACKS, Guard
 from sparing.train.log import Log, TrainResult
-from sparing.train.optim import Optimizer, store_weights
+from sparing.train.optim import Optimizer, keep_as
 from sparing.train.pace import Pace, PlanLog, fixed_steps
 from sparing.train.preempt import Interrupted, Preempt
 from sparing.train.replicas import Replicas
@@ -90,11 +88,8 @@ class _Trainer:
             torch.set_num_threads(t.threads)
         torch.manual_seed(t.seed)  # nothing in a step is random; this keeps it so for whatever asks torch for a number
         model.compute_dtype = getattr(torch, t.dtype)
-        if gives_back(config.precision) and model.model.norm.weight.device.type == "cpu":
-            give_back()
-        store_weights(model, config.precision)
+        keep_as(model, config.precision)
         model.set_recompute(t.recompute)
-        model.set_int8_activations(config.precision.activations == "int8")
         model.train()
         self.device = next(model.parameters()).device
         self.loss_fn = torch.compile(model.loss, dynamic=False) if t.compile else model.loss

@@ -9,7 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from sparing.budget.memory import gives_back
 from sparing.config import OptimConfig, PrecisionConfig
+from sparing.model.transformer import Transformer
+from sparing.precision.allocator import give_back
 from sparing.precision.compensation import rows_of, slices
 from sparing.run import DamagedError
 from sparing.train.muon import Muon
@@ -28,8 +31,12 @@ def group_of(name: str, parameter: Tensor) -> str:
 
 
 @torch.no_grad()
-def store_weights(model: nn.Module, precision: PrecisionConfig) -> None:
-    """Bring the weights to the type they are kept in, in place; routers and norms stay float32. Before anything shares their memory."""
+def keep_as(model: Transformer, precision: PrecisionConfig) -> None:
+    """Keep a model's numbers as `precision` says: weights (routers and norms stay float32) and activations; with fewer bits memory goes
+    back to the system when a tensor dies. In place, before anything shares the weights."""
+    if gives_back(precision) and model.model.norm.weight.device.type == "cpu":
+        give_back()
+    model.set_int8_activations(precision.activations == "int8")
     for name, parameter in model.named_parameters():
         if group_of(name, parameter) not in ("router", "norm"):
             parameter.data = parameter.data.to(getattr(torch, precision.weights))
@@ -46,7 +53,7 @@ class Optimizer:
         precision: PrecisionConfig | None = None,
         seed: int = 0,
     ):
-        """dtype: the compute type; Newton-Schulz runs in it. precision: how the state is kept; `store_weights` comes first. seed: of rounding."""
+        """dtype: the compute type; Newton-Schulz runs in it. precision: how its state is kept, after `keep_as`. seed: of rounding."""
         self.config = config
         self.parameters = dict(model.named_parameters())
         groups: dict[str, dict[str, Tensor]] = {}

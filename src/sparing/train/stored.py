@@ -1,4 +1,4 @@
-"""AdamW and Muon for weights or averages that are not kept in float32 (`sparing.precision`): `train/optim.py` uses them where the config asks.
+"""AdamW and Muon for weights or averages that are not kept in float32; `train/optim.py` uses them where `[precision]` asks.
 
 What an update needs is brought to float32 a few rows or one matrix at a time, so that no whole copy of weights, gradients or averages ever
 exists. `step` takes the number of the update: bias correction and the random bits of rounding are functions of it. On a CPU with a compiler
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ def _state(kept: dict[str, tuple]) -> dict[str, Tensor]:
 
 
 class StoredAdamW:
-    """AdamW (arXiv 1711.05101) over groups: dicts of "params" {name: tensor}, "lr", "weight_decay". All in float32 it is torch's, bit for bit."""
+    """AdamW (arXiv 1711.05101) over groups: "params" {name: tensor}, "lr", "weight_decay". All in float32 it is torch's, bit for bit."""
 
     def __init__(self, groups: list[dict], betas: tuple[float, float], eps: float, compensation: str, eight_bit: bool, seed: int):
         self.param_groups, self.betas, self.eps, self.seed = groups, betas, eps, seed
@@ -66,10 +67,7 @@ class StoredAdamW:
             for name, parameter in group["params"].items():
                 if parameter.grad is not None:
                     gradient = rows_of(parameter.grad.contiguous())
-                    jobs += [
-                        lambda name=name, g=gradient, rows=rows, decay=decay, size=size: self._update(name, g, rows, number, root, decay, size)
-                        for rows in slices(*gradient.shape)
-                    ]
+                    jobs += [partial(self._update, name, gradient, rows, number, root, decay, size) for rows in slices(*gradient.shape)]
         _divide(jobs)
 
     def _update(self, name: str, gradient: Tensor, rows: slice, number: int, root: float, decay: float, size: float) -> None:
@@ -92,7 +90,8 @@ class StoredMuon:
     """Muon (see `train/muon.py`), matrix by matrix."""
 
     def __init__(
-        self, parameters: dict[str, Tensor], *, steps: int, weight_decay: float, dtype: torch.dtype, compensation: str, eight_bit: bool, seed: int
+        self, parameters: dict[str, Tensor], *, steps: int, weight_decay: float, dtype: torch.dtype, compensation: str, eight_bit: bool,
+        seed: int,
     ):  # fmt: skip
         self.parameters, self.steps, self.weight_decay, self.dtype, self.seed = parameters, steps, weight_decay, dtype, seed
         self.kept = _kept(parameters, {"momentum": True}, compensation, eight_bit)
@@ -111,7 +110,7 @@ class StoredMuon:
             # Matrices are consecutive rows: an expert's fused gate and up projections are two of them.
             height = parameter.shape[-2] // (2 if name.endswith("gate_up_proj") else 1)
             jobs += [
-                lambda name=name, g=gradient, rows=slice(start, start + height): self._update(name, g, rows, lr, momentum, number)
+                partial(self._update, name, gradient, slice(start, start + height), lr, momentum, number)
                 for start in range(0, len(gradient), height)
             ]
         _divide(jobs)
