@@ -141,7 +141,7 @@ def go_on(run: RunFolder, config: Config, meter: Meter, samples: int, signals: P
     with signals.interruptible():
         model = Transformer(config.model)
         init_weights(model, t.seed)
-        keep_as(model, config.precision)  # here already, for what is measured
+        keep_as(model, config)  # here already, for what is measured
         model.to(device)
         loader = Loader(store, t.seq_len, t.batch_size, config.model.mtp_depth, t.seed)
         with meter.stage("calibrate"):

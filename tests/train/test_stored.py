@@ -2,13 +2,15 @@
 
 import copy
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
 from tiny import MODEL, Counting, config, fit, new_run, steps
 
-from sparing.config import OptimConfig, PrecisionConfig, UserError
+from sparing.config import Config, OptimConfig, PrecisionConfig, TrainConfig, UserError
 from sparing.kernels import native
+from sparing.kernels.embedding import embedding
 from sparing.model.init import init_weights
 from sparing.model.transformer import Transformer
 from sparing.run import DamagedError, read_lines
@@ -28,7 +30,7 @@ CASES = {
 def trained(precision: PrecisionConfig, number: int = 3, matrix: str = "muon", dtype=torch.bfloat16, before=None):
     model = Transformer(MODEL)
     init_weights(model, 0)
-    keep_as(model, precision)
+    keep_as(model, Config(precision=precision))
     model.compute_dtype = dtype
     model.train()
     optimizer = Optimizer(model, OptimConfig(matrix=matrix, lr=0.02 if matrix == "muon" else 0.002), dtype, precision, seed=5)
@@ -139,8 +141,6 @@ def test_routers_and_norms_stay_in_float32_and_gradients_follow_the_weights():
 
 def test_a_frequent_words_gradient_keeps_growing():
     """2,000 equal gradients of one word, added up in bfloat16, would stop at 256 of them."""
-    from sparing.kernels.embedding import embedding
-
     weight = torch.nn.Parameter(torch.zeros(8, 4, dtype=torch.bfloat16))
     embedding(torch.full((2000,), 3), weight).backward(torch.ones(2000, 4, dtype=torch.bfloat16))
     assert float(weight.grad[3, 0]) == 2000.0 and float(weight.grad.float().sum()) == 8000.0
@@ -152,9 +152,7 @@ def told(run) -> list[float]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_interrupted_and_resumed_equals_undisturbed(tmp_path, name):
-    """A run that lost its last steps, its metrics and its newest checkpoint goes on as if nothing had happened."""
-    from dataclasses import replace
-
+    """A run that was cut off between two checkpoints goes on as if nothing had happened."""
     chosen = replace(config(steps(12), dtype="bfloat16", evals=0), precision=CASES[name])
     whole, cut = new_run(tmp_path / "whole"), new_run(tmp_path / "cut")
     fit(whole, chosen, evaluate=None)
@@ -175,11 +173,15 @@ def test_interrupted_and_resumed_equals_undisturbed(tmp_path, name):
 
 
 def test_a_checkpoint_kept_otherwise_is_refused(tmp_path):
-    from dataclasses import replace
-
     run, chosen = new_run(tmp_path / "run"), config(steps(2), evals=0)
     fit(run, replace(chosen, precision=SMALL), evaluate=None)
     for other in (chosen, replace(chosen, precision=CASES["8-bit moments"]), replace(chosen, precision=CASES["with a remainder"])):
         with pytest.raises(UserError, match=r"\[precision\]"):
             fit(run, other, evaluate=None)
     assert not list(run.state.glob("damaged-*"))
+
+
+def test_int8_activations_are_not_compiled():
+    chosen = Config(precision=CASES["all"], train=TrainConfig(compile=True))
+    with pytest.raises(UserError, match=r"train\.compile"):
+        keep_as(Transformer(MODEL), chosen)

@@ -46,7 +46,7 @@ def measure(config: dict, steps: int, pages: bool = False) -> dict:
         give_back()
     model = Transformer(c)
     init_weights(model, t.seed)
-    keep_as(model, chosen.precision)
+    keep_as(model, chosen)
     model.compute_dtype = getattr(torch, t.dtype)
     model.set_recompute(t.recompute)
     model.train()

@@ -88,7 +88,7 @@ class _Trainer:
             torch.set_num_threads(t.threads)
         torch.manual_seed(t.seed)  # nothing in a step is random; this keeps it so for whatever asks torch for a number
         model.compute_dtype = getattr(torch, t.dtype)
-        keep_as(model, config.precision)
+        keep_as(model, config)
         model.set_recompute(t.recompute)
         model.train()
         self.device = next(model.parameters()).device
