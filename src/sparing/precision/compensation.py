@@ -2,8 +2,8 @@
 
 Rounded to nearest, such updates are lost for good. `stochastic` rounds up or down with the probability that makes the expected weight the
 exact one (Gupta et al., arXiv 1502.02551); `kahan` keeps what rounding cut off in a second bfloat16 number and adds it to the next
-update (Zamirai et al., arXiv 2010.06192), which takes the memory of a float32 weight again. The random bits are a function of (seed,
-step, name, position): whoever repeats a step repeats its rounding.
+update (Zamirai et al., arXiv 2010.06192), which takes the memory of a float32 weight again and ends at 2^-17 of it. The random bits are a
+function of (seed, step, name, position): whoever repeats a step repeats its rounding.
 """
 
 from __future__ import annotations
