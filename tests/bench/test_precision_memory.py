@@ -14,17 +14,16 @@ from sparing.config import Config, TrainConfig, UserError
 WIDE = replace(TINY, vocab_size=4096, hidden_size=256, num_layers=6, num_heads=4, intermediate_size=1024, moe_intermediate_size=256)
 
 
-def peak(precision=None, **train) -> dict:
-    config = Config(model=WIDE, train=TrainConfig(seq_len=64, batch_size=4, threads=1, replicas=1, device="cpu", **train))
+def peak(precision=None) -> dict:
+    config = Config(model=WIDE, train=TrainConfig(seq_len=64, batch_size=4, threads=1, replicas=1, device="cpu"))
     config = replace(config, precision=precision) if precision else config
     with Worker(1) as worker:
         return worker.ask("run", function="precision_memory.measure", config=asdict(config), steps=2, pages=precision is not None)
 
 
-def test_few_bits_take_less_and_more_tokens_more():
-    full, small, long = peak(), peak(SMALL), peak(SMALL, micro_batch_size=1)
+def test_few_bits_take_less():
+    full, small = peak(), peak(SMALL)
     assert 0 < small["peak"] < 0.75 * full["peak"]
-    assert long["peak"] < small["peak"] * 1.1
     assert full["peak"] >= full["updated"] > 0 and full["imported"] > 50e6
 
 
