@@ -22,7 +22,7 @@ HEAD_TOKENS = 512
 PROCESS_BYTES = {"cpu": 414e6, "cuda": 900e6}
 """A process without its model: interpreter, torch, the libraries that its first step loads. CPU: fitted, with REUSED, on the resident peaks
 of eight models of 0.4-121 M parameters, dense and mixtures, in full and in few bits (LAB.md; torch 2.13, glibc). CUDA: an estimate."""
-OWN_UPDATES_BYTES = -139e6
+OWN_UPDATES_BYTES = -77e6
 """torch.optim loads torch's compiler; the optimizers of few bits are our own."""
 REUSED = {False: 0.5, True: 1.0}
 """Share of the gradients that lies where activations were; with pages given back, all."""
@@ -200,6 +200,8 @@ def training_memory(config: Config, measured: bool = False, path: Path | None = 
     work = max(rows * seq_len * saved_per_token(c, layer, seq_len, size, path) for layer in (0, c.num_layers - 1)) * replicas
     if config.optim.matrix == "muon" and path != "products" and not small:
         work = max(work, MUON_BYTES * _largest_group(c))
+    if p.weights == "bfloat16":  # a layer's gradients, before they are rounded
+        work += 4 * max(feed_forward_parameters(c, layer, False) for layer in (0, c.num_layers - 1)) * replicas
     # Twins' gradients are added to the first model's: for a moment there are those too.
     gradients = weights * replicas
     process = PROCESS_BYTES[device] + work + weights * (replicas - 1) + (OWN_UPDATES_BYTES if small and device == "cpu" else 0.0)
