@@ -41,6 +41,7 @@ from sparing.train.calibrate import choose, choose_products, peak_flops
 from sparing.train.clock import Clock
 from sparing.train.loop import TrainResult
 from sparing.train.loop import train as train_loop
+from sparing.train.optim import keep_as
 from sparing.train.preempt import Interrupted, Preempt
 
 CALIBRATION_SHARE = 0.02
@@ -140,6 +141,7 @@ def go_on(run: RunFolder, config: Config, meter: Meter, samples: int, signals: P
     with signals.interruptible():
         model = Transformer(config.model)
         init_weights(model, t.seed)
+        keep_as(model, config)  # here already, for what is measured
         model.to(device)
         loader = Loader(store, t.seq_len, t.batch_size, config.model.mtp_depth, t.seed)
         with meter.stage("calibrate"):

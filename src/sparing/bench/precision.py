@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from sparing.bench.train import measure_figure
 
-FIGURES = {"loss": "precision_loss.precision_loss", "speed": "precision_speed.precision_speed"}
-TITLES = {"loss": "Loss after equal tokens", "speed": "Training speed in 8 bits"}
+FIGURES = {
+    "memory": "precision_memory.precision_memory",
+    "loss": "precision_loss.precision_loss",
+    "speed": "precision_speed.precision_speed",
+}
+TITLES = {"memory": "Memory at peak", "loss": "Loss after equal tokens", "speed": "Training speed in 8 bits"}
 
 
 def run(figure: str = "speed", json: bool = False, **options: object) -> dict:

@@ -1,7 +1,7 @@
 """Bytes that training needs, by part, from the configuration alone: what the code of `model/` and `kernels/` keeps, part by part.
 
-Master weights, gradients and moments are float32, activations the compute type. Gradients appear while activations go, but in pieces of
-other sizes, so that the allocator holds both: the peak is their sum, and the work space of the optimizer.
+Weights, gradients and moments are float32, activations the compute type, unless `[precision]` keeps them in fewer bits. Gradients appear
+while activations go, but in pieces of other sizes: the allocator holds part of both, or little (`precision/allocator.py`).
 N tokens of a micro-batch, D hidden size, H heads, K and V their widths, E experts, F their width, S rows that reach experts.
 """
 
@@ -11,20 +11,28 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sparing.budget.flops import attention_parameters, feed_forward_parameters, kv_cache_bytes, parameters
-from sparing.config import Config, ModelConfig
+from sparing.config import Config, ModelConfig, PrecisionConfig
+
+FULL = PrecisionConfig()
 
 ATTENTION_ROWS = 128
 EXPERT_ROWS = 64
 HEAD_TOKENS = 512
 """Of kernels/attention.py, kernels/experts.py, kernels/cross_entropy.py."""
-PROCESS_BYTES = {"cpu": 355e6, "cuda": 900e6}
-"""A process without its model: interpreter, torch, the libraries that its first step loads. CPU: 240 MB with everything imported; the rest
-and MUON_BYTES are fitted on the resident peaks of ten models of 0.6-26 M parameters, dense and mixtures, three steps each: largest error
-4.7 % (torch 2.13, glibc). CUDA: an estimate."""
+PROCESS_BYTES = {"cpu": 414e6, "cuda": 900e6}
+"""A process without its model: interpreter, torch, the libraries that its first step loads. CPU: fitted, with REUSED, on the resident peaks
+of eight models of 0.4-121 M parameters, dense and mixtures, in full and in few bits (LAB.md; torch 2.13, glibc). CUDA: an estimate."""
+OWN_UPDATES_BYTES = -77e6
+"""torch.optim loads torch's compiler; the optimizers of few bits are our own."""
+REUSED = {False: 0.5, True: 1.0}
+"""Share of the gradients that lies where activations were; with pages given back, all."""
 MUON_BYTES = 12.0
-"""Work space for each number of the largest group of equally shaped matrices."""
-CORPUS_BYTES = 160e6
-"""What a run of `train` has more: tokenizer, corpus, metrics, evaluations. Fitted on runs of 0.2-17 M active parameters (LAB.md)."""
+"""Work space for each number of the largest group of equally shaped matrices, where they are orthogonalised together (plain kernels)."""
+BLOCK = 256
+"""Of precision/moments.py: numbers that share a float32 scale."""
+CORPUS_BYTES = 75e6
+"""What a run of `train` has more: tokenizer, corpus, metrics, evaluations. With PROCESS_BYTES what runs of 0.2-17 M active parameters were
+fitted to (LAB.md)."""
 SERVING_BYTES = 300e6
 """A process that only generates."""
 SPREAD = 0.12
@@ -42,10 +50,12 @@ class Memory:
     """Of a micro-batch at the end of its forward pass, 16-bit copies of weights and the head's work space included."""
     process: float
     """All else: libraries, work space, what the allocator holds back."""
+    reused: float = 0.0
+    """Of these, what is there twice in the sum: gradients where activations were."""
 
     @property
     def total(self) -> float:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.process
+        return self.weights + self.gradients + self.optimizer + self.activations + self.process - self.reused
 
 
 def _matrices(c: ModelConfig) -> float:
@@ -57,10 +67,18 @@ def _matrices(c: ModelConfig) -> float:
     )
 
 
-def optimizer_bytes(c: ModelConfig, matrix: str) -> float:
-    """Moments: one float32 number a weight under Muon, two under AdamW."""
+def weight_bytes(c: ModelConfig, p: PrecisionConfig = FULL) -> float:
+    """Of the weights, and of their gradients; routers and norms are float32 always."""
+    narrow = _matrices(c) + (1 if c.tie_word_embeddings else 2) * c.vocab_size * c.hidden_size
+    return 4.0 * (parameters(c).total + parameters(c).mtp) - (2.0 * narrow if p.weights == "bfloat16" else 0.0)
+
+
+def optimizer_bytes(c: ModelConfig, matrix: str, p: PrecisionConfig = FULL) -> float:
+    """Moments: one number a weight under Muon, two under AdamW; a remainder for each bfloat16 weight where one is kept."""
     total = parameters(c).total + parameters(c).mtp
-    return 4.0 * (_matrices(c) + 2 * (total - _matrices(c)) if matrix == "muon" else 2 * total)
+    numbers = _matrices(c) + 2 * (total - _matrices(c)) if matrix == "muon" else 2 * total
+    remainder = 4.0 * total - weight_bytes(c, p) if p.compensation == "kahan" else 0.0
+    return numbers * (4.0 if p.moments == "float32" else 1.0 + 4.0 / min(BLOCK, c.hidden_size)) + remainder
 
 
 def _largest_group(c: ModelConfig) -> float:
@@ -84,17 +102,20 @@ def path_of(config: Config, compiled: bool = True, bf16: bool = True) -> Path:
     return "products" if bf16 and t.dtype == "bfloat16" else "passes"
 
 
-def saved_per_token(c: ModelConfig, layer: int, seq_len: int, size: int, path: Path = "plain", balance: bool = True) -> float:
+def saved_per_token(
+    c: ModelConfig, layer: int, seq_len: int, size: int, path: Path = "plain", balance: bool = True, eight_bit: bool = False
+) -> float:
     """Bytes that a layer keeps of one token for its backward pass. size: bytes of a number in the compute type."""
     D, H = c.hidden_size, c.num_heads
     dense = layer < c.num_dense_layers or c.num_dense_layers >= c.num_layers
     K = c.head_dim if c.attention == "gqa" else c.qk_nope_head_dim + c.qk_rope_head_dim
     V = c.head_dim if c.attention == "gqa" else c.v_head_dim
     fused = path in ("passes", "products")
-    numbers = 4 * D  # of two norms: the rows, normed or (fused) not, and what the projections take
+    again = fused and eight_bit  # what can be normed or gathered again is not kept
+    numbers = (3 if again else 4) * D  # of two norms: the rows, normed or (fused) not, and what the projections take
     numbers += 2 * H * K + H * V + H * V  # q, k, v laid out for attention, and its output
     if c.attention == "mla":
-        numbers += 2 * (c.kv_lora_rank + (c.q_lora_rank or 0)) + (c.qk_rope_head_dim if fused else 0)
+        numbers += (1 if again else 2) * (c.kv_lora_rank + (c.q_lora_rank or 0)) + (c.qk_rope_head_dim if fused else 0)
         numbers += H * K if fused and c.q_lora_rank is None else 0
     if path == "cuda":
         numbers += H * V + H * max(0, K - V)
@@ -102,13 +123,15 @@ def saved_per_token(c: ModelConfig, layer: int, seq_len: int, size: int, path: P
         ends = range(min(ATTENTION_ROWS, seq_len), seq_len + ATTENTION_ROWS, ATTENTION_ROWS)
         numbers += H * sum(min(ATTENTION_ROWS, seq_len - end + ATTENTION_ROWS) * min(end, seq_len) for end in ends) / seq_len
     kept = 2 if fused else 3  # the compiled passes make the gated activations again
+    scales = 4 * (6 + 3 * H) if eight_bit else 0  # of rows: a head's queries, keys and values are rows of their own
+    size = 1 if eight_bit else size
     if dense:
-        return size * (numbers + kept * c.intermediate_size)
+        return size * (numbers - again * D + kept * c.intermediate_size) + scales
     numbers += c.n_shared_experts * kept * c.moe_intermediate_size
     rows = c.num_experts_per_tok
-    per_row = D + 2 * c.moe_intermediate_size + 1 + (2 * c.moe_intermediate_size if path == "cuda" else 0)
-    router = 4 * D + 4 * c.n_routed_experts * (3 if balance else 1) + rows * (8 + 4 + 4 + 8)
-    return size * (numbers + rows * per_row) + router + rows * 8
+    per_row = (0 if again else D) + 2 * c.moe_intermediate_size + 1 + (2 * c.moe_intermediate_size if path == "cuda" else 0)
+    router = (2 if eight_bit else 4) * D + 4 * c.n_routed_experts * (3 if balance else 1) + rows * (8 + 4 + 4 + 8)
+    return size * (numbers + rows * per_row) + scales + router + rows * 8
 
 
 def filler_bytes(c: ModelConfig, tokens: float, size: int) -> float:
@@ -116,11 +139,24 @@ def filler_bytes(c: ModelConfig, tokens: float, size: int) -> float:
     return c.n_routed_experts * EXPERT_ROWS / 2 * (size * (c.hidden_size + 2 * c.moe_intermediate_size + 1) + 8)
 
 
+def _copied(c: ModelConfig, path: Path, whole: bool) -> float:
+    """Weights that the plain kernels keep in the compute type too: all but a CPU's experts; of 16-bit ones those that are joined."""
+    experts = c.num_moe_layers * c.n_routed_experts * 3 * c.moe_intermediate_size * c.hidden_size
+    if whole:
+        return _matrices(c) - (experts if path == "plain" else 0)
+    layers = c.num_layers + c.mtp_depth
+    first = c.q_lora_rank or c.num_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim)
+    joined = layers * (first + c.kv_lora_rank + c.qk_rope_head_dim) if c.attention == "mla" else 0
+    joined += (layers - c.num_moe_layers) * 2 * c.intermediate_size + c.num_moe_layers * c.n_shared_experts * 2 * c.moe_intermediate_size
+    return joined * c.hidden_size
+
+
 def activations(config: Config, rows: int, seq_len: int, path: Path = "plain") -> float:
     """Bytes kept of `rows` sequences, 16-bit copies of the weights included."""
     c, t = config.model, config.train
     size = 2 if t.dtype == "bfloat16" else 4
     tokens = rows * seq_len
+    eight_bit = config.precision.activations == "int8" and size == 2 and not t.recompute
     layers = range(c.num_layers + c.mtp_depth)
     kept = 0.0
     for layer in layers:
@@ -128,14 +164,15 @@ def activations(config: Config, rows: int, seq_len: int, path: Path = "plain") -
             kept += tokens * c.hidden_size * size
             continue
         moe = not (layer < c.num_dense_layers or c.num_dense_layers >= c.num_layers)
-        kept += tokens * saved_per_token(c, layer, seq_len, size, path, t.sequence_balance > 0)
+        kept += tokens * saved_per_token(c, layer, seq_len, size, path, t.sequence_balance > 0, eight_bit)
         kept += filler_bytes(c, tokens, size) if moe and path in ("plain", "passes") else 0.0
     if t.recompute:  # one layer at a time is whole
         kept += tokens * max(saved_per_token(c, layer, seq_len, size, path) for layer in (0, c.num_layers - 1))
     heads = 1 + c.mtp_depth
     kept += size * tokens * c.hidden_size * (2 * heads + 4 * c.mtp_depth)  # last norms, their gradients; the MTP modules' joined inputs
-    kept += heads * 4 * c.vocab_size * c.hidden_size  # the head's gradient, made in the forward pass
-    copies = _matrices(c) * size if size == 2 and path in ("plain", "cuda") else 0.0
+    whole = config.precision.weights == "float32"
+    kept += (heads * 4 if whole else 4 + heads * 2) * c.vocab_size * c.hidden_size  # the head's gradient, made in the forward pass
+    copies = _copied(c, path, whole) * size if size == 2 and path in ("plain", "cuda") else 0.0
     mask = rows * seq_len**2 * size if t.document_mask else 0.0
     return kept + copies + mask
 
@@ -148,26 +185,37 @@ def training_memory(config: Config, measured: bool = False, path: Path | None = 
     """
     c, t = config.model, config.train
     path = path or path_of(config)
-    total = float(parameters(c).total + parameters(c).mtp)
     replicas = t.replicas or 1
     size = 2 if t.dtype == "bfloat16" else 4
     micro = min(t.micro_batch_size or t.batch_size, t.batch_size)
     rows = -(-micro // replicas)
     seq_len = t.seq_len
-    weights, moments = 4 * total, optimizer_bytes(c, config.optim.matrix)
+    p = config.precision
+    small = p.weights != "float32" or p.moments != "float32"
+    weights, moments = weight_bytes(c, p), optimizer_bytes(c, config.optim.matrix, p)
     kept = replicas * activations(config, rows, seq_len, path)
     head = replicas * (2 * HEAD_TOKENS * c.vocab_size * size + c.vocab_size * c.hidden_size * size)
     device = t.device or "cpu"
-    # The compiled Muon takes one matrix at a time.
-    work = MUON_BYTES * _largest_group(c) if config.optim.matrix == "muon" and path != "products" else 0.0
+    # The compiled update works matrix by matrix, on less than a layer's backward pass takes besides what was kept.
+    work = max(rows * seq_len * saved_per_token(c, layer, seq_len, size, path) for layer in (0, c.num_layers - 1)) * replicas
+    if config.optim.matrix == "muon" and path != "products" and not small:
+        work = max(work, MUON_BYTES * _largest_group(c))
+    if p.weights == "bfloat16":  # a layer's gradients, before they are rounded
+        work += 4 * max(feed_forward_parameters(c, layer, False) for layer in (0, c.num_layers - 1)) * replicas
     # Twins' gradients are added to the first model's: for a moment there are those too.
-    gradients = 4 * total * replicas
-    process = PROCESS_BYTES[device] + work + 4 * total * (replicas - 1)
+    gradients = weights * replicas
+    process = PROCESS_BYTES[device] + work + weights * (replicas - 1) + (OWN_UPDATES_BYTES if small and device == "cpu" else 0.0)
     if measured and device == "cpu":
         process += CORPUS_BYTES
     if measured and path == "plain":
-        process += activations(config, micro, seq_len, "plain") + head / replicas + 4 * total
-    return Memory(weights, gradients, moments, kept + head, process)
+        process += activations(config, micro, seq_len, "plain") + head / replicas + weights
+    reused = REUSED[gives_back(p)] * min(gradients, kept)
+    return Memory(weights, gradients, moments, kept + head, process, reused)
+
+
+def gives_back(p: PrecisionConfig) -> bool:
+    """Whether training in this precision gives large tensors pages of their own (`precision/allocator.py`)."""
+    return (p.weights, p.moments, p.activations) != (FULL.weights, FULL.moments, FULL.activations)
 
 
 def serving_memory(c: ModelConfig, context: int, bytes_per_weight: float = 2.0, sequences: int = 1) -> float:

@@ -204,7 +204,7 @@ def predict(run: Run) -> dict[str, Any]:
         "tokens": tokens,
         "tokens_per_s": run.speed,
         "memory_bytes": {
-            **{part: size(getattr(memory, part)) for part in ("weights", "gradients", "optimizer", "activations", "process")},
+            **{part: size(getattr(memory, part)) for part in vars(memory)},
             "total": size(memory.total),
         },
         "time_s": time_s,

@@ -63,7 +63,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(grad, weight, out=grad_x[part])
             if grad_weight is not None:
                 grad_weight += grad.t() @ x_ND[part]
-        ctx.save_for_backward(grad_x, grad_weight)
+        ctx.save_for_backward(grad_x, None if grad_weight is None else grad_weight.to(weight_WD.dtype))
         ctx.scale = 1.0 / denominator
         return total / denominator
 
@@ -86,10 +86,10 @@ class _CompiledCrossEntropy(torch.autograd.Function):
     def forward(ctx, x_ND: Tensor, weight_WD: Tensor, targets_N: Tensor, denominator: float) -> Tensor:
         x = x_ND.contiguous()
         nll = torch.empty(len(x), dtype=torch.float32)
-        grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight_WD)
-        targets = targets_N.contiguous()
-        native.call("head_loss", None, x, weight_WD, targets, 1.0 / denominator, nll, grad_x, grad_weight, *x.shape, len(weight_WD))
-        ctx.save_for_backward(grad_x, grad_weight)
+        grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight_WD, dtype=torch.float32)
+        wide, targets = int(weight_WD.dtype == torch.float32), targets_N.contiguous()
+        native.call("head_loss", None, x, weight_WD, wide, targets, 1.0 / denominator, nll, grad_x, grad_weight, *x.shape, len(weight_WD))
+        ctx.save_for_backward(grad_x, grad_weight.to(weight_WD.dtype))
         return nll.sum() / denominator
 
     @staticmethod
@@ -109,7 +109,7 @@ def linear_cross_entropy(x_ND: Tensor, weight_WD: Tensor, targets_N: Tensor, den
     ):  # it would be read from the next row, or past the end
         raise IndexError(f"target {int(targets_N.max())} is no word of a vocabulary of {len(weight_WD)}")
     even = x_ND.shape[1] % 2 == 0 and len(weight_WD) % 2 == 0  # the compiled products take numbers in pairs
-    compiled = even and len(x_ND) and weight_WD.dtype == torch.float32 and torch.is_grad_enabled() and products.usable(x_ND)
+    compiled = even and len(x_ND) and weight_WD.dtype in native.SUFFIXES and torch.is_grad_enabled() and products.usable(x_ND)
     return (_CompiledCrossEntropy if compiled else _LinearCrossEntropy).apply(x_ND, weight_WD, targets_N, float(denominator))
 
 

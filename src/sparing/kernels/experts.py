@@ -105,13 +105,14 @@ class _Mixture(torch.autograd.Function):
         # Filler rows have gate 0: they reach neither the output nor a gradient.
         gates = torch.cat((weights.flatten(), weights.new_zeros(1))).index_select(0, source).to(x.dtype).unsqueeze(-1)
         y = products[1].swiglu_grouped_nt(h, gates, down_c, ends)
-        ctx.save_for_backward(rows, h, gate_up_c, down_c, gates, tokens, places, ends)
+        ctx.save_for_backward(rows, h, gate_up, down, gates, tokens, places, ends)
         ctx.products, ctx.dtypes = products, (gate_up.dtype, weights.dtype)
         return _combine(y, places)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         rows, h, gate_up, down, gates, tokens, places, ends = ctx.saved_tensors
+        gate_up, down = gate_up.to(rows.dtype), down.to(rows.dtype)  # again: kept, the copies would be half of the weights' memory
         products = ctx.products
         grad_y = grad.index_select(0, tokens)
         grad_gated = products[1].grouped_nn(grad_y, down, ends)

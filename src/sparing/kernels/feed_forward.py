@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparing.kernels import native, products
 from sparing.kernels.experts import ROWS, group_rows
-from sparing.kernels.norm import norm_gradient_into, norm_into
+from sparing.kernels.norm import kept_rows, norm_gradient_into, norm_into, normed_again
 
 
 def _swiglu(h: Tensor, scale: Tensor | None = None) -> Tensor:
@@ -56,8 +56,8 @@ class _Dense(torch.autograd.Function):
         normed = torch.empty_like(x)
         inverse = norm_into(x, norm, eps, normed)
         h = _up(normed, gate, up, by)
-        ctx.save_for_backward(x, norm, inverse, normed, gate, up, down, h)
-        ctx.by = by
+        ctx.save_for_backward(x, norm, inverse, kept_rows(normed), gate, up, down, h)
+        ctx.by, ctx.eps = by, eps
         return by[2].nt(_swiglu(h), down, base=x).view_as(x_BTD)
 
     @staticmethod
@@ -65,6 +65,7 @@ class _Dense(torch.autograd.Function):
         x, norm, inverse, normed, gate, up, down, h = ctx.saved_tensors
         grad = grad_BTD.reshape(x.shape)
         by = ctx.by
+        normed = normed_again(normed, x, norm, ctx.eps)
         grad_h, hidden, _ = _swiglu_backward(h, by[2].nn(grad, down))
         grad_normed, grad_gate, grad_up = _up_backward(grad_h, normed, gate, up, by)
         grad_x = torch.empty_like(x)
@@ -94,7 +95,9 @@ class _Mixture(torch.autograd.Function):
         if shared_gate is not None:
             h_shared = _up(normed, shared_gate, shared_up, by[2:])
             base = by[4].nt(_swiglu(h_shared), shared_down, base=residual)
-        ctx.save_for_backward(normed, rows, h, gate_up, down, gates, tokens, places, ends, shared_gate, shared_up, shared_down, h_shared)
+        ctx.save_for_backward(
+            normed, kept_rows(rows), h, gate_up, down, gates, tokens, places, ends, shared_gate, shared_up, shared_down, h_shared
+        )
         ctx.by = by
         return _combine(y, places, base)
 
@@ -102,6 +105,7 @@ class _Mixture(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         normed, rows, h, gate_up, down, gates, tokens, places, ends, shared_gate, shared_up, shared_down, h_shared = ctx.saved_tensors
         by, grad = ctx.by, grad.contiguous()
+        rows = normed.index_select(0, tokens) if rows is None else rows
         grad_y = grad.index_select(0, tokens)
         grad_h, hidden, grad_gates = _swiglu_backward(h, by[1].grouped_nn(grad_y, down, ends), gates)
         grad_weights = grad_gates.index_select(0, places.flatten()).view_as(places)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparing.kernels import native, products
 from sparing.kernels.attention import DocumentMask, attend, attend_backward
-from sparing.kernels.norm import norm_gradient_into, norm_into
+from sparing.kernels.norm import kept_rows, norm_gradient_into, norm_into, normed_again
 
 
 class _LatentAttention(torch.autograd.Function):
@@ -39,10 +39,10 @@ class _LatentAttention(torch.autograd.Function):
         native.call("heads_forward", x.dtype, q, by[3].nt(kv_latent, kv_b), both[:, q_rank + kv_rank :], turns, *heads, *shape)
         mixed, kept = attend(*heads, scale, mask)
         ctx.save_for_backward(
-            x, norm, inverse, normed, q_a, kv_a, both, q_norm, q_inverse, q_latent, q_b, kv_norm, kv_inverse, kv_latent, kv_b,
-            o, mixed, turns, *heads, *kept,
+            x, norm, inverse, kept_rows(normed), q_a, kv_a, both, q_norm, q_inverse, kept_rows(q_latent), q_b, kv_norm, kv_inverse,
+            kept_rows(kv_latent), kv_b, o, mixed, turns, *heads, *kept,
         )  # fmt: skip
-        ctx.shape, ctx.scale, ctx.mask, ctx.by = shape, scale, mask, by
+        ctx.shape, ctx.scale, ctx.mask, ctx.by, ctx.eps = shape, scale, mask, by, eps
         return by[4].nt(mixed, o, base=x).view(B, T, D)
 
     @staticmethod
@@ -53,6 +53,8 @@ class _LatentAttention(torch.autograd.Function):
         ) = ctx.saved_tensors  # fmt: skip
         (_, _, H, C, R, V, *_), by = ctx.shape, ctx.by
         q_rank, kv_rank = len(q_a), kv_b.shape[1]
+        normed = normed_again(normed, x, norm, ctx.eps)
+        kv_latent = normed_again(kv_latent, both[:, q_rank : q_rank + kv_rank], kv_norm, ctx.eps)
         grad = grad_BTD.reshape(x.shape)
         grad_o = by[4].tn(grad, mixed)
         grads = attend_backward(by[4].nn(grad, o), mixed, q, k, v, kept, ctx.scale, ctx.mask)
@@ -64,7 +66,7 @@ class _LatentAttention(torch.autograd.Function):
         grad_kv_norm = norm_gradient_into(by[3].nn(grad_kv, kv_b), both[:, part], kv_norm, kv_inverse, grad_both[:, part])
         grad_q_b = grad_q_norm = None
         if q_b is not None:
-            grad_q_b = by[1].tn(grad_q, q_latent)
+            grad_q_b = by[1].tn(grad_q, normed_again(q_latent, both[:, :q_rank], q_norm, ctx.eps))
             grad_q_norm = norm_gradient_into(by[1].nn(grad_q, q_b), both[:, :q_rank], q_norm, q_inverse, grad_both[:, :q_rank])
         left, right = grad_both[:, :q_rank], grad_both[:, q_rank:]
         grad_x = torch.empty_like(x)

@@ -60,6 +60,7 @@ static inline float sigmoid_(float x) { return 1.0f / (1.0f + exp_(-x)); }
 #define NAME(name) name##_f32
 #include "passes.inc"
 
+#include "storage.c"
 #include "products.c"
 
 #include "int8.c"

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-SOURCES = ("native.c", "passes.inc", "products.c", "int8.c")
+SOURCES = ("native.c", "passes.inc", "storage.c", "products.c", "int8.c")
 FLAGS = ("-O3", "-march=native", "-fopenmp-simd", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
 SUFFIXES = {torch.bfloat16: "_bf16", torch.float32: "_f32"}
 

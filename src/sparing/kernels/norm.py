@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor
 
 from sparing.kernels import native
+
+recomputed = ContextVar("sparing_norms_recomputed", default=False)
+"""Whether sub-layers make normed rows again in the backward pass instead of keeping them beside what was normed."""
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -54,6 +59,19 @@ def norm_gradient_into(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor,
     strides = (grad.stride(0), x.stride(0), out.stride(0))
     native.call("norm_backward", x.dtype, grad, x, weight.detach().float(), inverse, extra, out, grad_weight, N, D, *strides)
     return grad_weight
+
+
+def kept_rows(rows: Tensor) -> Tensor | None:
+    """What a sub-layer saves of rows that can be made again."""
+    return None if recomputed.get() else rows
+
+
+def normed_again(rows: Tensor | None, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`rows` where they were kept, else x (N, D) normed once more."""
+    if rows is None:
+        rows = x.new_empty(x.shape)
+        norm_into(x, weight, eps, rows)
+    return rows
 
 
 class _CompiledRMSNorm(torch.autograd.Function):

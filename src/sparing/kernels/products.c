@@ -193,15 +193,15 @@ void tn(const bf16 *a, int64_t s_a, const bf16 *b, int64_t s_b, void *c, int64_t
 }
 
 /* Group e is rows ends[e - 1] to ends[e]. c (S, N) = a (S, K) b[e] (N, K)^T. */
-void grouped_nt(const bf16 *a, const float *b, bf16 *c, const int64_t *ends, int64_t E, int64_t N, int64_t K) {
+void grouped_nt(const bf16 *a, const void *b, int64_t f32, bf16 *c, const int64_t *ends, int64_t E, int64_t N, int64_t K) {
     for (int64_t e = 0, row = 0; e < E; row = ends[e++])
-        nt(a + row * K, K, b + e * N * K, 1, K, c + row * N, N, TO_BF16, 0, 0, ends[e] - row, N, K);
+        nt(a + row * K, K, (const char *)b + e * N * K * (f32 ? 4 : 2), f32, K, c + row * N, N, TO_BF16, 0, 0, ends[e] - row, N, K);
 }
 
 /* c (S, N) = a (S, K) b[e] (K, N). */
-void grouped_nn(const bf16 *a, const float *b, bf16 *c, const int64_t *ends, int64_t E, int64_t N, int64_t K) {
+void grouped_nn(const bf16 *a, const void *b, int64_t f32, bf16 *c, const int64_t *ends, int64_t E, int64_t N, int64_t K) {
     for (int64_t e = 0, row = 0; e < E; row = ends[e++])
-        nn(a + row * K, K, b + e * N * K, 1, N, c + row * N, N, TO_BF16, 0, 0, ends[e] - row, N, K);
+        nn(a + row * K, K, (const char *)b + e * N * K * (f32 ? 4 : 2), f32, N, c + row * N, N, TO_BF16, 0, 0, ends[e] - row, N, K);
 }
 
 /* c[e] (M, N) float32 = a[group] (., M)^T b[group] (., N). */
@@ -302,14 +302,14 @@ void attention_backward(const bf16 *q, const bf16 *k, const bf16 *v, const int32
 
 enum { TOKENS = 256 };
 
-/* Head and cross-entropy in chunks of tokens. x (N, D), w (W, D) float32, D and W even -> nll (N,); the gradients of scale * sum(nll):
- * grad_x (N, D), grad_w (W, D) float32. */
-void head_loss(const bf16 *x, const float *w, const int64_t *target, float scale, float *nll, bf16 *grad_x, float *grad_w, int64_t N,
+/* Head and cross-entropy in chunks of tokens. x (N, D), w (W, D), D and W even -> nll (N,); the gradients of scale * sum(nll): grad_x (N, D),
+ * grad_w (W, D) float32. */
+void head_loss(const bf16 *x, const void *w, int64_t f32, const int64_t *target, float scale, float *nll, bf16 *grad_x, float *grad_w, int64_t N,
                int64_t D, int64_t W) {
     int32_t *words = panels(0, D, W), *back = panels(1, W, D), *turned = scratch(3, up(W, 16) * TOKENS * 2), *right = panels(4, TOKENS, D);
     bf16 *logits = scratch(2, TOKENS * W * 2);
-    pack_columns(w, 1, D, D, W, words);
-    pack_rows(w, 1, D, W, D, NR, back);
+    pack_columns(w, f32, D, D, W, words);
+    pack_rows(w, f32, D, W, D, NR, back);
     for (int64_t n = 0; n < N; n += TOKENS) {
         int64_t R = N - n < TOKENS ? N - n : TOKENS, some = (R + 1) / 2;
         const bf16 *rows = x + n * D;
@@ -321,19 +321,14 @@ void head_loss(const bf16 *x, const float *w, const int64_t *target, float scale
         multiply(W, D, some, turned, 1, MR, some * MR, right, some * NR, grad_w, D, n ? ADD_F32 : TO_F32, 0, 0);
     }
 }
-/* One Muon update of a matrix (rows x columns, contiguous; both even): the average, its Nesterov direction, `steps` quintic Newton-Schulz
- * iterations in bfloat16 on the wide side, cautious decay, the step. See train/muon.py. */
-void muon(float *weight, const float *grad, float *average, int64_t rows, int64_t columns, float momentum, int64_t steps, float lr,
-          float decay) {
+
+/* direction (rows x columns, both even; `square`: the sum of its squares) -> the nearest orthogonal matrix: `steps` quintic Newton-Schulz
+ * iterations in bfloat16 on the wide side. See train/muon.py. */
+static void orthogonalise(float *direction, float square, int64_t rows, int64_t columns, int64_t steps) {
     static const float a = 3.4445f, b = -4.7750f, c = 2.0315f;
     int64_t size = rows * columns, tall = rows > columns, R = tall ? columns : rows, C = tall ? rows : columns;
-    float *direction = scratch(5, size * 4), *sums = scratch(6, (C > R ? C : R) * R * 4), square = 0.0f;
+    float *sums = scratch(6, (C > R ? C : R) * R * 4);
     bf16 *x = scratch(7, size * 2), *gram = scratch(8, R * R * 2), *polynomial = scratch(9, R * R * 2);
-    SUM(square) for (int64_t i = 0; i < size; i++) {
-        average[i] += (1.0f - momentum) * (grad[i] - average[i]);
-        direction[i] = get_bf16(put_bf16(grad[i] + momentum * (average[i] - grad[i])));
-        square += direction[i] * direction[i];
-    }
     float inverse = 1.0f / fmaxf(sqrtf(square), 1e-7f);
     if (tall)
         for (int64_t r = 0; r < rows; r++)
@@ -352,10 +347,54 @@ void muon(float *weight, const float *grad, float *average, int64_t rows, int64_
             for (int64_t i = 0; i < columns; i++) direction[r * columns + i] = get_bf16(x[i * rows + r]);
     else
         SIMD for (int64_t i = 0; i < size; i++) direction[i] = get_bf16(x[i]);
+}
+
+/* One Muon update of a matrix (rows x columns, contiguous): the average, its Nesterov direction, cautious decay, the step. */
+void muon(float *weight, const float *grad, float *average, int64_t rows, int64_t columns, float momentum, int64_t steps, float lr,
+          float decay) {
+    int64_t size = rows * columns;
+    float *direction = scratch(5, size * 4), square = 0.0f;
+    SUM(square) for (int64_t i = 0; i < size; i++) {
+        average[i] += (1.0f - momentum) * (grad[i] - average[i]);
+        direction[i] = get_bf16(put_bf16(grad[i] + momentum * (average[i] - grad[i])));
+        square += direction[i] * direction[i];
+    }
+    orthogonalise(direction, square, rows, columns, steps);
     SIMD for (int64_t i = 0; i < size; i++) {
         float w = weight[i];
         if (direction[i] * w > 0.0f) w *= decay;
         weight[i] = w - lr * direction[i];
     }
+}
+
+/* The same for rows first to first + rows of a parameter of C columns in few bits: storage.c. */
+void stored_muon(void *weight, int64_t wide, bf16 *remainder, int64_t key, const void *grad, int64_t grad_wide, void *mean, float *mean_scale,
+                 int64_t mean_key, int64_t first, int64_t rows, int64_t C, float momentum, int64_t steps, float lr, float decay) {
+    weights w = {weight, wide, remainder, key};
+    average mean_ = {mean, mean_scale, mean_key};
+    int64_t width = block_of(C), blocks = (C + width - 1) / width;
+    float *direction = scratch(5, rows * C * 4), square = 0.0f, g[BLOCK], m[BLOCK];
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t b = 0; b < blocks; b++) {
+            int64_t from = (first + r) * C + b * width, n = C - b * width < width ? C - b * width : width, block = (first + r) * blocks + b;
+            float *d = direction + r * C + b * width;
+            get_gradient(grad, grad_wide, from, n, g);
+            get_average(&mean_, from, block, n, 1, m);
+            SUM(square) for (int64_t i = 0; i < n; i++) {
+                m[i] += (1.0f - momentum) * (g[i] - m[i]);
+                d[i] = get_bf16(put_bf16(g[i] + momentum * (m[i] - g[i])));
+                square += d[i] * d[i];
+            }
+            put_average(&mean_, from, block, n, 1, m);
+        }
+    orthogonalise(direction, square, rows, C, steps);
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t b = 0; b < blocks; b++) {
+            int64_t from = (first + r) * C + b * width, n = C - b * width < width ? C - b * width : width;
+            const float *d = direction + r * C + b * width;
+            get_weights(&w, from, n, g);
+            SIMD for (int64_t i = 0; i < n; i++) g[i] = (d[i] * g[i] > 0.0f ? g[i] * decay : g[i]) - lr * d[i];
+            put_weights(&w, from, n, g);
+        }
 }
 #endif

@@ -1,4 +1,4 @@
-"""Matrix products with master weights as they are: float32 in, rounded to the activations' type on the way, sums in float32.
+"""Matrix products with master weights as they are: float32 (or bfloat16) in, rounded to the activations' type on the way, sums in float32.
 
 The compiled ones (products.c) serve bfloat16 on one thread of a processor with AVX512_BF16 and no matrix unit; measured against oneDNN on
 such a one they are level for large shapes and up to a third faster for an expert's (LAB.md, 2026-11-21). Everywhere else it is torch.mm.
@@ -125,7 +125,7 @@ def grouped_nt(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
     if not usable(a):
         return Plain.grouped_nt(a, b, ends)
     out = a.new_empty(len(a), b.shape[1])
-    native.call("grouped_nt", None, a, b, out, ends, *b.shape)
+    native.call("grouped_nt", None, a, b, int(b.dtype == torch.float32), out, ends, *b.shape)
     return out
 
 
@@ -134,7 +134,7 @@ def grouped_nn(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
     if not usable(a):
         return Plain.grouped_nn(a, b, ends)
     out = a.new_empty(len(a), b.shape[2])
-    native.call("grouped_nn", None, a, b, out, ends, len(b), b.shape[2], b.shape[1])
+    native.call("grouped_nn", None, a, b, int(b.dtype == torch.float32), out, ends, len(b), b.shape[2], b.shape[1])
     return out
 
 

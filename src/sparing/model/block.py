@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -12,6 +14,7 @@ from sparing.model.attention import GQA, MLA, LayerCache
 from sparing.model.experts import MLP, MoE
 from sparing.model.linear import Linear, RMSNorm
 from sparing.model.router import not_counting
+from sparing.precision.activations import kept_in_int8
 
 
 class Block(nn.Module):
@@ -25,7 +28,7 @@ class Block(nn.Module):
         # An all-dense model has dense MTP modules; otherwise layers past the leading dense ones, MTP included, are mixtures.
         dense = layer < c.num_dense_layers or c.num_dense_layers >= c.num_layers
         self.mlp = MLP(c.hidden_size, c.intermediate_size) if dense else MoE(c)
-        self.recompute = False
+        self.recompute = self.int8_activations = False
 
     def _forward(self, x: Tensor, table: Tensor, mask: DocumentMask | None, cache: LayerCache | None, want_balance: bool):
         x = self.self_attn.residual(x, self.input_layernorm, table, mask, cache)
@@ -43,7 +46,8 @@ class Block(nn.Module):
                 self._forward, x_BTD, table, mask, cache, want_balance,
                 use_reentrant=False, context_fn=lambda: (torch.enable_grad(), not_counting(self)),
             )  # fmt: skip
-        return self._forward(x_BTD, table, mask, cache, want_balance)
+        with kept_in_int8() if self.int8_activations and torch.is_grad_enabled() else nullcontext():
+            return self._forward(x_BTD, table, mask, cache, want_balance)
 
 
 class SharedHead(nn.Module):

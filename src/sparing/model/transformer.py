@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sparing.config import ModelConfig
 from sparing.kernels.attention import DocumentMask
 from sparing.kernels.cross_entropy import IGNORE, linear_cross_entropy, token_nll
+from sparing.kernels.embedding import embedding
 from sparing.model.attention import LayerCache
 from sparing.model.block import Block, MTPBlock
 from sparing.model.linear import Linear, RMSNorm
@@ -66,13 +67,18 @@ class Transformer(nn.Module):
         for block in self.model.layers:
             block.recompute = on
 
+    def set_int8_activations(self, on: bool) -> None:
+        """Keep what each layer needs for its backward pass in int8 (`sparing.precision.activations`); not where it is recomputed."""
+        for block in self.model.layers:
+            block.int8_activations = on
+
     def _table(self, length: int) -> Tensor:
         if len(self.rotary) < length:
             self.rotary = rotary_table(self.config, max(length, self.config.max_position_embeddings)).to(self.model.norm.weight.device)
         return self.rotary
 
     def _embed(self, tokens_BT: Tensor) -> Tensor:
-        return F.embedding(tokens_BT, self.model.embed_tokens.weight).to(self.compute_dtype)
+        return embedding(tokens_BT, self.model.embed_tokens.weight).to(self.compute_dtype)
 
     def hidden(
         self,

@@ -7,8 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from sparing.account.prices import rates_for, tables
-from sparing.budget.memory import serving_memory
-from sparing.budget.plan import Corpus, Run, check, predict
+from sparing.budget.plan import Corpus, check, predict
 from sparing.budget.units import format_budget
 from sparing.config import Budget, UserError
 from sparing.config_file import merge_wishes
@@ -29,6 +28,7 @@ def alternatives(wishes: dict, budget: Budget, corpus: Corpus, place: Place) -> 
         ("dense", dense, place),
         ("mixture of experts", mixture, place),
         ("with MTP", {"model": {"mtp_depth": 1}}, place),
+        ("8-bit storage", {"precision": {"weights": "bfloat16", "moments": "int8", "activations": "int8"}}, place),
     ]
     if place.name is None:
         options += [
@@ -37,7 +37,6 @@ def alternatives(wishes: dict, budget: Budget, corpus: Corpus, place: Place) -> 
     for name in OTHERS:
         options += [(f"{name} {rent.replace('_', '-')}", {}, (name, rent)) for rent in ("on_demand", "spot", "own")]
     rows = [_row(label, merge_wishes(wishes, more), budget, corpus, where) for label, more, where in options]
-    rows.insert(4, _eight_bit(base, rows[0]))
     return {"alternatives": rows, **_advice(rows, budget)}
 
 
@@ -52,6 +51,8 @@ def _row(label: str, wishes: dict, budget: Budget, corpus: Corpus, where: Place 
     note = {}
     if label == "with MTP":
         note = {"note": "the law counts what MTP costs, not what it may gain"}
+    if label == "8-bit storage":
+        note = {"note": "the law knows no precision: docs/precision.md has what it costs in loss and time"}
     if place.name and place.rent == "own":
         hours = _pays_after(place)
         note = {"note": f"buying pays after {hours:,.0f} hours of use", "pays_after_hours": hours}
@@ -65,16 +66,6 @@ def _pays_after(place: Place) -> float:
     own, rented = (rates_for(place.machine, place.name, place.country, rent) for rent in ("own", "on_demand"))
     saved = rented.per_hour() - (own.per_hour() - own.usd_per_hour)
     return price["purchase"] / saved if saved > 0 else math.inf
-
-
-def _eight_bit(base: Run, row: dict) -> dict[str, Any]:
-    """Only what is known of it: what 8-bit weights save when the model serves. Training in 8 bits is not built yet."""
-    c, context = base.config.model, base.config.train.seq_len
-    saved = serving_memory(c, context, 2.0) - serving_memory(c, context, 1.0)
-    return {
-        "name": "8-bit weights",
-        "problem": f"training in 8 bits is not built; serving would take {saved / 1e6:,.1f} MB less, unmeasured quality",
-    }
 
 
 def _advice(rows: list[dict], budget: Budget) -> dict[str, str]:

@@ -132,8 +132,9 @@ def choose(
         if divided > 1.03 * speed:
             replicas, speed = threads, divided
     compiled = t.compile
-    if compiled is None and config.precision.linear not in ("none", "auto"):
-        compiled, reasons["train.compile"] = False, "8-bit products are not compiled"
+    p = config.precision
+    if compiled is None and (p.linear not in ("none", "auto") or p.activations != "full"):
+        compiled, reasons["train.compile"] = False, "8-bit products and activations are not compiled"
     elif compiled is None:
         compiled, reasons["train.compile"] = _worth_compiling(model, t, batch, micro, device, speed, seconds, check, say)
     replicas = 1 if compiled else replicas

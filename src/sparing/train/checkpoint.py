@@ -1,6 +1,6 @@
 """Checkpoints: state/step-00000123/{weights.safetensors optimizer.safetensors state.json checksums.json}.
 
-The number is that of finished steps. Weights are float32 under Hugging Face's names; the newest are hard-linked to
+The number is that of finished steps. Weights are of the type they are trained in, under Hugging Face's names; the newest are hard-linked to
 weights/model.safetensors too, so that a killed run can be served. Kept: the newest two, and state/pre-decay, from which a finished
 run can be extended. Step 0 is saved like any other, so there is always something to go back to.
 """
@@ -57,9 +57,13 @@ def fingerprint(config: Config) -> dict[str, str]:
     train = config.train
     rows = (train.seq_len, train.short_seq_len, train.short_until, train.batch_size, train.micro_batch_size, train.replicas)
     recipe = (config.optim, rows, train.dtype, train.document_mask, train.mtp_weight)
-    if config.precision != PrecisionConfig():
-        recipe += (config.precision,)
-    return {"model": digest(config.model), "recipe": digest(recipe, train.bias_update_rate, train.sequence_balance, train.seed)}
+    p = config.precision
+    if p != PrecisionConfig():
+        recipe += (p,)
+    found = {"model": digest(config.model), "recipe": digest(recipe, train.bias_update_rate, train.sequence_balance, train.seed)}
+    if (p.weights, p.moments) != ("float32", "float32"):
+        found["storage"] = digest(p.weights, p.compensation, p.moments)
+    return found
 
 
 class Checkpoints:
@@ -129,6 +133,10 @@ class Checkpoints:
         state = TrainState(**json.loads((folder / STATE).read_text()))
         if state.fingerprint["model"] != self.fingerprint["model"]:
             raise UserError(f"{folder} is of another model than config.toml describes: restore the [model] section the run began with")
+        if state.fingerprint.get("storage") != self.fingerprint.get("storage"):
+            raise UserError(
+                f"{folder} keeps its numbers otherwise than config.toml says: restore weights, compensation and moments of [precision]"
+            )
         if state.fingerprint["recipe"] != self.fingerprint["recipe"]:
             self.say("config.toml was changed since the checkpoint: from here on losses differ from what they would have been")
         targets = self.model.state_dict()
@@ -139,6 +147,10 @@ class Checkpoints:
         if targets:
             raise DamagedError(f"{folder.name}: no tensor {next(iter(targets))}")
         self.optimizer.reset()
+        names = set()
         for name, tensor in read_tensors(folder / OPTIMIZER):
             self.optimizer.load(name, tensor)
+            names.add(name)
+        if missing := self.optimizer.state().keys() - names:
+            raise DamagedError(f"{folder.name}: no tensor {min(missing)}")
         return state

@@ -22,7 +22,7 @@ from sparing.train.checkpoint import Checkpoints, TrainState
 from sparing.train.clock import Clock
 from sparing.train.guard import MAX_ROLLBACKS, Guard
 from sparing.train.log import Log, TrainResult
-from sparing.train.optim import Optimizer
+from sparing.train.optim import Optimizer, keep_as
 from sparing.train.pace import Pace, PlanLog, fixed_steps
 from sparing.train.preempt import Interrupted, Preempt
 from sparing.train.replicas import Replicas
@@ -88,13 +88,14 @@ class _Trainer:
             torch.set_num_threads(t.threads)
         torch.manual_seed(t.seed)  # nothing in a step is random; this keeps it so for whatever asks torch for a number
         model.compute_dtype = getattr(torch, t.dtype)
+        keep_as(model, config)
         model.set_recompute(t.recompute)
         model.train()
         self.device = next(model.parameters()).device
         self.loss_fn = torch.compile(model.loss, dynamic=False) if t.compile else model.loss
         self.policy = Policy.of(model, config)
         self.replicas = Replicas(model, t.replicas or 1)
-        self.optimizer = Optimizer(model, config.optim, model.compute_dtype)
+        self.optimizer = Optimizer(model, config.optim, model.compute_dtype, config.precision, t.seed)
         self.guard = Guard()
         self.clock = Clock(run, started)
         tokens = t.batch_size * t.seq_len

@@ -1,7 +1,7 @@
 """One optimizer for the whole model, driven by OptimConfig: Muon (or AdamW) for hidden matrices, AdamW for everything else.
 
-AdamW (arXiv 1711.05101) is torch's fused implementation. Learning rates are peaks; `schedule` scales all of them alike.
-Which group a parameter is in follows from its name and rank alone, so a checkpoint needs no groups.
+AdamW (arXiv 1711.05101) is torch's fused implementation, or `stored`'s where weights or averages are not float32. Learning rates are peaks;
+`schedule` scales all of them alike. Which group a parameter is in follows from its name and rank alone, so a checkpoint needs no groups.
 """
 
 from __future__ import annotations
@@ -9,9 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sparing.config import OptimConfig
+from sparing.budget.memory import gives_back
+from sparing.config import Config, OptimConfig, PrecisionConfig, UserError
+from sparing.model.transformer import Transformer
+from sparing.precision.allocator import give_back
+from sparing.precision.compensation import rows_of, slices
 from sparing.run import DamagedError
 from sparing.train.muon import Muon
+from sparing.train.stored import StoredAdamW, StoredMuon
 
 
 def group_of(name: str, parameter: Tensor) -> str:
@@ -25,31 +30,63 @@ def group_of(name: str, parameter: Tensor) -> str:
     return "matrix" if parameter.ndim >= 2 else "norm"
 
 
+@torch.no_grad()
+def keep_as(model: Transformer, config: Config) -> None:
+    """Keep a model's numbers as `config.precision` says: weights (routers and norms stay float32) and activations; with fewer bits memory
+    goes back to the system when a tensor dies. In place, before anything shares the weights. UserError for int8 activations compiled."""
+    precision = config.precision
+    if precision.activations == "int8" and config.train.compile:
+        raise UserError("train.compile = true packs no activations: leave it out, or precision.activations = int8")
+    if gives_back(precision) and model.model.norm.weight.device.type == "cpu":
+        give_back()
+    model.set_int8_activations(precision.activations == "int8")
+    for name, parameter in model.named_parameters():
+        if group_of(name, parameter) not in ("router", "norm"):
+            parameter.data = parameter.data.to(getattr(torch, precision.weights))
+
+
 class Optimizer:
     """All updates of one model. `step` applies the gradients; `state`/`load` move its state as a flat dict of named tensors."""
 
-    def __init__(self, model: nn.Module, config: OptimConfig, dtype: torch.dtype = torch.bfloat16):
-        """dtype: the compute type; Newton-Schulz runs in it."""
+    def __init__(
+        self,
+        model: nn.Module,
+        config: OptimConfig,
+        dtype: torch.dtype = torch.bfloat16,
+        precision: PrecisionConfig | None = None,
+        seed: int = 0,
+    ):
+        """dtype: the compute type; Newton-Schulz runs in it. precision: how its state is kept, after `keep_as`. seed: of rounding."""
         self.config = config
         self.parameters = dict(model.named_parameters())
         groups: dict[str, dict[str, Tensor]] = {}
         for name, parameter in self.parameters.items():
             groups.setdefault(group_of(name, parameter), {})[name] = parameter
         matrices = groups.pop("matrix", {}) if config.matrix == "muon" else {}
-        self.muon = Muon(matrices, steps=config.ns_steps, weight_decay=config.weight_decay, dtype=dtype) if matrices else None
+        precision = precision or PrecisionConfig()
+        stored = precision.weights != "float32" or precision.moments != "float32"
+        self.updates = torch.zeros((), dtype=torch.int64) if stored else None
+        small = {"compensation": precision.compensation, "eight_bit": precision.moments == "int8", "seed": seed} if stored else {}
+        settings = {"steps": config.ns_steps, "weight_decay": config.weight_decay, "dtype": dtype}
+        self.muon = (StoredMuon if stored else Muon)(matrices, **settings, **small) if matrices else None
         peaks = {"embed": config.lr_embed, "head": config.lr_head, "router": config.lr_router, "norm": config.lr_norm, "matrix": config.lr}
         decays = {"matrix": config.weight_decay}
-        self.adamw = torch.optim.AdamW(
-            [{"params": list(named.values()), "peak": peaks[g], "weight_decay": decays.get(g, 0.0)} for g, named in groups.items()],
-            lr=config.lr,
-            betas=(config.beta1, config.beta2),
-            eps=config.eps,
-            fused=True,
-        )
+        chosen = [{"params": named, "peak": peaks[g], "weight_decay": decays.get(g, 0.0)} for g, named in groups.items()]
+        betas = config.beta1, config.beta2
+        if stored:
+            self.adamw = StoredAdamW(chosen, betas, config.eps, **small)
+        else:
+            chosen = [group | {"params": list(group["params"].values())} for group in chosen]
+            self.adamw = torch.optim.AdamW(chosen, lr=config.lr, betas=betas, eps=config.eps, fused=True)
 
     def grad_norm(self) -> Tensor:
-        """Global L2 norm of all gradients, a scalar tensor."""
-        return nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
+        """Global L2 norm of all gradients, a float32 scalar tensor."""
+        grads = [p.grad for p in self.parameters.values() if p.grad is not None]
+        if all(grad.dtype == torch.float32 for grad in grads):
+            return nn.utils.get_total_norm(grads)
+        # Row by row: the sums are float32 without a float32 copy of a whole gradient.
+        norms = [torch.linalg.vector_norm(part[rows], dtype=torch.float32) for part in map(rows_of, grads) for rows in slices(*part.shape)]
+        return torch.linalg.vector_norm(torch.stack(norms))
 
     @torch.no_grad()
     def clip(self, norm: float) -> None:
@@ -61,14 +98,20 @@ class Optimizer:
         """One update: lr_scale (0..1) times every group's peak; momentum is Muon's. Gradients are freed."""
         for group in self.adamw.param_groups:
             group["lr"] = group["peak"] * lr_scale
-        self.adamw.step()
+        number = () if self.updates is None else (int(self.updates.add_(1)),)
+        self.adamw.step(*number)
         if self.muon is not None:
-            self.muon.step(self.config.lr * lr_scale, momentum)
+            self.muon.step(self.config.lr * lr_scale, momentum, *number)
         for parameter in self.parameters.values():
             parameter.grad = None
 
     def state(self) -> dict[str, Tensor]:
-        """Flat and live (no copies): optimizer/momentum/NAME, optimizer/exp_avg/NAME, optimizer/exp_avg_sq/NAME, optimizer/step/NAME."""
+        """Flat and live (no copies): optimizer/momentum/NAME, optimizer/exp_avg/NAME, optimizer/exp_avg_sq/NAME, optimizer/step/NAME.
+
+        Kept in few bits: their scales too, and optimizer/updates/all instead of step."""
+        if self.updates is not None:
+            flat = {"updates/all": self.updates, **self.adamw.state(), **(self.muon.state() if self.muon else {})}
+            return {f"optimizer/{name}": tensor for name, tensor in flat.items()}
         momentum = self.muon.momentum if self.muon else {}
         flat = {f"optimizer/momentum/{name}": tensor for name, tensor in momentum.items()}
         for name, parameter in self.parameters.items():
@@ -78,6 +121,12 @@ class Optimizer:
 
     def load(self, name: str, tensor: Tensor) -> None:
         """Take back one tensor of `state`. Raises DamagedError for a tensor that this model has no place for."""
+        if self.updates is not None:
+            place = self.state().get(name)
+            if place is None or place.shape != tensor.shape or place.dtype != tensor.dtype:
+                raise DamagedError(f"optimizer state {name} {tuple(tensor.shape)} {tensor.dtype} does not belong to this model")
+            place.copy_(tensor)
+            return
         _, kind, parameter_name = name.split("/", 2)
         parameter = self.parameters.get(parameter_name)
         if parameter is None or (kind != "step" and parameter.shape != tensor.shape):
@@ -91,6 +140,10 @@ class Optimizer:
 
     def reset(self) -> None:
         """Forget all moments, as before the first step."""
+        if self.updates is not None:
+            for tensor in self.state().values():
+                tensor.zero_()
+            return
         self.adamw.state.clear()
         for tensor in self.muon.momentum.values() if self.muon else ():
             tensor.zero_()

@@ -1,0 +1,24 @@
+"""Memory that goes back to the system when a tensor dies, where memory is what one wants to save.
+
+glibc keeps freed blocks of up to 32 MB in its heap, among blocks that live on: the resident peak is then nearer the sum of activations and
+gradients than the larger of them. Large tensors in pages of their own cost the clearing of those pages at every step
+(docs/precision.md): not for small models.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+
+LARGE = 1 << 20
+"""Bytes of a tensor that gets pages of its own."""
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Of glibc's malloc.h (man 3 mallopt)."""
+
+
+def give_back() -> bool:
+    """From here on, in this process. False where malloc is not glibc's: nothing was changed."""
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    return bool(mallopt(M_MMAP_THRESHOLD, LARGE) and mallopt(M_TRIM_THRESHOLD, LARGE))
