@@ -40,7 +40,7 @@ HELP = f"""Sparing {__version__}: say what you can spend, get the best language 
   sparing generate RUN --prompt TEXT                                     let the model write
   sparing receipt  RUN | --all                                           what it cost, beside what was predicted
   sparing report   RUN        sparing compare RUN RUN...                 the same and all curves as one HTML page
-  sparing export   RUN --format hf --out FOLDER                          a folder that Hugging Face transformers loads
+  sparing export   RUN --format hf|gguf --out PATH                       for Hugging Face transformers, for llama.cpp
   sparing import   FOLDER --out RUN                                      the other way round
   sparing bench    train [FIGURE]                                        this code against its peers, in one run
 
@@ -166,18 +166,21 @@ class Export:
 
     run: tyro.conf.Positional[str | None] = None
     format: str = "hf"
-    """hf: config.json and safetensors, as transformers loads them."""
+    """hf: config.json and safetensors, as transformers loads them; gguf: one file for llama.cpp."""
     out: str | None = None
-    """The folder to make."""
+    """The folder (hf) or file (gguf) to make."""
     dtype: str = "float32"
-    """float32 or bfloat16."""
+    """hf: float32 or bfloat16."""
+    type: str = "f32"
+    """gguf: f32, f16, bf16, q8_0 or q4_0."""
     json: bool = False
 
     def __call__(self, call: Call) -> dict:
-        call.choice("--format", self.format, ("hf",))
+        call.choice("--format", self.format, ("hf", "gguf"))
         call.choice("--dtype", self.dtype, ("float32", "bfloat16"))
+        call.choice("--type", self.type, ("f32", "f16", "bf16", "q8_0", "q4_0"))
         call.need(RUN=self.run, out=self.out)
-        return call.api.export(self.run, self.format, self.out, self.dtype)
+        return call.api.export(self.run, self.format, self.out, self.dtype, self.type)
 
 
 @dataclass
