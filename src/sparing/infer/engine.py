@@ -1,0 +1,212 @@
+"""The engine: texts in, tokens out, on a thread of its own."""
+
+from __future__ import annotations
+
+import threading
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from sparing.config import UserError
+from sparing.data.tokenizer import Tokenizer
+from sparing.infer.cache import BLOCK, BlockPool
+from sparing.infer.loaded import load
+from sparing.infer.network import TorchNetwork, cache_width
+from sparing.infer.request import Busy, Piece, Request, Sampling
+from sparing.infer.sample import choose, logprob
+from sparing.infer.scheduler import Scheduler, Text
+from sparing.infer.text import TextStream
+
+FORMATS = ("auto", "float32", "bfloat16", "int8", "int4")
+END_NAMES = ("<|end|>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>")
+"""Tokens that end a turn of a conversation; the tokenizer's end of text ends a text anyway."""
+
+
+class Engine:
+    """A run folder's model, ready to continue texts. Close it, or use it in a `with`.
+
+    weights: how they are kept: "float32", "bfloat16", "int8" (a scale per row), "int4" (a scale per 32), or "auto": what measures fastest
+    here. cache_bytes: the most that the key-value cache may take (default: room for `max_batch` texts of the full context, 1 GiB at most).
+    max_batch: texts in one step. max_queue: requests that may wait. speculate: draft tokens with the model's MTP module and verify them;
+    None: where it pays. threads: None: one per core. The run folder is only read.
+    Raises UserError for a folder without weights or tokenizer and for formats that this machine cannot run.
+    """
+
+    def __init__(
+        self,
+        run: Path | str,
+        *,
+        weights: str = "auto",
+        cache_bytes: int | None = None,
+        max_batch: int | None = None,
+        max_queue: int = 256,
+        speculate: bool | None = None,
+        threads: int | None = None,
+    ):
+        if weights not in FORMATS:
+            raise UserError(f"weights {weights}: choose from {', '.join(FORMATS)}")
+        loaded = load(run)
+        self.name = Path(run).resolve().name
+        self.tokenizer: Tokenizer = loaded.tokenizer
+        self.config = loaded.config.model
+        self.weights = "float32" if weights == "auto" else weights
+        if self.weights not in ("float32", "bfloat16"):
+            raise UserError(f"weights {weights}: this machine runs float32 and bfloat16")
+        loaded.network.compute_dtype = getattr(torch, self.weights)
+        self.context: int = self.config.max_position_embeddings
+        self.max_batch, self.max_queue = max_batch or 16, max_queue
+        per_block = BLOCK * self.config.num_layers * cache_width(self.config) * loaded.network.compute_dtype.itemsize
+        whole = self.max_batch * -(-self.context // BLOCK)
+        self.cache_bytes = min(whole * per_block, 1 << 30) if cache_bytes is None else cache_bytes
+        blocks = min(whole, self.cache_bytes // per_block)
+        if blocks < 1:
+            raise UserError(f"a cache of {self.cache_bytes} bytes: one block of {BLOCK} tokens takes {per_block}")
+        self._pool = BlockPool(blocks)
+        self._network = TorchNetwork(loaded.network, blocks)
+        self._scheduler = Scheduler(self._pool, self.max_batch, max_rows=512)
+        ends = (self.tokenizer.token_id(name) for name in END_NAMES)
+        self._ends = {self.tokenizer.eot_id, *(i for i in ends if i is not None)}
+        self._counts: Counter[str] = Counter()
+        self._news = threading.Condition()
+        self._closing = self._draining = False
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._thread.start()
+
+    # what callers use
+
+    def submit(self, prompt: Sequence[int], sampling: Sampling, on_piece: Callable[[Piece | None], None] | None = None) -> Request:
+        """Queue a prompt of token ids; returns at once. See `Request` for reading the answer.
+
+        Raises Busy when the queue is full or the engine is closing; UserError for an empty prompt, ids outside the vocabulary, and what
+        does not fit the context or the cache. `max_tokens` beyond the context means up to its end.
+        """
+        if not len(prompt):
+            raise UserError("the prompt has no tokens")
+        size = self.config.vocab_size
+        if any(not 0 <= token < size for token in (*prompt, *sampling.logit_bias)):
+            raise UserError(f"token ids must be from 0 to {size - 1}")
+        room = min(self.context, self._pool.blocks * BLOCK) - len(prompt)
+        if room < 1:
+            raise UserError(f"the prompt has {len(prompt)} tokens; there is room for {self.context} with its continuation")
+        request = Request(prompt, sampling, on_piece)
+        text = Text(request, TextStream(self.tokenizer, sampling.stop), min(sampling.max_tokens, room))
+        request._wake = self._wake
+        with self._news:
+            if self._closing or self._draining:
+                raise Busy("the engine is shutting down")
+            if len(self._scheduler.waiting) >= self.max_queue:
+                raise Busy(f"{self.max_queue} requests are waiting already")
+            self._scheduler.waiting.append(text)
+            self._news.notify_all()
+        return request
+
+    def metrics(self) -> dict[str, float]:
+        """Counters since the start (`*_total`) and the present state, by name."""
+        with self._news:
+            state = {
+                "requests_running": len(self._scheduler.running),
+                "requests_waiting": len(self._scheduler.waiting),
+                "cache_blocks": self._pool.blocks,
+                "cache_blocks_free": self._pool.free,
+                "cache_blocks_reusable": self._pool.cached,
+                "cache_evictions_total": self._pool.evicted,
+                "max_batch": self.max_batch,
+                "prefill_chunk": self._scheduler.max_rows,
+            }
+            return {name: float(value) for name, value in {**state, **self._counts}.items()}
+
+    def drain(self, timeout: float | None = None) -> bool:
+        """Take no more requests and wait for those under way; whether they finished in time (seconds)."""
+        with self._news:
+            self._draining = True
+            return self._news.wait_for(lambda: not (self._scheduler.running or self._scheduler.waiting), timeout)
+
+    def close(self) -> None:
+        """Cancel what is under way and stop."""
+        with self._news:
+            self._closing = True
+            self._news.notify_all()
+        self._thread.join()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # the engine's thread
+
+    def _wake(self) -> None:
+        with self._news:
+            self._news.notify_all()
+
+    def _work(self) -> None:
+        scheduler = self._scheduler
+        while True:
+            with self._news:
+                self._news.wait_for(lambda: self._closing or scheduler.running or scheduler.waiting)
+                gone = [t for t in (*scheduler.running, *scheduler.waiting) if self._closing or t.request.cancelled]
+                for text in gone:
+                    self._end(text, "cancelled")
+                if self._closing:
+                    return
+                scheduler.admit()
+                rows, work = scheduler.step()
+            if not work:
+                continue
+            try:
+                self._step(rows, work)
+            except Exception as error:  # one broken request must not take the others' server down
+                traceback.print_exc()
+                for text, _ in work:
+                    if text in scheduler.running:
+                        self._end(text, "error", f"{type(error).__name__}: {error}")
+
+    def _step(self, rows, work: list[tuple[Text, int]]) -> None:
+        start = time.perf_counter()
+        logits = self._network.forward(rows)
+        self._counts["forward_seconds_total"] += time.perf_counter() - start
+        self._counts["steps_total"] += 1
+        self._counts["rows_total"] += len(rows.tokens)
+        ready = iter(logits)
+        for text, count in work:
+            text.computed += count
+            text.seal(self._pool)
+            if text.computed == len(text.tokens):
+                self._advance(text, next(ready))
+
+    def _advance(self, text: Text, logits_V) -> None:
+        """Draw one token of a text; end it where that was the last."""
+        request, s = text.request, text.request.sampling
+        token = choose(logits_V, s, request.seed, len(text.tokens), request.prompt, text.made)
+        if token is None or (token in self._ends and not s.ignore_eos):
+            return self._end(text, "stop")
+        if s.grammar is not None:
+            s.grammar.advance(token)
+        text.tokens.append(token)
+        request.usage["completion_tokens"] += 1
+        self._counts["completion_tokens_total"] += 1
+        piece, stopped = text.stream.push(token, None if s.logprobs is None else logprob(logits_V, token, s.logprobs))
+        if piece:
+            request.give(piece)
+        if stopped:
+            self._end(text, "stop", flush=False)
+        elif request.usage["completion_tokens"] == text.max_tokens:
+            self._end(text, "length")
+
+    def _end(self, text: Text, reason: str, error: str | None = None, flush: bool = True) -> None:
+        with self._news:
+            self._scheduler.drop(text)
+            for name in ("prompt_tokens", "cached_tokens"):
+                self._counts[name + "_total"] += text.request.usage[name]
+            self._counts["requests_total"] += 1
+            self._counts[f"requests_{reason}_total"] += 1
+            self._news.notify_all()
+        last = text.stream.finish() if flush else None
+        if last:
+            text.request.give(last)
+        text.request.finish(reason, error)
