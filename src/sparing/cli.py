@@ -26,7 +26,7 @@ from sparing.budget.units import parse_budget, parse_extension
 from sparing.config import UserError
 from sparing.config_file import nearest, read_wishes, set_dotted
 from sparing.output import show, to_json
-from sparing.verbs import Bench, Compare, Plan, Receipt, Report
+from sparing.verbs import Bench, Compare, Plan, Receipt, Report, Serve
 
 if TYPE_CHECKING:
     import tyro  # `arguments.parse` imports it for the chosen verb; until then the annotations below stay text
@@ -38,6 +38,7 @@ HELP = f"""Sparing {__version__}: say what you can spend, get the best language 
   sparing resume   RUN [--budget +20m]                                   go on after an interruption, or extend a finished run
   sparing eval     RUN --data PATH...                                    bits per byte of text that the model has not seen
   sparing generate RUN --prompt TEXT                                     let the model write
+  sparing serve    RUN [--port 8000]                                     OpenAI's interface and a chat page
   sparing receipt  RUN | --all                                           what it cost, beside what was predicted
   sparing report   RUN        sparing compare RUN RUN...                 the same and all curves as one HTML page
   sparing export   RUN --format hf|gguf --out PATH                       for Hugging Face transformers, for llama.cpp
@@ -199,7 +200,7 @@ class Import:
 
 VERBS = {
     "plan": Plan, "train": Train, "resume": Resume, "eval": Eval, "generate": Generate, "receipt": Receipt, "report": Report,
-    "compare": Compare, "export": Export, "import": Import, "bench": Bench,
+    "compare": Compare, "export": Export, "import": Import, "serve": Serve, "bench": Bench,
 }  # fmt: skip
 
 

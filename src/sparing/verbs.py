@@ -61,6 +61,61 @@ class Plan:
 
 
 @dataclass
+class Serve:
+    """Serve a run's model: OpenAI's HTTP interface and a chat page, on this machine only unless --host says otherwise."""
+
+    run: tyro.conf.Positional[str | None] = None
+    host: str = "127.0.0.1"
+    """Address to listen at; 0.0.0.0: every network, which needs --api-key-file."""
+    port: int = 8000
+    """0: a free one."""
+    quantize: str = "auto"
+    """int8, int4 or none; auto: what is fastest here."""
+    name: str | None = None
+    """The model's name for clients; default: the run folder's."""
+    api_key_file: str | None = None
+    """A file with one bearer key a line."""
+    without_key: bool = False
+    """Let everybody in who reaches the address."""
+    cors: list[str] = field(default_factory=list)
+    """Web origins whose pages may call: https://example.org; default: none."""
+    threads: int | None = None
+    """CPU threads; default: one per core."""
+    cache_mb: int | None = None
+    """Most memory for the key-value cache."""
+    batch: int | None = None
+    """Answers computed together."""
+    queue: int = 256
+    """Requests that may wait; more are told to come back (429)."""
+    answer_s: float = 600.0
+    """Seconds that an answer may take, waiting included."""
+    drain_s: float = 30.0
+    """Seconds that answers under way have after SIGTERM."""
+    audit_log: str | None = None
+    """File for one line a request, without texts; none: keep none; default: audit.jsonl in $SPARING_HOME."""
+    audit_text: bool = False
+    """Write prompts and answers to the audit log too."""
+    json: bool = False
+
+    def __call__(self, call: Call) -> dict | None:
+        call.need(RUN=self.run)
+        call.choice("--quantize", self.quantize, ("auto", "none", "int8", "int4"))
+        from sparing.serve.settings import LOCAL
+
+        if not 0 <= self.port <= 65535:
+            raise UserError(f"--port {self.port}: must be from 0 to 65535")
+        for name, value in (("answer-s", self.answer_s), ("drain-s", self.drain_s), ("queue", self.queue)):
+            if not 0 < value < float("inf"):
+                raise UserError(f"--{name} {value}: must be more than 0")
+        if self.host not in LOCAL and not (self.api_key_file or self.without_key):
+            raise UserError(f"--host {self.host} lets others on the network in: give --api-key-file FILE, or say --without-key")
+        from sparing.serve.server import start
+
+        start(self, call.started)
+        return None
+
+
+@dataclass
 class Receipt:
     """What a run cost and reached, stage by stage, beside what was predicted; with --all, everything metered in this workspace."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from functools import lru_cache
+from functools import cached_property
 
 import numpy as np
 
@@ -20,7 +20,7 @@ class Grammars:
     def __init__(self, tokenizer: Tokenizer, vocab_size: int):
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
 
-    @lru_cache(maxsize=1)  # noqa: B019: one server has one
+    @cached_property
     def _table(self):
         try:
             import llguidance
@@ -54,7 +54,7 @@ class Grammars:
     def _matcher(self, grammar: str) -> Matcher:
         from llguidance import LLMatcher
 
-        table = self._table()
+        table = self._table
         matcher = LLMatcher(table, grammar, log_level=0)
         if matcher.is_error():
             raise bad(f"The grammar cannot be used: {matcher.get_error()[:200]}", "response_format")

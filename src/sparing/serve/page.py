@@ -11,7 +11,7 @@ from importlib.resources import files
 
 @cache
 def page_and_policy() -> tuple[str, str]:
-    """(HTML, Content-Security-Policy): only the page's own script and style run, named by their hashes; nothing is loaded or sent elsewhere."""
+    """(HTML, Content-Security-Policy): only the page's own script and style run, by their hashes; nothing is loaded or sent elsewhere."""
     text = files("sparing.serve").joinpath("chat.html").read_text(encoding="utf-8")
 
     def hashes(tag: str) -> str:

@@ -59,7 +59,11 @@ SAMPLING = {
     ),
     "n": integer(1, MAX_CHOICES),
     "logit_bias": maybe(
-        {"type": "object", "propertyNames": {"pattern": "^[0-9]{1,9}$"}, "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100}}
+        {
+            "type": "object",
+            "propertyNames": {"pattern": "^[0-9]{1,9}$"},
+            "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+        }
     ),
     "ignore_eos": FLAG,
     "stream": FLAG,

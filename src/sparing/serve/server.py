@@ -20,9 +20,22 @@ from sparing.run import RunFolder
 from sparing.serve.audit import Audit
 from sparing.serve.energy import Energy
 from sparing.serve.service import Service
-from sparing.serve.settings import Settings
+from sparing.serve.settings import Settings, read_keys
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def start(wished, started: float | None = None) -> None:
+    """Serve as the verb's options say (`verbs.Serve`). Raises UserError."""
+    settings = Settings(
+        host=wished.host, port=wished.port, name=wished.name, origins=tuple(wished.cors), answer_s=wished.answer_s, drain_s=wished.drain_s,
+        keys=read_keys(Path(wished.api_key_file)) if wished.api_key_file else (),
+    )  # fmt: skip
+    weights = {"none": "float32"}.get(wished.quantize, wished.quantize)
+    cache = None if wished.cache_mb is None else wished.cache_mb << 20
+    audit = Audit(audit_file(wished.audit_log), wished.audit_text)
+    options = {"weights": weights, "cache_bytes": cache, "max_batch": wished.batch, "max_queue": wished.queue, "threads": wished.threads}
+    serve(wished.run, settings, audit, started, **options)
 
 
 def serve(run: str, settings: Settings, audit: Audit, started: float | None = None, **engine_options) -> None:
@@ -77,8 +90,8 @@ async def _run(service: Service, listener: socket.socket) -> None:
             yield
 
     config = uvicorn.Config(
-        application(service), log_level="critical", access_log=False, server_header=False, lifespan="off", timeout_keep_alive=30,
-        timeout_graceful_shutdown=max(1, round(service.settings.drain_s)), h11_max_incomplete_event_size=64 << 10, ws="none", loop="asyncio",
+        application(service), log_level="critical", access_log=False, server_header=False, lifespan="off", ws="none", loop="asyncio",
+        timeout_keep_alive=30, timeout_graceful_shutdown=max(1, round(service.settings.drain_s)), h11_max_incomplete_event_size=64 << 10,
     )  # fmt: skip
     server = Server(config)
 
