@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import re
@@ -48,6 +49,22 @@ class Server:
             if "http://" in line:
                 self._up.set()
         self._up.set()
+
+    def ask(self, method: str, path: str, body=None, **headers: str):
+        """-> (status, headers, JSON or text). body: bytes as they are, anything else as JSON."""
+        if body is not None and not isinstance(body, bytes):
+            body = json.dumps(body).encode()
+        headers = {"Content-Type": "application/json"} | {name.replace("_", "-"): value for name, value in headers.items()}
+        connection = http.client.HTTPConnection(self.url.removeprefix("http://"), timeout=60)
+        try:
+            connection.request(method, path, body, headers)
+            answer = connection.getresponse()
+            raw = answer.read()
+            found = dict(answer.headers.items())
+            is_json = found.get("content-type", "").startswith("application/json")
+            return answer.status, found, json.loads(raw) if is_json else raw.decode()
+        finally:
+            connection.close()
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         """Exit status."""

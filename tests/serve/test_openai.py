@@ -68,13 +68,11 @@ def test_completion_with_choices_prompts_and_tokens(client):
 
 
 def test_token_ids_and_text_are_the_same_prompt(client, server):
-    import httpx
-
-    found = httpx.post(server.url + "/tokenize", json={"prompt": "import json"}).json()
+    _, _, found = server.ask("POST", "/tokenize", {"prompt": "import json"})
     assert found["count"] == len(found["tokens"]) > 1 and found["max_model_len"] == 512
-    plain = httpx.post(server.url + "/tokenize", json={"prompt": "import json", "add_special_tokens": False}).json()
+    _, _, plain = server.ask("POST", "/tokenize", {"prompt": "import json", "add_special_tokens": False})
     assert found["tokens"][1:] == plain["tokens"]
-    assert httpx.post(server.url + "/detokenize", json={"tokens": plain["tokens"]}).json() == {"prompt": "import json"}
+    assert server.ask("POST", "/detokenize", {"tokens": plain["tokens"]})[2] == {"prompt": "import json"}
     by_text = client.completions.create(model="tiny", prompt="import json", max_tokens=8, temperature=0)
     by_ids = client.completions.create(model="tiny", prompt=found["tokens"], max_tokens=8, temperature=0)
     assert by_ids.choices[0].text == by_text.choices[0].text
