@@ -81,7 +81,7 @@ def run(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("serve")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SPARING_HOME", str(root / "home"))
-        api.train([str(Path(json.__file__).parent / "*.py")], "60ktok", str(root / "tiny"), WISHES, samples=0)
+        api.train([str(Path(json.__file__).parent / "*.py")], "30ktok", str(root / "tiny"), WISHES, samples=0)
     return root / "tiny"
 
 

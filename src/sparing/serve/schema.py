@@ -201,6 +201,14 @@ KINDS = {
 }
 
 
+class WrongType(ApiError):
+    """Not a value out of its range, but another kind of value."""
+
+
+def wrong_type(message: str, param: str | None) -> WrongType:
+    return WrongType(400, message, param)
+
+
 def parse(body: bytes, schema: Schema) -> dict:
     """A request's body as the schema has it: fields that are null are left out. Raises ApiError 400 naming the field."""
     try:
@@ -221,7 +229,7 @@ def check(value: Any, schema: Schema, where: str = "") -> Any:
     if "anyOf" in schema:
         return _any_of(value, schema["anyOf"], where)
     if "enum" in schema and (not isinstance(value, str) or value not in schema["enum"]):
-        raise bad(f"{_the(where)} must be one of {', '.join(schema['enum'])}, not {_short(value)}.", where or None)
+        raise (bad if isinstance(value, str) else wrong_type)(f"{_the(where)} must be one of {', '.join(schema['enum'])}, not {_short(value)}.", where or None)
     kind = schema.get("type")
     if kind is None:
         return value
@@ -229,7 +237,7 @@ def check(value: Any, schema: Schema, where: str = "") -> Any:
         value = int(value)
     python, name = KINDS[kind]
     if not isinstance(value, python) or (isinstance(value, bool) and kind != "boolean"):
-        raise bad(f"{_the(where)} must be {name}, not {_short(value)}.", where or None)
+        raise wrong_type(f"{_the(where)} must be {name}, not {_short(value)}.", where or None)
     if kind == "string":
         _check_text(value, schema, where)
     elif kind in ("number", "integer"):
@@ -244,20 +252,16 @@ def check(value: Any, schema: Schema, where: str = "") -> Any:
 
 
 def _any_of(value: Any, choices: list[Schema], where: str) -> Any:
-    """The first that fits; else the complaint of the one that came furthest: of the right type, or about something inside."""
+    """The first that fits; else the complaint of the one that came furthest: rather about a value than about its type, rather inside."""
     best = None
     for choice in choices:
         try:
             return check(value, choice, where)
         except ApiError as error:
-            deeper = (len(error.param or "") > len(where)) * 2 + (_typed(value, choice))
-            if best is None or deeper > best[0]:
-                best = (deeper, error)
+            far = (not isinstance(error, WrongType), len(error.param or ""))
+            if best is None or far > best[0]:
+                best = (far, error)
     raise best[1]
-
-
-def _typed(value: Any, schema: Schema) -> bool:
-    return isinstance(value, KINDS[schema["type"]][0]) if "type" in schema else False
 
 
 def _check_text(value: str, schema: Schema, where: str) -> None:
@@ -278,9 +282,6 @@ def _check_number(value: float, schema: Schema, where: str) -> None:
 
 def _check_object(value: dict, schema: Schema, where: str) -> dict:
     fields, required, out = schema.get("properties", {}), schema.get("required", ()), {}
-    for name in required:
-        if name not in value:
-            raise bad(f"Missing required parameter: '{_join(where, name)}'.", _join(where, name), "missing_required_parameter")
     for name, item in value.items():
         path = _join(where, name)
         if any("\ud800" <= char <= "\udfff" for char in name):
@@ -293,6 +294,9 @@ def _check_object(value: dict, schema: Schema, where: str) -> dict:
         item = check(item, fields.get(name, rest), path)
         if item is not None or name in required:
             out[name] = item
+    for name in required:
+        if name not in value:
+            raise bad(f"Missing required parameter: '{_join(where, name)}'.", _join(where, name), "missing_required_parameter")
     return out
 
 
