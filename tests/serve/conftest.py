@@ -94,6 +94,7 @@ def home(tmp_path_factory) -> Path:
 def server(run, home):
     """One server for all tests that leave it as it was."""
     server = Server(run, env={"SPARING_HOME": str(home)})
+    server.ask("POST", "/v1/completions", {"model": server.name, "prompt": "x", "max_tokens": 2})  # the first answer compiles kernels
     yield server
     assert server.process.poll() is None, "the server has died: " + "".join(server.log)
     assert server.stop() == 0

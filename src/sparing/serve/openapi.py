@@ -31,6 +31,7 @@ def answers(kind: str) -> Schema:
     return {"type": "object", "properties": fields, "required": list(fields)}
 
 
+EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
 MODEL = {"type": "object", "properties": {"id": {"type": "string"}, "object": {"const": "model"}}, "required": ["id", "object"]}
 MODELS = {"type": "object", "properties": {"data": {"type": "array", "items": MODEL}}, "required": ["data"]}
 TOKENS = {"type": "object", "properties": {"tokens": INTEGERS, "count": {"type": "integer"}}, "required": ["tokens", "count"]}
@@ -50,7 +51,7 @@ def _content(schema: Schema) -> dict:
 
 
 def _responses(ok: Schema, stream: bool) -> dict:
-    content = _content(ok) | ({"text/event-stream": {"schema": {"type": "string"}}} if stream else {})
+    content = _content(ok) | ({"text/event-stream": {"schema": EVENT}} if stream else {})
     errors = {"content": _content({"$ref": "#/components/schemas/Error"})}
     return {"200": {"description": "done", "content": content}, "default": {"description": "an error", **errors}}
 

@@ -47,7 +47,7 @@ SAMPLING = {
     "min_p": number(0, 1),
     "presence_penalty": number(-2, 2),
     "frequency_penalty": number(-2, 2),
-    "repetition_penalty": maybe({"type": "number", "exclusiveMinimum": 0, "maximum": 10}),
+    "repetition_penalty": number(0.01, 10),
     "seed": integer(-(2**63), 2**63 - 1),
     "stop": maybe(
         {
