@@ -68,7 +68,8 @@ class CompiledNetwork:
             self.model.residency.cap = expert_bytes
             self.model.residency.used = ctypes.addressof(self._used)
         self.threads = threads
-        self.model.pool = found.pool_open(threads)
+        """How many of the pool's threads take part: may be lowered, and raised again, between steps."""
+        self.model.pool = found.pool_open(min(threads, 255))
 
     def _matrix(self, name: str) -> Matrix:
         part = self.pack.parts.get(name)
@@ -110,5 +111,5 @@ class CompiledNetwork:
             tables=tables.ctypes.data, wanted_rows=wanted, first=None if first is None else first.ctypes.data,
             before=None if before is None else before.ctypes.data, after=self.hidden.ctypes.data, logits=logits.ctypes.data,
         )  # fmt: skip
-        self._library.forward(self.model, batch, max(rows.positions) + 1)
+        self._library.forward(self.model, batch, max(rows.positions) + 1, self.threads)
         return logits[:, : self.c.vocab_size]

@@ -246,10 +246,11 @@ def _write(path: Path, run: RunFolder, c: ModelConfig, format: str, source: str)
         with safe_open(run.weights_file, framework="pt") as file:
             parts = _Writer(c, format, file.get_tensor, lambda name: file.get_slice(name).get_shape()).parts
             room = end = -(-(300 * len(parts) + 300) // PAGE) * PAGE
+            start = room
             for part in parts.values():
-                part.offset += end if part.make else previous.offset
-                end += -(-part.bytes // PAGE) * PAGE if part.make else 0
-                previous = part
+                if part.make:
+                    start, end = end, end + -(-part.bytes // PAGE) * PAGE
+                part.offset += start
             listed = {name: {k: v for k, v in vars(part).items() if k != "make"} for name, part in parts.items()}
             header = json.dumps({"source": source, "parts": listed}).encode().ljust(room - 8)
             assert len(header) == room - 8

@@ -34,7 +34,7 @@ typedef struct {
 
 typedef struct {
     atomic_int arrived, phase, job, stop;
-    int threads;
+    int threads, active;
     pthread_mutex_t lock;
     pthread_cond_t news;
     pthread_t *workers;
@@ -73,9 +73,9 @@ typedef struct {
 /* Threads */
 
 static void barrier(Pool *pool) {
-    if (pool->threads == 1) return;
+    if (pool->active == 1) return;
     int phase = atomic_load(&pool->phase);
-    if (atomic_fetch_add(&pool->arrived, 1) == pool->threads - 1) {
+    if (atomic_fetch_add(&pool->arrived, 1) == pool->active - 1) {
         atomic_store(&pool->arrived, 0);
         atomic_fetch_add(&pool->phase, 1);
     } else
@@ -98,14 +98,16 @@ static void *work(void *argument) {
         pthread_mutex_unlock(&pool->lock);
         done = atomic_load(&pool->job);
         if (atomic_load(&pool->stop)) return 0;
-        step(pool->model, pool->batch, seat.t, pool->threads);
+        int active = done & 255; /* not pool->active, which may be the next job's by now */
+        if (seat.t >= active) continue;
+        step(pool->model, pool->batch, seat.t, active);
         barrier(pool);
     }
 }
 
 static void announce(Pool *pool) {
     pthread_mutex_lock(&pool->lock);
-    atomic_fetch_add(&pool->job, 1);
+    atomic_store(&pool->job, (atomic_load(&pool->job) & ~255) + 256 + pool->active); /* its number, and for how many threads */
     pthread_cond_broadcast(&pool->news);
     pthread_mutex_unlock(&pool->lock);
 }
@@ -135,10 +137,10 @@ void pool_close(Pool *pool) {
 /* Rows */
 
 static void norm(const float *x, const float *gain, float eps, int64_t n, float *out) {
-    v16 squares = spread(0.0f);
-    for (int64_t i = 0; i < n; i += 16) squares += LOAD(x + i) * LOAD(x + i);
-    float inverse = 1.0f / sqrtf(sum16(squares) / (float)n + eps);
-    for (int64_t i = 0; i < n; i += 16) STORE(out + i, LOAD(x + i) * inverse * LOAD(gain + i));
+    vec squares = spread(0.0f);
+    for (int64_t i = 0; i < n; i += W) squares += LOAD(x + i) * LOAD(x + i);
+    float inverse = 1.0f / sqrtf(sum(squares) / (float)n + eps);
+    for (int64_t i = 0; i < n; i += W) STORE(out + i, LOAD(x + i) * inverse * LOAD(gain + i));
 }
 
 /* n numbers to signed bytes, as row i of `in`. */
@@ -179,77 +181,58 @@ static inline float *cached(const Model *m, const Batch *b, int64_t row, int64_t
     return m->cache + ((block * m->all_layers + layer) * BLOCK + position % BLOCK) * m->width;
 }
 
+#define EACH_H _Pragma("GCC unroll 4") for (int h = 0; h < n; h++)
+#define EACH_4(i) _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++)
+
 /* n (1, 2 or 4) heads of one row over the keys (width K, at `key` in a cached token) and values (width V, at `value`). */
 INLINE void attend(int n, const Model *m, const Batch *b, int64_t layer, int64_t row, const float *const *q, int64_t key, int64_t K,
                    int64_t value, int64_t V, float *const *out, float *scores) {
-    int64_t first = b->first ? b->first[row] : 0, length = b->positions[row] + 1, room = m->longest;
-    float most[4], total[4];
-    for (int h = 0; h < n; h++) most[h] = -INFINITY;
+    int64_t first = b->first ? b->first[row] : 0, length = b->positions[row] + 1, seen = length - first, room = m->longest + 16;
     for (int64_t j = first, count; j < length; j += count) {
         count = BLOCK - j % BLOCK < length - j ? BLOCK - j % BLOCK : length - j;
         const float *base = cached(m, b, row, layer, j) + key;
-        for (int64_t i = 0; i < count; i += 4) {
+        for (int64_t i = 0; i < count; i += 4) { /* past the last key: the last one again, which is overwritten later */
             const float *k[4];
-            for (int s = 0; s < 4; s++) k[s] = base + (i + s < count ? i + s : count - 1) * m->width;
-            v16 acc[4][4];
-#pragma GCC unroll 4
-            for (int h = 0; h < n; h++)
-#pragma GCC unroll 4
-                for (int s = 0; s < 4; s++) acc[h][s] = spread(0.0f);
-            for (int64_t d = 0; d < K; d += 16) {
-                v16 keys[4];
-#pragma GCC unroll 4
-                for (int s = 0; s < 4; s++) keys[s] = LOAD(k[s] + d);
-#pragma GCC unroll 4
-                for (int h = 0; h < n; h++)
-#pragma GCC unroll 4
-                    for (int s = 0; s < 4; s++) acc[h][s] += LOAD(q[h] + d) * keys[s];
+            EACH_4(s) k[s] = base + (i + s < count ? i + s : count - 1) * m->width;
+            vec acc[4][4];
+            EACH_H EACH_4(s) acc[h][s] = spread(0.0f);
+            for (int64_t d = 0; d < K; d += W) {
+                vec keys[4];
+                EACH_4(s) keys[s] = LOAD(k[s] + d);
+                EACH_H {
+                    vec x = LOAD(q[h] + d);
+                    EACH_4(s) acc[h][s] += x * keys[s];
+                }
             }
-#pragma GCC unroll 4
-            for (int h = 0; h < n; h++)
-#pragma GCC unroll 4
-                for (int s = 0; s < 4; s++)
-                    if (i + s < count) {
-                        float x = sum16(acc[h][s]) * m->scale;
-                        scores[h * room + j - first + i + s] = x;
-                        most[h] = x > most[h] ? x : most[h];
-                    }
+            EACH_H *(vec4_any *)(scores + h * room + j - first + i) = sums(acc[h][0], acc[h][1], acc[h][2], acc[h][3]) * m->scale;
         }
     }
-    int64_t seen = length - first;
+    float inverse[4];
     for (int h = 0; h < n; h++) {
-        float *s = scores + h * room;
-        for (int64_t j = seen; j < up(seen, 16); j++) s[j] = -INFINITY;
-        SIMD for (int64_t j = 0; j < up(seen, 16); j++) s[j] = exp_(s[j] - most[h]);
-        for (int64_t j = seen; j < up(seen, 16); j++) s[j] = 0.0f;
-        v16 sum = spread(0.0f);
-        for (int64_t j = 0; j < up(seen, 16); j += 16) sum += LOAD(s + j);
-        total[h] = 1.0f / sum16(sum);
+        float *s = scores + h * room, most = -INFINITY;
+        MAX(most) for (int64_t j = 0; j < seen; j++) most = s[j] > most ? s[j] : most;
+        SIMD for (int64_t j = 0; j < up(seen, W); j++) s[j] = exp_(s[j] - most);
+        for (int64_t j = seen; j < up(seen, W); j++) s[j] = 0.0f;
+        vec total = spread(0.0f);
+        for (int64_t j = 0; j < seen; j += W) total += LOAD(s + j);
+        inverse[h] = 1.0f / sum(total);
     }
-    for (int64_t c = 0; c < V; c += 64) {
-        int vectors = V - c >= 64 ? 4 : (int)(V - c) / 16;
-        v16 acc[4][4];
-#pragma GCC unroll 4
-        for (int h = 0; h < n; h++)
-#pragma GCC unroll 4
-            for (int v = 0; v < 4; v++) acc[h][v] = spread(0.0f);
+    for (int64_t c = 0; c < V; c += 4 * W) {
+        int vectors = V - c >= 4 * W ? 4 : (int)(V - c) / W;
+        vec acc[4][4];
+        EACH_H EACH_4(v) acc[h][v] = spread(0.0f);
         for (int64_t j = first, count; j < length; j += count) {
             count = BLOCK - j % BLOCK < length - j ? BLOCK - j % BLOCK : length - j;
             const float *base = cached(m, b, row, layer, j) + value + c, *p = scores + j - first;
-#define VALUES(COUNT)                                                                             \
-    for (int64_t i = 0; i < count; i++) {                                                         \
-        _Pragma("GCC unroll 4") for (int v = 0; v < COUNT; v++) {                                 \
-            v16 x = LOAD(base + i * m->width + 16 * v);                                           \
-            _Pragma("GCC unroll 4") for (int h = 0; h < n; h++) acc[h][v] += x * p[h * room + i]; \
-        }                                                                                         \
-    }
-            if (vectors == 4) { VALUES(4) } else if (vectors == 3) { VALUES(3) } else if (vectors == 2) { VALUES(2) } else { VALUES(1) }
+#define VALUES(COUNT)                                                            \
+    for (int64_t i = 0; i < count; i++)                                          \
+        _Pragma("GCC unroll 4") for (int v = 0; v < COUNT; v++) {                \
+            vec x = LOAD(base + i * m->width + v * W);                           \
+            EACH_H acc[h][v] += x * p[h * room + i];                             \
         }
-#pragma GCC unroll 4
-        for (int h = 0; h < n; h++)
-#pragma GCC unroll 4
-            for (int v = 0; v < 4; v++)
-                if (v < vectors) STORE(out[h] + c + 16 * v, acc[h][v] * total[h]);
+            if (vectors == 4) VALUES(4) else if (vectors == 3) VALUES(3) else if (vectors == 2) VALUES(2) else VALUES(1)
+        }
+        EACH_H EACH_4(v) if (v < vectors) STORE(out[h] + c + v * W, acc[h][v] * inverse[h]);
     }
 }
 
@@ -382,7 +365,7 @@ static void reserve(Model *m, int64_t rows, int64_t longest, int T) {
     floats[SHARED] = rows * wide;
     floats[SLOTS] = slots * 2 * m->expert_width;
     floats[PARTS] = slots * m->hidden;
-    floats[SCORES] = 4 * m->longest * T;
+    floats[SCORES] = 4 * (m->longest + 16) * T;
     floats[LOGITS] = rows * up(m->experts, PANEL);
     floats[GATES] = floats[CHOSEN] = floats[ORDER] = slots;
     floats[ENDS] = m->experts + 1;
@@ -452,7 +435,7 @@ static void latent_attention(Model *m, const Batch *b, const Layer *l, int64_t l
     }
     by_head(m, &l->k_b, q, q_row, A, N, absorbed, H * K, K, t, T);
     WAIT();
-    attention(m, b, layer, absorbed, K, C, mixed, (float *)m->scratch[SCORES] + 4 * m->longest * t, t, T);
+    attention(m, b, layer, absorbed, K, C, mixed, (float *)m->scratch[SCORES] + 4 * (m->longest + 16) * t, t, T);
     WAIT();
     by_head(m, &l->v_b, mixed, H * C, C, N, heads, H * m->value, m->value, t, T);
 }
@@ -469,7 +452,7 @@ static void grouped_attention(Model *m, const Batch *b, const Layer *l, int64_t 
         for (int64_t g = 0; g < G; g++) rotate(to + g * K, turns, K);
     }
     WAIT();
-    attention(m, b, layer, q, K, K, m->scratch[MIXED], (float *)m->scratch[SCORES] + 4 * m->longest * t, t, T);
+    attention(m, b, layer, q, K, K, m->scratch[MIXED], (float *)m->scratch[SCORES] + 4 * (m->longest + 16) * t, t, T);
 }
 
 /* x += experts(normed) for the chosen experts of each row, one expert's rows together; `normed` is quantised already. */
@@ -610,13 +593,14 @@ static void step(Model *m, const Batch *b, int t, int T) {
     product(&m->head, &in, b->wanted_rows, 0, b->wanted, b->logits, up(m->vocabulary, PANEL), 0, t, T);
 }
 
-/* One step on all threads. longest: the longest text in it, in tokens. */
-void forward(Model *m, Batch *b, int64_t longest) {
+/* One step on `threads` of the pool's threads. longest: the longest text in it, in tokens. */
+void forward(Model *m, Batch *b, int64_t longest, int64_t threads) {
     Pool *pool = m->pool;
     reserve(m, b->rows, longest, pool->threads);
     pool->model = m;
     pool->batch = b;
-    if (pool->threads > 1) announce(pool);
-    step(m, b, 0, pool->threads);
+    pool->active = (int)threads;
+    if (threads > 1) announce(pool);
+    step(m, b, 0, pool->active);
     barrier(pool);
 }

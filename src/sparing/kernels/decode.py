@@ -81,7 +81,7 @@ def library(processor: str = "native") -> ctypes.CDLL | None:
     if found:
         found.pool_open.restype, found.pool_open.argtypes = ctypes.c_void_p, [ctypes.c_int64]
         found.pool_close.argtypes = [ctypes.c_void_p]
-        found.forward.argtypes = [ctypes.POINTER(Model), ctypes.POINTER(Batch), ctypes.c_int64]
+        found.forward.argtypes = [ctypes.POINTER(Model), ctypes.POINTER(Batch), ctypes.c_int64, ctypes.c_int64]
         found.release.argtypes = [ctypes.POINTER(Model)]
         for function in (found.pool_close, found.forward, found.release):
             function.restype = None
