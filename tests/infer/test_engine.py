@@ -3,12 +3,12 @@ import threading
 
 import pytest
 import torch
+from tests.infer.conftest import TEXT
 
 from sparing.config import UserError
 from sparing.infer.engine import Engine
 from sparing.infer.loaded import load
 from sparing.infer.request import Busy, Sampling
-from tests.infer.conftest import TEXT
 
 
 def greedy_by_training_forward(run, prompt, count):
@@ -27,7 +27,15 @@ def prompts(tokenizer, count=5):
     return [[tokenizer.eot_id, *tokenizer.encode(TEXT[300 * i : 300 * i + 40 + 60 * i])] for i in range(count)]
 
 
-@pytest.mark.parametrize("changes", [{}, {"attention": "gqa"}, {"q_lora_rank": None, "num_dense_layers": 3}, {"tie_word_embeddings": True}])
+PLAIN = {"qk_rope_head_dim": 8}  # not a multiple of 16: plain PyTorch
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, PLAIN, {"attention": "gqa"}, {"attention": "gqa", "head_dim": 8}, {"q_lora_rank": None, "num_dense_layers": 3},
+     {"tie_word_embeddings": True}, {"n_group": 4, "topk_group": 2, "scoring_func": "softmax", "norm_topk_prob": False},
+     {"scoring_func": "sqrtsoftplus", "n_shared_experts": 0}],
+)  # fmt: skip
 def test_greedy_is_the_training_forward(make_run, tokenizer, changes):
     run = make_run(**changes)
     prompt = prompts(tokenizer)[2]
@@ -37,9 +45,10 @@ def test_greedy_is_the_training_forward(make_run, tokenizer, changes):
     assert len(set(got)) > 5
 
 
-def test_batched_cached_and_chunked_texts_are_those_alone(make_run, tokenizer):
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8", "int4"])
+def test_batched_cached_and_chunked_texts_are_those_alone(make_run, tokenizer, weights):
     settings = [Sampling(max_tokens=30, temperature=t, seed=7, ignore_eos=True) for t in (0, 1, 0.7, 0, 1.3)]
-    with Engine(make_run(), weights="float32", max_batch=3) as engine:
+    with Engine(make_run(), weights=weights, max_batch=3) as engine:
         alone = [tokens(engine.submit(p, s)) for p, s in zip(prompts(tokenizer), settings)]
         assert engine.metrics()["cached_tokens_total"] == 0
         together = [engine.submit(p, s) for p, s in zip(prompts(tokenizer), settings)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import traceback
@@ -12,18 +13,27 @@ from pathlib import Path
 import torch
 
 from sparing.config import UserError
+from sparing.config_file import read_config
 from sparing.data.tokenizer import Tokenizer
 from sparing.infer.cache import BLOCK, BlockPool
+from sparing.infer.compiled import CompiledNetwork, fits
 from sparing.infer.loaded import load
 from sparing.infer.network import TorchNetwork, cache_width
+from sparing.infer.pack import open_pack
 from sparing.infer.request import Busy, Piece, Request, Sampling
 from sparing.infer.sample import choose, logprob
 from sparing.infer.scheduler import Scheduler, Text
 from sparing.infer.text import TextStream
+from sparing.run import RunFolder
 
 FORMATS = ("auto", "float32", "bfloat16", "int8", "int4")
 END_NAMES = ("<|end|>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>")
 """Tokens that end a turn of a conversation; the tokenizer's end of text ends a text anyway."""
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Engine:
@@ -49,24 +59,34 @@ class Engine:
     ):
         if weights not in FORMATS:
             raise UserError(f"weights {weights}: choose from {', '.join(FORMATS)}")
-        loaded = load(run)
+        folder = RunFolder.open(run)
         self.name = Path(run).resolve().name
-        self.tokenizer: Tokenizer = loaded.tokenizer
-        self.config = loaded.config.model
-        self.weights = "float32" if weights == "auto" else weights
-        if self.weights not in ("float32", "bfloat16"):
-            raise UserError(f"weights {weights}: this machine runs float32 and bfloat16")
-        loaded.network.compute_dtype = getattr(torch, self.weights)
+        self.config = read_config(folder.config_file).model
+        if not folder.tokenizer_file.exists():
+            raise UserError(f"{run} has no tokenizer.json: it cannot read or write text")
+        self.tokenizer = Tokenizer.load(folder.tokenizer_file)
+        plain = fits(self.config)
+        self.weights = ("float32" if plain else "int8") if weights == "auto" else weights
+        if plain and self.weights not in ("float32", "bfloat16"):
+            raise UserError(f"weights {weights}: this model runs in float32 and bfloat16 here ({plain})")
         self.context: int = self.config.max_position_embeddings
         self.max_batch, self.max_queue = max_batch or 16, max_queue
-        per_block = BLOCK * self.config.num_layers * cache_width(self.config) * loaded.network.compute_dtype.itemsize
+        layers = self.config.num_layers + (0 if plain else self.config.mtp_depth)
+        per_block = BLOCK * layers * cache_width(self.config) * (2 if plain and self.weights == "bfloat16" else 4)
         whole = self.max_batch * -(-self.context // BLOCK)
         self.cache_bytes = min(whole * per_block, 1 << 30) if cache_bytes is None else cache_bytes
         blocks = min(whole, self.cache_bytes // per_block)
         if blocks < 1:
             raise UserError(f"a cache of {self.cache_bytes} bytes: one block of {BLOCK} tokens takes {per_block}")
         self._pool = BlockPool(blocks)
-        self._network = TorchNetwork(loaded.network, blocks)
+        self._network: TorchNetwork | CompiledNetwork
+        if plain:
+            network = load(run).network
+            network.compute_dtype = getattr(torch, self.weights)
+            self._network = TorchNetwork(network, blocks)
+        else:
+            pack = open_pack(folder, self.config, self.weights)
+            self._network = CompiledNetwork(self.config, pack, self.weights, blocks, threads or cores())
         self._scheduler = Scheduler(self._pool, self.max_batch, max_rows=512)
         ends = (self.tokenizer.token_id(name) for name in END_NAMES)
         self._ends = {self.tokenizer.eot_id, *(i for i in ends if i is not None)}
@@ -131,6 +151,7 @@ class Engine:
             self._closing = True
             self._news.notify_all()
         self._thread.join()
+        self._network.close()
 
     def __enter__(self) -> Engine:
         return self

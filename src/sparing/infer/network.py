@@ -31,6 +31,8 @@ class Rows:
     """Index into `tables`."""
     wanted: list[int] = field(default_factory=list)
     """Rows whose logits are wanted."""
+    first: list[int] = field(default_factory=list)
+    """The first position that each row sees; empty: 0 for all."""
 
     def add(self, table: list[int], tokens: list[int], start: int, wanted: int) -> None:
         """`tokens` of the text with this table, from position `start`; logits of the last `wanted` of them."""
@@ -59,6 +61,9 @@ class TorchNetwork:
         self.cache = torch.empty(shape, dtype=model.compute_dtype)
         self.table = rotary_table(model.config, model.config.max_position_embeddings)
         self.scale = softmax_scale(model.config)
+
+    def close(self) -> None:
+        """Nothing to give back."""
 
     @torch.inference_mode()
     def forward(self, rows: Rows) -> np.ndarray:
