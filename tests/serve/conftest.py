@@ -10,22 +10,25 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+
+from sparing.config import Config, ModelConfig
+from sparing.config_file import write_config
+from sparing.data.tokenizer import train_tokenizer
+from sparing.model.init import init_weights
+from sparing.model.transformer import Transformer
+from sparing.run import RunFolder, write_tensors
 
 pytest.importorskip("starlette")
 
-from sparing import api
-
-WISHES = {
-    "model": {
-        "hidden_size": 32, "num_layers": 2, "num_heads": 2, "vocab_size": 512, "n_routed_experts": 4, "num_dense_layers": 1,
-        "max_position_embeddings": 512, "mtp_depth": 1,
-    },
-    "train": {"seq_len": 64, "batch_size": 8, "threads": 1, "replicas": 1, "compile": False, "micro_batch_size": 8},
-    "data": {"workers": 1},
-}  # fmt: skip
+MODEL = ModelConfig(
+    vocab_size=512, hidden_size=32, num_layers=2, intermediate_size=64, num_heads=2, q_lora_rank=32, kv_lora_rank=32, qk_nope_head_dim=16,
+    qk_rope_head_dim=16, v_head_dim=16, n_routed_experts=4, moe_intermediate_size=32, mtp_depth=1, max_position_embeddings=512,
+)  # fmt: skip
 
 
 class Server:
@@ -77,12 +80,24 @@ class Server:
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory) -> Path:
-    """Trained for a second on this Python's own source."""
-    root = tmp_path_factory.mktemp("serve")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SPARING_HOME", str(root / "home"))
-        api.train([str(Path(json.__file__).parent / "*.py")], "30ktok", str(root / "tiny"), WISHES, samples=0)
-    return root / "tiny"
+    """Trained for seconds on this Python's own source: it writes words, and no end of text."""
+    torch.manual_seed(0)
+    texts = [path.read_text() for path in sorted(Path(json.__file__).parent.glob("*.py"))]
+    tokenizer = train_tokenizer(texts, MODEL.vocab_size)
+    model = Transformer(replace(MODEL, vocab_size=tokenizer.vocab_size))
+    init_weights(model, 0)
+    optimizer = torch.optim.Adam(model.parameters(), 5e-3)
+    ids = torch.tensor([id for text in texts for id in tokenizer.encode(text)])
+    for _ in range(80):
+        rows = ids[torch.randint(len(ids) - 66, (8, 1)) + torch.arange(66)]
+        optimizer.zero_grad()
+        model.loss(rows[:, :64], torch.stack([rows[:, 1:65], rows[:, 2:66]], -1)).total.backward()
+        optimizer.step()
+    run = RunFolder.create(tmp_path_factory.mktemp("serve") / "tiny")
+    write_tensors(run.weights_file, model.state_dict())
+    run.config_file.write_text(write_config(replace(Config(), model=model.config)))
+    tokenizer.save(run.tokenizer_file)
+    return run.path
 
 
 @pytest.fixture(scope="session")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-
-schemathesis = pytest.importorskip("schemathesis")
-
 from hypothesis import HealthCheck, settings
 
-from sparing.serve.openapi import document
+pytest.importorskip("starlette")
+schemathesis = pytest.importorskip("schemathesis")
+
+from sparing.serve.openapi import document  # noqa: E402
 
 SCHEMA = schemathesis.openapi.from_dict(document())
 

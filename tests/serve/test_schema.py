@@ -13,7 +13,7 @@ from sparing.serve.schema import CHAT, COMPLETION, check, maybe
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-3, 3) | st.floats(-3, 3) | st.text("ab", max_size=2),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["a", "role", "content", "type", "text"]), inner, max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["a", "role", "type", "text"]), inner, max_size=3),
     max_leaves=6,
 )
 BODIES = st.fixed_dictionaries(
