@@ -10,23 +10,27 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from sparing.config import UserError
 from sparing.config_file import read_config
 from sparing.data.tokenizer import Tokenizer
+from sparing.infer.adapt import Choosers
 from sparing.infer.cache import BLOCK, BlockPool
 from sparing.infer.compiled import CompiledNetwork, fits
 from sparing.infer.loaded import load
-from sparing.infer.network import TorchNetwork, cache_width
+from sparing.infer.network import Rows, TorchNetwork, cache_width
 from sparing.infer.pack import open_pack
 from sparing.infer.request import Busy, Piece, Request, Sampling
 from sparing.infer.sample import choose, logprob
-from sparing.infer.scheduler import Scheduler, Text
+from sparing.infer.scheduler import Scheduler, Share, Text
+from sparing.infer.speculate import propose
 from sparing.infer.text import TextStream
 from sparing.run import RunFolder
 
 FORMATS = ("auto", "float32", "bfloat16", "int8", "int4")
+MAX_DRAFT = 3
 END_NAMES = ("<|end|>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>")
 """Tokens that end a turn of a conversation; the tokenizer's end of text ends a text anyway."""
 
@@ -88,6 +92,12 @@ class Engine:
             pack = open_pack(folder, self.config, self.weights)
             self._network = CompiledNetwork(self.config, pack, self.weights, blocks, threads or cores())
         self._scheduler = Scheduler(self._pool, self.max_batch, max_rows=512)
+        self.speculates: bool = self._network.exact and self.config.mtp_depth > 0 if speculate is None else speculate
+        """Whether tokens are drafted and verified; how many at a time follows what measures fastest."""
+        if self.speculates and not (self._network.exact and self.config.mtp_depth):
+            raise UserError(f"speculate: {'the model has no MTP module' if self._network.exact else f'not in plain PyTorch ({plain})'}")
+        self._drafts = Choosers(range(MAX_DRAFT + 1) if self.speculates else [0])
+        self._threads = Choosers(sorted({1, self._network.threads}, reverse=True))
         ends = (self.tokenizer.token_id(name) for name in END_NAMES)
         self._ends = {self.tokenizer.eot_id, *(i for i in ends if i is not None)}
         self._counts: Counter[str] = Counter()
@@ -136,6 +146,9 @@ class Engine:
                 "cache_evictions_total": self._pool.evicted,
                 "max_batch": self.max_batch,
                 "prefill_chunk": self._scheduler.max_rows,
+                "draft_length": self._drafts.last,
+                "threads": self._network.threads,
+                "queue_limit": self.max_queue,
             }
             return {name: float(value) for name, value in {**state, **self._counts}.items()}
 
@@ -183,41 +196,62 @@ class Engine:
                 self._step(rows, work)
             except Exception as error:  # one broken request must not take the others' server down
                 traceback.print_exc()
-                for text, _ in work:
-                    if text in scheduler.running:
-                        self._end(text, "error", f"{type(error).__name__}: {error}")
+                for share in work:
+                    if share.text in scheduler.running:
+                        self._end(share.text, "error", f"{type(error).__name__}: {error}")
 
-    def _step(self, rows, work: list[tuple[Text, int]]) -> None:
-        start = time.perf_counter()
-        logits = self._network.forward(rows)
-        self._counts["forward_seconds_total"] += time.perf_counter() - start
+    def _step(self, rows: Rows, shares: list[Share]) -> None:
+        """Compute a step, draw the tokens that it is for, and draft."""
+        start, decoding = time.perf_counter(), [share.text for share in shares if not share.text.prefilling]
+        drafts, wanted = self._drafts.of(len(decoding)), sum(len(text.draft) for text in decoding)
+        threads = self._threads.of(len(rows.tokens))
+        self._network.threads = chosen = self._threads.pick(len(rows.tokens))
+        logits = iter(self._network.forward(rows))
+        took = time.perf_counter() - start
+        threads.report(chosen, len(rows.tokens), took)
+        made = self._counts["completion_tokens_total"]
+        self._counts["forward_seconds_total"] += took
         self._counts["steps_total"] += 1
         self._counts["rows_total"] += len(rows.tokens)
-        ready = iter(logits)
-        for text, count in work:
+        for text, _, _, count in shares:
             text.computed += count
-            text.seal(self._pool)
             if text.computed == len(text.tokens):
-                self._advance(text, next(ready))
+                self._advance(text, [next(logits) for _ in range(1 + len(text.draft))])
+            text.seal(self._pool)
+        length = self._drafts.pick(len(decoding)) if self.speculates else 0
+        if self.speculates:
+            propose(self._network, shares, length)
+        if len(decoding) == len(shares) and (wanted > 0) == (length > 0):
+            drafts.report(length, self._counts["completion_tokens_total"] - made, time.perf_counter() - start)
 
-    def _advance(self, text: Text, logits_V) -> None:
-        """Draw one token of a text; end it where that was the last."""
+    def _advance(self, text: Text, lines: list[np.ndarray]) -> None:
+        """Draw a text's next tokens, as long as they are those that its draft guessed; end it where one was the last."""
         request, s = text.request, text.request.sampling
-        token = choose(logits_V, s, request.seed, len(text.tokens), request.prompt, text.made)
-        if token is None or (token in self._ends and not s.ignore_eos):
-            return self._end(text, "stop")
-        if s.grammar is not None:
-            s.grammar.advance(token)
-        text.tokens.append(token)
-        request.usage["completion_tokens"] += 1
-        self._counts["completion_tokens_total"] += 1
-        piece, stopped = text.stream.push(token, None if s.logprobs is None else logprob(logits_V, token, s.logprobs))
-        if piece:
-            request.give(piece)
-        if stopped:
-            self._end(text, "stop", flush=False)
-        elif request.usage["completion_tokens"] == text.max_tokens:
-            self._end(text, "length")
+        for i, logits_V in enumerate(lines):
+            token = choose(logits_V, s, request.seed, len(text.tokens), request.prompt, text.made if s.edits_logits else ())
+            if token is None or (token in self._ends and not s.ignore_eos):
+                return self._end(text, "stop")
+            if s.grammar is not None:
+                s.grammar.advance(token)
+            text.tokens.append(token)
+            request.usage["completion_tokens"] += 1
+            self._counts["completion_tokens_total"] += 1
+            piece, stopped = text.stream.push(token, None if s.logprobs is None else logprob(logits_V, token, s.logprobs))
+            if piece:
+                request.give(piece)
+            guessed = i < len(text.draft) and token == text.draft[i]
+            if i < len(text.draft):
+                for counts, suffix in ((request.usage, ""), (self._counts, "_total")):
+                    counts["drafted" + suffix] += 1
+                    counts["accepted" + suffix] += guessed
+            if stopped:
+                return self._end(text, "stop", flush=False)
+            if request.usage["completion_tokens"] == text.max_tokens:
+                return self._end(text, "length")
+            if not guessed:
+                return None
+            text.computed += 1
+        return None
 
     def _end(self, text: Text, reason: str, error: str | None = None, flush: bool = True) -> None:
         with self._news:

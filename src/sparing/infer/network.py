@@ -54,6 +54,7 @@ class TorchNetwork:
 
     exact = False
     """Whether a row's logits depend on nothing but its text."""
+    threads = 1
 
     def __init__(self, model: Transformer, blocks: int):
         self.model, self.c = model.eval(), model.config

@@ -56,10 +56,14 @@ def truncated(z_V: np.ndarray, s: Sampling) -> np.ndarray:
     return z
 
 
-def choose(logits_V: np.ndarray, s: Sampling, seed: int, position: int, prompt: Sequence[int] = (), made: Sequence[int] = ()) -> int | None:
-    """The token at `position` (of prompt and continuation together), from (V,) float32 logits; None: the grammar allows none."""
+def choose(
+    logits_V: np.ndarray, s: Sampling, seed: int, position: int, prompt: Sequence[int] = (), made: Sequence[int] = (), edit: bool = True
+) -> int | None:
+    """The token at `position` (of prompt and continuation together), from (V,) float32 logits; None: the grammar allows none.
+
+    edit: apply penalties, bias and grammar (drafts leave them out)."""
     z: np.ndarray | None = logits_V
-    if s.edits_logits:
+    if edit and s.edits_logits:
         z = edited(logits_V, s, prompt, made)
         if z is None:
             return None

@@ -7,6 +7,7 @@ running text advances; what is left of the step's rows goes to prompts, first co
 from __future__ import annotations
 
 from collections import deque
+from typing import NamedTuple
 
 from sparing.infer.cache import BLOCK, BlockPool, chain
 from sparing.infer.network import Rows
@@ -21,6 +22,9 @@ class Text:
         self.request, self.stream, self.max_tokens = request, stream, max_tokens
         self.tokens = list(request.prompt)
         self.computed = 0
+        self.draft: list[int] = []
+        """Guesses at the tokens after the last one."""
+        self.module_first = self.module_end = -1  # positions for which the MTP module has run
         self.blocks: list[int] = []
         self._sealed, self._key = 0, b""
 
@@ -54,6 +58,15 @@ class Text:
             self._sealed += 1
 
 
+class Share(NamedTuple):
+    """A text's part of a step: `count` of its tokens from position `start`, and its draft, in rows from `row` on."""
+
+    text: Text
+    row: int
+    start: int
+    count: int
+
+
 class Scheduler:
     """Waiting and running texts over one block pool."""
 
@@ -73,19 +86,21 @@ class Scheduler:
             self.running.remove(text)
             text.seal(self.pool)
             self.pool.release(text.blocks)
+            text.blocks = []
         else:
             self.waiting.remove(text)
 
-    def step(self) -> tuple[Rows, list[tuple[Text, int]]]:
-        """-> (rows, [(text, its tokens in them)]); texts whose prompt is complete afterwards have one row of logits, in this order."""
-        rows, work = Rows(), []
+    def step(self) -> tuple[Rows, list[Share]]:
+        """-> (rows, whose they are); a text that is computed to its end has logits, in this order: of its last token and of its draft."""
+        rows, shares = Rows(), []
         left = self.max_rows
         for text in sorted(self.running, key=lambda text: text.prefilling):
-            count = min(len(text.tokens) - text.computed, left)
-            if count == 0:
+            start, count = text.computed, min(len(text.tokens) - text.computed, left)
+            if count <= 0:
                 continue
-            left -= count
-            end = text.computed + count
-            rows.add(text.blocks, text.tokens[text.computed : end], text.computed, int(end == len(text.tokens)))
-            work.append((text, count))
-        return rows, work
+            complete = start + count == len(text.tokens)
+            draft = text.draft if complete else []
+            shares.append(Share(text, len(rows.tokens), start, count))
+            rows.add(text.blocks, text.tokens[start : start + count] + draft, start, complete * (1 + len(draft)))
+            left -= count + len(draft)
+        return rows, shares
