@@ -113,7 +113,6 @@ def test_chats_that_cannot_be(server, change, says):
         ({"prompt": ["a"] * 65}, "1 to 64 entries"),
         ({"prompt": ["a"] * 60, "n": 2}, "at most 64 answers"),
         ({"prompt": list(range(500)) * 2}, "maximum context length"),
-        ({"echo": True, "logprobs": 1}, "not available"),
         ({"suffix": "x"}, "Unrecognized"),
     ],
 )

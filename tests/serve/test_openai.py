@@ -100,6 +100,28 @@ def test_logprobs(client):
     assert [row.token for part in streamed for row in part.content] == [row.token for row in content]
 
 
+def test_the_prompt_is_scored_where_asked(client, server, run):
+    """As lm-eval asks; the same numbers as the training forward."""
+    import torch
+
+    from sparing.infer.loaded import load
+
+    ids = server.ask("POST", "/tokenize", {"prompt": "import json\n\nclass JSONDecoder:\n    pass"})[2]["tokens"]
+    asked = {"model": "tiny", "max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 1, "seed": 1}
+    rows = client.completions.create(prompt=ids, **asked).choices[0].logprobs
+    assert len(rows.tokens) == len(rows.token_logprobs) == len(rows.top_logprobs) == len(ids) + 1
+    assert rows.token_logprobs[0] is None and rows.top_logprobs[0] is None
+    want = load(run).logits([ids])[0].log_softmax(-1)[:-1].gather(-1, torch.tensor(ids[1:])[:, None])[:, 0]
+    assert torch.tensor(rows.token_logprobs[1:-1]).sub(want).abs().max() < 0.3, "int8 at most"
+    assert torch.tensor(rows.token_logprobs[1:-1]).sub(want).abs().mean() < 0.03
+    again = client.completions.create(prompt=ids, **asked).choices[0].logprobs
+    assert again.token_logprobs == rows.token_logprobs, "what the cache holds changes nothing"
+    text = "import json\n\nclass JSONDecoder:\n    pass"
+    whole = client.completions.create(prompt=text, **{**asked, "max_tokens": 0}).choices[0]
+    assert whole.text == text and "".join(whole.logprobs.tokens) == text
+    assert whole.logprobs.token_logprobs == rows.token_logprobs[1:-1] and whole.logprobs.text_offset[0] == 0
+
+
 def test_json_and_schemas(client):
     pytest.importorskip("llguidance")
     schema = {

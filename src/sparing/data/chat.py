@@ -22,18 +22,14 @@ from sparing.run import RunFolder
 MAX_BYTES = 1 << 20
 MARK = "\ufdd0"
 """A code point that is no character (Unicode 23.7): set into the names of special tokens inside messages, and taken out again."""
-PLAIN = """\
-{%- if tools %}System: Functions that you can call, as JSON:
+PLAIN = r"""{%- if tools %}System: Functions that you can call, as JSON:
 {%- for tool in tools %}
 {{ tool | tojson }}
 {%- endfor %}
-To call one, write <tool_call>{"name": ..., "arguments": {...}}</tool_call>
-
-{% endif %}
+To call one, write <tool_call>{"name": ..., "arguments": {...}}</tool_call>{{ "\n\n" }}{% endif %}
 {%- for message in messages %}{{ message.role | capitalize }}: {{ message.content or "" }}
-{%- for call in message.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}
-
-{% endfor %}
+{%- for call in message.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}{{ "\n\n" }}
+{%- endfor %}
 {%- if add_generation_prompt %}Assistant:{% endif %}"""
 PLAIN_STOPS = ("\nUser:", "\nSystem:")
 """A model that knows no chat goes on with the next speaker's words: these end its answer."""

@@ -213,8 +213,11 @@ class Engine:
         self._counts["forward_seconds_total"] += took
         self._counts["steps_total"] += 1
         self._counts["rows_total"] += len(rows.tokens)
-        for text, _, _, count in shares:
-            text.computed += count
+        for share in shares:
+            text = share.text
+            for number in range(share.start + 1, share.start + 1 + share.scored):
+                text.request.prompt_logprobs.append(logprob(next(logits), text.tokens[number], text.request.sampling.logprobs or 0))
+            text.computed += share.count
             if text.computed == len(text.tokens):
                 self._advance(text, [next(logits) for _ in range(1 + len(text.draft))])
             text.seal(self._pool)

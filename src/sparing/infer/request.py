@@ -53,6 +53,8 @@ class Sampling:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     grammar: Grammar | None = None
     ignore_eos: bool = False
+    prompt_logprobs: bool = False
+    """Score the prompt as well, as `logprobs` says: `Request.prompt_logprobs`. It is then read anew, whatever the cache holds."""
 
     def __post_init__(self) -> None:
         for name, good, allowed in (
@@ -110,6 +112,8 @@ class Request:
         self.finish_reason: str | None = None
         self.error: str | None = None
         self.usage = {"prompt_tokens": len(prompt), "cached_tokens": 0, "completion_tokens": 0, "drafted": 0, "accepted": 0}
+        self.prompt_logprobs: list[TokenLogprob] = []
+        """Of the prompt's tokens but the first, where they were asked for."""
         self.cancelled = False
         self._on_piece = on_piece
         self._pieces: deque[Piece] = deque()

@@ -38,7 +38,7 @@ class Text:
 
     def reserve(self, pool: BlockPool) -> bool:
         """Take the blocks for prompt and continuation, reusing those whose text is cached; False where there is no room yet."""
-        found, key = pool.match(self.tokens)
+        found, key = ([], b"") if self.request.sampling.prompt_logprobs else pool.match(self.tokens)
         needed = -(-(len(self.tokens) + self.max_tokens) // BLOCK)
         more = pool.take(needed - len(found))
         if more is None:
@@ -66,6 +66,13 @@ class Share(NamedTuple):
     start: int
     count: int
 
+    @property
+    def scored(self) -> int:
+        """Logits that it has for scoring the prompt: of every token but the prompt's last, whose logits are for drawing."""
+        if not self.text.request.sampling.prompt_logprobs:
+            return 0
+        return max(0, min(self.start + self.count, len(self.text.request.prompt) - 1) - self.start)
+
 
 class Scheduler:
     """Waiting and running texts over one block pool."""
@@ -91,7 +98,8 @@ class Scheduler:
             self.waiting.remove(text)
 
     def step(self) -> tuple[Rows, list[Share]]:
-        """-> (rows, whose they are); a text that is computed to its end has logits, in this order: of its last token and of its draft."""
+        """-> (rows, whose they are); a text that is computed to its end has logits, in this order: of its last token and of its draft.
+        Before them come those that score a prompt."""
         rows, shares = Rows(), []
         left = self.max_rows
         for text in sorted(self.running, key=lambda text: text.prefilling):
@@ -101,6 +109,7 @@ class Scheduler:
             complete = start + count == len(text.tokens)
             draft = text.draft if complete else []
             shares.append(Share(text, len(rows.tokens), start, count))
-            rows.add(text.blocks, text.tokens[start : start + count] + draft, start, complete * (1 + len(draft)))
+            wanted = complete * (1 + len(draft)) + shares[-1].scored
+            rows.add(text.blocks, text.tokens[start : start + count] + draft, start, wanted)
             left -= count + len(draft)
         return rows, shares

@@ -49,6 +49,7 @@ class Job:
         self.service, self.form, self.scope = service, form, request.scope
         self.id, self.created, self._clock = form.prefix + uuid.uuid4().hex[:24], int(time.time()), time.monotonic()
         self.choices = Choices(service.engine, form.asks)
+        form.requests = self.choices.requests
         self._mark: float | None = service.energy.begin()
         self._joules: float | None = None
         self.problem: str | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from sparing.infer.request import Piece, TokenLogprob
+from sparing.infer.request import Piece, Request, TokenLogprob
 from sparing.serve.errors import bad
 from sparing.serve.service import Service
 from sparing.serve.streams import Ask
@@ -25,6 +25,7 @@ class Chat:
         if top is not None and not body.get("logprobs"):
             raise bad("'top_logprobs' needs 'logprobs': true.", "top_logprobs")
         self.service, self.body = service, body
+        self.requests: list[Request] = []
         self.prompt_text = json.dumps(body["messages"], ensure_ascii=False)
         prompt = service.chat_prompt(body)
         logprobs = (top or 0) if body.get("logprobs") else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sparing.infer.request import Piece
+from sparing.infer.request import Piece, Request, TokenLogprob
 from sparing.serve.chat import top_by_name
 from sparing.serve.errors import bad
 from sparing.serve.schema import MAX_PROMPTS
@@ -18,20 +18,21 @@ class Completion:
     def __init__(self, service: Service, body: dict):
         """Tokenises: call it beside the event loop. Raises ApiError."""
         self.service, self.body = service, body
+        self.requests: list[Request] = []
+        """Those of `asks`, once they are under way."""
         given = body["prompt"]
         prompts = [given] if isinstance(given, str) or isinstance(given[0], int) else given
         n, logprobs, limit = body.get("n", 1), body.get("logprobs"), body.get("max_tokens", DEFAULT_TOKENS)
         if len(prompts) * n > MAX_PROMPTS:
             raise bad(f"{len(prompts)} prompts with {n} choices each: at most {MAX_PROMPTS} answers in one request.", "n")
-        if body.get("echo") and logprobs is not None:
-            raise bad("'echo' with 'logprobs' is not available: this server scores what it writes, not what it reads.", "echo")
         self.asks: list[Ask] = []
         self._echo: list[str] = []
         self.prompt_text = str(given)
         for prompt in prompts:
             ids = self._ids(prompt)
             # No token wanted: the engine is asked for one all the same, and its answer left out.
-            self.asks += [(ids, s) for s in service.sampling(body, ids, max(1, limit), logprobs, chat=False)]
+            scored = bool(body.get("echo")) and logprobs is not None
+            self.asks += [(ids, s) for s in service.sampling(body, ids, max(1, limit), logprobs, chat=False, scored=scored)]
             text = prompt if isinstance(prompt, str) else service.engine.tokenizer.decode(prompt)
             self._echo += [text if body.get("echo") else ""] * n
         self._silent = limit == 0
@@ -54,13 +55,15 @@ class Completion:
 
     def push(self, index: int, piece: Piece | None, finish: str | None) -> list[dict]:
         """The chunks' choices that a piece makes; `finish`: why the answer ended, with a piece of None."""
-        text, rows = "", None
-        if piece is not None and not self._silent:
-            text, rows = piece.text, self._logprobs(index, piece)
-            self._content[index] += text
+        text, rows = "", []
         if not self._begun[index]:
             self._begun[index] = True
-            text = self._echo[index] + text
+            text, rows = self._echo[index], self._prompt_rows(index)
+        if piece is not None and not self._silent:
+            text += piece.text
+            rows += piece.logprobs or []
+            self._content[index] += piece.text
+        rows = self._logprobs(index, rows)
         if not text and not rows and piece is not None:
             return []
         finish = "length" if self._silent and finish == "stop" else finish
@@ -74,17 +77,28 @@ class Completion:
     def text(self) -> list[str]:
         return self._content
 
-    def _logprobs(self, index: int, piece: Piece) -> dict | None:
-        if piece.logprobs is None:
+    def _prompt_rows(self, index: int) -> list[TokenLogprob]:
+        """The prompt's tokens, where its scores were asked for. Nothing comes before the first of token ids: it has none."""
+        prompt, found = self.asks[index][0], self.requests[index].prompt_logprobs
+        if not self.asks[index][1].prompt_logprobs:
+            return []
+        ours = isinstance(self.body["prompt"], str) or isinstance(self.body["prompt"][index // self.body.get("n", 1)], str)
+        return found if ours else [TokenLogprob(prompt[0], None, ()), *found]
+
+    def _logprobs(self, index: int, found: list[TokenLogprob]) -> dict | None:
+        """OpenAI's four lists, and the same kept for the whole answer."""
+        if not found:
             return None
-        rows, at = self._no_rows(), len(self._content[index])
-        for row in piece.logprobs:
+        rows, kept = self._no_rows(), self._rows[index]
+        at = kept["text_offset"][-1] + len(kept["tokens"][-1]) if kept["tokens"] else len(self._echo[index])
+        at = 0 if not kept["tokens"] and self.asks[index][1].prompt_logprobs else at
+        for row in found:
             text = self.service.engine.tokenizer.token_bytes(row.token).decode(errors="replace")
             rows["tokens"].append(text)
             rows["token_logprobs"].append(row.logprob)
-            rows["top_logprobs"].append(top_by_name(self.service, row))
+            rows["top_logprobs"].append(None if row.logprob is None else top_by_name(self.service, row))
             rows["text_offset"].append(at)
             at += len(text)
         for name, values in rows.items():
-            self._rows[index][name] += values
+            kept[name] += values
         return rows

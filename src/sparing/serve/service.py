@@ -71,8 +71,11 @@ class Service:
 
     # sampling
 
-    def sampling(self, body: dict, prompt: list[int], limit: int | None, logprobs: int | None, chat: bool) -> list[Sampling]:
-        """One for each of the `n` choices. limit: `max_tokens`; None: to the end of the context. Raises ApiError 400."""
+    def sampling(
+        self, body: dict, prompt: list[int], limit: int | None, logprobs: int | None, chat: bool, scored: bool = False
+    ) -> list[Sampling]:
+        """One for each of the `n` choices. limit: `max_tokens`; None: to the end of the context. scored: with log-probabilities of the
+        prompt. Raises ApiError 400."""
         room = self.engine.context - len(prompt)
         if room < 1:
             raise self._too_long(f"your prompt has {len(prompt)} tokens, and an answer needs one")
@@ -89,6 +92,7 @@ class Service:
         common = {name: body[name] for name in PARAMETERS if name in body}
         common |= {"stop": stop + (PLAIN_STOPS if chat and self.template.plain else ()), "top_k": max(0, body.get("top_k", 0))}
         common |= {"max_tokens": room if limit is None else limit, "logprobs": logprobs, "logit_bias": bias}
+        common["prompt_logprobs"] = scored
         try:
             return [
                 # Choice i of a seeded request has seed + i: n equal texts would be no choice.
