@@ -11,7 +11,9 @@ from sparing.data.chat import ChatTemplate, template_text
 from sparing.data.tokenizer import Tokenizer, train_tokenizer
 from sparing.run import RunFolder
 
-OURS = """{% for m in messages %}<|{{ m.role }}|>{{ m.content | trim }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"""
+OURS = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content | trim }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 ASKED = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
 
 

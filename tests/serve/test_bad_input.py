@@ -71,7 +71,7 @@ def test_bodies_that_are_no_request(server, body, says):
         ({"surprise": 1}, "Unrecognized request argument supplied: surprise", "surprise"),
         ({"model": 5}, "must be a string", "model"),
         ({"response_format": {"type": "xml"}}, "must be one of", "response_format.type"),
-        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "nonsense"}}}}, "cannot be used", "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}}, "cannot be used", "response_format"),
     ],
 )
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
@@ -182,7 +182,7 @@ def test_disconnects_at_any_byte(server):
 
 
 def test_what_is_not_http(server):
-    assert raw(server, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", wait=2) in (b"",) or True
+    raw(server, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", wait=2)  # TLS
     raw(server, b"GET / HTTP/1.1\r\nHost: " + b"x" * 100_000 + b"\r\n\r\n", wait=2)
     raw(server, b"\x00" * 5000, wait=2)
     assert server.ask("GET", "/health")[0] == 200

@@ -60,7 +60,8 @@ def test_completion_with_choices_prompts_and_tokens(client):
     assert alone.choices[0].text == whole.choices[3].text, "choice j of a seeded request has seed + j"
     echoed = client.completions.create(model="tiny", prompt="def f(", echo=True, max_tokens=0)
     assert echoed.choices[0].text == "def f(" and echoed.choices[0].finish_reason == "length"
-    streamed = client.completions.create(model="tiny", prompt=["def f(", "class A"], n=2, max_tokens=5, seed=3, temperature=1.0, stream=True)
+    more = {"n": 2, "max_tokens": 5, "seed": 3, "temperature": 1.0, "stream": True}
+    streamed = client.completions.create(model="tiny", prompt=["def f(", "class A"], **more)
     texts = [""] * 4
     for chunk in streamed:
         texts[chunk.choices[0].index] += chunk.choices[0].text

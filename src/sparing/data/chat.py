@@ -82,7 +82,6 @@ class ChatTemplate:
         except Exception as error:  # a template is a program: it can fail in every way that one can
             raise UserError(f"the chat template cannot show these messages: {str(error)[:200]}") from None
 
-
     def encode(self, tokenizer: Tokenizer, messages: list[dict[str, Any]], tools: list[dict] | None = None) -> list[int]:
         """Token ids of `render`. Special tokens are those that the template writes: their names inside a message stay text.
 

@@ -229,7 +229,8 @@ def check(value: Any, schema: Schema, where: str = "") -> Any:
     if "anyOf" in schema:
         return _any_of(value, schema["anyOf"], where)
     if "enum" in schema and (not isinstance(value, str) or value not in schema["enum"]):
-        raise (bad if isinstance(value, str) else wrong_type)(f"{_the(where)} must be one of {', '.join(schema['enum'])}, not {_short(value)}.", where or None)
+        complain = bad if isinstance(value, str) else wrong_type
+        raise complain(f"{_the(where)} must be one of {', '.join(schema['enum'])}, not {_short(value)}.", where or None)
     kind = schema.get("type")
     if kind is None:
         return value
