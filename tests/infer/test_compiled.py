@@ -1,9 +1,13 @@
 """The compiled step against the model that is trained, against plain PyTorch, and against itself in other company."""
 
+import gc
+import os
+
 import numpy as np
 import pytest
 import torch
 
+from sparing.bench.worker import resident_bytes
 from sparing.infer.compiled import CompiledNetwork
 from sparing.infer.loaded import load
 from sparing.infer.network import Rows, TorchNetwork
@@ -137,3 +141,31 @@ def test_quantisation_costs_little(make_run, weights, most):
     q = torch.from_numpy(in_pieces(network, ids, [150])).log_softmax(-1)
     network.close()
     assert float((p.exp() * (p - q)).sum(-1).mean()) < most
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="resident pages are read from /proc")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_experts_stay_under_their_cap_and_change_nothing(make_run, threads):
+    run = make_run(seed=2, hidden_size=256, n_routed_experts=128, moe_intermediate_size=256, num_experts_per_tok=4, mtp_depth=0)
+    network = compiled(run, "int8", threads)
+    ids = some_ids(network.c.vocab_size)
+    whole = in_pieces(network, ids, [100, *[1] * 50])
+    network.close()
+    experts = sum(part.stride * part.count for name, part in network.pack.parts.items() if name.endswith("expert_gate_up"))
+    rest = network.pack.bytes - experts
+    del network
+    gc.collect()  # unmaps the file
+    with open(run / "packed" / "int8.bin", "rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    before = resident_bytes("VmRSS")
+    network, most, out = compiled(run, "int8", threads, expert_bytes=experts // 4), 0, []
+    for start, end in [(0, 100), *((i, i + 1) for i in range(100, 150))]:
+        rows = Rows()
+        rows.add(TABLE, ids[start:end], start, end - start)
+        out.append(network.forward(rows).copy())
+        most = max(most, resident_bytes("VmRSS"))
+    assert (np.concatenate(out) == whole).all()
+    counts = network.metrics()
+    network.close()
+    assert counts["expert_bytes"] <= experts // 4 and counts["expert_loads_total"] > 64
+    assert most - before <= experts // 4 + rest + (8 << 20)  # scratch and what the allocator keeps

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import numpy as np
 import torch
 
 from sparing.config import ModelConfig, UserError
 from sparing.infer.network import Rows, cache_width
 from sparing.infer.pack import Pack
-from sparing.kernels.decode import BLOCK, FORMATS, SCORING, Batch, Layer, Matrix, Model, library
+from sparing.kernels.decode import BLOCK, FORMATS, SCORING, Batch, Layer, Matrix, Model, Residency, library
 from sparing.model.rope import rotary_table, softmax_scale
 
 
@@ -52,7 +50,6 @@ class CompiledNetwork:
         self.cache = torch.empty(blocks, layers, BLOCK, cache_width(c))
         self._turns = torch.view_as_real(rotary_table(c, c.max_position_embeddings)).contiguous()
         self._layers = (Layer * layers)(*(self._layer(i) for i in range(layers)))
-        self._used = (ctypes.c_int64 * (layers * c.n_routed_experts))()
         moe = c.is_moe and c.num_moe_layers > 0
         self.model = Model(
             hidden=c.hidden_size, heads=c.num_heads, nope=c.qk_nope_head_dim, rope=c.qk_rope_head_dim, value=c.v_head_dim,
@@ -65,8 +62,7 @@ class CompiledNetwork:
             head=self._matrix("head"), layer=self._layers,
         )  # fmt: skip
         if expert_bytes and moe:
-            self.model.residency.cap = expert_bytes
-            self.model.residency.used = ctypes.addressof(self._used)
+            self._limit_experts(expert_bytes)
         self.threads = threads
         """How many of the pool's threads take part: may be lowered, and raised again, between steps."""
         self.model.pool = found.pool_open(min(threads, 255))
@@ -82,10 +78,35 @@ class CompiledNetwork:
             setattr(layer, name, self._matrix(part) if kind is Matrix else self.pack.at(part) if part in self.pack.parts else None)
         return layer
 
+    def _limit_experts(self, most: int) -> None:
+        size = max(part.stride for name, part in self.pack.parts.items() if name.endswith("expert_gate_up"))
+        slots = most // size
+        if slots < 1:
+            raise UserError(f"{most} bytes for experts: one takes {size}")
+        count = self.model.all_layers * self.c.n_routed_experts
+        # An empty tensor's pages are not there until they are written.
+        self._arena = (
+            torch.empty(slots * size, dtype=torch.uint8),
+            torch.zeros(count, dtype=torch.int64),
+            torch.zeros(2, slots, dtype=torch.int64),
+        )
+        arena, place, (owner, used) = self._arena
+        self.model.residency = Residency(
+            slots=slots, file=self.pack.file, base=self.pack.data.data_ptr(), arena=arena.data_ptr(), place=place.data_ptr(),
+            owner=owner.data_ptr(), used=used.data_ptr(),
+        )  # fmt: skip
+        self._expert_size = size
+
     def close(self) -> None:
         """Stop the threads and free the scratch."""
         self._library.pool_close(self.model.pool)
         self._library.release(self.model)
+
+    def metrics(self) -> dict[str, int]:
+        """Experts read from disk since the start, and bytes of them in memory now; empty without a limit."""
+        r = self.model.residency
+        size = self._expert_size if r.slots else 0
+        return {"expert_loads_total": r.loads, "expert_bytes": r.taken * size, "expert_bytes_limit": r.slots * size} if r.slots else {}
 
     def forward(self, rows: Rows) -> np.ndarray:
         """(wanted, V) float32 logits; the cache holds the rows afterwards, `hidden` their last hidden states (rows, D)."""

@@ -46,7 +46,8 @@ class Engine:
     weights: how they are kept: "float32", "bfloat16", "int8" (a scale per row), "int4" (a scale per 32), or "auto": what measures fastest
     here. cache_bytes: the most that the key-value cache may take (default: room for `max_batch` texts of the full context, 1 GiB at most).
     max_batch: texts in one step. max_queue: requests that may wait. speculate: draft tokens with the model's MTP module and verify them;
-    None: where it pays. threads: None: one per core. The run folder is only read.
+    None: where it pays. threads: None: one per core. expert_bytes: keep at most so many bytes of routed experts in memory, the rest on disk
+    (default: no limit). The run folder is only read, but for a copy of the weights in the format asked for, where it can be written.
     Raises UserError for a folder without weights or tokenizer and for formats that this machine cannot run.
     """
 
@@ -60,6 +61,7 @@ class Engine:
         max_queue: int = 256,
         speculate: bool | None = None,
         threads: int | None = None,
+        expert_bytes: int | None = None,
     ):
         if weights not in FORMATS:
             raise UserError(f"weights {weights}: choose from {', '.join(FORMATS)}")
@@ -90,7 +92,7 @@ class Engine:
             self._network = TorchNetwork(network, blocks)
         else:
             pack = open_pack(folder, self.config, self.weights)
-            self._network = CompiledNetwork(self.config, pack, self.weights, blocks, threads or cores())
+            self._network = CompiledNetwork(self.config, pack, self.weights, blocks, threads or cores(), expert_bytes or 0)
         self._scheduler = Scheduler(self._pool, self.max_batch, max_rows=512)
         self.speculates: bool = self._network.exact and self.config.mtp_depth > 0 if speculate is None else speculate
         """Whether tokens are drafted and verified; how many at a time follows what measures fastest."""
@@ -150,7 +152,7 @@ class Engine:
                 "threads": self._network.threads,
                 "queue_limit": self.max_queue,
             }
-            return {name: float(value) for name, value in {**state, **self._counts}.items()}
+            return {name: float(value) for name, value in {**state, **self._counts, **self._network.metrics()}.items()}
 
     def drain(self, timeout: float | None = None) -> bool:
         """Take no more requests and wait for those under way; whether they finished in time (seconds)."""

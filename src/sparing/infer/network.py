@@ -66,6 +66,9 @@ class TorchNetwork:
     def close(self) -> None:
         """Nothing to give back."""
 
+    def metrics(self) -> dict[str, int]:
+        return {}
+
     @torch.inference_mode()
     def forward(self, rows: Rows) -> np.ndarray:
         """(wanted, V) float32 logits; the cache holds the rows afterwards."""

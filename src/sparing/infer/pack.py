@@ -186,10 +186,15 @@ class Pack:
         with open(path, "rb") as file:
             header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
             self.bytes = os.fstat(file.fileno()).st_size
+            self.file = os.dup(file.fileno())  # for reading parts past the mapping
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # torch wants to be able to write; nobody does
         self.source = header["source"]
         self.parts = {name: Part(**part) for name, part in header["parts"].items()}
         self.data = torch.frombuffer(self._map, dtype=torch.uint8)
+
+    def __del__(self) -> None:
+        if hasattr(self, "file"):
+            os.close(self.file)
 
     def at(self, name: str) -> int:
         return self.data.data_ptr() + self.parts[name].offset

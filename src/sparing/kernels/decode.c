@@ -10,7 +10,8 @@
 #include <sched.h>
 #include <stdatomic.h>
 #include <stdlib.h>
-#include <sys/mman.h>
+#include <fcntl.h>
+#include <unistd.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #define PAUSE() _mm_pause()
@@ -41,9 +42,12 @@ typedef struct {
     void *model, *batch;
 } Pool;
 
-typedef struct { /* how a mixture whose experts do not fit is kept in memory */
-    int64_t cap, resident, clock, page_ins;
-    int64_t *used; /* (layers, experts) clock of the last use; 0: not resident */
+typedef struct { /* room for some of the experts of a mixture that does not fit into memory; the others stay in their file */
+    int64_t slots, taken, clock, loads, file;
+    char *arena;      /* (slots, an expert's bytes) */
+    const char *base; /* where the file begins in memory */
+    int64_t *place;   /* (layers, experts) slot + 1; 0: not here */
+    int64_t *owner, *used; /* (slots) layer * experts + expert; when last */
 } Residency;
 
 typedef struct {
@@ -314,31 +318,45 @@ static void route(const Model *m, const Layer *l, const float *logits, float *we
     for (int64_t k = 0; k < K; k++) weights[k] *= m->routed_scale / (m->normalise ? sum + 1e-20f : 1.0f);
 }
 
-/* Experts that are mapped from a file: keep the resident ones under a cap, least recently used first to go. */
-static void touch(Model *m, int64_t layer, int64_t e) {
+/* Bring those of the experts `wanted` into memory that are not there, the least recently used ones making room. */
+static void bring_in(Model *m, int64_t layer, const int32_t *wanted, int64_t count) {
     Residency *r = &m->residency;
-    Layer *l = m->layer + layer;
-    int64_t bytes = l->expert_gate_up.stride, *mine = r->used + layer * m->experts + e;
-    if (!r->cap) return;
-    if (!*mine) {
-        r->page_ins++;
-        while (r->resident && r->resident + bytes > r->cap) {
-            int64_t oldest = -1;
-            for (int64_t i = 0; i < m->all_layers * m->experts; i++)
-                if (r->used[i] && (oldest < 0 || r->used[i] < r->used[oldest])) oldest = i;
-            const Layer *other = m->layer + oldest / m->experts;
-            madvise((void *)at(&other->expert_gate_up, oldest % m->experts).data, bytes, MADV_DONTNEED);
-            r->used[oldest] = 0;
-            r->resident -= bytes;
+    const Matrix *stack = &m->layer[layer].expert_gate_up;
+    int64_t *place = r->place + layer * m->experts;
+    for (int64_t i = 0; i < count; i++)
+        if (place[wanted[i]]) r->used[place[wanted[i]] - 1] = ++r->clock;
+        else posix_fadvise((int)r->file, at(stack, wanted[i]).data - r->base, stack->stride, POSIX_FADV_WILLNEED);
+    for (int64_t i = 0; i < count; i++) {
+        if (place[wanted[i]]) continue;
+        int64_t slot = 0;
+        if (r->taken < r->slots) slot = r->taken++;
+        else {
+            for (int64_t s = 1; s < r->slots; s++) if (r->used[s] < r->used[slot]) slot = s;
+            r->place[r->owner[slot]] = 0;
         }
-        madvise((void *)at(&l->expert_gate_up, e).data, bytes, MADV_WILLNEED);
-        r->resident += bytes;
+        char *to = r->arena + slot * stack->stride;
+        for (int64_t done = 0, got; done < stack->stride; done += got) {
+            got = pread((int)r->file, to + done, stack->stride - done, at(stack, wanted[i]).data - r->base + done);
+            if (got <= 0) abort(); /* the file was cut short under us: as a mapping would do */
+        }
+        r->owner[slot] = layer * m->experts + wanted[i];
+        r->used[slot] = ++r->clock;
+        place[wanted[i]] = slot + 1;
+        r->loads++;
     }
-    *mine = ++r->clock;
+}
+
+/* Expert e's matrix of a stack, wherever it is. */
+static Matrix expert(const Model *m, const Layer *l, int64_t layer, const Matrix *stack, int64_t e) {
+    Matrix mine = at(stack, e);
+    if (m->residency.slots)
+        mine.data = m->residency.arena + (m->residency.place[layer * m->experts + e] - 1) * stack->stride + (stack->data - l->expert_gate_up.data);
+    return mine;
 }
 
 /* The step. Slots of scratch: */
-enum { X, NORMED, FIRST, QUERY, ABSORBED, MIXED, HEADS, SHARED, SLOTS, PARTS, SCORES, LOGITS, GATES, CHOSEN, ORDER, ENDS, JOINED, BYTES, SCALES, SUMS };
+enum { X, NORMED, FIRST, QUERY, ABSORBED, MIXED, HEADS, SHARED, SLOTS, PARTS, SCORES, LOGITS, GATES, CHOSEN, ORDER, ENDS, JOINED,
+       BYTES, SCALES, SUMS, EXPERT_BYTES, EXPERT_SCALES, EXPERT_SUMS };
 
 static void reserve(Model *m, int64_t rows, int64_t longest, int T) {
     if (rows <= m->rows && longest <= m->longest) return;
@@ -354,7 +372,6 @@ static void reserve(Model *m, int64_t rows, int64_t longest, int T) {
     if (2 * m->hidden > widest) widest = 2 * m->hidden;
     if (H * (m->nope + m->rope) > widest) widest = H * (m->nope + m->rope);
     int64_t inputs = rows * widest;
-    if (slots * m->expert_width > inputs) inputs = slots * m->expert_width;
     int64_t floats[24] = {0};
     floats[X] = floats[NORMED] = rows * m->hidden;
     floats[FIRST] = rows * up(l[0].first.outputs, PANEL);
@@ -371,8 +388,11 @@ static void reserve(Model *m, int64_t rows, int64_t longest, int T) {
     floats[ENDS] = m->experts + 1;
     floats[JOINED] = rows * 2 * m->hidden;
     floats[BYTES] = inputs / 4 + 64;
-    floats[SCALES] = rows * H > slots ? rows * H : slots;
+    floats[SCALES] = rows * H;
     floats[SUMS] = inputs / 16 + 2 * floats[SCALES];
+    floats[EXPERT_BYTES] = slots * m->expert_width / 4;
+    floats[EXPERT_SCALES] = slots;
+    floats[EXPERT_SUMS] = slots * (2 + m->expert_width / GROUP);
     for (int i = 0; i < 24; i++) {
         free(m->scratch[i]);
         m->scratch[i] = floats[i] ? aligned_alloc(64, up(floats[i] * 4 + 64, 64)) : 0;
@@ -467,36 +487,39 @@ static void experts(Model *m, const Batch *b, const Layer *l, int64_t layer, con
     if (t == 0) { /* slots (row, choice) in the order of their experts: a counting sort */
         memset(ends, 0, (E + 1) * 4);
         for (int64_t s = 0; s < N * K; s++) ends[chosen[s] + 1]++;
-        for (int64_t e = 0; e < E; e++) {
-            if (ends[e + 1]) touch(m, layer, e);
-            ends[e + 1] += ends[e];
-        }
+        for (int64_t e = 0; e < E; e++) ends[e + 1] += ends[e];
         for (int64_t s = 0; s < N * K; s++) order[ends[chosen[s]]++] = (int32_t)s;
+        for (int64_t i = 0; i < N * K; i++) chosen[order[i]] = (int32_t)i; /* from here on: where each slot went */
+        for (int64_t i = 0; i < N * K; i++) order[i] /= (int32_t)K;
     }
     WAIT();
-    int32_t rows[N * K];
-    for (int64_t i = 0; i < N * K; i++) rows[i] = order[i] / (int32_t)K;
-    for (int64_t e = 0, from = 0; e < E; from = ends[e++]) {
-        if (ends[e] == from) continue;
-        Matrix mine = at(&l->expert_gate_up, e);
-        product(&mine, in, rows + from, 0, ends[e] - from, slots + from * 2 * F, 2 * F, 0, t, T);
+    Input hidden = input(m, slots, 2 * F, F); /* beside `in`, not over it */
+    hidden.q = m->scratch[EXPERT_BYTES], hidden.scale = m->scratch[EXPERT_SCALES], hidden.sums = m->scratch[EXPERT_SUMS];
+    int64_t room = m->residency.slots ? m->residency.slots : E; /* as many experts at a time as are let in */
+    for (int64_t first = 0, low = 0, high; first < E; low = high) {
+        int32_t active[E], count = 0;
+        for (high = low; first < E && (count < room || !count); high = ends[first++])
+            if (ends[first] > high) active[count++] = (int32_t)first;
+        if (m->residency.slots) {
+            if (t == 0) bring_in(m, layer, active, count);
+            WAIT();
+        }
+        for (int64_t i = 0, from = low; i < count; from = ends[active[i++]]) {
+            Matrix mine = expert(m, l, layer, &l->expert_gate_up, active[i]);
+            product(&mine, in, order + from, 0, ends[active[i]] - from, slots + from * 2 * F, 2 * F, 0, t, T);
+        }
+        WAIT();
+        MINE(s, high - low) {
+            swiglu(slots + (low + s) * 2 * F, F);
+            if (m->quantised) quantise(&hidden, low + s, slots + (low + s) * 2 * F, F);
+        }
+        WAIT();
+        for (int64_t i = 0, from = low; i < count; from = ends[active[i++]]) {
+            Matrix mine = expert(m, l, layer, &l->expert_down, active[i]);
+            product(&mine, &hidden, 0, from, ends[active[i]] - from, parts + from * m->hidden, m->hidden, 0, t, T);
+        }
+        WAIT();
     }
-    WAIT();
-    Input hidden = input(m, slots, 2 * F, F);
-    MINE(s, N * K) {
-        swiglu(slots + s * 2 * F, F);
-        if (m->quantised) quantise(&hidden, s, slots + s * 2 * F, F);
-    }
-    WAIT();
-    for (int64_t e = 0, from = 0; e < E; from = ends[e++]) {
-        if (ends[e] == from) continue;
-        Matrix mine = at(&l->expert_down, e);
-        product(&mine, &hidden, 0, from, ends[e] - from, parts + from * m->hidden, m->hidden, 0, t, T);
-    }
-    WAIT();
-    if (t == 0) /* where each slot went */
-        for (int64_t i = 0; i < N * K; i++) chosen[order[i]] = (int32_t)i;
-    WAIT();
     float *x = m->scratch[X];
     MINE(i, N) for (int64_t k = 0; k < K; k++) {
         const float *part = parts + chosen[i * K + k] * m->hidden;

@@ -49,7 +49,7 @@ class Layer(ctypes.Structure):
 
 
 class Residency(ctypes.Structure):
-    _fields_ = _fields(int="cap resident clock page_ins", at="used")
+    _fields_ = _fields(int="slots taken clock loads file", at="arena base place owner used")
 
 
 class Model(ctypes.Structure):
