@@ -83,6 +83,8 @@ class Serve:
     """CPU threads; default: one per core."""
     cache_mb: int | None = None
     """Most memory for the key-value cache."""
+    expert_mb: int | None = None
+    """Most memory for routed experts; the others are read from the disk when they are needed. Default: all in memory."""
     batch: int | None = None
     """Answers computed together."""
     queue: int = 256
@@ -104,8 +106,9 @@ class Serve:
 
         if not 0 <= self.port <= 65535:
             raise UserError(f"--port {self.port}: must be from 0 to 65535")
-        for name, value in (("answer-s", self.answer_s), ("drain-s", self.drain_s), ("queue", self.queue)):
-            if not 0 < value < float("inf"):
+        limits = {"answer-s": self.answer_s, "drain-s": self.drain_s, "queue": self.queue, "threads": self.threads, "batch": self.batch}
+        for name, value in (limits | {"cache-mb": self.cache_mb, "expert-mb": self.expert_mb}).items():
+            if value is not None and not 0 < value < float("inf"):
                 raise UserError(f"--{name} {value}: must be more than 0")
         if self.host not in LOCAL and not (self.api_key_file or self.without_key):
             raise UserError(f"--host {self.host} lets others on the network in: give --api-key-file FILE, or say --without-key")

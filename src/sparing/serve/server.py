@@ -32,10 +32,10 @@ def start(wished, started: float | None = None) -> None:
         keys=read_keys(Path(wished.api_key_file)) if wished.api_key_file else (),
     )  # fmt: skip
     weights = {"none": "float32"}.get(wished.quantize, wished.quantize)
-    cache = None if wished.cache_mb is None else wished.cache_mb << 20
     audit = Audit(audit_file(wished.audit_log), wished.audit_text)
-    options = {"weights": weights, "cache_bytes": cache, "max_batch": wished.batch, "max_queue": wished.queue, "threads": wished.threads}
-    serve(wished.run, settings, audit, started, **options)
+    cache, experts = (None if size is None else size << 20 for size in (wished.cache_mb, wished.expert_mb))
+    options = {"weights": weights, "cache_bytes": cache, "expert_bytes": experts, "max_batch": wished.batch, "max_queue": wished.queue}
+    serve(wished.run, settings, audit, started, threads=wished.threads, **options)
 
 
 def serve(run: str, settings: Settings, audit: Audit, started: float | None = None, **engine_options) -> None:
