@@ -53,13 +53,13 @@ class Gate:
         except ApiError as error:
             await error.response()(scope, receive, sending)
         except (ClientDisconnect, Hung):
-            status = status or 499
+            pass  # nobody reads on
         except Exception:
             traceback.print_exc(file=sys.stderr)
             if not status:
                 await ApiError(500, "The server failed; its log says how.").response()(scope, receive, sending)
         finally:
-            self.service.counts[scope["path"] if scope["path"] in PATHS else "other", status] += 1
+            self.service.counts[scope["path"] if scope["path"] in PATHS else "other", status or 499] += 1
 
     def _admit(self, scope: Scope, state: dict) -> None:
         settings, headers = self.service.settings, Headers(scope=scope)
