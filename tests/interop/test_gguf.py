@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import textwrap
 from dataclasses import replace
 
@@ -244,3 +246,30 @@ def test_nothing_half_written_stays(written, tokenizer, random_model, tmp_path, 
     assert {path.name for path in tmp_path.iterdir()} == {
         "whole.gguf", "whole.safetensors", "wrong.safetensors", "cut.safetensors", "tokenizer.json", "other.json"
     }  # fmt: skip
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+from sparing.config import ModelConfig, UserError
+from sparing.interop.gguf import export_gguf
+from sparing.model.transformer import Transformer
+from sparing.model.init import init_weights
+from sparing.run import write_tensors
+config = ModelConfig(vocab_size=512, hidden_size=64, num_layers=1)
+model = Transformer(config)
+init_weights(model, 0)
+folder = Path(sys.argv[1])
+write_tensors(folder / "m.safetensors", model.state_dict())
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+try:
+    export_gguf(config, folder / "m.safetensors", None, folder / "m.gguf")
+except UserError as error:
+    print(error)
+"""
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
+    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert "no room left" in done.stdout and done.stdout.count("\n") == 1, done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["m.safetensors"]

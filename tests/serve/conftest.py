@@ -32,10 +32,12 @@ MODEL = ModelConfig(
 
 
 class Server:
-    """`sparing serve RUN OPTIONS` as a process; `url` is where it listens."""
+    """`sparing serve RUN OPTIONS` as a process, or a program that serves; `url` is where it listens."""
 
-    def __init__(self, run: Path, *options: str, env: dict[str, str] | None = None):
+    def __init__(self, run: Path, *options: str, env: dict[str, str] | None = None, program: str | None = None):
         command = [sys.executable, "-m", "sparing", "serve", str(run), "--port", "0", "--threads", "1", *options]
+        if program is not None:
+            command = [sys.executable, "-c", program, str(run), *options]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **(env or {})})
         self.log: list[str] = []
         self._up = threading.Event()

@@ -157,6 +157,37 @@ def test_a_slow_reader_holds_nobody_up(server):
         assert server.ask("POST", "/v1/chat/completions", CHAT)[0] == 200
 
 
+IMPATIENT = """
+import sys
+from pathlib import Path
+from sparing.serve.audit import Audit
+from sparing.serve.server import serve
+from sparing.serve.settings import Settings
+serve(sys.argv[1], Settings(port=0, send_s=0.5), Audit(Path(sys.argv[2])), threads=1)
+"""
+
+
+def test_a_reader_that_takes_nothing_is_given_up(run, home, tmp_path):
+    server = Server(run, str(tmp_path / "audit"), env={"SPARING_HOME": str(home)}, program=IMPATIENT)
+    try:
+        host, port = server.url.removeprefix("http://").split(":")
+        asked = {"model": "tiny", "prompt": "x", "max_tokens": 500, "stream": True, "logprobs": 20, "n": 16, "ignore_eos": True}
+        body = json.dumps(asked).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        with socket.socket() as slow:  # more comes than the kernel's buffers hold
+            slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+            slow.connect((host, int(port)))
+            slow.sendall(head.encode() + body)
+            deadline = time.monotonic() + 120
+            while not (tmp_path / "audit").read_text():
+                assert time.monotonic() < deadline, "it is still being served"
+                time.sleep(0.1)
+        assert json.loads((tmp_path / "audit").read_text())["ended"] == "slow reader"
+        assert "sparing_requests_running 0\n" in server.ask("GET", "/metrics")[2]
+    finally:
+        assert server.stop() == 0
+
+
 def test_mistakes_of_the_operator_are_one_line(run, tmp_path):
     def says(*options: str) -> str:
         command = [sys.executable, "-m", "sparing", "serve", *options]
