@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 pytest.importorskip("starlette")
 
 from sparing.serve.errors import ApiError
-from sparing.serve.schema import CHAT, COMPLETION, check, maybe
+from sparing.serve.requests import CHAT, COMPLETION, maybe
+from sparing.serve.schema import check
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-3, 3) | st.floats(-3, 3) | st.text("ab", max_size=2),

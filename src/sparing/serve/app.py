@@ -23,7 +23,8 @@ from sparing.serve.gate import Gate
 from sparing.serve.metrics import prometheus
 from sparing.serve.openapi import document
 from sparing.serve.page import page_and_policy
-from sparing.serve.schema import CHAT, COMPLETION, DETOKENIZE, TOKENIZE, Schema, parse
+from sparing.serve.requests import CHAT, COMPLETION, DETOKENIZE, TOKENIZE
+from sparing.serve.schema import Schema, parse
 from sparing.serve.service import Service
 
 Endpoint = Callable[[Service, Request], Awaitable[Response]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from sparing.infer.request import Piece, Request, TokenLogprob
 from sparing.serve.chat import top_by_name
 from sparing.serve.errors import bad
-from sparing.serve.schema import MAX_PROMPTS
+from sparing.serve.requests import MAX_PROMPTS
 from sparing.serve.service import DEFAULT_TOKENS, Service
 from sparing.serve.streams import Ask
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from sparing import __version__
-from sparing.serve.schema import CHAT, COMPLETION, DETOKENIZE, TOKENIZE, Schema
+from sparing.serve.requests import CHAT, COMPLETION, DETOKENIZE, TOKENIZE
+from sparing.serve.schema import Schema
 
 ERROR: Schema = {
     "type": "object",
