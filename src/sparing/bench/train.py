@@ -16,6 +16,7 @@ FIGURES = {
     "tune": "yardstick.tune",
     "gpu": "gpu.gpu",
     "startup": "startup.startup",
+    "forecast": "forecast.forecast",
 }
 TITLES = {
     "throughput": "Training speed against transformers",
@@ -23,6 +24,7 @@ TITLES = {
     "tune": "The yardstick, tuned",
     "gpu": "Training speed on a GPU",
     "startup": "Starting up",
+    "forecast": "What was predicted, and what came",
 }
 
 
