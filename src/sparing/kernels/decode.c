@@ -203,9 +203,13 @@ INLINE void attend(int n, const Model *m, const Batch *b, int64_t layer, int64_t
             EACH_H EACH_4(s) acc[h][s] = spread(0.0f);
             for (int64_t d = 0; d < K; d += W) {
                 vec keys[4];
-                EACH_4(s) keys[s] = LOAD(k[s] + d);
+                EACH_4(s) {
+                    keys[s] = LOAD(k[s] + d);
+                    KEEP(keys[s]);
+                }
                 EACH_H {
                     vec x = LOAD(q[h] + d);
+                    KEEP(x);
                     EACH_4(s) acc[h][s] += x * keys[s];
                 }
             }
@@ -233,6 +237,7 @@ INLINE void attend(int n, const Model *m, const Batch *b, int64_t layer, int64_t
     for (int64_t i = 0; i < count; i++)                                          \
         _Pragma("GCC unroll 4") for (int v = 0; v < COUNT; v++) {                \
             vec x = LOAD(base + i * m->width + v * W);                           \
+            KEEP(x);                                                             \
             EACH_H acc[h][v] += x * p[h * room + i];                             \
         }
             if (vectors == 4) VALUES(4) else if (vectors == 3) VALUES(3) else if (vectors == 2) VALUES(2) else VALUES(1)
