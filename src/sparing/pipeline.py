@@ -149,9 +149,9 @@ def go_on(run: RunFolder, config: Config, meter: Meter, samples: int, signals: P
     held_out = list(store.held_out())
     context = config.train.seq_len
 
-    def evaluate(model: Transformer) -> dict:
+    def evaluate(nll: NllFn) -> dict:
         return bpb(
-            nll_of(model), store.tokenizer, held_out, context, batch=max(1, EVAL_TOKENS // context), max_bytes=config.train.eval_bytes,
+            nll, store.tokenizer, held_out, context, batch=max(1, EVAL_TOKENS // context), max_bytes=config.train.eval_bytes,
             should_stop=lambda: signals.requested,
         )  # fmt: skip
 
@@ -197,6 +197,8 @@ def _finished(
     """Completions, the model card, the summary."""
     counts = parameters(config.model)
     model.eval()
+    # As `load` gives it. In bfloat16 on a CPU every length of the text so far would cost half a megabyte of oneDNN's code (LAB.md).
+    model.compute_dtype = torch.float32
     loaded = Model(run, config, model, store.tokenizer)
     texts = []
     for document in list(store.held_out())[:samples]:

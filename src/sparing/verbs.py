@@ -182,17 +182,19 @@ class Bench:
 
     takes: ClassVar[str] = "anything"
     name: tyro.conf.Positional[str | None] = None
-    """train"""
+    """train or infer"""
     figure: tyro.conf.Positional[str | None] = None
-    """Which figure; default: throughput."""
+    """Which figure; default: throughput, generate."""
     json: bool = False
 
     def __call__(self, call: Call) -> dict | None:
         call.need(NAME=self.name)
-        call.choice("bench", self.name, ("train",))
-        from sparing.bench.train import run
+        call.choice("bench", self.name, ("train", "infer"))
+        from importlib import import_module
+
         from sparing.pipeline import metered
 
-        with metered("bench", first=f"{self.name} {self.figure or 'throughput'}"):
-            result = run(self.figure or "throughput", json=self.json, **call.overrides)
+        figure = self.figure or {"train": "throughput", "infer": "generate"}[self.name]
+        with metered("bench", first=f"{self.name} {figure}"):
+            result = import_module(f"sparing.bench.{self.name}").run(figure, json=self.json, **call.overrides)
         return result if self.json else None  # the figure has drawn its table

@@ -2,18 +2,22 @@
 
 import gc
 import os
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from sparing.bench.worker import resident_bytes
+from sparing.config import ModelConfig, UserError
 from sparing.infer.compiled import CompiledNetwork
 from sparing.infer.loaded import load
-from sparing.infer.network import Rows, TorchNetwork
+from sparing.infer.network import Rows, TorchNetwork, cache_width
 from sparing.infer.pack import open_pack, pack, unpack
+from sparing.interop.huggingface import export_hf
 from sparing.kernels.decode import library
-from sparing.run import RunFolder
+from sparing.run import RunFolder, read_tensors, write_tensors
 
 pytestmark = pytest.mark.skipif(library() is None, reason="there is no C compiler")
 TABLE = [3, 1, 4, 5, 9]
@@ -169,3 +173,46 @@ def test_experts_stay_under_their_cap_and_change_nothing(make_run, threads):
     network.close()
     assert counts["expert_bytes"] <= experts // 4 and counts["expert_loads_total"] > 64
     assert most - before <= experts // 4 + rest + (8 << 20)  # scratch and what the allocator keeps
+
+
+def test_float32_is_transformers(make_run, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    run = RunFolder.open(make_run(mtp_depth=0))
+    c = load(run.path).config.model
+    export_hf(c, read_tensors(run.weights_file), None, tmp_path / "hf")
+    peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
+    ids = some_ids(c.vocab_size)
+    with torch.no_grad():
+        expected = peer(torch.tensor([ids])).logits[0].numpy()
+    network = compiled(run.path)
+    assert np.abs(in_pieces(network, ids, [100, 1, 1, 48]) - expected).max() < 1e-4
+    network.close()
+
+
+def test_the_cache_is_small():
+    """Figure 5: latents of 16 heads (nope 128, rope 64, value 128, rank 256) against the keys and values of all heads."""
+    c = ModelConfig(num_heads=16, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, kv_lora_rank=256)
+    assert cache_width(c) / (16 * (128 + 64 + 128)) <= 0.07
+    assert cache_width(replace(c, attention="gqa", num_kv_heads=2, head_dim=64)) == 256
+
+
+def test_a_packed_model_is_opened_at_once_and_made_anew_when_it_changed(make_run, tmp_path, monkeypatch):
+    run = RunFolder(tmp_path / "run")
+    shutil.copytree(make_run(), run.path)
+    shutil.rmtree(run.path / "packed", ignore_errors=True)
+    c = load(run.path).config.model
+    first = open_pack(run, c, "int8")
+    stamp = (run.path / "packed" / "int8.bin").stat().st_mtime_ns
+    os.utime(run.weights_file)  # as copying the folder does
+    assert open_pack(run, c, "int8").source == first.source
+    assert (run.path / "packed" / "int8.bin").stat().st_mtime_ns == stamp
+    tensors = dict(read_tensors(run.weights_file))
+    write_tensors(run.weights_file, {name: tensor * 0.5 if tensor.is_floating_point() else tensor for name, tensor in tensors.items()})
+    again = open_pack(run, c, "int8")
+    assert again.source != first.source
+    assert torch.allclose(again.matrix("head"), first.matrix("head") * 0.5)
+    (run.path / "packed" / "int8.bin").write_bytes(b"\0" * 100)  # cut short
+    assert open_pack(run, c, "int8").source == again.source
+    run.weights_file.unlink()
+    with pytest.raises(UserError, match="no usable weights"):
+        open_pack(run, c, "float32")

@@ -56,7 +56,7 @@ def test_a_finished_run_is_finished(tmp_path):
     chosen, run = config(steps(10)), new_run(tmp_path / "run")
     first = fit(run, chosen)
     before = run.metrics_file.read_bytes()
-    again = fit(run, chosen, evaluate=lambda model: pytest.fail("it has been evaluated"))
+    again = fit(run, chosen, evaluate=lambda nll: pytest.fail("it has been evaluated"))
     assert run.metrics_file.read_bytes() == before
     assert (again.steps, again.evaluation["bpb"], again.loss) == (first.steps, first.evaluation["bpb"], first.loss)
 

@@ -16,6 +16,7 @@ FIGURES = {
     "tune": "yardstick.tune",
     "gpu": "gpu.gpu",
     "startup": "startup.startup",
+    "forecast": "forecast.forecast",
 }
 TITLES = {
     "throughput": "Training speed against transformers",
@@ -23,6 +24,7 @@ TITLES = {
     "tune": "The yardstick, tuned",
     "gpu": "Training speed on a GPU",
     "startup": "Starting up",
+    "forecast": "What was predicted, and what came",
 }
 
 
@@ -31,19 +33,25 @@ def run(figure: str = "throughput", json: bool = False, **options: object) -> di
 
     options: those of the figure's own function. Raises UserError for an unknown figure or option.
     """
-    if figure not in FIGURES:
-        near = difflib.get_close_matches(str(figure), FIGURES, 1)
+    return run_one("train", FIGURES, TITLES, figure, json, options)
+
+
+def run_one(bench: str, figures: dict[str, str], titles: dict[str, str], figure: str, json: bool, options: dict[str, object]) -> dict:
+    """The same for any bench's figures."""
+    if figure not in figures:
+        near = difflib.get_close_matches(str(figure), figures, 1)
         hint = f"did you mean {near[0]}? all: " if near else "choose from "
-        raise UserError(f"bench train: no figure {figure!r}; {hint}{', '.join(FIGURES)}")
-    module, name = FIGURES[figure].split(".")
+        raise UserError(f"bench {bench}: no figure {figure!r}; {hint}{', '.join(figures)}")
+    module, name = figures[figure].split(".")
     measure = getattr(importlib.import_module(f"sparing.bench.{module}"), name)
+    figure = f"{bench} {figure}"
     _check(figure, measure, options)
     try:
         rows = measure(**options)
     except WorkerError as error:
-        raise UserError(f"bench train {figure}: a side failed: {error}") from error
+        raise UserError(f"bench {figure}: a side failed: {error}") from error
     if not json:
-        print_table(TITLES[figure], rows)
+        print_table(titles[figure.split()[1]], rows)
     return {"rows": rows}
 
 
@@ -53,10 +61,10 @@ def _check(figure: str, measure, options: dict[str, object]) -> None:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             hint = f"nearest: {_flag(near[0])}" if near else f"it has {', '.join(map(_flag, known))}"
-            raise UserError(f"bench train {figure}: unknown option {_flag(name)}; {hint}")
+            raise UserError(f"bench {figure}: unknown option {_flag(name)}; {hint}")
     for name, parameter in known.items():
         if parameter.default is parameter.empty and name not in options:
-            raise UserError(f"bench train {figure} needs {_flag(name)}")
+            raise UserError(f"bench {figure} needs {_flag(name)}")
 
 
 def _flag(name: str) -> str:

@@ -17,7 +17,7 @@ from sparing.budget.flops import attention_flops, attention_parameters, feed_for
 from sparing.budget.memory import _matrices, path_of, saved_per_token
 from sparing.config import Config, ModelConfig
 
-DESCRIPTION = 2
+DESCRIPTION = 3
 """Raise it when the features or the kernels change: steps that were timed before tell nothing any more."""
 FEATURES = ("products", "experts", "scores", "head", "traffic", "optimizer", "muon", "launches")
 DEFAULTS = {

@@ -23,8 +23,8 @@ and MUON_BYTES are fitted on the resident peaks of ten models of 0.6-26 M parame
 4.7 % (torch 2.13, glibc). CUDA: an estimate."""
 MUON_BYTES = 12.0
 """Work space for each number of the largest group of equally shaped matrices."""
-CORPUS_BYTES = 85e6
-"""What a run of `train` has more: tokenizer, corpus, metrics."""
+CORPUS_BYTES = 135e6
+"""What a run of `train` has more: tokenizer, corpus, metrics, evaluations. Fitted on seven runs of 0.2-17 M active parameters (LAB.md)."""
 SERVING_BYTES = 300e6
 """A process that only generates."""
 SPREAD = 0.12
@@ -143,7 +143,8 @@ def activations(config: Config, rows: int, seq_len: int, path: Path = "plain") -
 def training_memory(config: Config, measured: bool = False, path: Path | None = None) -> Memory:
     """Peak of one training process. Micro-batch and replicas left open count as the whole batch and one.
 
-    measured: a run of `train` that begins by timing steps with and without replicas: what other threads used is not given back.
+    measured: by a run of `train`, with its corpus and evaluations; without compiled kernels it begins by timing steps with and without
+    replicas, and what other threads used is not given back.
     """
     c, t = config.model, config.train
     path = path or path_of(config)
@@ -157,12 +158,15 @@ def training_memory(config: Config, measured: bool = False, path: Path | None = 
     kept = replicas * activations(config, rows, seq_len, path)
     head = replicas * (2 * HEAD_TOKENS * c.vocab_size * size + c.vocab_size * c.hidden_size * size)
     device = t.device or "cpu"
-    work = MUON_BYTES * _largest_group(c) if config.optim.matrix == "muon" else 0.0
+    # The compiled Muon takes one matrix at a time.
+    work = MUON_BYTES * _largest_group(c) if config.optim.matrix == "muon" and path != "products" else 0.0
     # Twins' gradients are added to the first model's: for a moment there are those too.
     gradients = 4 * total * replicas
     process = PROCESS_BYTES[device] + work + 4 * total * (replicas - 1)
     if measured and device == "cpu":
-        process += CORPUS_BYTES + activations(config, micro, seq_len, "plain") + head / replicas + 4 * total
+        process += CORPUS_BYTES
+    if measured and path == "plain":
+        process += activations(config, micro, seq_len, "plain") + head / replicas + 4 * total
     return Memory(weights, gradients, moments, kept + head, process)
 
 

@@ -55,14 +55,11 @@ class Run:
     devices: float = 1.0
     cores: int = 2
     """Of the processor: they tokenise."""
-    measured: bool = False
-    """It begins by timing steps, with and without replicas."""
-
     path: Path | None = None
     """Which kernels run; None: as the configuration says, with a C compiler and bfloat16."""
 
     def memory(self) -> Memory:
-        return training_memory(self.config, self.measured, self.path)
+        return training_memory(self.config, True, self.path)
 
 
 def in_seconds(budget: Budget, rates: Rates) -> float | None:

@@ -18,7 +18,7 @@ from sparing.config_file import read_config
 from sparing.data.tokenizer import Tokenizer
 from sparing.infer.adapt import Choosers
 from sparing.infer.cache import BLOCK, BlockPool
-from sparing.infer.compiled import CompiledNetwork, fits
+from sparing.infer.compiled import CompiledNetwork, fastest, fits
 from sparing.infer.loaded import load
 from sparing.infer.network import Rows, TorchNetwork, cache_width
 from sparing.infer.pack import open_pack
@@ -31,6 +31,10 @@ from sparing.run import RunFolder
 
 FORMATS = ("auto", "float32", "bfloat16", "int8", "int4")
 MAX_DRAFT = 3
+CHUNK = (32, 512)
+"""Fewest and most rows that a step gives to prompts."""
+PATIENCE = 0.25
+"""Seconds that a step may take while texts wait for their next token."""
 END_NAMES = ("<|end|>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>")
 """Tokens that end a turn of a conversation; the tokenizer's end of text ends a text anyway."""
 
@@ -72,7 +76,7 @@ class Engine:
             raise UserError(f"{run} has no tokenizer.json: it cannot read or write text")
         self.tokenizer = Tokenizer.load(folder.tokenizer_file)
         plain = fits(self.config)
-        self.weights = ("float32" if plain else "int8") if weights == "auto" else weights
+        self.weights = ("float32" if plain else fastest()) if weights == "auto" else weights
         if plain and self.weights not in ("float32", "bfloat16"):
             raise UserError(f"weights {weights}: this model runs in float32 and bfloat16 here ({plain})")
         self.context: int = self.config.max_position_embeddings
@@ -93,7 +97,8 @@ class Engine:
         else:
             pack = open_pack(folder, self.config, self.weights)
             self._network = CompiledNetwork(self.config, pack, self.weights, blocks, threads or cores(), expert_bytes or 0)
-        self._scheduler = Scheduler(self._pool, self.max_batch, max_rows=512)
+        self._scheduler = Scheduler(self._pool, self.max_batch, CHUNK[1])
+        self._pace = 0.0  # rows a second of steps with a prompt in them
         self.speculates: bool = self._network.exact and self.config.mtp_depth > 0 if speculate is None else speculate
         """Whether tokens are drafted and verified; how many at a time follows what measures fastest."""
         if self.speculates and not (self._network.exact and self.config.mtp_depth):
@@ -191,6 +196,7 @@ class Engine:
                 if self._closing:
                     return
                 scheduler.admit()
+                scheduler.max_rows = self._chunk()
                 rows, work = scheduler.step()
             if not work:
                 continue
@@ -201,6 +207,11 @@ class Engine:
                 for share in work:
                     if share.text in scheduler.running:
                         self._end(share.text, "error", f"{type(error).__name__}: {error}")
+
+    def _chunk(self) -> int:
+        """Rows for the next step: what takes PATIENCE seconds while other texts wait for their next token."""
+        waiting = any(not text.prefilling for text in self._scheduler.running)
+        return int(min(max(self._pace * PATIENCE, CHUNK[0]), CHUNK[1])) if waiting and self._pace else CHUNK[1]
 
     def _step(self, rows: Rows, shares: list[Share]) -> None:
         """Compute a step, draw the tokens that it is for, and draft."""
@@ -213,6 +224,8 @@ class Engine:
         threads.report(chosen, len(rows.tokens), took)
         made = self._counts["completion_tokens_total"]
         self._counts["forward_seconds_total"] += took
+        if len(rows.tokens) >= CHUNK[0]:
+            self._pace = len(rows.tokens) / took
         self._counts["steps_total"] += 1
         self._counts["rows_total"] += len(rows.tokens)
         for share in shares:

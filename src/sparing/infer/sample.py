@@ -13,11 +13,38 @@ from collections.abc import Sequence
 import numpy as np
 
 from sparing.infer.request import Sampling, TokenLogprob
+from sparing.kernels.decode import library
+
+
+def _key(seed: int, position: int) -> tuple[int, int]:
+    """Two 32-bit keys: splitmix64 (Steele et al., OOPSLA 2014) of both."""
+    x = (seed + 0x9E3779B97F4A7C15 * (position + 1)) % 2**64
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+    x ^= x >> 31
+    return x % 2**32, x >> 32
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    x = (x ^ x >> np.uint32(16)) * np.uint32(0x7FEB352D)
+    x = (x ^ x >> np.uint32(15)) * np.uint32(0x846CA68B)
+    return x ^ x >> np.uint32(16)
 
 
 def noise(seed: int, position: int, size: int) -> np.ndarray:
-    """(size,) float64 Gumbel noise of one position of one text."""
-    return np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, position])).gumbel(size=size)
+    """(size,) float64 Gumbel noise of one position of one text, from 23 bits a number."""
+    low, high = _key(seed, position)
+    bits = _mix(_mix(np.arange(size, dtype=np.uint32) ^ np.uint32(low)) + np.uint32(high)) >> np.uint32(9)
+    return -np.log(-np.log((bits + 0.5) / 2**23))
+
+
+def draw(z_V: np.ndarray, scale: float, seed: int, position: int) -> int:
+    """argmax of z * scale + noise: compiled (kernels/decode.c) where there is a compiler, else the reference."""
+    compiled = library()
+    if compiled is None:
+        return int((z_V * scale + noise(seed, position, len(z_V))).argmax())
+    z = np.ascontiguousarray(z_V, np.float32)
+    return compiled.draw(z.ctypes.data, len(z), scale, *_key(seed, position))
 
 
 def edited(logits_V: np.ndarray, s: Sampling, prompt: Sequence[int], made: Sequence[int]) -> np.ndarray | None:
@@ -42,7 +69,7 @@ def edited(logits_V: np.ndarray, s: Sampling, prompt: Sequence[int], made: Seque
 
 def truncated(z_V: np.ndarray, s: Sampling) -> np.ndarray:
     """Logits over the temperature; those outside top-k, top-p (arXiv 1904.09751) or min-p (2407.01082) are -inf. Ties go to lower ids."""
-    z = (z_V - z_V.max()) / s.temperature
+    z = (z_V.astype(np.float64) - float(z_V.max())) / s.temperature
     if s.top_k and s.top_k < len(z):
         z[np.argsort(-z, kind="stable")[s.top_k :]] = -np.inf
     if s.top_p < 1 or s.min_p > 0:
@@ -69,8 +96,9 @@ def choose(
             return None
     if s.temperature == 0:
         return int(z.argmax())
-    z = truncated(z.astype(np.float64), s)
-    return int((z + noise(seed, position, len(z))).argmax())
+    if s.top_k or s.top_p < 1 or s.min_p > 0 or s.temperature < 1e-3:  # float32 would overflow
+        return draw(truncated(z, s), 1.0, seed, position)
+    return draw(z, 1 / s.temperature, seed, position)
 
 
 def logprob(logits_V: np.ndarray, token: int, alternatives: int) -> TokenLogprob:

@@ -103,7 +103,7 @@ class Scheduler:
         rows, shares = Rows(), []
         left = self.max_rows
         for text in sorted(self.running, key=lambda text: text.prefilling):
-            start, count = text.computed, min(len(text.tokens) - text.computed, left)
+            start, count = text.computed, min(len(text.tokens) - text.computed, left if text.prefilling else 1)
             if count <= 0:
                 continue
             complete = start + count == len(text.tokens)

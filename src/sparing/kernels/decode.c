@@ -10,6 +10,7 @@
 #include <sched.h>
 #include <stdatomic.h>
 #include <stdlib.h>
+#include <time.h>
 #include <fcntl.h>
 #include <unistd.h>
 #if defined(__x86_64__)
@@ -202,9 +203,13 @@ INLINE void attend(int n, const Model *m, const Batch *b, int64_t layer, int64_t
             EACH_H EACH_4(s) acc[h][s] = spread(0.0f);
             for (int64_t d = 0; d < K; d += W) {
                 vec keys[4];
-                EACH_4(s) keys[s] = LOAD(k[s] + d);
+                EACH_4(s) {
+                    keys[s] = LOAD(k[s] + d);
+                    KEEP(keys[s]);
+                }
                 EACH_H {
                     vec x = LOAD(q[h] + d);
+                    KEEP(x);
                     EACH_4(s) acc[h][s] += x * keys[s];
                 }
             }
@@ -232,6 +237,7 @@ INLINE void attend(int n, const Model *m, const Batch *b, int64_t layer, int64_t
     for (int64_t i = 0; i < count; i++)                                          \
         _Pragma("GCC unroll 4") for (int v = 0; v < COUNT; v++) {                \
             vec x = LOAD(base + i * m->width + v * W);                           \
+            KEEP(x);                                                             \
             EACH_H acc[h][v] += x * p[h * room + i];                             \
         }
             if (vectors == 4) VALUES(4) else if (vectors == 3) VALUES(3) else if (vectors == 2) VALUES(2) else VALUES(1)
@@ -626,4 +632,66 @@ void forward(Model *m, Batch *b, int64_t longest, int64_t threads) {
     if (threads > 1) announce(pool);
     step(m, b, 0, pool->active);
     barrier(pool);
+}
+
+/* Draws: infer/sample.py has the reference. */
+
+static inline uint32_t mix(uint32_t x) { /* github.com/skeeto/hash-prospector, "lowbias32" */
+    x = (x ^ x >> 16) * 0x7feb352du;
+    x = (x ^ x >> 15) * 0x846ca68bu;
+    return x ^ x >> 16;
+}
+
+static inline float log_(float x) { /* x normal and positive; polynomial: Cephes logf */
+    int32_t bits;
+    memcpy(&bits, &x, 4);
+    int32_t e = ((bits - 0x3f3504f3) >> 23), m = bits - (e << 23); /* m in [sqrt(1/2), sqrt(2)) */
+    float f;
+    memcpy(&f, &m, 4);
+    f -= 1.0f;
+    float y = 7.0376836292e-2f, z = f * f;
+    y = y * f - 1.1514610310e-1f;
+    y = y * f + 1.1676998740e-1f;
+    y = y * f - 1.2420140846e-1f;
+    y = y * f + 1.4249322787e-1f;
+    y = y * f - 1.6668057665e-1f;
+    y = y * f + 2.0000714765e-1f;
+    y = y * f - 2.4999993993e-1f;
+    y = y * f + 3.3333331174e-1f;
+    return f + (y * f * z - 2.12194440e-4f * (float)e - 0.5f * z) + 0.693359375f * (float)e;
+}
+
+/* The i < n with the largest z[i] * scale + Gumbel noise of (key, i). */
+int64_t draw(const float *z, int64_t n, float scale, uint32_t low, uint32_t high) {
+    enum { SOME = 1024 };
+    float score[SOME], most = -INFINITY;
+    int64_t best = 0;
+    for (int64_t start = 0; start < n; start += SOME) {
+        int count = n - start < SOME ? (int)(n - start) : SOME;
+        SIMD for (int i = 0; i < count; i++) {
+            float u = ((float)(int32_t)(mix(mix((uint32_t)(start + i) ^ low) + high) >> 9) + 0.5f) * (1.0f / 8388608.0f);
+            score[i] = z[start + i] * scale - log_(-log_(u));
+        }
+        for (int i = 0; i < count; i++) if (score[i] > most) most = score[i], best = start + i;
+    }
+    return best;
+}
+
+/* Seconds that one row takes through a matrix of 1024 x 1024 in a format, the best of a few. */
+double probe(int64_t format) {
+    enum { N = 1024 };
+    Matrix m = {format, N, N, calloc(N + 1, N * 4), 0};
+    Input in = {calloc(N, 4), N, calloc(N, 1), calloc(1, 4), calloc(1 + N / GROUP, 4), N, 1 + N / GROUP};
+    float *out = calloc(N, 4);
+    double best = 1.0;
+    for (int i = 0; i < 32; i++) {
+        struct timespec from, to;
+        clock_gettime(CLOCK_MONOTONIC, &from);
+        product(&m, &in, 0, 0, 1, out, N, 0, 0, 1);
+        clock_gettime(CLOCK_MONOTONIC, &to);
+        double took = (double)(to.tv_sec - from.tv_sec) + 1e-9 * (double)(to.tv_nsec - from.tv_nsec);
+        best = took < best ? took : best;
+    }
+    free((void *)m.data), free(in.x), free(in.q), free(in.scale), free(in.sums), free(out);
+    return best;
 }

@@ -107,7 +107,6 @@ def run_of(wishes: dict, budget: Budget, corpus: Corpus, place: Place) -> tuple[
 
 def run_from(config: Config, corpus: Corpus, place: Place, budget_s: float | None) -> Run:
     """For a configuration that is resolved already; replicas and micro-batch left open: one a core, the largest that fits."""
-    measured = config.train.replicas is None and place.machine.cores_physical > 1
     if config.train.replicas is None and config.train.device == "cpu":
         config = replace(
             config, train=replace(config.train, replicas=min(config.train.threads or place.machine.cores_physical, config.train.batch_size))
@@ -116,9 +115,9 @@ def run_from(config: Config, corpus: Corpus, place: Place, budget_s: float | Non
     path = path_of(config, compiled, place.machine.cpu_bf16)
     if config.train.micro_batch_size is None:
         micro = config.train.batch_size
-        while micro > 1 and place.memory_limit and _needs(config, micro, measured, path) > place.memory_limit:
+        while micro > 1 and place.memory_limit and _needs(config, micro, path) > place.memory_limit:
             micro //= 2
-        if _needs(config, micro, measured, path) <= place.memory_limit:
+        if _needs(config, micro, path) <= place.memory_limit:
             config = replace(config, train=replace(config.train, micro_batch_size=micro))
     vocab = min(BYTES_PER_TOKEN, key=lambda size: abs(size - config.model.vocab_size))
     speed = _speed(config, place)
@@ -132,13 +131,12 @@ def run_from(config: Config, corpus: Corpus, place: Place, budget_s: float | Non
         memory_limit=place.memory_limit,
         budget_s=budget_s,
         cores=place.machine.cores_logical,
-        measured=measured,
         path=path,
     )
 
 
-def _needs(config: Config, micro: int, measured: bool, path: KernelPath) -> float:
-    return training_memory(replace(config, train=replace(config.train, micro_batch_size=micro)), measured, path).total
+def _needs(config: Config, micro: int, path: KernelPath) -> float:
+    return training_memory(replace(config, train=replace(config.train, micro_batch_size=micro)), True, path).total
 
 
 def _speed(config: Config, place: Place) -> Estimate:

@@ -6,6 +6,8 @@ Gradients are thrown away and nothing of the run's state changes.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import shutil
 import time
 from collections.abc import Callable
@@ -75,6 +77,12 @@ def choose(
     reasons: dict[str, str] = {}
     start = time.monotonic()
     timed: dict[tuple[int, int], float] = {}
+    replicas = t.replicas or 1
+    cores = t.threads or machine.cores_physical
+    if t.replicas is None and device == "cpu" and not t.compile and 1 < cores <= t.batch_size and native.passes() is not None:
+        # The compiled passes are for single threads: undivided, every model tried was slower and took more memory.
+        replicas = cores
+        reasons["train.replicas"] = "one a core: the compiled passes have one thread each (LAB.md)"
 
     def probe(threads: int, micro: int) -> float:
         """Tokens per second."""
@@ -82,13 +90,14 @@ def choose(
         if (threads, micro) not in timed:
             if device == "cpu":
                 torch.set_num_threads(threads)
-            timed[threads, micro] = _speed(model, t, batch, micro, device)
+            timed[threads, micro] = _speed(model, t, batch, micro, device, replicas=replicas)
         return timed[threads, micro]
 
     if device == "cpu" and native.passes() is None:
         say("no C compiler found: training with PyTorch's own operations, without compiled passes and torch.compile, which is slower")
     all_threads = [t.threads] if t.threads else sorted({machine.cores_physical, machine.cores_logical})
-    micro_batches = [t.micro_batch_size] if t.micro_batch_size else _micro_batches(t)
+    all_threads = [cores] if replicas > 1 else all_threads
+    micro_batches = [t.micro_batch_size] if t.micro_batch_size else [size for size in _micro_batches(t) if size >= replicas]
     threads, micro = all_threads[-1], micro_batches[0]
     # Micro-batch first, on all threads, then threads with the best micro-batch: the product of both would cost more than it finds.
     for size in micro_batches[: 1 if device == "cuda" and not t.micro_batch_size else None]:
@@ -111,19 +120,18 @@ def choose(
         reasons["train.threads"] = "measured, tokens/s: " + ", ".join(
             f"{n} threads {v:,.0f}" for (n, m), v in sorted(timed.items()) if m == micro
         )
-    replicas = t.replicas or 1
-    if t.replicas is None and device == "cpu" and threads > 1 and micro >= threads and not t.compile:
+    if t.replicas is None and replicas == 1 and device == "cpu" and threads > 1 and micro >= threads and not t.compile:
         check()
         divided = _speed(model, t, batch, micro, device, replicas=threads)
         reasons["train.replicas"] = f"measured, tokens/s: {divided:,.0f} with {threads}, {speed:,.0f} without"
-        # The compiled passes are for single threads: on a machine that is busy just now they show less than they give.
-        if divided > (0.95 if native.passes() else 1.03) * speed:
+        if divided > 1.03 * speed:
             replicas, speed = threads, divided
     compiled = t.compile
     if compiled is None:
         compiled, reasons["train.compile"] = _worth_compiling(model, t, batch, micro, device, speed, seconds, check, say)
     replicas = 1 if compiled else replicas
     threads = threads if device == "cpu" else t.threads
+    _give_back()
     return replace(t, micro_batch_size=micro, threads=threads, replicas=replicas, compile=compiled), reasons
 
 
@@ -169,6 +177,12 @@ def _speed(model: Transformer, t: TrainConfig, batch, micro: int, device: str, c
     for parameter in model.parameters():
         parameter.grad = None
     return tokens.numel() / min(took[1:])
+
+
+def _give_back() -> None:
+    """Memory that the probes used and training will not, to the system: glibc keeps it otherwise, an arena for each thread."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _wait(device: str) -> None:

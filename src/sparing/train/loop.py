@@ -46,7 +46,7 @@ def train(
     model: nn.Module,
     loader: Batches,
     *,
-    evaluate: Callable[[nn.Module], dict] | None = None,
+    evaluate: Callable[[Callable[[Tensor, Tensor], Tensor]], dict] | None = None,
     started: float,
     flops_per_token: float,
     peak_flops: float | None = None,
@@ -59,11 +59,11 @@ def train(
 ) -> TrainResult:
     """Train (or go on training) `run` until its budget is used.
 
-    model: initialised from the seed; where the run has a checkpoint, that is loaded over it. evaluate: model -> {"bpb": ..., ...}.
-    started: `time.monotonic()` when the verb began. flops_per_token: forward and backward of one trained token. peak_flops: of this
-    machine, for MFU. limit: for budgets in money or energy: seconds used -> seconds they last, asked before every step. step_seconds: a
-    first guess of a step's time. reserve_s: what the caller does afterwards. meter: told what each step did. Raises Interrupted on a signal
-    (state saved), DiskFullError, and Diverged.
+    model: initialised from the seed; where the run has a checkpoint, that is loaded over it. evaluate: scores `nll(tokens, targets)`, see
+    `evals.bpb.NllFn`; -> {"bpb": ..., ...}. started: `time.monotonic()` when the verb began. flops_per_token: forward and backward of one
+    trained token. peak_flops: of this machine, for MFU. limit: for budgets in money or energy: seconds used -> seconds they last, asked
+    before every step. step_seconds: a first guess of a step's time. reserve_s: what the caller does afterwards. meter: told what each
+    step did. Raises Interrupted on a signal (state saved), DiskFullError, and Diverged.
     """
     with run.lock(), preempt or Preempt(f"sparing resume {run}") as signals:
         trainer = _Trainer(run, config, model, loader, evaluate, started, flops_per_token, peak_flops, signals, on_progress)
@@ -236,12 +236,12 @@ class _Trainer:
 
     def _evaluate(self) -> dict:
         before = time.monotonic()
-        self.model.eval()
+        self.replicas.train(False)
         try:
-            with self.meter.stage("evaluate"), self.signals.interruptible(), torch.no_grad():
-                result = self.evaluate(self.model)
+            with self.meter.stage("evaluate"), self.signals.interruptible():
+                result = self.evaluate(self.replicas.nll)
         finally:
-            self.model.train()
+            self.replicas.train(True)
         took = time.monotonic() - before
         self.pace.eval_took(took)
         line = {"step": self.state.step, "tokens": self.state.tokens, "seconds": self.clock.seconds(), "took_s": took}

@@ -55,6 +55,20 @@ class Replicas:
         self._gather()
         return torch.stack(parts).sum(0)
 
+    def train(self, mode: bool) -> None:
+        """Routers count tokens while training."""
+        for model in self.models:
+            model.train(mode)
+
+    def nll(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """`Transformer.nll` of (B, T), rows divided; moved to the model's device, (B, T) nats."""
+        device = self.models[0].model.norm.weight.device
+        tokens, targets = tokens.to(device), targets.to(device)
+        if self.pool is None:
+            return self.models[0].nll(tokens, targets)
+        size = -(-len(tokens) // len(self.models))
+        return torch.cat(list(self.pool.map(lambda model, *part: model.nll(*part), self.models, tokens.split(size), targets.split(size))))
+
     @torch.no_grad()
     def _gather(self) -> None:
         """The twins' gradients and counts into the first model's."""
