@@ -171,7 +171,7 @@ def test_a_reader_that_takes_nothing_is_given_up(run, home, tmp_path):
     server = Server(run, str(tmp_path / "audit"), env={"SPARING_HOME": str(home)}, program=IMPATIENT)
     try:
         host, port = server.url.removeprefix("http://").split(":")
-        asked = {"model": "tiny", "prompt": "x", "max_tokens": 500, "stream": True, "logprobs": 20, "n": 16, "ignore_eos": True}
+        asked = {"model": "tiny", "prompt": ["x"] * 4, "max_tokens": 500, "stream": True, "logprobs": 20, "n": 16, "ignore_eos": True}
         body = json.dumps(asked).encode()
         head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         with socket.socket() as slow:  # more comes than the kernel's buffers hold

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -76,7 +77,8 @@ def export_gguf(
     except PermissionError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror})") from None
     finally:
-        writer.close()
+        with contextlib.suppress(OSError):  # a full disk again: what was in its buffer
+            writer.close()
         beside.unlink(missing_ok=True)
     return notes
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import time
 import uuid
@@ -159,8 +158,6 @@ class EventStream(Response):
         finally:
             for task in (sending, gone):
                 task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await sending
             self.job.end()
 
     async def _send(self, send: Send) -> None:
