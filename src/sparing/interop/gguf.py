@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -111,3 +112,5 @@ def _write_tensors(
                 writer.write_tensor_data(quantize(piece.make(tensor).contiguous().numpy(), types[piece.name]))
     except SafetensorError as error:
         raise UserError(f"{weights}: {error}") from None
+    except OSError as error:  # numpy's tofile tells a short write without its number
+        raise error if error.errno else OSError(errno.ENOSPC, "a tensor was not written whole") from None
