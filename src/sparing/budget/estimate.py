@@ -17,18 +17,23 @@ from sparing.budget.flops import attention_flops, attention_parameters, feed_for
 from sparing.budget.memory import _matrices, path_of, saved_per_token
 from sparing.config import Config, ModelConfig
 
-DESCRIPTION = 3
+DESCRIPTION = 4
 """Raise it when the features or the kernels change: steps that were timed before tell nothing any more."""
 FEATURES = ("products", "experts", "scores", "head", "traffic", "optimizer", "muon", "launches")
 DEFAULTS = {
-    "cpu": (1.2, 1.9, 2.0, 1.6, 7.0e-10, 1.0e-9, 1.5, 3.0e-4),
+    "cpu": (1.13, 1.27, 1.46, 1.53, 3.4e-10, 8.5e-10, 1.02, 1.9e-3),
     "cuda": (2.0, 3.0, 4.0, 2.5, 1.5e-12, 1.0e-11, 4.0, 2.0e-5),
 }
-"""Seconds per unit of each feature; products, experts, scores, head and muon in units of the peak's time (1: at the peak rate)."""
-SPREAD = 0.5
-"""How far rates are believed to lie from the defaults, as a factor's logarithm."""
+"""Seconds per unit of each feature; products, experts, scores, head and muon in units of the peak's time (1: at the peak rate). CPU:
+fitted to the steps of twenty runs of 0.2-19 M active parameters on the compiled kernels, which they meet to 7 % (LAB.md)."""
+SPREAD = 0.15
+"""How far each rate is believed to lie from the defaults, as a factor's logarithm,"""
+SPEED_SPREAD = 0.5
+"""after all of them are multiplied by one factor, the machine's, which may lie this far from 1."""
 NOISE = 0.04
 """Relative scatter of a timed step on a machine that does something else now and then."""
+DRIFT = 0.12
+"""How much faster or slower, as a standard deviation, a shared machine is at another time than when it was timed (LAB.md)."""
 UTILISATION = {"cpu": (0.2, 0.33, 0.5), "gpu": (0.15, 0.3, 0.45)}
 """Low, middle, high share of the dense peak that our models reach on a machine that was not measured (LAB.md; GPU: assumption)."""
 
@@ -116,33 +121,34 @@ class StepModel:
 def fit(timings: list[dict[str, Any]], peak_flops: float, device: str = "cpu") -> StepModel:
     """Most probable rates, given timed steps [{"features": [...], "seconds": s}] and the defaults.
 
-    The interval's width is how far off each timed step is when it is predicted from the others.
+    The interval's width is how far off each timed step is when it is predicted from the others, and what the machine may do meanwhile.
     """
     if not timings:
-        return StepModel(DEFAULTS[device], peak_flops, SPREAD, f"default rates of a {device}, not measured here")
+        return StepModel(DEFAULTS[device], peak_flops, SPEED_SPREAD, f"default rates of a {device}, not measured here")
     x = np.array([row["features"] for row in timings])
     y = np.array([row["seconds"] for row in timings])
     rates = _rates(x, y, device)
     each = np.arange(len(y))
     alone = [math.log(float(x[i] @ _rates(x[each != i], y[each != i], device)) / y[i]) for i in each]
-    scatter = 1.28 * max(NOISE, math.sqrt(float(np.mean(np.square(alone)))))
+    scatter = 1.28 * math.hypot(DRIFT, NOISE, math.sqrt(float(np.mean(np.square(alone)))))
     return StepModel(tuple(rates.tolist()), peak_flops, scatter, f"fitted to {len(timings)} timed steps on this machine")
 
 
 def _rates(x: np.ndarray, y: np.ndarray, device: str) -> np.ndarray:
-    """Gauss-Newton on the rates' logarithms: relative misses weigh by NOISE, distances from the defaults by SPREAD."""
-    defaults = np.log(np.array(DEFAULTS[device]))
-    theta = defaults.copy()
+    """Gauss-Newton on the rates' logarithms and on their common factor's: relative misses weigh by NOISE, distances from the defaults by
+    SPREAD and SPEED_SPREAD."""
+    defaults = np.array(DEFAULTS[device])
+    theta = np.zeros(len(defaults) + 1)
+    precision = np.array([1 / SPREAD**2] * len(defaults) + [1 / SPEED_SPREAD**2])
     for _ in range(50):
-        terms = x * np.exp(theta)
+        terms = x * defaults * np.exp(theta[:-1] + theta[-1])
         miss = np.log(terms.sum(1) / y) / NOISE
-        jacobian = terms / terms.sum(1, keepdims=True) / NOISE
-        normal = jacobian.T @ jacobian + np.eye(len(theta)) / SPREAD**2
-        step = np.linalg.solve(normal, jacobian.T @ miss + (theta - defaults) / SPREAD**2)
+        jacobian = np.hstack([terms / terms.sum(1, keepdims=True), np.ones((len(y), 1))]) / NOISE
+        step = np.linalg.solve(jacobian.T @ jacobian + np.diag(precision), jacobian.T @ miss + precision * theta)
         theta = theta - np.clip(step, -0.5, 0.5)
         if abs(step).max() < 1e-6:
             break
-    return np.exp(theta)
+    return defaults * np.exp(theta[:-1] + theta[-1])
 
 
 def profile_model(config: Config, peak_flops: float, kind: str, name: str) -> Estimate:

@@ -134,7 +134,8 @@ def check(run: Run) -> None:
         least = (START_S + tokenising_s(run) + (FEWEST_STEPS + CALIBRATION_STEPS) * batch / run.speed.value) / (AIM - CALIBRATION[0] - 0.05)
         if run.budget_s < least:
             scale = run.config.budget.amount / run.budget_s
-            works = format_budget(Budget(float(f"{1.05 * least * scale:.2g}"), run.config.budget.unit))
+            # More than needed here: what a longer budget resolves to may take longer to start.
+            works = format_budget(Budget(float(f"{1.2 * least * scale:.2g}"), run.config.budget.unit))
             megabytes = run.corpus.train_bytes / 1e6
             raise UserError(
                 f"budget {format_budget(run.config.budget)}: starting, tokenising {megabytes:.1f} MB and {FEWEST_STEPS} steps take about "
