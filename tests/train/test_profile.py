@@ -19,17 +19,17 @@ def quick(tmp_path, monkeypatch):
 
 def test_measured_once_and_remembered(quick, monkeypatch):
     said = []
-    found = profile.step_timings(quick, say=said.append)
+    found = profile.step_timings(quick, seconds=2.0, say=said.append)
     assert len(found["rows"]) == 2 and all(row["seconds"] > 0 and len(row["features"]) == len(FEATURES) for row in found["rows"])
     assert load_calibration(quick)["step_timings_cpu"] == found and len(said) == 1
-    monkeypatch.setattr(profile, "_step", lambda *_: pytest.fail("measured again"))
-    assert profile.step_timings(quick, say=said.append) == found and len(said) == 1
+    monkeypatch.setattr(profile, "_stepper", lambda *_: pytest.fail("measured again"))
+    assert profile.step_timings(quick, seconds=2.0, say=said.append) == found and len(said) == 1
     assert fit(found["rows"], found["peak_flops"]).scatter > 0
 
 
 def test_old_descriptions_are_measured_anew(quick):
     save_calibration(quick, {"step_timings_cpu": {"peak_flops": 1.0, "rows": [{"features": [1.0], "seconds": 1.0}]}})
-    assert len(profile.step_timings(quick)["rows"]) == 2
+    assert len(profile.step_timings(quick, seconds=2.0)["rows"]) == 2
 
 
 def test_time_is_limited(quick):

@@ -24,6 +24,8 @@ from sparing.train.replicas import Replicas
 PEAK_SIZES = (1024, 2048, 4096)
 LEAST_TOKENS = 2048
 """Smaller micro-batches are not tried: products become too thin."""
+MORE = 1.05
+"""How much faster another setting must look: two passes on a shared machine differ by less without any reason."""
 COMPILE_S = 90.0
 """A compilation of the training step takes about this long on two cores (LAB.md)."""
 
@@ -35,10 +37,10 @@ def measure_peak(device: str = "cpu", dtype: torch.dtype = torch.bfloat16, sizes
         a, b = torch.randn(size, size, device=device).to(dtype), torch.randn(size, size, device=device).to(dtype)
         a @ b
         for _ in range(repeats):
-            _wait(device)
+            wait(device)
             start = time.perf_counter()
             a @ b
-            _wait(device)
+            wait(device)
             best = max(best, 2.0 * size**3 / (time.perf_counter() - start))
     return best
 
@@ -84,10 +86,10 @@ def choose(
         replicas = cores
         reasons["train.replicas"] = "one a core: the compiled passes have one thread each (LAB.md)"
 
-    def probe(threads: int, micro: int) -> float:
+    def probe(threads: int, micro: int, anew: bool = False) -> float:
         """Tokens per second."""
         check()
-        if (threads, micro) not in timed:
+        if anew or (threads, micro) not in timed:
             if device == "cpu":
                 torch.set_num_threads(threads)
             timed[threads, micro] = _speed(model, t, batch, micro, device, replicas=replicas)
@@ -101,14 +103,15 @@ def choose(
     threads, micro = all_threads[-1], micro_batches[0]
     # Micro-batch first, on all threads, then threads with the best micro-batch: the product of both would cost more than it finds.
     for size in micro_batches[: 1 if device == "cuda" and not t.micro_batch_size else None]:
-        if probe(threads, size) > 1.02 * probe(threads, micro):
+        # What is measured first is slower than it will be (fresh memory), whatever its size: it gets a second chance.
+        if probe(threads, size) > MORE * probe(threads, micro) and probe(threads, size) > MORE * probe(threads, micro, anew=True):
             micro = size
         if time.monotonic() - start > seconds / 2:
             break
     for count in all_threads:
         if time.monotonic() - start > seconds:
             break
-        if probe(count, micro) > 1.02 * probe(threads, micro):
+        if probe(count, micro) > MORE * probe(threads, micro):
             threads = count
     if device == "cpu":
         torch.set_num_threads(threads)
@@ -168,11 +171,11 @@ def _speed(model: Transformer, t: TrainConfig, batch, micro: int, device: str, c
     model.compute_dtype = getattr(torch, t.dtype)
     model.train()
     for _ in range(3):
-        _wait(device)
+        wait(device)
         before = time.perf_counter()
         options = {"denominator": tokens.numel(), "mtp_weight": t.mtp_weight, "sequence_balance": t.sequence_balance}
         divided.backward(tokens, targets, documents if t.document_mask else None, loss_fn=loss_fn, **options)
-        _wait(device)
+        wait(device)
         took.append(time.perf_counter() - before)
     for parameter in model.parameters():
         parameter.grad = None
@@ -185,6 +188,6 @@ def _give_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _wait(device: str) -> None:
+def wait(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
