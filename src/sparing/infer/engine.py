@@ -217,7 +217,8 @@ class Engine:
     def _step(self, rows: Rows, shares: list[Share]) -> None:
         """Compute a step, draw the tokens that it is for, and draft."""
         start, decoding = time.perf_counter(), [share.text for share in shares if not share.text.prefilling]
-        drafts, wanted = self._drafts.of(len(decoding)), sum(len(text.draft) for text in decoding)
+        texts = max(1, len(self._scheduler.running))
+        drafts, wanted = self._drafts.of(texts), sum(len(text.draft) for text in decoding)
         threads = self._threads.of(len(rows.tokens))
         self._network.threads = chosen = self._threads.pick(len(rows.tokens))
         logits = iter(self._network.forward(rows))
@@ -234,7 +235,7 @@ class Engine:
             if text.computed == len(text.tokens):
                 self._advance(text, [next(logits) for _ in range(1 + len(text.draft))])
             text.seal(self._pool)
-        length = self._drafts.pick(len(decoding)) if self.speculates else 0
+        length = self._drafts.pick(texts) if self.speculates else 0
         if self.speculates:
             propose(self._network, shares, length)
         if len(decoding) == len(shares) and (wanted > 0) == (length > 0):
