@@ -23,7 +23,7 @@ GRAM = 8
 
 def drafts(run: str, data: str = "", prompts: int = 200, prompt_tokens: int = 64, tokens: int = 128, temperature: float = 0.8,
            weights: str = "auto", threads: int = 2) -> list[dict]:  # fmt: skip
-    """Speed with drafts over speed without, acceptance, and whether the texts are worth having (repeated 8-grams beside the held-out text's).
+    """Speed with drafts over speed without, acceptance, and repeated 8-grams beside the held-out text's.
 
     data: held-out text; default: what the run itself held out. Ten prompts at a time on either side, one after the other; equal texts
     are required.

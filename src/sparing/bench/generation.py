@@ -103,9 +103,7 @@ def _in_turn(stack: ExitStack, sides: dict, threads: int, groups: list, tokens: 
         workers[name] = stack.enter_context(Worker(threads))
         start = workers[name].ask("run", function="engines.build", kind=kind, path=path, threads=threads, setting=setting)["seconds"]
         result[name] = {"seconds": [], "start": start}
-        workers[name].ask(
-            "run", function="engines.measure", prompts=[[token + 1 for token in p] for p in groups[0]], tokens=tokens, together=together
-        )
+        workers[name].ask("run", function="engines.measure", prompts=[p[::-1] for p in groups[0]], tokens=tokens, together=together)
     for number, prompts in enumerate(groups):
         for name in list(workers)[:: 1 if number % 2 == 0 else -1]:
             answer = workers[name].ask("run", function="engines.measure", prompts=prompts, tokens=tokens, together=together)

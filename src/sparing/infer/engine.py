@@ -79,6 +79,10 @@ class Engine:
         self.weights = ("float32" if plain else fastest()) if weights == "auto" else weights
         if plain and self.weights not in ("float32", "bfloat16"):
             raise UserError(f"weights {weights}: this model runs in float32 and bfloat16 here ({plain})")
+        self.speculates: bool = not plain and self.config.mtp_depth > 0 if speculate is None else speculate
+        """Whether tokens are drafted and verified; how many at a time follows what measures fastest."""
+        if self.speculates and (plain or not self.config.mtp_depth):
+            raise UserError(f"speculate: {f'not in plain PyTorch ({plain})' if plain else 'the model has no MTP module'}")
         self.context: int = self.config.max_position_embeddings
         self.max_batch, self.max_queue = max_batch or 16, max_queue
         layers = self.config.num_layers + (0 if plain else self.config.mtp_depth)
@@ -99,12 +103,9 @@ class Engine:
             self._network = CompiledNetwork(self.config, pack, self.weights, blocks, threads or cores(), expert_bytes or 0)
         self._scheduler = Scheduler(self._pool, self.max_batch, CHUNK[1])
         self._pace = 0.0  # rows a second of steps with a prompt in them
-        self.speculates: bool = self._network.exact and self.config.mtp_depth > 0 if speculate is None else speculate
-        """Whether tokens are drafted and verified; how many at a time follows what measures fastest."""
-        if self.speculates and not (self._network.exact and self.config.mtp_depth):
-            raise UserError(f"speculate: {'the model has no MTP module' if self._network.exact else f'not in plain PyTorch ({plain})'}")
         self._drafts = Choosers(range(MAX_DRAFT + 1) if self.speculates else [0])
-        self._threads = Choosers(sorted({1, self._network.threads}, reverse=True))
+        most = self._network.threads
+        self._threads = Choosers(sorted({most, max(1, most // 2), 1}, reverse=True))
         ends = (self.tokenizer.token_id(name) for name in END_NAMES)
         self._ends = {self.tokenizer.eot_id, *(i for i in ends if i is not None)}
         self._counts: Counter[str] = Counter()
@@ -216,7 +217,8 @@ class Engine:
     def _step(self, rows: Rows, shares: list[Share]) -> None:
         """Compute a step, draw the tokens that it is for, and draft."""
         start, decoding = time.perf_counter(), [share.text for share in shares if not share.text.prefilling]
-        drafts, wanted = self._drafts.of(len(decoding)), sum(len(text.draft) for text in decoding)
+        texts = max(1, len(self._scheduler.running))
+        drafts, wanted = self._drafts.of(texts), sum(len(text.draft) for text in decoding)
         threads = self._threads.of(len(rows.tokens))
         self._network.threads = chosen = self._threads.pick(len(rows.tokens))
         logits = iter(self._network.forward(rows))
@@ -236,7 +238,7 @@ class Engine:
             if text.computed == len(text.tokens):
                 self._advance(text, [next(logits) for _ in range(1 + len(text.draft))])
             text.seal(self._pool)
-        length = self._drafts.pick(len(decoding)) if self.speculates else 0
+        length = self._drafts.pick(texts) if self.speculates else 0
         if self.speculates:
             propose(self._network, shares, length)
         if len(decoding) == len(shares) and (wanted > 0) == (length > 0):

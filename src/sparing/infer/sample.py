@@ -43,7 +43,8 @@ def draw(z_V: np.ndarray, scale: float, seed: int, position: int) -> int:
     compiled = library()
     if compiled is None:
         return int((z_V * scale + noise(seed, position, len(z_V))).argmax())
-    z = np.ascontiguousarray(z_V, np.float32)
+    with np.errstate(over="ignore"):  # far enough below the largest to be -inf
+        z = np.ascontiguousarray(z_V, np.float32)
     return compiled.draw(z.ctypes.data, len(z), scale, *_key(seed, position))
 
 

@@ -41,7 +41,7 @@ def propose(network: CompiledNetwork, shares: list[Share], length: int) -> None:
     for ahead in range(length):
         going, again = Rows(), []
         for i, (text, line) in enumerate(zip(asked, logits, strict=True)):
-            room = text.max_tokens - len(text.made) - 1
+            room = text.max_tokens - (len(text.tokens) - len(text.request.prompt)) - 1
             if ahead < room:
                 s, at = text.request.sampling, len(text.tokens) + ahead
                 token = choose(line, s, text.request.seed, at, edit=False)
