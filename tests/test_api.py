@@ -82,6 +82,21 @@ def test_logits_of_the_library(run):
         model.logits(torch.zeros(3))
 
 
+def test_export_with_a_chat_template_and_for_llama_cpp(run, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    (run[0] / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    found = api.export(str(run[0]), "gguf", str(tmp_path / "m.gguf"), type="f16")
+    api.export(str(run[0]), "hf", str(tmp_path / "hf"))
+    (run[0] / "chat_template.jinja").unlink()
+    api.import_(str(tmp_path / "hf"), str(tmp_path / "again"))
+    assert (tmp_path / "again/chat_template.jinja").read_text() == "{{ messages[0].content }}", "it comes back with an import"
+    assert found["format"] == "gguf" and found["dtype"] == "f16"
+    reader = gguf.GGUFReader(tmp_path / "m.gguf")
+    assert reader.get_field("general.name").contents() == run[0].name
+    assert reader.get_field("tokenizer.chat_template").contents() == "{{ messages[0].content }}"
+    assert {tensor.tensor_type.name for tensor in reader.tensors} == {"F16", "F32"}
+
+
 def test_export_and_import_keep_the_logits(run, tmp_path):
     out, _ = run
     api.export(str(out), "hf", str(tmp_path / "hf"))

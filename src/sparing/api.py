@@ -14,9 +14,11 @@ from sparing.budget.flops import forward_flops, parameters
 from sparing.budget.units import format_budget, parse_budget, parse_extension
 from sparing.config import Budget, Config, UserError
 from sparing.config_file import merge_wishes, read_config, write_config
+from sparing.data.chat import template_text
 from sparing.data.sources import documents
 from sparing.evals.bpb import bpb
 from sparing.infer.loaded import load
+from sparing.interop.gguf import export_gguf
 from sparing.interop.huggingface import export_hf, import_hf
 from sparing.model.transformer import Transformer
 from sparing.pipeline import EVAL_TOKENS, go_on, metered, nll_of, reasons_of, resolved, say, signals_of
@@ -127,19 +129,23 @@ def generate(
 # to and from other programs
 
 
-def export(run: str, format: str = "hf", out: str = "", dtype: str = "float32") -> dict:
-    """Write a folder that transformers loads."""
-    if format != "hf":
-        raise UserError(f"--format {format}: choose hf")
+def export(run: str, format: str = "hf", out: str = "", dtype: str = "float32", type: str = "f32") -> dict:
+    """Write a folder that transformers loads (hf, with matrices of `dtype`), or a file for llama.cpp (gguf, of `type`)."""
+    if format not in ("hf", "gguf"):
+        raise UserError(f"--format {format}: choose hf or gguf")
     folder = RunFolder.open(run)
     config = read_config(folder.config_file)
     tokenizer = folder.tokenizer_file if folder.tokenizer_file.exists() else None
     if not folder.weights_file.exists():
         raise UserError(f"{run} has no weights yet")
-    notes = export_hf(config.model, read_tensors(folder.weights_file), tokenizer, out, dtype)
+    chat = template_text(folder)
+    if format == "gguf":
+        notes = export_gguf(config.model, folder.weights_file, tokenizer, out, type, chat, name=folder.path.resolve().name)
+    else:
+        notes = export_hf(config.model, read_tensors(folder.weights_file), tokenizer, out, dtype, chat)
     for note in notes:
         say(note)
-    return {"out": out, "format": format, "dtype": dtype, "notes": notes}
+    return {"out": out, "format": format, "dtype": dtype if format == "hf" else type, "notes": notes}
 
 
 def import_(folder: str, out: str) -> dict:
@@ -157,6 +163,9 @@ def import_(folder: str, out: str) -> dict:
             link_or_copy(tokenizer, run.tokenizer_file)
         else:
             notes = [*notes, "no tokenizer.json: logits work, verbs that read or write text do not"]
+        chat = template_text(RunFolder(folder))
+        if chat is not None:
+            write_atomic(run.path / "chat_template.jinja", chat)
         base = Config()
         config = replace(base, model=model_config, train=replace(base.train, seq_len=min(4096, model_config.max_position_embeddings)))
         write_atomic(run.config_file, write_config(config))

@@ -26,7 +26,7 @@ from sparing.budget.units import parse_budget, parse_extension
 from sparing.config import UserError
 from sparing.config_file import nearest, read_wishes, set_dotted
 from sparing.output import show, to_json
-from sparing.verbs import Bench, Compare, Plan, Receipt, Report
+from sparing.verbs import Bench, Compare, Plan, Receipt, Report, Serve
 
 if TYPE_CHECKING:
     import tyro  # `arguments.parse` imports it for the chosen verb; until then the annotations below stay text
@@ -38,11 +38,12 @@ HELP = f"""Sparing {__version__}: say what you can spend, get the best language 
   sparing resume   RUN [--budget +20m]                                   go on after an interruption, or extend a finished run
   sparing eval     RUN --data PATH...                                    bits per byte of text that the model has not seen
   sparing generate RUN --prompt TEXT                                     let the model write
+  sparing serve    RUN [--port 8000]                                     OpenAI's interface and a chat page
   sparing receipt  RUN | --all                                           what it cost, beside what was predicted
   sparing report   RUN        sparing compare RUN RUN...                 the same and all curves as one HTML page
-  sparing export   RUN --format hf --out FOLDER                          a folder that Hugging Face transformers loads
+  sparing export   RUN --format hf|gguf --out PATH                       for Hugging Face transformers, for llama.cpp
   sparing import   FOLDER --out RUN                                      the other way round
-  sparing bench    train [FIGURE]                                        this code against its peers, in one run
+  sparing bench    train|infer [FIGURE]                                  this code against its peers, in one run
 
 `sparing VERB --help` explains a verb. A budget is a number with a unit: 90s 20m 2h, 50Mtok, 3e17flop, $5, 0.2kWh.
 """
@@ -166,18 +167,21 @@ class Export:
 
     run: tyro.conf.Positional[str | None] = None
     format: str = "hf"
-    """hf: config.json and safetensors, as transformers loads them."""
+    """hf: config.json and safetensors, as transformers loads them; gguf: one file for llama.cpp."""
     out: str | None = None
-    """The folder to make."""
+    """The folder (hf) or file (gguf) to make."""
     dtype: str = "float32"
-    """float32, bfloat16, or float8: 128x128 blocks of e4m3 with a scale each, as DeepSeek-V3 is published."""
+    """hf: float32, bfloat16, or float8: 128x128 blocks of e4m3 with a scale each, as DeepSeek-V3 is published."""
+    type: str = "f32"
+    """gguf: f32, f16, bf16, q8_0 or q4_0."""
     json: bool = False
 
     def __call__(self, call: Call) -> dict:
-        call.choice("--format", self.format, ("hf",))
+        call.choice("--format", self.format, ("hf", "gguf"))
         call.choice("--dtype", self.dtype, ("float32", "bfloat16", "float8"))
+        call.choice("--type", self.type, ("f32", "f16", "bf16", "q8_0", "q4_0"))
         call.need(RUN=self.run, out=self.out)
-        return call.api.export(self.run, self.format, self.out, self.dtype)
+        return call.api.export(self.run, self.format, self.out, self.dtype, self.type)
 
 
 @dataclass
@@ -196,7 +200,7 @@ class Import:
 
 VERBS = {
     "plan": Plan, "train": Train, "resume": Resume, "eval": Eval, "generate": Generate, "receipt": Receipt, "report": Report,
-    "compare": Compare, "export": Export, "import": Import, "bench": Bench,
+    "compare": Compare, "export": Export, "import": Import, "serve": Serve, "bench": Bench,
 }  # fmt: skip
 
 

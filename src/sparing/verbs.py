@@ -61,6 +61,64 @@ class Plan:
 
 
 @dataclass
+class Serve:
+    """Serve a run's model: OpenAI's HTTP interface and a chat page, on this machine only unless --host says otherwise."""
+
+    run: tyro.conf.Positional[str | None] = None
+    host: str = "127.0.0.1"
+    """Address to listen at; 0.0.0.0: every network, which needs --api-key-file."""
+    port: int = 8000
+    """0: a free one."""
+    quantize: str = "auto"
+    """int8, int4 or none; auto: what is fastest here."""
+    name: str | None = None
+    """The model's name for clients; default: the run folder's."""
+    api_key_file: str | None = None
+    """A file with one bearer key a line."""
+    without_key: bool = False
+    """Let everybody in who reaches the address."""
+    cors: list[str] = field(default_factory=list)
+    """Web origins whose pages may call: https://example.org; default: none."""
+    threads: int | None = None
+    """CPU threads; default: one per core."""
+    cache_mb: int | None = None
+    """Most memory for the key-value cache."""
+    expert_mb: int | None = None
+    """Most memory for routed experts; the others are read from the disk when they are needed. Default: all in memory."""
+    batch: int | None = None
+    """Answers computed together."""
+    queue: int = 256
+    """Requests that may wait; more are told to come back (429)."""
+    answer_s: float = 600.0
+    """Seconds that an answer may take, waiting included."""
+    drain_s: float = 30.0
+    """Seconds that answers under way have after SIGTERM."""
+    audit_log: str | None = None
+    """File for one line a request, without texts; none: keep none; default: audit.jsonl in $SPARING_HOME."""
+    audit_text: bool = False
+    """Write prompts and answers to the audit log too."""
+    json: bool = False
+
+    def __call__(self, call: Call) -> dict | None:
+        call.need(RUN=self.run)
+        call.choice("--quantize", self.quantize, ("auto", "none", "int8", "int4"))
+        from sparing.serve.settings import LOCAL
+
+        if not 0 <= self.port <= 65535:
+            raise UserError(f"--port {self.port}: must be from 0 to 65535")
+        limits = {"answer-s": self.answer_s, "drain-s": self.drain_s, "queue": self.queue, "threads": self.threads, "batch": self.batch}
+        for name, value in (limits | {"cache-mb": self.cache_mb, "expert-mb": self.expert_mb}).items():
+            if value is not None and not 0 < value < float("inf"):
+                raise UserError(f"--{name} {value}: must be more than 0")
+        if self.host not in LOCAL and not (self.api_key_file or self.without_key):
+            raise UserError(f"--host {self.host} lets others on the network in: give --api-key-file FILE, or say --without-key")
+        from sparing.serve.server import start
+
+        start(self, call.started)
+        return None
+
+
+@dataclass
 class Receipt:
     """What a run cost and reached, stage by stage, beside what was predicted; with --all, everything metered in this workspace."""
 
@@ -124,21 +182,19 @@ class Bench:
 
     takes: ClassVar[str] = "anything"
     name: tyro.conf.Positional[str | None] = None
-    """train or precision"""
+    """train, precision or infer"""
     figure: tyro.conf.Positional[str | None] = None
-    """Which figure; default: throughput, for precision speed."""
+    """Which figure; default: throughput, speed, generate."""
     json: bool = False
 
     def __call__(self, call: Call) -> dict | None:
         call.need(NAME=self.name)
-        call.choice("bench", self.name, ("train", "precision"))
-        if self.name == "train":
-            from sparing.bench.train import run
-        else:
-            from sparing.bench.precision import run
+        call.choice("bench", self.name, ("train", "precision", "infer"))
+        from importlib import import_module
+
         from sparing.pipeline import metered
 
-        figure = self.figure or {"train": "throughput", "precision": "speed"}[self.name]
+        figure = self.figure or {"train": "throughput", "precision": "speed", "infer": "generate"}[self.name]
         with metered("bench", first=f"{self.name} {figure}"):
-            result = run(figure, json=self.json, **call.overrides)
+            result = import_module(f"sparing.bench.{self.name}").run(figure, json=self.json, **call.overrides)
         return result if self.json else None  # the figure has drawn its table

@@ -30,7 +30,7 @@ MUON_BYTES = 12.0
 """Work space for each number of the largest group of equally shaped matrices, where they are orthogonalised together (plain kernels)."""
 BLOCK = 256
 """Of precision/moments.py: numbers that share a float32 scale."""
-CORPUS_BYTES = 75e6
+CORPUS_BYTES = 95e6
 """What a run of `train` has more: tokenizer, corpus, metrics, evaluations. With PROCESS_BYTES what runs of 0.2-17 M active parameters were
 fitted to (LAB.md)."""
 SERVING_BYTES = 300e6

@@ -41,6 +41,12 @@ _LINES = re.compile(r"(?<=\n)(?=\S)")
 _EOT_NAMES = (END_OF_TEXT, "<｜end▁of▁sentence｜>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>", "</s>", "<eos>", "<|end|>")
 
 
+# GPT-2's alphabet: printable bytes stand for themselves, the others, in order, for U+0100 and on (github.com/openai/gpt-2, encoder.py).
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_BYTES = {chr(byte): byte for byte in _PRINTABLE}
+_BYTES |= {chr(0x100 + i): byte for i, byte in enumerate(byte for byte in range(256) if byte not in _PRINTABLE)}
+
+
 class Tokenizer:
     """`tokenizer.json` with what training needs around it. `encode` never turns text into special tokens unless asked to."""
 
@@ -52,6 +58,7 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"not a tokenizer.json of the `tokenizers` library: {str(error).splitlines()[0][:200]}") from None
         self._text = text
+        self._byte_level = (content.get("decoder") or {}).get("type") == "ByteLevel"
         for inner in (self._plain, self._special):
             inner.no_padding()
             inner.no_truncation()
@@ -64,6 +71,8 @@ class Tokenizer:
         self.eot_id: int = self._plain.token_to_id(name)
         self.dtype = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
         """Smallest unsigned type that holds every id."""
+        self.special: dict[str, int] = {token["content"]: token["id"] for token in content.get("added_tokens", []) if token.get("special")}
+        """Names and ids of the tokens that stand for no text."""
         self._words = _WordCache(self._plain, self.dtype) if _is_ours(content) else None
 
     def encode(self, text: str, special: bool = False) -> list[int]:
@@ -92,6 +101,13 @@ class Tokenizer:
         """Text; bytes that are not UTF-8 (a token cut in the middle of a character) become U+FFFD."""
         ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
         return self._special.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def token_bytes(self, number: int) -> bytes:
+        """The bytes that one token stands for; its name where it is special, nothing where there is none."""
+        name = self._plain.id_to_token(number) or ""
+        if name in self.special or not self._byte_level:
+            return self.decode([number]).encode()
+        return bytes(_BYTES[char] for char in name if char in _BYTES)
 
     def token_id(self, token: str) -> int | None:
         return self._plain.token_to_id(token)

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-SOURCES = ("native.c", "passes.inc", "storage.c", "products.c", "int8.c")
+SOURCES = ("native.c", "numbers.inc", "passes.inc", "storage.c", "products.c", "int8.c")
 FLAGS = ("-O3", "-march=native", "-fopenmp-simd", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
 SUFFIXES = {torch.bfloat16: "_bf16", torch.float32: "_f32"}
 
@@ -31,23 +31,24 @@ def _folder() -> Path:
     return Path(base).expanduser() / "native"
 
 
-def _build() -> Path | None:
-    """The shared library for these sources, this compiler and this processor; compiled where it is not there yet (about 2 s)."""
+def build(stem: str, sources: tuple[str, ...], flags: tuple[str, ...]) -> Path | None:
+    """The shared library of the first of `sources` (the others are included in it), for this compiler and this processor; compiled where
+    it is not there yet (seconds). None without a compiler."""
     compiler = next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
     if compiler is None:
         return None
     here = Path(__file__).parent
     processor = Path("/proc/cpuinfo").read_text().split("\n\n")[0] if Path("/proc/cpuinfo").exists() else platform.processor()
-    flags = "\n".join(line for line in processor.splitlines() if line.startswith(("model", "flags", "Features"))) or processor
-    key = hashlib.sha256("\0".join([compiler, *FLAGS, flags, *((here / name).read_text() for name in SOURCES)]).encode()).hexdigest()[:16]
-    target = _folder() / f"passes-{key}.so"
+    can = "\n".join(line for line in processor.splitlines() if line.startswith(("model", "flags", "Features"))) or processor
+    key = hashlib.sha256("\0".join([compiler, *flags, can, *((here / name).read_text() for name in sources)]).encode()).hexdigest()[:16]
+    target = _folder() / f"{stem}-{key}.so"
     if target.exists():
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             made = Path(scratch) / target.name
-            subprocess.run([compiler, *FLAGS, "-o", made, here / SOURCES[0], "-lm"], check=True, capture_output=True, timeout=120)
+            subprocess.run([compiler, *flags, "-o", made, here / sources[0], "-lm"], check=True, capture_output=True, timeout=120)
             made.replace(target)
     except (OSError, subprocess.SubprocessError):
         return None
@@ -57,7 +58,7 @@ def _build() -> Path | None:
 @cache
 def passes() -> ctypes.CDLL | None:
     """The compiled passes, or None on a machine without a C compiler."""
-    path = _build()
+    path = build("passes", SOURCES, FLAGS)
     try:
         return ctypes.CDLL(str(path)) if path else None
     except OSError:

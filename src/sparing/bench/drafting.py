@@ -1,0 +1,94 @@
+"""Figures of `sparing bench infer`: self-speculation against plain decoding of the same engine, and the second turn of a conversation."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections import Counter
+from contextlib import ExitStack
+from pathlib import Path
+
+from sparing.bench.generation import BIG, random_run
+from sparing.bench.report import row, say
+from sparing.bench.worker import Worker
+from sparing.config import UserError
+from sparing.config_file import read_config
+from sparing.data.prepare import prepare
+from sparing.data.sources import documents
+from sparing.data.tokenizer import Tokenizer
+from sparing.run import RunFolder
+
+GRAM = 8
+
+
+def drafts(run: str, data: str = "", prompts: int = 200, prompt_tokens: int = 64, tokens: int = 128, temperature: float = 0.8,
+           weights: str = "auto", threads: int = 2) -> list[dict]:  # fmt: skip
+    """Speed with drafts over speed without, acceptance, and repeated 8-grams beside the held-out text's.
+
+    data: held-out text; default: what the run itself held out. Ten prompts at a time on either side, one after the other; equal texts
+    are required.
+    """
+    folder = RunFolder.open(run)
+    config = read_config(folder.config_file)
+    if not config.model.mtp_depth:
+        raise UserError(f"bench infer drafts: {run} has no MTP module: train with --model.mtp-depth 1")
+    tokenizer = Tokenizer.load(folder.tokenizer_file)
+    texts = (d.text for d in documents([data], config.data.text_key)) if data else prepare(config.data, config.model.vocab_size).held_out()
+    encoded = [ids for text in texts if len(ids := tokenizer.encode(text)) >= prompt_tokens + tokens]
+    if not encoded:
+        raise UserError(f"bench infer drafts: no held-out document has {prompt_tokens + tokens} tokens")
+    starts = [encoded[i % len(encoded)][i // len(encoded) * tokens :][: prompt_tokens + tokens] for i in range(prompts)]
+    starts = [ids for ids in starts if len(ids) == prompt_tokens + tokens]
+    with ExitStack() as stack:
+        sides = {speculate: stack.enter_context(Worker(threads)) for speculate in (False, True)}
+        seconds: dict[bool, list[float]] = {False: [], True: []}
+        made: list[list[int]] = []
+        for speculate, worker in sides.items():
+            setting = {"weights": weights, "speculate": speculate, "temperature": temperature}
+            worker.ask("run", function="engines.build", kind="ours", path=run, threads=threads, setting=setting)
+            worker.ask("run", function="engines.measure", prompts=[ids[:prompt_tokens] for ids in starts[:2]], tokens=tokens)
+        for first in range(0, len(starts), 10):
+            group = [[tokenizer.eot_id, *ids[: prompt_tokens - 1]] for ids in starts[first : first + 10]]
+            found = {}
+            for speculate in list(sides)[:: 1 if first % 20 else -1]:
+                found[speculate] = sides[speculate].ask("run", function="engines.measure", prompts=group, tokens=tokens)
+                seconds[speculate].append(found[speculate]["seconds"] / len(group))
+            if found[True]["made"] != found[False]["made"]:
+                raise AssertionError("drafts changed a text")
+            made += found[True]["made"]
+            say(f"{first + len(group)} of {len(starts)}: {seconds[False][-1] / seconds[True][-1]:.2f}x")
+        counts = sides[True].ask("run", function="engines.counts")
+    speed = {speculate: tokens / statistics.mean(values) for speculate, values in seconds.items()}
+    ratios = [plain / drafted for plain, drafted in zip(seconds[False], seconds[True], strict=True)]
+    accepted = counts["accepted_total"] / max(1.0, counts.get("drafted_total", 0.0))
+    repeated = [statistics.mean(map(repeats, texts)) for texts in (made, [ids[prompt_tokens:] for ids in starts])]
+    more = {"spread": [min(ratios), max(ratios)], "counts": counts, "threads": threads, "temperature": temperature}
+    return [
+        row("drafts, speed", speed[True], "tokens/s", speed[False], "the same engine without", len(ratios), **more),
+        row("drafts, accepted", accepted, "of those drafted", 0.5, "required", len(made)),
+        row("repeated 8-grams", repeated[0], "of all", repeated[1], "the held-out text", len(made)),
+    ]
+
+
+def repeats(ids: list[int]) -> float:
+    """Share of a text's 8-grams that stood in it before."""
+    counts = Counter(tuple(ids[i : i + GRAM]) for i in range(len(ids) - GRAM + 1))
+    return 1 - len(counts) / max(1, counts.total())
+
+
+def turns(run: str = "", rounds: int = 5, first: int = 1024, second: int = 64, threads: int = 2, weights: str = "int8") -> list[dict]:
+    """Seconds to the first token of a second turn of `second` tokens after a prompt of `first`, against those of the first turn.
+
+    run: default: random weights of about 1 B parameters.
+    """
+    with tempfile.TemporaryDirectory(prefix="sparing-bench-") as scratch, Worker(threads) as worker:
+        path = run or str(random_run(Path(scratch, "run"), BIG))
+        setting = {"weights": weights, "max_batch": 1}
+        worker.ask("run", function="engines.build", kind="ours", path=path, threads=threads, setting=setting)
+        took: list[list[float]] = [[], []]
+        for number in range(rounds + 1):
+            ids = [5 + (7919 * number + 31 * i * i) % 300 for i in range(first + second)]
+            for turn, prompt in enumerate((ids[:first], ids)):
+                took[turn].append(worker.ask("run", function="engines.measure", prompts=[prompt], tokens=1)["seconds"])
+    one, two = (statistics.median(seconds[1:]) for seconds in took)
+    return [row("time to the first token, second turn", two, "s", one, "the first turn (0.15 of it allowed)", rounds, threads=threads)]

@@ -1,0 +1,136 @@
+"""Sides of `sparing bench infer`, each in a process of its own (`worker`): our engine, transformers.generate, llama.cpp.
+
+`build` one, then `measure` it as often as wanted. Texts are greedy and of a fixed length, prompts are token ids.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+
+from sparing.bench.worker import forget_peak, resident_bytes
+
+_side: Ours | Transformers | LlamaCpp
+_baseline = 0
+
+
+def build(kind: str, path: str, threads: int, setting: dict) -> dict:
+    """kind: ours, transformers or llamacpp; path: a run, a Hugging Face folder or a GGUF file. -> {"seconds": until it can answer}."""
+    global _side, _baseline
+    make = {"ours": Ours, "transformers": Transformers, "llamacpp": LlamaCpp}[kind]
+    make.libraries()
+    _baseline = resident_bytes("VmRSS")
+    forget_peak()
+    start = time.perf_counter()
+    _side = make(path, threads, **setting)
+    return {"seconds": time.perf_counter() - start}
+
+
+def measure(prompts: Sequence[Sequence[int]], tokens: int, together: bool = False) -> dict:
+    """Continue every prompt by `tokens` tokens, all at once or one after the other. -> seconds, tokens (made, all texts)."""
+    start = time.perf_counter()
+    if together:
+        made: list[list[int]] = [[] for _ in prompts]
+
+        def one(i: int) -> None:
+            made[i] = _side.generate(prompts[i], tokens)
+
+        each = [threading.Thread(target=one, args=(i,)) for i in range(len(prompts))]
+        for thread in each:
+            thread.start()
+        for thread in each:
+            thread.join()
+    else:
+        made = [_side.generate(prompt, tokens) for prompt in prompts]
+    seconds = time.perf_counter() - start
+    assert all(len(text) == tokens for text in made), [len(text) for text in made]
+    return {"seconds": seconds, "made": made}
+
+
+def memory() -> dict:
+    """`bytes`: the most that was resident over what the libraries alone take."""
+    return {"bytes": resident_bytes("VmHWM") - _baseline}
+
+
+def counts() -> dict:
+    """Our engine's counters."""
+    return _side.engine.metrics() if isinstance(_side, Ours) else {}
+
+
+class Ours:
+    @staticmethod
+    def libraries() -> None:
+        import sparing.infer.engine  # noqa: F401
+
+    def __init__(self, path: str, threads: int, weights: str = "auto", speculate: bool | None = None, temperature: float = 0.0, **more):
+        from sparing.infer.engine import Engine
+
+        self.temperature = temperature
+        self.engine = Engine(path, weights=weights, speculate=speculate, threads=threads, **more)
+
+    def generate(self, prompt: Sequence[int], tokens: int) -> list[int]:
+        from sparing.infer.request import Sampling
+
+        s = Sampling(max_tokens=tokens, temperature=self.temperature, seed=0, ignore_eos=True)
+        return [token for piece in self.engine.submit(prompt, s) for token in piece.tokens]
+
+
+class Transformers:
+    @staticmethod
+    def libraries() -> None:
+        from sparing.bench.peer import import_transformers
+
+        import_transformers().AutoModelForCausalLM  # noqa: B018
+
+    def __init__(self, path: str, threads: int, dtype: str, cache: str, attention: str, compile: bool):
+        import torch
+
+        from sparing.bench.peer import import_transformers
+
+        load = import_transformers().AutoModelForCausalLM.from_pretrained
+        self.model = load(path, dtype=getattr(torch, dtype), attn_implementation=attention).eval()
+        if compile:
+            self.model.forward = torch.compile(self.model.forward)
+        self.options = {"do_sample": False, "cache_implementation": None if cache == "dynamic" else cache, "pad_token_id": 0}
+
+    def generate(self, prompt: Sequence[int], tokens: int) -> list[int]:
+        import torch
+
+        ids = torch.tensor([list(prompt)])
+        with torch.inference_mode():
+            made = self.model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens, **self.options
+            )
+        return made[0, len(prompt) :].tolist()
+
+
+class LlamaCpp:
+    @staticmethod
+    def libraries() -> None:
+        from sparing.config import UserError
+
+        try:
+            import xllamacpp  # noqa: F401
+        except ImportError as error:
+            raise UserError("this figure compares with llama.cpp: pip install xllamacpp") from error
+
+    def __init__(self, path: str, threads: int, parallel: int = 1, context: int = 1024, mtp: bool = False, flash: bool = True):
+        import xllamacpp as xlc
+
+        params = xlc.CommonParams()
+        params.model.path = path
+        params.n_ctx, params.n_parallel, params.n_batch, params.n_ubatch = context * parallel, parallel, 512, 512
+        kinds = xlc.llama_flash_attn_type
+        params.flash_attn_type = kinds.LLAMA_FLASH_ATTN_TYPE_AUTO if flash else kinds.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+        params.n_gpu_layers, params.fit_params, params.cache_ram_mib = 0, False, 0
+        if mtp:
+            params.load_mtp = True
+            params.speculative.types = [xlc.common_speculative_type.COMMON_SPECULATIVE_TYPE_DRAFT_MTP]
+            params.speculative.draft.n_max = 1
+        self.server = xlc.Server(params)
+
+    def generate(self, prompt: Sequence[int], tokens: int) -> list[int]:
+        body = {"prompt": list(prompt), "max_tokens": tokens, "temperature": 0.0, "ignore_eos": True, "cache_prompt": False}
+        return self.server.handle_completions(body | {"return_tokens": True, "verbose": True})["__verbose"]["tokens"]

@@ -1,0 +1,109 @@
+"""Chat templates: messages to the one text that a model was taught to answer. Templates are Jinja, run in its sandbox.
+
+A run folder holds one as chat_template.jinja or inside tokenizer_config.json (Hugging Face's places). A run without one gets PLAIN.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from sparing.config import UserError
+from sparing.data.tokenizer import Tokenizer
+from sparing.run import RunFolder
+
+MAX_BYTES = 1 << 20
+MARK = "\ufdd0"
+"""A code point that is no character (Unicode 23.7): set into the names of special tokens inside messages, and taken out again."""
+PLAIN = r"""{%- if tools %}System: Functions that you can call, as JSON:
+{%- for tool in tools %}
+{{ tool | tojson }}
+{%- endfor %}
+To call one, write <tool_call>{"name": ..., "arguments": {...}}</tool_call>{{ "\n\n" }}{% endif %}
+{%- for message in messages %}{{ message.role | capitalize }}: {{ message.content or "" }}
+{%- for call in message.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}{{ "\n\n" }}
+{%- endfor %}
+{%- if add_generation_prompt %}Assistant:{% endif %}"""
+PLAIN_STOPS = ("\nUser:", "\nSystem:")
+"""A model that knows no chat goes on with the next speaker's words: these end its answer."""
+
+
+def template_text(run: RunFolder) -> str | None:
+    """The run folder's own template. Raises UserError for a file that cannot be read."""
+    alone, settings = run.path / "chat_template.jinja", run.path / "tokenizer_config.json"
+    try:
+        if alone.exists():
+            return _small(alone)
+        if settings.exists():
+            found = json.loads(_small(settings)).get("chat_template")
+            if isinstance(found, list):  # several under names
+                found = next((entry["template"] for entry in found if entry.get("name") == "default"), None)
+            return found if isinstance(found, str) else None
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{run}: its chat template cannot be read: {error}") from None
+    return None
+
+
+def _small(path: Path) -> str:
+    if path.stat().st_size > MAX_BYTES:
+        raise UserError(f"{path} is larger than {MAX_BYTES >> 20} MiB: not a chat template")
+    return path.read_text(encoding="utf-8")
+
+
+class ChatTemplate:
+    """`render` turns messages into text. `plain`: the run has no template of its own."""
+
+    def __init__(self, text: str | None):
+        """Raises UserError for text that is no Jinja template."""
+        self.plain = text is None
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        environment.filters["tojson"] = lambda value, **more: json.dumps(value, ensure_ascii=False, **more)
+        environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+        try:
+            self._template = environment.from_string(PLAIN if text is None else text)
+        except jinja2.TemplateError as error:
+            raise UserError(f"the chat template is no Jinja template: {error}") from None
+
+    def render(self, messages: list[dict[str, Any]], tools: list[dict] | None = None, prompt: bool = True, end_of_text: str = "") -> str:
+        """The text before the answer. prompt: with the words that begin an answer. Raises UserError when the template refuses."""
+        try:
+            return self._template.render(
+                messages=messages, tools=tools, add_generation_prompt=prompt, bos_token=end_of_text, eos_token=end_of_text
+            )
+        except UserError:
+            raise
+        except Exception as error:  # a template is a program: it can fail in every way that one can
+            raise UserError(f"the chat template cannot show these messages: {str(error)[:200]}") from None
+
+    def encode(self, tokenizer: Tokenizer, messages: list[dict[str, Any]], tools: list[dict] | None = None) -> list[int]:
+        """Token ids of `render`. Special tokens are those that the template writes: their names inside a message stay text.
+
+        A run's own template says everything, its beginning too; before the plain one goes the end-of-text token, as before any document.
+        """
+        names = sorted(tokenizer.special, key=len, reverse=True)
+        special = re.compile("|".join(map(re.escape, names)))
+
+        def marked(value):
+            if isinstance(value, str):
+                return special.sub(lambda match: match[0][0] + MARK + match[0][1:], value.replace(MARK, ""))
+            if isinstance(value, dict):
+                return {key: marked(item) for key, item in value.items()}
+            return [marked(item) for item in value] if isinstance(value, list) else value
+
+        text = self.render(marked(messages), marked(tools) if tools else None, end_of_text=tokenizer.decode([tokenizer.eot_id]))
+        ids, at = [tokenizer.eot_id] if self.plain else [], 0
+        for match in special.finditer(text):
+            ids += [*tokenizer.encode(text[at : match.start()].replace(MARK, "")), tokenizer.special[match[0]]]
+            at = match.end()
+        return [*ids, *tokenizer.encode(text[at:].replace(MARK, ""))]
+
+
+def _refuse(message: str):
+    raise UserError(f"the chat template refuses these messages: {message[:200]}")

@@ -1,0 +1,121 @@
+"""The model over a paged cache in plain PyTorch: the reference for the compiled network, and what runs where there is no C compiler.
+
+Attention is the absorbed form (DeepSeek-V2 §2.1.2, arXiv 2405.04434): queries are carried into the latent space, so that a cached token
+is its latent and shared rotated key, and keys and values are never expanded. Grouped queries are the same with several key heads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparing.config import ModelConfig
+from sparing.infer.cache import BLOCK
+from sparing.model.rope import rotary_table, rotate, softmax_scale
+from sparing.model.transformer import Transformer
+
+
+@dataclass
+class Rows:
+    """One step's work: tokens of several texts side by side, those of one text together and in order."""
+
+    tables: list[list[int]] = field(default_factory=list)
+    """Each text's cache blocks."""
+    tokens: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    owners: list[int] = field(default_factory=list)
+    """Index into `tables`."""
+    wanted: list[int] = field(default_factory=list)
+    """Rows whose logits are wanted."""
+    first: list[int] = field(default_factory=list)
+    """The first position that each row sees; empty: 0 for all."""
+
+    def add(self, table: list[int], tokens: list[int], start: int, wanted: int) -> None:
+        """`tokens` of the text with this table, from position `start`; logits of the last `wanted` of them."""
+        first, count = len(self.tokens), len(tokens)
+        self.tokens += tokens
+        self.positions += range(start, start + count)
+        self.owners += [len(self.tables)] * count
+        self.tables.append(table)
+        self.wanted += range(first + count - wanted, first + count)
+
+
+def cache_width(c: ModelConfig) -> int:
+    """Numbers that a cached token needs in each layer."""
+    return c.kv_lora_rank + c.qk_rope_head_dim if c.attention == "mla" else 2 * c.num_kv_heads * c.head_dim
+
+
+class TorchNetwork:
+    """`forward` for `Rows`. Its products are PyTorch's: a row's result may differ in the last bit with the rows beside it."""
+
+    exact = False
+    """Whether a row's logits depend on nothing but its text."""
+    threads = 1
+
+    def __init__(self, model: Transformer, blocks: int):
+        self.model, self.c = model.eval(), model.config
+        shape = (model.config.num_layers, blocks, BLOCK, cache_width(model.config))
+        self.cache = torch.empty(shape, dtype=model.compute_dtype)
+        self.table = rotary_table(model.config, model.config.max_position_embeddings)
+        self.scale = softmax_scale(model.config)
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+    def metrics(self) -> dict[str, int]:
+        return {}
+
+    @torch.inference_mode()
+    def forward(self, rows: Rows) -> np.ndarray:
+        """(wanted, V) float32 logits; the cache holds the rows afterwards."""
+        x = F.embedding(torch.tensor(rows.tokens), self.model.model.embed_tokens.weight).to(self.model.compute_dtype)
+        positions = torch.tensor(rows.positions)
+        blocks = torch.tensor([rows.tables[o][p // BLOCK] for o, p in zip(rows.owners, rows.positions, strict=True)])
+        where = (blocks, positions % BLOCK)
+        owners = torch.tensor(rows.owners)
+        spans = [((owners == i).nonzero().flatten(), table) for i, table in enumerate(rows.tables)]
+        attention = self._latent if self.c.attention == "mla" else self._grouped
+        for i, layer in enumerate(self.model.model.layers[: self.c.num_layers]):
+            x = x + attention(layer.self_attn, layer.input_layernorm(x), self.cache[i], where, positions, spans)
+            x = x + layer.mlp(layer.post_attention_layernorm(x)[None])[0]
+        x = self.model.model.norm(x[rows.wanted])
+        return F.linear(x, self.model.head_weight.to(x.dtype)).float().numpy()
+
+    def _latent(self, m, x_ND: Tensor, cache: Tensor, where, positions: Tensor, spans) -> Tensor:
+        c = self.c
+        q = m.q_proj(x_ND) if c.q_lora_rank is None else m.q_b_proj(m.q_a_layernorm(m.q_a_proj(x_ND)))
+        q_nope, q_rope = q.unflatten(-1, (c.num_heads, -1)).split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
+        latent, k_rope = m.kv_a_proj_with_mqa(x_ND).split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
+        table = self.table[positions]
+        cache[where] = torch.cat((m.kv_a_layernorm(latent), rotate(k_rope[:, None], table)[:, 0]), -1)
+        up_HCK, up_HCV = m.kv_b_proj.weight.to(q.dtype).unflatten(0, (c.num_heads, -1)).split([c.qk_nope_head_dim, c.v_head_dim], 1)
+        absorbed = torch.einsum("nhk,hkc->nhc", q_nope, up_HCK)
+        q = torch.cat((absorbed, rotate(q_rope, table)), -1)
+        mixed = torch.empty_like(absorbed)
+        for mine, blocks in spans:
+            at = positions[mine]
+            keys = cache[blocks].flatten(0, 1)[: int(at[-1]) + 1]
+            mixed[mine] = self._weights(torch.einsum("nhc,sc->hns", q[mine], keys), at, "hns,sc->nhc", keys[:, : c.kv_lora_rank])
+        return m.o_proj(torch.einsum("nhc,hvc->nhv", mixed, up_HCV).flatten(1))
+
+    def _grouped(self, m, x_ND: Tensor, cache: Tensor, where, positions: Tensor, spans) -> Tensor:
+        c = self.c
+        table = self.table[positions]
+        q = rotate(m.q_proj(x_ND).unflatten(-1, (c.num_heads, -1)), table).unflatten(1, (c.num_kv_heads, -1))
+        k = rotate(m.k_proj(x_ND).unflatten(-1, (c.num_kv_heads, -1)), table)
+        cache[where] = torch.cat((k.flatten(1), m.v_proj(x_ND)), -1)
+        out = torch.empty_like(q)
+        for mine, blocks in spans:
+            at = positions[mine]
+            keys, values = cache[blocks].flatten(0, 1)[: int(at[-1]) + 1].unflatten(-1, (2, c.num_kv_heads, c.head_dim)).unbind(1)
+            out[mine] = self._weights(torch.einsum("nghd,sgd->ghns", q[mine], keys), at, "ghns,sgd->nghd", values)
+        return m.o_proj(out.flatten(1))
+
+    def _weights(self, scores: Tensor, at: Tensor, product: str, values: Tensor) -> Tensor:
+        hidden = torch.arange(scores.shape[-1]) > at[:, None]
+        weights = (scores.float() * self.scale).masked_fill(hidden, float("-inf")).softmax(-1).to(values.dtype)
+        return torch.einsum(product, weights, values)

@@ -1,0 +1,270 @@
+"""Weights as the compiled step reads them: packed into panels, in one file that is mapped into memory.
+
+The file is made once per run and format, in the run folder (or under $SPARING_HOME where that is read-only), and made anew when the
+weights change. Layout: 8 bytes of length, a JSON header, then the parts, each on a page of its own. Panels: kernels/decode_products.inc.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import mmap
+import os
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sparing.config import ModelConfig, UserError
+from sparing.kernels.decode import GROUP, PANEL
+from sparing.run import DamagedError, DiskFullError, RunFolder, atomic_file
+
+VERSION = 1
+PAGE = 4096
+
+
+def pack(w_NK: Tensor, format: str) -> Tensor:
+    """(N, K) float -> bytes of its panels; N is padded with zeros to 16. K: a multiple of 16 (int4: 32)."""
+    w = torch.nn.functional.pad(w_NK.float(), (0, 0, 0, -len(w_NK) % PANEL))
+    N, K = w.shape
+    if format == "float32":
+        return w.view(N // PANEL, PANEL, K).transpose(1, 2).contiguous().view(torch.uint8).flatten()
+    if format == "bfloat16":
+        return w.bfloat16().view(N // PANEL, PANEL, K // 2, 2).transpose(1, 2).contiguous().view(torch.uint8).flatten()
+    if format == "int8":
+        scale = w.abs().amax(1) / 127
+        q = (w / scale.clamp(min=1e-30)[:, None]).round_().add_(128).to(torch.uint8)
+        panels = q.view(N // PANEL, PANEL, K // 4, 4).transpose(1, 2).contiguous().flatten()
+        return torch.cat((panels, scale.view(torch.uint8)))
+    groups = w.view(N // PANEL, PANEL, K // GROUP, GROUP)
+    extreme = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
+    scale = (extreme / -8).bfloat16()  # the largest number is exact at -8 (llama.cpp's Q4_0)
+    divisor = torch.where(scale == 0, torch.ones((), dtype=scale.dtype), scale).float()
+    q = (groups / divisor).round_().clamp_(-8, 7).add_(8).to(torch.uint8).unflatten(-1, (2, 4, 4))
+    halves = (q[..., 0, :, :] | q[..., 1, :, :] << 4).permute(0, 2, 3, 1, 4).flatten(2)  # panel, group, quad, output, number
+    return torch.cat((halves.contiguous(), scale.squeeze(-1).transpose(1, 2).contiguous().view(torch.uint8)), -1).flatten()
+
+
+def unpack(data: Tensor, format: str, N: int, K: int) -> Tensor:
+    """The (N, K) float32 matrix that `pack`'s bytes stand for."""
+    panels = -(-N // PANEL)
+    if format == "float32":
+        return data.view(torch.float32).view(panels, K, PANEL).transpose(1, 2).flatten(0, 1)[:N]
+    if format == "bfloat16":
+        return data.view(torch.bfloat16).view(panels, K // 2, PANEL, 2).transpose(1, 2).flatten(0, 1).flatten(1)[:N].float()
+    if format == "int8":
+        q, scale = data[: panels * PANEL * K], data[panels * PANEL * K :].view(torch.float32)
+        return ((q.view(panels, K // 4, PANEL, 4).transpose(1, 2).flatten(0, 1).flatten(1).float() - 128) * scale[:, None])[:N]
+    blocks = data.view(panels, K // GROUP, -1)
+    halves = blocks[..., : 8 * GROUP].reshape(panels, K // GROUP, 4, PANEL, 4)
+    q = torch.stack((halves & 15, halves >> 4), 2).permute(0, 4, 1, 2, 3, 5).flatten(3).float() - 8
+    scale = blocks[..., 8 * GROUP :].contiguous().view(torch.bfloat16).float().transpose(1, 2)
+    return (q * scale[..., None]).flatten(2).flatten(0, 1)[:N]
+
+
+@dataclass
+class Part:
+    """Bytes of the file: a packed matrix (or a stack of `count`, `stride` bytes apart), or `inner` plain numbers (`outputs` 0)."""
+
+    format: str
+    outputs: int
+    inner: int
+    count: int
+    stride: int
+    offset: int = 0
+    make: Callable[[], Iterator[Tensor]] | None = None
+    """For a file to be written; None: the part lies inside the one before it."""
+
+    @property
+    def bytes(self) -> int:
+        return self.stride * self.count if self.stride else _bytes(self.format, self.outputs, self.inner)
+
+
+def _bytes(format: str, N: int, K: int) -> int:
+    per_number = {"float32": 4, "bfloat16": 2, "int8": 1}
+    if N == 0:
+        return K * per_number[format]
+    N = -(-N // PANEL) * PANEL
+    return N * K // GROUP * (GROUP // 2 + 2) if format == "int4" else N * K * per_number[format] + (4 * N if format == "int8" else 0)
+
+
+class _Writer:
+    """The parts of a model, and where they come from."""
+
+    def __init__(self, c: ModelConfig, format: str, get: Callable[[str], Tensor], shape: Callable[[str], list[int]]):
+        self.c, self.format, self.get, self.shape = c, format, get, shape
+        self.parts: dict[str, Part] = {}
+        self.numbers("embed", "model.embed_tokens.weight", "float32" if format == "float32" else "bfloat16")
+        self.numbers("norm", "model.norm.weight")
+        head = "model.embed_tokens.weight" if c.tie_word_embeddings else "lm_head.weight"
+        self.matrix("head", (c.vocab_size, c.hidden_size), lambda: get(head), fine=True)
+        for i in range(c.num_layers + c.mtp_depth):
+            self.layer(i)
+
+    def numbers(self, name: str, source: str, format: str = "float32") -> None:
+        """A tensor as it is."""
+        dtype = getattr(torch, format)
+        make = lambda: iter([self.get(source).to(dtype).contiguous().flatten().view(torch.uint8)])  # noqa: E731
+        self.parts[name] = Part(format, 0, math.prod(self.shape(source)), 1, 0, make=make)
+
+    def matrix(self, name: str, shape: tuple[int, int], get: Callable[[], Tensor], fine: bool = False, format: str | None = None) -> None:
+        """`fine`: int4 would cost more than it saves."""
+        format = format or self.format
+        format = "int8" if format == "int4" and (fine or shape[1] % GROUP) else format
+        self.parts[name] = Part(format, *shape, 1, 0, make=lambda: iter([pack(get(), format)]))
+
+    def heads(self, name: str, get: Callable[[], Tensor], shape: tuple[int, int]) -> None:
+        format = "int8" if self.format == "int4" else self.format
+        count = self.c.num_heads
+        self.parts[name] = Part(format, *shape, count, _bytes(format, *shape), make=lambda: (pack(w, format) for w in get()))
+
+    def layer(self, i: int) -> None:
+        c, get, at = self.c, self.get, f"model.layers.{i}."
+        D, H = c.hidden_size, c.num_heads
+        a = at + "self_attn."
+        self.numbers(f"{i}.input_norm", at + "input_layernorm.weight")
+        self.numbers(f"{i}.post_norm", at + "post_attention_layernorm.weight")
+        if c.attention == "mla":
+            N, V, C, R = c.qk_nope_head_dim, c.v_head_dim, c.kv_lora_rank, c.qk_rope_head_dim
+            query, width = ("q_proj", H * (N + R)) if c.q_lora_rank is None else ("q_a_proj", c.q_lora_rank)
+            names = [f"{a}{query}.weight", f"{a}kv_a_proj_with_mqa.weight"]
+            self.numbers(f"{i}.kv_norm", a + "kv_a_layernorm.weight")
+            if c.q_lora_rank is not None:
+                self.numbers(f"{i}.q_norm", a + "q_a_layernorm.weight")
+                self.matrix(f"{i}.q_b", (H * (N + R), c.q_lora_rank), lambda: get(a + "q_b_proj.weight"))
+            kv_b = lambda: get(a + "kv_b_proj.weight").unflatten(0, (H, N + V))  # noqa: E731
+            self.heads(f"{i}.k_b", lambda: kv_b()[:, :N].transpose(1, 2), (C, N))
+            self.heads(f"{i}.v_b", lambda: kv_b()[:, N:], (V, C))
+            width, out = width + C + R, H * V
+        else:
+            names = [f"{a}{name}_proj.weight" for name in "qkv"]
+            width, out = (H + 2 * c.num_kv_heads) * c.head_dim, H * c.head_dim
+        self.matrix(f"{i}.first", (width, D), lambda: torch.cat([get(name) for name in names]), fine=True)
+        self.matrix(f"{i}.o", (D, out), lambda: get(a + "o_proj.weight"))
+        dense = i < c.num_dense_layers or c.num_dense_layers >= c.num_layers
+        mlp = at + ("mlp." if dense else "mlp.shared_experts.")
+        if F := c.intermediate_size if dense else c.moe_intermediate_size * c.n_shared_experts:
+            self.matrix(f"{i}.gate_up", (2 * F, D), lambda: torch.cat([get(f"{mlp}{n}_proj.weight") for n in ("gate", "up")]))
+            self.matrix(f"{i}.down", (D, F), lambda: get(mlp + "down_proj.weight"))
+        if not dense:
+            self.numbers(f"{i}.bias", at + "mlp.gate.e_score_correction_bias")
+            self.matrix(f"{i}.router", (c.n_routed_experts, D), lambda: get(at + "mlp.gate.weight"), format="float32")
+            self.experts(i, at + "mlp.experts.")
+        if i >= c.num_layers:
+            for name, source in (("enorm", "enorm"), ("hnorm", "hnorm"), ("head_norm", "shared_head.norm")):
+                self.numbers(f"{i}.{name}", f"{at}{source}.weight")
+            self.matrix(f"{i}.join", (D, 2 * D), lambda: get(at + "eh_proj.weight"))
+
+    def experts(self, i: int, at: str) -> None:
+        """Expert after expert, whole pages each: both its matrices."""
+        c, F, D = self.c, self.c.moe_intermediate_size, self.c.hidden_size
+        shapes = (2 * F, D), (D, F)
+        formats = ["int8" if self.format == "int4" and shape[1] % GROUP else self.format for shape in shapes]
+        sizes = [-(-_bytes(f, *shape) // 64) * 64 for f, shape in zip(formats, shapes, strict=True)]
+        stride = -(-sum(sizes) // PAGE) * PAGE
+
+        def make() -> Iterator[Tensor]:
+            for up, down in zip(self.get(at + "gate_up_proj"), self.get(at + "down_proj"), strict=True):
+                whole = torch.zeros(stride, dtype=torch.uint8)
+                for start, w, f in ((0, up, formats[0]), (sizes[0], down, formats[1])):
+                    data = pack(w, f)
+                    whole[start : start + len(data)] = data
+                yield whole
+
+        self.parts[f"{i}.expert_gate_up"] = Part(formats[0], *shapes[0], c.n_routed_experts, stride, make=make)
+        self.parts[f"{i}.expert_down"] = Part(formats[1], *shapes[1], c.n_routed_experts, stride, offset=sizes[0])
+
+
+class Pack:
+    """A packed model, mapped into memory. `at(name)`: address of a part; `parts`: what they are."""
+
+    def __init__(self, path: Path):
+        with open(path, "rb") as file:
+            header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+            self.bytes = os.fstat(file.fileno()).st_size
+            self.file = os.dup(file.fileno())  # for reading parts past the mapping
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # torch wants to be able to write; nobody does
+        self.source = header["source"]
+        self.parts = {name: Part(**part) for name, part in header["parts"].items()}
+        self.data = torch.frombuffer(self._map, dtype=torch.uint8)
+
+    def __del__(self) -> None:
+        if hasattr(self, "file"):
+            os.close(self.file)
+
+    def at(self, name: str) -> int:
+        return self.data.data_ptr() + self.parts[name].offset
+
+    def matrix(self, name: str, index: int = 0) -> Tensor:
+        """The float32 matrix that a part stands for: for comparisons."""
+        part = self.parts[name]
+        start = part.offset + index * part.stride
+        return unpack(self.data[start : start + _bytes(part.format, part.outputs, part.inner)], part.format, part.outputs, part.inner)
+
+
+def fingerprint(weights: Path) -> str:
+    """Of the file's size and of 64 samples of 4 KiB: the same after copying, another after training."""
+    size, digest = weights.stat().st_size, hashlib.blake2b(digest_size=16)
+    digest.update(size.to_bytes(8, "little"))
+    with open(weights, "rb") as file:
+        for i in range(64):
+            file.seek(max(0, size - PAGE) * i // 63)
+            digest.update(file.read(PAGE))
+    return digest.hexdigest()
+
+
+def open_pack(run: RunFolder, c: ModelConfig, format: str) -> Pack:
+    """The run's weights in a format, packed first where they are not. Raises UserError for weights that are missing or damaged."""
+    if not run.weights_file.exists():
+        raise UserError(f"{run} has no usable weights: {run.weights_file} is missing")
+    source = f"{VERSION} {fingerprint(run.weights_file)}"
+    home = Path(os.environ.get("SPARING_HOME") or Path.home() / ".local" / "share" / "sparing").expanduser()
+    name = f"{format}.bin"
+    inside, outside = run.path / "packed" / name, home / "packed" / source.split()[1] / name
+    for path in (inside, outside):
+        try:
+            found = Pack(path)
+        except (OSError, ValueError, KeyError, TypeError, struct.error):
+            continue
+        if found.source == source:
+            return found
+    for path in (inside, outside):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write(path, run, c, format, source)
+            return Pack(path)
+        except DiskFullError:
+            raise
+        except OSError as error:  # read-only
+            problem = error
+    raise UserError(f"no place for the packed weights: neither {inside.parent} nor {outside.parent} can be written ({problem.strerror})")
+
+
+def _write(path: Path, run: RunFolder, c: ModelConfig, format: str, source: str) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(run.weights_file, framework="pt") as file:
+            parts = _Writer(c, format, file.get_tensor, lambda name: file.get_slice(name).get_shape()).parts
+            room = end = -(-(300 * len(parts) + 300) // PAGE) * PAGE
+            start = room
+            for part in parts.values():
+                if part.make:
+                    start, end = end, end + -(-part.bytes // PAGE) * PAGE
+                part.offset += start
+            listed = {name: {k: v for k, v in vars(part).items() if k != "make"} for name, part in parts.items()}
+            header = json.dumps({"source": source, "parts": listed}).encode().ljust(room - 8)
+            assert len(header) == room - 8
+            with atomic_file(path) as out:
+                out.write(struct.pack("<Q", len(header)) + header)
+                for part in parts.values():
+                    if part.make:
+                        for data in part.make():
+                            out.write(data.numpy())
+                        out.write(b"\0" * (-part.bytes % PAGE))
+    except (SafetensorError, DamagedError) as error:
+        raise UserError(f"{run} has no usable weights: {error}") from None

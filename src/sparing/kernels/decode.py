@@ -1,0 +1,91 @@
+"""The compiled inference step (decode.c, decode_products.inc): its structures, and the library for this processor.
+
+The plain reference is `sparing.infer.network.TorchNetwork`. One source serves every processor: vectors of 16 floats that the compiler
+cuts to what there is, and integer products for AVX512-VNNI, AVX2 or plain C, which give the same integers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+
+from sparing.kernels import native
+
+SOURCES = ("decode.c", "decode_products.inc", "numbers.inc")
+FLAGS = (
+    "-O3",
+    "-fopenmp-simd",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fPIC",
+    "-shared",
+    "-pthread",
+    "-Wno-psabi",
+)
+FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
+PANEL, GROUP, BLOCK = 16, 32, 32
+SCORING = {"sigmoid": 0, "softmax": 1, "sqrtsoftplus": 2}
+
+
+def _fields(**kinds: str) -> list[tuple[str, type]]:
+    types = {"int": ctypes.c_int64, "at": ctypes.c_void_p, "float": ctypes.c_float}
+    return [(name, types.get(kind)) for kind, names in kinds.items() for name in names.split()]  # type: ignore[misc]
+
+
+class Matrix(ctypes.Structure):
+    """One packed matrix, or a stack of them `stride` bytes apart."""
+
+    _fields_ = _fields(int="format outputs inner") + _fields(at="data") + _fields(int="stride")
+
+
+class Layer(ctypes.Structure):
+    _fields_ = [
+        *_fields(at="input_norm q_norm kv_norm post_norm"),
+        *((name, Matrix) for name in "first q_b k_b v_b o gate_up down router expert_gate_up expert_down".split()),
+        *_fields(at="bias enorm hnorm head_norm"),
+        ("join", Matrix),
+    ]
+
+
+class Residency(ctypes.Structure):
+    _fields_ = _fields(int="slots taken clock loads file", at="arena base place owner used")
+
+
+class Model(ctypes.Structure):
+    _fields_ = [
+        *_fields(int="hidden heads nope rope value latent q_rank kv_heads head_dim latent_attention"),
+        *_fields(int="experts chosen groups chosen_groups scoring normalise expert_width shared_width"),
+        *_fields(int="vocabulary layers all_layers width embed_bf16 quantised", float="eps scale routed_scale"),
+        *_fields(at="embed final_norm rotary cache"),
+        ("head", Matrix),
+        ("layer", ctypes.POINTER(Layer)),
+        ("residency", Residency),
+        *_fields(at="pool", int="rows longest"),
+        ("scratch", ctypes.c_void_p * 24),
+    ]
+
+
+class Batch(ctypes.Structure):
+    _fields_ = _fields(int="rows wanted table_stride mtp", at="tokens positions owners tables wanted_rows first before after logits")
+
+
+@cache
+def library(processor: str = "native") -> ctypes.CDLL | None:
+    """The compiled step, for this processor or (to compare) for a lesser one such as "x86-64-v3"; None without a C compiler."""
+    path = native.build("decode", SOURCES, (*FLAGS, f"-march={processor}"))
+    try:
+        found = ctypes.CDLL(str(path)) if path else None
+    except OSError:
+        return None
+    if found:
+        found.pool_open.restype, found.pool_open.argtypes = ctypes.c_void_p, [ctypes.c_int64]
+        found.pool_close.argtypes = [ctypes.c_void_p]
+        found.forward.argtypes = [ctypes.POINTER(Model), ctypes.POINTER(Batch), ctypes.c_int64, ctypes.c_int64]
+        found.release.argtypes = [ctypes.POINTER(Model)]
+        found.draw.restype = ctypes.c_int64
+        found.draw.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_uint32, ctypes.c_uint32]
+        found.probe.restype, found.probe.argtypes = ctypes.c_double, [ctypes.c_int64]
+        for function in (found.pool_close, found.forward, found.release):
+            function.restype = None
+    return found

@@ -1,0 +1,119 @@
+"""`sparing serve`: opens the run, listens, and on SIGTERM or Ctrl-C lets the answers under way finish."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+from sparing.account.power import sources
+from sparing.config import UserError
+from sparing.data.chat import ChatTemplate, template_text
+from sparing.infer.engine import Engine
+from sparing.pipeline import metered, say
+from sparing.run import RunFolder
+from sparing.serve.audit import Audit
+from sparing.serve.energy import Energy
+from sparing.serve.service import Service
+from sparing.serve.settings import Settings, read_keys
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def start(wished, started: float | None = None) -> None:
+    """Serve as the verb's options say (`verbs.Serve`). Raises UserError."""
+    settings = Settings(
+        host=wished.host, port=wished.port, name=wished.name, origins=tuple(wished.cors), answer_s=wished.answer_s, drain_s=wished.drain_s,
+        keys=read_keys(Path(wished.api_key_file)) if wished.api_key_file else (),
+    )  # fmt: skip
+    weights = {"none": "float32"}.get(wished.quantize, wished.quantize)
+    audit = Audit(audit_file(wished.audit_log), wished.audit_text)
+    cache, experts = (None if size is None else size << 20 for size in (wished.cache_mb, wished.expert_mb))
+    options = {"weights": weights, "cache_bytes": cache, "expert_bytes": experts, "max_batch": wished.batch, "max_queue": wished.queue}
+    serve(wished.run, settings, audit, started, threads=wished.threads, **options)
+
+
+def serve(run: str, settings: Settings, audit: Audit, started: float | None = None, **engine_options) -> None:
+    """Serve until a signal. engine_options: those of `Engine`. Raises UserError: no such run, port taken, packages missing."""
+    try:
+        import uvicorn  # noqa: F401
+    except ImportError:
+        raise UserError("serve needs its packages: pip install 'sparing[serve]'") from None
+    folder = RunFolder.open(run)
+    with _listening(settings) as listener, metered("serve", folder, "serve", started) as meter:
+        template = ChatTemplate(template_text(folder))
+        if template.plain:
+            say(f"{run} has no chat template: it is served as a base model, chats are written as plain lines of User: and Assistant:")
+        energy = Energy(sources(meter.machine, meter.tariff.rates, meter.tariff.processor))
+        with Engine(run, **engine_options) as engine:
+            service = Service(engine, template, settings, energy, audit)
+            host, port = listener.getsockname()[:2]
+            shown = f"[{host}]" if ":" in host else host
+            keyed = f", {len(settings.keys)} keys" if settings.keys else ""
+            say(f"{service.name} ({engine.weights}, {engine.context} tokens of context{keyed}) at http://{shown}:{port}")
+            asyncio.run(_run(service, listener))
+            meter.add(int(engine.metrics().get("completion_tokens_total", 0)))
+
+
+@contextlib.contextmanager
+def _listening(settings: Settings):
+    """The socket, taken before the model is loaded: a port in use is told at once."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        if os.name == "posix":
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # connections inherit it: what a client never takes is not kept for ever
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(2000 * settings.send_s))
+        try:
+            listener.bind((settings.host, settings.port))
+        except OSError as error:
+            hint = f"; choose another --port, 0 for a free one ({settings.port} is taken)" if error.errno == errno.EADDRINUSE else ""
+            raise UserError(f"cannot listen at {settings.host} port {settings.port}: {error.strerror}{hint}") from None
+        listener.listen(512)
+        yield listener
+
+
+async def _run(service: Service, listener: socket.socket) -> None:
+    import uvicorn
+
+    from sparing.serve.app import application
+
+    class Server(uvicorn.Server):
+        @contextlib.contextmanager
+        def capture_signals(self):
+            """Signals are ours: after a clean end nothing is raised again."""
+            yield
+
+    config = uvicorn.Config(
+        application(service), log_level="critical", access_log=False, server_header=False, lifespan="off", ws="none", loop="asyncio",
+        timeout_keep_alive=30, timeout_graceful_shutdown=max(1, round(service.settings.drain_s)), h11_max_incomplete_event_size=64 << 10,
+    )  # fmt: skip
+    server = Server(config)
+
+    def stop(*_: object) -> None:
+        if server.should_exit:
+            server.force_exit = True
+            return
+        service.draining = server.should_exit = True
+        running = service.engine.metrics().get("requests_running", 0)
+        print(f"stopping: {running:.0f} answers may take {service.settings.drain_s:g} s more; again: at once", file=sys.stderr, flush=True)
+
+    before = {number: signal.signal(number, stop) for number in SIGNALS}
+    try:
+        await server.serve(sockets=[listener])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def audit_file(given: str | None) -> Path | None:
+    """Where the audit log goes: --audit-log, "none", or $SPARING_HOME/audit.jsonl."""
+    if given is not None:
+        return None if given == "none" else Path(given)
+    home = os.environ.get("SPARING_HOME")
+    return (Path(home) if home else Path.home() / ".local" / "share" / "sparing") / "audit.jsonl"

@@ -1,0 +1,138 @@
+"""What the routes share: the engine, the chat template, the books."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+
+from sparing.config import UserError
+from sparing.data.chat import PLAIN_STOPS, ChatTemplate
+from sparing.infer.engine import Engine
+from sparing.infer.request import Sampling
+from sparing.serve.audit import Audit
+from sparing.serve.energy import Energy
+from sparing.serve.errors import ApiError, bad
+from sparing.serve.grammar import Grammars, Matcher
+from sparing.serve.settings import Settings
+from sparing.serve.tools import call_schema, forced
+
+DEFAULT_TOKENS = 16
+"""`max_tokens` of a completion that doesn't say (OpenAI's); a chat's answer may fill the context."""
+PARAMETERS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "ignore_eos")
+
+
+class Service:
+    def __init__(self, engine: Engine, template: ChatTemplate, settings: Settings, energy: Energy, audit: Audit):
+        self.engine, self.template, self.settings, self.energy, self.audit = engine, template, settings, energy, audit
+        self.name = settings.name or engine.name
+        self.kind = "base" if template.plain else "chat"
+        self.started = int(time.time())
+        self.draining = False
+        self.counts: Counter[tuple[str, int]] = Counter()
+        """Answers by (path, status)."""
+        tokenizer = engine.tokenizer
+        self.vocab_size = max(engine.config.vocab_size, tokenizer.vocab_size)
+        self.grammars = Grammars(tokenizer, engine.config.vocab_size)
+        self._longest = max(len(tokenizer.token_bytes(number)) for number in range(tokenizer.vocab_size))
+        self._eot = tokenizer.decode([tokenizer.eot_id])
+
+    def known(self, model: str | None) -> None:
+        """Raises ApiError 404 for another model's name."""
+        if model not in (None, self.name):
+            raise ApiError(404, f"The model `{model[:100]}` does not exist; this server has `{self.name}`.", "model", "model_not_found")
+
+    # prompts
+
+    def chat_prompt(self, body: dict) -> list[int]:
+        """Token ids of a chat's messages."""
+        messages = [_flat(message) for message in body["messages"]]
+        tools = None if body.get("tool_choice") == "none" else body.get("tools")
+        self._not_too_long(sum(len(message["content"].encode()) for message in messages))
+        try:
+            ids = self.template.encode(self.engine.tokenizer, messages, tools)
+        except UserError as error:
+            raise bad(str(error), "messages") from None
+        return ids
+
+    def text_prompt(self, text: str) -> list[int]:
+        """A document begins with the end-of-text token."""
+        self._not_too_long(len(text.encode()))
+        tokenizer = self.engine.tokenizer
+        return [tokenizer.eot_id, *tokenizer.encode(text)]
+
+    def _not_too_long(self, size: int) -> None:
+        """Before the tokenizer works for seconds on what cannot fit: no token is longer than the longest."""
+        if size > self.engine.context * self._longest:
+            raise self._too_long(f"your prompt has {size} bytes")
+
+    def _too_long(self, what: str) -> ApiError:
+        limit = f"This model's maximum context length is {self.engine.context} tokens"
+        return bad(f"{limit}; {what}.", "messages", "context_length_exceeded")
+
+    # sampling
+
+    def sampling(
+        self, body: dict, prompt: list[int], limit: int | None, logprobs: int | None, chat: bool, scored: bool = False
+    ) -> list[Sampling]:
+        """One for each of the `n` choices. limit: `max_tokens`; None: to the end of the context. scored: with log-probabilities of the
+        prompt. Raises ApiError 400."""
+        room = self.engine.context - len(prompt)
+        if room < 1:
+            raise self._too_long(f"your prompt has {len(prompt)} tokens, and an answer needs one")
+        if limit is not None and limit > room:
+            raise self._too_long(f"you asked for {len(prompt)} in the prompt and {limit} in the answer")
+        stop = body.get("stop") or ()
+        stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        bias = {int(token): value for token, value in body.get("logit_bias", {}).items()}
+        wrong = next((token for token in bias if token >= self.engine.config.vocab_size), None)
+        if wrong is not None:
+            raise bad(f"'logit_bias': {wrong} is no token; they end at {self.engine.config.vocab_size - 1}.", "logit_bias")
+        grammar = self._grammar(body)
+        n, seed = body.get("n", 1), body.get("seed")
+        common = {name: body[name] for name in PARAMETERS if name in body}
+        common |= {"stop": stop + (PLAIN_STOPS if chat and self.template.plain else ()), "top_k": max(0, body.get("top_k", 0))}
+        common |= {"max_tokens": room if limit is None else limit, "logprobs": logprobs, "logit_bias": bias}
+        common["prompt_logprobs"] = scored
+        try:
+            return [
+                # Choice i of a seeded request has seed + i: n equal texts would be no choice.
+                Sampling(seed=None if seed is None else (seed + i) % 2**63, grammar=grammar.copy() if grammar else None, **common)
+                for i in range(n)
+            ]
+        except UserError as error:
+            raise bad(str(error)) from None
+
+    def _grammar(self, body: dict) -> Matcher | None:
+        functions, form = forced(body), body.get("response_format", {"type": "text"})
+        if functions is not None:
+            return self.grammars.json_schema(call_schema(functions))
+        if form["type"] == "json_object":
+            return self.grammars.json_schema({"type": "object"})
+        if form["type"] == "json_schema":
+            return self.grammars.json_schema(form["json_schema"]["schema"])
+        return self.grammars.lark(form["grammar"]) if form["type"] == "grammar" else None
+
+    # answers
+
+    def usage(self, counted: dict[str, int], joules: float | None) -> dict:
+        """OpenAI's `usage`, and beside it what the answer took: joules, and how exactly the model was computed."""
+        prompt, completion = counted["prompt_tokens"], counted["completion_tokens"]
+        accepted, drafted = counted["accepted"], counted["drafted"]
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": counted["cached_tokens"]},
+            "completion_tokens_details": {"accepted_prediction_tokens": accepted, "rejected_prediction_tokens": drafted - accepted},
+            "energy": {"joules": None if joules is None else round(joules, 3), "how": self.energy.how},
+            "tier": "exact",  # every expert that the router chose, every layer
+            "weights": self.engine.weights,
+        }
+
+
+def _flat(message: dict) -> dict:
+    """Content parts joined to one text, which is what templates expect."""
+    content = message.get("content") or ""
+    if isinstance(content, list):
+        content = "".join(part["text"] for part in content)
+    return {**message, "content": content, "role": "system" if message["role"] == "developer" else message["role"]}

@@ -1,0 +1,61 @@
+"""What the operator of a server decides."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparing.config import UserError
+
+LOCAL = ("127.0.0.1", "::1", "localhost")
+
+
+@dataclass(frozen=True)
+class Settings:
+    host: str = "127.0.0.1"
+    port: int = 8000
+    name: str | None = None
+    """The model's name for clients; None: the run folder's."""
+    keys: tuple[str, ...] = ()
+    """Bearer keys; none: everybody who reaches the port may ask."""
+    origins: tuple[str, ...] = ()
+    """Web origins that may call from a browser (CORS)."""
+    max_body: int = 4 << 20
+    """Bytes."""
+    body_s: float = 30.0
+    """A request's body must have arrived after this."""
+    send_s: float = 30.0
+    """A reader that takes nothing for this long is given up."""
+    answer_s: float = 600.0
+    """An answer, waiting included, may take this long."""
+    drain_s: float = 30.0
+    """After SIGTERM, answers under way may take this long."""
+
+    @property
+    def local(self) -> bool:
+        return self.host in LOCAL
+
+    def key_of(self, given: str) -> str | None:
+        """A name for the logs of the key that was given, None if it is none of ours. Takes equally long for every wrong key."""
+        found = None
+        for key in self.keys:
+            if hmac.compare_digest(key.encode(), given.encode(errors="replace")):
+                found = hashlib.sha256(key.encode()).hexdigest()[:8]
+        return found
+
+
+def read_keys(path: Path) -> tuple[str, ...]:
+    """One key a line; empty lines and lines that begin with # are left out. Raises UserError."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--api-key-file {path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'})") from None
+    keys = tuple(line for line in lines if line and not line.startswith("#"))
+    if not keys:
+        raise UserError(f"--api-key-file {path}: has no key; write one a line, for example from: openssl rand -hex 24")
+    short = next((number for number, key in enumerate(keys, 1) if len(key) < 16), None)
+    if short is not None:
+        raise UserError(f"--api-key-file {path}: key {short} is shorter than 16 characters; make one with: openssl rand -hex 24")
+    return keys

@@ -1,0 +1,40 @@
+"""The figures of `sparing bench infer` on a tiny model: both sides really run, in turn."""
+
+import pytest
+from tests.infer.conftest import make_run, tokenizer  # noqa: F401
+
+from sparing.bench.drafting import repeats
+from sparing.bench.infer import run
+from sparing.bench.report import ROW_KEYS
+from sparing.config import UserError
+
+
+def test_generate(make_run):  # noqa: F811
+    pytest.importorskip("transformers")
+    path = str(make_run(mtp_depth=1))
+    rows = run("generate", json=True, run=path, rounds=2, prompt_tokens=8, tokens=12, threads=1, weights="float32", compile=False)["rows"]
+    assert all(set(ROW_KEYS) <= set(row) for row in rows)
+    speed, memory, start = rows
+    assert speed["ours"] > 0 and speed["peer"] > 0 and speed["same_tokens"] == 1.0
+    assert "dynamic" in speed["peer_name"] or "static" in speed["peer_name"]
+    assert memory["ours"] > 0 and start["ours"] > 0
+
+
+def test_drafts(make_run, tmp_path):  # noqa: F811
+    (tmp_path / "text.txt").write_text("def parse(self, text):\n    return json.loads(text)\n\n" * 40)
+    options = {"data": str(tmp_path / "text.txt"), "prompts": 4, "prompt_tokens": 8, "tokens": 16, "threads": 1}
+    speed, accepted, repeated = run("drafts", json=True, run=str(make_run()), **options)["rows"]
+    assert speed["ratio"] > 0 and 0 <= accepted["ours"] <= 1 and speed["counts"]["drafted_total"] > 0
+    assert 0 <= repeated["ours"] <= 1
+    with pytest.raises(UserError, match="no MTP module"):
+        run("drafts", json=True, run=str(make_run(mtp_depth=0)))
+
+
+def test_turns(make_run):  # noqa: F811
+    (row,) = run("turns", json=True, run=str(make_run(mtp_depth=0)), rounds=2, first=200, second=20, threads=1)["rows"]
+    assert 0 < row["ratio"] < 1
+
+
+def test_repeats():
+    assert repeats(list(range(20))) == 0
+    assert repeats([1, 2] * 10) == pytest.approx(11 / 13)

@@ -1,0 +1,218 @@
+"""The compiled step against the model that is trained, against plain PyTorch, and against itself in other company."""
+
+import gc
+import os
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from sparing.bench.worker import resident_bytes
+from sparing.config import ModelConfig, UserError
+from sparing.infer.compiled import CompiledNetwork
+from sparing.infer.loaded import load
+from sparing.infer.network import Rows, TorchNetwork, cache_width
+from sparing.infer.pack import open_pack, pack, unpack
+from sparing.interop.huggingface import export_hf
+from sparing.kernels.decode import library
+from sparing.run import RunFolder, read_tensors, write_tensors
+
+pytestmark = pytest.mark.skipif(library() is None, reason="there is no C compiler")
+TABLE = [3, 1, 4, 5, 9]
+SHAPES = [
+    {},
+    {"attention": "gqa"},
+    {"attention": "gqa", "num_kv_heads": 1, "num_heads": 3},
+    {"num_heads": 3, "kv_lora_rank": 48, "v_head_dim": 48},
+    {"q_lora_rank": None, "num_dense_layers": 3},
+    {"n_group": 4, "topk_group": 2, "scoring_func": "softmax", "norm_topk_prob": False},
+    {"scoring_func": "sqrtsoftplus", "n_shared_experts": 0, "num_experts_per_tok": 2},
+    {"yarn": None, "tie_word_embeddings": True, "rope_theta": 500.0},
+]
+
+
+def compiled(run, weights="float32", threads=2, **more):
+    c = load(run).config.model
+    return CompiledNetwork(c, open_pack(RunFolder.open(run), c, weights), weights, 16, threads, **more)
+
+
+def in_pieces(network, ids, pieces, table=TABLE):
+    """(T, V) logits of a text computed piece by piece."""
+    out, at = [], 0
+    for size in pieces:
+        rows = Rows()
+        rows.add(table, ids[at : at + size], at, size)
+        out.append(network.forward(rows).copy())
+        at += size
+    return np.concatenate(out)
+
+
+def some_ids(vocab_size, count=150, seed=0):
+    return torch.randint(0, vocab_size, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@pytest.mark.parametrize("changes", SHAPES)
+def test_float32_is_the_training_forward_and_latent_is_expanded(make_run, changes):
+    run = make_run(**changes)
+    model = load(run).network  # keys and values expanded from the latent
+    ids = some_ids(model.config.vocab_size)
+    with torch.no_grad():
+        expected = model(torch.tensor([ids]))[0].numpy()
+    assert np.abs(in_pieces(TorchNetwork(model, 16), ids, [150]) - expected).max() < 1e-4
+    network = compiled(run)
+    assert np.abs(in_pieces(network, ids, [150]) - expected).max() < 1e-4
+    network.close()
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("processor", ["native", "x86-64-v3"])
+def test_a_row_does_not_depend_on_its_company(make_run, weights, processor):
+    run = make_run()
+    if library(processor) is None:
+        pytest.skip("not this processor")
+    network = compiled(run, weights, threads=1, processor=processor)
+    ids = some_ids(network.c.vocab_size)
+    whole = in_pieces(network, ids, [150])
+    assert (in_pieces(network, ids, [70, 1, 2, 3, 4, 5, 33, 1, 1, 30]) == whole).all()
+    other = some_ids(network.c.vocab_size, 60, seed=1)
+    alone = in_pieces(network, other, [60], table=[0, 2])
+    rows = Rows()
+    rows.add([6, 7, 8, 10, 11], ids[:140], 0, 1)
+    rows.add([12, 13], other, 0, 60)
+    rows.add(TABLE, ids[140:143], 140, 3)
+    together = network.forward(rows)
+    assert (together[1:61] == alone).all()
+    assert (together[0] == whole[139]).all() and (together[61:] == whole[140:143]).all()
+    network.close()
+    more = compiled(run, weights, threads=3, processor=processor)
+    assert (in_pieces(more, ids, [150]) == whole).all()
+    more.close()
+
+
+def test_integers_are_the_same_on_every_processor(make_run):
+    if library("x86-64-v3") is None:
+        pytest.skip("not this processor")
+    run, rows = make_run(), Rows()
+    ids = some_ids(400)
+    rows.add(TABLE, ids, 0, 150)
+    for weights in ("int8", "int4"):
+        a, b = compiled(run, weights), compiled(run, weights, processor="x86-64-v3")
+        one, two = a.forward(rows).copy(), b.forward(rows)
+        # Only attention's and norms' floats may differ in their last bits, and flip a rounding.
+        assert np.median(np.abs(one - two)) < 0.05 * np.median(np.abs(one))
+        a.close(), b.close()
+
+
+@pytest.mark.parametrize("shape", [(16, 32), (50, 64), (33, 96)])
+@pytest.mark.parametrize(("weights", "error"), [("float32", 0), ("bfloat16", 0.004), ("int8", 0.004), ("int4", 0.09)])
+def test_packing_and_unpacking(shape, weights, error):
+    w = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    w[3] = 0
+    back = unpack(pack(w, weights), weights, *shape)
+    assert back.shape == w.shape and (back[3] == 0).all()
+    assert float((back - w).abs().max()) <= error * float(w.abs().max())
+    if weights == "int4":  # each group's largest number is exact up to bfloat16
+        groups, near = w.unflatten(1, (-1, 32)), back.unflatten(1, (-1, 32))
+        at = groups.abs().argmax(-1, keepdim=True)
+        assert torch.allclose(near.gather(-1, at), groups.gather(-1, at), rtol=0.005)
+
+
+@pytest.mark.parametrize("weights", ["bfloat16", "int8", "int4"])
+def test_quantised_products_are_those_of_the_unpacked_weights(make_run, weights):
+    """Head and final norm, by the pack's own weights: what is left is the rounding of activations."""
+    network = compiled(make_run(), weights)
+    rows = Rows()
+    rows.add(TABLE, some_ids(network.c.vocab_size, 40), 0, 40)
+    logits = network.forward(rows)
+    x = torch.from_numpy(network.hidden)
+    if weights != "bfloat16":
+        scale = x.abs().amax(1, keepdim=True) / 127
+        x = (x / scale).round() * scale
+    expected = (x @ network.pack.matrix("head").T).numpy()
+    network.close()
+    assert np.abs(logits - expected).max() < 1e-3 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(("weights", "most"), [("bfloat16", 0.01), ("int8", 0.03), ("int4", 0.5)])
+def test_quantisation_costs_little(make_run, weights, most):
+    run = make_run(num_dense_layers=3, mtp_depth=0)  # routing of a random mixture flips at every rounding
+    network, model = compiled(run, weights), load(run).network
+    ids = some_ids(network.c.vocab_size)
+    with torch.no_grad():
+        p = model(torch.tensor([ids]))[0].log_softmax(-1)
+    q = torch.from_numpy(in_pieces(network, ids, [150])).log_softmax(-1)
+    network.close()
+    assert float((p.exp() * (p - q)).sum(-1).mean()) < most
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="resident pages are read from /proc")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_experts_stay_under_their_cap_and_change_nothing(make_run, threads):
+    run = make_run(seed=2, hidden_size=256, n_routed_experts=128, moe_intermediate_size=256, num_experts_per_tok=4, mtp_depth=0)
+    network = compiled(run, "int8", threads)
+    ids = some_ids(network.c.vocab_size)
+    whole = in_pieces(network, ids, [100, *[1] * 50])
+    network.close()
+    experts = sum(part.stride * part.count for name, part in network.pack.parts.items() if name.endswith("expert_gate_up"))
+    rest = network.pack.bytes - experts
+    del network
+    gc.collect()  # unmaps the file
+    with open(run / "packed" / "int8.bin", "rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    before = resident_bytes("VmRSS")
+    network, most, out = compiled(run, "int8", threads, expert_bytes=experts // 4), 0, []
+    for start, end in [(0, 100), *((i, i + 1) for i in range(100, 150))]:
+        rows = Rows()
+        rows.add(TABLE, ids[start:end], start, end - start)
+        out.append(network.forward(rows).copy())
+        most = max(most, resident_bytes("VmRSS"))
+    assert (np.concatenate(out) == whole).all()
+    counts = network.metrics()
+    network.close()
+    assert counts["expert_bytes"] <= experts // 4 and counts["expert_loads_total"] > 64
+    assert most - before <= experts // 4 + rest + (8 << 20)  # scratch and what the allocator keeps
+
+
+def test_float32_is_transformers(make_run, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    run = RunFolder.open(make_run(mtp_depth=0))
+    c = load(run.path).config.model
+    export_hf(c, read_tensors(run.weights_file), None, tmp_path / "hf")
+    peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
+    ids = some_ids(c.vocab_size)
+    with torch.no_grad():
+        expected = peer(torch.tensor([ids])).logits[0].numpy()
+    network = compiled(run.path)
+    assert np.abs(in_pieces(network, ids, [100, 1, 1, 48]) - expected).max() < 1e-4
+    network.close()
+
+
+def test_the_cache_is_small():
+    """Figure 5: latents of 16 heads (nope 128, rope 64, value 128, rank 256) against the keys and values of all heads."""
+    c = ModelConfig(num_heads=16, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, kv_lora_rank=256)
+    assert cache_width(c) / (16 * (128 + 64 + 128)) <= 0.07
+    assert cache_width(replace(c, attention="gqa", num_kv_heads=2, head_dim=64)) == 256
+
+
+def test_a_packed_model_is_opened_at_once_and_made_anew_when_it_changed(make_run, tmp_path, monkeypatch):
+    run = RunFolder(tmp_path / "run")
+    shutil.copytree(make_run(), run.path)
+    shutil.rmtree(run.path / "packed", ignore_errors=True)
+    c = load(run.path).config.model
+    first = open_pack(run, c, "int8")
+    stamp = (run.path / "packed" / "int8.bin").stat().st_mtime_ns
+    os.utime(run.weights_file)  # as copying the folder does
+    assert open_pack(run, c, "int8").source == first.source
+    assert (run.path / "packed" / "int8.bin").stat().st_mtime_ns == stamp
+    tensors = dict(read_tensors(run.weights_file))
+    write_tensors(run.weights_file, {name: tensor * 0.5 if tensor.is_floating_point() else tensor for name, tensor in tensors.items()})
+    again = open_pack(run, c, "int8")
+    assert again.source != first.source
+    assert torch.allclose(again.matrix("head"), first.matrix("head") * 0.5)
+    (run.path / "packed" / "int8.bin").write_bytes(b"\0" * 100)  # cut short
+    assert open_pack(run, c, "int8").source == again.source
+    run.weights_file.unlink()
+    with pytest.raises(UserError, match="no usable weights"):
+        open_pack(run, c, "float32")

@@ -1,0 +1,240 @@
+"""Keys, limits, logs, the end: what an operator relies on."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from tests.serve.conftest import Server
+
+from sparing.config import UserError
+from sparing.serve.audit import Audit
+from sparing.serve.energy import Energy
+from sparing.serve.settings import Settings, read_keys
+
+CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
+KEY = "a-key-of-some-length"
+
+
+@pytest.fixture(scope="module")
+def keyed(run, home, tmp_path_factory):
+    """A server with keys, one place in its queue, one answer at a time, and a log with texts; its run folder may not be written."""
+    folder = tmp_path_factory.mktemp("keyed")
+    (folder / "keys").write_text(f"# clinic\n{KEY}\n\nanother-key-of-some-length\n")
+    modes = {path: path.stat().st_mode for path in [run, *run.rglob("*")]}
+    for path in modes:
+        path.chmod(modes[path] & ~0o222)
+    options = ["--api-key-file", str(folder / "keys"), "--batch", "1", "--queue", "1", "--audit-log", str(folder / "audit"), "--audit-text"]
+    server = Server(run, *options, "--cors", "https://example.org", "--name", "tiny", env={"SPARING_HOME": str(home)})
+    server.audit = folder / "audit"
+    yield server
+    assert server.stop() == 0
+    for path, mode in modes.items():
+        path.chmod(mode)
+    assert "Traceback" not in "".join(server.log)
+
+
+def test_keys(keyed):
+    for path in ("/v1/models", "/metrics", "/v1/nothing"):
+        status, headers, body = keyed.ask("GET", path)
+        assert status == 401 and body["error"]["code"] == "missing_api_key" and headers["www-authenticate"] == "Bearer"
+    status, _, body = keyed.ask("GET", "/v1/models", Authorization="Bearer wrong")
+    assert status == 401 and body["error"]["code"] == "invalid_api_key" and "wrong" not in json.dumps(body)
+    assert keyed.ask("GET", "/v1/models", Authorization="Basic " + KEY)[0] == 401
+    for key in (KEY, "another-key-of-some-length"):
+        assert keyed.ask("GET", "/v1/models", Authorization="Bearer " + key)[0] == 200
+    for path in ("/", "/health", "/favicon.ico", "/openapi.json"):
+        assert keyed.ask("GET", path)[0] == 200
+    assert keyed.ask("GET", "/v1/models", Authorization="Bearer " + KEY, Host="clinic.example")[0] == 200, "with keys any name will do"
+
+
+def test_cors_for_those_who_asked(keyed):
+    headers = {"Origin": "https://example.org", "Access_Control_Request_Method": "POST", "Access_Control_Request_Headers": "authorization"}
+    status, found, _ = keyed.ask("OPTIONS", "/v1/chat/completions", **headers)
+    assert status == 200 and found["access-control-allow-origin"] == "https://example.org"
+    status, found, _ = keyed.ask("OPTIONS", "/v1/chat/completions", **{**headers, "Origin": "https://evil.example"})
+    assert "access-control-allow-origin" not in found
+
+
+def test_a_full_queue_says_when_to_come_back(keyed):
+    answers: list[tuple] = []
+    body = CHAT | {"max_tokens": 300}
+    ask = lambda: answers.append(keyed.ask("POST", "/v1/chat/completions", body, Authorization="Bearer " + KEY))  # noqa: E731
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    refused = [answer for answer in answers if answer[0] == 429]
+    assert refused and len(refused) < 8, [answer[0] for answer in answers]
+    assert all(int(headers["retry-after"]) >= 1 and body["error"]["type"] == "rate_limit_error" for _, headers, body in refused)
+    assert all(answer[0] == 200 for answer in answers if answer not in refused)
+
+
+def test_the_audit_log(keyed, server, home):
+    asked = CHAT | {"messages": [{"role": "user", "content": "a secret question"}]}
+    status, headers, answer = keyed.ask("POST", "/v1/chat/completions", asked, Authorization="Bearer " + KEY)
+    assert status == 200
+    last = json.loads(keyed.audit.read_text().splitlines()[-1])
+    assert last["request"] == headers["x-request-id"] and last["key"] and KEY not in keyed.audit.read_text()
+    assert last["completion_tokens"] == answer["usage"]["completion_tokens"] and last["joules"] > 0 and last["client"] == "127.0.0.1"
+    assert "a secret question" in last["prompt"] and last["answers"] == [answer["choices"][0]["message"]["content"]]
+    assert stat.S_IMODE(keyed.audit.stat().st_mode) == 0o600
+    server.ask("POST", "/v1/chat/completions", asked)
+    plain = (home / "audit.jsonl").read_text()
+    last = json.loads(plain.splitlines()[-1])
+    assert last["path"] == "/v1/chat/completions" and last["ended"] in ("stop", "length") and "prompt" not in last
+    assert "a secret question" not in plain
+
+
+def test_metrics_are_prometheus(server):
+    server.ask("POST", "/v1/chat/completions", CHAT)
+    server.ask("GET", "/v1/nothing-like-that")
+    status, headers, text = server.ask("GET", "/metrics")
+    assert status == 200 and headers["content-type"].startswith("text/plain; version=0.0.4")
+    values = {}
+    for line in text.splitlines():
+        if line.startswith("#"):
+            assert re.fullmatch(r"# TYPE [a-z_]+ (counter|gauge)", line), line
+        else:
+            assert re.fullmatch(r'[a-z_]+(\{path="[^"]*",status="\d+"\})? \S+', line), line
+            values[line.rsplit(" ", 1)[0]] = float(line.rsplit(" ", 1)[1])
+    assert values['sparing_http_requests_total{path="/v1/chat/completions",status="200"}'] >= 1
+    assert values['sparing_http_requests_total{path="other",status="404"}'] >= 1
+    assert values["sparing_completion_tokens_total"] > 0 and values["sparing_energy_joules_total"] > 0
+    assert values["sparing_resident_bytes"] > 1e7
+
+
+def test_an_answer_that_takes_too_long_ends(run, home):
+    server = Server(run, "--answer-s", "0.05", env={"SPARING_HOME": str(home)})
+    try:
+        status, _, body = server.ask("POST", "/v1/completions", {"model": "tiny", "prompt": "x", "max_tokens": 500, "ignore_eos": True})
+        assert status == 504 and body["error"]["code"] == "timeout"
+        stream = {"model": "tiny", "prompt": "x", "max_tokens": 500, "ignore_eos": True, "stream": True}
+        status, _, text = server.ask("POST", "/v1/completions", stream)
+        events = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+        assert status == 200 and json.loads(events[-2])["error"]["code"] == "timeout" and events[-1] == "[DONE]"
+    finally:
+        assert server.stop() == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_at_the_end_answers_under_way_are_finished(run, home, number):
+    server = Server(run, env={"SPARING_HOME": str(home)})
+    found: list[tuple] = []
+    body = {"model": "tiny", "prompt": "x", "max_tokens": 300, "ignore_eos": True, "stream": True}
+    thread = threading.Thread(target=lambda: found.append(server.ask("POST", "/v1/completions", body)))
+    thread.start()
+    deadline = time.monotonic() + 60
+    while "sparing_requests_running 1\n" not in server.ask("GET", "/metrics")[2]:
+        assert time.monotonic() < deadline
+    assert server.stop(number) == 0
+    thread.join()
+    status, _, text = found[0]
+    assert status == 200 and text.endswith("data: [DONE]\n\n") and '"finish_reason":"length"' in text
+    with pytest.raises(OSError):
+        server.ask("GET", "/health")
+
+
+def test_a_slow_reader_holds_nobody_up(server):
+    """It asks for a long stream and reads none of it; others are answered meanwhile."""
+    host, port = server.url.removeprefix("http://").split(":")
+    body = json.dumps({"model": "tiny", "prompt": "x", "max_tokens": 400, "stream": True, "logprobs": 20, "n": 4}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.socket() as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        slow.connect((host, int(port)))
+        slow.sendall(head.encode() + body)
+        assert server.ask("POST", "/v1/chat/completions", CHAT)[0] == 200
+
+
+IMPATIENT = """
+import sys
+from pathlib import Path
+from sparing.serve.audit import Audit
+from sparing.serve.server import serve
+from sparing.serve.settings import Settings
+serve(sys.argv[1], Settings(port=0, send_s=0.5), Audit(Path(sys.argv[2])), threads=1)
+"""
+
+
+def test_a_reader_that_takes_nothing_is_given_up(run, home, tmp_path):
+    server = Server(run, str(tmp_path / "audit"), env={"SPARING_HOME": str(home)}, program=IMPATIENT)
+    try:
+        host, port = server.url.removeprefix("http://").split(":")
+        asked = {"model": "tiny", "prompt": ["x"] * 4, "max_tokens": 500, "stream": True, "logprobs": 20, "n": 16, "ignore_eos": True}
+        body = json.dumps(asked).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        with socket.socket() as slow:  # more comes than the kernel's buffers hold
+            slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+            slow.connect((host, int(port)))
+            slow.sendall(head.encode() + body)
+            deadline = time.monotonic() + 120
+            while not (tmp_path / "audit").read_text():
+                assert time.monotonic() < deadline, "it is still being served"
+                time.sleep(0.1)
+        assert json.loads((tmp_path / "audit").read_text())["ended"] == "slow reader"
+        assert "sparing_requests_running 0\n" in server.ask("GET", "/metrics")[2]
+    finally:
+        assert server.stop() == 0
+
+
+def test_mistakes_of_the_operator_are_one_line(run, tmp_path):
+    def says(*options: str) -> str:
+        command = [sys.executable, "-m", "sparing", "serve", *options]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "SPARING_HOME": str(tmp_path)})
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+        return done.stderr
+
+    assert "--api-key-file" in says(str(run), "--host", "0.0.0.0")
+    assert "no such run folder" in says(str(tmp_path / "nothing"))
+    assert "must be from 0 to 65535" in says(str(run), "--port", "70000")
+    (tmp_path / "keys").write_text("# none\n")
+    assert "has no key" in says(str(run), "--api-key-file", str(tmp_path / "keys"))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        assert "is taken" in says(str(run), "--port", str(taken.getsockname()[1]))
+
+
+def test_keys_must_be_long_and_are_compared_whole(tmp_path):
+    (tmp_path / "keys").write_text("short\n")
+    with pytest.raises(UserError, match="shorter than 16"):
+        read_keys(tmp_path / "keys")
+    settings = Settings(keys=(KEY,))
+    assert settings.key_of(KEY) and settings.key_of(KEY[:-1]) is None and settings.key_of(KEY + "é") is None
+
+
+def test_energy_is_shared_and_adds_up():
+    class Counter:
+        part, name, how, value = "cpu", "test", "measured", 0.0
+
+        def joules(self) -> float:
+            return self.value
+
+    source = Counter()
+    energy = Energy([source])
+    source.value = 5.0  # nobody asked: nobody's
+    one = energy.begin()
+    source.value = 7.0
+    two = energy.begin()
+    source.value = 13.0
+    assert energy.end(one) == 2 + 3
+    source.value = 14.0
+    assert energy.end(two) == 3 + 1
+    source.value = 20.0
+    assert energy.total() == 9 and energy.how == "measured"
+
+
+def test_an_audit_log_that_cannot_be_written_is_told(tmp_path):
+    with pytest.raises(UserError, match="choose another file, or none"):
+        Audit(tmp_path)
