@@ -43,7 +43,7 @@ HELP = f"""Sparing {__version__}: say what you can spend, get the best language 
   sparing report   RUN        sparing compare RUN RUN...                 the same and all curves as one HTML page
   sparing export   RUN --format hf|gguf --out PATH                       for Hugging Face transformers, for llama.cpp
   sparing import   FOLDER --out RUN                                      the other way round
-  sparing bench    train|infer [FIGURE]                                  this code against its peers, in one run
+  sparing bench    train|precision|infer [FIGURE]                        this code against its peers, in one run
 
 `sparing VERB --help` explains a verb. A budget is a number with a unit: 90s 20m 2h, 50Mtok, 3e17flop, $5, 0.2kWh.
 """

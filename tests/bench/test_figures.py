@@ -33,7 +33,7 @@ def test_mistakes_are_one_line_with_the_nearest_choice():
         with pytest.raises(UserError, match=said) as caught:
             run(*arguments, **options)
         assert "\n" not in str(caught.value)
-    assert set(FIGURES) == {"throughput", "quality", "tune", "gpu", "startup"}
+    assert set(FIGURES) == {"throughput", "quality", "tune", "gpu", "startup", "forecast"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
