@@ -211,6 +211,7 @@ def test_an_interruption_says_how_to_go_on(how):
     process = subprocess.Popen(
         [sys.executable, "-m", "sparing", "generate", "a run", "--prompt", "-"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs begin with it ignored
     )  # fmt: skip
     # It waits for its prompt once the handler is in place.
     deadline = time.monotonic() + 30

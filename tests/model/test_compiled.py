@@ -12,6 +12,8 @@ from sparing.model.init import init_weights
 from sparing.model.router import routers, update_biases
 from sparing.model.transformer import Transformer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CASES = {
     "mixture": {},
     "dense": {"num_dense_layers": TINY.num_layers},
@@ -23,14 +25,6 @@ CASES = {
     "odd widths": {"num_dense_layers": TINY.num_layers, "kv_lora_rank": 15, "v_head_dim": 15, "intermediate_size": 63},
     "tied": {"tie_word_embeddings": True},
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def results(model, batch, dtype) -> dict[str, torch.Tensor]:

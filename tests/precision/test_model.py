@@ -11,15 +11,9 @@ from sparing.model.init import init_weights
 from sparing.model.transformer import Transformer
 from sparing.precision.linear import DIRECTIONS, SIXTEEN, install
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 VNNI = pytest.mark.skipif(not int8.available(), reason="no AVX512_VNNI or no compiler here")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def filled(config) -> Transformer:
