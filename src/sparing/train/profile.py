@@ -1,6 +1,6 @@
 """Times whole optimizer steps of a few small models on this machine, for the planner; kept in the machine's calibration.
 
-Short by design: about eight seconds. Data and weights are random; nothing is written but the timings.
+Short by design: about six seconds. Data and weights are random; nothing is written but the timings.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MEAN_STEP = 1.03
 
 
 def step_timings(
-    machine: Machine, device: str = "cpu", seconds: float = 8.0, say: Callable[[str], None] = lambda _: None
+    machine: Machine, device: str = "cpu", seconds: float = 5.5, say: Callable[[str], None] = lambda _: None
 ) -> dict[str, Any]:
     """For `budget.estimate.fit`: {"description", "peak_flops", "rows": [{"features", "seconds"}]}; measured once, then remembered."""
     known = load_calibration(machine).get(f"{KEY}_{device}")
