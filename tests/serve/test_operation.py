@@ -115,7 +115,7 @@ def test_metrics_are_prometheus(server):
 
 
 def test_an_answer_that_takes_too_long_ends(run, home):
-    server = Server(run, "--answer-s", "0.05", env={"SPARING_HOME": str(home)})
+    server = Server(run, "--answer-s", "0.002", env={"SPARING_HOME": str(home)})
     try:
         status, _, body = server.ask("POST", "/v1/completions", {"model": "tiny", "prompt": "x", "max_tokens": 500, "ignore_eos": True})
         assert status == 504 and body["error"]["code"] == "timeout"
