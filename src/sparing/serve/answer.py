@@ -58,6 +58,8 @@ class Job:
         try:
             async with asyncio.timeout(self.service.settings.answer_s - (time.monotonic() - self._clock)):
                 async for index, piece in self.choices:
+                    if time.monotonic() - self._clock > self.service.settings.answer_s:
+                        raise TimeoutError  # pieces that are always there already give a timer no turn
                     finish = None if piece else self.choices.requests[index].finish_reason
                     if finish in ("error", "cancelled"):
                         raise ApiError(503 if finish == "cancelled" else 500, "The server stopped this answer.", code=finish)
