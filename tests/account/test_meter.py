@@ -45,16 +45,20 @@ def test_stages_nest_and_add_up_to_the_whole(run, home):
         with meter.stage("train"):
             meter.add(tokens=100, flops=1e6)
             work(0.2)
+            begun = time.monotonic()
             with meter.stage("evaluate"):
                 time.sleep(0.1)
+            slept = time.monotonic() - begun
             meter.add(tokens=50, flops=5e5)
+        begun = time.monotonic()
         with meter.stage("evaluate"):
             time.sleep(0.1)
+        slept += time.monotonic() - begun
         wall = time.monotonic() - started
     rows = {row.stage: row for row in entries_of(run)}
     assert set(rows) == {"setup", "train", "evaluate"} and all(row.status == "done" for row in rows.values())
     assert sum(row.wall_s for row in rows.values()) == pytest.approx(wall, abs=0.1)
-    assert rows["setup"].wall_s >= 0.5 and rows["evaluate"].wall_s == pytest.approx(0.2, abs=0.1)
+    assert rows["setup"].wall_s >= 0.5 and rows["evaluate"].wall_s == pytest.approx(slept, abs=0.1)
     assert (rows["train"].tokens, rows["train"].flops) == (150, 1.5e6)
     assert all(row.kwh > 0 and row.co2e_g > 0 and row.usd > 0 and row.memory_bytes > 1e6 for row in rows.values())
     assert rows["train"].energy_how in ("measured", "estimated") and "cpu: " in rows["train"].energy_source
@@ -82,19 +86,27 @@ def test_money_and_carbon_follow_the_users_prices(run, home):
     assert meter.tariff.rates.pue == 2
 
 
+def eventually(holds, seconds=30):
+    """Another thread's work, on a machine that may be busy with other things."""
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "did not happen in time"
+        time.sleep(0.02)
+
+
 def test_changed_prices_count_from_then_on(run, home, monkeypatch):
     monkeypatch.setattr("sparing.account.meter.RELOAD_S", 0.1)
     monkeypatch.setattr("sparing.account.meter.SAMPLE_S", 0.05)
     home.mkdir()
     said = []
     with Meter("train", MACHINE, run, say=said.append) as meter:
-        time.sleep(0.3)
+        eventually(lambda: meter.per_second() is not None)
         before, rate = meter.latest()[1], meter.per_second()[0]
         (home / "prices.toml").write_text("[electricity.WORLD\n")
-        time.sleep(0.3)
+        eventually(lambda: len(said) == 1)
         (home / "prices.toml").write_text("[electricity.WORLD]\nusd_per_kwh = 1000\n")
-        time.sleep(0.6)
-        assert meter.per_second()[0] > 5 * rate and meter.latest()[1] > before
+        eventually(lambda: len(said) == 2)
+        eventually(lambda: (meter.per_second() or (0,))[0] > 5 * rate and meter.latest()[1] > before)
     assert len(said) == 2 and "not used" in said[0] and said[1].startswith("prices changed: $")
 
 
