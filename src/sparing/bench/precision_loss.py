@@ -8,6 +8,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -22,8 +23,8 @@ SIDES: dict[str, dict] = {
     "int8": {"linear": "int8"},
     "fp8": {"linear": "fp8"},
     "storage": {"weights": "bfloat16", "moments": "int8", "activations": "int8"},
-    "int8+storage": {"linear": "int8", "weights": "bfloat16", "moments": "int8", "activations": "int8"},
 }
+SIDES |= {f"{kind}+storage": SIDES[kind] | SIDES["storage"] for kind in ("int8", "fp8")}
 MODEL = {
     "hidden_size": 192, "num_layers": 5, "num_dense_layers": 1, "intermediate_size": 576, "num_heads": 3, "q_lora_rank": 96,
     "kv_lora_rank": 48, "n_routed_experts": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 96, "mtp_depth": 0, "vocab_size": 4096,
@@ -45,12 +46,13 @@ def precision_loss(
     val_bytes: int = 1_000_000,
     recipe: str | None = None,
     out: str | None = None,
+    jobs: int = 1,
 ) -> list[dict]:
     """Rows: for each of `sides` the relative difference of the held-out loss to 16 bits, mean and 95 % interval over seeds, whose upper end
     counts; and the least share of the linears' multiplications that was in 8 bits at any measurement.
 
     Every run is one thread in a process of its own, scored on `val` in 16 bits with the weights as saved. recipe: a TOML file of wishes
-    over the figure's model. out: a folder that keeps finished runs, which are not made again.
+    over the figure's model. out: a folder that keeps finished runs, which are not made again. jobs: runs at a time.
     """
     wanted = [side.strip() for side in sides.split(",")]
     for side in wanted:
@@ -59,26 +61,33 @@ def precision_loss(
     if not 2 <= seeds <= len(T_975):
         raise UserError(f"bench precision loss: --seeds {seeds}: give 2 to {len(T_975)}")
     wishes = read_wishes(recipe) if recipe else {}
-    results: dict[str, list[dict]] = {side: [] for side in ("none", *wanted)}
+    sides_of_a_pair = ("none", *wanted)
     with ExitStack() as stack:
         folder = Path(out or stack.enter_context(tempfile.TemporaryDirectory(prefix="sparing-bench-")))
         folder.mkdir(parents=True, exist_ok=True)
-        for seed in range(seeds):  # a pair is complete before the next begins: what is there can be looked at
-            for side, done in results.items():
-                arguments = {
-                    "data": paths_of(data), "val": paths_of(val), "budget": tokens, "seed": seed, "side": side, "wishes": wishes,
-                    "val_bytes": val_bytes,
-                }  # fmt: skip
-                digest = hashlib.sha256(json.dumps([arguments, SIDES[side], MODEL, TRAIN], sort_keys=True).encode()).hexdigest()[:8]
-                kept = folder / f"{side}-{seed}-{digest}.json"
-                if not kept.exists():
-                    shutil.rmtree(kept.with_suffix(""), ignore_errors=True)
-                    with Worker(1, {"SPARING_HOME": str(folder / "home")}) as worker:
-                        result = worker.ask("run", function="precision_loss.train_side", out=str(kept.with_suffix("")), **arguments)
-                    write_atomic(kept, json.dumps(result, indent=1))
-                done.append(json.loads(kept.read_text()))
-                say(f"{side}, seed {seed}: loss {done[-1]['loss']:.5f}, {done[-1]['tokens_per_s']:,.0f} tokens/s")
+        arguments = {"data": paths_of(data), "val": paths_of(val), "budget": tokens, "wishes": wishes, "val_bytes": val_bytes}
+        pool = ThreadPoolExecutor(jobs)
+        stack.callback(pool.shutdown, cancel_futures=True)
+        # A pair is complete before the next begins: what is there can be looked at.
+        made = [[pool.submit(_run, folder, {**arguments, "seed": seed, "side": side}) for side in sides_of_a_pair] for seed in range(seeds)]
+        results = {side: [pair[i].result() for pair in made] for i, side in enumerate(sides_of_a_pair)}
     return [line for side in wanted for line in rows_of(side, results["none"], results[side], tokens)]
+
+
+def _run(folder: Path, arguments: dict) -> dict:
+    """`train_side` in a process with one thread, unless the folder has its result."""
+    side, seed = arguments["side"], arguments["seed"]
+    digest = hashlib.sha256(json.dumps([arguments, SIDES[side], MODEL, TRAIN], sort_keys=True).encode()).hexdigest()[:8]
+    kept = folder / f"{side}-{seed}-{digest}.json"
+    if not kept.exists():
+        shutil.rmtree(kept.with_suffix(""), ignore_errors=True)
+        with Worker(1, {"SPARING_HOME": str(folder / "home")}) as worker:
+            write_atomic(
+                kept, json.dumps(worker.ask("run", function="precision_loss.train_side", out=str(kept.with_suffix("")), **arguments))
+            )
+    result = json.loads(kept.read_text())
+    say(f"{side}, seed {seed}: loss {result['loss']:.5f}, {result['tokens_per_s']:,.0f} tokens/s")
+    return result
 
 
 def train_side(data: Sequence[str], val: Sequence[str], budget: str, seed: int, side: str, wishes: dict, val_bytes: int, out: str) -> dict:
