@@ -175,7 +175,7 @@ class TrainConfig:
 class PrecisionConfig:
     """Eight bits where they are safe (DeepSeek-V3, arXiv 2412.19437 §3.3): arithmetic, then storage; docs/precision.md has their worth."""
 
-    linear: Literal["none", "int8", "fp8", "auto"] = "none"
+    linear: Literal["none", "int8", "fp8", "fp8_row", "auto"] = "none"
     """Products of the decoder's linears, forward and both gradients; embedding, head, router, norms and softmax never. auto: measured."""
     error_budget: float = 0.1
     """Largest relative error of a product against 16 bits; a linear that makes more gets finer blocks, then 16 bits."""

@@ -46,7 +46,7 @@ def distance(a: dict, b: dict) -> dict[str, float]:
 DENSE = {name: replace(c, num_dense_layers=c.num_layers, mtp_depth=1) for name, c in SHAPES.items()}  # no token changes its expert
 
 
-@pytest.mark.parametrize("kind, tolerance", [("int8", 0.1), ("fp8", 0.3)])
+@pytest.mark.parametrize("kind, tolerance", [("int8", 0.1), ("fp8", 0.3), ("fp8_row", 0.3)])
 @pytest.mark.parametrize("shape", ["mla", "no q compression", "gqa"])
 @pytest.mark.parametrize("path", ["compiled", "plain"])
 def test_close_to_sixteen_bits_and_not_the_same(kind, tolerance, shape, path, monkeypatch):
@@ -77,7 +77,7 @@ def test_both_paths_compute_the_same(kind, tolerance, monkeypatch):
     assert max(far.values()) < tolerance, far
 
 
-@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@pytest.mark.parametrize("kind", ["int8", "fp8", "fp8_row"])
 @pytest.mark.parametrize("path", ["compiled", "plain"])
 def test_experts_are_in_eight_bits_too(kind, path, monkeypatch):
     """Routing may differ between runs of different precision; so experts alone, with given tokens."""

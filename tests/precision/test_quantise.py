@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparing.precision.formats import E4M3, E5M6, INT8, Format
+from sparing.precision.products import row_product
 from sparing.precision.quantise import dequantise, faults, quantise, spread
 
 BLOCKS = [(1, 128), (128, 128), (128, 1), (1, None), (None, 1), (None, None), (32, 32)]
@@ -158,3 +159,18 @@ def test_powers_of_two_are_exact_and_never_too_small():
     assert (mantissa == 0.5).all()
     assert torch.equal(dequantise(q), dequantise(q).bfloat16().float())  # bfloat16 holds e4m3 times a power of two
     assert q.values.float().abs().max() <= 448
+
+
+@pytest.mark.parametrize("shape", [(48, 32, 64), (5, 3, 7), (1, 17, 130)])
+def test_row_wise_products_are_those_of_the_rounded_numbers(shape):
+    M, N, K = shape
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(rows, K, generator=generator) * torch.logspace(-3, 3, rows)[:, None] for rows in (M, N))
+    found = torch.zeros(2, dtype=torch.int64)
+    left, right = (dequantise(quantise(x, E4M3, (1, None))).double() for x in (a, b))
+    torch.testing.assert_close(
+        row_product(a, b, found).double(), left @ right.t(), rtol=1e-5, atol=1e-5 * float((left @ right.t()).abs().max())
+    )
+    assert found.tolist() == [0, 0]
+    a[0, 0] = torch.inf
+    assert row_product(a, b, found)[0].isnan().all() and found.tolist() == [1, 0]

@@ -72,7 +72,7 @@ class EightBit:
         a, b, ends = arguments
         if self.kind == "int8" and int8.usable(a):
             return getattr(int8, name)(a, b, ends, blocks.inner, found)
-        if self.kind == "fp8" and blocks.inner == TILE and float8.usable(a, b):
+        if self.kind != "int8" and blocks.inner == TILE and float8.usable(a, b):
             return getattr(float8, name)(a, b, ends, found)
         one = getattr(eight, name.removeprefix("grouped_"))
         if name == "grouped_tn":
@@ -155,12 +155,12 @@ def install(model: nn.Module, kind: Kind | None) -> list[EightBit]:
 
 
 def fastest_kind(device: str) -> Kind | None:
-    """The 8-bit format that this machine multiplies faster than 16 bits, if any: FP8 from compute capability 8.9 on, int8 from 8.0 on and
-    with AVX512_VNNI."""
+    """The 8-bit format that this machine multiplies faster than 16 bits, if any: FP8 from compute capability 9.0 on, with a scale a row at
+    8.9, int8 from 8.0 on and with AVX512_VNNI."""
     if device == "cpu":
         return "int8" if int8.available() else None
     capability = torch.cuda.get_device_capability()
-    return "fp8" if capability >= (8, 9) else "int8" if capability >= (8, 0) else None
+    return "fp8" if capability >= (9, 0) else "fp8_row" if capability >= (8, 9) else "int8" if capability >= (8, 0) else None
 
 
 def speed_note(kind: Kind, device: str) -> str:

@@ -7,7 +7,8 @@ weights square blocks, so that one quantised copy serves both directions.
 
 int8: `kernels.int8` where the processor has it, otherwise torch's own integer product. fp8: on a GPU `kernels.float8`; elsewhere numbers
 are rounded to e4m3 and multiplied in 16 bits, which hold e4m3 times a power of two exactly, with sums in float32: the arithmetic of FP8
-hardware that promotes its partial sums, and slower than 16 bits, not faster.
+hardware that promotes its partial sums, and slower than 16 bits, not faster. fp8_row: e4m3 with int8's scales, for GPUs whose scaled
+product takes one a row and not one a block (Ada); its finer blocks are fp8's.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from sparing.kernels import float8, int8, products
 from sparing.precision.formats import E4M3, E5M6, INT8, Format
 from sparing.precision.quantise import TILE, Block, dequantise, quantise
 
-Kind = Literal["int8", "fp8"]
+Kind = Literal["int8", "fp8", "fp8_row"]
 LONGEST = int8.LONGEST
 
 
@@ -37,6 +38,7 @@ class Blocks(NamedTuple):
 SCHEMES: dict[Kind, tuple[Blocks, Blocks]] = {
     "int8": (Blocks(None, False), Blocks(TILE, False)),
     "fp8": (Blocks(TILE, True), Blocks(32, True)),
+    "fp8_row": (Blocks(None, False), Blocks(TILE, True)),
 }
 """A kind's blocks, and its finer ones."""
 
@@ -96,9 +98,24 @@ def int8_product(a: Tensor, b: Tensor, block: int | None, found: Tensor | None =
     return out
 
 
+def row_product(a: Tensor, b: Tensor, found: Tensor | None = None) -> Tensor:
+    """a (M, K) b (N, K)ᵀ in e4m3 with a scale a row of either: (M, N) float32. torch's product, on a CPU too; it wants multiples of 16, and
+    on CUDA gives bfloat16, the one type that its row-wise kernels have had throughout."""
+    left, right = quantise(a, E4M3, (1, None)), quantise(b, E4M3, (1, None))
+    count(left, found)
+    count(right, found)
+    M, N, columns = len(a), len(b), -a.shape[1] % 16
+    x, y = F.pad(left.values, (0, columns, 0, -M % 16)), F.pad(right.values, (0, columns, 0, -N % 16))
+    s, t = F.pad(left.scale, (0, 0, 0, -M % 16)), F.pad(right.scale, (0, 0, 0, -N % 16))
+    dtype = torch.bfloat16 if a.is_cuda else torch.float32
+    return torch._scaled_mm(x, y.t(), scale_a=s, scale_b=t.t(), out_dtype=dtype)[:M, :N].float()
+
+
 def nt(kind: Kind, blocks: Blocks, found: Tensor, a: Tensor, b: Tensor, out: Tensor | None = None, base: Tensor | None = None) -> Tensor:
     """`kernels.products.nt` in 8 bits: a activations, b a weight."""
-    if kind == "fp8":
+    if kind == "fp8_row" and blocks.inner is None:
+        return _finish(row_product(a, b, found), a.dtype, out, base)
+    if kind != "int8":
         if blocks.inner == TILE and float8.usable(a, b):
             return float8.nt(a, b, found, out, base)
         left, right = (fp8_operand(o, blocks, found) for o in (Operand(a, False, False), Operand(b, False, True)))
@@ -110,7 +127,9 @@ def nt(kind: Kind, blocks: Blocks, found: Tensor, a: Tensor, b: Tensor, out: Ten
 
 def nn(kind: Kind, blocks: Blocks, found: Tensor, a: Tensor, b: Tensor, base: Tensor | None = None) -> Tensor:
     """`kernels.products.nn` in 8 bits: a a gradient, b a weight."""
-    if kind == "fp8":
+    if kind == "fp8_row" and blocks.inner is None:
+        return _finish(row_product(a, b.t(), found), a.dtype, None, base)
+    if kind != "int8":
         if blocks.inner == TILE and float8.usable(a, b):
             return float8.nn(a, b, found, base)
         left, right = (fp8_operand(o, blocks, found) for o in (Operand(a, False, False), Operand(b, True, True)))
@@ -122,7 +141,9 @@ def nn(kind: Kind, blocks: Blocks, found: Tensor, a: Tensor, b: Tensor, base: Te
 
 def tn(kind: Kind, blocks: Blocks, found: Tensor, a: Tensor, b: Tensor, kept_e5m6: bool = False) -> Tensor:
     """`kernels.products.tn` in 8 bits: a a gradient, b activations."""
-    if kind == "fp8":
+    if kind == "fp8_row" and blocks.inner is None:
+        return row_product(a.t(), b.t(), found)
+    if kind != "int8":
         if blocks.inner == TILE and float8.usable(a, b):
             return float8.tn(a, rounded(b, E5M6, (1, TILE), found) if kept_e5m6 else b, found)
         left = fp8_operand(Operand(a, True, False), blocks, found)
