@@ -7,6 +7,8 @@ from sparing.bench.drafting import repeats
 from sparing.bench.infer import run
 from sparing.bench.report import ROW_KEYS
 from sparing.config import UserError
+from sparing.config_file import read_config
+from sparing.run import RunFolder
 
 
 def test_generate(make_run):  # noqa: F811
@@ -33,6 +35,17 @@ def test_drafts(make_run, tmp_path):  # noqa: F811
 def test_turns(make_run):  # noqa: F811
     (row,) = run("turns", json=True, run=str(make_run(mtp_depth=0)), rounds=2, first=200, second=20, threads=1)["rows"]
     assert 0 < row["ratio"] < 1
+
+
+def test_cache(make_run):  # noqa: F811
+    path = make_run(mtp_depth=1)
+    c = read_config(RunFolder.open(path).config_file).model
+    (row,) = run("cache", json=True, run=str(path), context=c.max_position_embeddings)["rows"]
+    heads = c.num_layers * c.num_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim)
+    latents = (c.num_layers + 1) * (c.kv_lora_rank + c.qk_rope_head_dim)
+    assert row["ratio"] == pytest.approx(latents / heads, rel=0.2)  # blocks are whole
+    with pytest.raises(UserError, match="context"):
+        run("cache", json=True, run=str(path), context=c.max_position_embeddings + 1)
 
 
 def test_repeats():

@@ -1,4 +1,5 @@
-"""Figures of `sparing bench infer`: self-speculation against plain decoding of the same engine, and the second turn of a conversation."""
+"""Figures of `sparing bench infer`: self-speculation against plain decoding of the same engine, the second turn of a conversation, and the
+cache of a long one."""
 
 from __future__ import annotations
 
@@ -92,3 +93,20 @@ def turns(run: str = "", rounds: int = 5, first: int = 1024, second: int = 64, t
                 took[turn].append(worker.ask("run", function="engines.measure", prompts=[prompt], tokens=1)["seconds"])
     one, two = (statistics.median(seconds[1:]) for seconds in took)
     return [row("time to the first token, second turn", two, "s", one, "the first turn (0.15 of it allowed)", rounds, threads=threads)]
+
+
+def cache(run: str = "", context: int = 8192) -> list[dict]:
+    """Bytes that the engine allocates for one text of `context` tokens, against keys and values of every head (multi-head attention) of the
+    same model in the same type. run: default: random weights of about 1 B parameters with 16 heads of 128 + 64 and 128."""
+    from sparing.infer.engine import Engine
+
+    with tempfile.TemporaryDirectory(prefix="sparing-bench-") as scratch:
+        path = run or str(random_run(Path(scratch, "run"), BIG))
+        with Engine(path, weights="int8", max_batch=1) as engine:
+            c, found = engine.config, engine.metrics()
+            if c.attention != "mla" or context > engine.context:
+                raise UserError(f"bench infer cache: {path}: needs latent attention and a context of {context} tokens")
+            ours = found["cache_bytes"] * context / engine.context
+    heads = 4 * c.num_layers * c.num_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim) * context
+    more = {"allowed": 0.07, "heads": c.num_heads, "latent": c.kv_lora_rank + c.qk_rope_head_dim}
+    return [row(f"cache of {context} tokens", ours / 2**20, "MiB", heads / 2**20, "multi-head attention (0.07 of it allowed)", 1, **more)]

@@ -9,12 +9,14 @@ FIGURES = {
     "llamacpp": "generation.llamacpp",
     "drafts": "drafting.drafts",
     "turns": "drafting.turns",
+    "cache": "drafting.cache",
 }
 TITLES = {
     "generate": "Decoding against transformers.generate",
     "llamacpp": "The engine against llama.cpp",
     "drafts": "Self-speculation",
     "turns": "The second turn of a conversation",
+    "cache": "The key-value cache of a long text",
 }
 
 

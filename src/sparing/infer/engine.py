@@ -92,6 +92,7 @@ class Engine:
         blocks = min(whole, self.cache_bytes // per_block)
         if blocks < 1:
             raise UserError(f"a cache of {self.cache_bytes} bytes: one block of {BLOCK} tokens takes {per_block}")
+        self.cache_bytes = blocks * per_block
         self._pool = BlockPool(blocks)
         self._network: TorchNetwork | CompiledNetwork
         if plain:
@@ -148,6 +149,7 @@ class Engine:
             state = {
                 "requests_running": len(self._scheduler.running),
                 "requests_waiting": len(self._scheduler.waiting),
+                "cache_bytes": self.cache_bytes,
                 "cache_blocks": self._pool.blocks,
                 "cache_blocks_free": self._pool.free,
                 "cache_blocks_reusable": self._pool.cached,
