@@ -52,7 +52,7 @@ def precision_loss(
     counts; and the least share of the linears' multiplications that was in 8 bits at any measurement.
 
     Every run is one thread in a process of its own, scored on `val` in 16 bits with the weights as saved. recipe: a TOML file of wishes
-    over the figure's model. out: a folder that keeps finished runs, which are not made again. jobs: runs at a time.
+    over the figure's model. out: a folder that keeps the runs: finished ones are not made again, others go on. jobs: runs at a time.
     """
     wanted = [side.strip() for side in sides.split(",")]
     for side in wanted:
@@ -80,7 +80,6 @@ def _run(folder: Path, arguments: dict) -> dict:
     digest = hashlib.sha256(json.dumps([arguments, SIDES[side], MODEL, TRAIN], sort_keys=True).encode()).hexdigest()[:8]
     kept = folder / f"{side}-{seed}-{digest}.json"
     if not kept.exists():
-        shutil.rmtree(kept.with_suffix(""), ignore_errors=True)
         with Worker(1, {"SPARING_HOME": str(folder / "home")}) as worker:
             write_atomic(
                 kept, json.dumps(worker.ask("run", function="precision_loss.train_side", out=str(kept.with_suffix("")), **arguments))
@@ -91,15 +90,22 @@ def _run(folder: Path, arguments: dict) -> dict:
 
 
 def train_side(data: Sequence[str], val: Sequence[str], budget: str, seed: int, side: str, wishes: dict, val_bytes: int, out: str) -> dict:
-    """`sparing train` with one precision, then its loss on `val`."""
-    from sparing.api import load, train
+    """`sparing train` with one precision, then its loss on `val`. A run that was interrupted goes on."""
+    from sparing.api import load, resume, train
     from sparing.config_file import merge_wishes
     from sparing.data.sources import documents
     from sparing.evals.bpb import bpb
     from sparing.run import RunFolder, read_lines
 
     base = {"model": MODEL, "train": {**TRAIN, "threads": 1}, "precision": SIDES[side]}
-    summary = train(list(data), budget, out, merge_wishes(base, wishes), seed=seed, samples=0)
+    finished = Path(out, "state/summary.json")
+    if finished.exists():
+        summary = json.loads(finished.read_text())
+    elif Path(out, "config.toml").exists():
+        summary = resume(out, samples=0)
+    else:
+        shutil.rmtree(out, ignore_errors=True)
+        summary = train(list(data), budget, out, merge_wishes(base, wishes), seed=seed, samples=0)
     model = load(out)
     texts = (document.text for document in documents(val))
     score = bpb(model.network.nll, model.tokenizer, texts, model.config.train.seq_len, batch=32, max_bytes=val_bytes)
