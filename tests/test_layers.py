@@ -30,6 +30,7 @@ LAYERS = [
     {"kernels"},
     {"run"},
     {"config_file"},
+    {"config_limits"},
     {"config"},
 ]
 LINE = {name: line for line, names in enumerate(LAYERS) for name in names}

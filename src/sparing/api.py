@@ -13,7 +13,7 @@ from sparing.account.paper import report as report
 from sparing.budget.flops import forward_flops, parameters
 from sparing.budget.units import format_budget, parse_budget, parse_extension
 from sparing.config import Budget, Config, UserError
-from sparing.config_file import merge_wishes, read_config, write_config
+from sparing.config_file import check_section, merge_wishes, read_config, write_config
 from sparing.data.chat import template_text
 from sparing.data.sources import documents
 from sparing.evals.bpb import bpb
@@ -48,6 +48,7 @@ def train(
     started = time.monotonic() if started is None else started
     amount = parse_budget(budget)
     wishes = merge_wishes(wishes, {"data": {"paths": tuple(data)}} if data else {}, {} if seed is None else {"train": {"seed": seed}})
+    wishes = check_section(wishes, Config, "")
     run = RunFolder.create(out)
     with run.lock(), metered("train", run, started=started) as meter, signals_of(run) as signals:
         config = resolved(wishes, amount, meter.machine, signals, run, meter)

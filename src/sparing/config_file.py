@@ -20,6 +20,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import sparing.config as vocabulary  # not `from sparing`: that would ask the package's lazy re-exports
 from sparing.config import Config, UserError
+from sparing.config_limits import contradiction, in_range
 
 
 def nearest(word: str, choices) -> str:
@@ -75,11 +76,11 @@ def check(value: Any, hint: Any, where: str) -> Any:
 def check_section(values: dict, kind: type, where: str) -> dict:
     """`values` as wishes for dataclass `kind`; an unknown key is a `UserError` that names the nearest one."""
     hints = get_type_hints(kind)
-    prefix = where if where.endswith(": ") else f"{where}."
+    prefix = where if where.endswith(": ") or not where else f"{where}."
     for key in values:
         if key not in hints:
             raise UserError(f"{prefix}{key}: unknown key; nearest: {nearest(key, hints)}")
-    return {key: check(value, hints[key], f"{prefix}{key}") for key, value in values.items()}
+    return {key: in_range(kind, key, check(value, hints[key], f"{prefix}{key}"), f"{prefix}{key}") for key, value in values.items()}
 
 
 def parse_text(words: list[str], hint: Any, where: str) -> Any:
@@ -199,8 +200,12 @@ def read_wishes(path: str | Path) -> dict:
 
 
 def read_config(path: str | Path) -> Config:
-    """The resolved configuration that `write_config` wrote; fields that the file lacks have their defaults."""
-    return build(Config, check_section(_load(path), Config, f"{path}: "))
+    """The resolved configuration that `write_config` wrote; fields that the file lacks have their defaults. Raises UserError, as
+    `read_wishes`, and for a model whose sizes contradict each other."""
+    config = build(Config, check_section(_load(path), Config, f"{path}: "))
+    if wrong := contradiction(config.model, lambda name: f"model.{name}"):
+        raise UserError(f"{path}: {wrong}")
+    return config
 
 
 def build(kind: type, values: dict) -> Any:

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from sparing.account.hardware import Machine
 from sparing.budget.flops import parameters, train_flops
 from sparing.config import Budget, Config, ModelConfig, UserError
-from sparing.config_file import build
+from sparing.config_file import build, check_section
+from sparing.config_limits import checked, contradiction
 from sparing.data.scan import CorpusFacts
 
 UTILISATION = 0.42
@@ -116,9 +117,10 @@ def vocabulary(train_bytes: float, tokens: float) -> int:
 def resolve(wishes: dict, budget: Budget, machine: Machine, facts: CorpusFacts, peak_flops: float) -> Resolved:
     """Derive what `wishes` (nested {"model": {"num_layers": 8}}) leaves open. peak_flops: of the device that will train.
 
-    Raises UserError where the budget cannot work.
+    Raises UserError where the budget cannot work, and for wishes that contradict each other.
     """
     reasons: dict[str, str] = {}
+    wishes = check_section(wishes, Config, "")
     model_wishes, train_wishes = wishes.get("model", {}), wishes.get("train", {})
     device = train_wishes.get("device") or ("cuda" if machine.gpus else "cpu")
     if device == "cuda" and not machine.gpus:
@@ -148,12 +150,15 @@ def resolve(wishes: dict, budget: Budget, machine: Machine, facts: CorpusFacts, 
         shape = replace(near, hidden_size=width, num_heads=heads)
     moe = "num_dense_layers" not in model_wishes and MOE_FROM_FLOPS is not None and tokens * dense_flops >= MOE_FROM_FLOPS
     moe = moe or any(key in model_wishes for key in ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size"))
+    moe = moe and model_wishes.get("n_routed_experts") != 0
     vocab = model_wishes.get("vocab_size") or vocabulary(facts.train_bytes, tokens)
     derived = shaped(shape, vocab, seq_len, moe)
     if moe and "num_dense_layers" not in model_wishes:
         reasons["model.num_dense_layers"] = f"a mixture beat a dense model at equal minutes from {MOE_FROM_FLOPS:g} FLOPs on (LAB.md)"
     fields = {name: value for name, value in vars(derived).items() if name not in model_wishes}
     model = build(ModelConfig, {**fields, **model_wishes})
+    if wrong := contradiction(model, lambda name: f"model.{name}"):
+        raise UserError(wrong)
     if flops is not None:
         tokens = flops / train_flops(model, seq_len)
     counts = parameters(model)
@@ -198,7 +203,7 @@ def resolve(wishes: dict, budget: Budget, machine: Machine, facts: CorpusFacts, 
             data = replace(data, max_tokens=needed)
             reasons["data.max_tokens"] = f"{MARGIN} times the {tokens / 1e6:.1f} M tokens that the budget can train on"
     reasons = {name: reason for name, reason in reasons.items() if _not_set(wishes, name)}
-    return Resolved(replace(config, train=train, data=data, optim=optim), reasons)
+    return Resolved(checked(replace(config, train=train, data=data, optim=optim)), reasons)
 
 
 MOE_FROM_FLOPS: float | None = 2e13

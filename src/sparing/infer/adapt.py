@@ -8,23 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-BURST = 8
+BURST = 16
 """Steps for which an option is tried."""
-SELDOM, SELDOMEST = 256, 4096
+SELDOM, SELDOMEST = 1024, 16384
 """Steps between tries; doubled while the choice stays."""
-MEMORY = 0.9
+MEMORY = 0.95
 """Weight of what was measured before, a step ago."""
+BETTER = 1.05
+"""How much faster another option must have been: tries are short and their gains random."""
 
 
 class Chooser:
-    """One choice among `options`, the first of which is preferred until the others have been measured."""
+    """One choice among `options`, which are in order: tries go to the neighbours of the present one, in turn. At first it is the first."""
 
     def __init__(self, options: Sequence[int]):
         self.options = list(options)
         self.best = self.options[0]
         self._gain = dict.fromkeys(options, 0.0)
         self._time = dict.fromkeys(options, 0.0)
-        self._steps, self._interval = 0, SELDOM
+        self._steps, self._interval, self._side = 0, SELDOM, 1
         self._trials = [o for o in self.options for _ in range(BURST)] if len(self.options) > 1 else []
 
     def pick(self) -> int:
@@ -44,15 +46,17 @@ class Chooser:
             if self._trials[0] == option:
                 self._trials.pop(0)
             if not self._trials:
-                before, self.best = self.best, max(self.options, key=self.rate)
-                self._interval = min(2 * self._interval, SELDOMEST) if before == self.best else SELDOM
+                found = max(self.options, key=self.rate)
+                stays = self.rate(found) < BETTER * self.rate(self.best)
+                self._interval = min(2 * self._interval, SELDOMEST) if stays else SELDOM
+                self.best = self.best if stays else found
                 self._steps = 0
         elif self._steps >= self._interval and len(self.options) > 1:
-            # Two at most, the likeliest: each trial of a bad option costs.
-            others = sorted((o for o in self.options if o != self.best), key=self.rate, reverse=True)[:2]
-            for option in others:
-                self._gain[option] = self._time[option] = 0.0
-            self._trials = [o for o in others for _ in range(BURST)]
+            self._side = -self._side
+            at = self.options.index(self.best)
+            near = self.options[at + self._side] if 0 <= at + self._side < len(self.options) else self.options[at - self._side]
+            self._gain[near] = self._time[near] = 0.0
+            self._trials = [near] * BURST
 
 
 class Choosers:
@@ -64,7 +68,10 @@ class Choosers:
         self.last = self.options[0]
 
     def of(self, size: int) -> Chooser:
-        return self._by_size.setdefault(size.bit_length(), Chooser(self.options))
+        key = size.bit_length()
+        if key not in self._by_size:
+            self._by_size[key] = Chooser(self.options)
+        return self._by_size[key]
 
     def pick(self, size: int) -> int:
         self.last = self.of(size).pick()

@@ -10,7 +10,7 @@ import torch
 from sparing.config import ModelConfig, UserError
 from sparing.infer.network import Rows, cache_width
 from sparing.infer.pack import Pack
-from sparing.kernels.decode import BLOCK, FORMATS, SCORING, Batch, Layer, Matrix, Model, Residency, library
+from sparing.kernels.decode import BLOCK, FORMATS, SCORING, Batch, Layer, Matrix, Model, Residency, address, library
 from sparing.model.rope import rotary_table, softmax_scale
 
 
@@ -72,6 +72,7 @@ class CompiledNetwork:
         )  # fmt: skip
         if expert_bytes and moe:
             self._limit_experts(expert_bytes)
+        self._batch = Batch()
         self.threads = threads
         """How many of the pool's threads take part: may be lowered, and raised again, between steps."""
         self.model.pool = found.pool_open(min(threads, 255))
@@ -126,20 +127,20 @@ class CompiledNetwork:
         return self._run(rows, 1, np.ascontiguousarray(before))
 
     def _run(self, rows: Rows, mtp: int, before: np.ndarray | None) -> np.ndarray:
-        count, padded = len(rows.tokens), -(-self.c.vocab_size // 16) * 16
-        widest = max(map(len, rows.tables))
-        tables = np.zeros((len(rows.tables), widest), np.int32)
-        for table, blocks in zip(tables, rows.tables, strict=True):
-            table[: len(blocks)] = blocks
-        arrays = [np.array(values, np.int32) for values in (rows.tokens, rows.positions, rows.owners, rows.wanted)]
-        tokens, positions, owners, wanted = (array.ctypes.data for array in arrays)
-        first = np.array(rows.first, np.int32) if rows.first else None
+        count, wanted, widest = len(rows.tokens), len(rows.wanted), max(map(len, rows.tables))
+        integers = [*rows.tokens, *rows.positions, *rows.owners, *rows.wanted, *rows.first]
+        for table in rows.tables:
+            integers += table
+            integers += [0] * (widest - len(table))
+        packed = np.array(integers, np.int32)
         self.hidden = np.empty((count, self.c.hidden_size), np.float32)
-        logits = np.empty((len(rows.wanted), padded), np.float32)
-        batch = Batch(
-            rows=count, wanted=len(rows.wanted), table_stride=widest, mtp=mtp, tokens=tokens, positions=positions, owners=owners,
-            tables=tables.ctypes.data, wanted_rows=wanted, first=None if first is None else first.ctypes.data,
-            before=None if before is None else before.ctypes.data, after=self.hidden.ctypes.data, logits=logits.ctypes.data,
-        )  # fmt: skip
-        self._library.forward(self.model, batch, max(rows.positions) + 1, self.threads)
+        logits = np.empty((wanted, -(-self.c.vocab_size // 16) * 16), np.float32)
+        b, at = self._batch, address(packed)
+        b.rows, b.wanted, b.table_stride, b.mtp = count, wanted, widest, mtp
+        b.tokens, b.positions, b.owners, b.wanted_rows = (at + 4 * count * i for i in range(4))
+        at += 4 * (3 * count + wanted)
+        b.first = at if rows.first else None
+        b.tables = at + 4 * len(rows.first)
+        b.before, b.after, b.logits = None if before is None else address(before), address(self.hidden), address(logits)
+        self._library.forward(self.model, b, max(rows.positions) + 1, self.threads)
         return logits[:, : self.c.vocab_size]

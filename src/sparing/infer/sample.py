@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from sparing.infer.request import Sampling, TokenLogprob
-from sparing.kernels.decode import library
+from sparing.kernels.decode import address, library
 
 
 def _key(seed: int, position: int) -> tuple[int, int]:
@@ -43,9 +43,11 @@ def draw(z_V: np.ndarray, scale: float, seed: int, position: int) -> int:
     compiled = library()
     if compiled is None:
         return int((z_V * scale + noise(seed, position, len(z_V))).argmax())
-    with np.errstate(over="ignore"):  # far enough below the largest to be -inf
-        z = np.ascontiguousarray(z_V, np.float32)
-    return compiled.draw(z.ctypes.data, len(z), scale, *_key(seed, position))
+    z = z_V
+    if z.dtype != np.float32 or not z.flags.c_contiguous:
+        with np.errstate(over="ignore"):  # far enough below the largest to be -inf
+            z = np.ascontiguousarray(z, np.float32)
+    return compiled.draw(address(z), len(z), scale, *_key(seed, position))
 
 
 def edited(logits_V: np.ndarray, s: Sampling, prompt: Sequence[int], made: Sequence[int]) -> np.ndarray | None:

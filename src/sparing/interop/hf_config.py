@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sparing.config import ModelConfig, UserError
+from sparing.config_limits import contradiction
 from sparing.interop.hf_fields import Fields
 from sparing.interop.hf_rope import rope_from_hf, rope_to_hf
 
@@ -159,23 +160,10 @@ def from_hf(raw: dict, where: Path) -> tuple[ModelConfig, Layout]:
 
 def _check(fields: Fields, c: ModelConfig) -> None:
     """Sizes that contradict each other or that no tensor can have."""
-    sizes = {"vocab_size", "hidden_size", "num_layers", "intermediate_size", "num_heads", "max_position_embeddings"}
-    sizes |= {*MLA_KEYS} if c.attention == "mla" else {"num_kv_heads", "head_dim"}
-    experts = c.num_dense_layers < c.num_layers
-    if experts:
-        sizes |= {"n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "n_group", "topk_group"}
-    for key in sorted(sizes):
-        if getattr(c, key) == 0:
-            raise fields.fail(f"{'num_hidden_layers' if key == 'num_layers' else key} is 0, expected at least 1")
-    rotated, name = (c.qk_rope_head_dim, "qk_rope_head_dim") if c.attention == "mla" else (c.head_dim, "head_dim")
-    if rotated % 2:
-        raise fields.fail(f"{name} is {rotated}, expected an even number (rotary pairs)")
-    if c.attention == "gqa" and c.num_heads % c.num_kv_heads:
-        raise fields.fail(f"num_attention_heads ({c.num_heads}) is not a multiple of num_key_value_heads ({c.num_kv_heads})")
-    if experts and (c.n_routed_experts % c.n_group or c.topk_group > c.n_group):
-        raise fields.fail(f"{c.n_routed_experts} experts in {c.n_group} groups of which {c.topk_group} are used: not possible")
-    if experts and c.num_experts_per_tok > c.n_routed_experts // c.n_group * c.topk_group:
-        raise fields.fail(f"num_experts_per_tok ({c.num_experts_per_tok}) is more than the chosen groups hold")
+    theirs = {"num_layers": "num_hidden_layers", "num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads"}
+    wrong = contradiction(c, lambda name: theirs.get(name, name))
+    if wrong:
+        raise fields.fail(wrong)
 
 
 def _moe_from(fields: Fields, config: ModelConfig) -> ModelConfig:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import ctypes
 from functools import cache
 
+import numpy as np
+
 from sparing.kernels import native
 
 SOURCES = ("decode.c", "decode_products.inc", "numbers.inc")
@@ -68,6 +70,11 @@ class Model(ctypes.Structure):
 
 class Batch(ctypes.Structure):
     _fields_ = _fields(int="rows wanted table_stride mtp", at="tokens positions owners tables wanted_rows first before after logits")
+
+
+def address(array: np.ndarray) -> int:
+    """Of its first number; `ctypes.data` takes three times as long."""
+    return array.__array_interface__["data"][0]
 
 
 @cache

@@ -1,0 +1,81 @@
+"""What the numbers of a configuration may be: ranges of single fields, and sizes of a model that contradict each other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from sparing.config import Config, ModelConfig, UserError
+
+_ONE, _SHARE, _BELOW_ONE = (1, math.inf), (0, 1), (0, math.nextafter(1, 0))
+_MLA = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+_EXPERTS = ("num_experts_per_tok", "moe_intermediate_size", "n_group", "topk_group")
+RANGES: dict[str, dict[str, tuple[float, float]]] = {
+    "ModelConfig": {
+        **dict.fromkeys(("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "q_lora_rank"), _ONE),
+        **dict.fromkeys(("intermediate_size", "max_position_embeddings", *_MLA, *_EXPERTS), _ONE),
+        **dict.fromkeys(("num_dense_layers", "n_routed_experts", "n_shared_experts", "mtp_depth", "rms_norm_eps"), (0, math.inf)),
+        **dict.fromkeys(("rope_theta", "routed_scaling_factor"), (1e-9, math.inf)),
+    },
+    "OptimConfig": {
+        **dict.fromkeys(("lr", "lr_embed", "lr_head", "lr_router", "lr_norm", "eps", "weight_decay", "clip"), (0, math.inf)),
+        **dict.fromkeys(("momentum", "beta1", "beta2"), _BELOW_ONE),
+        **dict.fromkeys(("warmup", "decay", "final_lr"), _SHARE),
+        "ns_steps": _ONE,
+    },
+    "TrainConfig": {
+        **dict.fromkeys(("seq_len", "short_seq_len", "batch_size", "micro_batch_size", "threads", "replicas", "eval_bytes"), _ONE),
+        **dict.fromkeys(("mtp_weight", "bias_update_rate", "sequence_balance", "evals", "checkpoint_interval_s"), (0, math.inf)),
+        "short_until": _SHARE,
+    },
+    "DataConfig": {"holdout_fraction": _BELOW_ONE, "max_tokens": _ONE, "workers": _ONE},
+    "PrecisionConfig": {"error_budget": (1e-9, math.inf), "measure_every": (0, math.inf)},
+}
+"""By class and field: (least, most)."""
+
+
+def in_range(kind: type, key: str, value: Any, where: str) -> Any:
+    """`value`, a number or anything else. Raises UserError outside of the field's range."""
+    least, most = RANGES.get(kind.__name__, {}).get(key, (-math.inf, math.inf))
+    if isinstance(value, int | float) and not least <= value <= most:
+        highest = "less than 1" if (least, most) == _BELOW_ONE else f"at most {most:g}"
+        said = highest if value > most else "more than 0" if 0 < least < 1 else f"at least {least:g}"
+        raise UserError(f"{where} must be {said}, not {value}")
+    return value
+
+
+def contradiction(c: ModelConfig, called: Callable[[str], str] = lambda name: name) -> str | None:
+    """What no model can have, in words; None: nothing. called: a field's name where the sizes come from."""
+    needed = ["vocab_size", "hidden_size", "num_layers", "intermediate_size", "num_heads", "max_position_embeddings"]
+    needed += _MLA if c.attention == "mla" else ["num_kv_heads", "head_dim"]
+    experts = c.num_moe_layers > 0
+    needed += ["n_routed_experts", *_EXPERTS] if experts else []
+    for name in needed:
+        if getattr(c, name) < 1:
+            dense = f"; {called('num_dense_layers')} {c.num_layers} is a model without" if name == "n_routed_experts" else ""
+            return f"{called(name)} is {getattr(c, name)}, expected at least 1{dense}"
+    rotated = "qk_rope_head_dim" if c.attention == "mla" else "head_dim"
+    if getattr(c, rotated) % 2:
+        return f"{called(rotated)} is {getattr(c, rotated)}, expected an even number (rotary pairs)"
+    if c.attention == "gqa" and c.num_heads % c.num_kv_heads:
+        return f"{called('num_heads')} ({c.num_heads}) is not a multiple of {called('num_kv_heads')} ({c.num_kv_heads})"
+    if not experts:
+        return None
+    if c.n_routed_experts % c.n_group or c.topk_group > c.n_group:
+        return f"{c.n_routed_experts} experts in {c.n_group} groups of which {c.topk_group} are used: not possible"
+    open_to_a_token = c.n_routed_experts // c.n_group * c.topk_group
+    if c.num_experts_per_tok > open_to_a_token:
+        return f"{called('num_experts_per_tok')} ({c.num_experts_per_tok}) is more than the {open_to_a_token} experts of the groups in use"
+    return None
+
+
+def checked(c: Config) -> Config:
+    """`c` itself. Raises UserError for sizes that contradict each other."""
+    if wrong := contradiction(c.model, lambda name: f"model.{name}"):
+        raise UserError(wrong)
+    if c.train.seq_len > c.model.max_position_embeddings:
+        raise UserError(f"train.seq_len {c.train.seq_len} is more than model.max_position_embeddings {c.model.max_position_embeddings}")
+    if c.train.short_seq_len and c.train.seq_len % c.train.short_seq_len:
+        raise UserError(f"train.seq_len {c.train.seq_len} is not a multiple of train.short_seq_len {c.train.short_seq_len}")
+    return c
