@@ -249,10 +249,12 @@ class Engine:
     def _advance(self, text: Text, lines: list[np.ndarray]) -> None:
         """Draw a text's next tokens, as long as they are those that its draft guessed; end it where one was the last."""
         request, s = text.request, text.request.sampling
+        made, ended = Piece("", [], None if s.logprobs is None else []), None
         for i, logits_V in enumerate(lines):
             token = choose(logits_V, s, request.seed, len(text.tokens), request.prompt, text.made if s.edits_logits else ())
             if token is None or (token in self._ends and not s.ignore_eos):
-                return self._end(text, "stop")
+                ended = "stop", True
+                break
             if s.grammar is not None:
                 s.grammar.advance(token)
             text.tokens.append(token)
@@ -260,20 +262,24 @@ class Engine:
             self._counts["completion_tokens_total"] += 1
             piece, stopped = text.stream.push(token, None if s.logprobs is None else logprob(logits_V, token, s.logprobs))
             if piece:
-                request.give(piece)
+                made.extend(piece)
             guessed = i < len(text.draft) and token == text.draft[i]
             if i < len(text.draft):
                 for counts, suffix in ((request.usage, ""), (self._counts, "_total")):
                     counts["drafted" + suffix] += 1
                     counts["accepted" + suffix] += guessed
             if stopped:
-                return self._end(text, "stop", flush=False)
-            if request.usage["completion_tokens"] == text.max_tokens:
-                return self._end(text, "length")
-            if not guessed:
-                return None
+                ended = "stop", False
+            elif request.usage["completion_tokens"] == text.max_tokens:
+                ended = "length", True
+            if ended or not guessed:
+                break
             text.computed += 1
-        return None
+        if made.text or made.tokens:
+            request.give(made)
+        if ended:
+            reason, flush = ended
+            self._end(text, reason, flush=flush)
 
     def _end(self, text: Text, reason: str, error: str | None = None, flush: bool = True) -> None:
         with self._news:

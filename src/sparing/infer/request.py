@@ -97,6 +97,13 @@ class Piece:
     tokens: list[int]
     logprobs: list[TokenLogprob] | None = None
 
+    def extend(self, more: Piece) -> None:
+        """Append what follows."""
+        self.text += more.text
+        self.tokens += more.tokens
+        if self.logprobs is not None:
+            self.logprobs += more.logprobs or []
+
 
 class Request:
     """One continuation under way. Iterate it for its pieces (blocking), or give `Engine.submit` an `on_piece`.

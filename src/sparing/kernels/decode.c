@@ -156,11 +156,11 @@ static void quantise(const Input *in, int64_t i, const float *x, int64_t n) {
     MAX(most) for (int64_t k = 0; k < n; k++) most = fabsf(x[k]) > most ? fabsf(x[k]) : most;
     float inverse = most > 0.0f ? 127.0f / most : 0.0f;
     in->scale[i] = most / 127.0f;
-    SIMD for (int64_t k = 0; k < n; k++) q[k] = (int8_t)lrintf(x[k] * inverse);
+    SIMD for (int64_t k = 0; k < n; k++) q[k] = (int8_t)(int32_t)rintf(x[k] * inverse); /* through 32 bits: as wide as the floats */
     for (int64_t g = 0; g * GROUP < n; g++) {
         int32_t sum = 0;
         int64_t end = (g + 1) * GROUP < n ? (g + 1) * GROUP : n;
-        for (int64_t k = g * GROUP; k < end; k++) sum += q[k];
+        SUM(sum) for (int64_t k = g * GROUP; k < end; k++) sum += q[k];
         sums[1 + g] = sum;
         total += sum;
     }
