@@ -259,24 +259,34 @@ static void attend_4(const Model *m, const Batch *b, int64_t layer, int64_t row,
     attend(4, m, b, layer, row, q, key, K, value, V, out, scores);
 }
 
-/* All heads of all rows, dealt to the threads by fours. q: (rows, heads, K), out: (rows, heads, V). */
+/* Pairs of heads `from` to `to` of a row; two pairs at once where they can be. */
+static void attend_pairs(const Model *m, const Batch *b, int64_t layer, int64_t row, int64_t from, int64_t to, const float *q, int64_t K,
+                         int64_t V, float *out, float *scores) {
+    int64_t groups = m->latent_attention ? 1 : m->kv_heads, share = m->heads / groups, pairs = (share + 1) / 2;
+    int64_t values = m->latent_attention ? 0 : m->kv_heads * K;
+    for (int64_t p = from, took; p < to; p += took) {
+        int64_t g = p / pairs, h = g * share + p % pairs * 2, left = (g + 1) * share - h;
+        int n = left >= 4 && p + 1 < to ? 4 : left >= 2 ? 2 : 1;
+        const float *queries[4];
+        float *outs[4];
+        for (int i = 0; i < n; i++) {
+            queries[i] = q + (row * m->heads + h + i) * K;
+            outs[i] = out + (row * m->heads + h + i) * V;
+        }
+        (n == 4 ? attend_4 : n == 2 ? attend_2 : attend_1)(m, b, layer, row, queries, g * K, K, values + g * V, V, outs, scores);
+        took = n == 4 ? 2 : 1;
+    }
+}
+
+/* All heads of all rows: rows are dealt to the threads in turn, as later ones see more; what is left over is divided. q: (rows, heads, K),
+ * out: (rows, heads, V). */
 static void attention(const Model *m, const Batch *b, int64_t layer, const float *q, int64_t K, int64_t V, float *out, float *scores, int t,
                       int T) {
-    int64_t groups = m->latent_attention ? 1 : m->kv_heads, share = m->heads / groups, fours = (share + 3) / 4;
-    int64_t per_key = K, values = m->latent_attention ? 0 : m->kv_heads * K;
-    for (int64_t task = t; task < b->rows * groups * fours; task += T) {
-        int64_t row = task / (groups * fours), g = task / fours % groups, h = g * share + task % fours * 4, end = (g + 1) * share;
-        while (h < end && h < g * share + (task % fours + 1) * 4) {
-            int n = end - h >= 4 ? 4 : end - h >= 2 ? 2 : 1;
-            const float *queries[4];
-            float *outs[4];
-            for (int i = 0; i < n; i++) {
-                queries[i] = q + (row * m->heads + h + i) * K;
-                outs[i] = out + (row * m->heads + h + i) * V;
-            }
-            (n == 4 ? attend_4 : n == 2 ? attend_2 : attend_1)(m, b, layer, row, queries, g * per_key, K, values + g * V, V, outs, scores);
-            h += n;
-        }
+    int64_t groups = m->latent_attention ? 1 : m->kv_heads, pairs = groups * ((m->heads / groups + 1) / 2), whole = b->rows - b->rows % T;
+    for (int64_t row = t; row < whole; row += T) attend_pairs(m, b, layer, row, 0, pairs, q, K, V, out, scores);
+    for (int64_t row = whole, left = (b->rows - whole) * pairs; row < b->rows; row++) {
+        int64_t before = (row - whole) * pairs, from = left * t / T - before, to = left * (t + 1) / T - before;
+        attend_pairs(m, b, layer, row, from > 0 ? from : 0, to < pairs ? to : pairs, q, K, V, out, scores);
     }
 }
 
