@@ -26,7 +26,7 @@ from sparing.budget.units import parse_budget, parse_extension
 from sparing.config import UserError
 from sparing.config_file import nearest, read_wishes, set_dotted
 from sparing.output import show, to_json
-from sparing.verbs import Bench, Compare, Plan, Receipt, Report, Serve
+from sparing.verbs import Bench, Compare, Eval, Plan, Receipt, Report, Serve
 
 if TYPE_CHECKING:
     import tyro  # `arguments.parse` imports it for the chosen verb; until then the annotations below stay text
@@ -36,7 +36,7 @@ HELP = f"""Sparing {__version__}: say what you can spend, get the best language 
   sparing plan     [RECIPE] --data PATH... --budget 20m                  what it would cost and reach
   sparing train    [RECIPE] --data PATH... --budget 20m --out RUN        train a model inside a budget
   sparing resume   RUN [--budget +20m]                                   go on after an interruption, or extend a finished run
-  sparing eval     RUN --data PATH...                                    bits per byte of text that the model has not seen
+  sparing eval     RUN --data PATH... --tasks FILE...                    bits per byte of text, scores of questions
   sparing generate RUN --prompt TEXT                                     let the model write
   sparing serve    RUN [--port 8000]                                     OpenAI's interface and a chat page
   sparing receipt  RUN | --all                                           what it cost, beside what was predicted
@@ -108,22 +108,6 @@ class Resume:
         if self.budget is not None:
             parse_extension(self.budget)
         return call.api.resume(self.run, self.budget, call.started)
-
-
-@dataclass
-class Eval:
-    """Bits per byte of a run on documents; each is scored once, in windows of --context tokens."""
-
-    run: tyro.conf.Positional[str | None] = None
-    data: list[str] = field(default_factory=list)
-    """Files, folders, globs."""
-    context: int | None = None
-    """Window in tokens; default: the length that the run was trained with."""
-    json: bool = False
-
-    def __call__(self, call: Call) -> dict:
-        call.need(RUN=self.run, data=self.data)
-        return call.api.evaluate(self.run, self.data, self.context, call.started)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The verbs that count: plan, bench, receipt, report, compare. Belongs to cli.py, which has the others."""
+"""The verbs that measure, count and serve: plan, eval, serve, receipt, report, compare, bench. Belongs to cli.py, which has the others."""
 
 from __future__ import annotations
 
@@ -58,6 +58,32 @@ class Plan:
             return result
         show_plan(result)
         return None
+
+
+@dataclass
+class Eval:
+    """What a run knows: bits per byte of documents (--data; each is scored once, in windows of --context tokens), and tasks (--tasks)."""
+
+    run: tyro.conf.Positional[str | None] = None
+    data: list[str] = field(default_factory=list)
+    """Files, folders, globs."""
+    context: int | None = None
+    """Window in tokens; default: the length that the run was trained with."""
+    tasks: list[str] = field(default_factory=list)
+    """Through lm-eval: JSON or JSONL files of questions, choices and answer; its own YAML files; names that it knows (it downloads)."""
+    limit: int | None = None
+    """Items of each task; default: all."""
+    quantize: str = "none"
+    """Weights that the tasks are done with: none, int8, int4, auto, as `serve` has them."""
+    json: bool = False
+
+    def __call__(self, call: Call) -> dict:
+        call.need(RUN=self.run, **({} if self.tasks else {"data": self.data}))
+        call.choice("--quantize", self.quantize, ("auto", "none", "int8", "int4"))
+        if (self.limit or 1) < 1:
+            raise UserError(f"--limit {self.limit}: must be 1 or more")
+        weights = "float32" if self.quantize == "none" else self.quantize
+        return call.api.evaluate(self.run, self.data, self.context, call.started, self.tasks, self.limit, weights)
 
 
 @dataclass
