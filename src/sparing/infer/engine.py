@@ -18,10 +18,11 @@ from sparing.config_file import read_config
 from sparing.data.tokenizer import Tokenizer
 from sparing.infer.adapt import Choosers
 from sparing.infer.cache import BLOCK, BlockPool
-from sparing.infer.compiled import CompiledNetwork, fastest, fits
+from sparing.infer.compiled import CompiledNetwork
 from sparing.infer.loaded import load
 from sparing.infer.network import Rows, TorchNetwork, cache_width
 from sparing.infer.pack import open_pack
+from sparing.infer.place import settle
 from sparing.infer.request import Busy, Piece, Request, Sampling
 from sparing.infer.sample import choose, logprob
 from sparing.infer.scheduler import Scheduler, Share, Text
@@ -29,7 +30,6 @@ from sparing.infer.speculate import propose
 from sparing.infer.text import TextStream
 from sparing.run import RunFolder
 
-FORMATS = ("auto", "float32", "bfloat16", "int8", "int4")
 MAX_DRAFT = 3
 CHUNK = (32, 512)
 """Fewest and most rows that a step gives to prompts."""
@@ -50,8 +50,9 @@ class Engine:
     weights: how they are kept: "float32", "bfloat16", "int8" (a scale per row), "int4" (a scale per 32), or "auto": what measures fastest
     here. cache_bytes: the most that the key-value cache may take (default: room for `max_batch` texts of the full context, 1 GiB at most).
     max_batch: texts in one step. max_queue: requests that may wait. speculate: draft tokens with the model's MTP module and verify them;
-    None: where it pays. threads: None: one per core. expert_bytes: keep at most so many bytes of routed experts in memory, the rest on disk
-    (default: no limit). The run folder is only read, but for a copy of the weights in the format asked for, where it can be written.
+    None: where it pays and cannot change a text. threads: None: one per core. expert_bytes: keep at most so many bytes of routed experts in
+    memory, the rest on disk (default: no limit). device: "cpu", "cuda", or "auto": a GPU where there is one, unless the weights are int8 or
+    int4. The run folder is only read, but for a copy of the weights in the format asked for, where it can be written.
     Raises UserError for a folder without weights or tokenizer and for formats that this machine cannot run.
     """
 
@@ -66,27 +67,26 @@ class Engine:
         speculate: bool | None = None,
         threads: int | None = None,
         expert_bytes: int | None = None,
+        device: str = "auto",
     ):
-        if weights not in FORMATS:
-            raise UserError(f"weights {weights}: choose from {', '.join(FORMATS)}")
         folder = RunFolder.open(run)
         self.name = Path(run).resolve().name
         self.config = read_config(folder.config_file).model
         if not folder.tokenizer_file.exists():
             raise UserError(f"{run} has no tokenizer.json: it cannot read or write text")
         self.tokenizer = Tokenizer.load(folder.tokenizer_file)
-        plain = fits(self.config)
-        self.weights = ("float32" if plain else fastest()) if weights == "auto" else weights
-        if plain and self.weights not in ("float32", "bfloat16"):
-            raise UserError(f"weights {weights}: this model runs in float32 and bfloat16 here ({plain})")
+        self.device, self.weights, self.plain = settle(self.config, device, weights)
+        plain = self.plain
         self.speculates: bool = not plain and self.config.mtp_depth > 0 if speculate is None else speculate
         """Whether tokens are drafted and verified; how many at a time follows what measures fastest."""
-        if self.speculates and (plain or not self.config.mtp_depth):
-            raise UserError(f"speculate: {f'not in plain PyTorch ({plain})' if plain else 'the model has no MTP module'}")
+        if self.speculates and not self.config.mtp_depth:
+            raise UserError("speculate: the model has no MTP module")
+        if plain and expert_bytes:
+            raise UserError(f"a limit for experts needs the compiled step ({plain})")
         self.context: int = self.config.max_position_embeddings
         self.max_batch, self.max_queue = max_batch or 16, max_queue
-        layers = self.config.num_layers + (0 if plain else self.config.mtp_depth)
-        per_block = BLOCK * layers * cache_width(self.config) * (2 if plain and self.weights == "bfloat16" else 4)
+        layers, numbers = self.config.num_layers + self.config.mtp_depth, 2 if plain and self.weights == "bfloat16" else 4
+        per_block = BLOCK * layers * cache_width(self.config) * numbers
         whole = self.max_batch * -(-self.context // BLOCK)
         self.cache_bytes = min(whole * per_block, 1 << 30) if cache_bytes is None else cache_bytes
         blocks = min(whole, self.cache_bytes // per_block)
@@ -96,9 +96,7 @@ class Engine:
         self._pool = BlockPool(blocks)
         self._network: TorchNetwork | CompiledNetwork
         if plain:
-            network = load(run).network
-            network.compute_dtype = getattr(torch, self.weights)
-            self._network = TorchNetwork(network, blocks)
+            self._network = TorchNetwork(load(run, self.device, getattr(torch, self.weights)).network, blocks)
         else:
             pack = open_pack(folder, self.config, self.weights)
             self._network = CompiledNetwork(self.config, pack, self.weights, blocks, threads or cores(), expert_bytes or 0)
@@ -156,6 +154,7 @@ class Engine:
                 "cache_evictions_total": self._pool.evicted,
                 "max_batch": self.max_batch,
                 "prefill_chunk": self._scheduler.max_rows,
+                "speculates": self.speculates,
                 "draft_length": self._drafts.last,
                 "threads": self._network.threads,
                 "queue_limit": self.max_queue,

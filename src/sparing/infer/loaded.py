@@ -67,11 +67,16 @@ class Model:
         return text
 
 
-def load(run: str | Path) -> Model:
-    """Open a run folder's newest weights, float32, on the CPU. Raises UserError when there are none."""
+def load(run: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Model:
+    """Open a run folder's newest weights. dtype: what they are kept and computed in; routers and norms are float32 always. Raises UserError
+    when there are none."""
     folder = RunFolder.open(run)
     config = read_config(folder.config_file)
     network = Transformer(config.model)
+    for name, parameter in network.named_parameters():
+        if parameter.dim() > 1 and ".gate." not in name:
+            parameter.data = parameter.data.to(dtype)
+    network.to(device).compute_dtype = dtype
     state = network.state_dict()
     try:
         for name, tensor in read_tensors(folder.weights_file):
