@@ -112,6 +112,8 @@ def test_python_dash_m_and_version():
         ("export r --format onnx --out x", "--format onnx: not available; choose hf or gguf"),
         ("export r --format gguf --type q5_0 --out x", "--type q5_0: not available; choose f32 or f16"),
         ("serve r --quantize fp8", "--quantize fp8: not available; choose auto or none"),
+        ("serve r --device tpu", "--device tpu: not available; choose auto or cpu or cuda"),
+        ("serve r --speculate maybe", "--speculate maybe: not available; choose auto or on or off"),
         ("serve r --host 0.0.0.0", "--host 0.0.0.0 lets others on the network in"),
         ("export r --dtype int4 --out x", "--dtype int4: not available; choose float32 or bfloat16"),
         ("import", "import needs FOLDER"),

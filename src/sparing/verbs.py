@@ -80,7 +80,7 @@ class Eval:
     def __call__(self, call: Call) -> dict:
         call.need(RUN=self.run, **({} if self.tasks else {"data": self.data}))
         call.choice("--quantize", self.quantize, ("auto", "none", "int8", "int4"))
-        if (self.limit or 1) < 1:
+        if self.limit is not None and self.limit < 1:
             raise UserError(f"--limit {self.limit}: must be 1 or more")
         weights = "float32" if self.quantize == "none" else self.quantize
         return call.api.evaluate(self.run, self.data, self.context, call.started, self.tasks, self.limit, weights)
@@ -97,6 +97,10 @@ class Serve:
     """0: a free one."""
     quantize: str = "auto"
     """int8, int4 or none; auto: what is fastest here."""
+    device: str = "auto"
+    """cpu or cuda; auto: a GPU where there is one, unless the weights are int8 or int4."""
+    speculate: str = "auto"
+    """Draft tokens with the model's MTP module and verify them: on, off; auto: where that cannot change a text."""
     name: str | None = None
     """The model's name for clients; default: the run folder's."""
     api_key_file: str | None = None
@@ -128,6 +132,8 @@ class Serve:
     def __call__(self, call: Call) -> dict | None:
         call.need(RUN=self.run)
         call.choice("--quantize", self.quantize, ("auto", "none", "int8", "int4"))
+        call.choice("--device", self.device, ("auto", "cpu", "cuda"))
+        call.choice("--speculate", self.speculate, ("auto", "on", "off"))
         from sparing.serve.settings import LOCAL
 
         if not 0 <= self.port <= 65535:
