@@ -19,9 +19,10 @@ from sparing.config_file import check_section, merge_wishes, read_config, write_
 from sparing.data.chat import template_text
 from sparing.data.sources import documents
 from sparing.evals.bpb import bpb
-from sparing.infer.answers import score, write
+from sparing.infer.answers import continued, score, write
 from sparing.infer.engine import Engine
 from sparing.infer.loaded import load
+from sparing.infer.request import Sampling
 from sparing.interop.gguf import export_gguf
 from sparing.interop.huggingface import export_hf, import_hf
 from sparing.model.transformer import Transformer
@@ -141,14 +142,15 @@ def generate(
     seed: int | None = None,
     stream: Callable[[str], None] | None = None,
     started: float | None = None,
+    weights: str = "float32",
 ) -> dict:
-    """{"prompt", "text", "tokens", "seconds"}."""
-    with metered("generate", RunFolder.open(run), "generate", started) as meter:
-        model = load(run)
+    """{"prompt", "text", "tokens", "seconds"}. weights: as `infer.engine.Engine` keeps them."""
+    sampling = Sampling(max_tokens, temperature, top_p, top_k, seed=seed)
+    with metered("generate", RunFolder.open(run), "generate", started) as meter, Engine(run, weights=weights, max_batch=1) as engine:
         start = time.monotonic()
-        text = model.generate(prompt, max_tokens, temperature, top_p, top_k, seed, stream)
-        seconds, tokens = time.monotonic() - start, len(model.tokenizer.encode(text))
-        meter.add(tokens, tokens * sum(forward_flops(model.config.model, max(1, tokens), mtp=False).values()))
+        text, tokens = continued(engine, prompt, sampling, stream)
+        seconds = time.monotonic() - start
+        meter.add(tokens, tokens * sum(forward_flops(engine.config, max(1, tokens), mtp=False).values()))
     return {"prompt": prompt, "text": text, "tokens": tokens, "seconds": seconds}
 
 

@@ -126,6 +126,8 @@ class Generate:
     """Sample from this many likeliest tokens; 0: from all."""
     seed: int | None = None
     """The same seed writes the same text."""
+    quantize: str = "none"
+    """Weights to write with: none, int8, int4, auto, as `serve` has them."""
     json: bool = False
 
     def __call__(self, call: Call) -> dict | None:
@@ -134,13 +136,15 @@ class Generate:
             self.prompt = sys.stdin.buffer.read().decode(errors="surrogateescape")
         if any("\ud800" <= char <= "\udfff" for char in self.prompt):
             raise UserError("the prompt is not UTF-8 text")
+        call.choice("--quantize", self.quantize, ("auto", "none", "int8", "int4"))
         options = (self.max_tokens, self.temperature, self.top_p, self.top_k, self.seed)
+        weights = "float32" if self.quantize == "none" else self.quantize
         if self.json:
-            return call.api.generate(self.run, self.prompt, *options, started=call.started)
+            return call.api.generate(self.run, self.prompt, *options, started=call.started, weights=weights)
         # The prompt appears with the first piece: a mistake leaves standard output empty.
         shown = iter([self.prompt])
         stream = lambda piece: print(next(shown, "") + piece, end="", flush=True)  # noqa: E731
-        call.api.generate(self.run, self.prompt, *options, stream, call.started)
+        call.api.generate(self.run, self.prompt, *options, stream, call.started, weights)
         print(next(shown, ""))
         return None
 

@@ -1,18 +1,48 @@
-"""Many prompts through an engine, answers in the order of the prompts: for evaluations."""
+"""What others than a server ask of an engine: one text as long as is wished, many in their order, scores."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
-from dataclasses import fields
-from itertools import chain
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import fields, replace
+from itertools import chain, count
 
 from sparing.config import UserError
 from sparing.infer.engine import Engine
-from sparing.infer.request import Request, Sampling
+from sparing.infer.request import Piece, Request, Sampling
+from sparing.infer.text import TextStream
 
 AHEAD = 64
 """Requests under way: enough for every step to be full, few enough for any queue."""
+
+
+def continued(engine: Engine, prompt: str, sampling: Sampling, stream: Callable[[str], None] | None = None) -> tuple[str, int]:
+    """-> (the text that follows a prompt, its tokens). `stream` gets it piece by piece, whole characters only. Where the context is full,
+    its last half is read anew, so that `max_tokens` has no limit. Raises UserError for a prompt or settings that cannot be."""
+    tokenizer, shown, parts, made = engine.tokenizer, TextStream(engine.tokenizer), [], 0
+    ids = [tokenizer.eot_id, *tokenizer.encode(prompt)]
+
+    def show(piece: Piece | None) -> None:
+        if piece and piece.text:
+            parts.append(piece.text)
+            if stream:
+                stream(piece.text)
+
+    for window in count():
+        ids = ids[-(engine.context // 2) :] if len(ids) >= engine.context else ids
+        seed = None if sampling.seed is None else sampling.seed + window  # noise is a position's: with one seed it would come again
+        request = engine.submit(ids, replace(sampling, max_tokens=sampling.max_tokens - made, seed=seed))
+        for piece in request:
+            ids = ids + piece.tokens
+            for token in piece.tokens:
+                show(shown.push(token)[0])
+        made += request.usage["completion_tokens"]
+        if request.finish_reason in ("error", "cancelled"):
+            raise RuntimeError(f"the engine stopped: {request.error or request.finish_reason}")
+        if request.finish_reason == "stop" or made == sampling.max_tokens:
+            show(shown.finish())
+            return "".join(parts), made
+    raise AssertionError
 
 
 def answers(engine: Engine, asks: Iterable[tuple[list[int], Sampling]]) -> Iterator[tuple[Request, str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 import traceback
@@ -19,10 +18,10 @@ from sparing.data.tokenizer import Tokenizer
 from sparing.infer.adapt import Choosers
 from sparing.infer.cache import BLOCK, BlockPool
 from sparing.infer.compiled import CompiledNetwork
-from sparing.infer.loaded import load
+from sparing.infer.loaded import Model, load
 from sparing.infer.network import Rows, TorchNetwork, cache_width
 from sparing.infer.pack import open_pack
-from sparing.infer.place import settle
+from sparing.infer.place import cores, settle
 from sparing.infer.request import Busy, Piece, Request, Sampling
 from sparing.infer.sample import choose, logprob
 from sparing.infer.scheduler import Scheduler, Share, Text
@@ -39,13 +38,8 @@ END_NAMES = ("<|end|>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<ï½œendâ
 """Tokens that end a turn of a conversation; the tokenizer's end of text ends a text anyway."""
 
 
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 class Engine:
-    """A run folder's model, ready to continue texts. Close it, or use it in a `with`.
+    """A model, that of a run folder or one in memory, ready to continue texts. Close it, or use it in a `with`.
 
     weights: how they are kept: "float32", "bfloat16", "int8" (a scale per row), "int4" (a scale per 32), or "auto": what measures fastest
     here. cache_bytes: the most that the key-value cache may take (default: room for `max_batch` texts of the full context, 1 GiB at most).
@@ -58,7 +52,7 @@ class Engine:
 
     def __init__(
         self,
-        run: Path | str,
+        run: Path | str | Model,
         *,
         weights: str = "auto",
         cache_bytes: int | None = None,
@@ -69,13 +63,14 @@ class Engine:
         expert_bytes: int | None = None,
         device: str = "auto",
     ):
-        folder = RunFolder.open(run)
-        self.name = Path(run).resolve().name
-        self.config = read_config(folder.config_file).model
-        if not folder.tokenizer_file.exists():
+        held = run if isinstance(run, Model) else None
+        folder = held.run if held else RunFolder.open(run)
+        self.name = folder.path.resolve().name
+        self.config = held.config.model if held else read_config(folder.config_file).model
+        if not held and not folder.tokenizer_file.exists():
             raise UserError(f"{run} has no tokenizer.json: it cannot read or write text")
-        self.tokenizer = Tokenizer.load(folder.tokenizer_file)
-        self.device, self.weights, self.plain = settle(self.config, device, weights)
+        self.tokenizer = held.tokenizer if held else Tokenizer.load(folder.tokenizer_file)
+        self.device, self.weights, self.plain = settle(self.config, device, weights, held and held.network)
         plain = self.plain
         self.speculates: bool = not plain and self.config.mtp_depth > 0 if speculate is None else speculate
         """Whether tokens are drafted and verified; how many at a time follows what measures fastest."""
@@ -96,7 +91,7 @@ class Engine:
         self._pool = BlockPool(blocks)
         self._network: TorchNetwork | CompiledNetwork
         if plain:
-            self._network = TorchNetwork(load(run, self.device, getattr(torch, self.weights)).network, blocks)
+            self._network = TorchNetwork((held or load(run, self.device, getattr(torch, self.weights))).network, blocks)
         else:
             pack = open_pack(folder, self.config, self.weights)
             self._network = CompiledNetwork(self.config, pack, self.weights, blocks, threads or cores(), expert_bytes or 0)

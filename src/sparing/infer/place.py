@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
 
 import torch
 
 from sparing.config import ModelConfig, UserError
 from sparing.infer.compiled import fastest, fits
+from sparing.model.transformer import Transformer
 
 FORMATS = ("auto", "float32", "bfloat16", "int8", "int4")
 DEVICES = ("auto", "cpu", "cuda")
@@ -20,9 +22,16 @@ class Place(NamedTuple):
     """Why plain PyTorch computes; None: the compiled step does."""
 
 
-def settle(c: ModelConfig, device: str, weights: str) -> Place:
-    """ "auto" is settled by what there is: a GPU before the processor, and there the fastest format that costs no quality worth mentioning.
-    Raises UserError for what cannot run here."""
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def settle(c: ModelConfig, device: str, weights: str, network: Transformer | None = None) -> Place:
+    """By what there is where it says "auto": a GPU before the processor, there the fastest format that costs no quality worth mentioning.
+    network: a model in memory stays where and as it is. Raises UserError for what cannot run here."""
+    if network is not None:
+        return Place(network.head_weight.device.type, str(network.compute_dtype).removeprefix("torch."), "the model is in memory")
     for name, value, choices in (("weights", weights, FORMATS), ("device", device, DEVICES)):
         if value not in choices:
             raise UserError(f"{name} {value}: choose from {', '.join(choices)}")
