@@ -102,6 +102,7 @@ def test_python_dash_m_and_version():
         ("eval", "eval needs RUN"),
         ("eval r", "eval needs --data"),
         ("eval r --tasks x --limit 0", "--limit 0: must be 1 or more"),
+        ("eval r --data x --quantize int8", "--limit and --quantize are for --tasks"),
         ("eval r --tasks x --quantize fp8", "--quantize fp8: not available; choose auto or none"),
         ("eval r --data x --context long", "--context: 'long' is not a whole number"),
         ("generate r", "generate needs --prompt"),

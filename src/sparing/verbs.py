@@ -82,6 +82,8 @@ class Eval:
         call.choice("--quantize", self.quantize, ("auto", "none", "int8", "int4"))
         if self.limit is not None and self.limit < 1:
             raise UserError(f"--limit {self.limit}: must be 1 or more")
+        if not self.tasks and (self.limit or self.quantize != "none"):
+            raise UserError("--limit and --quantize are for --tasks: bits per byte are those of all the text, in float32")
         weights = "float32" if self.quantize == "none" else self.quantize
         return call.api.evaluate(self.run, self.data, self.context, call.started, self.tasks, self.limit, weights)
 
