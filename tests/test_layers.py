@@ -29,6 +29,7 @@ LAYERS = [
     {"precision"},
     {"kernels"},
     {"run"},
+    {"lock"},
     {"config_file"},
     {"config_limits"},
     {"config"},

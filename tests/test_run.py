@@ -76,6 +76,33 @@ def test_second_writer_gets_one_line_and_a_dead_one_leaves_no_lock(tmp_path):
         pass
 
 
+# Windows' locking of bytes in terms of POSIX's: exclusive, from the position on, other bytes stay readable.
+WINDOWS = """
+import sys, types, os
+import fcntl as posix
+msvcrt = types.SimpleNamespace(LK_NBLCK=2)
+msvcrt.locking = lambda descriptor, mode, count: posix.lockf(descriptor, posix.LOCK_EX | posix.LOCK_NB, count, 0, os.SEEK_CUR)
+sys.modules |= {"fcntl": None, "msvcrt": msvcrt}
+del os.O_DIRECTORY
+"""
+
+
+def test_without_fcntl_one_writer_too(tmp_path):
+    run = RunFolder.create(tmp_path / "run")
+    command = [sys.executable, "-c", WINDOWS + HOLD, str(run.path)]
+    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "locked\n"
+    second = subprocess.run(command, input="", capture_output=True, text=True)
+    assert f"is being written by process {holder.pid}" in second.stderr and second.returncode == 1
+    holder.kill()
+    holder.wait()
+    third = subprocess.run(command, input="", capture_output=True, text=True)
+    assert third.stdout == "locked\n" and third.returncode == 0, third.stderr
+    saving = "from sparing.run import write_atomic\nassert write_atomic(sys.argv[1] + '/a', 'b')['bytes'] == 1"
+    subprocess.run([sys.executable, "-c", WINDOWS + saving, str(run.path)], check=True)
+    assert (run.path / "a").read_text() == "b" and (run.path / ".lock").stat().st_size < 100
+
+
 def test_orphaned_worker_does_not_keep_the_lock(tmp_path):
     run = RunFolder.create(tmp_path / "run")
     code = """

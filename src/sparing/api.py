@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+from sparing.account.meter import Meter
 from sparing.account.paper import compare as compare
 from sparing.account.paper import receipt as receipt
 from sparing.account.paper import report as report
@@ -17,7 +19,10 @@ from sparing.config_file import check_section, merge_wishes, read_config, write_
 from sparing.data.chat import template_text
 from sparing.data.sources import documents
 from sparing.evals.bpb import bpb
+from sparing.infer.answers import continued, score, write
+from sparing.infer.engine import Engine
 from sparing.infer.loaded import load
+from sparing.infer.request import Sampling
 from sparing.interop.gguf import export_gguf
 from sparing.interop.huggingface import export_hf, import_hf
 from sparing.model.transformer import Transformer
@@ -92,17 +97,38 @@ def _extended(run: RunFolder, config: Config, budget: str, summary: Path) -> Con
 # a trained model
 
 
-def evaluate(run: str, data: list[str], context: int | None = None, started: float | None = None) -> dict:
-    """{"bpb", "loss", "bytes", "tokens", "documents", "context"} of a run on documents."""
+def evaluate(
+    run: str,
+    data: Sequence[str] = (),
+    context: int | None = None,
+    started: float | None = None,
+    tasks: Sequence[str] = (),
+    limit: int | None = None,
+    weights: str = "float32",
+) -> dict:
+    """{"bpb", "loss", "bytes", "tokens", "documents", "context"} of a run on documents, and with `tasks` {"weights", "rows"}: the scores
+    of each (`evals.harness.run_tasks`), by the engine with these weights. Raises UserError."""
     with metered("eval", RunFolder.open(run), "evaluate", started) as meter:
-        model = load(run)
-        tokenizer = model.tokenizer
-        context = context or model.config.train.seq_len
-        if not any(True for _ in documents(data, model.config.data.text_key)):
-            raise UserError(f"{', '.join(data)}: no usable text")
-        texts = (document.text for document in documents(data, model.config.data.text_key))
-        result = bpb(nll_of(model.network), tokenizer, texts, context, batch=max(1, EVAL_TOKENS // context))
-        meter.add(result["tokens"], result["tokens"] * sum(forward_flops(model.config.model, context, mtp=False).values()))
+        result = _bpb(run, data, context, meter) if data else {}
+        if tasks:
+            from sparing.evals.harness import HarnessModel, run_tasks
+
+            with Engine(run, weights=weights, speculate=False) as engine:
+                model = HarnessModel(engine.tokenizer, engine.context, partial(score, engine), partial(write, engine))
+                result |= {"weights": engine.weights, "rows": run_tasks(model, tasks, limit)}
+                rows = int(engine.metrics()["rows_total"])
+                meter.add(rows, rows * sum(forward_flops(engine.config, engine.context // 2, mtp=False).values()))
+    return result
+
+
+def _bpb(run: str, data: Sequence[str], context: int | None, meter: Meter) -> dict:
+    model = load(run)
+    context = context or model.config.train.seq_len
+    if not any(True for _ in documents(data, model.config.data.text_key)):
+        raise UserError(f"{', '.join(data)}: no usable text")
+    texts = (document.text for document in documents(data, model.config.data.text_key))
+    result = bpb(nll_of(model.network), model.tokenizer, texts, context, batch=max(1, EVAL_TOKENS // context))
+    meter.add(result["tokens"], result["tokens"] * sum(forward_flops(model.config.model, context, mtp=False).values()))
     return result
 
 
@@ -116,14 +142,15 @@ def generate(
     seed: int | None = None,
     stream: Callable[[str], None] | None = None,
     started: float | None = None,
+    weights: str = "float32",
 ) -> dict:
-    """{"prompt", "text", "tokens", "seconds"}."""
-    with metered("generate", RunFolder.open(run), "generate", started) as meter:
-        model = load(run)
+    """{"prompt", "text", "tokens", "seconds"}. weights: as `infer.engine.Engine` keeps them."""
+    sampling = Sampling(max_tokens, temperature, top_p, top_k, seed=seed)
+    with metered("generate", RunFolder.open(run), "generate", started) as meter, Engine(run, weights=weights, max_batch=1) as engine:
         start = time.monotonic()
-        text = model.generate(prompt, max_tokens, temperature, top_p, top_k, seed, stream)
-        seconds, tokens = time.monotonic() - start, len(model.tokenizer.encode(text))
-        meter.add(tokens, tokens * sum(forward_flops(model.config.model, max(1, tokens), mtp=False).values()))
+        text, tokens = continued(engine, prompt, sampling, stream)
+        seconds = time.monotonic() - start
+        meter.add(tokens, tokens * sum(forward_flops(engine.config, max(1, tokens), mtp=False).values()))
     return {"prompt": prompt, "text": text, "tokens": tokens, "seconds": seconds}
 
 

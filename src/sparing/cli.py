@@ -26,7 +26,7 @@ from sparing.budget.units import parse_budget, parse_extension
 from sparing.config import UserError
 from sparing.config_file import nearest, read_wishes, set_dotted
 from sparing.output import show, to_json
-from sparing.verbs import Bench, Compare, Plan, Receipt, Report, Serve
+from sparing.verbs import Bench, Compare, Eval, Plan, Receipt, Report, Serve
 
 if TYPE_CHECKING:
     import tyro  # `arguments.parse` imports it for the chosen verb; until then the annotations below stay text
@@ -36,7 +36,7 @@ HELP = f"""Sparing {__version__}: say what you can spend, get the best language 
   sparing plan     [RECIPE] --data PATH... --budget 20m                  what it would cost and reach
   sparing train    [RECIPE] --data PATH... --budget 20m --out RUN        train a model inside a budget
   sparing resume   RUN [--budget +20m]                                   go on after an interruption, or extend a finished run
-  sparing eval     RUN --data PATH...                                    bits per byte of text that the model has not seen
+  sparing eval     RUN --data PATH... --tasks FILE...                    bits per byte of text, scores of questions
   sparing generate RUN --prompt TEXT                                     let the model write
   sparing serve    RUN [--port 8000]                                     OpenAI's interface and a chat page
   sparing receipt  RUN | --all                                           what it cost, beside what was predicted
@@ -111,22 +111,6 @@ class Resume:
 
 
 @dataclass
-class Eval:
-    """Bits per byte of a run on documents; each is scored once, in windows of --context tokens."""
-
-    run: tyro.conf.Positional[str | None] = None
-    data: list[str] = field(default_factory=list)
-    """Files, folders, globs."""
-    context: int | None = None
-    """Window in tokens; default: the length that the run was trained with."""
-    json: bool = False
-
-    def __call__(self, call: Call) -> dict:
-        call.need(RUN=self.run, data=self.data)
-        return call.api.evaluate(self.run, self.data, self.context, call.started)
-
-
-@dataclass
 class Generate:
     """Let a run's model continue a prompt."""
 
@@ -142,6 +126,8 @@ class Generate:
     """Sample from this many likeliest tokens; 0: from all."""
     seed: int | None = None
     """The same seed writes the same text."""
+    quantize: str = "none"
+    """Weights to write with: none, int8, int4, auto, as `serve` has them."""
     json: bool = False
 
     def __call__(self, call: Call) -> dict | None:
@@ -150,13 +136,15 @@ class Generate:
             self.prompt = sys.stdin.buffer.read().decode(errors="surrogateescape")
         if any("\ud800" <= char <= "\udfff" for char in self.prompt):
             raise UserError("the prompt is not UTF-8 text")
+        call.choice("--quantize", self.quantize, ("auto", "none", "int8", "int4"))
         options = (self.max_tokens, self.temperature, self.top_p, self.top_k, self.seed)
+        weights = "float32" if self.quantize == "none" else self.quantize
         if self.json:
-            return call.api.generate(self.run, self.prompt, *options, started=call.started)
+            return call.api.generate(self.run, self.prompt, *options, started=call.started, weights=weights)
         # The prompt appears with the first piece: a mistake leaves standard output empty.
         shown = iter([self.prompt])
         stream = lambda piece: print(next(shown, "") + piece, end="", flush=True)  # noqa: E731
-        call.api.generate(self.run, self.prompt, *options, stream, call.started)
+        call.api.generate(self.run, self.prompt, *options, stream, call.started, weights)
         print(next(shown, ""))
         return None
 

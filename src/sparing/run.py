@@ -8,7 +8,6 @@ streamed, so saving and loading need the memory of one tensor besides the model'
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from sparing.config import UserError
+from sparing.lock import take_lock
 
 if TYPE_CHECKING:  # torch takes a second to import, and half of what opens a run folder never touches a tensor
     import torch
@@ -89,12 +89,12 @@ class RunFolder:
     def lock(self) -> Iterator[None]:
         """One writer at a time. Raises UserError, naming the other process, when the folder is being written.
 
-        A POSIX record lock: it ends with the process, however it ends, and worker processes do not inherit it, so a worker that
-        outlives a killed trainer does not keep `resume` out. Re-entrant within a process.
+        A POSIX record lock (on Windows `msvcrt.locking`): it ends with the process, however it ends, and worker processes do not inherit
+        it, so a worker that outlives a killed trainer does not keep `resume` out. Re-entrant within a process.
         """
         key = str(self.path.resolve())
         if key not in _LOCKED:
-            _LOCKED[key] = [_take_lock(self.path), 0]
+            _LOCKED[key] = [take_lock(self.path), 0]
         _LOCKED[key][1] += 1
         try:
             yield
@@ -102,24 +102,6 @@ class RunFolder:
             _LOCKED[key][1] -= 1
             if _LOCKED[key][1] == 0:
                 _LOCKED.pop(key)[0].close()
-
-
-def _take_lock(path: Path) -> BinaryIO:
-    try:
-        file = open(path / ".lock", "a+b")
-    except OSError as error:
-        raise UserError(f"cannot write in {path}: {error.strerror}") from None
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.seek(0)
-        owner = file.read().decode(errors="replace").strip() or "another process"
-        file.close()
-        raise UserError(f"{path} is being written by {owner}: wait until it has finished, or stop it first") from None
-    file.truncate(0)
-    file.write(f"process {os.getpid()}".encode())
-    file.flush()
-    return file
 
 
 @contextmanager
@@ -135,6 +117,8 @@ def disk_errors(path: str | Path) -> Iterator[None]:
 
 def sync_folder(path: Path) -> None:
     """Make renames inside a folder survive a power cut."""
+    if not hasattr(os, "O_DIRECTORY"):  # Windows opens no folders
+        return
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)

@@ -1,4 +1,4 @@
-"""The verbs that count: plan, bench, receipt, report, compare. Belongs to cli.py, which has the others."""
+"""The verbs that measure, count and serve: plan, eval, serve, receipt, report, compare, bench. Belongs to cli.py, which has the others."""
 
 from __future__ import annotations
 
@@ -61,6 +61,34 @@ class Plan:
 
 
 @dataclass
+class Eval:
+    """What a run knows: bits per byte of documents (--data; each is scored once, in windows of --context tokens), and tasks (--tasks)."""
+
+    run: tyro.conf.Positional[str | None] = None
+    data: list[str] = field(default_factory=list)
+    """Files, folders, globs."""
+    context: int | None = None
+    """Window in tokens; default: the length that the run was trained with."""
+    tasks: list[str] = field(default_factory=list)
+    """Through lm-eval: JSON or JSONL files of questions, choices and answer; its own YAML files; names that it knows (it downloads)."""
+    limit: int | None = None
+    """Items of each task; default: all."""
+    quantize: str = "none"
+    """Weights that the tasks are done with: none, int8, int4, auto, as `serve` has them."""
+    json: bool = False
+
+    def __call__(self, call: Call) -> dict:
+        call.need(RUN=self.run, **({} if self.tasks else {"data": self.data}))
+        call.choice("--quantize", self.quantize, ("auto", "none", "int8", "int4"))
+        if self.limit is not None and self.limit < 1:
+            raise UserError(f"--limit {self.limit}: must be 1 or more")
+        if not self.tasks and (self.limit or self.quantize != "none"):
+            raise UserError("--limit and --quantize are for --tasks: bits per byte are those of all the text, in float32")
+        weights = "float32" if self.quantize == "none" else self.quantize
+        return call.api.evaluate(self.run, self.data, self.context, call.started, self.tasks, self.limit, weights)
+
+
+@dataclass
 class Serve:
     """Serve a run's model: OpenAI's HTTP interface and a chat page, on this machine only unless --host says otherwise."""
 
@@ -71,6 +99,10 @@ class Serve:
     """0: a free one."""
     quantize: str = "auto"
     """int8, int4 or none; auto: what is fastest here."""
+    device: str = "auto"
+    """cpu or cuda; auto: a GPU where there is one, unless the weights are int8 or int4."""
+    speculate: str = "auto"
+    """Draft tokens with the model's MTP module and verify them: on, off; auto: where that cannot change a text."""
     name: str | None = None
     """The model's name for clients; default: the run folder's."""
     api_key_file: str | None = None
@@ -102,6 +134,8 @@ class Serve:
     def __call__(self, call: Call) -> dict | None:
         call.need(RUN=self.run)
         call.choice("--quantize", self.quantize, ("auto", "none", "int8", "int4"))
+        call.choice("--device", self.device, ("auto", "cpu", "cuda"))
+        call.choice("--speculate", self.speculate, ("auto", "on", "off"))
         from sparing.serve.settings import LOCAL
 
         if not 0 <= self.port <= 65535:

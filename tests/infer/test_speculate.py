@@ -1,10 +1,14 @@
 import numpy as np
 import pytest
 from tests.infer.test_engine import PLAIN, prompts, tokens
+from tests.infer.test_network import TABLE
+from tests.infer.test_network import compiled as compiled_network
 
 from sparing.config import UserError
 from sparing.infer.adapt import BURST, SELDOM, Chooser
 from sparing.infer.engine import Engine
+from sparing.infer.loaded import load
+from sparing.infer.network import Rows, TorchNetwork
 from sparing.infer.request import Sampling
 from sparing.infer.sample import choose, truncated
 from sparing.kernels.decode import library
@@ -69,11 +73,36 @@ def test_sampling_keeps_the_distribution():
     assert chance + 0.2 < agree <= overlap + 0.02
 
 
-def test_speculation_is_refused_where_it_could_change_the_text(make_run):
-    with pytest.raises(UserError, match="plain PyTorch"):
-        Engine(make_run(**PLAIN), speculate=True)
-    with Engine(make_run(**PLAIN)) as engine:
-        assert not engine.speculates
+def test_where_drafts_could_change_the_text_they_are_for_those_who_ask(make_run, tokenizer):
+    s = Sampling(max_tokens=40, temperature=0, ignore_eos=True)
+    with Engine(make_run(**PLAIN), device="cpu") as engine:
+        assert not engine.speculates and engine.metrics()["speculates"] == 0
+        alone = [tokens(engine.submit(p, s)) for p in prompts(tokenizer)]
+        assert "drafted_total" not in engine.metrics()
+    with Engine(make_run(**PLAIN), speculate=True, device="cpu") as engine:
+        together = [engine.submit(p, s) for p in prompts(tokenizer)]
+        assert [tokens(r) for r in together] == alone  # float32, and logits far apart
+        assert engine.metrics()["drafted_total"] > 0
+
+
+@compiled
+@pytest.mark.parametrize("changes", [{}, {"attention": "gqa"}])
+def test_plain_and_compiled_modules_guess_alike(make_run, changes):
+    """Hidden states and drafts of a text whose module begins in its middle, and the module's second guess."""
+    run, found = make_run(**changes), []
+    for network in (TorchNetwork(load(run).network, 16), compiled_network(run)):
+        ids, rows = list(range(7, 57)), Rows()
+        rows.add(TABLE, ids, 0, 1)
+        network.forward(rows)
+        hidden, rows = network.hidden.copy(), Rows(first=[20] * 29)
+        rows.add(TABLE, ids[21:], 20, 2)
+        first = network.draft(rows, hidden[20:49]).copy()
+        after, rows = network.hidden[28:], Rows(first=[20])
+        rows.add(TABLE, [9], 49, 1)
+        found.append((hidden, first, network.draft(rows, after).copy()))
+        network.close()
+    for ours, peers in zip(*found):
+        assert np.abs(ours - peers).max() < 1e-3
 
 
 @compiled

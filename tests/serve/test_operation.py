@@ -114,6 +114,31 @@ def test_metrics_are_prometheus(server):
     assert values["sparing_resident_bytes"] > 1e7
 
 
+DRAFTED = {"model": "tiny", "prompt": "import json", "max_tokens": 60, "temperature": 0, "ignore_eos": True}
+
+
+@pytest.mark.parametrize(
+    ("options", "compiler", "drafts", "says"),
+    [
+        (["--speculate", "off"], True, False, "drafts off"),
+        (["--device", "cpu"], False, False, "drafts are off, because they could change a text in plain PyTorch (there is no C compiler)"),
+        (["--device", "cpu", "--speculate", "on"], False, True, "drafts are on as you asked, and can change a text"),
+    ],
+)
+def test_drafts_are_the_operators_choice(server, run, tmp_path, options, compiler, drafts, says):
+    env = {"SPARING_HOME": str(tmp_path)} | ({} if compiler else {"PATH": str(tmp_path)})
+    other = Server(run, "--quantize", "none", *options, env=env)
+    try:
+        assert says in "".join(other.log)
+        usage = other.ask("POST", "/v1/completions", DRAFTED)[2]["usage"]["completion_tokens_details"]
+        metrics = other.ask("GET", "/metrics")[2]
+        assert f"sparing_speculates {drafts:d}\n" in metrics
+        assert (sum(usage.values()) > 0) == drafts == ("sparing_drafted_total" in metrics)
+    finally:
+        assert other.stop() == 0
+    assert "sparing_speculates 1\n" in server.ask("GET", "/metrics")[2] and "drafts on" in "".join(server.log)
+
+
 def test_an_answer_that_takes_too_long_ends(run, home):
     server = Server(run, "--answer-s", "0.002", env={"SPARING_HOME": str(home)})
     try:

@@ -73,7 +73,7 @@ def entries(path: Path) -> list[Entry]:
 
 
 def _alive(row: Entry) -> bool:
-    if row.host != socket.gethostname():
+    if row.host != socket.gethostname() or os.name == "nt":  # there, 0 is a signal that ends a process
         return time.time() - row.updated < STALE_S
     try:
         os.kill(row.pid, 0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 import traceback
@@ -18,10 +17,11 @@ from sparing.config_file import read_config
 from sparing.data.tokenizer import Tokenizer
 from sparing.infer.adapt import Choosers
 from sparing.infer.cache import BLOCK, BlockPool
-from sparing.infer.compiled import CompiledNetwork, fastest, fits
-from sparing.infer.loaded import load
+from sparing.infer.compiled import CompiledNetwork
+from sparing.infer.loaded import Model, load
 from sparing.infer.network import Rows, TorchNetwork, cache_width
 from sparing.infer.pack import open_pack
+from sparing.infer.place import cores, settle
 from sparing.infer.request import Busy, Piece, Request, Sampling
 from sparing.infer.sample import choose, logprob
 from sparing.infer.scheduler import Scheduler, Share, Text
@@ -29,7 +29,6 @@ from sparing.infer.speculate import propose
 from sparing.infer.text import TextStream
 from sparing.run import RunFolder
 
-FORMATS = ("auto", "float32", "bfloat16", "int8", "int4")
 MAX_DRAFT = 3
 CHUNK = (32, 512)
 """Fewest and most rows that a step gives to prompts."""
@@ -39,25 +38,21 @@ END_NAMES = ("<|end|>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<ï½œendâ
 """Tokens that end a turn of a conversation; the tokenizer's end of text ends a text anyway."""
 
 
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 class Engine:
-    """A run folder's model, ready to continue texts. Close it, or use it in a `with`.
+    """A model, that of a run folder or one in memory, ready to continue texts. Close it, or use it in a `with`.
 
     weights: how they are kept: "float32", "bfloat16", "int8" (a scale per row), "int4" (a scale per 32), or "auto": what measures fastest
     here. cache_bytes: the most that the key-value cache may take (default: room for `max_batch` texts of the full context, 1 GiB at most).
     max_batch: texts in one step. max_queue: requests that may wait. speculate: draft tokens with the model's MTP module and verify them;
-    None: where it pays. threads: None: one per core. expert_bytes: keep at most so many bytes of routed experts in memory, the rest on disk
-    (default: no limit). The run folder is only read, but for a copy of the weights in the format asked for, where it can be written.
+    None: where it pays and cannot change a text. threads: None: one per core. expert_bytes: keep at most so many bytes of routed experts in
+    memory, the rest on disk (default: no limit). device: "cpu", "cuda", or "auto": a GPU where there is one, unless the weights are int8 or
+    int4. The run folder is only read, but for a copy of the weights in the format asked for, where it can be written.
     Raises UserError for a folder without weights or tokenizer and for formats that this machine cannot run.
     """
 
     def __init__(
         self,
-        run: Path | str,
+        run: Path | str | Model,
         *,
         weights: str = "auto",
         cache_bytes: int | None = None,
@@ -66,27 +61,27 @@ class Engine:
         speculate: bool | None = None,
         threads: int | None = None,
         expert_bytes: int | None = None,
+        device: str = "auto",
     ):
-        if weights not in FORMATS:
-            raise UserError(f"weights {weights}: choose from {', '.join(FORMATS)}")
-        folder = RunFolder.open(run)
-        self.name = Path(run).resolve().name
-        self.config = read_config(folder.config_file).model
-        if not folder.tokenizer_file.exists():
+        held = run if isinstance(run, Model) else None
+        folder = held.run if held else RunFolder.open(run)
+        self.name = folder.path.resolve().name
+        self.config = held.config.model if held else read_config(folder.config_file).model
+        if not held and not folder.tokenizer_file.exists():
             raise UserError(f"{run} has no tokenizer.json: it cannot read or write text")
-        self.tokenizer = Tokenizer.load(folder.tokenizer_file)
-        plain = fits(self.config)
-        self.weights = ("float32" if plain else fastest()) if weights == "auto" else weights
-        if plain and self.weights not in ("float32", "bfloat16"):
-            raise UserError(f"weights {weights}: this model runs in float32 and bfloat16 here ({plain})")
+        self.tokenizer = held.tokenizer if held else Tokenizer.load(folder.tokenizer_file)
+        self.device, self.weights, self.plain = settle(self.config, device, weights, held and held.network)
+        plain = self.plain
         self.speculates: bool = not plain and self.config.mtp_depth > 0 if speculate is None else speculate
         """Whether tokens are drafted and verified; how many at a time follows what measures fastest."""
-        if self.speculates and (plain or not self.config.mtp_depth):
-            raise UserError(f"speculate: {f'not in plain PyTorch ({plain})' if plain else 'the model has no MTP module'}")
+        if self.speculates and not self.config.mtp_depth:
+            raise UserError("speculate: the model has no MTP module")
+        if plain and expert_bytes:
+            raise UserError(f"a limit for experts needs the compiled step ({plain})")
         self.context: int = self.config.max_position_embeddings
         self.max_batch, self.max_queue = max_batch or 16, max_queue
-        layers = self.config.num_layers + (0 if plain else self.config.mtp_depth)
-        per_block = BLOCK * layers * cache_width(self.config) * (2 if plain and self.weights == "bfloat16" else 4)
+        layers, numbers = self.config.num_layers + self.config.mtp_depth, 2 if plain and self.weights == "bfloat16" else 4
+        per_block = BLOCK * layers * cache_width(self.config) * numbers
         whole = self.max_batch * -(-self.context // BLOCK)
         self.cache_bytes = min(whole * per_block, 1 << 30) if cache_bytes is None else cache_bytes
         blocks = min(whole, self.cache_bytes // per_block)
@@ -96,9 +91,7 @@ class Engine:
         self._pool = BlockPool(blocks)
         self._network: TorchNetwork | CompiledNetwork
         if plain:
-            network = load(run).network
-            network.compute_dtype = getattr(torch, self.weights)
-            self._network = TorchNetwork(network, blocks)
+            self._network = TorchNetwork((held or load(run, self.device, getattr(torch, self.weights))).network, blocks)
         else:
             pack = open_pack(folder, self.config, self.weights)
             self._network = CompiledNetwork(self.config, pack, self.weights, blocks, threads or cores(), expert_bytes or 0)
@@ -156,6 +149,7 @@ class Engine:
                 "cache_evictions_total": self._pool.evicted,
                 "max_batch": self.max_batch,
                 "prefill_chunk": self._scheduler.max_rows,
+                "speculates": self.speculates,
                 "draft_length": self._drafts.last,
                 "threads": self._network.threads,
                 "queue_limit": self.max_queue,

@@ -11,7 +11,7 @@ from torch import Tensor
 from sparing.config import Config, UserError
 from sparing.config_file import read_config
 from sparing.data.tokenizer import Tokenizer
-from sparing.infer.generate import generate as sample_tokens
+from sparing.infer.request import Sampling
 from sparing.model.transformer import Transformer
 from sparing.run import DamagedError, RunFolder, read_tensors
 
@@ -47,31 +47,24 @@ class Model:
         seed: int | None = None,
         stream: Callable[[str], None] | None = None,
     ) -> str:
-        """The text that the model writes after `prompt`; `stream` gets it piece by piece, whole characters only."""
-        tokenizer = self.tokenizer
-        ids = [tokenizer.eot_id, *tokenizer.encode(prompt)]
-        made: list[int] = []
-        shown = ""
-        context = self.config.model.max_position_embeddings
-        with torch.no_grad():
-            for token in sample_tokens(self.network, ids, max_tokens, temperature, top_p, top_k, seed, tokenizer.eot_id, context):
-                made.append(token)
-                if stream:
-                    text = tokenizer.decode(made, skip_special_tokens=True)
-                    if not text.endswith("\ufffd"):
-                        stream(text[len(shown) :])
-                        shown = text
-        text = tokenizer.decode(made, skip_special_tokens=True)
-        if stream and len(text) > len(shown):
-            stream(text[len(shown) :])
-        return text
+        """The text that the model writes after `prompt`, in plain PyTorch; `stream` gets it piece by piece, whole characters only."""
+        from sparing.infer.answers import continued  # they open models with this module
+        from sparing.infer.engine import Engine
+
+        with Engine(self, max_batch=1) as engine:
+            return continued(engine, prompt, Sampling(max_tokens, temperature, top_p, top_k, seed=seed), stream)[0]
 
 
-def load(run: str | Path) -> Model:
-    """Open a run folder's newest weights, float32, on the CPU. Raises UserError when there are none."""
+def load(run: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Model:
+    """Open a run folder's newest weights. dtype: what they are kept and computed in; routers and norms are float32 always. Raises UserError
+    when there are none."""
     folder = RunFolder.open(run)
     config = read_config(folder.config_file)
     network = Transformer(config.model)
+    for name, parameter in network.named_parameters():
+        if parameter.dim() > 1 and ".gate." not in name:
+            parameter.data = parameter.data.to(dtype)
+    network.to(device).compute_dtype = dtype
     state = network.state_dict()
     try:
         for name, tensor in read_tensors(folder.weights_file):

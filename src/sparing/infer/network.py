@@ -1,4 +1,4 @@
-"""The model over a paged cache in plain PyTorch: the reference for the compiled network, and what runs where there is no C compiler.
+"""The model over a paged cache in plain PyTorch: the reference for the compiled network, and what runs on GPUs and without a C compiler.
 
 Attention is the absorbed form (DeepSeek-V2 §2.1.2, arXiv 2405.04434): queries are carried into the latent space, so that a cached token
 is its latent and shared rotated key, and keys and values are never expanded. Grouped queries are the same with several key heads.
@@ -6,6 +6,7 @@ is its latent and shared rotated key, and keys and values are never expanded. Gr
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -50,17 +51,18 @@ def cache_width(c: ModelConfig) -> int:
 
 
 class TorchNetwork:
-    """`forward` for `Rows`. Its products are PyTorch's: a row's result may differ in the last bit with the rows beside it."""
+    """`forward` and `draft` for `Rows`, on the device of the weights. Its products are PyTorch's: a row's result may differ in the last
+    bit with the rows beside it."""
 
     exact = False
     """Whether a row's logits depend on nothing but its text."""
     threads = 1
 
     def __init__(self, model: Transformer, blocks: int):
-        self.model, self.c = model.eval(), model.config
-        shape = (model.config.num_layers, blocks, BLOCK, cache_width(model.config))
-        self.cache = torch.empty(shape, dtype=model.compute_dtype)
-        self.table = rotary_table(model.config, model.config.max_position_embeddings)
+        self.model, self.c, self.device = model.eval(), model.config, model.head_weight.device
+        shape = (model.config.num_layers + model.config.mtp_depth, blocks, BLOCK, cache_width(model.config))
+        self.cache = torch.empty(shape, dtype=model.compute_dtype, device=self.device)
+        self.table = rotary_table(model.config, model.config.max_position_embeddings).to(self.device)
         self.scale = softmax_scale(model.config)
 
     def close(self) -> None:
@@ -71,19 +73,43 @@ class TorchNetwork:
 
     @torch.inference_mode()
     def forward(self, rows: Rows) -> np.ndarray:
-        """(wanted, V) float32 logits; the cache holds the rows afterwards."""
-        x = F.embedding(torch.tensor(rows.tokens), self.model.model.embed_tokens.weight).to(self.model.compute_dtype)
-        positions = torch.tensor(rows.positions)
-        blocks = torch.tensor([rows.tables[o][p // BLOCK] for o, p in zip(rows.owners, rows.positions, strict=True)])
-        where = (blocks, positions % BLOCK)
-        owners = torch.tensor(rows.owners)
-        spans = [((owners == i).nonzero().flatten(), table) for i, table in enumerate(rows.tables)]
+        """(wanted, V) float32 logits; the cache holds the rows afterwards, `hidden` their last hidden states (rows, D)."""
+        x = self._run(self._embed(rows), rows, range(self.c.num_layers))
+        return self._logits(self.model.model.norm(x), rows)
+
+    @torch.inference_mode()
+    def draft(self, rows: Rows, before: np.ndarray) -> np.ndarray:
+        """The same from the MTP module: each row's token is the one after its position, `before` the hidden state at its position."""
+        at = self.c.num_layers
+        module = self.model.model.layers[at]
+        x = module.join(self._embed(rows), torch.from_numpy(before).to(self.device, self.model.compute_dtype))
+        return self._logits(module.shared_head.norm(self._run(x, rows, [at])), rows)
+
+    def _embed(self, rows: Rows) -> Tensor:
+        tokens = torch.tensor(rows.tokens, device=self.device)
+        return F.embedding(tokens, self.model.model.embed_tokens.weight).to(self.model.compute_dtype)
+
+    def _logits(self, x: Tensor, rows: Rows) -> np.ndarray:
+        if self.c.mtp_depth:
+            self.hidden = x.float().cpu().numpy()
+        return F.linear(x[rows.wanted], self.model.head_weight.to(x.dtype)).float().cpu().numpy()
+
+    def _run(self, x: Tensor, rows: Rows, layers: Iterable[int]) -> Tensor:
+        positions = torch.tensor(rows.positions, device=self.device)
+        blocks = [rows.tables[o][p // BLOCK] for o, p in zip(rows.owners, rows.positions, strict=True)]
+        where = (torch.tensor(blocks, device=self.device), positions % BLOCK)
+        spans, start = [], 0
+        for owner, table in enumerate(rows.tables):
+            end = start + rows.owners.count(owner)
+            seen = range(rows.first[start] if rows.first else 0, rows.positions[end - 1] + 1)
+            spans.append((slice(start, end), torch.tensor(table, device=self.device), seen))
+            start = end
         attention = self._latent if self.c.attention == "mla" else self._grouped
-        for i, layer in enumerate(self.model.model.layers[: self.c.num_layers]):
+        for i in layers:
+            layer = self.model.model.layers[i]
             x = x + attention(layer.self_attn, layer.input_layernorm(x), self.cache[i], where, positions, spans)
             x = x + layer.mlp(layer.post_attention_layernorm(x)[None])[0]
-        x = self.model.model.norm(x[rows.wanted])
-        return F.linear(x, self.model.head_weight.to(x.dtype)).float().numpy()
+        return x
 
     def _latent(self, m, x_ND: Tensor, cache: Tensor, where, positions: Tensor, spans) -> Tensor:
         c = self.c
@@ -96,10 +122,10 @@ class TorchNetwork:
         absorbed = torch.einsum("nhk,hkc->nhc", q_nope, up_HCK)
         q = torch.cat((absorbed, rotate(q_rope, table)), -1)
         mixed = torch.empty_like(absorbed)
-        for mine, blocks in spans:
-            at = positions[mine]
-            keys = cache[blocks].flatten(0, 1)[: int(at[-1]) + 1]
-            mixed[mine] = self._weights(torch.einsum("nhc,sc->hns", q[mine], keys), at, "hns,sc->nhc", keys[:, : c.kv_lora_rank])
+        for mine, blocks, seen in spans:
+            keys = cache[blocks].flatten(0, 1)[seen.start : seen.stop]
+            scores = torch.einsum("nhc,sc->hns", q[mine], keys)
+            mixed[mine] = self._weights(scores, positions[mine], seen, "hns,sc->nhc", keys[:, : c.kv_lora_rank])
         return m.o_proj(torch.einsum("nhc,hvc->nhv", mixed, up_HCV).flatten(1))
 
     def _grouped(self, m, x_ND: Tensor, cache: Tensor, where, positions: Tensor, spans) -> Tensor:
@@ -109,13 +135,14 @@ class TorchNetwork:
         k = rotate(m.k_proj(x_ND).unflatten(-1, (c.num_kv_heads, -1)), table)
         cache[where] = torch.cat((k.flatten(1), m.v_proj(x_ND)), -1)
         out = torch.empty_like(q)
-        for mine, blocks in spans:
-            at = positions[mine]
-            keys, values = cache[blocks].flatten(0, 1)[: int(at[-1]) + 1].unflatten(-1, (2, c.num_kv_heads, c.head_dim)).unbind(1)
-            out[mine] = self._weights(torch.einsum("nghd,sgd->ghns", q[mine], keys), at, "ghns,sgd->nghd", values)
+        for mine, blocks, seen in spans:
+            cached = cache[blocks].flatten(0, 1)[seen.start : seen.stop]
+            keys, values = cached.unflatten(-1, (2, c.num_kv_heads, c.head_dim)).unbind(1)
+            scores = torch.einsum("nghd,sgd->ghns", q[mine], keys)
+            out[mine] = self._weights(scores, positions[mine], seen, "ghns,sgd->nghd", values)
         return m.o_proj(out.flatten(1))
 
-    def _weights(self, scores: Tensor, at: Tensor, product: str, values: Tensor) -> Tensor:
-        hidden = torch.arange(scores.shape[-1]) > at[:, None]
+    def _weights(self, scores: Tensor, at: Tensor, seen: range, product: str, values: Tensor) -> Tensor:
+        hidden = torch.arange(seen.start, seen.stop, device=self.device) > at[:, None]
         weights = (scores.float() * self.scale).masked_fill(hidden, float("-inf")).softmax(-1).to(values.dtype)
         return torch.einsum(product, weights, values)

@@ -9,12 +9,12 @@ from __future__ import annotations
 import numpy as np
 
 from sparing.infer.compiled import CompiledNetwork
-from sparing.infer.network import Rows
+from sparing.infer.network import Rows, TorchNetwork
 from sparing.infer.sample import choose
 from sparing.infer.scheduler import Share
 
 
-def propose(network: CompiledNetwork, shares: list[Share], length: int) -> None:
+def propose(network: CompiledNetwork | TorchNetwork, shares: list[Share], length: int) -> None:
     """Set the draft of every text that goes on after this step: up to `length` tokens, none where `length` is 0.
 
     `shares`: the step that was just computed; `network.hidden` are its rows' hidden states.

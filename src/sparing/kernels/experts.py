@@ -99,7 +99,7 @@ class _Mixture(torch.autograd.Function):
         source, places, groups = group_rows(experts, len(gate_up), ROWS)
         tokens = (source // experts.shape[1]).clamp_(max=len(x) - 1)
         gate_up_c, down_c = gate_up.to(x.dtype), down.to(x.dtype)
-        ends = torch.tensor(groups).cumsum(0)
+        ends = torch.tensor(groups, device="cpu").cumsum(0)  # read as numbers by every product
         rows = x.index_select(0, tokens)
         h = products[0].grouped_nt(rows, gate_up_c, ends)
         # Filler rows have gate 0: they reach neither the output nor a gradient.
@@ -138,6 +138,6 @@ def _mixture_grouped(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, 
 def mixture(x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, weights_NK: Tensor, experts_NK: Tensor, products=None) -> Tensor:
     """(N, D) tokens through their K experts, weighted by their gates and summed: (N, D). See `mixture_reference`. products: functions like
     `kernels.products`', a pair for gate_up and down, instead of torch's."""
-    if products is None and x_ND.is_cuda and hasattr(F, "grouped_mm"):
+    if products is None and x_ND.is_cuda and x_ND.dtype == torch.bfloat16 and hasattr(F, "grouped_mm"):
         return _mixture_grouped(x_ND, gate_up_E2FD, down_EDF, weights_NK, experts_NK)
     return _Mixture.apply(x_ND, gate_up_E2FD, down_EDF, weights_NK, experts_NK, products or (Plain, Plain))

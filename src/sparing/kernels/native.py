@@ -35,7 +35,7 @@ def build(stem: str, sources: tuple[str, ...], flags: tuple[str, ...]) -> Path |
     """The shared library of the first of `sources` (the others are included in it), for this compiler and this processor; compiled where
     it is not there yet (seconds). None without a compiler."""
     compiler = next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
-    if compiler is None:
+    if compiler is None or os.name == "nt":  # the sources use POSIX threads and files
         return None
     here = Path(__file__).parent
     processor = Path("/proc/cpuinfo").read_text().split("\n\n")[0] if Path("/proc/cpuinfo").exists() else platform.processor()

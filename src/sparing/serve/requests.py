@@ -10,7 +10,8 @@ from sparing.serve.schema import Schema
 
 MAX_CHOICES = 16
 MAX_PROMPTS = 64
-MAX_STOPS = 4
+MAX_STOPS = 16
+"""OpenAI takes 4; lm-eval's tasks end at up to six and the end of text."""
 
 
 def maybe(schema: Schema) -> Schema:

@@ -35,7 +35,8 @@ def start(wished, started: float | None = None) -> None:
     audit = Audit(audit_file(wished.audit_log), wished.audit_text)
     cache, experts = (None if size is None else size << 20 for size in (wished.cache_mb, wished.expert_mb))
     options = {"weights": weights, "cache_bytes": cache, "expert_bytes": experts, "max_batch": wished.batch, "max_queue": wished.queue}
-    serve(wished.run, settings, audit, started, threads=wished.threads, **options)
+    options |= {"threads": wished.threads, "device": wished.device, "speculate": {"on": True, "off": False}.get(wished.speculate)}
+    serve(wished.run, settings, audit, started, **options)
 
 
 def serve(run: str, settings: Settings, audit: Audit, started: float | None = None, **engine_options) -> None:
@@ -55,7 +56,13 @@ def serve(run: str, settings: Settings, audit: Audit, started: float | None = No
             host, port = listener.getsockname()[:2]
             shown = f"[{host}]" if ":" in host else host
             keyed = f", {len(settings.keys)} keys" if settings.keys else ""
-            say(f"{service.name} ({engine.weights}, {engine.context} tokens of context{keyed}) at http://{shown}:{port}")
+            if engine.plain and engine.config.mtp_depth:
+                what = "on as you asked, and can change" if engine.speculates else "off, because they could change"
+                say(f"drafts are {what} a text in plain PyTorch ({engine.plain}), whose rows differ in their last bits with their company")
+            where = (
+                f"{engine.weights} on {engine.device}, {engine.context} tokens of context, drafts {'on' if engine.speculates else 'off'}"
+            )
+            say(f"{service.name} ({where}{keyed}) at http://{shown}:{port}")
             asyncio.run(_run(service, listener))
             meter.add(int(engine.metrics().get("completion_tokens_total", 0)))
 

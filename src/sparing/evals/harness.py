@@ -1,0 +1,107 @@
+"""lm-eval (github.com/EleutherAI/lm-evaluation-harness) in this process, over two callables.
+
+The figures are those that its `local-completions` finds at our server: a context that is not empty begins without an end-of-text token.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+from sparing.config import UserError
+from sparing.data.tokenizer import Tokenizer
+from sparing.evals.tasks import task
+
+try:
+    import lm_eval
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.tasks import TaskManager
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+except ImportError:
+    raise UserError("eval --tasks needs lm-eval: pip install 'sparing[eval]'") from None
+
+ScoreFn = Callable[[Iterable[list[int]]], Iterator[list[tuple[float, bool]]]]
+"""Texts as token ids -> for each, of every token but the first: its log-probability in nats, and whether it was the likeliest."""
+WriteFn = Callable[[Iterable[tuple[list[int], dict]]], Iterator[str]]
+"""(prompt, settings) -> what the model writes; settings: max_tokens, temperature, stop, seed and whatever else a task says."""
+SEED = 1234
+"""lm-eval's own."""
+MADE_TOKENS = 256
+"""Where a task does not say how many."""
+
+
+class HarnessModel(TemplateLM):
+    """context: the most tokens that the model reads; the last place is kept for a token to be made, as at a server."""
+
+    def __init__(self, tokenizer: Tokenizer, context: int, score: ScoreFn, write: WriteFn):
+        super().__init__()
+        self.tokenizer, self.room, self._score, self._write = tokenizer, context - 1, score, write
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokenizer.eot_id
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
+        return self.tokenizer.encode(string)
+
+    def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **_) -> list[tuple[float, bool]]:
+        """requests: (anything, context's ids, continuation's ids); what does not fit is cut off at the left."""
+        longest = max((len(asked) for _, _, asked in requests), default=0)
+        if longest >= self.room:
+            raise UserError(f"a text to be scored has {longest} tokens; the model reads {self.room} with what goes before it")
+        texts = ((before + asked)[-self.room :] for _, before, asked in requests)
+        counts = [len(asked) for _, _, asked in requests]
+        return [_total(rows[len(rows) - count :]) for rows, count in zip(self._score(texts), counts, strict=True)]
+
+    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+        found = []
+        for request in requests:
+            ids = self.tok_encode(request.args[0])
+            windows = get_rolling_token_windows(ids, self.prefix_token_id, max_seq_len=self.room - 1, context_len=1)
+            parts = self._loglikelihood_tokens([(None, *make_disjoint_window(window)) for window in windows])
+            found.append(sum(nats for nats, _ in parts))
+        return found
+
+    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        return list(self._write(self._asked(*request.args) for request in requests))
+
+    def _asked(self, text: str, settings: dict) -> tuple[list[int], dict]:
+        settings = {"temperature": 0, "seed": SEED, **settings}
+        settings.pop("do_sample", None)
+        until, default = settings.pop("until", None) or [], settings.pop("max_gen_toks", MADE_TOKENS)
+        settings |= {"stop": (until,) if isinstance(until, str) else tuple(until), "max_tokens": settings.get("max_tokens", default)}
+        return self.tok_encode(text)[-max(1, self.room - default) :], settings
+
+
+def _total(rows: Sequence[tuple[float, bool]]) -> tuple[float, bool]:
+    return sum(nats for nats, _ in rows), all(likeliest for _, likeliest in rows)
+
+
+def run_tasks(model: TemplateLM, tasks: Sequence[str], limit: int | None = None) -> list[dict]:
+    """One {"name", "items", and the task's metrics with their standard errors (`acc`, `acc_stderr`, ...)} for each task.
+
+    tasks: files of questions (`tasks.task`), lm-eval's own YAML files, or names that it knows, whose data it downloads. limit: items of
+    each, from the beginning. Raises UserError for a task that is none of these.
+    """
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # lm-eval would fork this process, threads and all, for its standard errors
+    specs = [task(name) if Path(name).suffix in (".json", ".jsonl") else name for name in tasks]
+    named = any(isinstance(spec, str) and Path(spec).suffix not in (".yaml", ".yml") for spec in specs)
+    try:
+        loaded = TaskManager(include_defaults=named).load(specs)
+    except (KeyError, FileNotFoundError) as error:
+        raise UserError(f"--tasks: {error.args[0]}") from None
+    for one in loaded["tasks"].values():
+        one.set_fewshot_seed(seed=SEED)
+    with contextlib.redirect_stdout(sys.stderr):
+        found = lm_eval.evaluate(model, loaded, limit=limit, bootstrap_iters=1000, log_samples=False)
+    return [
+        {"name": name, "items": found["n-samples"][name]["effective"]}
+        | {key.split(",")[0]: value for key, value in values.items() if "," in key and value != "N/A"}
+        for name, values in found["results"].items()
+        if name in found["n-samples"]
+    ]

@@ -1,0 +1,47 @@
+"""Where a model runs, and in which numbers its weights are kept there."""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+import torch
+
+from sparing.config import ModelConfig, UserError
+from sparing.infer.compiled import fastest, fits
+from sparing.model.transformer import Transformer
+
+FORMATS = ("auto", "float32", "bfloat16", "int8", "int4")
+DEVICES = ("auto", "cpu", "cuda")
+
+
+class Place(NamedTuple):
+    device: str
+    weights: str
+    plain: str | None
+    """Why plain PyTorch computes; None: the compiled step does."""
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def settle(c: ModelConfig, device: str, weights: str, network: Transformer | None = None) -> Place:
+    """By what there is where it says "auto": a GPU before the processor, there the fastest format that costs no quality worth mentioning.
+    network: a model in memory stays where and as it is. Raises UserError for what cannot run here."""
+    if network is not None:
+        return Place(network.head_weight.device.type, str(network.compute_dtype).removeprefix("torch."), "the model is in memory")
+    for name, value, choices in (("weights", weights, FORMATS), ("device", device, DEVICES)):
+        if value not in choices:
+            raise UserError(f"{name} {value}: choose from {', '.join(choices)}")
+    gpu = torch.cuda.is_available()
+    if device == "cuda" and not gpu:
+        raise UserError("device cuda: PyTorch finds no GPU here; choose cpu")
+    device = "cuda" if gpu and device == "auto" and weights in ("auto", "float32", "bfloat16") else device.replace("auto", "cpu")
+    plain = "on a GPU" if device == "cuda" else fits(c)
+    if weights == "auto":
+        weights = fastest() if not plain else "bfloat16" if device == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    if plain and weights not in ("float32", "bfloat16"):
+        raise UserError(f"weights {weights}: this model runs in float32 and bfloat16 here ({plain})")
+    return Place(device, weights, plain)
