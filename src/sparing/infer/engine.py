@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 import traceback
@@ -17,8 +16,9 @@ from sparing.config import UserError
 from sparing.config_file import read_config
 from sparing.data.tokenizer import Tokenizer
 from sparing.infer.adapt import Choosers
+from sparing.infer.approximate import Approximate, Approximation, begin
 from sparing.infer.cache import BLOCK, BlockPool
-from sparing.infer.compiled import CompiledNetwork, fastest, fits
+from sparing.infer.compiled import CompiledNetwork, cores, fastest, fits
 from sparing.infer.loaded import load
 from sparing.infer.network import Rows, TorchNetwork, cache_width
 from sparing.infer.pack import open_pack
@@ -39,11 +39,6 @@ END_NAMES = ("<|end|>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<ï½œendâ
 """Tokens that end a turn of a conversation; the tokenizer's end of text ends a text anyway."""
 
 
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 class Engine:
     """A run folder's model, ready to continue texts. Close it, or use it in a `with`.
 
@@ -51,8 +46,8 @@ class Engine:
     here. cache_bytes: the most that the key-value cache may take (default: room for `max_batch` texts of the full context, 1 GiB at most).
     max_batch: texts in one step. max_queue: requests that may wait. speculate: draft tokens with the model's MTP module and verify them;
     None: where it pays. threads: None: one per core. expert_bytes: keep at most so many bytes of routed experts in memory, the rest on disk
-    (default: no limit). The run folder is only read, but for a copy of the weights in the format asked for, where it can be written.
-    Raises UserError for a folder without weights or tokenizer and for formats that this machine cannot run.
+    (default: no limit). approximate: requests may ask for fewer experts. The run folder is only read, but for the weights in that format,
+    and calibrations, where it can be written. Raises UserError for a folder without weights or tokenizer, for what this machine cannot run.
     """
 
     def __init__(
@@ -66,6 +61,7 @@ class Engine:
         speculate: bool | None = None,
         threads: int | None = None,
         expert_bytes: int | None = None,
+        approximate: Approximate | None = None,
     ):
         if weights not in FORMATS:
             raise UserError(f"weights {weights}: choose from {', '.join(FORMATS)}")
@@ -102,6 +98,7 @@ class Engine:
         else:
             pack = open_pack(folder, self.config, self.weights)
             self._network = CompiledNetwork(self.config, pack, self.weights, blocks, threads or cores(), expert_bytes or 0)
+        self.approximate = Approximation(approximate, folder, self._network, self.tokenizer) if approximate else None
         self._scheduler = Scheduler(self._pool, self.max_batch, CHUNK[1])
         self._pace = 0.0  # rows a second of steps with a prompt in them
         self._drafts = Choosers(range(MAX_DRAFT + 1) if self.speculates else [0])
@@ -134,6 +131,8 @@ class Engine:
         request = Request(prompt, sampling, on_piece)
         text = Text(request, TextStream(self.tokenizer, sampling.stop), min(sampling.max_tokens, room))
         request._wake = self._wake
+        if sampling.approximate:
+            begin(self.approximate, text)
         with self._news:
             if self._closing or self._draining:
                 raise Busy("the engine is shutting down")
@@ -160,7 +159,8 @@ class Engine:
                 "threads": self._network.threads,
                 "queue_limit": self.max_queue,
             }
-            return {name: float(value) for name, value in {**state, **self._counts, **self._network.metrics()}.items()}
+            state |= {**self._counts, **self._network.metrics(), **(self.approximate.metrics() if self.approximate else {})}
+            return {name: float(value) for name, value in state.items()}
 
     def drain(self, timeout: float | None = None) -> bool:
         """Take no more requests and wait for those under way; whether they finished in time (seconds)."""
@@ -225,6 +225,8 @@ class Engine:
         self._network.threads = chosen = self._threads.pick(len(rows.tokens))
         logits = iter(self._network.forward(rows))
         took = time.perf_counter() - start
+        if self.approximate and self._network.used is not None:
+            self.approximate.count(shares, self._network.used)
         threads.report(chosen, len(rows.tokens), took)
         made = self._counts["completion_tokens_total"]
         self._counts["forward_seconds_total"] += took
@@ -258,6 +260,8 @@ class Engine:
             if s.grammar is not None:
                 s.grammar.advance(token)
             text.tokens.append(token)
+            if text.noted is not None:
+                text.noted.append(logprob(logits_V, token, 0).logprob)
             request.usage["completion_tokens"] += 1
             self._counts["completion_tokens_total"] += 1
             piece, stopped = text.stream.push(token, None if s.logprobs is None else logprob(logits_V, token, s.logprobs))
@@ -288,6 +292,7 @@ class Engine:
                 self._counts[name + "_total"] += text.request.usage[name]
             self._counts["requests_total"] += 1
             self._counts[f"requests_{reason}_total"] += 1
+            self._scheduler.waiting.extend(self.approximate.again(text, reason) if self.approximate and not self._draining else ())
             self._news.notify_all()
         last = text.stream.finish() if flush else None
         if last:
