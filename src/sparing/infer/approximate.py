@@ -1,8 +1,9 @@
 """The approximate tier: requests that ask for it use fewer experts, and a guard watches what that costs.
 
 About 1 % of such texts are computed a second time with every expert when they have ended, as requests of the engine's own. What is compared
-is the log-probability of the tokens that were drawn: approximate minus exact, whose mean over texts drawn at temperature 1 is the
-divergence of the two models, which on trained models was as large as the rise of the loss on real text (LAB.md).
+is the log-probability of a token that the approximate model draws at every place at temperature 1, beside the one that it wrote:
+approximate minus exact, whose mean is the divergence of the two models, on trained models as large as the rise of the loss on real text.
+The tokens written would not do: the likeliest ones differ less, and in texts that repeat themselves the other way round (LAB.md).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from sparing.infer.calibration import calibrate, digest, milder, mixtures, room,
 from sparing.infer.compiled import CompiledNetwork
 from sparing.infer.network import TorchNetwork
 from sparing.infer.request import Piece, Request, Sampling, TokenLogprob
-from sparing.infer.sample import noise_key
+from sparing.infer.sample import draw, logprob, noise_key
 from sparing.infer.scheduler import Share, Text
 from sparing.infer.text import TextStream
 from sparing.run import RunFolder
@@ -116,13 +117,15 @@ class Approximation:
                 self._compare(text, request.prompt_logprobs[len(text.request.prompt) - 1 :])
 
         request = Request(text.tokens[: self._room - 1], Sampling(max_tokens=1, temperature=0, prompt_logprobs=True), hear)
-        return [Text(request, TextStream(self._tokenizer), 1)]
+        found = Text(request, TextStream(self._tokenizer), 1)
+        found.targets = [*text.request.prompt, *(row.token for row in text.noted)]
+        return [found]
 
     def _compare(self, text: Text, exact: list[TokenLogprob]) -> None:
         if text.shares is not self.shares:
             return  # what came before a back-off says nothing about what follows it
         for noted, row in zip(text.noted or (), exact, strict=False):
-            difference = noted - row.logprob
+            difference = noted.logprob - row.logprob
             self._weight = MEMORY * self._weight + 1
             self._sum = MEMORY * self._sum + difference
             self._squares = MEMORY * self._squares + difference**2
@@ -150,3 +153,9 @@ def begin(tier: Approximation | None, text: Text) -> None:
     if tier is None:
         raise UserError("this engine answers exactly only: its operator has not allowed `approximate`")
     tier.begin(text)
+
+
+def note(text: Text, logits_V: np.ndarray) -> None:
+    """The approximate model's logits for the text's last token: what the guard will compare."""
+    token = draw(logits_V, 1.0, ~text.request.seed, len(text.tokens))
+    text.noted.append(logprob(logits_V, token, 0))

@@ -16,7 +16,7 @@ from sparing.config import UserError
 from sparing.config_file import read_config
 from sparing.data.tokenizer import Tokenizer
 from sparing.infer.adapt import Choosers
-from sparing.infer.approximate import Approximate, Approximation, begin
+from sparing.infer.approximate import Approximate, Approximation, begin, note
 from sparing.infer.cache import BLOCK, BlockPool
 from sparing.infer.compiled import CompiledNetwork, cores, fastest, fits
 from sparing.infer.loaded import load
@@ -237,7 +237,7 @@ class Engine:
         for share in shares:
             text = share.text
             for number in range(share.start + 1, share.start + 1 + share.scored):
-                text.request.prompt_logprobs.append(logprob(next(logits), text.tokens[number], text.request.sampling.logprobs or 0))
+                text.request.prompt_logprobs.append(logprob(next(logits), text.targets[number], text.request.sampling.logprobs or 0))
             text.computed += share.count
             if text.computed == len(text.tokens):
                 self._advance(text, [next(logits) for _ in range(1 + len(text.draft))])
@@ -261,7 +261,7 @@ class Engine:
                 s.grammar.advance(token)
             text.tokens.append(token)
             if text.noted is not None:
-                text.noted.append(logprob(logits_V, token, 0).logprob)
+                note(text, logits_V)
             request.usage["completion_tokens"] += 1
             self._counts["completion_tokens_total"] += 1
             piece, stopped = text.stream.push(token, None if s.logprobs is None else logprob(logits_V, token, s.logprobs))

@@ -13,7 +13,7 @@ import numpy as np
 
 from sparing.infer.cache import BLOCK, BlockPool, chain
 from sparing.infer.network import Rows
-from sparing.infer.request import Request
+from sparing.infer.request import Request, TokenLogprob
 from sparing.infer.text import TextStream
 
 
@@ -22,7 +22,7 @@ class Text:
 
     def __init__(self, request: Request, stream: TextStream, max_tokens: int):
         self.request, self.stream, self.max_tokens = request, stream, max_tokens
-        self.tokens = list(request.prompt)
+        self.tokens = self.targets = list(request.prompt)  # targets: what `prompt_logprobs` are of
         self.computed = 0
         self.draft: list[int] = []
         """Guesses at the tokens after the last one."""
@@ -31,8 +31,8 @@ class Text:
         self._sealed, self._key = 0, b""
         self.shares: np.ndarray | None = None
         """How few experts compute it (`Rows.shares`)."""
-        self.noted: list[float] | None = None
-        """Log-probabilities of the tokens made, where they will be compared (`Approximation`)."""
+        self.noted: list[TokenLogprob] | None = None
+        """Where they will be compared (`approximate.note`): one for every token made."""
 
     @property
     def made(self) -> list[int]:
