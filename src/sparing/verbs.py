@@ -117,6 +117,14 @@ class Serve:
     """Most memory for the key-value cache."""
     expert_mb: int | None = None
     """Most memory for routed experts; the others are read from the disk when they are needed. Default: all in memory."""
+    approximate: bool = False
+    """Let requests ask for "tier": "approximate", fewer experts for easy tokens, as it was calibrated before."""
+    approximate_data: list[str] = field(default_factory=list)
+    """The same, calibrated on these files, folders, globs: text like that which will be asked for."""
+    approximate_limit: float = 0.1
+    """Percent of the loss that it may cost; beyond it, experts come back."""
+    approximate_floor: int = 1
+    """Experts of a layer that every token keeps."""
     batch: int | None = None
     """Answers computed together."""
     queue: int = 256

@@ -216,3 +216,63 @@ def test_a_packed_model_is_opened_at_once_and_made_anew_when_it_changed(make_run
     run.weights_file.unlink()
     with pytest.raises(UserError, match="no usable weights"):
         open_pack(run, c, "float32")
+
+
+def random_shares(c, seed, low=0.4):
+    shares = np.ones(c.num_layers + c.mtp_depth, np.float32)
+    shares[: c.num_layers] = np.random.default_rng(seed).uniform(low, 1.05, c.num_layers)
+    return shares
+
+
+def thin_rows(ids, shares, start=0, table=TABLE):
+    rows = Rows()
+    rows.add(table, ids, start, len(ids), shares)
+    return rows
+
+
+@pytest.mark.parametrize("floor", [1, 2])
+@pytest.mark.parametrize(
+    "changes", [{}, {"num_experts_per_tok": 6, "scoring_func": "softmax", "norm_topk_prob": False}, {"n_group": 4, "topk_group": 2}]
+)
+def test_fewer_experts_are_those_of_plain_pytorch(make_run, changes, floor):
+    run = make_run(**changes)
+    network, plain = compiled(run), TorchNetwork(load(run).network, 16)
+    network.model.least = plain.floor = floor
+    ids, moe = some_ids(network.c.vocab_size), network.c.num_layers - 1
+    whole = network.forward(thin_rows(ids, None)).copy()
+    seen = set()
+    for seed in range(3):
+        rows = thin_rows(ids, random_shares(network.c, seed))
+        got = network.forward(rows)
+        assert np.abs(got - plain.forward(rows)).max() < 1e-4
+        assert (np.abs(got - whole) > 1e-3).any(1).mean() > 0.3
+        seen |= set(network.used.tolist())
+        assert floor * moe <= network.used.min() and network.used.mean() < network.c.num_experts_per_tok * moe
+    assert len(seen) > 1
+    network.forward(thin_rows(ids, np.zeros_like(rows.shares[0])))
+    assert (network.used == floor * moe).all()
+    network.close()
+
+
+@pytest.mark.parametrize("weights", ["float32", "int8"])
+def test_a_share_of_1_is_exact_and_company_may_have_other_shares(make_run, weights):
+    network = compiled(make_run(), weights)
+    c = network.c
+    ids, other = some_ids(c.vocab_size, 120), some_ids(c.vocab_size, 40, seed=1)
+    exact, ones = network.forward(thin_rows(ids, None)).copy(), np.ones(c.num_layers + c.mtp_depth, np.float32)
+    assert (network.forward(thin_rows(ids, ones)) == exact).all()
+    assert (network.used == (c.num_layers - 1) * c.num_experts_per_tok).all()
+    shares = random_shares(c, 5, 0.2)
+    thin = network.forward(thin_rows(other, shares, table=[0, 2])).copy()
+    alone = network.used
+    rows = Rows()
+    rows.add(TABLE, ids, 0, 120)
+    rows.add([6, 7], other, 0, 40, shares)
+    together = network.forward(rows)
+    assert (together[:120] == exact).all() and (together[120:] == thin).all() and (network.used[120:] == alone).all()
+    for start, end in ((0, 17), (17, 18), (18, 40)):
+        assert (network.forward(thin_rows(other[start:end], shares, start, [0, 2])) == thin[start:end]).all()
+    network.close()
+    capped = compiled(make_run(), weights, expert_bytes=64 << 10)  # a few experts at a time
+    assert (capped.forward(thin_rows(other, shares, table=[0, 2])) == thin).all()
+    capped.close()

@@ -41,9 +41,10 @@ class BlockPool:
         """Blocks kept for their text alone."""
         return len(self._idle)
 
-    def match(self, tokens: Sequence[int]) -> tuple[list[int], bytes]:
-        """The blocks that hold the beginning of `tokens`, all but the last token at most, now used once more; and the last one's key."""
-        found, key = [], b""
+    def match(self, tokens: Sequence[int], key: bytes = b"") -> tuple[list[int], bytes]:
+        """The blocks that hold the beginning of `tokens`, all but the last token at most, now used once more; and the last one's key.
+        key: what the chain begins with, another for every way of computing."""
+        found = []
         for start in range(0, (len(tokens) - 1) // BLOCK * BLOCK, BLOCK):
             following = chain(key, tokens[start : start + BLOCK])
             block = self._by_key.get(following)

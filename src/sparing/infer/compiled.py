@@ -41,6 +41,7 @@ class CompiledNetwork:
     """`forward` and `draft` for `Rows`; rows do not influence each other, bit for bit.
 
     blocks: of the cache. threads: that share every step. expert_bytes: keep at most so many bytes of experts in memory; 0: no limit.
+    After a step with approximate texts (`Rows.shares`), `used` (rows,) counts the experts of all layers; `model.least` are used in each.
     """
 
     exact = True
@@ -63,7 +64,7 @@ class CompiledNetwork:
         self.model = Model(
             hidden=c.hidden_size, heads=c.num_heads, nope=c.qk_nope_head_dim, rope=c.qk_rope_head_dim, value=c.v_head_dim,
             latent=c.kv_lora_rank, q_rank=c.q_lora_rank or 0, kv_heads=c.num_kv_heads, head_dim=c.head_dim, latent_attention=int(mla),
-            experts=c.n_routed_experts if moe else 0, chosen=c.num_experts_per_tok, groups=c.n_group, chosen_groups=c.topk_group,
+            experts=c.n_routed_experts if moe else 0, chosen=c.num_experts_per_tok, least=1, groups=c.n_group, chosen_groups=c.topk_group,
             scoring=SCORING[c.scoring_func], normalise=int(c.norm_topk_prob), expert_width=c.moe_intermediate_size,
             vocabulary=c.vocab_size, layers=c.num_layers, all_layers=layers, width=cache_width(c), embed_bf16=int(format != "float32"),
             quantised=int(format in ("int8", "int4")), eps=c.rms_norm_eps, scale=softmax_scale(c), routed_scale=c.routed_scaling_factor,
@@ -73,6 +74,8 @@ class CompiledNetwork:
         if expert_bytes and moe:
             self._limit_experts(expert_bytes)
         self._batch = Batch()
+        self._whole = np.ones(layers, np.float32)
+        self.used: np.ndarray | None = None
         self.threads = threads
         """How many of the pool's threads take part: may be lowered, and raised again, between steps."""
         self.model.pool = found.pool_open(min(threads, 255))
@@ -142,5 +145,10 @@ class CompiledNetwork:
         b.first = at if rows.first else None
         b.tables = at + 4 * len(rows.first)
         b.before, b.after, b.logits = None if before is None else address(before), address(self.hidden), address(logits)
+        self.used = b.shares = b.used = None
+        if any(share is not None for share in rows.shares):
+            shares = np.array([self._whole if share is None else share for share in rows.shares], np.float32)
+            self.used = np.zeros(count, np.int32)
+            b.shares, b.used = address(shares), address(self.used)
         self._library.forward(self.model, b, max(rows.positions) + 1, self.threads)
         return logits[:, : self.c.vocab_size]

@@ -16,6 +16,7 @@ from sparing.config import UserError
 from sparing.config_file import read_config
 from sparing.data.tokenizer import Tokenizer
 from sparing.infer.adapt import Choosers
+from sparing.infer.approximate import Approximate, Approximation, begin, note
 from sparing.infer.cache import BLOCK, BlockPool
 from sparing.infer.compiled import CompiledNetwork
 from sparing.infer.loaded import Model, load
@@ -46,8 +47,8 @@ class Engine:
     max_batch: texts in one step. max_queue: requests that may wait. speculate: draft tokens with the model's MTP module and verify them;
     None: where it pays and cannot change a text. threads: None: one per core. expert_bytes: keep at most so many bytes of routed experts in
     memory, the rest on disk (default: no limit). device: "cpu", "cuda", or "auto": a GPU where there is one, unless the weights are int8 or
-    int4. The run folder is only read, but for a copy of the weights in the format asked for, where it can be written.
-    Raises UserError for a folder without weights or tokenizer and for formats that this machine cannot run.
+    int4. approximate: requests may ask for fewer experts. The run folder is only read, but for weights in that format and calibrations,
+    where it can be written. Raises UserError for a folder without weights or tokenizer, for what this machine cannot run.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Engine:
         threads: int | None = None,
         expert_bytes: int | None = None,
         device: str = "auto",
+        approximate: Approximate | None = None,
     ):
         held = run if isinstance(run, Model) else None
         folder = held.run if held else RunFolder.open(run)
@@ -95,6 +97,7 @@ class Engine:
         else:
             pack = open_pack(folder, self.config, self.weights)
             self._network = CompiledNetwork(self.config, pack, self.weights, blocks, threads or cores(), expert_bytes or 0)
+        self.approximate = Approximation(approximate, folder, self._network, self.tokenizer) if approximate else None
         self._scheduler = Scheduler(self._pool, self.max_batch, CHUNK[1])
         self._pace = 0.0  # rows a second of steps with a prompt in them
         self._drafts = Choosers(range(MAX_DRAFT + 1) if self.speculates else [0])
@@ -127,6 +130,8 @@ class Engine:
         request = Request(prompt, sampling, on_piece)
         text = Text(request, TextStream(self.tokenizer, sampling.stop), min(sampling.max_tokens, room))
         request._wake = self._wake
+        if sampling.approximate:
+            begin(self.approximate, text)
         with self._news:
             if self._closing or self._draining:
                 raise Busy("the engine is shutting down")
@@ -154,7 +159,8 @@ class Engine:
                 "threads": self._network.threads,
                 "queue_limit": self.max_queue,
             }
-            return {name: float(value) for name, value in {**state, **self._counts, **self._network.metrics()}.items()}
+            state |= {**self._counts, **self._network.metrics(), **(self.approximate.metrics() if self.approximate else {})}
+            return {name: float(value) for name, value in state.items()}
 
     def drain(self, timeout: float | None = None) -> bool:
         """Take no more requests and wait for those under way; whether they finished in time (seconds)."""
@@ -219,6 +225,8 @@ class Engine:
         self._network.threads = chosen = self._threads.pick(len(rows.tokens))
         logits = iter(self._network.forward(rows))
         took = time.perf_counter() - start
+        if self.approximate and self._network.used is not None:
+            self.approximate.count(shares, self._network.used)
         threads.report(chosen, len(rows.tokens), took)
         made = self._counts["completion_tokens_total"]
         self._counts["forward_seconds_total"] += took
@@ -229,7 +237,7 @@ class Engine:
         for share in shares:
             text = share.text
             for number in range(share.start + 1, share.start + 1 + share.scored):
-                text.request.prompt_logprobs.append(logprob(next(logits), text.tokens[number], text.request.sampling.logprobs or 0))
+                text.request.prompt_logprobs.append(logprob(next(logits), text.targets[number], text.request.sampling.logprobs or 0))
             text.computed += share.count
             if text.computed == len(text.tokens):
                 self._advance(text, [next(logits) for _ in range(1 + len(text.draft))])
@@ -252,6 +260,8 @@ class Engine:
             if s.grammar is not None:
                 s.grammar.advance(token)
             text.tokens.append(token)
+            if text.noted is not None:
+                note(text, logits_V)
             request.usage["completion_tokens"] += 1
             self._counts["completion_tokens_total"] += 1
             piece, stopped = text.stream.push(token, None if s.logprobs is None else logprob(logits_V, token, s.logprobs))
@@ -282,6 +292,7 @@ class Engine:
                 self._counts[name + "_total"] += text.request.usage[name]
             self._counts["requests_total"] += 1
             self._counts[f"requests_{reason}_total"] += 1
+            self._scheduler.waiting.extend(self.approximate.again(text, reason) if self.approximate and not self._draining else ())
             self._news.notify_all()
         last = text.stream.finish() if flush else None
         if last:

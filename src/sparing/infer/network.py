@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sparing.config import ModelConfig
 from sparing.infer.cache import BLOCK
+from sparing.model.experts import MoE
 from sparing.model.rope import rotary_table, rotate, softmax_scale
 from sparing.model.transformer import Transformer
 
@@ -34,15 +35,29 @@ class Rows:
     """Rows whose logits are wanted."""
     first: list[int] = field(default_factory=list)
     """The first position that each row sees; empty: 0 for all."""
+    shares: list[np.ndarray | None] = field(default_factory=list)
+    """Each text's `thinned` share of every layer, MTP's included: (layers,) float32; None: all experts that the router chose."""
 
-    def add(self, table: list[int], tokens: list[int], start: int, wanted: int) -> None:
+    def add(self, table: list[int], tokens: list[int], start: int, wanted: int, shares: np.ndarray | None = None) -> None:
         """`tokens` of the text with this table, from position `start`; logits of the last `wanted` of them."""
         first, count = len(self.tokens), len(tokens)
         self.tokens += tokens
         self.positions += range(start, start + count)
         self.owners += [len(self.tables)] * count
         self.tables.append(table)
+        self.shares.append(shares)
         self.wanted += range(first + count - wanted, first + count)
+
+
+def thinned(weights_NK: Tensor, share_N: Tensor, floor: int) -> Tensor:
+    """Gate weights, 0 for the experts left out: what stays are the fewest of a row, heaviest first, that carry its share of the row's
+    weight, `floor` at the least. A share of 1 or more leaves none out."""
+    ranked, order = weights_NK.sort(dim=-1, descending=True, stable=True)
+    carried = ranked.cumsum(-1) - ranked  # by those before
+    kept = carried < share_N[:, None] * ranked.sum(-1, keepdim=True)
+    kept[:, :floor] = True
+    kept[share_N >= 1] = True
+    return weights_NK * torch.zeros_like(weights_NK).scatter_(-1, order, kept.float())
 
 
 def cache_width(c: ModelConfig) -> int:
@@ -57,6 +72,9 @@ class TorchNetwork:
     exact = False
     """Whether a row's logits depend on nothing but its text."""
     threads = 1
+
+    floor = 1
+    """Experts that are used in every layer, whatever the shares of `Rows`."""
 
     def __init__(self, model: Transformer, blocks: int):
         self.model, self.c, self.device = model.eval(), model.config, model.head_weight.device
@@ -108,8 +126,16 @@ class TorchNetwork:
         for i in layers:
             layer = self.model.model.layers[i]
             x = x + attention(layer.self_attn, layer.input_layernorm(x), self.cache[i], where, positions, spans)
-            x = x + layer.mlp(layer.post_attention_layernorm(x)[None])[0]
+            x = x + self._feed_forward(layer.mlp, layer.post_attention_layernorm(x), [rows.shares[o] for o in rows.owners], i)
         return x
+
+    def _feed_forward(self, m, x_ND: Tensor, shares: list[np.ndarray | None], i: int) -> Tensor:
+        if not isinstance(m, MoE) or all(share is None for share in shares):
+            return m(x_ND[None])[0]
+        routing = m.gate(x_ND)
+        share_N = torch.tensor([1.0 if share is None else float(share[i]) for share in shares], device=self.device)
+        y = m.experts(x_ND, thinned(routing.weights_NK, share_N, self.floor), routing.experts_NK)
+        return y if m.shared_experts is None else y + m.shared_experts(x_ND)
 
     def _latent(self, m, x_ND: Tensor, cache: Tensor, where, positions: Tensor, spans) -> Tensor:
         c = self.c

@@ -217,14 +217,18 @@ def fingerprint(weights: Path) -> str:
     return digest.hexdigest()
 
 
+def places(run: RunFolder, source: str, name: str) -> tuple[Path, Path]:
+    """Where what is derived from weights lies: in the run folder, and where that is read-only."""
+    home = Path(os.environ.get("SPARING_HOME") or Path.home() / ".local" / "share" / "sparing").expanduser()
+    return run.path / "packed" / name, home / "packed" / source.split()[1] / name
+
+
 def open_pack(run: RunFolder, c: ModelConfig, format: str) -> Pack:
     """The run's weights in a format, packed first where they are not. Raises UserError for weights that are missing or damaged."""
     if not run.weights_file.exists():
         raise UserError(f"{run} has no usable weights: {run.weights_file} is missing")
     source = f"{VERSION} {fingerprint(run.weights_file)}"
-    home = Path(os.environ.get("SPARING_HOME") or Path.home() / ".local" / "share" / "sparing").expanduser()
-    name = f"{format}.bin"
-    inside, outside = run.path / "packed" / name, home / "packed" / source.split()[1] / name
+    inside, outside = places(run, source, f"{format}.bin")
     for path in (inside, outside):
         try:
             found = Pack(path)

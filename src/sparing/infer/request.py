@@ -55,6 +55,8 @@ class Sampling:
     ignore_eos: bool = False
     prompt_logprobs: bool = False
     """Score the prompt as well, as `logprobs` says: `Request.prompt_logprobs`. It is then read anew, whatever the cache holds."""
+    approximate: bool = False
+    """Fewer experts for easy tokens, where the engine's operator allows it (`Engine.approximate`)."""
 
     def __post_init__(self) -> None:
         for name, good, allowed in (
@@ -110,7 +112,8 @@ class Request:
 
     `on_piece(piece)` is called on the engine's thread and must return at once; `on_piece(None)` says that it is finished. `finish_reason`
     is None until then: "stop" (end of text, stop string, grammar complete), "length", "cancelled" or "error" (`error` says which).
-    `usage` has prompt_tokens, cached_tokens, completion_tokens, drafted and accepted.
+    `usage` has prompt_tokens, cached_tokens, completion_tokens, drafted and accepted; of approximate answers the experts that were used and
+    the mixture layers, summed over tokens, that used them.
     """
 
     def __init__(self, prompt: Sequence[int], sampling: Sampling, on_piece: Callable[[Piece | None], None] | None = None):
@@ -119,6 +122,9 @@ class Request:
         self.finish_reason: str | None = None
         self.error: str | None = None
         self.usage = {"prompt_tokens": len(prompt), "cached_tokens": 0, "completion_tokens": 0, "drafted": 0, "accepted": 0}
+        self.usage |= {"approximate_experts": 0, "approximate_layers": 0}
+        self.approximate: dict[str, float] | None = None
+        """Where it was asked for: how the tier was calibrated, and how often it has backed off since."""
         self.prompt_logprobs: list[TokenLogprob] = []
         """Of the prompt's tokens but the first, where they were asked for."""
         self.cancelled = False

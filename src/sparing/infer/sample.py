@@ -16,7 +16,7 @@ from sparing.infer.request import Sampling, TokenLogprob
 from sparing.kernels.decode import address, library
 
 
-def _key(seed: int, position: int) -> tuple[int, int]:
+def noise_key(seed: int, position: int) -> tuple[int, int]:
     """Two 32-bit keys: splitmix64 (Steele et al., OOPSLA 2014) of both."""
     x = (seed + 0x9E3779B97F4A7C15 * (position + 1)) % 2**64
     x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
@@ -33,7 +33,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 def noise(seed: int, position: int, size: int) -> np.ndarray:
     """(size,) float64 Gumbel noise of one position of one text, from 23 bits a number."""
-    low, high = _key(seed, position)
+    low, high = noise_key(seed, position)
     bits = _mix(_mix(np.arange(size, dtype=np.uint32) ^ np.uint32(low)) + np.uint32(high)) >> np.uint32(9)
     return -np.log(-np.log((bits + 0.5) / 2**23))
 
@@ -47,7 +47,7 @@ def draw(z_V: np.ndarray, scale: float, seed: int, position: int) -> int:
     if z.dtype != np.float32 or not z.flags.c_contiguous:
         with np.errstate(over="ignore"):  # far enough below the largest to be -inf
             z = np.ascontiguousarray(z, np.float32)
-    return compiled.draw(address(z), len(z), scale, *_key(seed, position))
+    return compiled.draw(address(z), len(z), scale, *noise_key(seed, position))
 
 
 def edited(logits_V: np.ndarray, s: Sampling, prompt: Sequence[int], made: Sequence[int]) -> np.ndarray | None:
@@ -109,5 +109,5 @@ def logprob(logits_V: np.ndarray, token: int, alternatives: int) -> TokenLogprob
     z = logits_V.astype(np.float64)
     z -= z.max()
     z -= np.log(np.exp(z).sum())
-    best = np.argsort(-z, kind="stable")[:alternatives]
+    best = np.argsort(-z, kind="stable")[:alternatives] if alternatives else ()
     return TokenLogprob(token, float(z[token]), tuple((int(i), float(z[i])) for i in best))

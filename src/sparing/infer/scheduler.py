@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections import deque
 from typing import NamedTuple
 
+import numpy as np
+
 from sparing.infer.cache import BLOCK, BlockPool, chain
 from sparing.infer.network import Rows
-from sparing.infer.request import Request
+from sparing.infer.request import Request, TokenLogprob
 from sparing.infer.text import TextStream
 
 
@@ -20,13 +22,17 @@ class Text:
 
     def __init__(self, request: Request, stream: TextStream, max_tokens: int):
         self.request, self.stream, self.max_tokens = request, stream, max_tokens
-        self.tokens = list(request.prompt)
+        self.tokens = self.targets = list(request.prompt)  # targets: what `prompt_logprobs` are of
         self.computed = 0
         self.draft: list[int] = []
         """Guesses at the tokens after the last one."""
         self.module_first = self.module_end = -1  # positions for which the MTP module has run
         self.blocks: list[int] = []
         self._sealed, self._key = 0, b""
+        self.shares: np.ndarray | None = None
+        """How few experts compute it (`Rows.shares`)."""
+        self.noted: list[TokenLogprob] | None = None
+        """Where they will be compared (`approximate.note`): one for every token made."""
 
     @property
     def made(self) -> list[int]:
@@ -38,7 +44,8 @@ class Text:
 
     def reserve(self, pool: BlockPool) -> bool:
         """Take the blocks for prompt and continuation, reusing those whose text is cached; False where there is no room yet."""
-        found, key = ([], b"") if self.request.sampling.prompt_logprobs else pool.match(self.tokens)
+        first = b"" if self.shares is None else self.shares.tobytes()  # what was computed with fewer experts is found by the like only
+        found, key = ([], first) if self.request.sampling.prompt_logprobs else pool.match(self.tokens, first)
         needed = -(-(len(self.tokens) + self.max_tokens) // BLOCK)
         more = pool.take(needed - len(found))
         if more is None:
@@ -110,6 +117,6 @@ class Scheduler:
             draft = text.draft if complete else []
             shares.append(Share(text, len(rows.tokens), start, count))
             wanted = complete * (1 + len(draft)) + shares[-1].scored
-            rows.add(text.blocks, text.tokens[start : start + count] + draft, start, wanted)
+            rows.add(text.blocks, text.tokens[start : start + count] + draft, start, wanted, text.shares)
             left -= count + len(draft)
         return rows, shares

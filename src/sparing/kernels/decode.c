@@ -53,7 +53,7 @@ typedef struct { /* room for some of the experts of a mixture that does not fit 
 
 typedef struct {
     int64_t hidden, heads, nope, rope, value, latent, q_rank, kv_heads, head_dim, latent_attention;
-    int64_t experts, chosen, groups, chosen_groups, scoring, normalise, expert_width, shared_width;
+    int64_t experts, chosen, least, groups, chosen_groups, scoring, normalise, expert_width, shared_width;
     int64_t vocabulary, layers, all_layers, width, embed_bf16, quantised;
     float eps, scale, routed_scale;
     const void *embed;
@@ -71,6 +71,8 @@ typedef struct {
     int64_t rows, wanted, table_stride, mtp; /* mtp: 0, or 1 + which module runs instead of the main layers */
     const int32_t *tokens, *positions, *owners, *tables, *wanted_rows, *first; /* first: the first position a row sees */
     const float *before; /* MTP: (rows, hidden) */
+    const float *shares; /* (texts, all_layers) see `thin`; 0: every chosen expert for every row */
+    int32_t *used; /* with `shares`: (rows) to which the experts used are added, of all layers */
     float *after; /* (rows, hidden) after the last norm */
     float *logits; /* (wanted, up(vocabulary, 16)) */
 } Batch;
@@ -334,6 +336,25 @@ static void route(const Model *m, const Layer *l, const float *logits, float *we
     for (int64_t k = 0; k < K; k++) weights[k] *= m->routed_scale / (m->normalise ? sum + 1e-20f : 1.0f);
 }
 
+/* Keep the fewest of a row's K experts, heaviest first, that carry `share` of its gate weight, m->least at the least; the others become
+ * -1. The weights stay as they are: giving those kept the weight of the others was measured to lose 2.5 times as much (LAB.md). */
+static int32_t thin(const Model *m, const float *weights, int32_t *experts, float share) {
+    int64_t K = m->chosen;
+    if (share >= 1.0f) return (int32_t)K;
+    char kept[K];
+    float total = 0.0f, carried = 0.0f;
+    int32_t count = 0;
+    for (int64_t k = 0; k < K; k++) total += weights[k], kept[k] = 0;
+    for (; count < K && (count < m->least || carried < share * total); count++) {
+        int64_t best = -1;
+        for (int64_t k = 0; k < K; k++) if (!kept[k] && (best < 0 || weights[k] > weights[best])) best = k;
+        kept[best] = 1;
+        carried += weights[best];
+    }
+    for (int64_t k = 0; k < K; k++) if (!kept[k]) experts[k] = -1;
+    return count;
+}
+
 /* Bring those of the experts `wanted` into memory that are not there, the least recently used ones making room. */
 static void bring_in(Model *m, int64_t layer, const int32_t *wanted, int64_t count) {
     Residency *r = &m->residency;
@@ -498,15 +519,18 @@ static void experts(Model *m, const Batch *b, const Layer *l, int64_t layer, con
     int32_t *chosen = m->scratch[CHOSEN], *order = m->scratch[ORDER], *ends = m->scratch[ENDS];
     product(&l->router, in, 0, 0, N, logits, width, 0, t, T);
     WAIT();
-    MINE(i, N) route(m, l, logits + i * width, gates + i * K, chosen + i * K);
+    MINE(i, N) {
+        route(m, l, logits + i * width, gates + i * K, chosen + i * K);
+        if (b->shares) b->used[i] += thin(m, gates + i * K, chosen + i * K, b->shares[b->owners[i] * m->all_layers + layer]);
+    }
     WAIT();
     if (t == 0) { /* slots (row, choice) in the order of their experts: a counting sort */
         memset(ends, 0, (E + 1) * 4);
-        for (int64_t s = 0; s < N * K; s++) ends[chosen[s] + 1]++;
+        for (int64_t s = 0; s < N * K; s++) if (chosen[s] >= 0) ends[chosen[s] + 1]++;
         for (int64_t e = 0; e < E; e++) ends[e + 1] += ends[e];
-        for (int64_t s = 0; s < N * K; s++) order[ends[chosen[s]]++] = (int32_t)s;
-        for (int64_t i = 0; i < N * K; i++) chosen[order[i]] = (int32_t)i; /* from here on: where each slot went */
-        for (int64_t i = 0; i < N * K; i++) order[i] /= (int32_t)K;
+        for (int64_t s = 0; s < N * K; s++) if (chosen[s] >= 0) order[ends[chosen[s]]++] = (int32_t)s;
+        for (int64_t i = 0; i < ends[E]; i++) chosen[order[i]] = (int32_t)i; /* from here on: where each slot went */
+        for (int64_t i = 0; i < ends[E]; i++) order[i] /= (int32_t)K;
     }
     WAIT();
     Input hidden = input(m, slots, 2 * F, F); /* beside `in`, not over it */
@@ -538,6 +562,7 @@ static void experts(Model *m, const Batch *b, const Layer *l, int64_t layer, con
     }
     float *x = m->scratch[X];
     MINE(i, N) for (int64_t k = 0; k < K; k++) {
+        if (chosen[i * K + k] < 0) continue;
         const float *part = parts + chosen[i * K + k] * m->hidden;
         float gate = gates[i * K + k];
         for (int64_t d = 0; d < m->hidden; d++) x[i * m->hidden + d] += gate * part[d];

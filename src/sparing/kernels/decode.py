@@ -57,7 +57,7 @@ class Residency(ctypes.Structure):
 class Model(ctypes.Structure):
     _fields_ = [
         *_fields(int="hidden heads nope rope value latent q_rank kv_heads head_dim latent_attention"),
-        *_fields(int="experts chosen groups chosen_groups scoring normalise expert_width shared_width"),
+        *_fields(int="experts chosen least groups chosen_groups scoring normalise expert_width shared_width"),
         *_fields(int="vocabulary layers all_layers width embed_bf16 quantised", float="eps scale routed_scale"),
         *_fields(at="embed final_norm rotary cache"),
         ("head", Matrix),
@@ -69,7 +69,9 @@ class Model(ctypes.Structure):
 
 
 class Batch(ctypes.Structure):
-    _fields_ = _fields(int="rows wanted table_stride mtp", at="tokens positions owners tables wanted_rows first before after logits")
+    _fields_ = _fields(
+        int="rows wanted table_stride mtp", at="tokens positions owners tables wanted_rows first before shares used after logits"
+    )
 
 
 def address(array: np.ndarray) -> int:

@@ -107,7 +107,7 @@ class Job:
         return {"openai-processing-ms": str(round(1000 * (time.monotonic() - self._clock)))}
 
     def _usage(self) -> dict:
-        return self.service.usage(self.choices.usage(), self._energy())
+        return self.service.usage(self.choices.usage(), self._energy(), self.choices.requests[-1].approximate)
 
     def _energy(self) -> float | None:
         if self._mark is not None:

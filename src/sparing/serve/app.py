@@ -83,6 +83,7 @@ def _model(service: Service) -> dict:
         "kind": service.kind,  # base: no chat template of its own
         "context_length": engine.context,
         "weights": engine.weights,
+        "tiers": ["exact", "approximate"] if engine.approximate else ["exact"],
     }
 
 

@@ -1,7 +1,7 @@
 """What a request may say, as JSON Schema: bodies are held to it (`schema.check`), and the OpenAPI document shows the same words.
 
 Names and ranges are OpenAI's (platform.openai.com/docs/api-reference/chat/create, .../completions/create); top_k, min_p,
-repetition_penalty and ignore_eos are the extensions that open servers share.
+repetition_penalty and ignore_eos are the extensions that open servers share; tier is ours.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ SAMPLING = {
         }
     ),
     "ignore_eos": FLAG,
+    "tier": maybe({"enum": ["exact", "approximate"]}),
     "stream": FLAG,
     "stream_options": maybe({"type": "object", "properties": {"include_usage": FLAG}}),
     "max_tokens": integer(0, 2**31 - 1),

@@ -14,6 +14,9 @@ from pathlib import Path
 from sparing.account.power import sources
 from sparing.config import UserError
 from sparing.data.chat import ChatTemplate, template_text
+from sparing.data.sources import documents
+from sparing.evals.select import select
+from sparing.infer.approximate import Approximate
 from sparing.infer.engine import Engine
 from sparing.pipeline import metered, say
 from sparing.run import RunFolder
@@ -22,6 +25,8 @@ from sparing.serve.energy import Energy
 from sparing.serve.service import Service
 from sparing.serve.settings import Settings, read_keys
 
+CALIBRATION_BYTES = 200_000
+"""Of text, for the approximate tier."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -36,7 +41,15 @@ def start(wished, started: float | None = None) -> None:
     cache, experts = (None if size is None else size << 20 for size in (wished.cache_mb, wished.expert_mb))
     options = {"weights": weights, "cache_bytes": cache, "expert_bytes": experts, "max_batch": wished.batch, "max_queue": wished.queue}
     options |= {"threads": wished.threads, "device": wished.device, "speculate": {"on": True, "off": False}.get(wished.speculate)}
+    if wished.approximate or wished.approximate_data:
+        options["approximate"] = allowed(wished.approximate_data, wished.approximate_limit / 100, wished.approximate_floor)
     serve(wished.run, settings, audit, started, **options)
+
+
+def allowed(paths: list[str], limit: float, floor: int) -> Approximate:
+    """What the approximate tier may do; of the text behind `paths` a part is read. Raises UserError for paths that name nothing."""
+    texts = select((document.text for document in documents(paths)), CALIBRATION_BYTES) if paths else ()
+    return Approximate(texts, limit, floor)
 
 
 def serve(run: str, settings: Settings, audit: Audit, started: float | None = None, **engine_options) -> None:
@@ -51,10 +64,16 @@ def serve(run: str, settings: Settings, audit: Audit, started: float | None = No
         if template.plain:
             say(f"{run} has no chat template: it is served as a base model, chats are written as plain lines of User: and Assistant:")
         energy = Energy(sources(meter.machine, meter.tariff.rates, meter.tariff.processor))
+        if getattr(engine_options.get("approximate"), "texts", ()):
+            say("finding out how few experts the given text needs, unless that is known already")
         with Engine(run, **engine_options) as engine:
             service = Service(engine, template, settings, energy, audit)
             host, port = listener.getsockname()[:2]
             shown = f"[{host}]" if ":" in host else host
+            if engine.approximate:
+                found = engine.approximate.calibration
+                rise = f"{100 * found.increase / found.loss:.3f} % of the loss on {found.tokens} tokens of {found.date}"
+                say(f"approximate answers: {found.experts:.2f} of {engine.config.num_experts_per_tok} experts a token, {rise}")
             keyed = f", {len(settings.keys)} keys" if settings.keys else ""
             if engine.plain and engine.config.mtp_depth:
                 what = "on as you asked, and can change" if engine.speculates else "off, because they could change"

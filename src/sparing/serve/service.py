@@ -87,12 +87,15 @@ class Service:
         wrong = next((token for token in bias if token >= self.engine.config.vocab_size), None)
         if wrong is not None:
             raise bad(f"'logit_bias': {wrong} is no token; they end at {self.engine.config.vocab_size - 1}.", "logit_bias")
+        if body.get("tier") == "approximate" and self.engine.approximate is None:
+            message = "'tier': this server answers exactly only; its operator has not allowed `approximate`."
+            raise bad(message, "tier", "tier_not_available")
         grammar = self._grammar(body)
         n, seed = body.get("n", 1), body.get("seed")
         common = {name: body[name] for name in PARAMETERS if name in body}
         common |= {"stop": stop + (PLAIN_STOPS if chat and self.template.plain else ()), "top_k": max(0, body.get("top_k", 0))}
         common |= {"max_tokens": room if limit is None else limit, "logprobs": logprobs, "logit_bias": bias}
-        common["prompt_logprobs"] = scored
+        common |= {"prompt_logprobs": scored, "approximate": body.get("tier") == "approximate"}
         try:
             return [
                 # Choice i of a seeded request has seed + i: n equal texts would be no choice.
@@ -114,8 +117,11 @@ class Service:
 
     # answers
 
-    def usage(self, counted: dict[str, int], joules: float | None) -> dict:
-        """OpenAI's `usage`, and beside it what the answer took: joules, and how exactly the model was computed."""
+    def usage(self, counted: dict[str, int], joules: float | None, approximate: dict | None = None) -> dict:
+        """OpenAI's `usage`, and beside it what the answer took: joules, and how exactly the model was computed (approximate: the engine's
+        word on that, where it was asked for)."""
+        layers, most = counted["approximate_layers"], self.engine.config.num_experts_per_tok
+        experts = {"experts_per_token": round(counted["approximate_experts"] / layers, 3) if layers else most, "experts_exact": most}
         prompt, completion = counted["prompt_tokens"], counted["completion_tokens"]
         accepted, drafted = counted["accepted"], counted["drafted"]
         return {
@@ -125,7 +131,8 @@ class Service:
             "prompt_tokens_details": {"cached_tokens": counted["cached_tokens"]},
             "completion_tokens_details": {"accepted_prediction_tokens": accepted, "rejected_prediction_tokens": drafted - accepted},
             "energy": {"joules": None if joules is None else round(joules, 3), "how": self.energy.how},
-            "tier": "exact",  # every expert that the router chose, every layer
+            "tier": "approximate" if layers else "exact",  # exact: every expert that the router chose, every layer
+            **({} if approximate is None else {"approximate": experts | approximate}),
             "weights": self.engine.weights,
         }
 

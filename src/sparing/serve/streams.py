@@ -52,7 +52,7 @@ class Choices:
 
     def usage(self) -> dict[str, int]:
         """Tokens of all choices together; a prompt with several choices counts once (OpenAI's way of counting)."""
-        total = dict.fromkeys(("completion_tokens", "drafted", "accepted"), 0)
+        total = dict.fromkeys(("completion_tokens", "drafted", "accepted", "approximate_experts", "approximate_layers"), 0)
         prompts: dict[tuple[int, ...], tuple[int, int]] = {}
         for request in self.requests:
             for name in total:
