@@ -27,7 +27,8 @@ SOURCES = {
     "storage": ("storage.c", "numbers.inc"),
     "int8": ("int8.c", "numbers.inc", "vectors.inc"),
 }
-"""What each library is made of, the file first that includes the others. The second and the third serve `[precision]`: compiled when asked for."""
+"""What each library is made of, first the file that includes the others.
+All but the passes are for `[precision]`, and compiled when asked for."""
 UNUSED_S = 30 * 86400
 """Builds that nobody has used for so long are deleted when another is made."""
 FLAGS = ("-O3", "-march=native", "-fopenmp-simd", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
