@@ -37,7 +37,7 @@ static inline __m512 load16(const void *x, int f32, __mmask16 mask) {
 
 static inline __m512i quantise16(__m512 x, __m512 inverse) { return _mm512_cvtps_epi32(_mm512_mul_ps(x, inverse)); }
 
-/* The numbers of a row that `mask` has, of 32, as float32: those of bfloat16 the even ones and then the odd ones, which takes fewest steps. */
+/* The numbers of a row that `mask` has, of 32, as float32; of bfloat16 the even ones, then the odd ones, which takes fewest steps. */
 static inline void load32(const char *x, int f32, __mmask32 mask, __m512 out[2]) {
     if (f32)
         for (int h = 0; h < 2; h++) out[h] = _mm512_maskz_loadu_ps((__mmask16)(mask >> 16 * h), x + 64 * h);
@@ -63,8 +63,8 @@ static inline __m512i bytes64(const char *x, int f32, int64_t n, __m512 inverse)
     return _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), bytes);
 }
 
-/* Bits of the magnitudes of the numbers that `mask` has, of 32; float32: the larger of two each. NaN and infinities win, because as integers
- * their bits are the largest. */
+/* Bits of the magnitudes of the numbers that `mask` has, of 32; float32: the larger of two each. NaN and infinities win, because as
+ * integers their bits are the largest. */
 static inline __m512i magnitudes(const char *x, int f32, __mmask32 mask) {
     if (!f32) return _mm512_and_si512(_mm512_maskz_loadu_epi16(mask, x), _mm512_set1_epi16(0x7fff));
     __m512 v[2];
@@ -181,14 +181,14 @@ enum { ACROSS = 64 }; /* columns that are turned at a time: two cache lines of b
 static inline __attribute__((always_inline)) void turned8(const char *source, int f32, int64_t stride, int64_t K, int64_t N, int64_t block,
                                                           int64_t width, Side out, Faults *faults) {
     int64_t blocks = (K + block - 1) / block, words = up(K, 4) / 4, wide = up(N, NR), size = f32 ? 4 : 2;
-    const __m512i flip = _mm512_set1_epi8(width == NR ? 0 : (char)0x80);
+    const __m512i flip = _mm512_set1_epi8(width == NR ? 0 : (char)0x80), upper = _mm512_set1_epi32((int)0xffff0000);
     const __m512i turn = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
     const __m512i mixed = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
     for (int64_t k = 0, at = 0; at < blocks; at++, k += block)
         for (int64_t n = 0; n < N; n += ACROSS) {
             int64_t length = K - k < block ? K - k : block;
             const char *from = source + (k * stride + n) * size;
-            __m512i most[4] = {_mm512_setzero_si512()}, sums[4];
+            __m512i most[4], sums[4];
             __mmask32 mask[2] = {first32(N - n), first32(N - n - 32)};
             __mmask16 use[4];
             __m512 factor[4];
@@ -206,7 +206,7 @@ static inline __attribute__((always_inline)) void turned8(const char *source, in
                 }
             for (int h = 0; h < 2; h++) { /* bfloat16: the even columns, then the odd ones */
                 _mm512_storeu_si512(amax + 32 * h, f32 ? most[2 * h] : _mm512_slli_epi32(most[2 * h], 16));
-                _mm512_storeu_si512(amax + 32 * h + 16, f32 ? most[2 * h + 1] : _mm512_and_si512(most[2 * h], _mm512_set1_epi32((int)0xffff0000)));
+                _mm512_storeu_si512(amax + 32 * h + 16, f32 ? most[2 * h + 1] : _mm512_and_si512(most[2 * h], upper));
             }
             for (int64_t i = 0; i < ACROSS; i++) {
                 int64_t column = n + (f32 ? i : i / 32 * 32 + i % 16 * 2 + i / 16 % 2);
@@ -228,7 +228,8 @@ static inline __attribute__((always_inline)) void turned8(const char *source, in
                     for (int q = 0; q < 4; q++) load32(from + ((r + q) * stride + 32 * g) * size, f32, r + q < length ? mask[g] : 0, v[q]);
                     for (int h = 0; h < 2; h++) {
                         __m512i x[4];
-                        for (int q = 0; q < 4; q++) x[q] = _mm512_cvtps_epi32(_mm512_maskz_mul_ps(use[2 * g + h], v[q][h], factor[2 * g + h]));
+                        for (int q = 0; q < 4; q++)
+                            x[q] = _mm512_cvtps_epi32(_mm512_maskz_mul_ps(use[2 * g + h], v[q][h], factor[2 * g + h]));
                         __m512i low = _mm512_packs_epi32(x[0], x[1]), high = _mm512_packs_epi32(x[2], x[3]);
                         word[h] = _mm512_xor_si512(_mm512_shuffle_epi8(_mm512_packs_epi16(low, high), turn), flip);
                     }
@@ -247,11 +248,13 @@ static inline __attribute__((always_inline)) void turned8(const char *source, in
                     } else
                         for (int h = 0; h < 4; h++) {
                             __m256i part = h % 2 ? _mm512_extracti64x4_epi64(word[h / 2], 1) : _mm512_castsi512_si256(word[h / 2]);
-                            if (place + MR * h < N) _mm256_storeu_si256((__m256i *)(out.words + ((place / MR + h) * words + p) * MR * 4), part);
+                            uint8_t *to = out.words + ((place / MR + h) * words + p) * MR * 4;
+                            if (place + MR * h < N) _mm256_storeu_si256((__m256i *)to, part);
                         }
                 }
             if (width == NR)
-                for (int h = 0; h < 4 && n + 16 * h < wide; h++) _mm512_storeu_si512(out.start + at * wide + n + 16 * h, minus_128_times(sums[h]));
+                for (int h = 0; h < 4 && n + 16 * h < wide; h++)
+                    _mm512_storeu_si512(out.start + at * wide + n + 16 * h, minus_128_times(sums[h]));
         }
 }
 
