@@ -269,6 +269,23 @@ void head_loss(const bf16 *x, const void *w, int64_t f32, const int64_t *target,
     }
 }
 
+/* c (R, R) = a (R, C) a^T, contiguous: half of it multiplied, the other half its mirror image, to the bit. */
+static void own_product(const bf16 *a, int64_t R, int64_t C, void *c, int kind) {
+    int32_t *packed = panels(0, C, R);
+    pack_columns(a, 0, C, C, R, packed);
+    for (int64_t n = 0; n < R; n += NR) {
+        int64_t last = n + NR < R ? n + NR : R;
+        multiply(last, last - n, C / 2, (const int32_t *)a, C / 2, 1, MR * C / 2, packed + n / NR * (C / 2 * NR), 0,
+                 (char *)c + n * (kind == TO_BF16 ? 2 : 4), R, kind, 0, 0);
+        for (int64_t i = n; i < last; i++) /* to the left of the diagonal: what the panels before have above it */
+            for (int64_t j = 0; j < n; j++)
+                if (kind == TO_BF16)
+                    ((bf16 *)c)[i * R + j] = ((bf16 *)c)[j * R + i];
+                else
+                    ((float *)c)[i * R + j] = ((float *)c)[j * R + i];
+    }
+}
+
 /* direction (rows x columns, both even; `square`: the sum of its squares) -> the nearest orthogonal matrix: `steps` quintic Newton-Schulz
  * iterations in bfloat16 on the wide side. See train/muon.py. */
 void orthogonalise(float *direction, float square, int64_t rows, int64_t columns, int64_t steps) {
@@ -283,8 +300,8 @@ void orthogonalise(float *direction, float square, int64_t rows, int64_t columns
     else
         SIMD for (int64_t i = 0; i < size; i++) x[i] = put_bf16(direction[i] * inverse);
     for (int64_t step = 0; step < steps; step++) {
-        nt(x, C, x, 0, C, gram, R, TO_BF16, 0, 0, R, R, C);
-        nt(gram, R, gram, 0, R, sums, R, TO_F32, 0, 0, R, R, R); /* the Gram matrix is its own transpose */
+        own_product(x, R, C, gram, TO_BF16);
+        own_product(gram, R, R, sums, TO_F32); /* the Gram matrix is its own transpose */
         SIMD for (int64_t i = 0; i < R * R; i++) polynomial[i] = put_bf16(b * get_bf16(gram[i]) + c * sums[i]);
         nn(polynomial, R, x, 0, C, sums, C, TO_F32, 0, 0, R, C, R);
         SIMD for (int64_t i = 0; i < size; i++) x[i] = put_bf16(a * get_bf16(x[i]) + sums[i]);
