@@ -61,9 +61,10 @@ def build(stem: str, sources: tuple[str, ...], flags: tuple[str, ...]) -> Path |
             made = Path(scratch) / target.name
             subprocess.run([compiler, *flags, "-o", made, here / sources[0], "-lm"], check=True, capture_output=True, timeout=120)
             made.replace(target)
-        for old in target.parent.glob(f"{stem}-*.so"):  # whoever runs one has it mapped and keeps it
-            if time.time() - old.stat().st_mtime > UNUSED_S:
-                old.unlink()
+        with suppress(OSError):  # another process does the same; whoever runs one has it mapped and keeps it
+            for old in target.parent.glob(f"{stem}-*.so"):
+                if time.time() - old.stat().st_mtime > UNUSED_S:
+                    old.unlink()
     except (OSError, subprocess.SubprocessError):
         return None
     return target
