@@ -1,14 +1,16 @@
 """The figures of `bench precision`: what the rows say, what is kept, what is refused; the speed figure's own measurement."""
 
 import json
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 
-from sparing.bench import precision, precision_loss
+from sparing.bench import precision, precision_loss, precision_speed
 from sparing.bench.precision_loss import interval, rows_of
-from sparing.bench.precision_speed import measure
-from sparing.config import UserError
+from sparing.bench.precision_memory import SMALL
+from sparing.bench.precision_speed import Side
+from sparing.config import PrecisionConfig, UserError
 
 
 def test_the_interval_is_students():
@@ -68,9 +70,32 @@ def test_what_is_refused():
         precision.run("loss")
 
 
-def test_speed_takes_turns_on_the_same_weights():
-    threads = torch.get_num_threads()
-    found = measure(width=64, kind="int8", rounds=2, rows=2, length=32)
-    assert len(found["eight"]) == len(found["sixteen"]) == 2 and min(found["eight"] + found["sixteen"]) > 0
-    assert set(found["products"]) == {"nt", "nn", "tn"} and found["share"] == 1.0 and found["how"]
-    assert torch.get_num_threads() == threads
+def test_speed_takes_turns(monkeypatch):
+    """Small, but all of it: three processes, whole steps, products."""
+    monkeypatch.setattr(precision_speed, "REQUIRED", {"cpu": {64: 0.5}})
+    rows = precision_speed.precision_speed("64", "int8", rounds=2, rows=2)
+    whole, stored, *products = rows
+    assert [r["name"] for r in rows[:2]] == ["whole step, int8 products, d 64", "whole step, int8 and storage, d 64"]
+    for r in (whole, stored):
+        assert (
+            r["ours"] > 0
+            and r["peer"] > 0
+            and r["required"] == 0.5
+            and r["share"] == 1.0
+            and len(r["ratios"]) == r["runs"] == 2
+            and r["how"]
+        )
+    assert [r["name"] for r in products] == [f"products {shape}, int8, d 64" for shape in ("nt", "nn", "tn")]
+
+
+def test_a_side_is_kept_as_it_says():
+    """What is timed is what the memory figure measures: the same products, weights, averages and activations."""
+    full, small = (Side(asdict(p), width=64, rows=2, length=32) for p in (PrecisionConfig(), replace(SMALL, linear="int8")))
+    for side in (full, small):
+        before = side.model.model.layers[1].mlp.experts.down_proj.detach().clone()
+        assert side.step()["tokens_per_s"] > 0
+        assert not torch.equal(side.model.model.layers[1].mlp.experts.down_proj, before)
+    assert small.step()["share"] == 1.0 and full.step()["share"] == 0.0
+    kinds = {t.dtype for name, t in small.optimizer.state().items() if "/momentum/" in name}
+    assert kinds == {torch.int8} and small.model.lm_head.weight.dtype == torch.bfloat16
+    assert all(block.int8_activations for block in small.model.model.layers) and not full.policy.sites

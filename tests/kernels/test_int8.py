@@ -39,7 +39,8 @@ def test_products(M, N, K, block, wide):
     int8.nt(a, weight, block, found, out=out[:, 1 : N + 1], base=base)
     assert relative(out[:, 1 : N + 1], want + base) < 3e-3 and not out[:, 0].any() and not out[:, N + 1 :].any()
     assert relative(int8.nn(g, weight, block, found), plain.int8_product(g, weight.t(), block)) < 3e-3
-    assert relative(int8.tn(g, a, block, found), plain.int8_product(g.t(), a.t(), block)) < 1e-6  # float32 out: nothing hides
+    grad, want = int8.tn(g, a, block, found), plain.int8_product(g.t(), a.t(), block)
+    assert torch.equal(grad, want) or (block and relative(grad, want) < 1e-6)  # float32 out: nothing hides but the blocks' order
     assert found.tolist() == [0, 0]
 
 

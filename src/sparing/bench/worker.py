@@ -130,7 +130,17 @@ class Child:
 
         return {"flops": measure_peak(sizes=tuple(sizes))}
 
-    def run(self, function: str, **arguments) -> dict:
+    def make(self, function: str, **arguments) -> dict:
+        """Keep what a function of this folder returns, for `step`."""
+        self.side = self.run(function, **arguments)
+        return {}
+
+    def step(self) -> dict:
+        """A step of what was made."""
+        assert self.side is not None
+        return self.side.step()
+
+    def run(self, function: str, **arguments):
         """A function `module.name` of this folder, from start to end in this process."""
         module, name = function.split(".")
         return getattr(importlib.import_module(f"sparing.bench.{module}"), name)(**arguments)

@@ -4,9 +4,12 @@
  * of B has its own scale, amax / 127; blocks add up in float32. A's numbers are stored with 128 added, which the start of each column's sum
  * takes off again. B lies in panels of 32 columns, four rows to a word; A in rows of words, or in panels of 8 where it is transposed.
  * A block with an infinity or NaN makes its row or column NaN, one too small to scale counts as zeros; both are counted.
- * Included by native.c after products.c, whose helpers it uses. precision/products.py is the plain form.
+ * precision/products.py is the plain form.
  */
+#include "numbers.inc"
+
 #if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
+#include "vectors.inc"
 
 typedef struct { int64_t overflow, dead; } Faults;
 
@@ -34,28 +37,55 @@ static inline __m512 load16(const void *x, int f32, __mmask16 mask) {
 
 static inline __m512i quantise16(__m512 x, __m512 inverse) { return _mm512_cvtps_epi32(_mm512_mul_ps(x, inverse)); }
 
-/* 64 numbers, of which n are there, to bytes in order. */
-static inline __m512i bytes64(const char *x, int f32, int64_t n, __m512 inverse) {
-    const __m512i lanes = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    __m512i q[4];
-    for (int i = 0; i < 4; i++) q[i] = quantise16(load16(x + 16 * i * (f32 ? 4 : 2), f32, first(n - 16 * i)), inverse);
-    __m512i low = _mm512_packs_epi32(q[0], q[1]), high = _mm512_packs_epi32(q[2], q[3]); /* within quarters of a register: put in order after */
-    return _mm512_permutexvar_epi32(lanes, _mm512_packs_epi16(low, high));
+/* The numbers of a row that `mask` has, of 32, as float32; of bfloat16 the even ones, then the odd ones, which takes fewest steps. */
+static inline void load32(const char *x, int f32, __mmask32 mask, __m512 out[2]) {
+    if (f32)
+        for (int h = 0; h < 2; h++) out[h] = _mm512_maskz_loadu_ps((__mmask16)(mask >> 16 * h), x + 64 * h);
+    else {
+        __m512i both = _mm512_maskz_loadu_epi16(mask, x);
+        out[0] = (__m512)_mm512_slli_epi32(both, 16);
+        out[1] = (__m512)_mm512_and_si512(both, _mm512_set1_epi32((int)0xffff0000));
+    }
 }
 
-/* The largest magnitude of n numbers; NaN and infinities win, because as integers their bits are the largest. */
+static inline __mmask32 first32(int64_t n) { return n >= 32 ? 0xffffffffu : n <= 0 ? 0 : (1u << n) - 1; }
+
+/* 64 numbers, of which n are there, to bytes in order. */
+static inline __m512i bytes64(const char *x, int f32, int64_t n, __m512 inverse) {
+    __m512 v[4];
+    load32(x, f32, n >= 64 ? 0xffffffffu : first32(n), v);
+    load32(x + (f32 ? 128 : 64), f32, n >= 64 ? 0xffffffffu : first32(n - 32), v + 2);
+    __m512i low = _mm512_packs_epi32(quantise16(v[0], inverse), quantise16(v[1], inverse));
+    __m512i high = _mm512_packs_epi32(quantise16(v[2], inverse), quantise16(v[3], inverse));
+    __m512i bytes = _mm512_packs_epi16(low, high); /* in each quarter 4 numbers of each part: put in order */
+    if (f32) return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), bytes);
+    bytes = _mm512_shuffle_epi8(bytes, _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15)));
+    return _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), bytes);
+}
+
+/* Bits of the magnitudes of the numbers that `mask` has, of 32; float32: the larger of two each. NaN and infinities win, because as
+ * integers their bits are the largest. */
+static inline __m512i magnitudes(const char *x, int f32, __mmask32 mask) {
+    if (!f32) return _mm512_and_si512(_mm512_maskz_loadu_epi16(mask, x), _mm512_set1_epi16(0x7fff));
+    __m512 v[2];
+    load32(x, 1, mask, v);
+    return _mm512_max_epi32((__m512i)_mm512_abs_ps(v[0]), (__m512i)_mm512_abs_ps(v[1]));
+}
+
+/* The largest magnitude of n numbers. */
 static inline float amax_of(const void *x, int f32, int64_t n) {
     __m512i most = _mm512_setzero_si512();
-    if (f32)
-        for (int64_t i = 0; i < n; i += 16)
-            most = _mm512_max_epi32(most, _mm512_and_si512(_mm512_maskz_loadu_epi32(first(n - i), (const float *)x + i), _mm512_set1_epi32(0x7fffffff)));
-    else {
-        for (int64_t i = 0; i < n; i += 32) {
-            __mmask32 mask = n - i >= 32 ? 0xffffffffu : (1u << (n - i)) - 1;
-            most = _mm512_max_epu16(most, _mm512_and_si512(_mm512_maskz_loadu_epi16(mask, (const bf16 *)x + i), _mm512_set1_epi16(0x7fff)));
-        }
-        most = _mm512_max_epi32(_mm512_slli_epi32(most, 16), _mm512_and_si512(most, _mm512_set1_epi32(0x7fff0000)));
+    const char *at = x;
+    int64_t size = f32 ? 4 : 2, whole = n / 32 * 32;
+    for (int64_t i = 0; i < whole; i += 32) {
+        __m512i here = magnitudes(at + i * size, f32, 0xffffffffu);
+        most = f32 ? _mm512_max_epi32(most, here) : _mm512_max_epu16(most, here);
     }
+    if (whole < n) {
+        __m512i here = magnitudes(at + whole * size, f32, first32(n - whole));
+        most = f32 ? _mm512_max_epi32(most, here) : _mm512_max_epu16(most, here);
+    }
+    if (!f32) most = _mm512_max_epi32(_mm512_slli_epi32(most, 16), _mm512_and_si512(most, _mm512_set1_epi32(0x7fff0000)));
     uint32_t bits = (uint32_t)_mm512_reduce_max_epi32(most);
     float amax;
     memcpy(&amax, &bits, 4);
@@ -74,56 +104,65 @@ static Side side(int slot, int64_t K, int64_t N, int64_t block) {
     return (Side){at, (float *)(at + up(words, 64)), (int32_t *)(at + up(words, 64) + blocks * wide * 4)};
 }
 
-/* A (M, K) as it lies -> rows of words with 128 added. */
-static void rows8(const bf16 *a, int64_t stride, int64_t M, int64_t K, int64_t block, Side out, Faults *faults) {
-    int64_t blocks = (K + block - 1) / block, wide = up(K, 4);
-    for (int64_t m = 0; m < M; m++)
-        for (int64_t b = 0; b < blocks; b++) {
-            const bf16 *from = a + m * stride + b * block;
-            int64_t n = K - b * block < block ? K - b * block : block;
-            uint8_t *to = out.words + m * wide + b * block;
-            float inverse;
-            scale_of(amax_of(from, 0, n), out.scale + m * blocks + b, &inverse, faults);
-            if (inverse == 0.0f) {
-                memset(to, 128, up(n, 4));
+enum { NEAR = 16384 }; /* bytes that are still in the first cache when they are read again */
+
+/* Rows of n numbers -> bytes, exclusive or `flip` (128: adds 128), past the end zeros up to the end of the word; row m's scale goes to
+ * scale[m * step]. */
+static inline void quantise_rows(const char *x, int f32, int64_t stride, int64_t rows, int64_t n, int flip, float *scale, int64_t step,
+                                 uint8_t *out, int64_t wide, Faults *faults) {
+    int64_t size = f32 ? 4 : 2, some = NEAR / (n * size);
+    some = some < 1 ? 1 : some > 16 ? 16 : some;
+    for (int64_t m = 0; m < rows; m += some) {
+        float inverse[16];
+        for (int64_t i = 0; i < some && m + i < rows; i++)
+            scale_of(amax_of(x + (m + i) * stride * size, f32, n), scale + (m + i) * step, inverse + i, faults);
+        for (int64_t i = 0; i < some && m + i < rows; i++) {
+            const char *from = x + (m + i) * stride * size;
+            uint8_t *to = out + (m + i) * wide;
+            if (inverse[i] == 0.0f) {
+                memset(to, flip, up(n, 4));
                 continue;
             }
-            __m512 factor = _mm512_set1_ps(inverse);
-            for (int64_t i = 0; i < n; i += 64) { /* the exclusive or adds 128 to each byte; past the end zeros, up to the end of the word */
-                __m512i bytes = _mm512_xor_si512(bytes64((const char *)(from + i), 0, n - i, factor), _mm512_set1_epi8((char)0x80));
-                int64_t stay = up(n, 4) - i;
+            __m512 factor = _mm512_set1_ps(inverse[i]);
+            for (int64_t j = 0; j < n; j += 64) {
+                __m512i bytes = _mm512_xor_si512(bytes64(from + j * size, f32, n - j, factor), _mm512_set1_epi8((char)flip));
+                int64_t stay = up(n, 4) - j;
                 if (stay >= 64)
-                    _mm512_storeu_si512(to + i, bytes);
+                    _mm512_storeu_si512(to + j, bytes);
                 else
-                    _mm512_mask_storeu_epi8(to + i, ((__mmask64)1 << stay) - 1, bytes);
+                    _mm512_mask_storeu_epi8(to + j, ((__mmask64)1 << stay) - 1, bytes);
             }
         }
+    }
+}
+
+/* A (M, K) as it lies -> rows of words with 128 added. */
+static void rows8(const bf16 *a, int64_t stride, int64_t M, int64_t K, int64_t block, Side out, Faults *faults) {
+    int64_t blocks = (K + block - 1) / block;
+    for (int64_t b = 0; b < blocks; b++) {
+        int64_t k = b * block, n = K - k < block ? K - k : block;
+        quantise_rows((const char *)(a + k), 0, stride, M, n, 128, out.scale + b, blocks, out.words + k, up(K, 4), faults);
+    }
 }
 
 static inline __m512i minus_128_times(__m512i sums) { return _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(sums, 7)); }
 
 /* B (N, K) -> panels of its transpose. */
-static void columns8(const void *b, int f32, int64_t stride, int64_t K, int64_t N, int64_t block, Side out, Faults *faults) {
+static inline __attribute__((always_inline)) void columns8(const char *b, int f32, int64_t stride, int64_t K, int64_t N, int64_t block,
+                                                           Side out, Faults *faults) {
     int64_t blocks = (K + block - 1) / block, words = up(K, 4) / 4, wide = up(N, NR), size = f32 ? 4 : 2;
+    int64_t apart = up(block, 64) + 64; /* not a power of two: 16 rows would share their places in the cache */
+    uint8_t *rows = scratch(13, 16 * apart);
     for (int64_t n = 0; n < wide; n += 16)
         for (int64_t k = 0, at = 0; at < blocks; at++, k += block) {
-            int64_t length = K - k < block ? K - k : block;
-            float inverse[16];
+            int64_t length = K - k < block ? K - k : block, there = N - n < 0 ? 0 : N - n < 16 ? N - n : 16;
+            float *scale = out.scale + at * wide + n;
             __m512i sums = _mm512_setzero_si512();
-            for (int i = 0; i < 16; i++) {
-                float *scale = out.scale + at * wide + n + i;
-                if (n + i < N)
-                    scale_of(amax_of((const char *)b + ((n + i) * stride + k) * size, f32, length), scale, inverse + i, faults);
-                else
-                    *scale = inverse[i] = 0.0f;
-            }
+            for (int64_t i = there; i < 16; i++) scale[i] = 0.0f;
+            quantise_rows(b + (n * stride + k) * size, f32, stride, there, length, 0, scale, 1, rows, apart, faults);
             for (int64_t j = 0; j < length; j += 64) {
                 __m512i r[16];
-                for (int i = 0; i < 16; i++) {
-                    r[i] = _mm512_setzero_si512();
-                    if (inverse[i] == 0.0f) continue;
-                    r[i] = bytes64((const char *)b + ((n + i) * stride + k + j) * size, f32, length - j, _mm512_set1_ps(inverse[i]));
-                }
+                for (int i = 0; i < 16; i++) r[i] = i < there ? _mm512_load_si512(rows + i * apart + j) : _mm512_setzero_si512();
                 transpose16(r);
                 int64_t stop = (length - j + 3) / 4 < 16 ? (length - j + 3) / 4 : 16;
                 uint8_t *to = out.words + ((n / NR * words + (k + j) / 4) * NR + n % NR) * 4;
@@ -136,56 +175,87 @@ static void columns8(const void *b, int f32, int64_t stride, int64_t K, int64_t 
         }
 }
 
+enum { ACROSS = 64 }; /* columns that are turned at a time: two cache lines of bfloat16 */
+
 /* source (K, N), scales of columns -> panels of B (width 32), or of a transposed A (width 8; 128 added, and scales (N, blocks)). */
-static void turned8(const void *source, int f32, int64_t stride, int64_t K, int64_t N, int64_t block, int64_t width, Side out, Faults *faults) {
+static inline __attribute__((always_inline)) void turned8(const char *source, int f32, int64_t stride, int64_t K, int64_t N, int64_t block,
+                                                          int64_t width, Side out, Faults *faults) {
     int64_t blocks = (K + block - 1) / block, words = up(K, 4) / 4, wide = up(N, NR), size = f32 ? 4 : 2;
-    const __m512i byte = _mm512_set1_epi32(0xff), magnitude = _mm512_set1_epi32(0x7fffffff);
-    for (int64_t k = 0, at = 0; at < blocks; at++, k += block) {
-        int64_t length = K - k < block ? K - k : block;
-        for (int64_t n = 0; n < up(N, width); n += NR) { /* a cache line of columns at a time, down the block's rows twice */
-            __m512i most[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()}, sums[2] = {most[0], most[0]};
-            __mmask16 mask[2] = {first(N - n), first(N - n - 16)};
-            const char *from = (const char *)source + (k * stride + n) * size;
+    const __m512i flip = _mm512_set1_epi8(width == NR ? 0 : (char)0x80), upper = _mm512_set1_epi32((int)0xffff0000);
+    const __m512i turn = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+    const __m512i mixed = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    for (int64_t k = 0, at = 0; at < blocks; at++, k += block)
+        for (int64_t n = 0; n < N; n += ACROSS) {
+            int64_t length = K - k < block ? K - k : block;
+            const char *from = source + (k * stride + n) * size;
+            __m512i most[4], sums[4];
+            __mmask32 mask[2] = {first32(N - n), first32(N - n - 32)};
+            __mmask16 use[4];
+            __m512 factor[4];
+            float amax[ACROSS], inverse[ACROSS], scale[ACROSS];
+            for (int h = 0; h < 4; h++) most[h] = sums[h] = _mm512_setzero_si512();
             for (int64_t r = 0; r < length; r++)
-                for (int h = 0; h < 2; h++)
-                    most[h] = _mm512_max_epi32(
-                        most[h], _mm512_and_si512((__m512i)load16(from + (r * stride + 16 * h) * size, f32, mask[h]), magnitude));
-            float amax[NR], inverse[NR], scale[NR];
-            _mm512_storeu_si512(amax, most[0]);
-            _mm512_storeu_si512(amax + 16, most[1]);
-            for (int64_t i = 0; i < NR; i++) {
-                scale_of(i < N - n ? amax[i] : 0.0f, scale + i, inverse + i, faults);
-                if (width == NR)
-                    out.scale[at * wide + n + i] = scale[i];
-                else if (i < N - n)
-                    out.scale[(n + i) * blocks + at] = scale[i];
-            }
-            __m512 factor[2] = {_mm512_loadu_ps(inverse), _mm512_loadu_ps(inverse + 16)};
-            /* numbers whose scale is no number are left out: infinity times 0 would not be 0 */
-            for (int h = 0; h < 2; h++) mask[h] &= _mm512_cmp_ps_mask(factor[h], _mm512_setzero_ps(), _CMP_NEQ_OQ);
-            for (int64_t r = 0; r < length; r += 4)
                 for (int h = 0; h < 2; h++) {
-                    __m512i word = _mm512_setzero_si512();
-                    for (int64_t q = 0; q < 4 && r + q < length; q++) {
-                        __m512i x = quantise16(load16(from + ((r + q) * stride + 16 * h) * size, f32, mask[h]), factor[h]);
-                        word = _mm512_or_si512(word, _mm512_sllv_epi32(_mm512_and_si512(x, byte), _mm512_set1_epi32(8 * (int)q)));
+                    const char *x = from + (r * stride + 32 * h) * size;
+                    if (f32) {
+                        __m512 v[2];
+                        load32(x, 1, mask[h], v);
+                        for (int i = 0; i < 2; i++) most[2 * h + i] = _mm512_max_epi32(most[2 * h + i], (__m512i)_mm512_abs_ps(v[i]));
+                    } else
+                        most[2 * h] = _mm512_max_epu16(most[2 * h], magnitudes(x, 0, mask[h]));
+                }
+            for (int h = 0; h < 2; h++) { /* bfloat16: the even columns, then the odd ones */
+                _mm512_storeu_si512(amax + 32 * h, f32 ? most[2 * h] : _mm512_slli_epi32(most[2 * h], 16));
+                _mm512_storeu_si512(amax + 32 * h + 16, f32 ? most[2 * h + 1] : _mm512_and_si512(most[2 * h], upper));
+            }
+            for (int64_t i = 0; i < ACROSS; i++) {
+                int64_t column = n + (f32 ? i : i / 32 * 32 + i % 16 * 2 + i / 16 % 2);
+                scale_of(column < N ? amax[i] : 0.0f, scale + i, inverse + i, faults);
+                if (width == NR && column < wide)
+                    out.scale[at * wide + column] = scale[i];
+                else if (width == MR && column < N)
+                    out.scale[column * blocks + at] = scale[i];
+            }
+            for (int h = 0; h < 4; h++) {
+                factor[h] = _mm512_loadu_ps(inverse + 16 * h);
+                /* numbers whose scale is no number are left out: infinity times 0 would not be 0 */
+                use[h] = _mm512_cmp_ps_mask(factor[h], _mm512_setzero_ps(), _CMP_NEQ_OQ);
+            }
+            for (int64_t r = 0; r < length; r += 4)
+                for (int g = 0; g < 2; g++) {
+                    __m512 v[4][2];
+                    __m512i word[2];
+                    for (int q = 0; q < 4; q++) load32(from + ((r + q) * stride + 32 * g) * size, f32, r + q < length ? mask[g] : 0, v[q]);
+                    for (int h = 0; h < 2; h++) {
+                        __m512i x[4];
+                        for (int q = 0; q < 4; q++)
+                            x[q] = _mm512_cvtps_epi32(_mm512_maskz_mul_ps(use[2 * g + h], v[q][h], factor[2 * g + h]));
+                        __m512i low = _mm512_packs_epi32(x[0], x[1]), high = _mm512_packs_epi32(x[2], x[3]);
+                        word[h] = _mm512_xor_si512(_mm512_shuffle_epi8(_mm512_packs_epi16(low, high), turn), flip);
                     }
-                    int64_t p = (k + r) / 4, place = n + 16 * h;
+                    if (!f32) {
+                        __m512i even = word[0];
+                        word[0] = _mm512_permutex2var_epi32(even, mixed, word[1]);
+                        word[1] = _mm512_permutex2var_epi32(even, _mm512_add_epi32(mixed, _mm512_set1_epi32(8)), word[1]);
+                    }
+                    int64_t p = (k + r) / 4, place = n + 32 * g;
                     if (width == NR) {
-                        _mm512_storeu_si512(out.words + ((n / NR * words + p) * NR + 16 * h) * 4, word);
-                        sums[h] = _mm512_dpbusd_epi32(sums[h], _mm512_set1_epi8(1), word);
-                    } else {
-                        word = _mm512_xor_si512(word, _mm512_set1_epi8((char)0x80)); /* adds 128 to each byte */
-                        if (place < up(N, MR))
-                            _mm256_storeu_si256((__m256i *)(out.words + (place / MR * words + p) * MR * 4), _mm512_castsi512_si256(word));
-                        if (place + MR < up(N, MR))
-                            _mm256_storeu_si256((__m256i *)(out.words + ((place + MR) / MR * words + p) * MR * 4), _mm512_extracti64x4_epi64(word, 1));
-                    }
+                        if (place >= wide) continue;
+                        for (int h = 0; h < 2; h++) {
+                            _mm512_storeu_si512(out.words + ((place / NR * words + p) * NR + 16 * h) * 4, word[h]);
+                            sums[2 * g + h] = _mm512_dpbusd_epi32(sums[2 * g + h], _mm512_set1_epi8(1), word[h]);
+                        }
+                    } else
+                        for (int h = 0; h < 4; h++) {
+                            __m256i part = h % 2 ? _mm512_extracti64x4_epi64(word[h / 2], 1) : _mm512_castsi512_si256(word[h / 2]);
+                            uint8_t *to = out.words + ((place / MR + h) * words + p) * MR * 4;
+                            if (place + MR * h < N) _mm256_storeu_si256((__m256i *)to, part);
+                        }
                 }
             if (width == NR)
-                for (int h = 0; h < 2; h++) _mm512_storeu_si512(out.start + at * wide + n + 16 * h, minus_128_times(sums[h]));
+                for (int h = 0; h < 4 && n + 16 * h < wide; h++)
+                    _mm512_storeu_si512(out.start + at * wide + n + 16 * h, minus_128_times(sums[h]));
         }
-    }
 }
 
 typedef struct {
@@ -204,6 +274,9 @@ static inline __attribute__((always_inline)) void tile8(int rows, int halves, In
 #pragma GCC unroll 2
             for (int h = 0; h < halves; h++) sum[i][h] = _mm512_loadu_si512(start + block * inner.wide + 16 * h);
         int64_t stop = (block + 1) * inner.block < inner.words ? (block + 1) * inner.block : inner.words;
+        if (kind == TO_F32) /* a weight's gradient is in no cache: its lines come while the sums are made */
+            for (int i = 0; i < rows; i++)
+                for (int h = 0; h < halves; h++) __builtin_prefetch((float *)c + i * stride + 16 * h, 1);
         for (int64_t p = block * inner.block; p < stop; p++) {
             __m512i b0 = _mm512_load_si512(b + p * NR), b1 = b0;
             if (halves == 2) b1 = _mm512_load_si512(b + p * NR + 16);
@@ -242,16 +315,15 @@ static void multiply8(int64_t M, int64_t N, int64_t K, int64_t length, Side left
     float partial[MR * NR] __attribute__((aligned(64))) = {0};
     int64_t size = kind == TO_BF16 ? 2 : 4;
     for (int64_t n = 0; n < N; n += NR)
-        for (int64_t m = 0; m < M; m += MR) {
-            const int32_t *a = (const int32_t *)left.words + m / MR * a_block, *b = (const int32_t *)right.words + n * inner.words;
+        for (int64_t m = 0, rows; m < M; m += rows) {
+            const int32_t *a = (const int32_t *)left.words + m / MR * a_block + m % MR * a_row, *b = (const int32_t *)right.words + n * inner.words;
             void *to = (char *)c + (m * stride + n) * size;
             const bf16 *from = base ? base + m * base_stride + n : 0;
             int64_t columns = N - n < NR ? N - n : NR;
 #define TILE8(R, H) tile8(R, H, inner, a, a_row, a_word, left.scale + m * inner.blocks, b, right.scale + n, right.start + n, to, stride, kind, from, base_stride, columns, partial)
 #define ROWS8(R) case R: if (columns > 16) TILE8(R, 2); else TILE8(R, 1); break
-            switch (M - m) {
-                ROWS8(1); ROWS8(2); ROWS8(3); ROWS8(4); ROWS8(5); ROWS8(6); ROWS8(7);
-                default: if (columns > 16) TILE8(8, 2); else TILE8(8, 1);
+            switch (rows = tile_rows(M - m)) {
+                ROWS8(1); ROWS8(2); ROWS8(4); ROWS8(8);
             }
         }
 }
@@ -261,7 +333,10 @@ void int8_nt(const bf16 *a, int64_t s_a, const void *b, int64_t f32, int64_t s_b
              int64_t s_base, int64_t M, int64_t N, int64_t K, int64_t block, Faults *faults) {
     Side left = side(11, K, M, block), right = side(12, K, N, block);
     rows8(a, s_a, M, K, block, left, faults);
-    columns8(b, f32, s_b, K, N, block, right, faults);
+    if (f32)
+        columns8(b, 1, s_b, K, N, block, right, faults);
+    else
+        columns8(b, 0, s_b, K, N, block, right, faults);
     multiply8(M, N, K, block, left, up(K, 4) / 4, 1, MR * up(K, 4) / 4, right, c, s_c, kind, base, s_base);
 }
 
@@ -270,7 +345,10 @@ void int8_nn(const bf16 *a, int64_t s_a, const void *b, int64_t f32, int64_t s_b
              int64_t s_base, int64_t M, int64_t N, int64_t K, int64_t block, Faults *faults) {
     Side left = side(11, K, M, block), right = side(12, K, N, block);
     rows8(a, s_a, M, K, block, left, faults);
-    turned8(b, f32, s_b, K, N, block, NR, right, faults);
+    if (f32)
+        turned8(b, 1, s_b, K, N, block, NR, right, faults);
+    else
+        turned8(b, 0, s_b, K, N, block, NR, right, faults);
     multiply8(M, N, K, block, left, up(K, 4) / 4, 1, MR * up(K, 4) / 4, right, c, s_c, kind, base, s_base);
 }
 
@@ -278,8 +356,8 @@ void int8_nn(const bf16 *a, int64_t s_a, const void *b, int64_t f32, int64_t s_b
 void int8_tn(const bf16 *a, int64_t s_a, const bf16 *b, int64_t s_b, void *c, int64_t s_c, int64_t kind, int64_t M, int64_t N, int64_t K,
              int64_t block, Faults *faults) {
     Side left = side(11, K, M, block), right = side(12, K, N, block);
-    turned8(a, 0, s_a, K, M, block, MR, left, faults);
-    turned8(b, 0, s_b, K, N, block, NR, right, faults);
+    turned8((const char *)a, 0, s_a, K, M, block, MR, left, faults);
+    turned8((const char *)b, 0, s_b, K, N, block, NR, right, faults);
     multiply8(M, N, K, block, left, 1, MR, up(K, 4) / 4 * MR, right, c, s_c, kind, 0, 0);
 }
 

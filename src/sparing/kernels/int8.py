@@ -20,7 +20,7 @@ LONGEST = 32768
 
 @cache
 def _compiled() -> bool:
-    return hasattr(native.passes(), "int8_nt")
+    return hasattr(native.library("int8"), "int8_nt")
 
 
 def usable(x: Tensor) -> bool:
@@ -30,7 +30,7 @@ def usable(x: Tensor) -> bool:
 
 def rounds(x: Tensor) -> bool:
     """Whether `float_round` serves `x`."""
-    return native.usable(x) and _compiled() and x.stride(-1) == 1
+    return native.usable(x, "int8") and _compiled() and x.stride(-1) == 1
 
 
 def available() -> bool:
@@ -60,7 +60,7 @@ def nn(a: Tensor, b: Tensor, block: int | None, faults: Tensor, base: Tensor | N
 def _product(name: str, a: Tensor, b: Tensor, out: Tensor, base: Tensor | None, inner: int, block: int | None, faults: Tensor) -> Tensor:
     base_stride = 0 if base is None else base.stride(0)
     sizes = (TO_BF16, base, base_stride, len(a), out.shape[1], inner, _length(block, inner), faults)
-    native.call(name, None, a, a.stride(0), b, _wide(b), b.stride(0), out, out.stride(0), *sizes)
+    native.call(name, None, a, a.stride(0), b, _wide(b), b.stride(0), out, out.stride(0), *sizes, of="int8")
     return out
 
 
@@ -68,28 +68,30 @@ def tn(a: Tensor, b: Tensor, block: int | None, faults: Tensor) -> Tensor:
     """a (K, M)ᵀ b (K, N), float32."""
     out = torch.empty(a.shape[1], b.shape[1])
     sizes = (TO_F32, *out.shape, len(a), _length(block, len(a)), faults)
-    native.call("int8_tn", None, a, a.stride(0), b, b.stride(0), out, out.stride(0), *sizes)
+    native.call("int8_tn", None, a, a.stride(0), b, b.stride(0), out, out.stride(0), *sizes, of="int8")
     return out
 
 
 def grouped_nt(a: Tensor, b: Tensor, ends: Tensor, block: int | None, faults: Tensor) -> Tensor:
     """Rows of a (S, K) in groups that end at ends (E,) int64, each with its own b (E, N, K): (S, N)."""
     out = a.new_empty(len(a), b.shape[1])
-    native.call("int8_grouped_nt", None, a, b, _wide(b), out, ends, *b.shape, _length(block, b.shape[2]), faults)
+    native.call("int8_grouped_nt", None, a, b, _wide(b), out, ends, *b.shape, _length(block, b.shape[2]), faults, of="int8")
     return out
 
 
 def grouped_nn(a: Tensor, b: Tensor, ends: Tensor, block: int | None, faults: Tensor) -> Tensor:
     """The same with b (E, K, N)."""
     out = a.new_empty(len(a), b.shape[2])
-    native.call("int8_grouped_nn", None, a, b, _wide(b), out, ends, len(b), b.shape[2], b.shape[1], _length(block, b.shape[1]), faults)
+    native.call(
+        "int8_grouped_nn", None, a, b, _wide(b), out, ends, len(b), b.shape[2], b.shape[1], _length(block, b.shape[1]), faults, of="int8"
+    )
     return out
 
 
 def grouped_tn(a: Tensor, b: Tensor, ends: Tensor, block: int | None, faults: Tensor) -> Tensor:
     """a (S, M), b (S, N) -> each group's aᵀ b: (E, M, N) float32, zero for an empty group."""
     out = torch.empty(len(ends), a.shape[1], b.shape[1])
-    native.call("int8_grouped_tn", None, a, b, out, ends, *out.shape, _length(block, LONGEST), faults)
+    native.call("int8_grouped_tn", None, a, b, out, ends, *out.shape, _length(block, LONGEST), faults, of="int8")
     return out
 
 
@@ -97,5 +99,5 @@ def float_round(x: Tensor, block: tuple[int, int], mantissa: int, normal: float,
     """x (M, N) through a small floating-point format and back, bfloat16 (`quantise` with powers, then `dequantise`)."""
     out = torch.empty(x.shape, dtype=torch.bfloat16)
     sizes = (*x.shape, *(max(1, min(b, n)) for b, n in zip(block, x.shape, strict=True)), mantissa, normal, most, faults)
-    native.call("float8_round", None, x, _wide(x), x.stride(0), out, *sizes)
+    native.call("float8_round", None, x, _wide(x), x.stride(0), out, *sizes, of="int8")
     return out

@@ -17,7 +17,7 @@
 #define NAME(name) name##_f32
 #include "passes.inc"
 
-#include "storage.c"
+#ifdef __AVX512BF16__
+#include "vectors.inc"
 #include "products.c"
-
-#include "int8.c"
+#endif

@@ -13,7 +13,8 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from contextlib import contextmanager
+import time
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
@@ -21,7 +22,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-SOURCES = ("native.c", "numbers.inc", "passes.inc", "storage.c", "products.c", "int8.c")
+SOURCES = {
+    "passes": ("native.c", "numbers.inc", "passes.inc", "vectors.inc", "products.c"),
+    "storage": ("storage.c", "numbers.inc"),
+    "int8": ("int8.c", "numbers.inc", "vectors.inc"),
+}
+"""What each library is made of, first the file that includes the others.
+All but the passes are for `[precision]`, and compiled when asked for."""
+UNUSED_S = 30 * 86400
+"""Builds that nobody has used for so long are deleted when another is made."""
 FLAGS = ("-O3", "-march=native", "-fopenmp-simd", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
 SUFFIXES = {torch.bfloat16: "_bf16", torch.float32: "_f32"}
 
@@ -42,27 +51,38 @@ def build(stem: str, sources: tuple[str, ...], flags: tuple[str, ...]) -> Path |
     can = "\n".join(line for line in processor.splitlines() if line.startswith(("model", "flags", "Features"))) or processor
     key = hashlib.sha256("\0".join([compiler, *flags, can, *((here / name).read_text() for name in sources)]).encode()).hexdigest()[:16]
     target = _folder() / f"{stem}-{key}.so"
-    if target.exists():
-        return target
     try:
+        if target.exists():
+            with suppress(OSError):  # another user's
+                target.touch()
+            return target
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             made = Path(scratch) / target.name
             subprocess.run([compiler, *flags, "-o", made, here / sources[0], "-lm"], check=True, capture_output=True, timeout=120)
             made.replace(target)
+        with suppress(OSError):  # another process does the same; whoever runs one has it mapped and keeps it
+            for old in target.parent.glob(f"{stem}-*.so"):
+                if time.time() - old.stat().st_mtime > UNUSED_S:
+                    old.unlink()
     except (OSError, subprocess.SubprocessError):
         return None
     return target
 
 
 @cache
-def passes() -> ctypes.CDLL | None:
-    """The compiled passes, or None on a machine without a C compiler."""
-    path = build("passes", SOURCES, FLAGS)
+def library(name: str) -> ctypes.CDLL | None:
+    """One of SOURCES, or None on a machine without a C compiler."""
+    path = build(name, SOURCES[name], FLAGS)
     try:
         return ctypes.CDLL(str(path)) if path else None
     except OSError:
         return None
+
+
+def passes() -> ctypes.CDLL | None:
+    """The compiled passes, or None on a machine without a C compiler."""
+    return library("passes")
 
 
 _off = ContextVar("sparing_plain", default=False)
@@ -83,23 +103,23 @@ def wanted() -> bool:
     return not _off.get()
 
 
-def usable(x: Tensor) -> bool:
-    """Whether a pass over `x` should be the compiled one."""
+def usable(x: Tensor, of: str = "passes") -> bool:
+    """Whether a pass over `x` should be the compiled one; of: its library."""
     fits = x.device.type == "cpu" and x.dtype in SUFFIXES and torch.get_num_threads() == 1
-    return fits and wanted() and not torch.compiler.is_compiling() and passes() is not None
+    return fits and wanted() and not torch.compiler.is_compiling() and library(of) is not None
 
 
 @cache
-def _function(name: str, arguments: str):
-    function = getattr(passes(), name)
+def _function(of: str, name: str, arguments: str):
+    function = getattr(library(of), name)
     kinds = {"p": ctypes.c_void_p, "f": ctypes.c_float, "i": ctypes.c_int64}
     function.argtypes, function.restype = [kinds[c] for c in arguments], None
     return function
 
 
-def call(name: str, dtype: torch.dtype | None, *arguments: Tensor | float | int | None) -> None:
-    """Run one pass, the one for `dtype` where there are several. Tensors go as the address of their first element: shapes and strides are
-    the caller's business."""
+def call(name: str, dtype: torch.dtype | None, *arguments: Tensor | float | int | None, of: str = "passes") -> None:
+    """Run one pass of a library, the one for `dtype` where there are several. Tensors go as the address of their first element: shapes and
+    strides are the caller's business."""
     kinds, values = [], []
     for a in arguments:
         if isinstance(a, Tensor):
@@ -111,4 +131,4 @@ def call(name: str, dtype: torch.dtype | None, *arguments: Tensor | float | int 
         else:
             kinds.append("f" if isinstance(a, float) else "i")
             values.append(a)
-    _function(name + SUFFIXES.get(dtype, ""), "".join(kinds))(*values)
+    _function(of, name + SUFFIXES.get(dtype, ""), "".join(kinds))(*values)

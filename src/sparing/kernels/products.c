@@ -2,34 +2,8 @@
  *
  * B is packed into panels of 32 columns, pair of rows by pair of rows, so that one 512-bit register holds the pairs of 16 columns; A is
  * read as it lies, or packed likewise where it is transposed. An 8 x 32 tile of C stays in registers over the whole inner dimension.
- * Included by native.c. All sizes in numbers, not bytes. The inner dimension of a product must be even, but for `tn`.
+ * Included by native.c after vectors.inc. All sizes in numbers, not bytes. The inner dimension of a product must be even, but for `tn`.
  */
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#include <stdlib.h>
-
-enum { MR = 8, NR = 32 };
-enum { TO_BF16, TO_F32, ADD_F32 };
-
-/* Scratch of this thread that only grows; slot: which of them. */
-static void *scratch(int slot, int64_t bytes) {
-    static __thread struct { void *at; int64_t bytes; } slots[16];
-    if (slots[slot].bytes < bytes) {
-        free(slots[slot].at);
-        slots[slot].at = aligned_alloc(64, (bytes + 4095) / 4096 * 4096);
-        slots[slot].bytes = slots[slot].at ? bytes : 0;
-        if (!slots[slot].at) abort();
-    }
-    return slots[slot].at;
-}
-
-static inline int64_t up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
-
-static inline __m512i widen(const bf16 *x, __mmask16 mask) { return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, x)); }
-
-static inline __m256i narrow(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
-
-static inline __mmask16 first(int64_t n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (__mmask16)((1u << n) - 1); }
 
 /* 16 columns of a pair of rows; `low` may be there without `high`. */
 static inline __m512i pair(const void *low, const void *high, int f32, __mmask16 mask) {
@@ -61,32 +35,6 @@ static void pack_rows(const void *source, int f32, int64_t stride, int64_t K, in
                 }
             }
         }
-}
-
-static inline void transpose16(__m512i r[16]) {
-    __m512i t[16];
-    for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {
-        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
-    for (int i = 0; i < 4; i++) {
-        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-        t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-        t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-        t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-    }
-    for (int i = 0; i < 4; i++) {
-        r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-        r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-        r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
-        r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
-    }
 }
 
 /* source (N, K), K even -> the same panels of its transpose. */
@@ -151,16 +99,15 @@ static void multiply(int64_t M, int64_t N, int64_t pairs, const int32_t *a, int6
                      int64_t panel, void *c, int64_t stride, int kind, const bf16 *base, int64_t base_stride) {
     int64_t size = kind == TO_BF16 ? 2 : 4;
     for (int64_t n = 0; n < N; n += NR)
-        for (int64_t m = 0; m < M; m += MR) {
-            const int32_t *block = a + m / MR * a_block, *right = b + n / NR * panel;
+        for (int64_t m = 0, rows; m < M; m += rows) {
+            const int32_t *block = a + m / MR * a_block + m % MR * a_row, *right = b + n / NR * panel;
             void *to = (char *)c + (m * stride + n) * size;
             const bf16 *from = base ? base + m * base_stride + n : 0;
             int64_t columns = N - n < NR ? N - n : NR;
 #define TILE(R, H) tile(R, H, pairs, block, a_row, a_pair, right, to, stride, kind, from, base_stride, columns)
 #define ROWS(R) case R: if (columns > 16) TILE(R, 2); else TILE(R, 1); break
-            switch (M - m) {
-                ROWS(1); ROWS(2); ROWS(3); ROWS(4); ROWS(5); ROWS(6); ROWS(7);
-                default: if (columns > 16) TILE(8, 2); else TILE(8, 1);
+            switch (rows = tile_rows(M - m)) {
+                ROWS(1); ROWS(2); ROWS(4); ROWS(8);
             }
         }
 }
@@ -322,9 +269,26 @@ void head_loss(const bf16 *x, const void *w, int64_t f32, const int64_t *target,
     }
 }
 
+/* c (R, R) = a (R, C) a^T, contiguous: half of it multiplied, the other half its mirror image, to the bit. */
+static void own_product(const bf16 *a, int64_t R, int64_t C, void *c, int kind) {
+    int32_t *packed = panels(0, C, R);
+    pack_columns(a, 0, C, C, R, packed);
+    for (int64_t n = 0; n < R; n += NR) {
+        int64_t last = n + NR < R ? n + NR : R;
+        multiply(last, last - n, C / 2, (const int32_t *)a, C / 2, 1, MR * C / 2, packed + n / NR * (C / 2 * NR), 0,
+                 (char *)c + n * (kind == TO_BF16 ? 2 : 4), R, kind, 0, 0);
+        for (int64_t i = n; i < last; i++) /* to the left of the diagonal: what the panels before have above it */
+            for (int64_t j = 0; j < n; j++)
+                if (kind == TO_BF16)
+                    ((bf16 *)c)[i * R + j] = ((bf16 *)c)[j * R + i];
+                else
+                    ((float *)c)[i * R + j] = ((float *)c)[j * R + i];
+    }
+}
+
 /* direction (rows x columns, both even; `square`: the sum of its squares) -> the nearest orthogonal matrix: `steps` quintic Newton-Schulz
  * iterations in bfloat16 on the wide side. See train/muon.py. */
-static void orthogonalise(float *direction, float square, int64_t rows, int64_t columns, int64_t steps) {
+void orthogonalise(float *direction, float square, int64_t rows, int64_t columns, int64_t steps) {
     static const float a = 3.4445f, b = -4.7750f, c = 2.0315f;
     int64_t size = rows * columns, tall = rows > columns, R = tall ? columns : rows, C = tall ? rows : columns;
     float *sums = scratch(6, (C > R ? C : R) * R * 4);
@@ -336,8 +300,8 @@ static void orthogonalise(float *direction, float square, int64_t rows, int64_t 
     else
         SIMD for (int64_t i = 0; i < size; i++) x[i] = put_bf16(direction[i] * inverse);
     for (int64_t step = 0; step < steps; step++) {
-        nt(x, C, x, 0, C, gram, R, TO_BF16, 0, 0, R, R, C);
-        nt(gram, R, gram, 0, R, sums, R, TO_F32, 0, 0, R, R, R); /* the Gram matrix is its own transpose */
+        own_product(x, R, C, gram, TO_BF16);
+        own_product(gram, R, R, sums, TO_F32); /* the Gram matrix is its own transpose */
         SIMD for (int64_t i = 0; i < R * R; i++) polynomial[i] = put_bf16(b * get_bf16(gram[i]) + c * sums[i]);
         nn(polynomial, R, x, 0, C, sums, C, TO_F32, 0, 0, R, C, R);
         SIMD for (int64_t i = 0; i < size; i++) x[i] = put_bf16(a * get_bf16(x[i]) + sums[i]);
@@ -366,35 +330,3 @@ void muon(float *weight, const float *grad, float *average, int64_t rows, int64_
         weight[i] = w - lr * direction[i];
     }
 }
-
-/* The same for rows first to first + rows of a parameter of C columns in few bits: storage.c. */
-void stored_muon(void *weight, int64_t wide, bf16 *remainder, int64_t key, const void *grad, int64_t grad_wide, void *mean, float *mean_scale,
-                 int64_t mean_key, int64_t first, int64_t rows, int64_t C, float momentum, int64_t steps, float lr, float decay) {
-    weights w = {weight, wide, remainder, key};
-    average mean_ = {mean, mean_scale, mean_key};
-    int64_t width = block_of(C), blocks = (C + width - 1) / width;
-    float *direction = scratch(5, rows * C * 4), square = 0.0f, g[BLOCK], m[BLOCK];
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t b = 0; b < blocks; b++) {
-            int64_t from = (first + r) * C + b * width, n = C - b * width < width ? C - b * width : width, block = (first + r) * blocks + b;
-            float *d = direction + r * C + b * width;
-            get_gradient(grad, grad_wide, from, n, g);
-            get_average(&mean_, from, block, n, 1, m);
-            SUM(square) for (int64_t i = 0; i < n; i++) {
-                m[i] += (1.0f - momentum) * (g[i] - m[i]);
-                d[i] = get_bf16(put_bf16(g[i] + momentum * (m[i] - g[i])));
-                square += d[i] * d[i];
-            }
-            put_average(&mean_, from, block, n, 1, m);
-        }
-    orthogonalise(direction, square, rows, C, steps);
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t b = 0; b < blocks; b++) {
-            int64_t from = (first + r) * C + b * width, n = C - b * width < width ? C - b * width : width;
-            const float *d = direction + r * C + b * width;
-            get_weights(&w, from, n, g);
-            SIMD for (int64_t i = 0; i < n; i++) g[i] = (d[i] * g[i] > 0.0f ? g[i] * decay : g[i]) - lr * d[i];
-            put_weights(&w, from, n, g);
-        }
-}
-#endif

@@ -1,4 +1,5 @@
-/* Numbers in few bits: see precision/activations.py, whose definitions these are. Included by native.c. */
+/* Numbers in few bits: see precision/activations.py, whose definitions these are. */
+#include "numbers.inc"
 
 /* x (N, D) -> code, a scale for each row. */
 void pack_int8(const bf16 *x, int8_t *code, float *scale, int64_t N, int64_t D) {
@@ -163,4 +164,40 @@ void stored_adamw(void *weight, int64_t wide, bf16 *remainder, int64_t key, cons
             put_average(&square_, from, block, n, 0, v);
             put_weights(&w, from, n, x);
         }
+}
+
+/* Muon of rows first to first + rows: the average, and its Nesterov direction (rows, C) with the sum of its squares, which products.c's
+ * `orthogonalise` takes; then cautious decay and the step. */
+void stored_direction(const void *grad, int64_t grad_wide, void *mean, float *mean_scale, int64_t mean_key, int64_t first, int64_t rows,
+                      int64_t C, float momentum, float *direction, float *square) {
+    average mean_ = {mean, mean_scale, mean_key};
+    int64_t width = block_of(C), blocks = (C + width - 1) / width;
+    float g[BLOCK], m[BLOCK], sum = 0.0f;
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t b = 0; b < blocks; b++) {
+            int64_t from = (first + r) * C + b * width, n = C - b * width < width ? C - b * width : width, block = (first + r) * blocks + b;
+            float *d = direction + r * C + b * width;
+            get_gradient(grad, grad_wide, from, n, g);
+            get_average(&mean_, from, block, n, 1, m);
+            SUM(sum) for (int64_t i = 0; i < n; i++) {
+                m[i] += (1.0f - momentum) * (g[i] - m[i]);
+                d[i] = get_bf16(put_bf16(g[i] + momentum * (m[i] - g[i])));
+                sum += d[i] * d[i];
+            }
+            put_average(&mean_, from, block, n, 1, m);
+        }
+    *square = sum;
+}
+
+void stored_step(void *weight, int64_t wide, bf16 *remainder, int64_t key, const float *direction, int64_t first, int64_t rows, int64_t C,
+                 float lr, float decay) {
+    weights w = {weight, wide, remainder, key};
+    float x[BLOCK];
+    for (int64_t at = 0; at < rows * C; at += BLOCK) {
+        int64_t n = rows * C - at < BLOCK ? rows * C - at : BLOCK;
+        const float *d = direction + at;
+        get_weights(&w, first * C + at, n, x);
+        SIMD for (int64_t i = 0; i < n; i++) x[i] = (d[i] * x[i] > 0.0f ? x[i] * decay : x[i]) - lr * d[i];
+        put_weights(&w, first * C + at, n, x);
+    }
 }

@@ -50,8 +50,8 @@ def pack(tensor: Tensor) -> Tensor | tuple[Tensor, Tensor | None]:
         return tensor
     x = tensor.detach().contiguous()
     code, scale = torch.empty_like(x, dtype=torch.int8), torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
-    if native.usable(x):
-        native.call("pack_int8", None, x, code, scale, scale.numel(), x.shape[-1])
+    if native.usable(x, "storage"):
+        native.call("pack_int8", None, x, code, scale, scale.numel(), x.shape[-1], of="storage")
         return code, scale
     rows, columns = x.view(-1, x.shape[-1]), x.shape[-1]
     height = max(1, (1 << 18) // columns)
@@ -71,8 +71,8 @@ def unpack(packed: Tensor | tuple[Tensor, Tensor | None]) -> Tensor:
     if scale is None:
         return code.float()
     x = torch.empty_like(code, dtype=torch.bfloat16)
-    if native.usable(x):
-        native.call("unpack_int8", None, code, scale, x, scale.numel(), x.shape[-1])
+    if native.usable(x, "storage"):
+        native.call("unpack_int8", None, code, scale, x, scale.numel(), x.shape[-1], of="storage")
         return x
     return torch.mul(code, scale.unsqueeze(-1), out=x)
 

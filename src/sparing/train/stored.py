@@ -2,7 +2,7 @@
 
 What an update needs is brought to float32 a few rows or one matrix at a time, so that no whole copy of weights, gradients or averages ever
 exists. `step` takes the number of the update: bias correction and the random bits of rounding are functions of it. On a CPU with a compiler
-the same is done by kernels/storage.c and products.c.
+the same is done by kernels/storage.c, and products.c.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sparing.train.muon import orthogonalise
 
 def _divide(jobs: list[Callable[[], None]]) -> None:
     """Run jobs that touch different rows, compiled ones on as many threads as PyTorch would use inside its operations."""
-    count = torch.get_num_threads() if native.wanted() and native.passes() is not None else 1
+    count = torch.get_num_threads() if native.wanted() and native.library("storage") is not None else 1
     if count == 1:
         for job in jobs:
             job()
@@ -76,7 +76,7 @@ class StoredAdamW:
             parts = [a for part in self.kept[name] for a in part.address(self.seed, number)]
             weight, averages = parts[:4], parts[4:]
             rest = (rows.start, rows.stop, gradient.shape[1], beta1, beta2, root, self.eps, decay, size)
-            native.call("stored_adamw", None, *weight, gradient, int(gradient.dtype == torch.float32), *averages, *rest)
+            native.call("stored_adamw", None, *weight, gradient, int(gradient.dtype == torch.float32), *averages, *rest, of="storage")
             return
         g, w = gradient[rows].float(), master.read(rows).mul_(decay)
         m = first.read(rows).lerp_(g, 1.0 - beta1)
@@ -120,8 +120,11 @@ class StoredMuon:
         scale, decay = lr * max(1.0, height / gradient.shape[1]) ** 0.5, 1.0 - lr * self.weight_decay
         if self.dtype == torch.bfloat16 and height % 4 == 0 and gradient.shape[1] % 2 == 0 and _compiled(gradient) and products.available():
             weight, mean = master.address(self.seed, number), average.address(self.seed, number)
-            rest = (rows.start, height, gradient.shape[1], float(momentum), self.steps, float(scale), float(decay))
-            native.call("stored_muon", None, *weight, gradient, int(gradient.dtype == torch.float32), *mean, *rest)
+            where, direction = (rows.start, height, gradient.shape[1]), torch.empty(height, gradient.shape[1])
+            found, wide = torch.empty(1), int(gradient.dtype == torch.float32)
+            native.call("stored_direction", None, gradient, wide, *mean, *where, float(momentum), direction, found, of="storage")
+            native.call("orthogonalise", None, direction, float(found), *direction.shape, self.steps)
+            native.call("stored_step", None, *weight, direction, *where, float(scale), float(decay), of="storage")
             return
         g = gradient[rows].float()
         m = average.read(rows).lerp_(g, 1.0 - momentum)
@@ -133,4 +136,4 @@ class StoredMuon:
 
 def _compiled(gradient: Tensor) -> bool:
     """Whether storage.c does it; it divides rows among threads, so the threads inside PyTorch's operations do not matter."""
-    return gradient.device.type == "cpu" and gradient.dtype in native.SUFFIXES and native.wanted() and native.passes() is not None
+    return gradient.device.type == "cpu" and gradient.dtype in native.SUFFIXES and native.wanted() and native.library("storage") is not None

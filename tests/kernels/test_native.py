@@ -1,0 +1,38 @@
+"""The shared libraries: which are built when, and what becomes of old builds."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from sparing.kernels import native
+
+pytestmark = pytest.mark.skipif(native.passes() is None, reason="no C compiler here")
+STEP = """
+import torch
+from dataclasses import asdict
+from sparing.bench.precision_speed import Side
+from sparing.config import PrecisionConfig
+Side(asdict(PrecisionConfig()), width=64, rows=2, length=32).step()
+"""
+
+
+def test_full_precision_builds_nothing_for_few_bits(tmp_path):
+    subprocess.run([sys.executable, "-c", STEP], check=True, env=dict(os.environ, SPARING_HOME=str(tmp_path)))
+    assert [path.name.split("-")[0] for path in (tmp_path / "native").glob("*.so")] == ["passes"]
+
+
+def test_builds_that_nobody_uses_are_deleted(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARING_HOME", str(tmp_path))
+    folder, days = tmp_path / "native", 86400.0
+    folder.mkdir()
+    for name, age in (("storage-old", 40), ("storage-used", 20), ("decode-old", 40)):
+        (folder / f"{name}.so").touch()
+        os.utime(folder / f"{name}.so", (time.time() - age * days,) * 2)
+    made = native.build("storage", native.SOURCES["storage"], ("-O0", "-fPIC", "-shared"))
+    assert {path.name for path in folder.glob("*.so")} == {"storage-used.so", "decode-old.so", made.name}
+    os.utime(made, (time.time() - 40 * days,) * 2)
+    assert native.build("storage", native.SOURCES["storage"], ("-O0", "-fPIC", "-shared")) == made
+    assert time.time() - made.stat().st_mtime < days  # used
