@@ -48,6 +48,12 @@ def test_cache(make_run):  # noqa: F811
         run("cache", json=True, run=str(path), context=c.max_position_embeddings + 1)
 
 
+def test_experts(make_run):  # noqa: F811
+    speed, memory = run("experts", json=True, run=str(make_run(mtp_depth=0)), rounds=1, tokens=4, threads=1)["rows"]
+    assert speed["ours"] > 0 and speed["peer"] == speed["tokens_per_s"] > 0 and 0 < speed["reads"]
+    assert 0 < memory["ours"] < memory["peer"]
+
+
 def test_repeats():
     assert repeats(list(range(20))) == 0
     assert repeats([1, 2] * 10) == pytest.approx(11 / 13)

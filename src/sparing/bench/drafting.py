@@ -1,5 +1,5 @@
-"""Figures of `sparing bench infer`: self-speculation against plain decoding of the same engine, the second turn of a conversation, and the
-cache of a long one."""
+"""Figures of `sparing bench infer`: self-speculation against plain decoding of the same engine, the second turn of a conversation, the
+cache of a long one, and experts that do not fit into memory."""
 
 from __future__ import annotations
 
@@ -110,3 +110,26 @@ def cache(run: str = "", context: int = 8192) -> list[dict]:
     heads = 4 * c.num_layers * c.num_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim) * context
     more = {"allowed": 0.07, "heads": c.num_heads, "latent": c.kv_lora_rank + c.qk_rope_head_dim}
     return [row(f"cache of {context} tokens", ours / 2**20, "MiB", heads / 2**20, "multi-head attention (0.07 of it allowed)", 1, **more)]
+
+
+def experts(run: str = "", share: float = 0.25, rounds: int = 5, tokens: int = 8, threads: int = 2) -> list[dict]:
+    """Decoding with only `share` of the experts' bytes allowed in memory, the page cache emptied before every text, against what was
+    predicted beforehand; and the resident memory, with every mapped page, against its cap: everything else and that share.
+
+    Texts are short because the page cache fills again while they are written. run: default: random weights of about 1 B parameters.
+    """
+    with tempfile.TemporaryDirectory(prefix="sparing-bench-") as scratch, Worker(threads) as worker:
+        path = run or str(random_run(Path(scratch, "run"), BIG))
+        setting = {"weights": "int8", "max_batch": 1, "speculate": False, "expert_share": share}
+        worker.ask("run", function="engines.build", kind="ours", path=path, threads=threads, setting=setting)
+        made = worker.ask("run", function="engines.forecast")
+        rates = []
+        for number in range(rounds + 1):
+            prompt = [5 + 7919 * (number + 1) % 293]  # one token: reading a prompt is no part of it
+            rates.append(tokens / worker.ask("run", function="engines.measure_cold", prompt=prompt, tokens=tokens)["seconds"])
+        held = worker.ask("run", function="engines.memory")["bytes"]
+    say(f"predicted {made['tokens_per_s']:.1f} tokens/s, measured {', '.join(f'{rate:.1f}' for rate in rates)}")
+    speed = row(
+        "decoding, experts from disk", statistics.median(rates[1:]), "tokens/s", made["tokens_per_s"], "as predicted", rounds, **made
+    )
+    return [speed, row("resident memory", held / 2**20, "MiB", made["cap"] / 2**20, "its cap", 1, experts=made["experts"])]

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 from sparing.bench.worker import forget_peak, resident_bytes
 
+SLACK = 100 << 20
+"""Resident bytes for the engine's own working memory, tokenizer and Python objects."""
 _side: Ours | Transformers | LlamaCpp
 _baseline = 0
 
@@ -53,6 +55,27 @@ def memory() -> dict:
     return {"bytes": resident_bytes("VmHWM") - _baseline}
 
 
+def forecast() -> dict:
+    """What `infer.predict` says of our engine with its limit for experts, `experts` (all of them, bytes) and `cap` (bytes)."""
+    from dataclasses import asdict
+
+    from sparing.infer import predict
+
+    assert isinstance(_side, Ours)
+    engine = _side.engine
+    made = asdict(predict.forecast(engine.config, engine.pack, _side.limit, engine.threads))
+    return made | {"experts": _side.experts, "cap": engine.pack.bytes - _side.experts + _side.limit + engine.cache_bytes + SLACK}
+
+
+def measure_cold(prompt: Sequence[int], tokens: int) -> dict:
+    """`measure` of one text, experts read from the disk."""
+    from sparing.infer.predict import forget
+
+    assert isinstance(_side, Ours)
+    forget(_side.engine.pack)
+    return measure([prompt], tokens)
+
+
 def counts() -> dict:
     """Our engine's counters."""
     return _side.engine.metrics() if isinstance(_side, Ours) else {}
@@ -63,10 +86,19 @@ class Ours:
     def libraries() -> None:
         import sparing.infer.engine  # noqa: F401
 
-    def __init__(self, path: str, threads: int, weights: str = "auto", speculate: bool | None = None, temperature: float = 0.0, **more):
+    def __init__(self, path: str, threads: int, weights: str = "auto", speculate: bool | None = None, temperature: float = 0.0,
+                 expert_share: float = 0.0, **more):  # fmt: skip
+        """expert_share: of the experts' bytes, how much may be in memory; 0: no limit."""
+        from sparing.config_file import read_config
         from sparing.infer.engine import Engine
+        from sparing.infer.pack import open_pack
+        from sparing.run import RunFolder
 
         self.temperature = temperature
+        if expert_share:
+            pack = open_pack(RunFolder.open(path), read_config(RunFolder.open(path).config_file).model, weights)
+            self.experts = sum(part.bytes for name, part in pack.parts.items() if name.endswith("expert_gate_up"))
+            self.limit = more["expert_bytes"] = int(self.experts * expert_share)
         self.engine = Engine(path, weights=weights, speculate=speculate, threads=threads, **more)
 
     def generate(self, prompt: Sequence[int], tokens: int) -> list[int]:

@@ -10,6 +10,7 @@ FIGURES = {
     "drafts": "drafting.drafts",
     "turns": "drafting.turns",
     "cache": "drafting.cache",
+    "experts": "drafting.experts",
 }
 TITLES = {
     "generate": "Decoding against transformers.generate",
@@ -17,6 +18,7 @@ TITLES = {
     "drafts": "Self-speculation",
     "turns": "The second turn of a conversation",
     "cache": "The key-value cache of a long text",
+    "experts": "Experts that do not fit into memory",
 }
 
 

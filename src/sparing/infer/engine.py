@@ -95,14 +95,14 @@ class Engine:
         if plain:
             self._network = TorchNetwork((held or load(run, self.device, getattr(torch, self.weights))).network, blocks)
         else:
-            pack = open_pack(folder, self.config, self.weights)
-            self._network = CompiledNetwork(self.config, pack, self.weights, blocks, threads or cores(), expert_bytes or 0)
+            self.pack = open_pack(folder, self.config, self.weights)
+            self._network = CompiledNetwork(self.config, self.pack, self.weights, blocks, threads or cores(), expert_bytes or 0)
         self.approximate = Approximation(approximate, folder, self._network, self.tokenizer) if approximate else None
         self._scheduler = Scheduler(self._pool, self.max_batch, CHUNK[1])
         self._pace = 0.0  # rows a second of steps with a prompt in them
         self._drafts = Choosers(range(MAX_DRAFT + 1) if self.speculates else [0])
-        most = self._network.threads
-        self._threads = Choosers(sorted({most, max(1, most // 2), 1}, reverse=True))
+        self.threads: int = self._network.threads
+        self._threads = Choosers(sorted({self.threads, max(1, self.threads // 2), 1}, reverse=True))
         ends = (self.tokenizer.token_id(name) for name in END_NAMES)
         self._ends = {self.tokenizer.eot_id, *(i for i in ends if i is not None)}
         self._counts: Counter[str] = Counter()

@@ -18,6 +18,7 @@ from sparing.data.sources import documents
 from sparing.evals.select import select
 from sparing.infer.approximate import Approximate
 from sparing.infer.engine import Engine
+from sparing.infer.predict import forecast
 from sparing.pipeline import metered, say
 from sparing.run import RunFolder
 from sparing.serve.audit import Audit
@@ -52,6 +53,15 @@ def allowed(paths: list[str], limit: float, floor: int) -> Approximate:
     return Approximate(texts, limit, floor)
 
 
+def expected(engine: Engine, expert_bytes: int) -> str:
+    """What to expect of experts that do not all fit, in words."""
+    found = forecast(engine.config, engine.pack, expert_bytes, engine.threads)
+    return (
+        f"with {expert_bytes >> 20} MB of experts in memory about {found.tokens_per_s:.0f} tokens/s are to be expected of one text: "
+        f"{found.reads:.1f} experts of {found.expert_bytes / 1e6:.2g} MB a token come from the disk, at {found.disk_rate / 1e6:,.0f} MB/s"
+    )
+
+
 def serve(run: str, settings: Settings, audit: Audit, started: float | None = None, **engine_options) -> None:
     """Serve until a signal. engine_options: those of `Engine`. Raises UserError: no such run, port taken, packages missing."""
     try:
@@ -82,6 +92,8 @@ def serve(run: str, settings: Settings, audit: Audit, started: float | None = No
                 f"{engine.weights} on {engine.device}, {engine.context} tokens of context, drafts {'on' if engine.speculates else 'off'}"
             )
             say(f"{service.name} ({where}{keyed}) at http://{shown}:{port}")
+            if limit := engine_options.get("expert_bytes"):
+                say(expected(engine, limit))
             asyncio.run(_run(service, listener))
             meter.add(int(engine.metrics().get("completion_tokens_total", 0)))
 

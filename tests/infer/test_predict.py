@@ -1,0 +1,22 @@
+"""What is expected of experts that do not fit: how many come from the disk, and how the speed follows."""
+
+import pytest
+
+from sparing.infer.engine import Engine
+from sparing.infer.predict import forecast
+from sparing.kernels.decode import library
+
+pytestmark = pytest.mark.skipif(library() is None, reason="no C compiler")
+
+
+def test_reads_and_speed_follow_the_limit(make_run):
+    with Engine(make_run(), weights="int8", speculate=False, threads=1) as engine:
+        c, stacks = engine.config, [p for name, p in engine.pack.parts.items() if name.endswith("expert_gate_up")]
+        chosen = (c.num_layers - c.num_dense_layers) * c.num_experts_per_tok
+        main = sum(part.bytes for part in stacks[: c.num_layers - c.num_dense_layers])
+        found = {share: forecast(c, engine.pack, int(main * share), 1) for share in (0.25, 0.75, 1.0)}
+        assert found[0.25].reads == pytest.approx(0.75 * chosen, rel=0.05) and found[1.0].reads == 0
+        assert found[0.25].tokens_per_s < found[1.0].tokens_per_s
+        assert found[0.25].expert_bytes == stacks[0].stride and found[0.25].disk_rate > 0 < found[0.25].memory_rate
+        # Twice the threads read memory twice as fast, and the disk no faster.
+        assert forecast(c, engine.pack, main, 2).tokens_per_s > 1.2 * found[1.0].tokens_per_s
