@@ -5,7 +5,7 @@ from tests.infer.test_network import TABLE
 from tests.infer.test_network import compiled as compiled_network
 
 from sparing.config import UserError
-from sparing.infer.adapt import BURST, SELDOM, Chooser
+from sparing.infer.adapt import BURST, ROUNDS, SELDOM, Chooser
 from sparing.infer.engine import Engine
 from sparing.infer.loaded import load
 from sparing.infer.network import Rows, TorchNetwork
@@ -122,7 +122,7 @@ def test_a_chooser_finds_the_best_and_notices_a_change():
             spent[option] += 1
             chooser.report(option, 1.0, 1 / rates[option])
 
-    run(3 * BURST)
+    run(3 * BURST * ROUNDS)
     assert chooser.best == 1
     run(4 * SELDOM)
     assert spent[1] > 0.9 * 4 * SELDOM and spent[0] > 0

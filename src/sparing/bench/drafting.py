@@ -59,11 +59,12 @@ def drafts(run: str, data: str = "", prompts: int = 200, prompt_tokens: int = 64
             made += found[True]["made"]
             say(f"{first + len(group)} of {len(starts)}: {seconds[False][-1] / seconds[True][-1]:.2f}x")
         counts = sides[True].ask("run", function="engines.counts")
-    speed = {speculate: tokens / statistics.mean(values) for speculate, values in seconds.items()}
+    speed = {speculate: tokens / statistics.median(values) for speculate, values in seconds.items()}
     ratios = [plain / drafted for plain, drafted in zip(seconds[False], seconds[True], strict=True)]
     accepted = counts["accepted_total"] / max(1.0, counts.get("drafted_total", 0.0))
     repeated = [statistics.mean(map(repeats, texts)) for texts in (made, [ids[prompt_tokens:] for ids in starts])]
     more = {"spread": [min(ratios), max(ratios)], "counts": counts, "threads": threads, "temperature": temperature}
+    more |= {"ratio": statistics.median(ratios)}  # of groups side by side: the machine's moods cancel
     return [
         row("drafts, speed", speed[True], "tokens/s", speed[False], "the same engine without", len(ratios), **more),
         row("drafts, accepted", accepted, "of those drafted", 0.5, "required", len(made)),
