@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-BURST, ROUNDS = 16, 2
+BURST, ROUNDS = 8, 6
 """Steps for which an option is tried, and how often in turn with the others: the machine's moods last longer than a step."""
 SELDOM, SELDOMEST = 1024, 16384
 """Steps between tries; doubled while the choice stays."""
-BETTER = 1.05
-"""How much faster another option must have been: tries are short and their gains random."""
+BETTER = 1.03
+"""How much faster another option must have been, over all rounds and in all but one of them: tries are short and their gains random."""
 
 
 class Chooser:
@@ -24,30 +24,31 @@ class Chooser:
         self.options = list(options)
         self.best = self.options[0]
         self._steps, self._interval, self._side = 0, SELDOM, 1
-        self._trials: list[int] = []
         self._try(self.options)
 
     def _try(self, options: Sequence[int]) -> None:
-        self._gain, self._time = dict.fromkeys(options, 0.0), dict.fromkeys(options, 0.0)
-        self._trials = [o for _ in range(ROUNDS) for o in options for _ in range(BURST)] if len(options) > 1 else []
+        self._found = {o: [(0.0, 0.0)] * ROUNDS for o in options}  # gain and seconds of each round
+        self._trials = [(o, n) for n in range(ROUNDS) for o in options for _ in range(BURST)] if len(options) > 1 else []
 
     def pick(self) -> int:
         """The option for the next step."""
-        return self._trials[0] if self._trials else self.best
+        return self._trials[0][0] if self._trials else self.best
 
     def report(self, option: int, gain: float, seconds: float) -> None:
         """What a step with `option` brought, and how long it took."""
         self._steps += 1
         if self._trials:
-            if self._trials[0] != option:
+            tried, n = self._trials[0]
+            if tried != option:
                 return
-            self._gain[option] += gain
-            self._time[option] += seconds
             self._trials.pop(0)
+            self._found[option][n] = tuple(map(sum, zip(self._found[option][n], (gain, seconds), strict=True)))
             if not self._trials:
-                rates = {o: gain / self._time[o] for o, gain in self._gain.items()}
-                found = max(rates, key=rates.__getitem__)
-                stays = rates[found] < BETTER * rates[self.best]
+                each = {o: [gain / seconds for gain, seconds in rounds] for o, rounds in self._found.items()}
+                over_all = {o: sum(gain for gain, _ in rounds) / sum(s for _, s in rounds) for o, rounds in self._found.items()}
+                found = max(over_all, key=over_all.__getitem__)
+                wins = sum(a > b for a, b in zip(each[found], each[self.best], strict=True))
+                stays = wins < ROUNDS - 1 or over_all[found] < BETTER * over_all[self.best]
                 self._interval = min(2 * self._interval, SELDOMEST) if stays else SELDOM
                 self.best = self.best if stays else found
                 self._steps = 0

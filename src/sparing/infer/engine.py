@@ -243,7 +243,7 @@ class Engine:
                 self._advance(text, [next(logits) for _ in range(1 + len(text.draft))])
             text.seal(self._pool)
         length = self._drafts.pick(texts) if self.speculates else 0
-        if self.speculates:
+        if length or wanted:
             propose(self._network, shares, length)
         if len(decoding) == len(shares) and (wanted > 0) == (length > 0):
             drafts.report(length, self._counts["completion_tokens_total"] - made, time.perf_counter() - start)
