@@ -92,7 +92,7 @@ def serve(run: str, settings: Settings, audit: Audit, started: float | None = No
                 f"{engine.weights} on {engine.device}, {engine.context} tokens of context, drafts {'on' if engine.speculates else 'off'}"
             )
             say(f"{service.name} ({where}{keyed}) at http://{shown}:{port}")
-            if limit := engine_options.get("expert_bytes"):
+            if (limit := engine_options.get("expert_bytes")) and engine.config.num_moe_layers:
                 say(expected(engine, limit))
             asyncio.run(_run(service, listener))
             meter.add(int(engine.metrics().get("completion_tokens_total", 0)))
