@@ -41,6 +41,7 @@ def test_products(M, N, K, block, wide):
     assert relative(int8.nn(g, weight, block, found), plain.int8_product(g, weight.t(), block)) < 3e-3
     grad, want = int8.tn(g, a, block, found), plain.int8_product(g.t(), a.t(), block)
     assert torch.equal(grad, want) or (block and relative(grad, want) < 1e-6)  # float32 out: nothing hides but the blocks' order
+    assert torch.equal(int8.tn(g, a, block, found, torch.bfloat16), grad.bfloat16())
     assert found.tolist() == [0, 0]
 
 
@@ -55,6 +56,7 @@ def test_groups(block):
         int8.grouped_tn(g, a, ends, block, found),
     )  # fmt: skip
     assert not grad[1].any()
+    assert torch.equal(int8.grouped_tn(g, a, ends, block, found, torch.bfloat16), grad.bfloat16())
     for e, rows in [(0, slice(0, 5)), (2, slice(5, 40)), (3, slice(40, 41))]:
         assert relative(y[rows], plain.int8_product(a[rows], weight[e], block)) < 3e-3
         assert relative(back[rows], plain.int8_product(g[rows], weight[e].t(), block)) < 3e-3

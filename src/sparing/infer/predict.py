@@ -14,6 +14,8 @@ from sparing.infer.pack import Pack
 
 PROBES = 24
 """Token-layers whose experts are read from the disk to see how long that takes."""
+STEP = 1.1e-4
+"""Seconds of a token that go neither into reading nor into products: the engine's own work around a step (LAB.md)."""
 SWEEP = 64 << 20
 """Bytes read from memory for the same purpose: more than the caches hold."""
 
@@ -42,7 +44,7 @@ def forecast(c: ModelConfig, pack: Pack, expert_limit: int, threads: int) -> For
     chosen = len(stacks) * c.num_experts_per_tok
     reads = chosen * max(0.0, 1 - expert_limit // size * size / routed)
     memory_rate, disk_rate = _memory_rate() * threads, _disk_rate(pack, c, size)
-    seconds = (always + chosen * size) / memory_rate + reads * size / disk_rate
+    seconds = STEP + (always + chosen * size) / memory_rate + reads * size / disk_rate
     return Forecast(1 / seconds, reads, size, memory_rate, disk_rate)
 
 

@@ -130,6 +130,7 @@ class Request:
         self.cancelled = False
         self._on_piece = on_piece
         self._pieces: deque[Piece] = deque()
+        self._whole = False  # nobody is to be woken for a piece
         self._news = threading.Condition()
         self._wake: Callable[[], None] = lambda: None
 
@@ -149,6 +150,9 @@ class Request:
 
     def text(self) -> str:
         """Everything, once it is finished."""
+        with self._news:
+            self._whole = True
+            self._news.wait_for(lambda: self.finish_reason)
         return "".join(piece.text for piece in self)
 
     def give(self, piece: Piece) -> None:
@@ -158,7 +162,8 @@ class Request:
             return
         with self._news:
             self._pieces.append(piece)
-            self._news.notify_all()
+            if not self._whole:
+                self._news.notify_all()
 
     def finish(self, reason: str, error: str | None = None) -> None:
         """For the engine: no piece comes after this."""

@@ -92,6 +92,7 @@ def library(processor: str = "native") -> ctypes.CDLL | None:
         found.pool_close.argtypes = [ctypes.c_void_p]
         found.forward.argtypes = [ctypes.POINTER(Model), ctypes.POINTER(Batch), ctypes.c_int64, ctypes.c_int64]
         found.release.argtypes = [ctypes.POINTER(Model)]
+        found.draw = ctypes.PyDLL(str(path)).draw  # microseconds: to let go of the interpreter meanwhile would cost more
         found.draw.restype = ctypes.c_int64
         found.draw.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_uint32, ctypes.c_uint32]
         found.probe.restype, found.probe.argtypes = ctypes.c_double, [ctypes.c_int64]

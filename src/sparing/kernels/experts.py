@@ -119,7 +119,8 @@ class _Mixture(torch.autograd.Function):
         hidden, grad_h = _swiglu_backward(h, grad_gated * gates)
         grad_weights = (grad_gated * hidden).sum(-1, dtype=ctx.dtypes[1]).index_select(0, places.flatten()).view_as(places)
         hidden *= gates
-        grad_gate_up, grad_down = products[0].grouped_tn(grad_h, rows, ends), products[1].grouped_tn(grad_y, hidden, ends)
+        grad_gate_up = products[0].grouped_tn(grad_h, rows, ends, ctx.dtypes[0])
+        grad_down = products[1].grouped_tn(grad_y, hidden, ends, ctx.dtypes[0])
         grad_rows = products[0].grouped_nn(grad_h, gate_up, ends)
         dtype = ctx.dtypes[0]
         return _combine(grad_rows, places), grad_gate_up.to(dtype), grad_down.to(dtype), grad_weights, None, None

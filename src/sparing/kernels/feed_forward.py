@@ -46,7 +46,7 @@ def _up(x: Tensor, gate: Tensor, up: Tensor, by) -> Tensor:
 def _up_backward(grad_h: Tensor, x: Tensor, gate: Tensor, up: Tensor, by) -> tuple[Tensor, Tensor, Tensor]:
     """-> gradients of x, gate, up."""
     left, right = grad_h[:, : len(gate)], grad_h[:, len(gate) :]
-    return by[1].nn(right, up, base=by[0].nn(left, gate)), by[0].tn(left, x), by[1].tn(right, x)
+    return by[1].nn(right, up, base=by[0].nn(left, gate)), by[0].tn(left, x, gate.dtype), by[1].tn(right, x, up.dtype)
 
 
 class _Dense(torch.autograd.Function):
@@ -70,7 +70,7 @@ class _Dense(torch.autograd.Function):
         grad_normed, grad_gate, grad_up = _up_backward(grad_h, normed, gate, up, by)
         grad_x = torch.empty_like(x)
         grad_norm = norm_gradient_into(grad_normed, x, norm, inverse, grad_x, extra=grad)
-        return grad_x.view_as(grad_BTD), grad_norm, grad_gate, grad_up, by[2].tn(grad, hidden), None, None
+        return grad_x.view_as(grad_BTD), grad_norm, grad_gate, grad_up, by[2].tn(grad, hidden, down.dtype), None, None
 
 
 def dense_feed_forward(
@@ -110,12 +110,12 @@ class _Mixture(torch.autograd.Function):
         grad_h, hidden, grad_gates = _swiglu_backward(h, by[1].grouped_nn(grad_y, down, ends), gates)
         grad_weights = grad_gates.index_select(0, places.flatten()).view_as(places)
         grad_rows = by[0].grouped_nn(grad_h, gate_up, ends)
-        grads = by[0].grouped_tn(grad_h, rows, ends), by[1].grouped_tn(grad_y, hidden, ends)
+        grads = by[0].grouped_tn(grad_h, rows, ends, gate_up.dtype), by[1].grouped_tn(grad_y, hidden, ends, down.dtype)
         base, shared = None, (None, None, None)
         if h_shared is not None:
             grad_shared, hidden, _ = _swiglu_backward(h_shared, by[4].nn(grad, shared_down))
             base, grad_gate, grad_up = _up_backward(grad_shared, normed, shared_gate, shared_up, by[2:])
-            shared = grad_gate, grad_up, by[4].tn(grad, hidden)
+            shared = grad_gate, grad_up, by[4].tn(grad, hidden, shared_down.dtype)
         return grad, _combine(grad_rows, places, base), *grads, grad_weights, None, None, *shared
 
 

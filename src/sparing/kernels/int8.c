@@ -377,13 +377,15 @@ void int8_grouped_nn(const bf16 *a, const void *b, int64_t f32, bf16 *c, const i
             int8_nn(a + row * K, K, (const char *)b + e * N * K * (f32 ? 4 : 2), f32, N, c + row * N, N, TO_BF16, 0, 0, ends[e] - row, N, K, block, faults);
 }
 
-/* c[e] (M, N) float32 = a[group] (., M)^T b[group] (., N). */
-void int8_grouped_tn(const bf16 *a, const bf16 *b, float *c, const int64_t *ends, int64_t E, int64_t M, int64_t N, int64_t block, Faults *faults) {
+/* c[e] (M, N) = a[group] (., M)^T b[group] (., N). */
+void int8_grouped_tn(const bf16 *a, const bf16 *b, char *c, int64_t kind, const int64_t *ends, int64_t E, int64_t M, int64_t N, int64_t block,
+                     Faults *faults) {
+    int64_t size = M * N * (kind == TO_BF16 ? 2 : 4);
     for (int64_t e = 0, row = 0; e < E; row = ends[e++])
         if (ends[e] > row)
-            int8_tn(a + row * M, M, b + row * N, N, c + e * M * N, N, TO_F32, M, N, ends[e] - row, block, faults);
+            int8_tn(a + row * M, M, b + row * N, N, c + e * size, N, kind, M, N, ends[e] - row, block, faults);
         else
-            memset(c + e * M * N, 0, M * N * sizeof(float));
+            memset(c + e * size, 0, size);
 }
 
 /* x (M, N) through a floating-point format in blocks (rows x columns) whose scales are powers of two, and back: `out` (M, N) bfloat16, in

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparing.kernels import native
-from sparing.kernels.products import TO_BF16, TO_F32, _out
+from sparing.kernels.products import TO_BF16, _out, kind_of
 
 LONGEST = 32768
 """Of an inner block: 255 * 127 * 32768 fits an int32 sum."""
@@ -64,10 +64,10 @@ def _product(name: str, a: Tensor, b: Tensor, out: Tensor, base: Tensor | None, 
     return out
 
 
-def tn(a: Tensor, b: Tensor, block: int | None, faults: Tensor) -> Tensor:
-    """a (K, M)ᵀ b (K, N), float32."""
-    out = torch.empty(a.shape[1], b.shape[1])
-    sizes = (TO_F32, *out.shape, len(a), _length(block, len(a)), faults)
+def tn(a: Tensor, b: Tensor, block: int | None, faults: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """a (K, M)ᵀ b (K, N), in float32 or bfloat16."""
+    out = torch.empty(a.shape[1], b.shape[1], dtype=dtype)
+    sizes = (kind_of(dtype), *out.shape, len(a), _length(block, len(a)), faults)
     native.call("int8_tn", None, a, a.stride(0), b, b.stride(0), out, out.stride(0), *sizes, of="int8")
     return out
 
@@ -88,10 +88,10 @@ def grouped_nn(a: Tensor, b: Tensor, ends: Tensor, block: int | None, faults: Te
     return out
 
 
-def grouped_tn(a: Tensor, b: Tensor, ends: Tensor, block: int | None, faults: Tensor) -> Tensor:
-    """a (S, M), b (S, N) -> each group's aᵀ b: (E, M, N) float32, zero for an empty group."""
-    out = torch.empty(len(ends), a.shape[1], b.shape[1])
-    native.call("int8_grouped_tn", None, a, b, out, ends, *out.shape, _length(block, LONGEST), faults, of="int8")
+def grouped_tn(a: Tensor, b: Tensor, ends: Tensor, block: int | None, faults: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """a (S, M), b (S, N) -> each group's aᵀ b: (E, M, N), zero for an empty group."""
+    out = torch.empty(len(ends), a.shape[1], b.shape[1], dtype=dtype)
+    native.call("int8_grouped_tn", None, a, b, out, kind_of(dtype), ends, *out.shape, _length(block, LONGEST), faults, of="int8")
     return out
 
 

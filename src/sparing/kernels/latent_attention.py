@@ -56,7 +56,7 @@ class _LatentAttention(torch.autograd.Function):
         normed = normed_again(normed, x, norm, ctx.eps)
         kv_latent = normed_again(kv_latent, both[:, q_rank : q_rank + kv_rank], kv_norm, ctx.eps)
         grad = grad_BTD.reshape(x.shape)
-        grad_o = by[4].tn(grad, mixed)
+        grad_o = by[4].tn(grad, mixed, o.dtype)
         grads = attend_backward(by[4].nn(grad, o), mixed, q, k, v, kept, ctx.scale, ctx.mask)
         grad_both = torch.empty_like(both)
         grad_q = grad_both if q_b is None else x.new_empty(len(x), H * (C + R))
@@ -66,14 +66,14 @@ class _LatentAttention(torch.autograd.Function):
         grad_kv_norm = norm_gradient_into(by[3].nn(grad_kv, kv_b), both[:, part], kv_norm, kv_inverse, grad_both[:, part])
         grad_q_b = grad_q_norm = None
         if q_b is not None:
-            grad_q_b = by[1].tn(grad_q, normed_again(q_latent, both[:, :q_rank], q_norm, ctx.eps))
+            grad_q_b = by[1].tn(grad_q, normed_again(q_latent, both[:, :q_rank], q_norm, ctx.eps), q_b.dtype)
             grad_q_norm = norm_gradient_into(by[1].nn(grad_q, q_b), both[:, :q_rank], q_norm, q_inverse, grad_both[:, :q_rank])
         left, right = grad_both[:, :q_rank], grad_both[:, q_rank:]
         grad_x = torch.empty_like(x)
         grad_norm = norm_gradient_into(by[2].nn(right, kv_a, base=by[0].nn(left, q_a)), x, norm, inverse, grad_x, extra=grad)
         return (
-            grad_x.view(grad_BTD.shape), grad_norm, by[0].tn(left, normed), grad_q_norm, grad_q_b, by[2].tn(right, normed), grad_kv_norm,
-            by[3].tn(grad_kv, kv_latent), grad_o, None, None, None, None, None, None,
+            grad_x.view(grad_BTD.shape), grad_norm, by[0].tn(left, normed, q_a.dtype), grad_q_norm, grad_q_b,
+            by[2].tn(right, normed, kv_a.dtype), grad_kv_norm, by[3].tn(grad_kv, kv_latent, kv_b.dtype), grad_o, None, None, None, None, None, None,
         )  # fmt: skip
 
 

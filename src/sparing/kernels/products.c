@@ -152,9 +152,9 @@ void grouped_nn(const bf16 *a, const void *b, int64_t f32, bf16 *c, const int64_
 }
 
 /* c[e] (M, N) float32 = a[group] (., M)^T b[group] (., N). */
-void grouped_tn(const bf16 *a, const bf16 *b, float *c, const int64_t *ends, int64_t E, int64_t M, int64_t N) {
+void grouped_tn(const bf16 *a, const bf16 *b, void *c, int64_t kind, const int64_t *ends, int64_t E, int64_t M, int64_t N) {
     for (int64_t e = 0, row = 0; e < E; row = ends[e++])
-        tn(a + row * M, M, b + row * N, N, c + e * M * N, N, TO_F32, M, N, ends[e] - row);
+        tn(a + row * M, M, b + row * N, N, (char *)c + e * M * N * (kind == TO_BF16 ? 2 : 4), N, kind, M, N, ends[e] - row);
 }
 
 enum { QUERIES = 64 };

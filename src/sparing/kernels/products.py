@@ -41,6 +41,10 @@ def available() -> bool:
     return native.wanted() and _compiled()
 
 
+def kind_of(dtype: torch.dtype) -> int:
+    return TO_BF16 if dtype == torch.bfloat16 else TO_F32
+
+
 def _out(a: Tensor, columns: int, out: Tensor | None) -> Tensor:
     return a.new_empty(len(a), columns) if out is None else out
 
@@ -72,7 +76,7 @@ class Plain:
         return torch.mm(a, b.to(a.dtype)) if base is None else torch.addmm(base, a, b.to(a.dtype))
 
     @staticmethod
-    def tn(a: Tensor, b: Tensor) -> Tensor:
+    def tn(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         return torch.mm(a.t(), b)
 
     @staticmethod
@@ -90,7 +94,7 @@ class Plain:
         return out
 
     @staticmethod
-    def grouped_tn(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+    def grouped_tn(a: Tensor, b: Tensor, ends: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         out = a.new_zeros(len(ends), a.shape[1], b.shape[1])
         for e, rows in spans(ends):
             torch.mm(a[rows].t(), b[rows], out=out[e])
@@ -111,12 +115,12 @@ def nn(a: Tensor, b: Tensor, base: Tensor | None = None) -> Tensor:
     return Plain.nn(a, b, base)
 
 
-def tn(a: Tensor, b: Tensor) -> Tensor:
-    """a (K, M)ᵀ b (K, N): a weight's gradient, float32 (in b's type by torch.mm)."""
+def tn(a: Tensor, b: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """a (K, M)ᵀ b (K, N): a weight's gradient, in the weight's type (in b's by torch.mm)."""
     if not usable(a):
         return Plain.tn(a, b)
-    out = torch.empty(a.shape[1], b.shape[1])
-    native.call("tn", None, a, a.stride(0), b, b.stride(0), out, out.stride(0), TO_F32, *out.shape, len(a))
+    out = torch.empty(a.shape[1], b.shape[1], dtype=dtype)
+    native.call("tn", None, a, a.stride(0), b, b.stride(0), out, out.stride(0), kind_of(dtype), *out.shape, len(a))
     return out
 
 
@@ -138,10 +142,10 @@ def grouped_nn(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
     return out
 
 
-def grouped_tn(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
-    """a (S, M), b (S, N) -> each group's aᵀ b: (E, M, N), zero for an empty group."""
+def grouped_tn(a: Tensor, b: Tensor, ends: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """a (S, M), b (S, N) -> each group's aᵀ b, as `tn`: (E, M, N), zero for an empty group."""
     if not usable(a):
         return Plain.grouped_tn(a, b, ends)
-    out = torch.empty(len(ends), a.shape[1], b.shape[1])
-    native.call("grouped_tn", None, a, b, out, ends, *out.shape)
+    out = torch.empty(len(ends), a.shape[1], b.shape[1], dtype=dtype)
+    native.call("grouped_tn", None, a, b, out, kind_of(dtype), ends, *out.shape)
     return out

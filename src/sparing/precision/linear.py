@@ -71,12 +71,12 @@ class EightBit:
             return getattr(eight, name)(self.kind, blocks, found, *arguments, **options, **own)
         a, b, ends = arguments
         if self.kind == "int8" and int8.usable(a):
-            return getattr(int8, name)(a, b, ends, blocks.inner, found)
+            return getattr(int8, name)(a, b, ends, blocks.inner, found, **options)
         if self.kind != "int8" and blocks.inner == TILE and float8.usable(a, b):
             return getattr(float8, name)(a, b, ends, found)
         one = getattr(eight, name.removeprefix("grouped_"))
         if name == "grouped_tn":
-            out = a.new_zeros(len(ends), a.shape[1], b.shape[1], dtype=torch.float32)
+            out = a.new_zeros(len(ends), a.shape[1], b.shape[1], dtype=options.get("dtype", torch.float32))
             for e, rows in sixteen.spans(ends):
                 out[e] = one(self.kind, blocks, found, a[rows], b[rows])
             return out
@@ -100,8 +100,8 @@ class EightBit:
     def nn(self, a: Tensor, b: Tensor, base: Tensor | None = None) -> Tensor:
         return self._run("dgrad", "nn", a, b, base=base)
 
-    def tn(self, a: Tensor, b: Tensor) -> Tensor:
-        return self._run("wgrad", "tn", a, b)
+    def tn(self, a: Tensor, b: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self._run("wgrad", "tn", a, b, dtype=dtype)
 
     def grouped_nt(self, a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
         return self._run("forward", "grouped_nt", a, b, ends)
@@ -115,8 +115,8 @@ class EightBit:
     def grouped_nn(self, a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
         return self._run("dgrad", "grouped_nn", a, b, ends)
 
-    def grouped_tn(self, a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
-        return self._run("wgrad", "grouped_tn", a, b, ends)
+    def grouped_tn(self, a: Tensor, b: Tensor, ends: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self._run("wgrad", "grouped_tn", a, b, ends, dtype=dtype)
 
 
 class _Linear(torch.autograd.Function):
@@ -131,7 +131,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         rows, weight = ctx.saved_tensors
         grad = grad.reshape(len(rows), -1)
-        return ctx.products.nn(grad, weight).view(ctx.shape), ctx.products.tn(grad, rows).to(weight.dtype), None
+        return ctx.products.nn(grad, weight).view(ctx.shape), ctx.products.tn(grad, rows, weight.dtype).to(weight.dtype), None
 
 
 def eight_bit_linear(x: Tensor, weight: Tensor, products: EightBit) -> Tensor:

@@ -139,8 +139,10 @@ def nn(kind: Kind, blocks: Blocks, found: Tensor, a: Tensor, b: Tensor, base: Te
     return _finish(int8_product(a, b.t(), blocks.inner, found), a.dtype, None, base)
 
 
-def tn(kind: Kind, blocks: Blocks, found: Tensor, a: Tensor, b: Tensor, kept_e5m6: bool = False) -> Tensor:
-    """`kernels.products.tn` in 8 bits: a a gradient, b activations."""
+def tn(
+    kind: Kind, blocks: Blocks, found: Tensor, a: Tensor, b: Tensor, kept_e5m6: bool = False, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """`kernels.products.tn` in 8 bits: a a gradient, b activations. The plain forms' result is float32."""
     if kind == "fp8_row" and blocks.inner is None:
         return row_product(a.t(), b.t(), found)
     if kind != "int8":
@@ -148,9 +150,9 @@ def tn(kind: Kind, blocks: Blocks, found: Tensor, a: Tensor, b: Tensor, kept_e5m
             return float8.tn(a, rounded(b, E5M6, (1, TILE), found) if kept_e5m6 else b, found)
         left = fp8_operand(Operand(a, True, False), blocks, found)
         right = fp8_operand(Operand(b, True, False), blocks, found, kept_e5m6)
-        return products.tn(left.to(a.dtype), right.to(b.dtype))
+        return products.tn(left.to(a.dtype), right.to(b.dtype), dtype)
     if int8.usable(a):
-        return int8.tn(a, b, blocks.inner, found)
+        return int8.tn(a, b, blocks.inner, found, dtype)
     return int8_product(a.t(), b.t(), blocks.inner, found)
 
 

@@ -55,6 +55,8 @@ def allowed(paths: list[str], limit: float, floor: int) -> Approximate:
 
 def expected(engine: Engine, expert_bytes: int) -> str:
     """What to expect of experts that do not all fit, in words."""
+    if not engine.config.num_moe_layers:
+        return "the model has no experts: --expert-mb changes nothing"
     found = forecast(engine.config, engine.pack, expert_bytes, engine.threads)
     return (
         f"with {expert_bytes >> 20} MB of experts in memory about {found.tokens_per_s:.0f} tokens/s are to be expected of one text: "
@@ -92,7 +94,7 @@ def serve(run: str, settings: Settings, audit: Audit, started: float | None = No
                 f"{engine.weights} on {engine.device}, {engine.context} tokens of context, drafts {'on' if engine.speculates else 'off'}"
             )
             say(f"{service.name} ({where}{keyed}) at http://{shown}:{port}")
-            if (limit := engine_options.get("expert_bytes")) and engine.config.num_moe_layers:
+            if limit := engine_options.get("expert_bytes"):
                 say(expected(engine, limit))
             asyncio.run(_run(service, listener))
             meter.add(int(engine.metrics().get("completion_tokens_total", 0)))
