@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import torch
 
-BLOCK = 128
-E4M3_MAX = 448.0
+from sparing.precision import quantise as blocks
+from sparing.precision.formats import E4M3
+
+BLOCK = blocks.TILE
 
 
 def scale_shape(shape: tuple[int, ...], block: tuple[int, int] = (BLOCK, BLOCK)) -> tuple[int, int]:
@@ -18,16 +20,10 @@ def scale_shape(shape: tuple[int, ...], block: tuple[int, int] = (BLOCK, BLOCK))
 
 
 def quantise(weight_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight (out, in) -> (e4m3 of the same shape, float32 factors of `scale_shape`); the largest of each block lands on 448."""
-    rows, columns = scale_shape(tuple(weight_OI.shape))
-    out, width = weight_OI.shape
-    padded = weight_OI.new_zeros(rows * BLOCK, columns * BLOCK, dtype=torch.float32)
-    padded[:out, :width] = weight_OI
-    blocks = padded.view(rows, BLOCK, columns, BLOCK)
-    scale = blocks.abs().amax(dim=(1, 3)) / E4M3_MAX
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # a block of zeros: any factor gives zeros back
-    blocks /= scale[:, None, :, None]
-    return padded.clamp_(-E4M3_MAX, E4M3_MAX)[:out, :width].to(torch.float8_e4m3fn), scale
+    """Weight (out, in) -> (e4m3 of the same shape, float32 factors of `scale_shape`); the largest of each block lands on 448. A block with
+    an infinity or NaN has the factor NaN."""
+    values, scale, _ = blocks.quantise(weight_OI, E4M3, (BLOCK, BLOCK))
+    return values, scale
 
 
 def dequantise(weight_OI: torch.Tensor, scale: torch.Tensor, block: tuple[int, int] = (BLOCK, BLOCK)) -> torch.Tensor:
