@@ -19,6 +19,11 @@ OPTIONS = (
     " --train.replicas 1 --data.workers 1 --train.checkpoint-interval-s 0.3"
 ).split()
 
+EIGHT_BITS = (
+    "--precision.linear int8 --precision.weights bfloat16 --precision.moments int8 --precision.activations int8"
+    " --precision.measure-every 16"
+).split()
+
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
@@ -35,40 +40,43 @@ def start(home, *arguments) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-m", "sparing", *map(str, arguments)], env=environment, stdout=-1, stderr=-1, text=True)
 
 
-def go_on(home, out, corpus) -> subprocess.Popen:
+def go_on(home, out, corpus, *more) -> subprocess.Popen:
     """What a user would type: the command again while there is no run yet, `resume` afterwards."""
     if (out / "config.toml").exists():
         return start(home, "resume", out)
-    return start(home, "train", "--data", corpus, "--out", out, *OPTIONS)
+    return start(home, "train", "--data", corpus, "--out", out, *OPTIONS, *more)
 
 
 def losses(out) -> list[dict]:
     return [{key: value for key, value in line.items() if key not in TIMING} for line in read_lines(out / "metrics.jsonl")]
 
 
-@pytest.fixture(scope="module")
-def undisturbed(corpus, tmp_path_factory):
+def straight_through(root, corpus, *more) -> tuple:
     """(its run folder, seconds it took from start to end)."""
-    root = tmp_path_factory.mktemp("undisturbed")
     before = time.monotonic()
-    process = go_on(root / "home", root / "run", corpus)
+    process = go_on(root / "home", root / "run", corpus, *more)
     _, said = process.communicate()
     assert process.returncode == 0, said
     assert len(losses(root / "run")) > 40_000 // 512
     return root / "run", time.monotonic() - before
 
 
-def kill_and_finish(instant: float, root, corpus, undisturbed) -> str:
+@pytest.fixture(scope="module")
+def undisturbed(corpus, tmp_path_factory):
+    return straight_through(tmp_path_factory.mktemp("undisturbed"), corpus)
+
+
+def kill_and_finish(instant: float, root, corpus, undisturbed, *more) -> str:
     """Kill at this share of the run's time; -> the stage that was under way."""
     out, home = root / "run", root / "home"
-    process = go_on(home, out, corpus)
+    process = go_on(home, out, corpus, *more)
     time.sleep(instant * undisturbed[1])
     process.kill()
     process.communicate()
     steps = sum("loss" in line for line in losses(out)) if (out / "metrics.jsonl").exists() else 0
     stage = "training" if steps else "tokenising" if (out / "config.toml").exists() else "starting"
     while not (out / "state/summary.json").exists():
-        process = go_on(home, out, corpus)
+        process = go_on(home, out, corpus, *more)
         _, said = process.communicate()
         assert process.returncode == 0, said
     assert losses(out) == losses(undisturbed[0])
@@ -80,6 +88,13 @@ def kill_and_finish(instant: float, root, corpus, undisturbed) -> str:
 @pytest.mark.parametrize("instant", [0.35, 0.6, 0.85])
 def test_killed_anywhere_the_losses_are_those_of_the_undisturbed_run(instant, tmp_path, corpus, undisturbed):
     kill_and_finish(instant, tmp_path, corpus, undisturbed)
+
+
+def test_killed_in_eight_bits(tmp_path, corpus):
+    (tmp_path / "undisturbed").mkdir()
+    undisturbed = straight_through(tmp_path / "undisturbed", corpus, *EIGHT_BITS)
+    assert any("eight_bit_forward" in line for line in losses(undisturbed[0]))
+    kill_and_finish(0.7, tmp_path, corpus, undisturbed, *EIGHT_BITS)
 
 
 @pytest.mark.slow
