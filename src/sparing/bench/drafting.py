@@ -24,7 +24,8 @@ GRAM = 8
 
 def drafts(run: str, data: str = "", prompts: int = 200, prompt_tokens: int = 64, tokens: int = 128, temperature: float = 0.8,
            weights: str = "auto", threads: int = 2) -> list[dict]:  # fmt: skip
-    """Speed with drafts over speed without, acceptance, and repeated 8-grams beside the held-out text's.
+    """Decoding speed, from a text's first token to its last, with drafts over without; acceptance, and repeated 8-grams beside the held-out
+    text's.
 
     data: held-out text; default: what the run itself held out. Ten prompts at a time on either side, one after the other; equal texts
     are required.
@@ -52,14 +53,16 @@ def drafts(run: str, data: str = "", prompts: int = 200, prompt_tokens: int = 64
             group = [[tokenizer.eot_id, *ids[: prompt_tokens - 1]] for ids in starts[first : first + 10]]
             found = {}
             for speculate in list(sides)[:: 1 if first % 20 else -1]:
+                before = sides[speculate].ask("run", function="engines.counts")["decoding"]
                 found[speculate] = sides[speculate].ask("run", function="engines.measure", prompts=group, tokens=tokens)
-                seconds[speculate].append(found[speculate]["seconds"] / len(group))
+                after = sides[speculate].ask("run", function="engines.counts")["decoding"]
+                seconds[speculate].append((after - before) / len(group))
             if found[True]["made"] != found[False]["made"]:
                 raise AssertionError("drafts changed a text")
             made += found[True]["made"]
             say(f"{first + len(group)} of {len(starts)}: {seconds[False][-1] / seconds[True][-1]:.2f}x")
         counts = sides[True].ask("run", function="engines.counts")
-    speed = {speculate: tokens / statistics.median(values) for speculate, values in seconds.items()}
+    speed = {speculate: (tokens - 1) / statistics.median(values) for speculate, values in seconds.items()}
     ratios = [plain / drafted for plain, drafted in zip(seconds[False], seconds[True], strict=True)]
     accepted = counts["accepted_total"] / max(1.0, counts.get("drafted_total", 0.0))
     repeated = [statistics.mean(map(repeats, texts)) for texts in (made, [ids[prompt_tokens:] for ids in starts])]

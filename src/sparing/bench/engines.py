@@ -77,8 +77,8 @@ def measure_cold(prompt: Sequence[int], tokens: int) -> dict:
 
 
 def counts() -> dict:
-    """Our engine's counters."""
-    return _side.engine.metrics() if isinstance(_side, Ours) else {}
+    """Our engine's counters, and `decoding`: seconds between the first tokens of all texts and their last."""
+    return _side.engine.metrics() | {"decoding": _side.decoding} if isinstance(_side, Ours) else {}
 
 
 class Ours:
@@ -95,6 +95,8 @@ class Ours:
         from sparing.run import RunFolder
 
         self.temperature = temperature
+        self.decoding = 0.0
+        """Seconds between the first tokens of texts and their last."""
         if expert_share:
             pack = open_pack(RunFolder.open(path), read_config(RunFolder.open(path).config_file).model, weights)
             self.experts = sum(part.bytes for name, part in pack.parts.items() if name.endswith("expert_gate_up"))
@@ -105,7 +107,20 @@ class Ours:
         from sparing.infer.request import Sampling
 
         s = Sampling(max_tokens=tokens, temperature=self.temperature, seed=0, ignore_eos=True)
-        return [token for piece in self.engine.submit(prompt, s) for token in piece.tokens]
+        made: list[int] = []
+        times: list[float] = []
+        done = threading.Event()
+
+        def arrived(piece) -> None:
+            times.append(time.perf_counter())
+            made.extend(piece.tokens if piece else ())
+            if piece is None:
+                done.set()
+
+        self.engine.submit(prompt, s, arrived)
+        done.wait()
+        self.decoding += times[-1] - times[0]
+        return made
 
 
 class Transformers:

@@ -65,14 +65,9 @@ class Choosers:
     def __init__(self, options: Sequence[int]):
         self.options = list(options)
         self._by_size: dict[int, Chooser] = {}
-        self.last = self.options[0]
 
     def of(self, size: int) -> Chooser:
         key = size.bit_length()
         if key not in self._by_size:
             self._by_size[key] = Chooser(self.options)
         return self._by_size[key]
-
-    def pick(self, size: int) -> int:
-        self.last = self.of(size).pick()
-        return self.last

@@ -146,8 +146,8 @@ class CompiledNetwork:
         b.tables = at + 4 * len(rows.first)
         b.before, b.after, b.logits = None if before is None else address(before), address(self.hidden), address(logits)
         self.used = b.shares = b.used = None
-        if any(share is not None for share in rows.shares):
-            shares = np.array([self._whole if share is None else share for share in rows.shares], np.float32)
+        if rows.shares:
+            shares = np.array([rows.shares.get(i, self._whole) for i in range(len(rows.tables))], np.float32)
             self.used = np.zeros(count, np.int32)
             b.shares, b.used = address(shares), address(self.used)
         self._library.forward(self.model, b, max(rows.positions) + 1, self.threads)

@@ -100,7 +100,7 @@ class Engine:
         self.approximate = Approximation(approximate, folder, self._network, self.tokenizer) if approximate else None
         self._scheduler = Scheduler(self._pool, self.max_batch, CHUNK[1])
         self._pace = 0.0  # rows a second of steps with a prompt in them
-        self._drafts = Choosers(range(MAX_DRAFT + 1) if self.speculates else [0])
+        self._drafts, self._draft_length = Choosers(range(MAX_DRAFT + 1) if self.speculates else [0]), 0
         self.threads: int = self._network.threads
         self._threads = Choosers(sorted({self.threads, max(1, self.threads // 2), 1}, reverse=True))
         ends = (self.tokenizer.token_id(name) for name in END_NAMES)
@@ -155,7 +155,7 @@ class Engine:
                 "max_batch": self.max_batch,
                 "prefill_chunk": self._scheduler.max_rows,
                 "speculates": self.speculates,
-                "draft_length": self._drafts.last,
+                "draft_length": self._draft_length,
                 "threads": self._network.threads,
                 "queue_limit": self.max_queue,
             }
@@ -222,7 +222,7 @@ class Engine:
         texts = max(1, len(self._scheduler.running))
         drafts, wanted = self._drafts.of(texts), sum(len(text.draft) for text in decoding)
         threads = self._threads.of(len(rows.tokens))
-        self._network.threads = chosen = self._threads.pick(len(rows.tokens))
+        self._network.threads = chosen = threads.pick()
         logits = iter(self._network.forward(rows))
         took = time.perf_counter() - start
         if self.approximate and self._network.used is not None:
@@ -242,7 +242,7 @@ class Engine:
             if text.computed == len(text.tokens):
                 self._advance(text, [next(logits) for _ in range(1 + len(text.draft))])
             text.seal(self._pool)
-        length = self._drafts.pick(texts) if self.speculates else 0
+        self._draft_length = length = drafts.pick() if self.speculates else 0
         if length or wanted:
             propose(self._network, shares, length)
         if len(decoding) == len(shares) and (wanted > 0) == (length > 0):

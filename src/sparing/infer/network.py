@@ -35,8 +35,8 @@ class Rows:
     """Rows whose logits are wanted."""
     first: list[int] = field(default_factory=list)
     """The first position that each row sees; empty: 0 for all."""
-    shares: list[np.ndarray | None] = field(default_factory=list)
-    """Each text's `thinned` share of every layer, MTP's included: (layers,) float32; None: all experts that the router chose."""
+    shares: dict[int, np.ndarray] = field(default_factory=dict)
+    """`thinned` shares of every layer, MTP's included, (layers,) float32, of texts that do not use all experts that the router chose."""
 
     def add(self, table: list[int], tokens: list[int], start: int, wanted: int, shares: np.ndarray | None = None) -> None:
         """`tokens` of the text with this table, from position `start`; logits of the last `wanted` of them."""
@@ -44,8 +44,9 @@ class Rows:
         self.tokens += tokens
         self.positions += range(start, start + count)
         self.owners += [len(self.tables)] * count
+        if shares is not None:
+            self.shares[len(self.tables)] = shares
         self.tables.append(table)
-        self.shares.append(shares)
         self.wanted += range(first + count - wanted, first + count)
 
 
@@ -126,7 +127,7 @@ class TorchNetwork:
         for i in layers:
             layer = self.model.model.layers[i]
             x = x + attention(layer.self_attn, layer.input_layernorm(x), self.cache[i], where, positions, spans)
-            x = x + self._feed_forward(layer.mlp, layer.post_attention_layernorm(x), [rows.shares[o] for o in rows.owners], i)
+            x = x + self._feed_forward(layer.mlp, layer.post_attention_layernorm(x), [rows.shares.get(o) for o in rows.owners], i)
         return x
 
     def _feed_forward(self, m, x_ND: Tensor, shares: list[np.ndarray | None], i: int) -> Tensor:

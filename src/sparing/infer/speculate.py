@@ -37,19 +37,21 @@ def propose(network: CompiledNetwork | TorchNetwork, shares: list[Share], length
             asked.append(text)
     if not rows.tokens:
         return
-    logits = network.draft(rows, np.concatenate(before))
+    logits = network.draft(rows, before[0] if len(before) == 1 else np.concatenate(before))
     for ahead in range(length):
         going, again = Rows(), []
         for i, (text, line) in enumerate(zip(asked, logits, strict=True)):
             room = text.max_tokens - (len(text.tokens) - len(text.request.prompt)) - 1
-            if ahead < room:
-                s, at = text.request.sampling, len(text.tokens) + ahead
-                token = choose(line, s, text.request.seed, at, edit=False)
-                text.draft.append(token)
+            if ahead >= room:
+                continue
+            s, at = text.request.sampling, len(text.tokens) + ahead
+            token = choose(line, s, text.request.seed, at, edit=False)
+            text.draft.append(token)
+            if ahead + 1 < length:
                 going.add(text.blocks, [token], text.computed + ahead, 1)
                 going.first.append(text.module_first)
                 again.append((i, text))
-        if not again or ahead + 1 == length:
+        if not again:
             return
         asked = [text for _, text in again]
         hidden = network.hidden[rows.wanted][[i for i, _ in again]]

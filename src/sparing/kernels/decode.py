@@ -74,9 +74,12 @@ class Batch(ctypes.Structure):
     )
 
 
+_NOTHING = ctypes.c_char * 0
+
+
 def address(array: np.ndarray) -> int:
-    """Of its first number; `ctypes.data` takes three times as long."""
-    return array.__array_interface__["data"][0]
+    """Of the first number of a contiguous array; `ctypes.data` and `__array_interface__` take four times as long."""
+    return ctypes.addressof(_NOTHING.from_buffer(array))
 
 
 @cache
