@@ -184,7 +184,7 @@ class PrecisionConfig:
     weights: Literal["float32", "bfloat16"] = "float32"
     """Master weights; bfloat16 ones need a compensation."""
     compensation: Literal["stochastic", "kahan"] = "stochastic"
-    """How bfloat16 weights keep updates smaller than half their last bit."""
+    """How bfloat16 weights keep updates smaller than half their last bit; kahan: in 8 bits more."""
     moments: Literal["float32", "int8"] = "float32"
     """The optimizer's averages; int8: in blocks with a scale each."""
     activations: Literal["full", "int8"] = "full"

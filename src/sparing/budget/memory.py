@@ -74,10 +74,10 @@ def weight_bytes(c: ModelConfig, p: PrecisionConfig = FULL) -> float:
 
 
 def optimizer_bytes(c: ModelConfig, matrix: str, p: PrecisionConfig = FULL) -> float:
-    """Moments: one number a weight under Muon, two under AdamW; a remainder for each bfloat16 weight where one is kept."""
+    """Moments: one number a weight under Muon, two under AdamW; a remainder of a byte for each bfloat16 weight where one is kept."""
     total = parameters(c).total + parameters(c).mtp
     numbers = _matrices(c) + 2 * (total - _matrices(c)) if matrix == "muon" else 2 * total
-    remainder = 4.0 * total - weight_bytes(c, p) if p.compensation == "kahan" else 0.0
+    remainder = (4.0 * total - weight_bytes(c, p)) / 2 if p.compensation == "kahan" else 0.0
     return numbers * (4.0 if p.moments == "float32" else 1.0 + 4.0 / min(BLOCK, c.hidden_size)) + remainder
 
 

@@ -37,9 +37,9 @@ static inline uint32_t random16(uint32_t key, int64_t position) {
 }
 
 typedef struct {
-    void *at; /* float32, or bfloat16 with `remainder` or with random bits */
+    void *at; /* float32, or bfloat16 with 8 bits more in `remainder` or without */
     int64_t wide;
-    bf16 *remainder;
+    uint8_t *remainder;
     int64_t key;
 } weights;
 
@@ -48,8 +48,13 @@ static inline void get_weights(const weights *w, int64_t from, int64_t n, float 
         memcpy(out, (float *)w->at + from, n * 4);
         return;
     }
-    const bf16 *a = (bf16 *)w->at + from, *r = w->remainder + from;
-    if (w->remainder) SIMD for (int64_t i = 0; i < n; i++) out[i] = get_bf16(a[i]) + get_bf16(r[i]);
+    const bf16 *a = (bf16 *)w->at + from;
+    const uint8_t *r = w->remainder + from;
+    if (w->remainder)
+        SIMD for (int64_t i = 0; i < n; i++) {
+            uint32_t bits = ((uint32_t)a[i] - (r[i] >> 7)) << 16 | (uint32_t)r[i] << 8;
+            memcpy(out + i, &bits, 4);
+        }
     else SIMD for (int64_t i = 0; i < n; i++) out[i] = get_bf16(a[i]);
 }
 
@@ -58,11 +63,16 @@ static inline void put_weights(const weights *w, int64_t from, int64_t n, const 
         memcpy((float *)w->at + from, x, n * 4);
         return;
     }
-    bf16 *a = (bf16 *)w->at + from, *r = w->remainder + from;
+    bf16 *a = (bf16 *)w->at + from;
+    uint8_t *r = w->remainder + from;
     if (w->remainder)
         SIMD for (int64_t i = 0; i < n; i++) {
-            a[i] = put_bf16(x[i]);
-            r[i] = put_bf16(x[i] - get_bf16(a[i]));
+            uint32_t bits;
+            memcpy(&bits, x + i, 4);
+            uint32_t finite = (bits & 0x7f800000u) != 0x7f800000u;
+            bits = (bits + finite * (random16((uint32_t)w->key, from + i) >> 8)) & ~255u;
+            a[i] = (bf16)((bits + 0x8000u) >> 16);
+            r[i] = (uint8_t)(bits >> 8);
         }
     else
         SIMD for (int64_t i = 0; i < n; i++) {
@@ -141,7 +151,7 @@ static inline void get_gradient(const void *grad, int64_t wide, int64_t from, in
 static inline int64_t block_of(int64_t C) { return C < BLOCK ? C : BLOCK; }
 
 /* AdamW of rows `first` to `last`: train/stored.py. */
-void stored_adamw(void *weight, int64_t wide, bf16 *remainder, int64_t key, const void *grad, int64_t grad_wide, void *mean, float *mean_scale,
+void stored_adamw(void *weight, int64_t wide, uint8_t *remainder, int64_t key, const void *grad, int64_t grad_wide, void *mean, float *mean_scale,
                   int64_t mean_key, void *square, float *square_scale, int64_t square_key, int64_t first, int64_t last, int64_t C, float beta1,
                   float beta2, float root, float eps, float decay, float size) {
     weights w = {weight, wide, remainder, key};
@@ -189,7 +199,7 @@ void stored_direction(const void *grad, int64_t grad_wide, void *mean, float *me
     *square = sum;
 }
 
-void stored_step(void *weight, int64_t wide, bf16 *remainder, int64_t key, const float *direction, int64_t first, int64_t rows, int64_t C,
+void stored_step(void *weight, int64_t wide, uint8_t *remainder, int64_t key, const float *direction, int64_t first, int64_t rows, int64_t C,
                  float lr, float decay) {
     weights w = {weight, wide, remainder, key};
     float x[BLOCK];

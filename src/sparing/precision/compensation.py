@@ -1,9 +1,10 @@
 """Weights in bfloat16 that still learn from updates smaller than half of their last bit.
 
 Rounded to nearest, such updates are lost for good. `stochastic` rounds up or down with the probability that makes the expected weight the
-exact one (Gupta et al., arXiv 1502.02551); `kahan` keeps what rounding cut off in a second bfloat16 number and adds it to the next
-update (Zamirai et al., arXiv 2010.06192), which takes the memory of a float32 weight again and ends at 2^-17 of it. The random bits are a
-function of (seed, step, name, position): whoever repeats a step repeats its rounding.
+exact one (Gupta et al., arXiv 1502.02551); its errors are a random walk of the weight. `kahan` keeps what rounding cut off and adds it to
+the next update (Zamirai et al., arXiv 2010.06192): not in a second bfloat16 number, with which a weight would take the memory of a float32
+one again, but the next 8 bits of it, so that the walk is in steps of 1/256 of the last bit. The random bits are a function of (seed, step,
+name, position): whoever repeats a step repeats its rounding.
 """
 
 from __future__ import annotations
@@ -52,29 +53,41 @@ def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:
     return raised.bitwise_and_(-65536).view(torch.float32).where(x.isfinite(), x).to(torch.bfloat16)
 
 
+def split(x: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 -> (the nearest bfloat16, the 8 bits behind it as uint8); rounded to the 24 bits of both like `round_stochastically`. Weights
+    that are not finite stay so in the bfloat16."""
+    whole = x.view(torch.int32)
+    kept = (whole + (bits >> 8)).bitwise_and_(-256).where(x.isfinite(), whole)
+    return (kept + 0x8000 >> 16).to(torch.int16).view(torch.bfloat16), (kept >> 8).bitwise_and_(255).to(torch.uint8)
+
+
+def join(near: Tensor, remainder: Tensor) -> Tensor:
+    """What `split` kept, as float32."""
+    low = remainder.int()
+    return (near.view(torch.int16).int() - (low >> 7) << 16).bitwise_or_(low << 8).view(torch.float32)
+
+
 class Master:
     """A parameter's weights for its optimizer: float32, a few rows at a time."""
 
     def __init__(self, name: str, parameter: Tensor, compensation: str):
         self.name, self.weight = name, rows_of(parameter)
         rounded = parameter.dtype == torch.bfloat16
-        self.remainder = torch.zeros_like(self.weight) if rounded and compensation == "kahan" else None
+        self.remainder = torch.zeros_like(self.weight, dtype=torch.uint8) if rounded and compensation == "kahan" else None
 
     def read(self, rows: slice) -> Tensor:
         """(rows, columns) float32; the parameter's own memory where it is float32."""
-        weight = self.weight[rows].float()
-        return weight if self.remainder is None else weight.add_(self.remainder[rows])
+        return self.weight[rows].float() if self.remainder is None else join(self.weight[rows], self.remainder[rows])
 
     def write(self, rows: slice, value: Tensor, seed: int, step: int) -> None:
-        if self.remainder is not None:
-            self.weight[rows] = value.to(torch.bfloat16)
-            self.remainder[rows] = value - self.weight[rows]
-        elif self.weight.dtype == torch.bfloat16:
-            key = key_of(seed, step, self.name)
-            bits = random_bits(key, rows.start * value.shape[1], value.numel(), value.device)
-            self.weight[rows] = round_stochastically(value, bits.view_as(value))
-        else:
+        if self.weight.dtype == torch.float32:
             self.weight[rows] = value
+            return
+        bits = random_bits(key_of(seed, step, self.name), rows.start * value.shape[1], value.numel(), value.device).view_as(value)
+        if self.remainder is None:
+            self.weight[rows] = round_stochastically(value, bits)
+        else:
+            self.weight[rows], self.remainder[rows] = split(value.contiguous(), bits)
 
     def address(self, seed: int, step: int) -> tuple:
         """As the compiled updates take it: numbers, whether they are float32, remainder, key of the random bits."""
