@@ -16,6 +16,7 @@ from sparing.kernels import float8, int8
 from sparing.kernels import products as sixteen
 from sparing.kernels.experts import Plain
 from sparing.precision import products as eight
+from sparing.precision.compensation import rows_of, slices
 from sparing.precision.products import SCHEMES, TILE, Kind
 
 DIRECTIONS = ("forward", "dgrad", "wgrad")
@@ -58,7 +59,7 @@ class EightBit:
     def _run(self, direction: Direction, name: str, *arguments, **options):
         level = self.levels[direction]
         if self.errors is not None:
-            self._measure(direction, name, level, arguments)
+            self._measure(direction, name, level, arguments, options.get("dtype"))
         if level == SIXTEEN:
             return getattr(sixteen, name)(*arguments, **options)
         return self._eight(direction, name, level, self.faults[direction], arguments, options)
@@ -85,14 +86,17 @@ class EightBit:
             out[rows] = one(self.kind, blocks, found, a[rows], b[e])
         return out
 
-    def _measure(self, direction: Direction, name: str, level: int, arguments: tuple) -> None:
-        """The error of the level in use and of the one below, against 16 bits. Faults of a trial count for nobody."""
-        exact = getattr(sixteen, name)(*arguments).float()
+    def _measure(self, direction: Direction, name: str, level: int, arguments: tuple, dtype: torch.dtype | None) -> None:
+        """The error of the level in use and of the one below, against 16 bits. Faults of a trial count for nobody. dtype: of a gradient."""
+        options = {"dtype": dtype} if dtype else {}
+        exact = rows_of(getattr(sixteen, name)(*arguments, **options))
         for trial in {level, max(level - 1, COARSE)} - {SIXTEEN}:
-            mine = self._eight(direction, name, trial, torch.zeros_like(self.faults[direction]), arguments, {}).float()
+            mine = rows_of(self._eight(direction, name, trial, torch.zeros_like(self.faults[direction]), arguments, options))
             sums = self.errors.setdefault((direction, trial), [0.0, 0.0])
-            sums[0] += float((mine - exact).square().sum(dtype=torch.float64))
-            sums[1] += float(exact.square().sum(dtype=torch.float64))
+            # A few rows at a time: whole differences would be the peak of a run's memory.
+            found = [torch.stack((_square(mine[rows].float() - exact[rows]), _square(exact[rows]))) for rows in slices(*exact.shape)]
+            for i, total in enumerate(torch.stack(found).sum(0).tolist()):
+                sums[i] += total
 
     def nt(self, a: Tensor, b: Tensor, out: Tensor | None = None, base: Tensor | None = None) -> Tensor:
         return self._run("forward", "nt", a, b, out=out, base=base)
@@ -117,6 +121,10 @@ class EightBit:
 
     def grouped_tn(self, a: Tensor, b: Tensor, ends: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         return self._run("wgrad", "grouped_tn", a, b, ends, dtype=dtype)
+
+
+def _square(x: Tensor) -> Tensor:
+    return x.float().square().sum(dtype=torch.float64)
 
 
 class _Linear(torch.autograd.Function):
