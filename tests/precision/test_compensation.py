@@ -38,7 +38,9 @@ def test_a_remainder_keeps_24_bits_and_their_mean_is_exact(x):
     near, low = split(torch.full((65536,), x), BITS)
     kept = join(near, low)
     assert torch.equal(kept.bfloat16(), near) or bool((kept.bfloat16() != near).sum() * 2 <= len(near))  # a tie may go either way
-    assert bool((kept.view(torch.int32) & 255 == 0).all()) and bool(((kept - near.float()).abs() <= (kept - kept.bfloat16().float()).abs()).all())
+    assert bool((kept.view(torch.int32) & 255 == 0).all()) and bool(
+        ((kept - near.float()).abs() <= (kept - kept.bfloat16().float()).abs()).all()
+    )
     assert float(kept.double().mean()) == x
     again, same = split(kept, BITS)
     assert torch.equal(again, near) and torch.equal(same, low)

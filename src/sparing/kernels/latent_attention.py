@@ -73,7 +73,8 @@ class _LatentAttention(torch.autograd.Function):
         grad_norm = norm_gradient_into(by[2].nn(right, kv_a, base=by[0].nn(left, q_a)), x, norm, inverse, grad_x, extra=grad)
         return (
             grad_x.view(grad_BTD.shape), grad_norm, by[0].tn(left, normed, q_a.dtype), grad_q_norm, grad_q_b,
-            by[2].tn(right, normed, kv_a.dtype), grad_kv_norm, by[3].tn(grad_kv, kv_latent, kv_b.dtype), grad_o, None, None, None, None, None, None,
+            by[2].tn(right, normed, kv_a.dtype), grad_kv_norm, by[3].tn(grad_kv, kv_latent, kv_b.dtype), grad_o,
+            None, None, None, None, None, None,
         )  # fmt: skip
 
 

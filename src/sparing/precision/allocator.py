@@ -18,7 +18,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
 def large_pages() -> None:
-    """Ask PyTorch to keep tensors of 2 MB and more in large pages (Linux, where /sys/kernel/mm/transparent_hugepage/enabled is not `never`).
+    """Ask PyTorch to keep tensors of 2 MB and more in large pages (Linux, unless /sys/kernel/mm/transparent_hugepage/enabled is `never`).
 
     It looks when it makes the first tensor of a process: later, this does nothing. The user's own setting stays."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
