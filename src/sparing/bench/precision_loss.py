@@ -30,7 +30,7 @@ MODEL = {
     "kv_lora_rank": 48, "mtp_depth": 0, "vocab_size": 4096,
 }  # fmt: skip
 """3 million parameters, the embedding among them. Dense: two runs of a mixture of this size drift 0.4 % apart whatever distinguishes them,
-four times as far (LAB.md), which five pairs cannot see through."""
+twice as far or more (LAB.md), which five pairs cannot see through."""
 TRAIN = {"seq_len": 256, "batch_size": 16, "micro_batch_size": 16, "replicas": 1, "compile": False, "evals": 0, "short_seq_len": None}
 PAIRED = "the same seeds in 16 bits"
 REQUIRED, MOONSHOT = 0.0025, 0.001
