@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.serve.chrome import Page
 from tests.serve.conftest import Server
 
 from sparing.kernels.decode import library
@@ -66,3 +67,25 @@ def test_both_tiers_of_one_server(copy, home):
     assert answers[0] == answers[1]
     kept = json.loads(next((copy / "packed").glob("*-experts.json")).read_text())
     assert kept["limit"] == pytest.approx(0.05) and 1 <= kept["experts"] < 2 and kept["date"] and kept["text"]
+
+
+def test_the_page_offers_what_the_server_allows(server, copy, home, tmp_path):
+    with Page(tmp_path / "exact") as page:
+        page.go(server.url)
+        page.until(f"document.querySelector('#model').textContent.startsWith('{server.name}')")
+        assert page.js("document.querySelector('#tiers').hidden")
+    both = Server(copy, "--approximate-data", str(Path(json.__file__).parent), "--approximate-limit", "5", env={"SPARING_HOME": str(home)})
+    try:
+        with Page(tmp_path / "both") as page:
+            page.go(both.url)
+            page.until("document.querySelector('#model').textContent.startsWith('copy')")
+            page.js("document.querySelector('#open').click()")
+            assert not page.js("document.querySelector('#tiers').hidden")
+            page.js("document.querySelector('#tier').value = 'approximate'")
+            page.js("document.querySelector('#settings button').click()")
+            page.js("document.querySelector('#page').value = 'import json'")
+            page.js("document.querySelector('#send').click()")
+            page.until("document.querySelector('#measured').textContent.includes('approximate')")
+            assert page.problems == []
+    finally:
+        assert both.stop() == 0
