@@ -13,9 +13,8 @@ from sparing.account.paper import compare as compare
 from sparing.account.paper import receipt as receipt
 from sparing.account.paper import report as report
 from sparing.budget.flops import forward_flops, parameters
-from sparing.budget.memory import gives_back
 from sparing.budget.units import format_budget, parse_budget, parse_extension
-from sparing.config import Budget, Config, PrecisionConfig, UserError
+from sparing.config import Budget, Config, UserError
 from sparing.config_file import check_section, merge_wishes, read_config, write_config
 from sparing.data.chat import template_text
 from sparing.data.sources import documents
@@ -29,7 +28,6 @@ from sparing.interop.huggingface import export_hf, import_hf
 from sparing.model.transformer import Transformer
 from sparing.pipeline import EVAL_TOKENS, go_on, metered, nll_of, reasons_of, resolved, say, signals_of
 from sparing.planning.plan import plan as plan
-from sparing.precision.allocator import large_pages
 from sparing.run import RunFolder, link_or_copy, read_tensors, write_atomic, write_tensors
 from sparing.train.clock import Clock
 from sparing.train.extend import rewind
@@ -56,8 +54,6 @@ def train(
     amount = parse_budget(budget)
     wishes = merge_wishes(wishes, {"data": {"paths": tuple(data)}} if data else {}, {} if seed is None else {"train": {"seed": seed}})
     wishes = check_section(wishes, Config, "")
-    if gives_back(PrecisionConfig(**wishes.get("precision", {}))):
-        large_pages()
     run = RunFolder.create(out)
     with run.lock(), metered("train", run, started=started) as meter, signals_of(run) as signals:
         config = resolved(wishes, amount, meter.machine, signals, run, meter)
@@ -75,8 +71,6 @@ def resume(run: str, budget: str | None = None, started: float | None = None, sa
             raise UserError(f"{run} is finished; to train it further: sparing resume {run} --budget +{format_budget(config.budget)}")
         if budget is not None:
             config = _extended(folder, config, budget, summary)
-        if gives_back(config.precision):
-            large_pages()
         with metered("resume", folder, started=started) as meter, signals_of(folder) as signals:
             return go_on(folder, config, meter, samples, signals)
 

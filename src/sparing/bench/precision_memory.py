@@ -34,13 +34,11 @@ def measure(config: dict, steps: int, pages: bool = False) -> dict:
     from sparing.model.init import init_weights
     from sparing.model.router import update_biases
     from sparing.model.transformer import Transformer
-    from sparing.precision.allocator import give_back, large_pages
+    from sparing.precision.allocator import give_back
     from sparing.precision.policy import Policy
     from sparing.train.optim import Optimizer, keep_as
     from sparing.train.replicas import Replicas
 
-    if pages:
-        large_pages()
     before = resident_bytes("VmRSS")
     torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], fused=True)  # imports torch's compiler: on one side alone it would count
     chosen = build(Config, config)

@@ -83,11 +83,9 @@ class Side:
     def __init__(self, precision: dict, width: int, rows: int, length: int = 512):
         import torch
 
-        from sparing.budget.memory import gives_back
         from sparing.kernels import native
         from sparing.model.init import init_weights
         from sparing.model.transformer import Transformer
-        from sparing.precision.allocator import large_pages
         from sparing.precision.policy import Policy
         from sparing.train.optim import Optimizer, keep_as
         from sparing.train.replicas import Replicas
@@ -97,8 +95,6 @@ class Side:
         self.config = Config(
             model=model_of(width), precision=build(PrecisionConfig, precision), train=TrainConfig(batch_size=rows, seq_len=length)
         )
-        if gives_back(self.config.precision):
-            large_pages()
         self.model = Transformer(self.config.model)
         init_weights(self.model, 0)
         self.model.to(device).train()

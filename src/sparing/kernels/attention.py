@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparing.kernels import native, products
+from sparing.kernels.pool import new, new_like
 
 ROWS = 128  # query rows of a block: small enough to skip most of the upper triangle, large enough for efficient products
 
@@ -116,7 +117,7 @@ def blocks_backward(
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: DocumentMask | None) -> tuple[Tensor, list[Tensor]]:
     """q, k (B, H, T, K), v (B, H, T, V), contiguous -> (rows (B*T, H*V), what `attend_backward` needs). On the compiled passes."""
     B, H, T, V = v.shape
-    mixed = v.new_empty(B * T, H * V)
+    mixed = new(v, B * T, H * V)
     if products.usable(q):
         log_sum = torch.empty(B, H, T)
         native.call("attention_forward", None, q, k, v, mask and mask.first, scale, mixed, log_sum, B, H, T, q.shape[-1], V)
@@ -132,12 +133,12 @@ def attend_backward(
     """Gradients of q, k, v from that of the rows (B*T, H*V) that `attend` returned, `mixed`."""
     B, H, T, V = v.shape
     if products.usable(q):
-        grads = tuple(torch.empty_like(t) for t in (q, k, v))
+        grads = tuple(new_like(t) for t in (q, k, v))
         native.call(
             "attention_backward", None, q, k, v, mask and mask.first, scale, mixed, kept[0], grad, *grads, B, H, T, q.shape[-1], V
         )  # fmt: skip
         return grads
-    grad_out = torch.empty_like(v)
+    grad_out = new_like(v)
     native.call("heads_last", v.dtype, grad, grad_out, B, T, H, V)
     return blocks_backward(*(t.flatten(0, 1) for t in (grad_out, q, k, v)), kept, scale)
 

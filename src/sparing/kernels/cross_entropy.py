@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparing.kernels import native, products
+from sparing.kernels.pool import new_like
 
 IGNORE = -100
 CHUNK_TOKENS = 512
@@ -86,10 +87,10 @@ class _CompiledCrossEntropy(torch.autograd.Function):
     def forward(ctx, x_ND: Tensor, weight_WD: Tensor, targets_N: Tensor, denominator: float) -> Tensor:
         x = x_ND.contiguous()
         nll = torch.empty(len(x), dtype=torch.float32)
-        grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight_WD, dtype=torch.float32)
+        grad_x, grad_weight = new_like(x), new_like(weight_WD, torch.float32)
         wide, targets = int(weight_WD.dtype == torch.float32), targets_N.contiguous()
         native.call("head_loss", None, x, weight_WD, wide, targets, 1.0 / denominator, nll, grad_x, grad_weight, *x.shape, len(weight_WD))
-        ctx.save_for_backward(grad_x, grad_weight.to(weight_WD.dtype))
+        ctx.save_for_backward(grad_x, grad_weight if wide else new_like(weight_WD).copy_(grad_weight))
         return nll.sum() / denominator
 
     @staticmethod

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparing.kernels.pool import new, new_like
+
 
 class _Embedding(torch.autograd.Function):
     @staticmethod
@@ -20,8 +22,10 @@ class _Embedding(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         read, place = ctx.saved_tensors[0].flatten().unique(return_inverse=True)
-        rows = grad.new_zeros(len(read), ctx.shape[1], dtype=torch.float32).index_add_(0, place, grad.flatten(0, -2).float())
-        return None, grad.new_zeros(ctx.shape, dtype=ctx.dtype).index_copy_(0, read, rows.to(ctx.dtype))
+        grad = grad.flatten(0, -2)
+        rows = new(grad, len(read), ctx.shape[1], dtype=torch.float32).zero_()
+        rows.index_add_(0, place, new_like(grad, torch.float32).copy_(grad))
+        return None, new(grad, *ctx.shape, dtype=ctx.dtype).zero_().index_copy_(0, read, rows.to(ctx.dtype))
 
 
 def embedding(words: Tensor, weight_WD: Tensor) -> Tensor:

@@ -11,33 +11,39 @@ from torch import Tensor
 from sparing.kernels import native, products
 from sparing.kernels.experts import ROWS, group_rows
 from sparing.kernels.norm import kept_rows, norm_gradient_into, norm_into, normed_again
+from sparing.kernels.pool import new, new_like
 
 
 def _swiglu(h: Tensor, scale: Tensor | None = None) -> Tensor:
     """(N, 2F) -> (N, F), times scale (N,) float32."""
-    out = h.new_empty(len(h), h.shape[1] // 2)
+    out = new(h, len(h), h.shape[1] // 2)
     native.call("swiglu_forward", h.dtype, h, scale, out, *out.shape)
     return out
 
 
 def _swiglu_backward(h: Tensor, grad: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
     """-> (gradient of h, `_swiglu(h, scale)` again, gradient of scale)."""
-    grad_h, hidden = torch.empty_like(h), torch.empty_like(grad)
+    grad_h, hidden = new_like(h), new_like(grad)
     grad_scale = None if scale is None else torch.empty_like(scale)
     native.call("swiglu_backward", h.dtype, h, scale, grad, grad_h, hidden, grad_scale, *grad.shape)
     return grad_h, hidden, grad_scale
 
 
+def _rows(x: Tensor, tokens: Tensor) -> Tensor:
+    """x (N, D) -> (S, D)."""
+    return torch.index_select(x, 0, tokens, out=new(x, len(tokens), x.shape[1]))
+
+
 def _combine(rows: Tensor, places: Tensor, base: Tensor | None) -> Tensor:
     """base + the sum of each token's rows: rows (S, D), places (N, K) -> (N, D)."""
-    out = rows.new_empty(len(places), rows.shape[1])
+    out = new(rows, len(places), rows.shape[1])
     native.call("combine", rows.dtype, rows, places, base, out, *places.shape, rows.shape[1])
     return out
 
 
 def _up(x: Tensor, gate: Tensor, up: Tensor, by) -> Tensor:
     """Both projections side by side: (N, 2F)."""
-    h = x.new_empty(len(x), 2 * len(gate))
+    h = new(x, len(x), 2 * len(gate))
     by[0].nt(x, gate, out=h[:, : len(gate)])
     by[1].nt(x, up, out=h[:, len(gate) :])
     return h
@@ -53,7 +59,7 @@ class _Dense(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_BTD, norm, gate, up, down, eps: float, by):
         x = x_BTD.reshape(-1, x_BTD.shape[-1])
-        normed = torch.empty_like(x)
+        normed = new_like(x)
         inverse = norm_into(x, norm, eps, normed)
         h = _up(normed, gate, up, by)
         ctx.save_for_backward(x, norm, inverse, kept_rows(normed), gate, up, down, h)
@@ -68,7 +74,7 @@ class _Dense(torch.autograd.Function):
         normed = normed_again(normed, x, norm, ctx.eps)
         grad_h, hidden, _ = _swiglu_backward(h, by[2].nn(grad, down))
         grad_normed, grad_gate, grad_up = _up_backward(grad_h, normed, gate, up, by)
-        grad_x = torch.empty_like(x)
+        grad_x = new_like(x)
         grad_norm = norm_gradient_into(grad_normed, x, norm, inverse, grad_x, extra=grad)
         return grad_x.view_as(grad_BTD), grad_norm, grad_gate, grad_up, by[2].tn(grad, hidden, down.dtype), None, None
 
@@ -86,7 +92,7 @@ class _Mixture(torch.autograd.Function):
         source, places, groups = group_rows(experts, len(gate_up), 1 if products.usable(normed) else ROWS)
         ends = torch.tensor(groups).cumsum(0)
         tokens = (source // experts.shape[1]).clamp_(max=len(normed) - 1)
-        rows = normed.index_select(0, tokens)
+        rows = _rows(normed, tokens)
         h = by[0].grouped_nt(rows, gate_up, ends)
         # Filler rows have gate 0: they reach neither the output nor a gradient.
         gates = torch.cat((weights.flatten(), weights.new_zeros(1))).index_select(0, source)
@@ -105,8 +111,8 @@ class _Mixture(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         normed, rows, h, gate_up, down, gates, tokens, places, ends, shared_gate, shared_up, shared_down, h_shared = ctx.saved_tensors
         by, grad = ctx.by, grad.contiguous()
-        rows = normed.index_select(0, tokens) if rows is None else rows
-        grad_y = grad.index_select(0, tokens)
+        rows = _rows(normed, tokens) if rows is None else rows
+        grad_y = _rows(grad, tokens)
         grad_h, hidden, grad_gates = _swiglu_backward(h, by[1].grouped_nn(grad_y, down, ends), gates)
         grad_weights = grad_gates.index_select(0, places.flatten()).view_as(places)
         grad_rows = by[0].grouped_nn(grad_h, gate_up, ends)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sparing.kernels import native
+from sparing.kernels.pool import new, new_like
 from sparing.kernels.products import TO_BF16, _out, kind_of
 
 LONGEST = 32768
@@ -66,7 +67,7 @@ def _product(name: str, a: Tensor, b: Tensor, out: Tensor, base: Tensor | None, 
 
 def tn(a: Tensor, b: Tensor, block: int | None, faults: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """a (K, M)ᵀ b (K, N), in float32 or bfloat16."""
-    out = torch.empty(a.shape[1], b.shape[1], dtype=dtype)
+    out = new(a, a.shape[1], b.shape[1], dtype=dtype)
     sizes = (kind_of(dtype), *out.shape, len(a), _length(block, len(a)), faults)
     native.call("int8_tn", None, a, a.stride(0), b, b.stride(0), out, out.stride(0), *sizes, of="int8")
     return out
@@ -74,14 +75,14 @@ def tn(a: Tensor, b: Tensor, block: int | None, faults: Tensor, dtype: torch.dty
 
 def grouped_nt(a: Tensor, b: Tensor, ends: Tensor, block: int | None, faults: Tensor) -> Tensor:
     """Rows of a (S, K) in groups that end at ends (E,) int64, each with its own b (E, N, K): (S, N)."""
-    out = a.new_empty(len(a), b.shape[1])
+    out = new(a, len(a), b.shape[1])
     native.call("int8_grouped_nt", None, a, b, _wide(b), out, ends, *b.shape, _length(block, b.shape[2]), faults, of="int8")
     return out
 
 
 def grouped_nn(a: Tensor, b: Tensor, ends: Tensor, block: int | None, faults: Tensor) -> Tensor:
     """The same with b (E, K, N)."""
-    out = a.new_empty(len(a), b.shape[2])
+    out = new(a, len(a), b.shape[2])
     native.call(
         "int8_grouped_nn", None, a, b, _wide(b), out, ends, len(b), b.shape[2], b.shape[1], _length(block, b.shape[1]), faults, of="int8"
     )
@@ -90,14 +91,14 @@ def grouped_nn(a: Tensor, b: Tensor, ends: Tensor, block: int | None, faults: Te
 
 def grouped_tn(a: Tensor, b: Tensor, ends: Tensor, block: int | None, faults: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """a (S, M), b (S, N) -> each group's aᵀ b: (E, M, N), zero for an empty group."""
-    out = torch.empty(len(ends), a.shape[1], b.shape[1], dtype=dtype)
+    out = new(a, len(ends), a.shape[1], b.shape[1], dtype=dtype)
     native.call("int8_grouped_tn", None, a, b, out, kind_of(dtype), ends, *out.shape, _length(block, LONGEST), faults, of="int8")
     return out
 
 
 def float_round(x: Tensor, block: tuple[int, int], mantissa: int, normal: float, most: float, faults: Tensor) -> Tensor:
     """x (M, N) through a small floating-point format and back, bfloat16 (`quantise` with powers, then `dequantise`)."""
-    out = torch.empty(x.shape, dtype=torch.bfloat16)
+    out = new_like(x, torch.bfloat16)
     sizes = (*x.shape, *(max(1, min(b, n)) for b, n in zip(block, x.shape, strict=True)), mantissa, normal, most, faults)
     native.call("float8_round", None, x, _wide(x), x.stride(0), out, *sizes, of="int8")
     return out

@@ -12,6 +12,7 @@ from torch import Tensor
 from sparing.kernels import native, products
 from sparing.kernels.attention import DocumentMask, attend, attend_backward
 from sparing.kernels.norm import kept_rows, norm_gradient_into, norm_into, normed_again
+from sparing.kernels.pool import new, new_like
 
 
 class _LatentAttention(torch.autograd.Function):
@@ -20,22 +21,22 @@ class _LatentAttention(torch.autograd.Function):
         """q_norm and q_b are None where queries are not compressed. widths: (H, nope, rope, value); table: complex rotations."""
         (B, T, D), (H, C, R, V) = x_BTD.shape, widths
         x = x_BTD.reshape(B * T, D)
-        normed = torch.empty_like(x)
+        normed = new_like(x)
         inverse = norm_into(x, norm, eps, normed)
         q_rank, kv_rank = len(q_a), kv_b.shape[1]
-        both = x.new_empty(len(x), q_rank + len(kv_a))
+        both = new(x, len(x), q_rank + len(kv_a))
         by[0].nt(normed, q_a, out=both[:, :q_rank])
         by[2].nt(normed, kv_a, out=both[:, q_rank:])
         q, q_latent, q_inverse = both, None, None
         if q_b is not None:
-            q_latent = x.new_empty(len(x), q_rank)
+            q_latent = new(x, len(x), q_rank)
             q_inverse = norm_into(both[:, :q_rank], q_norm, eps, q_latent)
             q = by[1].nt(q_latent, q_b)
-        kv_latent = x.new_empty(len(x), kv_rank)
+        kv_latent = new(x, len(x), kv_rank)
         kv_inverse = norm_into(both[:, q_rank : q_rank + kv_rank], kv_norm, eps, kv_latent)
         turns = torch.view_as_real(table).contiguous()
         shape = (B, T, H, C, R, V, q.stride(0), both.stride(0), int(table.ndim == 3))
-        heads = [x.new_empty(B, H, T, width) for width in (C + R, C + R, V)]
+        heads = [new(x, B, H, T, width) for width in (C + R, C + R, V)]
         native.call("heads_forward", x.dtype, q, by[3].nt(kv_latent, kv_b), both[:, q_rank + kv_rank :], turns, *heads, *shape)
         mixed, kept = attend(*heads, scale, mask)
         ctx.save_for_backward(
@@ -58,9 +59,9 @@ class _LatentAttention(torch.autograd.Function):
         grad = grad_BTD.reshape(x.shape)
         grad_o = by[4].tn(grad, mixed, o.dtype)
         grads = attend_backward(by[4].nn(grad, o), mixed, q, k, v, kept, ctx.scale, ctx.mask)
-        grad_both = torch.empty_like(both)
-        grad_q = grad_both if q_b is None else x.new_empty(len(x), H * (C + R))
-        grad_kv = x.new_empty(len(x), H * (C + V))
+        grad_both = new_like(both)
+        grad_q = grad_both if q_b is None else new(x, len(x), H * (C + R))
+        grad_kv = new(x, len(x), H * (C + V))
         native.call("heads_backward", x.dtype, *grads, turns, grad_q, grad_kv, grad_both[:, q_rank + kv_rank :], *ctx.shape)
         part = slice(q_rank, q_rank + kv_rank)
         grad_kv_norm = norm_gradient_into(by[3].nn(grad_kv, kv_b), both[:, part], kv_norm, kv_inverse, grad_both[:, part])
@@ -69,7 +70,7 @@ class _LatentAttention(torch.autograd.Function):
             grad_q_b = by[1].tn(grad_q, normed_again(q_latent, both[:, :q_rank], q_norm, ctx.eps), q_b.dtype)
             grad_q_norm = norm_gradient_into(by[1].nn(grad_q, q_b), both[:, :q_rank], q_norm, q_inverse, grad_both[:, :q_rank])
         left, right = grad_both[:, :q_rank], grad_both[:, q_rank:]
-        grad_x = torch.empty_like(x)
+        grad_x = new_like(x)
         grad_norm = norm_gradient_into(by[2].nn(right, kv_a, base=by[0].nn(left, q_a)), x, norm, inverse, grad_x, extra=grad)
         return (
             grad_x.view(grad_BTD.shape), grad_norm, by[0].tn(left, normed, q_a.dtype), grad_q_norm, grad_q_b,

@@ -26,6 +26,7 @@ SOURCES = {
     "passes": ("native.c", "numbers.inc", "passes.inc", "vectors.inc", "products.c"),
     "storage": ("storage.c", "numbers.inc"),
     "int8": ("int8.c", "numbers.inc", "vectors.inc"),
+    "pool": ("pool.c",),
 }
 """What each library is made of, first the file that includes the others.
 All but the passes are for `[precision]`, and compiled when asked for."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sparing.kernels import native
+from sparing.kernels.pool import new_like
 
 recomputed = ContextVar("sparing_norms_recomputed", default=False)
 """Whether sub-layers make normed rows again in the backward pass instead of keeping them beside what was normed."""
@@ -69,7 +70,7 @@ def kept_rows(rows: Tensor) -> Tensor | None:
 def normed_again(rows: Tensor | None, x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`rows` where they were kept, else x (N, D) normed once more."""
     if rows is None:
-        rows = x.new_empty(x.shape)
+        rows = new_like(x)
         norm_into(x, weight, eps, rows)
     return rows
 
@@ -78,14 +79,14 @@ class _CompiledRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        out = torch.empty_like(rows)
+        out = new_like(rows)
         ctx.save_for_backward(rows, weight, norm_into(rows, weight, eps, out))
         return out.view(x.shape)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         rows, weight, inverse = ctx.saved_tensors
-        out = torch.empty_like(rows)
+        out = new_like(rows)
         grad_weight = norm_gradient_into(grad.reshape(rows.shape), rows, weight, inverse, out)
         return out.view(grad.shape), grad_weight, None
 

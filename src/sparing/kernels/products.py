@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sparing.kernels import native
+from sparing.kernels.pool import new
 
 TO_BF16, TO_F32 = 0, 1
 
@@ -46,7 +47,7 @@ def kind_of(dtype: torch.dtype) -> int:
 
 
 def _out(a: Tensor, columns: int, out: Tensor | None) -> Tensor:
-    return a.new_empty(len(a), columns) if out is None else out
+    return new(a, len(a), columns) if out is None else out
 
 
 def _product(name: str, a: Tensor, b: Tensor, out: Tensor, base: Tensor | None, inner: int) -> Tensor:
@@ -119,7 +120,7 @@ def tn(a: Tensor, b: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """a (K, M)ᵀ b (K, N): a weight's gradient, in the weight's type (in b's by torch.mm)."""
     if not usable(a):
         return Plain.tn(a, b)
-    out = torch.empty(a.shape[1], b.shape[1], dtype=dtype)
+    out = new(a, a.shape[1], b.shape[1], dtype=dtype)
     native.call("tn", None, a, a.stride(0), b, b.stride(0), out, out.stride(0), kind_of(dtype), *out.shape, len(a))
     return out
 
@@ -128,7 +129,7 @@ def grouped_nt(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
     """Rows of a (S, K) in groups that end at ends (E,) int64, each with its own b (E, N, K): (S, N)."""
     if not usable(a):
         return Plain.grouped_nt(a, b, ends)
-    out = a.new_empty(len(a), b.shape[1])
+    out = new(a, len(a), b.shape[1])
     native.call("grouped_nt", None, a, b, int(b.dtype == torch.float32), out, ends, *b.shape)
     return out
 
@@ -137,7 +138,7 @@ def grouped_nn(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
     """The same with b (E, K, N)."""
     if not usable(a):
         return Plain.grouped_nn(a, b, ends)
-    out = a.new_empty(len(a), b.shape[2])
+    out = new(a, len(a), b.shape[2])
     native.call("grouped_nn", None, a, b, int(b.dtype == torch.float32), out, ends, len(b), b.shape[2], b.shape[1])
     return out
 
@@ -146,6 +147,6 @@ def grouped_tn(a: Tensor, b: Tensor, ends: Tensor, dtype: torch.dtype = torch.fl
     """a (S, M), b (S, N) -> each group's aᵀ b, as `tn`: (E, M, N), zero for an empty group."""
     if not usable(a):
         return Plain.grouped_tn(a, b, ends)
-    out = torch.empty(len(ends), a.shape[1], b.shape[1], dtype=dtype)
+    out = new(a, len(ends), a.shape[1], b.shape[1], dtype=dtype)
     native.call("grouped_tn", None, a, b, out, kind_of(dtype), ends, *out.shape)
     return out

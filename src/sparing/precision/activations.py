@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sparing.kernels import native
 from sparing.kernels.norm import recomputed
+from sparing.kernels.pool import new_like
 
 LEAST = 4096
 """Numbers of a tensor that is worth packing."""
@@ -44,12 +45,12 @@ def pack(tensor: Tensor) -> Tensor | tuple[Tensor, Tensor | None]:
         and tensor.grad_fn.name() == "ToCopyBackward0"
         and not _is_weight(tensor)
     ):
-        narrow = tensor.detach().to(torch.bfloat16)
+        narrow = new_like(tensor, torch.bfloat16).copy_(tensor.detach())
         return (narrow, None) if torch.equal(narrow.float(), tensor) else tensor
     if tensor.dtype != torch.bfloat16 or tensor.numel() < LEAST or tensor.ndim < 2 or _is_weight(tensor):
         return tensor
     x = tensor.detach().contiguous()
-    code, scale = torch.empty_like(x, dtype=torch.int8), torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    code, scale = new_like(x, torch.int8), torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     if native.usable(x, "storage"):
         native.call("pack_int8", None, x, code, scale, scale.numel(), x.shape[-1], of="storage")
         return code, scale
@@ -69,8 +70,8 @@ def unpack(packed: Tensor | tuple[Tensor, Tensor | None]) -> Tensor:
         return packed
     code, scale = packed
     if scale is None:
-        return code.float()
-    x = torch.empty_like(code, dtype=torch.bfloat16)
+        return new_like(code, torch.float32).copy_(code)
+    x = new_like(code, torch.bfloat16)
     if native.usable(x, "storage"):
         native.call("unpack_int8", None, code, scale, x, scale.numel(), x.shape[-1], of="storage")
         return x

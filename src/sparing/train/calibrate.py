@@ -17,7 +17,7 @@ import torch
 
 from sparing.account.hardware import Machine, load_calibration, save_calibration
 from sparing.config import Config, PrecisionConfig, TrainConfig
-from sparing.kernels import native
+from sparing.kernels import native, pool
 from sparing.model.transformer import Transformer
 from sparing.precision.linear import fastest_kind, install
 from sparing.precision.policy import Policy
@@ -220,6 +220,7 @@ def _speed(
 
 def _give_back() -> None:
     """Memory that the probes used and training will not, to the system: glibc keeps it otherwise, an arena for each thread."""
+    pool.trim()
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -15,6 +15,7 @@ from sparing.account.meter import NoMeter
 from sparing.budget.flops import train_flops
 from sparing.config import Config, UserError
 from sparing.data.stop import Stopped
+from sparing.kernels import pool
 from sparing.model.router import routers, update_biases
 from sparing.precision.policy import Policy
 from sparing.run import RunFolder
@@ -243,6 +244,7 @@ class _Trainer:
 
     def _evaluate(self) -> dict:
         before = time.monotonic()
+        pool.trim()  # the last step's tensors; a sample loads the model a second time
         self.replicas.train(False)
         try:
             with self.meter.stage("evaluate"), self.signals.interruptible():

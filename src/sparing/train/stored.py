@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sparing.kernels import native, products
+from sparing.kernels.pool import new
 from sparing.precision.compensation import Master, rows_of, slices
 from sparing.precision.moments import Average
 from sparing.train.muon import orthogonalise
@@ -120,7 +121,7 @@ class StoredMuon:
         scale, decay = lr * max(1.0, height / gradient.shape[1]) ** 0.5, 1.0 - lr * self.weight_decay
         if self.dtype == torch.bfloat16 and height % 4 == 0 and gradient.shape[1] % 2 == 0 and _compiled(gradient) and products.available():
             weight, mean = master.address(self.seed, number), average.address(self.seed, number)
-            where, direction = (rows.start, height, gradient.shape[1]), torch.empty(height, gradient.shape[1])
+            where, direction = (rows.start, height, gradient.shape[1]), new(average.value, height, gradient.shape[1], dtype=torch.float32)
             found, wide = torch.empty(1), int(gradient.dtype == torch.float32)
             native.call("stored_direction", None, gradient, wide, *mean, *where, float(momentum), direction, found, of="storage")
             native.call("orthogonalise", None, direction, float(found), *direction.shape, self.steps)
