@@ -251,8 +251,7 @@ class _Trainer:
                 result = self.evaluate(self.replicas.nll)
         finally:
             self.replicas.train(True)
-        took = time.monotonic() - before
-        self.pace.eval_took(took)
+        self.pace.eval_took(took := time.monotonic() - before)
         line = {"step": self.state.step, "tokens": self.state.tokens, "seconds": self.clock.seconds(), "took_s": took}
         self.log.evaluation(line, result)
         return result
