@@ -83,7 +83,7 @@ def test_the_page_offers_what_the_server_allows(server, copy, home, tmp_path):
             assert not page.js("document.querySelector('#tiers').hidden")
             page.js("document.querySelector('#tier').value = 'approximate'")
             page.js("document.querySelector('#settings button').click()")
-            page.until("JSON.parse(localStorage.getItem('sparing.chat.1')).tier === 'approximate'")
+            page.until("JSON.parse(localStorage.getItem('sparing.chat.1') || '{}').tier === 'approximate'")
             page.js("document.querySelector('#page').value = 'import json'")
             page.js("document.querySelector('#send').click()")
             page.until("document.querySelector('#measured').textContent.includes('approximate')")
