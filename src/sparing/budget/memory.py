@@ -214,7 +214,7 @@ def training_memory(config: Config, measured: bool = False, path: Path | None = 
 
 
 def gives_back(p: PrecisionConfig) -> bool:
-    """Whether training in this precision gives large tensors pages of their own (`precision/allocator.py`)."""
+    """Whether training in this precision gives the memory of dead tensors back to the system (`precision/allocator.py`)."""
     return (p.weights, p.moments, p.activations) != (FULL.weights, FULL.moments, FULL.activations)
 
 

@@ -20,18 +20,19 @@ LEAST = 1 << 18
 CODES = {torch.bfloat16: (4, 16), torch.float32: (2, 32), torch.int8: (0, 8)}
 """dlpack.h: DLDataTypeCode, bits."""
 NAME = b"dltensor"
+_capsule = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)(("PyCapsule_New", ctypes.pythonapi))
 _open = False
 
 
-def open_pool() -> bool:
-    """From here on, in this process. False without a C compiler."""
+def open_pool() -> None:
+    """From here on, in this process; without a C compiler it stays closed."""
     global _open
     _open = native.library("pool") is not None
-    return _open
 
 
 def new(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-    """(shape) uninitialised, contiguous, in the type of `like` (or dtype) and on its device."""
+    """(shape) uninitialised, contiguous, in the type of `like` (or dtype) and on its device; handed over by DLPack (dmlc/dlpack, dlpack.h)
+    where it is the pool's."""
     dtype = dtype or like.dtype
     if _open and like.device.type == "cpu" and dtype in CODES and prod(shape) * dtype.itemsize >= LEAST:
         out, sizes = ctypes.c_void_p(), (ctypes.c_int64 * len(shape))(*shape)
@@ -58,7 +59,3 @@ def held() -> tuple[int, int, int]:
     if _open:
         native.call("pool_bytes", None, ctypes.addressof(found), of="pool")
     return tuple(found)
-
-
-_capsule = ctypes.pythonapi.PyCapsule_New
-_capsule.restype, _capsule.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
