@@ -28,6 +28,7 @@ LAYERS = [
     {"model"},
     {"precision"},
     {"kernels"},
+    {"base"},
     {"run"},
     {"lock"},
     {"config_file"},

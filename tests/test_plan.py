@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from sparing import api
-from sparing.account import hardware, prices
-from sparing.account.hardware import save_calibration
+from sparing.account import prices
+from sparing.base import hardware
+from sparing.base.hardware import save_calibration
 from sparing.budget.estimate import DEFAULTS, DESCRIPTION
 from sparing.cli import main
 from sparing.config import UserError

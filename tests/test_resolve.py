@@ -4,14 +4,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from sparing.account.hardware import Machine
+from sparing.base.hardware import Machine
 from sparing.budget.flops import parameters, train_flops
 from sparing.config import Budget, UserError
 from sparing.config_file import options
 from sparing.interop.hf_config import to_hf
 from sparing.resolve import resolve
 
-LAPTOP = Machine("Linux", "some CPU", 2, 4, 16 << 30, True)
+LAPTOP = Machine("Linux", "some CPU", 2, 4, 16 << 30, formats={"float32": 1e11, "bfloat16": 2e11})
 BOOKS = SimpleNamespace(train_bytes=78e6, bytes=80e6)
 PEAK = 6e11
 
@@ -62,7 +62,7 @@ def test_only_as_many_tokens_as_the_plan_can_consume():
 
 
 def test_hardware_decides_the_arithmetic():
-    old = Machine("Linux", "old CPU", 2, 2, 8 << 30, False)
+    old = Machine("Linux", "old CPU", 2, 2, 8 << 30, formats={"float32": 1e11, "bfloat16": 1e9})
     assert derive(machine=old).config.train.dtype == "float32" and derive().config.train.dtype == "bfloat16"
     with pytest.raises(UserError, match="no CUDA device"):
         derive(wishes={"train": {"device": "cuda"}})

@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 
 from sparing.account.card import model_card
-from sparing.account.hardware import Machine
-from sparing.account.hardware import machine as this_machine
 from sparing.account.history import bill
 from sparing.account.limit import Limit
 from sparing.account.meter import Meter
+from sparing.base.hardware import Machine
 from sparing.budget.flops import kv_cache_bytes, parameters, train_flops
 from sparing.budget.plan import in_seconds
 from sparing.budget.scaling import Point, add_point, effective_bytes
@@ -31,17 +31,19 @@ from sparing.data.stop import Stopped
 from sparing.data.store import TokenStore
 from sparing.evals.bpb import NllFn, bpb
 from sparing.infer.loaded import Model
+from sparing.kernels.formats import this_machine, warning
 from sparing.model.init import init_weights
 from sparing.model.transformer import Transformer
 from sparing.planning.places import with_vocabulary
 from sparing.planning.plan import foresee
 from sparing.resolve import resolve
 from sparing.run import RunFolder, write_atomic
-from sparing.train.calibrate import choose, choose_products, peak_flops
+from sparing.train.calibrate import choose, choose_products
 from sparing.train.clock import Clock
 from sparing.train.loop import TrainResult
 from sparing.train.loop import train as train_loop
 from sparing.train.optim import keep_as
+from sparing.train.peak import peak_flops, peak_seconds
 from sparing.train.preempt import Interrupted, Preempt
 
 CALIBRATION_SHARE = 0.02
@@ -65,6 +67,18 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def cut_shorts(run: RunFolder) -> Callable[[str], None]:
+    """Tells the user what a limit in seconds left unmeasured, and keeps it for the receipt."""
+
+    def tell(message: str) -> None:
+        say(message)
+        file = run.state / "cut_short.json"
+        before = json.loads(file.read_text()) if file.exists() else []
+        write_atomic(file, json.dumps([*before, message]))
+
+    return tell
+
+
 @contextmanager
 def signals_of(run: RunFolder) -> Iterator[Preempt]:
     with Preempt(f"sparing resume {run}") as signals:
@@ -82,10 +96,12 @@ def resolved(wishes: dict, budget: Budget, machine: Machine, signals: Preempt, r
     if facts.quarantined:
         say(f"{facts.quarantined} documents cannot be used ({', '.join(facts.reasons)}): see quarantine.jsonl in the run folder")
     device = wishes.get("train", {}).get("device") or ("cuda" if machine.gpus else "cpu")
-    with meter.stage("calibrate"), signals.interruptible():
-        peak = peak_flops(machine, device if device == "cpu" or machine.gpus else "cpu")
-    wishes = with_vocabulary(wishes)
     lasts = in_seconds(budget, meter.tariff.rates)
+    with meter.stage("calibrate"), signals.interruptible():
+        peak = peak_flops(
+            machine, device if machine.gpus else "cpu", wishes.get("train", {}).get("dtype"), peak_seconds(lasts), cut_shorts(run)
+        )
+    wishes = with_vocabulary(wishes)
     result = resolve(wishes, budget if lasts is None else Budget(lasts, "s"), machine, facts, peak)
     if budget.unit in ("usd", "kwh"):
         reasons = {**result.reasons, "budget.amount": f"lasts about {lasts:,.0f} s at the prices and the power of this machine"}
@@ -138,6 +154,8 @@ def go_on(run: RunFolder, config: Config, meter: Meter, samples: int, signals: P
     signals.check()
     t = config.train
     device = torch.device(t.device or ("cuda" if machine.gpus else "cpu"))
+    if device.type == "cpu" and (slow := warning(t.dtype, machine)):
+        say(f"train.dtype {slow}")
     with signals.interruptible():
         model = Transformer(config.model)
         init_weights(model, t.seed)
@@ -145,8 +163,9 @@ def go_on(run: RunFolder, config: Config, meter: Meter, samples: int, signals: P
         model.to(device)
         loader = Loader(store, t.seq_len, t.batch_size, config.model.mtp_depth, t.seed)
         with meter.stage("calibrate"):
-            peak = peak_flops(machine, device.type, torch.bfloat16 if t.dtype == "bfloat16" else torch.float32)
-            config = _calibrated(run, config, model, loader, meter, signals)
+            lasts = in_seconds(config.budget, meter.tariff.rates)
+            peak = peak_flops(machine, device.type, t.dtype, peak_seconds(lasts))
+            config = _calibrated(run, config, model, loader, meter, signals, peak)
     flops = train_flops(config.model, t.seq_len)
     held_out = list(store.held_out())
     context = config.train.seq_len
@@ -178,7 +197,7 @@ def go_on(run: RunFolder, config: Config, meter: Meter, samples: int, signals: P
         return _finished(run, config, model, store, result, meter, samples)
 
 
-def _calibrated(run: RunFolder, config: Config, model: Transformer, loader: Loader, meter: Meter, signals: Preempt) -> Config:
+def _calibrated(run: RunFolder, config: Config, model: Transformer, loader: Loader, meter: Meter, signals: Preempt, peak: float) -> Config:
     """Choose what is left open by measuring, and write it down before it takes effect."""
     t = config.train
     open_ = None in (t.micro_batch_size, t.compile, t.replicas) or (t.threads is None and t.device != "cuda")
@@ -187,12 +206,14 @@ def _calibrated(run: RunFolder, config: Config, model: Transformer, loader: Load
         return config
     lasts = in_seconds(config.budget, meter.tariff.rates)
     seconds = CALIBRATION_S if lasts is None else CALIBRATION_SHARE * lasts
-    reasons = {}
+    reasons, cut_short, started = {}, cut_shorts(run), time.monotonic()
     if open_:
-        train_config, reasons = choose(model, config, meter.machine, loader.batch(0), seconds, check=signals.check, say=say)
+        told = {"check": signals.check, "say": say, "cut_short": cut_short}
+        train_config, reasons = choose(model, config, meter.machine, loader.batch(0), seconds, peak, **told)
         config = replace(config, train=train_config)
     if auto:
-        precision, reasons["precision.linear"] = choose_products(model, config, loader.batch(0))
+        left = seconds - (time.monotonic() - started)
+        precision, reasons["precision.linear"] = choose_products(model, config, loader.batch(0), left, cut_short)
         config = replace(config, precision=precision)
     reasons = reasons_of(run) | reasons
     write_atomic(run.state / "reasons.json", json.dumps(reasons))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from sparing.account.hardware import Machine
+from sparing.base.hardware import Machine
 from sparing.budget.flops import parameters, train_flops
 from sparing.config import Budget, Config, ModelConfig, UserError
 from sparing.config_file import build, check_section
@@ -127,7 +127,7 @@ def resolve(wishes: dict, budget: Budget, machine: Machine, facts: CorpusFacts, 
         raise UserError("train.device cuda: torch sees no CUDA device here; use --train.device cpu")
     seq_len = train_wishes.get("seq_len") or (1024 if device == "cuda" else 512)
     utilisation = GPU_UTILISATION if device == "cuda" else UTILISATION
-    dtype = "bfloat16" if device == "cuda" or machine.cpu_bf16 else "float32"
+    dtype = machine.training_dtype(device)
 
     # What can be spent on training, in operations.
     if budget.unit == "s":
@@ -175,9 +175,8 @@ def resolve(wishes: dict, budget: Budget, machine: Machine, facts: CorpusFacts, 
     config = replace(config, model=model, budget=budget)
     train = replace(config.train, device=device, seq_len=seq_len, dtype=train_wishes.get("dtype", dtype))
     if "dtype" not in train_wishes:
-        reasons["train.dtype"] = (
-            "this device multiplies bfloat16 in hardware" if dtype == "bfloat16" else "no bfloat16 products in this CPU"
-        )
+        faster = "GPUs multiply it fastest" if device == "cuda" else "this processor multiplies it at least as fast as float32 (measured)"
+        reasons["train.dtype"] = faster if dtype == "bfloat16" else "this processor multiplies bfloat16 slower than float32 (measured)"
     if "batch_size" not in train_wishes:
         batch_tokens = 65536 if device == "cuda" else (4096 if tokens < 2e7 else 8192)
         train = replace(train, batch_size=max(1, batch_tokens // seq_len))

@@ -6,10 +6,10 @@ import time
 import pytest
 from tests.train import tiny
 
-from sparing.account.hardware import machine
 from sparing.account.history import TRAINING, entries_of
 from sparing.account.limit import Limit
 from sparing.account.meter import Meter
+from sparing.base.hardware import machine
 from sparing.config import Budget
 from sparing.run import read_lines
 

@@ -10,9 +10,9 @@ import time
 
 import pytest
 
-from sparing.account.hardware import machine
 from sparing.account.history import entries, entries_of
 from sparing.account.meter import Meter
+from sparing.base.hardware import machine
 from sparing.config import UserError
 from sparing.run import RunFolder
 
@@ -128,7 +128,7 @@ def test_failures_and_interruptions_are_told_apart(run):
 
 TRAINER = """
 import sys, time
-from sparing.account.hardware import machine
+from sparing.base.hardware import machine
 from sparing.account.meter import Meter
 from sparing.run import RunFolder
 with Meter("train", machine(with_gpus=False), RunFolder(sys.argv[1])) as meter, meter.stage("train"):
@@ -168,7 +168,7 @@ def test_metering_costs_less_than_half_a_percent(run):
 
 READ_ONLY = """
 import os, sys
-from sparing.account.hardware import machine
+from sparing.base.hardware import machine
 from sparing.account.history import entries_of
 from sparing.account.meter import Meter
 from sparing.run import RunFolder

@@ -7,11 +7,11 @@ import time
 
 import pytest
 
-from sparing.account.hardware import Gpu, Machine
 from sparing.account.power import Model, Rapl, peak_memory, reset_peak_memory, resident_memory, sources
 from sparing.account.prices import Rates
+from sparing.base.hardware import Gpu, Machine
 
-MACHINE = Machine(os="Linux", cpu="Some CPU", cores_physical=2, cores_logical=4, memory_bytes=1, cpu_bf16=False)
+MACHINE = Machine(os="Linux", cpu="Some CPU", cores_physical=2, cores_logical=4, memory_bytes=1)
 RATES = Rates(1.0, 0.1, 400.0, 1.0, 10.0, 50.0, {})
 
 
@@ -59,7 +59,7 @@ def test_where_rapl_is_missing_or_for_root_only_the_model_steps_in(tmp_path, mon
 
 
 def test_a_gpu_that_nvml_does_not_show_is_estimated_never_nothing():
-    machine = Machine(os="Linux", cpu="c", cores_physical=1, cores_logical=1, memory_bytes=1, cpu_bf16=False, gpus=(Gpu("G", 1, "9.0"),))
+    machine = Machine(os="Linux", cpu="c", cores_physical=1, cores_logical=1, memory_bytes=1, gpus=(Gpu("G", 1, "9.0"),))
     try:
         import torch
 

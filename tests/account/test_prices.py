@@ -6,12 +6,12 @@ import re
 import pytest
 
 from sparing.account import prices
-from sparing.account.hardware import Gpu, Machine
 from sparing.account.prices import FIELDS, YEAR_HOURS, device, device_of, rates_for, tables
+from sparing.base.hardware import Gpu, Machine
 from sparing.config import UserError
 
-VM = Machine("Linux 6", "AMD EPYC", 2, 4, 8 * 10**9, True)
-NODE = Machine("Linux 6", "AMD EPYC 9654 96-Core Processor", 96, 192, 10**12, True, (Gpu("NVIDIA H200", 141 * 10**9, "9.0"),) * 8)
+VM = Machine("Linux 6", "AMD EPYC", 2, 4, 8 * 10**9)
+NODE = Machine("Linux 6", "AMD EPYC 9654 96-Core Processor", 96, 192, 10**12, (Gpu("NVIDIA H200", 141 * 10**9, "9.0"),) * 8)
 
 
 @pytest.fixture(autouse=True)
@@ -37,11 +37,11 @@ def test_every_row_is_complete_dated_and_has_a_source():
 
 def test_machines_are_recognised():
     assert device_of(VM) == "cpu" and device_of(NODE) == "h200"
-    assert device_of(Machine("", "AMD EPYC 9654 96-Core Processor", 96, 192, 0, True)) == "epyc-9654"
-    assert device_of(Machine("", "x", 1, 1, 0, False, (Gpu("NVIDIA L4", 1, "8.9"),))) == "l4"
-    assert device_of(Machine("", "x", 1, 1, 0, False, (Gpu("NVIDIA L40S", 1, "8.9"),))) == "l40s"
+    assert device_of(Machine("", "AMD EPYC 9654 96-Core Processor", 96, 192, 0)) == "epyc-9654"
+    assert device_of(Machine("", "x", 1, 1, 0, (Gpu("NVIDIA L4", 1, "8.9"),))) == "l4"
+    assert device_of(Machine("", "x", 1, 1, 0, (Gpu("NVIDIA L40S", 1, "8.9"),))) == "l40s"
     with pytest.raises(UserError, match=r"Tesla K80.*nearest"):
-        device_of(Machine("", "x", 1, 1, 0, False, (Gpu("Tesla K80", 1, "3.7"),)))
+        device_of(Machine("", "x", 1, 1, 0, (Gpu("Tesla K80", 1, "3.7"),)))
 
 
 def test_owned_and_rented():

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from sparing.account.hardware import machine, save_calibration
 from sparing.account.receipt import at
+from sparing.base.hardware import machine, save_calibration
 from sparing.bench.forecast import forecast, parse_sides, wishes_of
 from sparing.bench.report import ROW_KEYS
 from sparing.budget.estimate import DESCRIPTION

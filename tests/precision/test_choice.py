@@ -7,7 +7,7 @@ import pytest
 import torch
 from tests.train import tiny
 
-from sparing.account.hardware import machine
+from sparing.base.hardware import machine
 from sparing.config import PrecisionConfig, UserError
 from sparing.kernels import int8
 from sparing.model.init import init_weights

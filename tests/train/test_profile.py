@@ -2,7 +2,7 @@
 
 import pytest
 
-from sparing.account.hardware import load_calibration, machine, save_calibration
+from sparing.base.hardware import load_calibration, machine, save_calibration
 from sparing.budget.estimate import FEATURES, fit
 from sparing.train import profile
 

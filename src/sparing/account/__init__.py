@@ -1,1 +1,1 @@
-"""What a run really costs, and on what machine: `hardware` looks at this machine and keeps what was measured on it."""
+"""What a run really costs: the meter, its ledgers, prices, receipts and reports."""

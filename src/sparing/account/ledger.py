@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from sparing.account.hardware import home
+from sparing.base.hardware import home
 from sparing.config import UserError
 
 VERSION = 1

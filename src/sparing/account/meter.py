@@ -17,12 +17,12 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 
-from sparing.account.hardware import Machine
 from sparing.account.history import books
 from sparing.account.ledger import Entry, complain
 from sparing.account.power import Model, cpu_seconds, cuda_memory, peak_memory, reset_peak_memory, resident_memory, sources
 from sparing.account.prices import Rent
 from sparing.account.tariff import Tariff
+from sparing.base.hardware import Machine
 from sparing.run import RunFolder
 
 SAMPLE_S = 1.0

@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 from typing import Protocol
 
-from sparing.account.hardware import Machine
 from sparing.account.prices import Rates
+from sparing.base.hardware import Machine
 
 POWERCAP = Path("/sys/class/powercap")
 

@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from sparing.account.hardware import Machine, home
+from sparing.base.hardware import Machine, home
 from sparing.config import UserError
 from sparing.config_file import nearest
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from sparing.account.hardware import Machine, home
 from sparing.account.prices import Rates, Rent, home_rent, rates_for
+from sparing.base.hardware import Machine, home
 from sparing.config import UserError
 
 

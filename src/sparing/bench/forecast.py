@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 
-from sparing.account.hardware import home
+from sparing.base.hardware import home
 from sparing.bench.report import paths_of, row, say
 from sparing.bench.worker import Worker
 from sparing.budget.units import parse_budget

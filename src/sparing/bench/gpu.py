@@ -18,8 +18,8 @@ from sparing.config import ModelConfig, OptimConfig, UserError
 from sparing.model.init import init_weights
 from sparing.model.router import update_biases
 from sparing.model.transformer import Transformer
-from sparing.train.calibrate import measure_peak
 from sparing.train.optim import Optimizer
+from sparing.train.peak import measure_peak
 
 DENSE = ModelConfig(
     vocab_size=32768,
@@ -64,7 +64,7 @@ def gpu(
         batches = _batches(Path(folder), data, warm_up + steps, batch_size, seq_len)
     rows = []
     for name in names:
-        peak = measure_peak("cuda", sizes=(4096, 8192, 16384), repeats=10)
+        peak = measure_peak("cuda", torch.bfloat16, (4096, 8192, 16384), repeats=10).flops
         speed = _speed(MODELS[name], batches, warm_up, compile)
         mfu = speed * train_flops(MODELS[name], seq_len) / peak
         counts = parameters(MODELS[name])

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from statistics import median
 
-from sparing.account.hardware import machine
+from sparing.base.hardware import machine
 from sparing.bench.precision_memory import SMALL
 from sparing.bench.report import row, say
 from sparing.bench.worker import Worker
@@ -108,7 +108,7 @@ class Side:
     def step(self) -> dict[str, float]:
         """-> tokens/s, and the least share of any direction's multiplications in 8 bits."""
         from sparing.model.router import update_biases
-        from sparing.train.calibrate import wait
+        from sparing.train.peak import wait
 
         t, size = self.config.train, self.config.train.batch_size * self.config.train.seq_len
         before = time.perf_counter()

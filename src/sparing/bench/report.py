@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 
-from sparing.account.hardware import machine as this_machine
+from sparing.base.hardware import machine as this_machine
 
 ROW_KEYS = ("name", "ours", "peer", "peer_name", "ratio", "unit", "runs", "machine")
 

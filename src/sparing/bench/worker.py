@@ -126,9 +126,9 @@ class Child:
 
     def peak(self, sizes: list[int]) -> dict:
         """`flops`: the best square bfloat16 product on this process's threads, FLOP/s."""
-        from sparing.train.calibrate import measure_peak
+        from sparing.train.peak import measure_peak
 
-        return {"flops": measure_peak(sizes=tuple(sizes))}
+        return {"flops": measure_peak(sizes=tuple(sizes)).flops}
 
     def make(self, function: str, **arguments) -> dict:
         """Keep what a function of this folder returns, for `step`."""

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sparing.account.hardware import home
+from sparing.base.hardware import home
 from sparing.budget.estimate import Estimate
 from sparing.run import write_atomic
 

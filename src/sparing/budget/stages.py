@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from sparing.account.hardware import Machine
 from sparing.account.prices import Rates, device, rates_for
+from sparing.base.hardware import Machine
 from sparing.budget.cluster import EFFICIENCY, Layout, device_hours, held_parameters
 from sparing.budget.estimate import Estimate, around, exactly
 from sparing.budget.flops import kv_cache_bytes, parameters, train_flops

@@ -47,7 +47,7 @@ class CompiledNetwork:
     exact = True
 
     def __init__(
-        self, c: ModelConfig, pack: Pack, format: str, blocks: int, threads: int, expert_bytes: int = 0, processor: str = "native"
+        self, c: ModelConfig, pack: Pack, format: str, blocks: int, threads: int, expert_bytes: int = 0, processor: str | None = None
     ):
         self.c, self.pack, self.format = c, pack, format
         found = library(processor)

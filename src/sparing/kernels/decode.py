@@ -83,9 +83,9 @@ def address(array: np.ndarray) -> int:
 
 
 @cache
-def library(processor: str = "native") -> ctypes.CDLL | None:
+def library(processor: str | None = None) -> ctypes.CDLL | None:
     """The compiled step, for this processor or (to compare) for a lesser one such as "x86-64-v3"; None without a C compiler."""
-    path = native.build("decode", SOURCES, (*FLAGS, f"-march={processor}"))
+    path = native.build("decode", SOURCES, (*FLAGS, f"-march={processor or native.processor()}"))
     try:
         found = ctypes.CDLL(str(path)) if path else None
     except OSError:

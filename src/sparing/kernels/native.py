@@ -22,6 +22,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sparing.base.hardware import home
+
 SOURCES = {
     "passes": ("native.c", "numbers.inc", "passes.inc", "vectors.inc", "products.c"),
     "storage": ("storage.c", "numbers.inc"),
@@ -32,13 +34,13 @@ SOURCES = {
 All but the passes are for `[precision]`, and compiled when asked for."""
 UNUSED_S = 30 * 86400
 """Builds that nobody has used for so long are deleted when another is made."""
-FLAGS = ("-O3", "-march=native", "-fopenmp-simd", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
+FLAGS = ("-O3", "-fopenmp-simd", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
 SUFFIXES = {torch.bfloat16: "_bf16", torch.float32: "_f32"}
 
 
-def _folder() -> Path:
-    base = os.environ.get("SPARING_HOME") or Path.home() / ".local" / "share" / "sparing"
-    return Path(base).expanduser() / "native"
+def processor() -> str:
+    """What our C is compiled for, a value of the compiler's -march=: $SPARING_PROCESSOR (such as x86-64-v3, to try a lesser one) or native."""
+    return os.environ.get("SPARING_PROCESSOR") or "native"
 
 
 def build(stem: str, sources: tuple[str, ...], flags: tuple[str, ...]) -> Path | None:
@@ -48,10 +50,10 @@ def build(stem: str, sources: tuple[str, ...], flags: tuple[str, ...]) -> Path |
     if compiler is None or os.name == "nt":  # the sources use POSIX threads and files
         return None
     here = Path(__file__).parent
-    processor = Path("/proc/cpuinfo").read_text().split("\n\n")[0] if Path("/proc/cpuinfo").exists() else platform.processor()
-    can = "\n".join(line for line in processor.splitlines() if line.startswith(("model", "flags", "Features"))) or processor
+    cpu = Path("/proc/cpuinfo").read_text().split("\n\n")[0] if Path("/proc/cpuinfo").exists() else platform.processor()
+    can = "\n".join(line for line in cpu.splitlines() if line.startswith(("model", "flags", "Features"))) or cpu
     key = hashlib.sha256("\0".join([compiler, *flags, can, *((here / name).read_text() for name in sources)]).encode()).hexdigest()[:16]
-    target = _folder() / f"{stem}-{key}.so"
+    target = home() / "native" / f"{stem}-{key}.so"
     try:
         if target.exists():
             with suppress(OSError):  # another user's
@@ -74,7 +76,7 @@ def build(stem: str, sources: tuple[str, ...], flags: tuple[str, ...]) -> Path |
 @cache
 def library(name: str) -> ctypes.CDLL | None:
     """One of SOURCES, or None on a machine without a C compiler."""
-    path = build(name, SOURCES[name], FLAGS)
+    path = build(name, SOURCES[name], (*FLAGS, f"-march={processor()}"))
     try:
         return ctypes.CDLL(str(path)) if path else None
     except OSError:

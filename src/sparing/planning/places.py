@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from sparing.account import hardware
-from sparing.account.hardware import Gpu, Machine, load_calibration
 from sparing.account.prices import Rent, device, device_of, rates_for
+from sparing.base import hardware
+from sparing.base.hardware import Gpu, Machine, load_calibration
 from sparing.budget.estimate import DESCRIPTION, Estimate, StepModel, fit, profile_model
 from sparing.budget.memory import Path as KernelPath
 from sparing.budget.memory import path_of, training_memory
@@ -19,6 +19,9 @@ from sparing.config import Budget, Config, UserError
 from sparing.config_file import merge_wishes
 from sparing.data.tokenizer import Tokenizer
 from sparing.resolve import BYTES_PER_TOKEN, Resolved, resolve
+
+SHORT = {"float32": "fp32", "bfloat16": "bf16"}
+"""The hardware table's names of number formats."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +66,16 @@ def here(rent: Rent = "own", country: str | None = None, say: Callable[[str], No
     timings = load_calibration(machine).get(f"step_timings_{kind}") or {}
     timings = timings if timings.get("description") == DESCRIPTION else None
     if not timings and say is not None:
-        from sparing.train.profile import step_timings  # torch is loaded only to measure
+        from sparing.kernels.formats import measured  # torch is loaded only to measure
+        from sparing.train.profile import step_timings
 
+        machine = measured(machine)
         timings = step_timings(machine, kind, say=say)
     known = load_calibration(machine)
     row = device(device_of(machine))
-    table = row.peak["bf16"] if machine.gpus else row.peak["bf16"] / row.cores * machine.cores_physical
-    peak = known.get(f"peak_flops_{kind}_bfloat16") or (timings or {}).get("peak_flops") or table
+    dtype = machine.training_dtype(kind)
+    table = row.peak[SHORT[dtype]] if machine.gpus else row.peak[SHORT[dtype]] / row.cores * machine.cores_physical
+    peak = known.get(f"peak_flops_{kind}_{dtype}") or (timings or {}).get("peak_flops") or table
     step = fit((timings or {}).get("rows", []), (timings or {}).get("peak_flops", peak), kind)
     return Place(machine, None, rent, country, step, peak)
 
@@ -78,11 +84,12 @@ def elsewhere(name: str, rent: Rent, country: str | None = None) -> Place:
     """A device of the hardware table."""
     row = device(name)
     if row.kind == "gpu":
-        machine = Machine("Linux", "", 8, 16, int(64e9), True, (Gpu(row.name, int(row.memory_bytes), ""),))
+        machine = Machine("Linux", "", 8, 16, int(64e9), (Gpu(row.name, int(row.memory_bytes), ""),))
     else:
-        bf16 = row.peak["bf16"] > row.peak["fp32"]
-        machine = Machine("Linux", row.name, row.cores, 2 * row.cores, int(row.memory_bytes), bf16)
-    return Place(machine, row.name, rent, country, None, row.peak["bf16"])
+        wide, narrow = row.peak["fp32"], row.peak["bf16"]
+        formats = {"float32": wide} | ({"bfloat16": narrow} if narrow > wide else {})  # where it has none, the table repeats float32's
+        machine = Machine("Linux", row.name, row.cores, 2 * row.cores, int(row.memory_bytes), formats=formats)
+    return Place(machine, row.name, rent, country, None, row.peak[SHORT[machine.training_dtype("cuda" if machine.gpus else "cpu")]])
 
 
 def with_vocabulary(wishes: dict) -> dict:
@@ -112,7 +119,7 @@ def run_from(config: Config, corpus: Corpus, place: Place, budget_s: float | Non
             config, train=replace(config.train, replicas=min(config.train.threads or place.machine.cores_physical, config.train.batch_size))
         )
     compiled = any(shutil.which(name) for name in ("cc", "gcc", "clang"))
-    path = path_of(config, compiled, place.machine.cpu_bf16)
+    path = path_of(config, compiled, place.machine.fast("bfloat16"))
     if config.train.micro_batch_size is None:
         micro = config.train.batch_size
         while micro > 1 and place.memory_limit and _needs(config, micro, path) > place.memory_limit:

@@ -6,8 +6,8 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from sparing.account.hardware import Machine
 from sparing.account.prices import home_rent
+from sparing.base.hardware import Machine
 from sparing.budget.flops import parameters
 from sparing.budget.memory import serving_memory
 from sparing.budget.plan import Corpus, Run, check, predict

@@ -1,13 +1,14 @@
-"""What this machine does, measured: the peak that MFU is quoted against, and which micro-batch, threads and compiler win.
+"""What this machine does, measured: which micro-batch, threads, compiler and products win.
 
-Short by design: a probe is one forward and backward pass after a warm-up, and all of them together get a small share of the budget.
-Gradients are thrown away and nothing of the run's state changes.
+All probes together have a limit in seconds, and the next is begun only if it is expected to fit into what is left of them. A probe is a
+few forward and backward passes. Gradients are thrown away and nothing of the run's state changes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -15,47 +16,28 @@ from dataclasses import replace
 
 import torch
 
-from sparing.account.hardware import Machine, load_calibration, save_calibration
+from sparing.base.hardware import Machine
+from sparing.budget.flops import train_flops
 from sparing.config import Config, PrecisionConfig, TrainConfig
 from sparing.kernels import native, pool
 from sparing.model.transformer import Transformer
 from sparing.precision.linear import fastest_kind, install
 from sparing.precision.policy import Policy
+from sparing.train.peak import wait
 from sparing.train.replicas import Replicas
 
-PEAK_SIZES = (1024, 2048, 4096)
+PASSES = 3
+"""Forward and backward passes of a probe, the first of which warms up."""
+FIRST_GUESS = 0.25
+"""Share of the peak by which the first pass's time is guessed."""
 LEAST_TOKENS = 2048
 """Smaller micro-batches are not tried: products become too thin."""
 MORE = 1.05
 """How much faster another setting must look: two passes on a shared machine differ by less without any reason."""
+EIGHT_BIT_PASSES = 10
+"""What trying 8-bit products takes, in passes in 16 bits: two more probes, and two passes that measure errors, which are slower."""
 COMPILE_S = 90.0
 """A compilation of the training step takes about this long on two cores (LAB.md)."""
-
-
-def measure_peak(device: str = "cpu", dtype: torch.dtype = torch.bfloat16, sizes: tuple[int, ...] = PEAK_SIZES, repeats: int = 3) -> float:
-    """FLOP/s of the best square matrix product on this process's threads."""
-    best = 0.0
-    for size in sizes:
-        a, b = torch.randn(size, size, device=device).to(dtype), torch.randn(size, size, device=device).to(dtype)
-        a @ b
-        for _ in range(repeats):
-            wait(device)
-            start = time.perf_counter()
-            a @ b
-            wait(device)
-            best = max(best, 2.0 * size**3 / (time.perf_counter() - start))
-    return best
-
-
-def peak_flops(machine: Machine, device: str = "cpu", dtype: torch.dtype = torch.bfloat16) -> float:
-    """`measure_peak`, remembered per machine. The larger of what was measured before and what a quick look shows now: a machine that
-    was busy the first time must not set the yardstick low for good."""
-    key = f"peak_flops_{device}_{str(dtype).removeprefix('torch.')}"
-    known = load_calibration(machine).get(key, 0.0)
-    now = measure_peak(device, dtype, (2048,) if known else PEAK_SIZES, repeats=2)
-    if now > known:
-        save_calibration(machine, {key: now})
-    return max(now, known)
 
 
 def has_compiler() -> bool:
@@ -69,12 +51,15 @@ def choose(
     machine: Machine,
     batch,
     seconds: float,
+    peak: float | None = None,
     check: Callable[[], None] = lambda: None,
     say: Callable[[str], None] = lambda _: None,
+    cut_short: Callable[[str], None] = lambda _: None,
 ) -> tuple[TrainConfig, dict[str, str]]:
     """Fill in what `config.train` leaves open (micro_batch_size, threads, compile) by measuring on `batch`, within about `seconds`.
 
-    -> (the complete TrainConfig, the reason for each choice by dotted name). check: called between probes, may raise.
+    -> (the complete TrainConfig, the reason for each choice by dotted name). peak: FLOP/s of this machine, for a first guess of a pass's
+    time. check: called between probes, may raise. cut_short: told what was not measured because it would have taken too long.
     """
     t = config.train
     device = str(next(model.parameters()).device.type)
@@ -89,13 +74,23 @@ def choose(
         reasons["train.replicas"] = "one a core: the compiled passes have one thread each (LAB.md)"
 
     def probe(threads: int, micro: int, anew: bool = False) -> float:
-        """Tokens per second."""
+        """Tokens per second; 0 where measuring it would not fit into the time that is left."""
         check()
         if anew or (threads, micro) not in timed:
+            if not fits(micro):
+                return timed.get((threads, micro), 0.0)
             if device == "cpu":
                 torch.set_num_threads(threads)
             timed[threads, micro] = _speed(model, t, batch, micro, device, replicas=replicas)
         return timed[threads, micro]
+
+    def pass_s(micro: int) -> float:
+        """Seconds of a forward and backward pass over `micro` rows, by what was timed, or by a share of the peak."""
+        guess = FIRST_GUESS * peak / train_flops(config.model, t.seq_len) if peak else math.inf
+        return micro * t.seq_len / max(timed.values(), default=guess)
+
+    def fits(micro: int, share: float = 1.0) -> bool:
+        return time.monotonic() - start + PASSES * pass_s(micro) <= share * seconds
 
     if device == "cpu" and native.passes() is None:
         say("no C compiler found: training with PyTorch's own operations, without compiled passes and torch.compile, which is slower")
@@ -104,28 +99,34 @@ def choose(
     micro_batches = [t.micro_batch_size] if t.micro_batch_size else [size for size in _micro_batches(t) if size >= replicas]
     threads, micro = all_threads[-1], micro_batches[0]
     # Micro-batch first, on all threads, then threads with the best micro-batch: the product of both would cost more than it finds.
-    for size in micro_batches[: 1 if device == "cuda" and not t.micro_batch_size else None]:
+    if len(micro_batches) > 1 and device == "cuda":
+        micro_batches = micro_batches[:1]
+    elif not fits(micro_batches[0]):  # a smaller one may
+        micro_batches = [size for size in micro_batches if fits(size)] or micro_batches[-1:]
+    micro = micro_batches[0]
+    for size in micro_batches:
         # What is measured first is slower than it will be (fresh memory), whatever its size: it gets a second chance.
         if probe(threads, size) > MORE * probe(threads, micro) and probe(threads, size) > MORE * probe(threads, micro, anew=True):
             micro = size
         if time.monotonic() - start > seconds / 2:
             break
     for count in all_threads:
-        if time.monotonic() - start > seconds:
-            break
         if probe(count, micro) > MORE * probe(threads, micro):
             threads = count
     if device == "cpu":
         torch.set_num_threads(threads)
     speed = probe(threads, micro)
+    if not speed:
+        told = f"not measured: {PASSES} passes over {micro} rows would take about {PASSES * pass_s(micro):.1f} s of {seconds:.1f}"
+        cut_short(f"micro-batch and threads were {told}")
     if t.micro_batch_size is None:
         tried = ", ".join(f"{m} rows {v:,.0f}" for (n, m), v in sorted(timed.items()) if n == all_threads[-1])
-        reasons["train.micro_batch_size"] = f"measured, tokens/s: {tried}"
+        reasons["train.micro_batch_size"] = f"measured, tokens/s: {tried}" if tried else told
     if t.threads is None and device == "cpu":
-        reasons["train.threads"] = "measured, tokens/s: " + ", ".join(
-            f"{n} threads {v:,.0f}" for (n, m), v in sorted(timed.items()) if m == micro
-        )
-    if t.replicas is None and replicas == 1 and device == "cpu" and threads > 1 and micro >= threads and not t.compile:
+        tried = ", ".join(f"{n} threads {v:,.0f}" for (n, m), v in sorted(timed.items()) if m == micro)
+        reasons["train.threads"] = f"measured, tokens/s: {tried}" if tried else told
+    undivided = t.replicas is None and replicas == 1 and device == "cpu" and not t.compile
+    if undivided and threads > 1 and micro >= threads and fits(micro):
         check()
         divided = _speed(model, t, batch, micro, device, replicas=threads)
         reasons["train.replicas"] = f"measured, tokens/s: {divided:,.0f} with {threads}, {speed:,.0f} without"
@@ -143,9 +144,12 @@ def choose(
     return replace(t, micro_batch_size=micro, threads=threads, replicas=replicas, compile=compiled), reasons
 
 
-def choose_products(model: Transformer, config: Config, batch) -> tuple[PrecisionConfig, str]:
+def choose_products(
+    model: Transformer, config: Config, batch, seconds: float = math.inf, cut_short: Callable[[str], None] = lambda _: None
+) -> tuple[PrecisionConfig, str]:
     """`precision.linear = auto`, measured on `batch` with everything else chosen: 8 bits where they are faster by 5 % and nine tenths of
-    every direction's multiplications stay under the error budget; -> (the complete PrecisionConfig, the reason)."""
+    every direction's multiplications stay under the error budget; -> (the complete PrecisionConfig, the reason). Within about `seconds`:
+    16 bits where measuring would take longer, of which `cut_short` is told."""
     t, p = config.train, config.precision
     device = str(next(model.parameters()).device.type)
     kind = fastest_kind(device)
@@ -155,6 +159,9 @@ def choose_products(model: Transformer, config: Config, batch) -> tuple[Precisio
         return replace(p, linear="none"), "training is compiled here, which 8-bit products are not"
     micro = t.micro_batch_size or t.batch_size
     sixteen = _speed(model, t, batch, micro, device, replicas=t.replicas or 1)
+    if (needs := EIGHT_BIT_PASSES * micro * t.seq_len / sixteen) > seconds:
+        cut_short(f"8-bit products were not tried: that would take about {needs:.1f} s of {seconds:.1f}")
+        return replace(p, linear="none"), "8 bits not tried: measuring would take too long"
     sites = install(model, kind)
     try:
         eight = _speed(model, t, batch, micro, device, replicas=t.replicas or 1)
@@ -175,7 +182,7 @@ def choose_products(model: Transformer, config: Config, batch) -> tuple[Precisio
 def _worth_compiling(model, t, batch, micro, device, speed, seconds, check, say) -> tuple[bool, str]:
     if device == "cpu" and not has_compiler():
         return False, "no C++ compiler on this machine"
-    if seconds < COMPILE_S:
+    if seconds < COMPILE_S or not speed:
         return False, f"the budget is too short to try: compiling takes about {COMPILE_S:.0f} s"
     check()
     try:
@@ -195,7 +202,7 @@ def _micro_batches(t: TrainConfig) -> list[int]:
 
 
 def _speed(
-    model: Transformer, t: TrainConfig, batch, micro: int, device: str, compiled: bool = False, replicas: int = 1, passes: int = 3
+    model: Transformer, t: TrainConfig, batch, micro: int, device: str, compiled: bool = False, replicas: int = 1, passes: int = PASSES
 ) -> float:
     """Tokens per second of the best forward and backward pass over `micro` rows but the first of several."""
     loss_fn = torch.compile(model.loss, dynamic=False) if compiled else model.loss
@@ -223,8 +230,3 @@ def _give_back() -> None:
     pool.trim()
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()

@@ -1,6 +1,7 @@
 """Times whole optimizer steps of a few small models on this machine, for the planner; kept in the machine's calibration.
 
-Short by design: about six seconds. Data and weights are random; nothing is written but the timings.
+About six seconds: a model is timed only if its steps are expected to fit into what is left. Data and weights are random; nothing is
+written but the timings.
 """
 
 from __future__ import annotations
@@ -12,15 +13,17 @@ from typing import Any
 
 import torch
 
-from sparing.account.hardware import Machine, load_calibration, save_calibration
+from sparing.base.hardware import Machine, load_calibration, save_calibration
 from sparing.budget.estimate import DESCRIPTION, features
+from sparing.budget.flops import train_flops
 from sparing.config import Config, OptimConfig, TrainConfig
 from sparing.kernels import native
 from sparing.model.init import init_weights
 from sparing.model.transformer import Transformer
 from sparing.resolve import LADDER, shaped
-from sparing.train.calibrate import peak_flops, wait
+from sparing.train.calibrate import FIRST_GUESS
 from sparing.train.optim import Optimizer
+from sparing.train.peak import peak_flops, wait
 from sparing.train.replicas import Replicas
 
 KEY = "step_timings"
@@ -30,6 +33,8 @@ PROBES = (
     (3, True, 512, 1024),
 )  # fmt: skip
 """(rung of resolve's ladder, mixture, sequence, vocabulary): what the ladder is made of, most telling first."""
+WARM_UP = 2
+"""Steps of each model that are not counted."""
 MEAN_STEP = 1.03
 """A run's mean step in units of its median (fourteen runs, LAB.md): the few steps timed here say nothing of slow ones."""
 
@@ -42,17 +47,25 @@ def step_timings(
     if isinstance(known, dict) and known.get("description") == DESCRIPTION:
         return known
     say(f"measuring training steps on this machine, once, for about {seconds:.0f} s")
-    dtype = "bfloat16" if device == "cuda" or machine.cpu_bf16 else "float32"
-    peak = peak_flops(machine, device, getattr(torch, dtype))
+    dtype = machine.training_dtype(device)
+    peak = peak_flops(machine, device, dtype, seconds / 3, say)
     native.passes()  # compiled now, where they never were: no part of a step
-    start, probes = time.monotonic(), []
+    start, probes, speed, left_out = time.monotonic(), [], FIRST_GUESS * peak, 0
     for config in _configs(machine, device, dtype):
+        flops = TOKENS * train_flops(config.model, config.train.seq_len)
+        if probes and time.monotonic() - start > seconds:
+            break
+        smallest = config.model.hidden_size == LADDER[0].hidden_size  # is timed in any case: without a model there is no plan
+        if time.monotonic() - start + (WARM_UP + 1) * flops / speed > seconds and (probes or not smallest):
+            left_out += 1
+            continue
         step = _stepper(config)
-        for _ in range(2):  # slow ones: memory is fresh
+        for _ in range(WARM_UP):  # slow ones: memory is fresh
             step()
         probes.append((config, step, [step()]))
-        if time.monotonic() - start > seconds:
-            break
+        speed = flops / probes[-1][2][0]
+    if left_out:
+        say(f"{left_out} of {len(PROBES)} models were too slow here to be timed in {seconds:.0f} s: the plan is fitted to {len(probes)}")
     while time.monotonic() - start < seconds:  # in turn: what else the machine does then is in all of them
         for _, step, took in probes:
             took.append(step())

@@ -2,10 +2,10 @@ import json
 import os
 from dataclasses import replace
 
-from sparing.account import hardware
-from sparing.account.hardware import Gpu, Machine, load_calibration, machine, machine_key, save_calibration
+from sparing.base import hardware
+from sparing.base.hardware import Gpu, Machine, load_calibration, machine, machine_key, save_calibration
 
-SMALL = Machine("Linux 6", "a cpu", 2, 4, 8 * 10**9, True)
+SMALL = Machine("Linux 6", "a cpu", 2, 4, 8 * 10**9)
 
 
 def test_this_machine():

@@ -13,7 +13,8 @@ import os
 import platform
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from sparing.run import write_atomic
@@ -39,9 +40,21 @@ class Machine:
     cores_logical: int
     memory_bytes: int
     """Memory that this process may fill: the machine's or the container's, whichever is less. 0: unknown."""
-    cpu_bf16: bool
-    """The CPU multiplies bfloat16 in hardware (AVX512-BF16, AMX, Arm BF16)."""
     gpus: tuple[Gpu, ...] = ()
+    formats: Mapping[str, float] = field(default_factory=dict, compare=False)
+    """Operations per second of a small matrix product on one core, by number format; empty: `kernels.formats` has not measured them yet."""
+
+    def fast(self, format: str) -> bool:
+        """Whether the CPU multiplies `format` at least as fast as float32. Only float32 is, as long as nothing was measured."""
+        return format == "float32" or self.formats.get(format, 0.0) >= self.formats.get("float32", 0.0) > 0.0
+
+    def training_dtype(self, device: str) -> str:
+        """The number format that training multiplies in on `device` ("cpu", "cuda")."""
+        return "bfloat16" if device == "cuda" or self.fast("bfloat16") else "float32"
+
+    def slowness(self, format: str) -> float:
+        """How many times slower than float32 the CPU multiplies `format`: 1 where it is as fast, or not measured."""
+        return 1.0 if self.fast(format) or not self.formats.get(format) else self.formats["float32"] / self.formats[format]
 
     def describe(self) -> str:
         """One line: `2 cores of AMD EPYC`, `1 x NVIDIA H200, 16 cores of ...`."""
@@ -55,16 +68,15 @@ def machine(with_gpus: bool = True) -> Machine:
     quota = _cpu_quota()
     # A quota of 1.5 cores runs one thread at full speed; two would be stopped a quarter of the time.
     most = max(1, math.floor(quota)) if quota is not None else len(cpus)
-    model, flags = _cpu()
-    return Machine(
+    found = Machine(
         os=f"{platform.system()} {platform.release()}",
-        cpu=model,
+        cpu=_cpu(),
         cores_physical=min(most, _physical(cpus)),
         cores_logical=min(most, len(cpus)),
         memory_bytes=_memory(),
-        cpu_bf16=bool(flags & {"avx512_bf16", "amx_bf16", "bf16"}),
         gpus=gpus() if with_gpus else (),
     )
+    return replace(found, formats=load_calibration(found).get("formats", {}))
 
 
 def gpus() -> tuple[Gpu, ...]:
@@ -154,18 +166,15 @@ def _physical(cpus: list[int]) -> int:
     return len(cores)
 
 
-def _cpu() -> tuple[str, set[str]]:
-    """(model name, feature flags)."""
+def _cpu() -> str:
+    """The processor's model name; where the system gives none, the architecture."""
     if sys.platform == "darwin":
-        bf16 = {"bf16"} if _sysctl("hw.optional.arm.FEAT_BF16") == "1" else set()
-        return _sysctl("machdep.cpu.brand_string") or platform.machine(), bf16
-    fields: dict[str, str] = {}
+        return _sysctl("machdep.cpu.brand_string") or platform.machine()
     for line in _read("/proc/cpuinfo").splitlines():
         name, _, value = line.partition(":")
-        fields.setdefault(name.strip(), value.strip())
-    return fields.get("model name") or platform.processor() or platform.machine(), set(
-        (fields.get("flags") or fields.get("Features") or "").split()
-    )
+        if name.strip() == "model name" and value.strip():
+            return value.strip()
+    return platform.processor() or platform.machine()
 
 
 def _sysctl(name: str) -> str:
@@ -180,13 +189,25 @@ def home() -> Path:
     return Path(os.environ.get("SPARING_HOME") or Path.home() / ".local" / "share" / "sparing").expanduser()
 
 
+INSTRUCTION_LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "SPARING_PROCESSOR")
+"""Environment variables that keep torch's libraries, and our own C (`kernels.native`), from using all that the processor has."""
+
+
+def _facts(on: Machine) -> dict:
+    """What a machine is, without what was measured on it."""
+    facts = asdict(on)
+    del facts["formats"]
+    return facts
+
+
 def machine_key(on: Machine) -> str:
-    """Names what a measurement depends on: the machine as this process sees it, and torch's version."""
+    """Names what a measurement depends on: the machine as this process sees it, torch's version, and what limits instruction sets."""
     try:
         torch_version = importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:
         torch_version = ""
-    facts = {**asdict(on), "os": platform.system(), "torch": torch_version}
+    facts = {**_facts(on), "os": platform.system(), "torch": torch_version}
+    facts |= {name: os.environ[name] for name in INSTRUCTION_LIMITS if name in os.environ}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -204,7 +225,7 @@ def save_calibration(on: Machine, values: dict) -> bool:
     path = home() / "calibration" / f"{machine_key(on)}.json"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, json.dumps({"machine": asdict(on), "values": {**load_calibration(on), **values}}, indent=1))
+        write_atomic(path, json.dumps({"machine": _facts(on), "values": {**load_calibration(on), **values}}, indent=1))
     except (OSError, ValueError):  # a full disk is a ValueError here (run.DiskFullError)
         return False
     return True
