@@ -39,7 +39,7 @@ SUFFIXES = {torch.bfloat16: "_bf16", torch.float32: "_f32"}
 
 
 def processor() -> str:
-    """What our C is compiled for, a value of the compiler's -march=: $SPARING_PROCESSOR (such as x86-64-v3, to try a lesser one) or native."""
+    """What our C is compiled for, as -march= takes it: $SPARING_PROCESSOR (x86-64-v3, say, to try a lesser processor), or "native"."""
     return os.environ.get("SPARING_PROCESSOR") or "native"
 
 
