@@ -22,11 +22,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from sparing import __version__
 from sparing.arguments import Call, parse, print_help
+from sparing.base.preempt import Preempt
 from sparing.budget.units import parse_budget, parse_extension
 from sparing.config import UserError
 from sparing.config_file import nearest, read_wishes, set_dotted
 from sparing.output import show, to_json
 from sparing.verbs import Bench, Compare, Eval, Plan, Receipt, Report, Serve
+
+INTERRUPTED = 130
 
 if TYPE_CHECKING:
     import tyro  # `arguments.parse` imports it for the chosen verb; until then the annotations below stay text
@@ -204,28 +207,17 @@ def process_start() -> float:
         return _IMPORTED
 
 
-@contextlib.contextmanager
-def _sigterm_interrupts():
-    """SIGTERM ends a verb in the same way as Ctrl-C. (A trainer replaces this: it saves first.)"""
-
-    def interrupt(_signal, _frame):
-        raise KeyboardInterrupt
-
-    try:
-        before = signal.signal(signal.SIGTERM, interrupt)
-    except ValueError:  # not in the main thread: whoever embeds us handles signals
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv` (default: this process's) and return the exit status."""
     started = process_start() if argv is None else time.monotonic()
-    argv = sys.argv[1:] if argv is None else argv
+    status = _run(sys.argv[1:] if argv is None else argv, started)
+    if status == INTERRUPTED and argv is None:
+        sys.stderr.flush()
+        os._exit(status)  # the interpreter would wait for threads whose products have not come back
+    return status
+
+
+def _run(argv: list[str], started: float) -> int:
     verb, arguments = None, None
     try:
         if argv and argv[0] in ("--help", "-h", "help"):
@@ -244,7 +236,7 @@ def main(argv: list[str] | None = None) -> int:
         arguments, overrides = parse(verb, VERBS[verb], argv[1:])
         # With --json, standard output belongs to the result: what anything prints on the way goes to standard error.
         quiet = contextlib.redirect_stdout(sys.stderr) if arguments.json else contextlib.nullcontext()
-        with _sigterm_interrupts(), quiet:
+        with Preempt(lambda: _way_on(verb, arguments, argv)) as signals, signals.interruptible(), quiet:
             result = arguments(Call(verb, started, overrides))
         if arguments.json:
             print(json.dumps(to_json(result), ensure_ascii=False))
@@ -257,7 +249,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)  # we are leaving: a second one must not change the exit status
-        return _complain(f"interrupted; go on with: {_way_on(verb, arguments, argv)}", 130)
+        return _complain(f"interrupted; go on with: {_way_on(verb, arguments, argv)}", INTERRUPTED)
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

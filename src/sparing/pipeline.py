@@ -17,6 +17,7 @@ from sparing.account.history import bill
 from sparing.account.limit import Limit
 from sparing.account.meter import Meter
 from sparing.base.hardware import Machine
+from sparing.base.preempt import Interrupted, Preempt
 from sparing.budget.flops import kv_cache_bytes, parameters, train_flops
 from sparing.budget.plan import in_seconds
 from sparing.budget.scaling import Point, add_point, effective_bytes
@@ -44,7 +45,6 @@ from sparing.train.loop import TrainResult
 from sparing.train.loop import train as train_loop
 from sparing.train.optim import keep_as
 from sparing.train.peak import peak_flops, peak_seconds
-from sparing.train.preempt import Interrupted, Preempt
 
 CALIBRATION_SHARE = 0.02
 """Of a time budget, for choosing micro-batch, threads and compiler."""

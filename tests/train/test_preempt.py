@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: out within ten seconds, whatever is running, and nothing lost that was on disk."""
+"""SIGTERM and SIGINT: an answer within two seconds, whatever is running, and nothing lost that was on disk."""
 
 import signal
 import threading
@@ -7,8 +7,11 @@ import time
 import pytest
 from test_resume import logged
 
+from sparing.base.preempt import Interrupted, Preempt
 from sparing.run import RunFolder, verify_folder
-from sparing.train.preempt import Interrupted, Preempt
+
+WITHIN_S = 3.0
+"""Two seconds, and what a busy machine adds."""
 
 
 def stop(process, run, number=signal.SIGTERM) -> float:
@@ -27,27 +30,27 @@ def test_in_a_step_the_finished_steps_are_saved(start, tmp_path, number):
     run = tmp_path / "run"
     process = start(run, "--steps", 1000, "--interval", 1000, "--slow-step", 0.05)
     process.until(lambda: logged(run) >= 5)
-    assert stop(process, run, number) < 10
+    assert stop(process, run, number) < WITHIN_S
     assert max(run.glob("state/step-*")).name == f"step-{logged(run):08d}"
 
 
 def test_in_a_slow_step_it_does_not_wait_for_the_end(start, tmp_path):
     process = start(tmp_path / "run", "--steps", 100, "--slow-step", 120)
     process.until_says("batch 0")
-    assert stop(process, tmp_path / "run") < 10
+    assert stop(process, tmp_path / "run") < WITHIN_S
 
 
 def test_in_evaluation(start, tmp_path):
     process = start(tmp_path / "run", "--steps", 40, "--slow-eval", 120)
     process.until_says("evaluating")
-    assert stop(process, tmp_path / "run") < 10
+    assert stop(process, tmp_path / "run") < WITHIN_S
     assert max(tmp_path.glob("run/state/step-*")).name == f"step-{logged(tmp_path / 'run'):08d}"
 
 
 def test_in_code_that_cannot_be_interrupted_the_last_checkpoint_stands(start, tmp_path):
     process = start(tmp_path / "run", "--steps", 100, "--stuck")
     process.until_says("batch 3")
-    assert stop(process, tmp_path / "run") < 10
+    assert stop(process, tmp_path / "run") < WITHIN_S
 
 
 def test_second_signal_leaves_at_once(start, tmp_path):
@@ -63,7 +66,7 @@ def test_in_compilation(start, tmp_path):
     process = start(tmp_path / "run", "--steps", 100, "--compile")
     process.until_says("batch 0")
     time.sleep(2.0)
-    assert stop(process, tmp_path / "run") < 10
+    assert stop(process, tmp_path / "run") < WITHIN_S
 
 
 def test_within_one_process():

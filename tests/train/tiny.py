@@ -16,6 +16,7 @@ STARTED = time.monotonic()  # a budget counts the time that importing takes
 
 import torch  # noqa: E402
 
+from sparing.base.preempt import SIGNALS, Interrupted, Preempt  # noqa: E402
 from sparing.config import Budget, Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, UserError  # noqa: E402
 from sparing.data.loader import Loader  # noqa: E402
 from sparing.data.prepare import prepare  # noqa: E402
@@ -25,7 +26,6 @@ from sparing.model.init import init_weights  # noqa: E402
 from sparing.model.transformer import Transformer  # noqa: E402
 from sparing.run import RunFolder  # noqa: E402
 from sparing.train.loop import train  # noqa: E402
-from sparing.train.preempt import SIGNALS, Interrupted, Preempt  # noqa: E402
 
 MODEL = ModelConfig(
     vocab_size=64, hidden_size=32, num_layers=2, num_dense_layers=1, intermediate_size=64, num_heads=2, q_lora_rank=16, kv_lora_rank=16,

@@ -144,9 +144,11 @@ async def _run(service: Service, listener: socket.socket) -> None:
         print(f"stopping: {running:.0f} answers may take {service.settings.drain_s:g} s more; again: at once", file=sys.stderr, flush=True)
 
     before = {number: signal.signal(number, stop) for number in SIGNALS}
+    wakeup = signal.set_wakeup_fd(-1)  # whoever listens there would end the process while answers are finished
     try:
         await server.serve(sockets=[listener])
     finally:
+        signal.set_wakeup_fd(wakeup)
         for number, handler in before.items():
             signal.signal(number, handler)
 

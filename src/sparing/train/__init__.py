@@ -2,6 +2,6 @@
 
 optim muon: the update · schedule: learning rate and momentum over the run · pace clock: a budget becomes a number of steps,
 re-planned as the machine drifts · checkpoint: what is saved, and the way back · guard: batches that must not be learnt from ·
-preempt: signals · log: progress line, metrics.jsonl, TensorBoard, W&B.
+log: progress line, metrics.jsonl, TensorBoard, W&B.
 Every choice that timing made is written down before it takes effect, so that a killed run goes on bit for bit.
 """

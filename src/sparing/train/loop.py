@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparing.account.meter import NoMeter
+from sparing.base.preempt import Interrupted, Preempt
 from sparing.budget.flops import train_flops
 from sparing.config import Config, UserError
 from sparing.data.stop import Stopped
@@ -25,7 +26,6 @@ from sparing.train.guard import MAX_ROLLBACKS, Guard
 from sparing.train.log import Log, TrainResult
 from sparing.train.optim import Optimizer, keep_as
 from sparing.train.pace import Pace, PlanLog, fixed_steps
-from sparing.train.preempt import Interrupted, Preempt
 from sparing.train.replicas import Replicas
 from sparing.train.schedule import decay_start, lr_scale, momentum
 
@@ -136,13 +136,14 @@ class _Trainer:
             self._skip(bad)
             return None
         self.guard.accept(loss)
-        self.optimizer.clip(grad_norm)
-        scale = lr_scale(state.step, total, optim)
-        self.optimizer.step(scale, momentum(state.step, total, optim))
-        if self.log.loads_due(state.step + 1, total):
-            self.log.loads(state.step + 1, [router.tokens_per_expert.int().tolist() for router in routers(self.model)])
-        violations = update_biases(self.model, t.bias_update_rate)
-        state.step, state.cursor, state.tokens = state.step + 1, state.cursor + 1, state.tokens + tokens.numel()
+        with self.signals.finishing("finishing the step and saving"):
+            self.optimizer.clip(grad_norm)
+            scale = lr_scale(state.step, total, optim)
+            self.optimizer.step(scale, momentum(state.step, total, optim))
+            if self.log.loads_due(state.step + 1, total):
+                self.log.loads(state.step + 1, [router.tokens_per_expert.int().tolist() for router in routers(self.model)])
+            violations = update_biases(self.model, t.bias_update_rate)
+            state.step, state.cursor, state.tokens = state.step + 1, state.cursor + 1, state.tokens + tokens.numel()
         values = {"step": state.step, "tokens": state.tokens, "loss": loss, "lr": optim.lr * scale, "grad_norm": grad_norm}
         values |= self.policy.values()
         if self.config.model.mtp_depth:
@@ -261,7 +262,7 @@ class _Trainer:
         state = self.state
         state.seconds, state.guard, state.precision = self.clock.seconds(), self.guard.state(), self.policy.state()
         self.log.metrics.sync()  # a checkpoint must not be ahead of the metrics
-        with self.meter.stage("save"):
+        with self.meter.stage("save"), self.signals.finishing("saving a checkpoint"):
             self.checkpoints.save(state, keep_as_pre_decay=keep_as_pre_decay)
         if self.pace:
             self.pace.save_took(time.monotonic() - before)
@@ -296,5 +297,4 @@ class _Trainer:
     def interrupted(self) -> None:
         """Leave a checkpoint of the last finished step; what an interrupted step has begun is in no tensor that is saved."""
         if self.state:
-            self.signals.saving = True
             self._save()

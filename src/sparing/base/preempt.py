@@ -1,9 +1,10 @@
-"""SIGTERM and SIGINT: save what is consistent and leave within ten seconds, whatever is running.
+"""SIGTERM and SIGINT: an answer within two seconds, whatever is running, and nothing lost that is worth saving.
 
 Three layers. (1) The handler sets a flag, which the loop looks at between steps. (2) Inside `interruptible` code (forward and backward,
-evaluation, tokenising: nothing there changes the run's state) the handler raises at once. (3) Python runs handlers only between its own
-instructions; for a product, a tokeniser or a compiler that doesn't come back, a thread is woken by the C-level handler and, after
-`GRACE_S`, ends the process: the newest checkpoint on disk is consistent by construction.
+evaluation, tokenising, any verb that has nothing to save) the handler raises at once. (3) Python runs handlers only between its own
+instructions. For a product, a tokeniser or a compiler that doesn't come back, a thread is woken by the C-level handler and ends the process
+after `GRACE_S`: the newest checkpoint on disk is consistent by construction. Inside `finishing` (an update of the weights, a checkpoint)
+the thread says what is waited for and allows it `SAVING_S`.
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-GRACE_S = 6.0
-"""To reach a safe point."""
+GRACE_S = 1.5
+"""For code that can be left at any time."""
+TELL_S = 1.0
+"""After this time the user is told what is waited for."""
 SAVING_S = 9.0
-"""... and, once saving has begun, to finish it."""
+"""For what has to be finished first."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -31,11 +34,11 @@ class Interrupted(KeyboardInterrupt):
 class Preempt:
     """Context manager that owns the signals of the main thread while it lasts; elsewhere (a notebook's worker thread) it does nothing."""
 
-    def __init__(self, hint: str):
-        """hint: the command that goes on, e.g. `sparing resume RUN`."""
+    def __init__(self, hint: str | Callable[[], str]):
+        """hint: the command that goes on, e.g. `sparing resume RUN`; a function: asked when it is needed."""
         self.hint = hint
         self.requested = False
-        self.saving = False
+        self._finishing: str | None = None
         self._raise = False
         self._since = 0.0
         self._depth = 0
@@ -73,7 +76,7 @@ class Preempt:
 
     @property
     def message(self) -> str:
-        return f"interrupted; go on with: {self.hint}"
+        return f"interrupted; go on with: {self.hint if isinstance(self.hint, str) else self.hint()}"
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
@@ -85,6 +88,15 @@ class Preempt:
         finally:
             self._raise = False
 
+    @contextmanager
+    def finishing(self, what: str) -> Iterator[None]:
+        """Code that is worth waiting for, as the user is told: "saving the checkpoint"."""
+        before, self._finishing = self._finishing, what
+        try:
+            yield
+        finally:
+            self._finishing = before
+
     def _handle(self, _number, _frame) -> None:
         if self.requested:
             self._exit()
@@ -95,10 +107,10 @@ class Preempt:
 
     def _watch(self) -> None:
         """The thread: waits for a signal's byte, then for the main thread to leave."""
-        receive, signals = self._receive, 0
+        receive, signals, told = self._receive, 0, False
         wanted = {int(number) for number in SIGNALS}
         while not self._left.is_set():
-            limit = SAVING_S if self.saving else GRACE_S
+            limit = SAVING_S if self._finishing else GRACE_S
             receive.settimeout(None if not signals else max(0.01, min(0.25, self._since + limit - time.monotonic())))
             try:
                 data = receive.recv(64)
@@ -112,6 +124,9 @@ class Preempt:
             if came and not signals:
                 self._since = time.monotonic()
             signals += came
+            if signals == 1 and self._finishing and not told and time.monotonic() - self._since >= TELL_S:
+                told = True
+                print(f"\ninterrupted: {self._finishing} first; again: at once", file=sys.stderr, flush=True)
             if signals >= 2 or (signals and time.monotonic() - self._since >= limit and not self._left.is_set()):
                 self._exit()
         receive.close()
