@@ -241,3 +241,32 @@ def waits_for_input(pid):
 def test_the_budget_counts_from_the_start_of_the_process():
     result = python("-c", "import time; time.sleep(0.5); import sparing.cli as cli; print(cli._IMPORTED - cli.process_start())")
     assert 0.45 < float(result.stdout) < 30
+
+
+STUCK = """
+import sys
+import torch
+from sparing import cli
+
+def stuck(self, call):
+    a = torch.ones(12000, 12000)
+    print("begun", file=sys.stderr, flush=True)
+    for _ in range(100):  # each of them comes back after seconds
+        a.to(torch.float64) @ a.to(torch.float64)
+
+cli.VERBS["receipt"].__call__ = stuck
+sys.argv = ["sparing", "receipt", "run"]
+sys.exit(cli.main())
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_answered_while_a_product_does_not_come_back(number):
+    process = subprocess.Popen([sys.executable, "-c", STUCK], stderr=subprocess.PIPE, text=True, env=ENVIRONMENT | {"OMP_NUM_THREADS": "1"})
+    assert process.stderr.readline() == "begun\n"
+    time.sleep(0.5)
+    sent = time.monotonic()
+    process.send_signal(number)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and time.monotonic() - sent < 3.0  # two seconds, and what a busy machine adds
+    assert said.strip().splitlines()[-1] == "interrupted; go on with: sparing receipt run"

@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 import torch
@@ -32,11 +32,13 @@ from sparing.data.stop import Stopped
 from sparing.data.store import TokenStore
 from sparing.evals.bpb import NllFn, bpb
 from sparing.infer.loaded import Model
+from sparing.kernels import decode
 from sparing.kernels.formats import this_machine, warning
 from sparing.model.init import init_weights
 from sparing.model.transformer import Transformer
 from sparing.planning.places import with_vocabulary
 from sparing.planning.plan import foresee
+from sparing.precision.linear import speed_note
 from sparing.resolve import resolve
 from sparing.run import RunFolder, write_atomic
 from sparing.train.calibrate import choose, choose_products
@@ -156,6 +158,8 @@ def go_on(run: RunFolder, config: Config, meter: Meter, samples: int, signals: P
     device = torch.device(t.device or ("cuda" if machine.gpus else "cpu"))
     if device.type == "cpu" and (slow := warning(t.dtype, machine)):
         say(f"train.dtype {slow}")
+    if config.precision.linear not in ("none", "auto"):
+        say(f"precision.linear: {speed_note(config.precision.linear, device.type)}")
     with signals.interruptible():
         model = Transformer(config.model)
         init_weights(model, t.seed)
@@ -176,6 +180,8 @@ def go_on(run: RunFolder, config: Config, meter: Meter, samples: int, signals: P
             should_stop=lambda: signals.requested,
         )  # fmt: skip
 
+    if samples:
+        decode.library()  # is compiled at its first use: seconds, which would be missing at the end
     reserve = 0.5 + samples * SAMPLE_TOKENS * 0.004
     with meter.stage("train"):
         result = train_loop(
@@ -221,6 +227,10 @@ def _calibrated(run: RunFolder, config: Config, model: Transformer, loader: Load
     return config
 
 
+class _BudgetSpent(Exception):
+    """Ends a completion."""
+
+
 def _finished(
     run: RunFolder, config: Config, model: Transformer, store: TokenStore, result: TrainResult, meter: Meter, samples: int
 ) -> dict:
@@ -230,10 +240,24 @@ def _finished(
     # As `load` gives it. In bfloat16 on a CPU every length of the text so far would cost half a megabyte of oneDNN's code (LAB.md).
     model.compute_dtype = torch.float32
     loaded = Model(run, config, model, store.tokenizer)
-    texts = []
-    for document in list(store.held_out())[:samples]:
-        prompt = _prompt(document)
-        texts.append({"prompt": prompt, "text": loaded.generate(prompt, SAMPLE_TOKENS, temperature=0.7, seed=config.train.seed)})
+    lasts = in_seconds(config.budget, meter.tariff.rates)
+    clock, texts = Clock(run, meter.started), []
+    documents = list(store.held_out())[:samples]
+    for document in documents:
+        if lasts is not None and clock.seconds() > lasts:
+            break
+        prompt, pieces = _prompt(document), []
+
+        def show(piece: str, pieces: list[str] = pieces) -> None:
+            pieces.append(piece)
+            if lasts is not None and clock.seconds() > lasts:
+                raise _BudgetSpent
+
+        with suppress(_BudgetSpent):
+            loaded.generate(prompt, SAMPLE_TOKENS, temperature=0.7, seed=config.train.seed, stream=show)
+        texts.append({"prompt": prompt, "text": "".join(pieces)})
+    if lasts is not None and clock.seconds() > lasts:
+        cut_shorts(run)(f"the budget was used up while completions were written: {len(texts)} of {len(documents)}, the last one cut")
     summary = {
         "run": str(run.path),
         "bpb": result.evaluation.get("bpb"),

@@ -21,7 +21,8 @@ def receipt(run: RunFolder) -> dict:
 
     -> run, status, predicted (as `plan --json` gave it before the run, or None), actual (the same names, each {"value", "how", "source"}),
     difference (of a finished run: actual / predicted - 1, and whether it is in the interval), stages (of training, with predictions),
-    later (evaluating, generating, ...), ancestors, quality (bits saved per byte: all, per dollar, per kWh), missing (what cannot be said).
+    later (evaluating, generating, ...), ancestors, quality (bits saved per byte: all, per dollar, per kWh), missing (what cannot be said),
+    cut_short (what a limit in seconds left unmeasured or unwritten).
     Raises UserError where nothing was metered, or for a damaged ledger.
     """
     rows = entries_of(run)
@@ -50,7 +51,16 @@ def receipt(run: RunFolder) -> dict:
         "rates": json.loads(training[-1].rates),
         "machine": training[-1].machine,
         "missing": missing,
+        "cut_short": _cut_short(run),
     }
+
+
+def _cut_short(run: RunFolder) -> list[str]:
+    try:
+        found = json.loads((run.state / "cut_short.json").read_text())
+    except (OSError, ValueError):
+        return []
+    return [str(line) for line in found] if isinstance(found, list) else []
 
 
 def _prediction(run: RunFolder) -> dict | None:

@@ -160,6 +160,7 @@ def receipt_text(receipt: dict) -> str:
     energy = receipt["actual"]["energy_kwh"]
     parts.append(f"energy {energy['how']}: {energy['source']}")
     parts += receipt["missing"]
+    parts += [f"cut short: {line}" for line in receipt["cut_short"]]
     return "\n\n".join(parts)
 
 

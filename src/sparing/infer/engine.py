@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 import traceback
@@ -22,7 +23,7 @@ from sparing.infer.compiled import CompiledNetwork
 from sparing.infer.loaded import Model, load
 from sparing.infer.network import Rows, TorchNetwork, cache_width
 from sparing.infer.pack import open_pack
-from sparing.infer.place import cores, settle
+from sparing.infer.place import cores, settle, slower
 from sparing.infer.request import Busy, Piece, Request, Sampling
 from sparing.infer.sample import choose, logprob
 from sparing.infer.scheduler import Scheduler, Share, Text
@@ -74,6 +75,8 @@ class Engine:
         self.tokenizer = held.tokenizer if held else Tokenizer.load(folder.tokenizer_file)
         self.device, self.weights, self.plain = settle(self.config, device, weights, held and held.network)
         plain = self.plain
+        if (weights != "auto" or plain) and not held and (slow := slower(self.weights, plain, self.device)):
+            print(slow, file=sys.stderr)
         self.speculates: bool = not plain and self.config.mtp_depth > 0 if speculate is None else speculate
         """Whether tokens are drafted and verified; how many at a time follows what measures fastest."""
         if self.speculates and not self.config.mtp_depth:

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 
 from sparing.config import ModelConfig, UserError
-from sparing.infer.compiled import fastest, fits
+from sparing.infer.compiled import fastest, fits, seconds_of
+from sparing.kernels.formats import this_machine, warning
 from sparing.model.transformer import Transformer
 
 FORMATS = ("auto", "float32", "bfloat16", "int8", "int4")
@@ -25,6 +26,14 @@ class Place(NamedTuple):
 def cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def slower(weights: str, plain: str | None, device: str) -> str | None:
+    """A line for whoever chose a format that this processor is slower at than at float32; None where it isn't."""
+    if plain:
+        return f"weights {line}" if device == "cpu" and (line := warning(weights, this_machine())) else None
+    times = seconds_of(weights) / seconds_of("float32")
+    return f"weights {weights}: decoding is {times:.1f} times slower than in float32 here (measured)" if times > 1.2 else None
 
 
 def settle(c: ModelConfig, device: str, weights: str, network: Transformer | None = None) -> Place:

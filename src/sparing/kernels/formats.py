@@ -88,6 +88,11 @@ def fast(format: str) -> bool:
     return _fast(str(hardware.home()), format)
 
 
+def training_dtype() -> str:
+    """The number format that training multiplies in on this machine's processor."""
+    return "bfloat16" if fast("bfloat16") else "float32"
+
+
 def warning(format: str, machine: Machine) -> str | None:
     """A line for whoever asked for a format that is slow here; None where it is not."""
     times = machine.slowness(format)
