@@ -17,7 +17,8 @@ FAST = {"float32": 1e11, "bfloat16": 4e11, "float16": 1e11, "int8": 8e11}
 NARROW = {torch.bfloat16, torch.float16, torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2}
 MULTIPLIES = (
     "mm", "addmm", "bmm", "baddbmm", "addmv", "mv", "dot", "linear", "matmul", "einsum", "_int_mm", "_scaled_mm", "_grouped_mm",
-    "_scaled_grouped_mm", "_weight_int8pack_mm", "_weight_int4pack_mm", "convolution", "_scaled_dot_product_flash_attention_for_cpu", "mkldnn_rnn_layer",
+    "_scaled_grouped_mm", "_weight_int8pack_mm", "_weight_int4pack_mm", "convolution",
+    "_scaled_dot_product_flash_attention_for_cpu",
 )  # fmt: skip
 
 

@@ -126,11 +126,11 @@ class Preempt:
             signals += came
             if signals == 1 and self._finishing and not told and time.monotonic() - self._since >= TELL_S:
                 told = True
-                print(f"\ninterrupted: {self._finishing} first; again: at once", file=sys.stderr, flush=True)
+                print(f"\nsparing: interrupted: {self._finishing} first; again: at once", file=sys.stderr, flush=True)
             if signals >= 2 or (signals and time.monotonic() - self._since >= limit and not self._left.is_set()):
                 self._exit()
         receive.close()
 
     def _exit(self) -> None:
-        print(f"\n{self.message}", file=sys.stderr, flush=True)
+        print(f"\nsparing: {self.message}", file=sys.stderr, flush=True)
         os._exit(130)
