@@ -3,14 +3,16 @@
 import json
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from tests.infer.conftest import SMALL
 
-from sparing.config import Config, UserError
+from sparing.config import Config, ModelConfig, UserError
 from sparing.config_file import read_config, write_config
+from sparing.infer import calibration
 from sparing.infer.approximate import Approximate
 from sparing.infer.calibration import Calibration, calibrate, milder, save, saved, score, windows
 from sparing.infer.compiled import CompiledNetwork
@@ -194,3 +196,15 @@ def test_calibrations_are_kept_and_made_anew_for_another_text(trained, tokenizer
 def test_what_cannot_be_approximated_says_so(make_run, changes):
     with pytest.raises(UserError, match=r"no experts to leave out|plain PyTorch"):
         Engine(make_run(**changes), approximate=Approximate(["x" * 10_000]))
+
+
+def test_calibrating_reads_less_text_where_reading_is_slow(monkeypatch, capsys):
+    slow, now = iter(range(1000)), [0.0]
+    monkeypatch.setattr(calibration.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(calibration, "score", lambda *_: now.__setitem__(0, now[0] + 5.0) or next(slow))
+    network = SimpleNamespace(c=ModelConfig(num_layers=3, num_dense_layers=1))
+    pieces = [[0] * 513 for _ in range(64)]
+    assert len(calibration._affordable(network, pieces)) == 9  # FEWEST tokens, and one piece more
+    assert "9 of 64 pieces of text: all of them would take 2,560 s" in capsys.readouterr().err
+    monkeypatch.setattr(calibration, "score", lambda *_: now.__setitem__(0, now[0] + 0.01))
+    assert calibration._affordable(network, pieces) == pieces

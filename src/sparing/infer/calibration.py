@@ -10,6 +10,8 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,6 +32,8 @@ TOKENS, FEWEST, WINDOW, PIECE = 32_768, 4_096, 512, 256
 """Most and fewest tokens that are read, the texts' length, rows of a step."""
 STEPS = 6
 """Bisections of a layer's share."""
+LIMIT_S = 120.0
+"""For all of it: where scoring so many tokens so often would take longer, fewer are read."""
 EXACT = 0.98
 """Shares above are taken for 1."""
 
@@ -132,10 +136,27 @@ def score(network: CompiledNetwork, texts: Sequence[Sequence[int]], shares: np.n
     return nats, network.c.num_experts_per_tok if shares is None else used / len(nats) / len(mixtures(network.c))
 
 
+def _affordable(network: CompiledNetwork, found: list[list[int]]) -> list[list[int]]:
+    """As many windows as `calibrate` can score in about LIMIT_S, by the time that the second one takes; at least FEWEST tokens."""
+    took = 0.0
+    for ids in found[:2]:
+        before = time.perf_counter()
+        score(network, [ids], None)
+        took = time.perf_counter() - before
+    passes = (STEPS * len(mixtures(network.c)) + 4) / 2  # each scores every other window
+    least = -(-FEWEST // max(1, len(found[0]) - 1)) + 1
+    count = max(least, int(LIMIT_S / (passes * took)))
+    if count >= len(found):
+        return found
+    whole = f"all of them would take {passes * took * len(found):,.0f} s"
+    print(f"calibrating on {count} of {len(found)} pieces of text: {whole}", file=sys.stderr)
+    return found[:count]
+
+
 def calibrate(network: CompiledNetwork, tokenizer: Tokenizer, texts: Sequence[str], limit: float, floor: int) -> Calibration:
     """Shares with which the loss rises by half of `limit` of it at most, on every other window of the texts and, which is what is
     reported, on the others: there by two standard errors less than the limit, too. Raises UserError for too little text."""
-    found = windows(network, tokenizer, texts)
+    found = _affordable(network, windows(network, tokenizer, texts))
     fitted, tried = found[::2], found[1::2]
     network.model.least = floor
     shares: np.ndarray | None = np.ones(network.model.all_layers, np.float32)

@@ -16,6 +16,8 @@ PROBES = 24
 """Token-layers whose experts are read from the disk to see how long that takes."""
 STEP = 1.1e-4
 """Seconds of a token that go neither into reading nor into products: the engine's own work around a step (LAB.md)."""
+DISK_S = 2.0
+"""On a slow disk fewer are read: no more are begun after so many seconds."""
 SWEEP = 64 << 20
 """Bytes read from memory for the same purpose: more than the caches hold."""
 
@@ -74,6 +76,8 @@ def _disk_rate(pack: Pack, c: ModelConfig, size: int) -> float:
         for place in places:
             read += os.preadv(pack.file, [buffer], place)
         took += time.perf_counter() - start
+        if took > DISK_S:
+            break
     forget(pack)
     return read / took
 
