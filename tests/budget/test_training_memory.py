@@ -81,7 +81,10 @@ def test_activations_are_what_autograd_keeps(rung, moe, mtp, seq_len, dtype):
         assert activations(config, 4, seq_len, "plain") == pytest.approx(kept_bytes(config, 4), rel=0.08)
 
 
-def test_grouped_query_attention_too():
+@pytest.mark.parametrize("path", ["compiled", "plain"])
+def test_grouped_query_attention_too(path, monkeypatch):
+    if path == "plain":
+        monkeypatch.setattr(native, "wanted", lambda: False)
     model = replace(shaped(LADDER[2], 4096, 256, False), attention="gqa", num_kv_heads=1)
     config = Config(model=model, train=TrainConfig(seq_len=256, batch_size=4, device="cpu"))
     assert activations(config, 4, 256, path_here(config)) == pytest.approx(kept_bytes(config, 4), rel=0.08)

@@ -113,17 +113,19 @@ def saved_per_token(
     fused = path in ("passes", "products")
     again = fused and eight_bit  # what can be normed or gathered again is not kept
     numbers = (3 if again else 4) * D  # of two norms: the rows, normed or (fused) not, and what the projections take
-    numbers += 2 * H * K + H * V + H * V  # q, k, v laid out for attention, and its output
+    shared = c.num_kv_heads if c.attention == "gqa" and fused else H  # the plain path repeats keys and values for every query head
+    numbers += H * K + shared * (K + V) + H * V  # q, k, v laid out for attention, and its output
     if c.attention == "mla":
         numbers += (1 if again else 2) * (c.kv_lora_rank + (c.q_lora_rank or 0)) + (c.qk_rope_head_dim if fused else 0)
         numbers += H * K if fused and c.q_lora_rank is None else 0
     if path == "cuda":
         numbers += H * V + H * max(0, K - V)
-    elif path != "products" or c.attention == "gqa":  # the probabilities of row blocks: ATTENTION_ROWS rows up to the diagonal's end
-        ends = range(min(ATTENTION_ROWS, seq_len), seq_len + ATTENTION_ROWS, ATTENTION_ROWS)
-        numbers += H * sum(min(ATTENTION_ROWS, seq_len - end + ATTENTION_ROWS) * min(end, seq_len) for end in ends) / seq_len
+    elif path != "products":  # the probabilities of row blocks: a block's rows up to the diagonal's end
+        block = ATTENTION_ROWS if shared == H else ATTENTION_ROWS // 2
+        ends = range(min(block, seq_len), seq_len + block, block)
+        numbers += H * sum(min(block, seq_len - end + block) * min(end, seq_len) for end in ends) / seq_len
     kept = 2 if fused else 3  # the compiled passes make the gated activations again
-    scales = 4 * (6 + 3 * H) if eight_bit else 0  # of rows: a head's queries, keys and values are rows of their own
+    scales = 4 * (6 + H + 2 * shared) if eight_bit else 0  # of rows: a head's queries, keys and values are rows of their own
     size = 1 if eight_bit else size
     if dense:
         return size * (numbers - again * D + kept * c.intermediate_size) + scales

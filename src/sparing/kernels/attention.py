@@ -56,15 +56,16 @@ def attention_reference(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, scale: f
     return scores.softmax(-1).to(v_BHSV.dtype) @ v_BHSV
 
 
-def _weights(q: Tensor, k: Tensor, start: int, scale: float, mask: DocumentMask | None, heads: int) -> Tensor:
-    """(B*H, R, S) probabilities of a block of R query rows, from position `start`, over S = start + R keys."""
+def _weights(q: Tensor, k: Tensor, start: int, scale: float, mask: DocumentMask | None, heads: int, group: int = 1) -> Tensor:
+    """(B*H, R, S) probabilities of a block of R query rows, from position `start`, over the keys up to its end. group: rows of a position,
+    more than one with the compiled pass only."""
     scores = torch.bmm(q, k.transpose(1, 2))
     rows, keys = scores.shape[1:]
     batch = scores.shape[0] // heads
     if native.usable(scores):
         first = None if mask is None else mask.first
         length = 0 if first is None else first.shape[1]
-        native.call("softmax_forward", scores.dtype, scores, first, scale, batch, heads, rows, keys, length, start)
+        native.call("softmax_forward", scores.dtype, scores, first, scale, batch, heads, rows, group, keys, length, start)
         return scores
     scores *= scale
     # Only the last square of the block reaches into the future.
@@ -75,24 +76,27 @@ def _weights(q: Tensor, k: Tensor, start: int, scale: float, mask: DocumentMask 
     return torch.softmax(scores, -1)
 
 
-def _scores_gradient(grad: Tensor, weights: Tensor, start: int, scale: float) -> Tensor:
+def _scores_gradient(grad: Tensor, weights: Tensor, start: int, scale: float, group: int = 1) -> Tensor:
     """Gradient of the products q·k from that of the probabilities; `grad` may be overwritten."""
     if native.usable(grad):
         rows, keys = grad.shape[1:]
-        native.call("softmax_backward", grad.dtype, grad, weights, scale, grad.shape[0] * rows, rows, keys, start)
+        native.call("softmax_backward", grad.dtype, grad, weights, scale, grad.shape[0] * rows, rows, group, keys, start)
         return grad
     return torch._softmax_backward_data(grad, weights, -1, weights.dtype).mul_(scale)
 
 
 def blocks_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: DocumentMask | None, heads: int) -> tuple[Tensor, list[Tensor]]:
-    """q, k (B*H, T, K), v (B*H, T, V) -> (out (B*H, T, V), the probabilities of each block of rows, which the backward pass takes)."""
-    T = q.shape[1]
-    out = torch.empty_like(v)
+    """q (B*H, T*G, K), k (B*H, T, K), v (B*H, T, V) -> (out (B*H, T*G, V), the probabilities of each block of rows, which the backward pass
+    takes). Each position has G rows of q, one after the other."""
+    T, G = k.shape[1], q.shape[1] // k.shape[1]
+    size = ROWS if G == 1 else ROWS // 2  # G rows a position fill a product sooner (measured with G 2 to 4)
+    out = v.new_empty(len(v), T * G, v.shape[2])
     blocks = []
-    for start in range(0, T, ROWS):
-        stop = min(start + ROWS, T)
-        weights = _weights(q[:, start:stop], k[:, :stop], start, scale, mask, heads)
-        torch.bmm(weights, v[:, :stop], out=out[:, start:stop])
+    for start in range(0, T, size):
+        stop = min(start + size, T)
+        rows = slice(start * G, stop * G)
+        weights = _weights(q[:, rows], k[:, :stop], start, scale, mask, heads, G)
+        torch.bmm(weights, v[:, :stop], out=out[:, rows])
         blocks.append(weights)
     return out, blocks
 
@@ -102,44 +106,48 @@ def blocks_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v from that of `blocks_forward`'s output."""
     grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    for i, weights in reversed(list(enumerate(blocks))):
-        start = i * ROWS
-        stop = start + weights.shape[1]
-        g = grad[:, start:stop]
+    group = q.shape[1] // k.shape[1]
+    for weights in reversed(blocks):
+        stop = weights.shape[2]
+        start = stop - weights.shape[1] // group
+        rows = slice(start * group, stop * group)
+        g = grad[:, rows]
         # The last block touches every key, so it initialises the sums that the earlier ones add to.
         grad_v[:, :stop] += torch.bmm(weights.transpose(1, 2), g)
-        grad_scores = _scores_gradient(torch.bmm(g, v[:, :stop].transpose(1, 2)), weights, start, scale)
-        torch.bmm(grad_scores, k[:, :stop], out=grad_q[:, start:stop])
-        grad_k[:, :stop] += torch.bmm(grad_scores.transpose(1, 2), q[:, start:stop])
+        grad_scores = _scores_gradient(torch.bmm(g, v[:, :stop].transpose(1, 2)), weights, start, scale, group)
+        torch.bmm(grad_scores, k[:, :stop], out=grad_q[:, rows])
+        grad_k[:, :stop] += torch.bmm(grad_scores.transpose(1, 2), q[:, rows])
     return grad_q, grad_k, grad_v
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: DocumentMask | None) -> tuple[Tensor, list[Tensor]]:
-    """q, k (B, H, T, K), v (B, H, T, V), contiguous -> (rows (B*T, H*V), what `attend_backward` needs). On the compiled passes."""
-    B, H, T, V = v.shape
-    mixed = new(v, B * T, H * V)
+    """q (B, H, T*G, K), k (B, H, T, K), v (B, H, T, V), contiguous -> (rows (B*T, H*G*V), what `attend_backward` needs).
+
+    On the compiled passes. G queries of a position, one after the other, share keys and values."""
+    (B, H, T, V), G = v.shape, q.shape[2] // v.shape[2]
+    mixed = new(v, B * T, H * G * V)
     if products.usable(q):
-        log_sum = torch.empty(B, H, T)
-        native.call("attention_forward", None, q, k, v, mask and mask.first, scale, mixed, log_sum, B, H, T, q.shape[-1], V)
+        log_sum = torch.empty(B, H, T, G)
+        native.call("attention_forward", None, q, k, v, mask and mask.first, scale, mixed, log_sum, B, H, T, G, q.shape[-1], V)
         return mixed, [log_sum]
     out, blocks = blocks_forward(*(t.flatten(0, 1) for t in (q, k, v)), scale, mask, H)
-    native.call("heads_last", v.dtype, out, mixed, B, H, T, V)
+    native.call("heads_last", v.dtype, out, mixed, B, H, T, G * V)
     return mixed, blocks
 
 
 def attend_backward(
     grad: Tensor, mixed: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: list[Tensor], scale: float, mask: DocumentMask | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v from that of the rows (B*T, H*V) that `attend` returned, `mixed`."""
-    B, H, T, V = v.shape
+    """Gradients of q, k, v from that of the rows (B*T, H*G*V) that `attend` returned, `mixed`."""
+    (B, H, T, V), G = v.shape, q.shape[2] // v.shape[2]
     if products.usable(q):
         grads = tuple(new_like(t) for t in (q, k, v))
         native.call(
-            "attention_backward", None, q, k, v, mask and mask.first, scale, mixed, kept[0], grad, *grads, B, H, T, q.shape[-1], V
+            "attention_backward", None, q, k, v, mask and mask.first, scale, mixed, kept[0], grad, *grads, B, H, T, G, q.shape[-1], V
         )  # fmt: skip
         return grads
-    grad_out = new_like(v)
-    native.call("heads_last", v.dtype, grad, grad_out, B, T, H, V)
+    grad_out = new(v, B, H, T * G, V)
+    native.call("heads_last", v.dtype, grad, grad_out, B, T, H, G * V)
     return blocks_backward(*(t.flatten(0, 1) for t in (grad_out, q, k, v)), kept, scale)
 
 

@@ -159,21 +159,21 @@ void grouped_tn(const bf16 *a, const bf16 *b, void *c, int64_t kind, const int64
 
 enum { QUERIES = 64 };
 
-/* Causal attention, a block of 64 query rows at a time: their scores stay in cache. q, k (B, H, T, K), v (B, H, T, V), K and V even ->
- * out (B, T, H, V), log_sum (B, H, T) of the exponentials. first: see softmax_forward. */
+/* Causal attention, a block of 64 query rows at a time: their scores stay in cache. q (B, H, T, G, K), k (B, H, T, K), v (B, H, T, V), K and V
+ * even: G query heads share keys and values -> out (B, T, H, G, V), log_sum (B, H, T, G) of the exponentials. first: see softmax_forward. */
 void attention_forward(const bf16 *q, const bf16 *k, const bf16 *v, const int32_t *first_key, float scale, bf16 *out, float *log_sum, int64_t B,
-                       int64_t H, int64_t T, int64_t K, int64_t V) {
+                       int64_t H, int64_t T, int64_t G, int64_t K, int64_t V) {
     int64_t width = up(T, NR), pairs = (T + 1) / 2;
     int32_t *keys = panels(0, K, T), *values = panels(1, T, V);
     float *scores = scratch(2, QUERIES * width * 4);
     bf16 *weights = scratch(3, QUERIES * width * 2);
     for (int64_t bh = 0; bh < B * H; bh++) {
-        const bf16 *qs = q + bh * T * K;
         pack_columns(k + bh * T * K, 0, K, K, T, keys);
         pack_rows(v + bh * T * V, 0, V, T, V, NR, values);
-        for (int64_t start = 0; start < T; start += QUERIES) {
-            int64_t R = T - start < QUERIES ? T - start : QUERIES, S = start + R;
-            multiply(R, S, K / 2, (const int32_t *)(qs + start * K), K / 2, 1, MR * K / 2, keys, K / 2 * NR, scores, width, TO_F32, 0, 0);
+        for (int64_t part = 0; part < up(T, QUERIES) / QUERIES * G; part++) {
+            int64_t start = part / G * QUERIES, g = part % G, R = T - start < QUERIES ? T - start : QUERIES, S = start + R;
+            const bf16 *qs = q + ((bh * T + start) * G + g) * K;
+            multiply(R, S, K / 2, (const int32_t *)qs, G * K / 2, 1, MR * G * K / 2, keys, K / 2 * NR, scores, width, TO_F32, 0, 0);
             for (int64_t r = 0; r < R; r++) {
                 float *x = scores + r * width, most = -INFINITY, total = 0.0f;
                 bf16 *w = weights + r * width;
@@ -183,46 +183,46 @@ void attention_forward(const bf16 *q, const bf16 *k, const bf16 *v, const int32_
                     x[j] = exp_((x[j] - most) * scale);
                     total += x[j];
                 }
-                log_sum[bh * T + start + r] = logf(total) + most * scale;
+                log_sum[(bh * T + start + r) * G + g] = logf(total) + most * scale;
                 total = 1.0f / total;
                 memset(w, 0, low * 2);
                 SIMD for (int64_t j = low; j < high; j++) w[j] = put_bf16(x[j] * total);
                 memset(w + high, 0, (width - high) * 2);
             }
             multiply(R, V, (S + 1) / 2, (const int32_t *)weights, width / 2, 1, MR * width / 2, values, pairs * NR,
-                     out + ((bh / H * T + start) * H + bh % H) * V, H * V, TO_BF16, 0, 0);
+                     out + (((bh / H * T + start) * H + bh % H) * G + g) * V, H * G * V, TO_BF16, 0, 0);
         }
     }
 }
 
-/* Gradients of q, k, v from that of out (B, T, H, V); the probabilities are computed again from log_sum. */
+/* Gradients of q, k, v from that of out (B, T, H, G, V); the probabilities are computed again from log_sum. */
 void attention_backward(const bf16 *q, const bf16 *k, const bf16 *v, const int32_t *first_key, float scale, const bf16 *out,
                         const float *log_sum, const bf16 *grad, bf16 *grad_q, bf16 *grad_k, bf16 *grad_v, int64_t B, int64_t H, int64_t T,
-                        int64_t K, int64_t V) {
-    int64_t width = up(T, NR), pairs = (T + 1) / 2;
+                        int64_t G, int64_t K, int64_t V) {
+    int64_t width = up(T, NR), pairs = (T + 1) / 2, s_q = G * K, s_out = H * G * V;
     int32_t *keys = panels(0, K, T), *values = panels(1, V, T), *key_rows = panels(4, T, K);
     float *scores = scratch(2, QUERIES * width * 4), *upper = scratch(5, QUERIES * width * 4);
     bf16 *weights = scratch(3, QUERIES * width * 2), *slopes = scratch(6, QUERIES * width * 2);
     float *sum_k = scratch(7, T * K * 4), *sum_v = scratch(8, T * V * 4);
     int32_t *turned = scratch(9, up(T, 16) * QUERIES * 2), *right = panels(10, QUERIES, K > V ? K : V);
     for (int64_t bh = 0; bh < B * H; bh++) {
-        const bf16 *qs = q + bh * T * K;
         pack_columns(k + bh * T * K, 0, K, K, T, keys);
         pack_columns(v + bh * T * V, 0, V, V, T, values);
         pack_rows(k + bh * T * K, 0, K, T, K, NR, key_rows);
         memset(sum_k, 0, T * K * 4);
         memset(sum_v, 0, T * V * 4);
-        for (int64_t start = 0; start < T; start += QUERIES) {
-            int64_t R = T - start < QUERIES ? T - start : QUERIES, S = start + R, some = (R + 1) / 2;
-            const bf16 *o = out + ((bh / H * T + start) * H + bh % H) * V, *g = grad + (o - out);
-            multiply(R, S, K / 2, (const int32_t *)(qs + start * K), K / 2, 1, MR * K / 2, keys, K / 2 * NR, scores, width, TO_F32, 0, 0);
-            multiply(R, S, V / 2, (const int32_t *)g, H * V / 2, 1, MR * H * V / 2, values, V / 2 * NR, upper, width, TO_F32, 0, 0);
+        for (int64_t part = 0; part < up(T, QUERIES) / QUERIES * G; part++) {
+            int64_t start = part / G * QUERIES, R = T - start < QUERIES ? T - start : QUERIES, S = start + R, some = (R + 1) / 2;
+            int64_t place = (bh * T + start) * G + part % G;
+            const bf16 *qs = q + place * K, *o = out + (((bh / H * T + start) * H + bh % H) * G + part % G) * V, *g = grad + (o - out);
+            multiply(R, S, K / 2, (const int32_t *)qs, s_q / 2, 1, MR * s_q / 2, keys, K / 2 * NR, scores, width, TO_F32, 0, 0);
+            multiply(R, S, V / 2, (const int32_t *)g, s_out / 2, 1, MR * s_out / 2, values, V / 2 * NR, upper, width, TO_F32, 0, 0);
             for (int64_t r = 0; r < R; r++) {
                 const float *x = scores + r * width, *y = upper + r * width;
                 bf16 *w = weights + r * width, *d = slopes + r * width;
                 int64_t low = first_key ? first_key[bh / H * T + start + r] : 0, high = start + r + 1;
-                float dot = 0.0f, log_total = log_sum[bh * T + start + r];
-                SUM(dot) for (int64_t i = 0; i < V; i++) dot += get_bf16(o[r * H * V + i]) * get_bf16(g[r * H * V + i]);
+                float dot = 0.0f, log_total = log_sum[place + r * G];
+                SUM(dot) for (int64_t i = 0; i < V; i++) dot += get_bf16(o[r * s_out + i]) * get_bf16(g[r * s_out + i]);
                 memset(w, 0, low * 2);
                 memset(d, 0, low * 2);
                 SIMD for (int64_t j = low; j < high; j++) {
@@ -234,12 +234,12 @@ void attention_backward(const bf16 *q, const bf16 *k, const bf16 *v, const int32
                 memset(d + high, 0, (width - high) * 2);
             }
             multiply(R, K, (S + 1) / 2, (const int32_t *)slopes, width / 2, 1, MR * width / 2, key_rows, pairs * NR,
-                     grad_q + (bh * T + start) * K, K, TO_BF16, 0, 0);
+                     grad_q + place * K, s_q, TO_BF16, 0, 0);
             pack_rows(slopes, 0, width, R, S, MR, turned);
-            pack_rows(qs + start * K, 0, K, R, K, NR, right);
+            pack_rows(qs, 0, s_q, R, K, NR, right);
             multiply(S, K, some, turned, 1, MR, some * MR, right, some * NR, sum_k, K, ADD_F32, 0, 0);
             pack_rows(weights, 0, width, R, S, MR, turned);
-            pack_rows(g, 0, H * V, R, V, NR, right);
+            pack_rows(g, 0, s_out, R, V, NR, right);
             multiply(S, V, some, turned, 1, MR, some * MR, right, some * NR, sum_v, V, ADD_F32, 0, 0);
         }
         SIMD for (int64_t i = 0; i < T * K; i++) grad_k[bh * T * K + i] = put_bf16(sum_k[i]);

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sparing.config import ModelConfig
 from sparing.kernels import native, products
 from sparing.kernels.attention import DocumentMask, causal_attention
+from sparing.kernels.grouped_attention import grouped_attention
 from sparing.kernels.latent_attention import latent_attention
 from sparing.model.linear import Linear, RMSNorm, side_by_side
 from sparing.model.rope import rotate, softmax_scale
@@ -101,7 +102,12 @@ class GQA(nn.Module):
 
     def residual(self, x_BTD: Tensor, norm: RMSNorm, table: Tensor, mask: DocumentMask | None, cache: LayerCache | None) -> Tensor:
         """x + attention(norm(x))."""
-        return x_BTD + self(norm(x_BTD), table, mask, cache)
+        c = self.c
+        if cache is not None or not products.even(c.hidden_size, c.head_dim) or not native.usable(x_BTD):
+            return x_BTD + self(norm(x_BTD), table, mask, cache)
+        operands = (self.q_proj.operand, self.k_proj.operand, self.v_proj.operand, self.o_proj.operand)
+        widths = (c.num_kv_heads, c.num_heads // c.num_kv_heads, c.head_dim)
+        return grouped_attention(x_BTD, norm.weight, operands, table, c.rms_norm_eps, widths, self.scale, mask)
 
     def forward(self, x_BTD: Tensor, table: Tensor, mask: DocumentMask | None, cache: LayerCache | None) -> Tensor:
         c = self.c
