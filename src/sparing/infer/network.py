@@ -145,7 +145,7 @@ class TorchNetwork:
         latent, k_rope = m.kv_a_proj_with_mqa(x_ND).split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
         table = self.table[positions]
         cache[where] = torch.cat((m.kv_a_layernorm(latent), rotate(k_rope[:, None], table)[:, 0]), -1)
-        up_HCK, up_HCV = m.kv_b_proj.weight.to(q.dtype).unflatten(0, (c.num_heads, -1)).split([c.qk_nope_head_dim, c.v_head_dim], 1)
+        up_HCK, up_HCV = m.kv_b_proj.operand.whole(q.dtype).unflatten(0, (c.num_heads, -1)).split([c.qk_nope_head_dim, c.v_head_dim], 1)
         absorbed = torch.einsum("nhk,hkc->nhc", q_nope, up_HCK)
         q = torch.cat((absorbed, rotate(q_rope, table)), -1)
         mixed = torch.empty_like(absorbed)

@@ -9,8 +9,8 @@ from sparing.config import ModelConfig
 from sparing.kernels import native, products
 from sparing.kernels.experts import mixture, swiglu
 from sparing.kernels.feed_forward import dense_feed_forward, mixture_feed_forward
-from sparing.kernels.operands import Operand, Weight
-from sparing.model.linear import Linear, RMSNorm, side_by_side
+from sparing.kernels.operands import Operand
+from sparing.model.linear import Adaptable, Linear, RMSNorm, side_by_side
 from sparing.model.router import Router, Routing, sequence_balance_loss
 from sparing.precision.linear import EightBit
 
@@ -39,9 +39,10 @@ class MLP(nn.Module):
         return self.down_proj(swiglu(side_by_side(x, self.gate_proj, self.up_proj)))
 
 
-class Experts(nn.Module):
+class Experts(Adaptable):
     """The routed experts' weights: gate and up projections stacked (gate first), then the down projections."""
 
+    weights = ("gate_up_proj", "down_proj")
     eight_bit: tuple[EightBit, EightBit] | None = None
     """As `Linear.eight_bit`, of each part."""
 
@@ -58,7 +59,7 @@ class Experts(nn.Module):
     def operands(self, by=products) -> tuple[Operand, Operand]:
         """The gate and up projections (E, 2F, D) and the down projections (E, D, F). by: products of what is not in 8 bits."""
         gate_up, down = self.eight_bit if self.eight_bit and self.training else (by, by)
-        return Weight(self.gate_up_proj, gate_up), Weight(self.down_proj, down)
+        return self._operand("gate_up_proj", gate_up), self._operand("down_proj", down)
 
 
 class MoE(nn.Module):

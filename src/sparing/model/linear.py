@@ -2,17 +2,96 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparing.kernels import products
 from sparing.kernels.norm import rms_norm
-from sparing.kernels.operands import Operand, Weight
+from sparing.kernels.operands import Frozen, LowRank, Operand, Weight
+from sparing.precision.compensation import slices
+from sparing.precision.formats import INT8
 from sparing.precision.linear import EightBit
+from sparing.precision.quantise import quantise
 
 
-class Linear(nn.Module):
+class Factor(nn.Module):
+    """One factor of a low-rank update. A module, so that its tensor is named as PEFT names it: `lora_A.weight`."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+
+class Adaptable(nn.Module):
+    """A module whose weights can stop learning, be kept in few bits and get a low-rank update (LoRA, arXiv 2106.09685).
+
+    A weight kept in few bits is a buffer of the parameter's name, and int8 codes have `NAME_scale` beside them. The factors of `weight` are
+    `lora_A.weight` (rank, in) and `lora_B.weight` (out, rank). Those of experts' `NAME` (E, out, in) have PEFT's shapes for fused experts:
+    `NAME_lora_A.weight` (E*rank, in), the expert slowest, and `NAME_lora_B.weight` (out, rank*E), the expert fastest.
+    """
+
+    weights: tuple[str, ...] = ("weight",)
+    """Names of its weights, each (out, in), or (E, out, in) of a layer's experts."""
+    low_rank_scale: float | None = None
+    """alpha / rank, where there is a low-rank update."""
+
+    @torch.no_grad()
+    def freeze(self, kind: Literal["int8", "bfloat16"] | None = None) -> None:
+        """Stop learning. kind: what to keep the weights in from here on; None: what they are. int8 has a float32 scale for each row, its
+        largest magnitude / 127. Raises ValueError where weights are kept in few bits already."""
+        for name in self.weights:
+            if kind is None:
+                getattr(self, name).requires_grad_(False)
+                continue
+            if name in self._buffers:
+                raise ValueError(f"{name} is frozen in {getattr(self, name).dtype} already")
+            weight = getattr(self, name).detach()
+            delattr(self, name)
+            if kind == "bfloat16":
+                self.register_buffer(name, weight.to(torch.bfloat16))
+                continue
+            codes, scale = torch.empty_like(weight, dtype=torch.int8), weight.new_empty(weight.shape[:-1], dtype=torch.float32)
+            rows = weight.flatten(0, -2)
+            for part in slices(*rows.shape):  # a few rows at a time: quantising makes copies
+                q = quantise(rows[part], INT8, (1, None))
+                codes.view(rows.shape)[part], scale.view(-1)[part] = q.values, q.scale.squeeze(1)
+            self.register_buffer(name, codes)
+            self.register_buffer(f"{name}_scale", scale)
+
+    def add_low_rank(self, rank: int, alpha: float, generator: torch.Generator | None = None) -> None:
+        """Freeze the weights and learn alpha / rank · B A beside each. A is drawn from U(-1/√in, 1/√in), as PEFT does; B is zero, so that
+        nothing changes at first. Raises ValueError where there is an update already."""
+        if self.low_rank_scale is not None:
+            raise ValueError("there is a low-rank update already: merge it first")
+        for name in self.weights:
+            weight = getattr(self, name)
+            weight.requires_grad_(False)
+            experts, (out, columns) = weight.shape[:-2].numel(), weight.shape[-2:]
+            down = torch.empty(experts * rank, columns).uniform_(-(columns**-0.5), columns**-0.5, generator=generator)
+            setattr(self, _factor(name, "A"), Factor(down.to(weight.device)))
+            setattr(self, _factor(name, "B"), Factor(torch.zeros(out, rank * experts, device=weight.device)))
+        self.low_rank_scale = alpha / rank
+
+    def _operand(self, name: str, by) -> Operand:
+        """A weight with its products. by: products of one that is not in few bits."""
+        weight = getattr(self, name)
+        operand = Frozen(weight, getattr(self, f"{name}_scale", None)) if name in self._buffers else Weight(weight, by)
+        if self.low_rank_scale is None:
+            return operand
+        down, up = (getattr(self, _factor(name, part)).weight for part in "AB")
+        if weight.ndim == 3:
+            down, up = down.unflatten(0, (len(weight), -1)), up.unflatten(1, (-1, len(weight))).permute(2, 0, 1).contiguous()
+        return LowRank(operand, down, up, self.low_rank_scale)
+
+
+def _factor(name: str, part: str) -> str:
+    return f"lora_{part}" if name == "weight" else f"{name}_lora_{part}"
+
+
+class Linear(Adaptable):
     """y = x Wᵀ, weight (out, in), no bias (DeepSeek-V3 has none)."""
 
     eight_bit: EightBit | None = None
@@ -27,7 +106,12 @@ class Linear(nn.Module):
     @property
     def operand(self) -> Operand:
         """The weight with its products."""
-        return Weight(self.weight, self.eight_bit if self.eight_bit and self.training else products)
+        return self._operand("weight", self.eight_bit if self.eight_bit and self.training else products)
+
+    def floats(self, dtype: torch.dtype) -> Tensor:
+        """The weight for what has a product of its own, as the head's cross-entropy: as it is where it is floats alone, otherwise as one
+        tensor in `dtype`."""
+        return self.weight if self.low_rank_scale is None and self.weight.is_floating_point() else self.operand.whole(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.operand(x)

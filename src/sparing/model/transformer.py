@@ -56,7 +56,7 @@ class Transformer(nn.Module):
     @property
     def head_weight(self) -> Tensor:
         """(V, D) weights of the output head."""
-        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.floats(self.compute_dtype)
 
     def new_cache(self) -> list[LayerCache]:
         """An empty cache for `forward`, one entry per main layer."""

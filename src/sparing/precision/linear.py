@@ -130,14 +130,15 @@ def _square(x: Tensor) -> Tensor:
 
 
 def install(model: nn.Module, kind: Kind | None) -> list[EightBit]:
-    """Give the decoder's linears and experts their `EightBit` (None: take it away); -> them, in the model's order."""
+    """Give the decoder's linears and experts their `EightBit` (None: take it away); -> them, in the model's order. Weights frozen in few
+    bits have none, nor have low-rank factors."""
     sites = []
     for name, module in model.named_modules():
         if not hasattr(module, "eight_bit") or name.endswith(("lm_head", "eh_proj")):
             continue
-        parts = {f"{name}.{part}": weight for part, weight in module.named_parameters()}
+        parts = {f"{name}.{part}": weight for part, weight in module.named_parameters(recurse=False)}
         mine: list = [None]
-        if kind:
+        if kind and parts:
             mine = [EightBit(part.removesuffix(".weight"), kind, module.active * w.numel(), w.device) for part, w in parts.items()]
         module.eight_bit = tuple(mine) if len(mine) > 1 else mine[0]
         sites += mine
