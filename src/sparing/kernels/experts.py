@@ -6,7 +6,7 @@ on CUDA only. Gates scale the expert's hidden activation (F wide) rather than it
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -88,34 +88,91 @@ def _combine(rows_SD: Tensor, places_NK: Tensor) -> Tensor:
     return out
 
 
-class _Mixture(torch.autograd.Function):
+class Dispatched(NamedTuple):
+    """Rows that reached the experts of this rank, grouped by expert."""
+
+    rows_SD: Tensor
+    gates_S: Tensor
+    """Gate weight of each row, float32; 0 where a row only fills its group up."""
+    ends_E: Tensor
+    """Where the rows of each expert that is held here end, int64, on the CPU."""
+    back: Any
+    """What the dispatcher's `combine` needs."""
+
+
+class Dispatcher(Protocol):
+    """Takes tokens to the experts that were chosen for them, on whichever rank those are, and brings the results back. Differentiable."""
+
+    def dispatch(self, x_ND: Tensor, weights_NK: Tensor, experts_NK: Tensor, held: int) -> Dispatched:
+        """This rank's tokens, their gate weights (float32) and choices among all experts -> what this rank's `held` experts work on."""
+
+    def combine(self, y_SD: Tensor, sent: Dispatched) -> Tensor:
+        """The experts' outputs for `sent.rows_SD`, gates applied -> each of this rank's tokens' sum, (N, D)."""
+
+
+class _Send(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weights: Tensor, experts: Tensor, gate_up: Operand, down: Operand, *tensors: Tensor) -> Tensor:
-        source, places, groups = group_rows(experts, gate_up.shape[0], ROWS)
-        tokens = (source // experts.shape[1]).clamp_(max=len(x) - 1)
-        ends = torch.tensor(groups, device="cpu").cumsum(0)  # read as numbers by every product
-        rows = x.index_select(0, tokens)
-        h = gate_up.cast(x.dtype).grouped_nt(rows, ends)
+    def forward(ctx, x: Tensor, weights: Tensor, source: Tensor, tokens: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(places)
         # Filler rows have gate 0: they reach neither the output nor a gradient.
-        gates = torch.cat((weights.flatten(), weights.new_zeros(1))).index_select(0, source).to(x.dtype).unsqueeze(-1)
-        y = down.cast(x.dtype).swiglu_grouped_nt(h, gates, ends)
-        ctx.save_for_backward(rows, h, gates, tokens, places, ends)
-        ctx.gate_up, ctx.down, ctx.dtype = gate_up, down, weights.dtype
+        return x.index_select(0, tokens), torch.cat((weights.flatten(), weights.new_zeros(1))).index_select(0, source)
+
+    @staticmethod
+    def backward(ctx, grad_rows: Tensor, grad_gates: Tensor):
+        (places,) = ctx.saved_tensors
+        return _combine(grad_rows, places), grad_gates.index_select(0, places.flatten()).view_as(places), None, None, None
+
+
+class _Return(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y: Tensor, tokens: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens)
         return _combine(y, places)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        rows, h, gates, tokens, places, ends = ctx.saved_tensors
+        return grad.index_select(0, ctx.saved_tensors[0]), None, None
+
+
+class Local:
+    """The dispatcher of a rank that holds all experts; one that does not can group what it has received by this one."""
+
+    def dispatch(self, x_ND: Tensor, weights_NK: Tensor, experts_NK: Tensor, held: int) -> Dispatched:
+        source, places, groups = group_rows(experts_NK, held, ROWS)
+        tokens = (source // experts_NK.shape[1]).clamp_(max=len(x_ND) - 1)
+        rows, gates = _Send.apply(x_ND, weights_NK, source, tokens, places)
+        ends = torch.tensor(groups, device="cpu").cumsum(0)  # read as numbers by every product
+        return Dispatched(rows, gates, ends, (tokens, places))
+
+    def combine(self, y_SD: Tensor, sent: Dispatched) -> Tensor:
+        return _Return.apply(y_SD, *sent.back)
+
+
+LOCAL = Local()
+
+
+class _GroupedExperts(torch.autograd.Function):
+    """Grouped rows through their experts, activations recomputed."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, gates: Tensor, ends: Tensor, gate_up: Operand, down: Operand, *tensors: Tensor) -> Tensor:
+        h = gate_up.cast(rows.dtype).grouped_nt(rows, ends)
+        narrow = gates.to(rows.dtype).unsqueeze(-1)
+        ctx.save_for_backward(rows, h, narrow, ends)
+        ctx.gate_up, ctx.down, ctx.dtype = gate_up, down, gates.dtype
+        return down.cast(rows.dtype).swiglu_grouped_nt(h, narrow, ends)
+
+    @staticmethod
+    def backward(ctx, grad_y: Tensor):
+        rows, h, gates, ends = ctx.saved_tensors
         gate_up, down = ctx.gate_up, ctx.down
-        grad_y = grad.index_select(0, tokens)
         # Cast again: kept, the copies would be half of the weights' memory.
         grad_gated = down.cast(rows.dtype).grouped_nn(grad_y, ends)
         hidden, grad_h = _swiglu_backward(h, grad_gated * gates)
-        grad_weights = (grad_gated * hidden).sum(-1, dtype=ctx.dtype).index_select(0, places.flatten()).view_as(places)
+        grad_gates = (grad_gated * hidden).sum(-1, dtype=ctx.dtype)
         hidden *= gates
         grads = (*gate_up.grouped_tn(grad_h, rows, ends), *down.grouped_tn(grad_y, hidden, ends))
-        grad_rows = gate_up.cast(rows.dtype).grouped_nn(grad_h, ends)
-        return _combine(grad_rows, places), grad_weights, None, None, None, *grads
+        return gate_up.cast(rows.dtype).grouped_nn(grad_h, ends), grad_gates, None, None, None, *grads
 
 
 def _mixture_grouped(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
@@ -128,9 +185,14 @@ def _mixture_grouped(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, 
     return y.index_select(0, places.flatten()).unflatten(0, places.shape).sum(1)
 
 
-def mixture(x_ND: Tensor, gate_up: Operand, down: Operand, weights_NK: Tensor, experts_NK: Tensor) -> Tensor:
-    """(N, D) tokens through their K experts, weighted by their gates and summed: (N, D). See `mixture_reference`. gate_up:
-    (E, 2F, D), down: (E, D, F)."""
-    if gate_up.joins and down.joins and x_ND.is_cuda and x_ND.dtype == torch.bfloat16 and hasattr(F, "grouped_mm"):
+def mixture(
+    x_ND: Tensor, gate_up: Operand, down: Operand, weights_NK: Tensor, experts_NK: Tensor, dispatcher: Dispatcher = LOCAL
+) -> Tensor:
+    """(N, D) tokens through their K experts, weighted by their gates and summed: (N, D). See `mixture_reference`. gate_up (E, 2F, D) and
+    down (E, D, F): the experts that are held here."""
+    everything = isinstance(dispatcher, Local) and gate_up.joins and down.joins
+    if everything and x_ND.is_cuda and x_ND.dtype == torch.bfloat16 and hasattr(F, "grouped_mm"):
         return _mixture_grouped(x_ND, gate_up.weight, down.weight, weights_NK, experts_NK)
-    return _Mixture.apply(x_ND, weights_NK, experts_NK, gate_up, down, *gate_up.tensors, *down.tensors)
+    sent = dispatcher.dispatch(x_ND, weights_NK, experts_NK, gate_up.shape[0])
+    y = _GroupedExperts.apply(sent.rows_SD, sent.gates_S, sent.ends_E, gate_up, down, *gate_up.tensors, *down.tensors)
+    return dispatcher.combine(y, sent)

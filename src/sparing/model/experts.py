@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from sparing.config import ModelConfig
 from sparing.kernels import native, products
-from sparing.kernels.experts import mixture, swiglu
+from sparing.kernels.experts import LOCAL, Dispatcher, Local, mixture, swiglu
 from sparing.kernels.feed_forward import dense_feed_forward, mixture_feed_forward
 from sparing.kernels.operands import Operand
 from sparing.model.linear import Adaptable, Linear, RMSNorm, side_by_side
@@ -40,21 +40,26 @@ class MLP(nn.Module):
 
 
 class Experts(Adaptable):
-    """The routed experts' weights: gate and up projections stacked (gate first), then the down projections."""
+    """The routed experts' weights: gate and up projections stacked (gate first), then the down projections.
+
+    Tokens come and go by a dispatcher. Where that is another one than the default, which holds all experts, the weights are those of the
+    experts that are held here.
+    """
 
     weights = ("gate_up_proj", "down_proj")
     eight_bit: tuple[EightBit, EightBit] | None = None
     """As `Linear.eight_bit`, of each part."""
 
-    def __init__(self, c: ModelConfig):
+    def __init__(self, c: ModelConfig, dispatcher: Dispatcher = LOCAL):
         super().__init__()
+        self.dispatcher = dispatcher
         E, F_, D = c.n_routed_experts, c.moe_intermediate_size, c.hidden_size
         self.active = c.num_experts_per_tok / E
         self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * F_, D))
         self.down_proj = nn.Parameter(torch.empty(E, D, F_))
 
     def forward(self, x_ND: Tensor, weights_NK: Tensor, experts_NK: Tensor) -> Tensor:
-        return mixture(x_ND, *self.operands(products.Plain), weights_NK, experts_NK)
+        return mixture(x_ND, *self.operands(products.Plain), weights_NK, experts_NK, self.dispatcher)
 
     def operands(self, by=products) -> tuple[Operand, Operand]:
         """The gate and up projections (E, 2F, D) and the down projections (E, D, F). by: products of what is not in 8 bits."""
@@ -75,7 +80,8 @@ class MoE(nn.Module):
     def residual(self, x_BTD: Tensor, norm: RMSNorm, balance: list[Tensor] | None = None) -> Tensor:
         """x + experts(norm(x)). balance: where given, the layer appends its sequence-wise balance loss."""
         normed = norm(x_BTD)
-        if not products.even(self.c.hidden_size, self.c.moe_intermediate_size) or not native.usable(x_BTD):
+        here = isinstance(self.experts.dispatcher, Local)
+        if not here or not products.even(self.c.hidden_size, self.c.moe_intermediate_size) or not native.usable(x_BTD):
             return x_BTD + self(normed, balance)
         x_ND = normed.flatten(0, 1)
         routing = self._route(x_ND, x_BTD.shape[0], balance)
