@@ -268,5 +268,5 @@ def test_a_signal_is_answered_while_a_product_does_not_come_back(number):
     sent = time.monotonic()
     process.send_signal(number)
     said = process.communicate(timeout=60)[1]
-    assert process.returncode == 130 and time.monotonic() - sent < 3.0  # two seconds, and what a busy machine adds
+    assert process.returncode == 130 and time.monotonic() - sent < 8.0  # two seconds, and what a machine adds that is busy with other tests
     assert said.strip().splitlines()[-1] == "sparing: interrupted; go on with: sparing receipt run"

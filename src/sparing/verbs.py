@@ -234,7 +234,7 @@ class Bench:
         call.choice("bench", self.name, ("train", "precision", "infer"))
         from importlib import import_module
 
-        from sparing.pipeline import metered
+        from sparing.account.meter import metered
 
         figure = self.figure or {"train": "throughput", "precision": "speed", "infer": "generate"}[self.name]
         with metered("bench", first=f"{self.name} {figure}"):

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tests.losses import loss_of
 from tests.model.shapes import SHAPES
 
 import sparing.model.block as block_module
@@ -65,7 +66,7 @@ def kept_bytes(config: Config, rows: int, monkeypatch=None) -> int:
         recording = torch.autograd.graph.saved_tensors_hooks(pack_int8, lambda tensor: tensor)
         monkeypatch.setattr(block_module, "kept_in_int8", lambda: recomputing(recording))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model.loss(tokens, targets, documents, sequence_balance=t.sequence_balance)
+        loss_of(model, tokens, targets, documents, sequence_balance=t.sequence_balance)
     return sum(size for size, _ in kept.values())
 
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tests.losses import loss_of
 from tests.model.shapes import TINY
 
 from sparing.config import YarnConfig
@@ -30,7 +31,7 @@ CASES = {
 def results(model, batch, dtype) -> dict[str, torch.Tensor]:
     model.compute_dtype = dtype
     model.zero_grad(set_to_none=True)
-    out = model.loss(*batch, sequence_balance=0.01)
+    out = loss_of(model, *batch, sequence_balance=0.01)
     out.total.backward()
     counts = [r.tokens_per_expert.clone() for r in routers(model)]
     update_biases(model, 0.0)

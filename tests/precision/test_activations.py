@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.losses import loss_of
 from tests.model.shapes import SHAPES, TINY
 
 from sparing.kernels import native
@@ -66,7 +67,7 @@ def gradients(name: str, int8: bool):
     model.set_int8_activations(int8)
     model.train()
     tokens = torch.randint(TINY.vocab_size, (4, 128), generator=generator)
-    out = model.loss(tokens, tokens.roll(-1, 1)[..., None])
+    out = loss_of(model, tokens, tokens.roll(-1, 1)[..., None])
     out.total.backward()
     return float(out.loss), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 

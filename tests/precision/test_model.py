@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tests.losses import loss_of
 from tests.model.shapes import SHAPES, TINY
 
 from sparing.kernels import int8, native
@@ -33,7 +34,7 @@ def gradients(model) -> dict[str, torch.Tensor]:
     tokens = torch.randint(c.vocab_size, (2, 31), generator=generator)
     targets = torch.randint(c.vocab_size, (2, 31, 1 + c.mtp_depth), generator=generator)
     model.zero_grad(set_to_none=True)
-    out = model.loss(tokens, targets)
+    out = loss_of(model, tokens, targets)
     out.total.backward()
     return {"loss": out.loss} | {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 

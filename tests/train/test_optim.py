@@ -5,6 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from tests.losses import loss_of
 from tiny import MODEL, Counting, config, steps
 
 from sparing.config import OptimConfig
@@ -26,7 +27,7 @@ def model():
 
 def backward(model, number=0):
     batch = Counting(config(steps(1))).batch(number)
-    model.loss(batch.tokens, batch.targets, batch.documents).total.backward()
+    loss_of(model, batch.tokens, batch.targets, batch.documents).total.backward()
 
 
 @pytest.mark.parametrize("rows,columns", [(64, 64), (32, 96), (96, 32), (128, 16)])

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tests.losses import loss_of
 from tiny import MODEL, Counting, config, fit, new_run, steps
 
 from sparing.config import Config, OptimConfig, PrecisionConfig, TrainConfig, UserError
@@ -38,7 +39,7 @@ def trained(precision: PrecisionConfig, number: int = 3, matrix: str = "muon", d
     losses = []
     for step in range(number):
         batch = Counting(config(steps(1))).batch(step)
-        out = model.loss(batch.tokens, batch.targets, batch.documents)
+        out = loss_of(model, batch.tokens, batch.targets, batch.documents)
         out.total.backward()
         optimizer.clip(float(optimizer.grad_norm()))
         optimizer.step(1.0, 0.95)
@@ -118,7 +119,7 @@ def test_state_reloads_bit_for_bit(name, matrix):
     for number in range(3, 6):
         for each, optimizer in ((model, first), (twin, second)):
             batch = Counting(config(steps(1))).batch(number)
-            each.loss(batch.tokens, batch.targets, batch.documents).total.backward()
+            loss_of(each, batch.tokens, batch.targets, batch.documents).total.backward()
             optimizer.step(0.5, 0.95)
     for (key, mine), other in zip(model.named_parameters(), twin.parameters(), strict=True):
         assert torch.equal(mine, other), key
@@ -138,7 +139,7 @@ def test_routers_and_norms_stay_in_float32_and_gradients_follow_the_weights():
     kinds = {name: p.dtype for name, p in model.named_parameters()}
     assert all((d == torch.float32) == (group_of(n, model.get_parameter(n)) in ("router", "norm")) for n, d in kinds.items())
     batch = Counting(config(steps(1))).batch(0)
-    model.loss(batch.tokens, batch.targets, batch.documents).total.backward()
+    loss_of(model, batch.tokens, batch.targets, batch.documents).total.backward()
     assert all(p.grad.dtype == p.dtype for p in model.parameters())
     exact = torch.stack([p.grad.double().square().sum() for p in model.parameters()]).sum().sqrt()
     assert float(optimizer.grad_norm()) == pytest.approx(float(exact), rel=1e-5)

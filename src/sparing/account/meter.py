@@ -23,6 +23,7 @@ from sparing.account.power import Model, cpu_seconds, cuda_memory, peak_memory, 
 from sparing.account.prices import Rent
 from sparing.account.tariff import Tariff
 from sparing.base.hardware import Machine
+from sparing.base.messages import say
 from sparing.run import RunFolder
 
 SAMPLE_S = 1.0
@@ -31,6 +32,13 @@ RATE_WINDOW = 30
 """Samples over which `per_second` averages."""
 RELOAD_S = 5.0
 """Between looks at the price file."""
+
+
+def metered(verb: str, run: RunFolder | None = None, first: str = "setup", started: float | None = None) -> Meter:
+    """A meter on this machine, to be entered. Raises UserError for a price file that cannot be used."""
+    from sparing.kernels.formats import this_machine  # loads torch, which a plan or a receipt does without
+
+    return Meter(verb, this_machine(), run, first=first, started=started, say=say)
 
 
 class NoMeter:

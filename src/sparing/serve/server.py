@@ -11,7 +11,9 @@ import socket
 import sys
 from pathlib import Path
 
+from sparing.account.meter import metered
 from sparing.account.power import sources
+from sparing.base.messages import say
 from sparing.config import UserError
 from sparing.data.chat import ChatTemplate, template_text
 from sparing.data.sources import documents
@@ -19,7 +21,6 @@ from sparing.evals.select import select
 from sparing.infer.approximate import Approximate
 from sparing.infer.engine import Engine
 from sparing.infer.predict import forecast
-from sparing.pipeline import metered, say
 from sparing.run import RunFolder
 from sparing.serve.audit import Audit
 from sparing.serve.energy import Energy
