@@ -1,15 +1,18 @@
 # Needs only make and Python >= 3.11. Variables: TORCH=auto|cpu|cuda (which build of PyTorch), PYTHON=... (which interpreter),
-# BUDGET=5m (what quickstart may spend), TESTS=... (what `make test` runs).
+# BUDGET=5m (what quickstart may spend), TESTS=... (what `make test` runs), REV=COMMIT or SAVE=1 (for `make golden`).
 TORCH ?= auto
 BUDGET ?= 5m
 TESTS ?=
 WORKERS ?= auto
+REV ?=
+SAVE ?=
 
-.PHONY: help quickstart test lint clean
+.PHONY: help quickstart test golden lint clean
 
 help:
 	@echo "make quickstart   install into .venv, train for $(BUDGET) on the Python standard library's source, show what the model writes"
 	@echo "make test         install into .venv-test and run the tests (TESTS='tests/data -x' narrows them)"
+	@echo "make golden       compare the losses of small runs with those stored; REV=COMMIT: with a commit's; SAVE=1: store them"
 	@echo "make lint         ruff, from .venv-test"
 	@echo "make clean        remove the environments and caches; runs/ stays"
 	@echo "variables         TORCH=auto|cpu|cuda  PYTHON=python3.12  BUDGET=5m"
@@ -28,6 +31,10 @@ quickstart:
 test:
 	@$(FIND_PYTHON); "$$python" tools/environment.py .venv-test --extra dev --torch $(TORCH)
 	OMP_NUM_THREADS=1 .venv-test/bin/python -m pytest -q -n $(WORKERS) $(TESTS)
+
+golden:
+	@$(FIND_PYTHON); "$$python" tools/environment.py .venv-test --extra dev --torch $(TORCH)
+	.venv-test/bin/python tools/golden.py $(if $(REV),--rev $(REV)) $(if $(SAVE),--save)
 
 lint:
 	@$(FIND_PYTHON); "$$python" tools/environment.py .venv-test --extra dev --torch $(TORCH)
