@@ -102,7 +102,3 @@ def test_every_folder_explains_itself_and_does_nothing_else():
         text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
         assert text and len(text.splitlines()) <= 10, path
         assert len(body) == 1, f"{path} has code"
-
-
-def test_no_file_is_longer_than_it_should_be():
-    assert [str(path) for path in SOURCE.rglob("*.py") if len(path.read_text(encoding="utf-8").splitlines()) > 300] == []
