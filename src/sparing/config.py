@@ -15,6 +15,10 @@ class UserError(ValueError):
     """The user's mistake: one clear line saying what is wrong, where, and the nearest valid choice. The CLI exits with 2."""
 
 
+class CannotGoOn(RuntimeError):
+    """A run that could not go on for a reason that is nobody's slip, in one line. The CLI exits with 3."""
+
+
 @dataclass(frozen=True)
 class YarnConfig:
     """YaRN context extension (arXiv 2309.00071; DeepSeek-V3 §4.3). Field names are those of `rope_scaling`."""

@@ -18,12 +18,15 @@ from sparing.config_file import write_config
 from sparing.data.progress import Bars
 from sparing.data.scan import scan
 from sparing.data.stop import Stopped
-from sparing.planning.places import with_vocabulary
+from sparing.planning.places import Given, with_vocabulary
 from sparing.planning.plan import foresee
 from sparing.resolve import resolve
 from sparing.run import RunFolder, write_atomic
 from sparing.train.clock import Clock
+from sparing.train.log import check_log
 from sparing.train.peak import peak_flops, peak_seconds
+
+SOME_BYTES, SOME_FLOPS = 1e8, 1e11
 
 
 def reasons_of(run: RunFolder) -> dict[str, str]:
@@ -78,20 +81,24 @@ def begin(verb: str, run: RunFolder, started: float | None = None) -> Iterator[J
 
 
 def resolved(job: Job, wishes: dict, budget: Budget) -> Config:
-    """The configuration of a new run, written into its folder and shown with its reasons."""
+    """The configuration of a new run, written into its folder and shown with its reasons. Raises UserError for what cannot be, before any
+    text is read."""
     machine, signals, run = job.machine, job.signals, job.run
+    wishes = with_vocabulary(wishes)
+    lasts = job.lasts(budget)
+    spends = budget if lasts is None else Budget(lasts, "s")
+    check_log(wishes.get("train", {}).get("log", "none"))
+    resolve(wishes, spends, machine, Given(SOME_BYTES), SOME_FLOPS)  # for its checks alone: they hold for any text and any speed
     data_config = DataConfig(**wishes.get("data", {}))
     with job.meter.stage("scan"), Bars() as bars:
         facts = scan(data_config, progress=bars, should_stop=lambda: signals.requested)
     if facts.quarantined:
         say(f"{facts.quarantined} documents cannot be used ({', '.join(facts.reasons)}): see quarantine.jsonl in the run folder")
     device = wishes.get("train", {}).get("device") or ("cuda" if machine.gpus else "cpu")
-    lasts = job.lasts(budget)
     with job.meter.stage("calibrate"), signals.interruptible():
         dtype = wishes.get("train", {}).get("dtype")
         peak = peak_flops(machine, device if machine.gpus else "cpu", dtype, peak_seconds(lasts), job.cut_short)
-    wishes = with_vocabulary(wishes)
-    result = resolve(wishes, budget if lasts is None else Budget(lasts, "s"), machine, facts, peak)
+    result = resolve(wishes, spends, machine, facts, peak)
     if budget.unit in ("usd", "kwh"):
         reasons = {**result.reasons, "budget.amount": f"lasts about {lasts:,.0f} s at the prices and the power of this machine"}
         result = replace(result, config=replace(result.config, budget=budget), reasons=reasons)

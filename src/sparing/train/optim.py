@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparing.budget.memory import gives_back
-from sparing.config import Config, OptimConfig, PrecisionConfig, UserError
+from sparing.config import Config, OptimConfig, PrecisionConfig
 from sparing.model.transformer import Transformer
 from sparing.precision.allocator import give_back
 from sparing.precision.compensation import rows_of, slices
@@ -33,10 +33,8 @@ def group_of(name: str, parameter: Tensor) -> str:
 @torch.no_grad()
 def keep_as(model: Transformer, config: Config) -> None:
     """Keep a model's numbers as `config.precision` says: weights (routers and norms stay float32) and activations; with fewer bits memory
-    goes back to the system when a tensor dies. In place, before anything shares the weights. UserError for int8 activations compiled."""
+    goes back to the system when a tensor dies. In place, before anything shares the weights."""
     precision = config.precision
-    if precision.activations == "int8" and config.train.compile:
-        raise UserError("train.compile = true packs no activations: leave it out, or precision.activations = int8")
     if gives_back(precision) and model.model.norm.weight.device.type == "cpu":
         give_back()
     model.set_int8_activations(precision.activations == "int8")

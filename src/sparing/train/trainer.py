@@ -17,7 +17,8 @@ from torch import Tensor
 from sparing.account.meter import NoMeter
 from sparing.base.preempt import Interrupted, Preempt
 from sparing.budget.flops import train_flops
-from sparing.config import Config, UserError
+from sparing.config import CannotGoOn, Config, UserError
+from sparing.config_limits import checked
 from sparing.data.loader import Batch
 from sparing.data.stop import Stopped
 from sparing.kernels import pool
@@ -70,7 +71,7 @@ class Session:
     on_progress: Callable[[dict], None] | None = None
 
 
-class Diverged(UserError):
+class Diverged(CannotGoOn):
     """Batch after batch is bad, and going back did not help."""
 
 
@@ -78,8 +79,10 @@ class Trainer:
     """Teaches `model` what `objective` asks, batch by batch of `feed`."""
 
     def __init__(self, model: Transformer, feed: Feed, objective: Objective, world: World = World(), *, config: Config):
-        """Makes the model ready to learn as `config` says: number formats, recomputation, replicas, optimizer. Reads and writes nothing."""
-        t = config.train
+        """Makes the model ready to learn as `config` says: number formats, recomputation, replicas, optimizer. Reads and writes nothing.
+
+        Raises UserError for settings that exclude each other."""
+        t = checked(config).train
         if t.threads:
             torch.set_num_threads(t.threads)
         torch.manual_seed(t.seed)  # nothing in a step is random; this keeps it so for whatever asks torch for a number
