@@ -28,11 +28,13 @@ from sparing.interop.gguf import export_gguf
 from sparing.interop.huggingface import export_hf, import_hf
 from sparing.job.begin import begin, reasons_of, resolved
 from sparing.job.learn import EVAL_TOKENS, learn
+from sparing.kernels import native
 from sparing.model.transformer import Transformer
 from sparing.planning.plan import plan as plan
 from sparing.run import RunFolder, link_or_copy, read_tensors, write_atomic, write_tensors
 from sparing.train.clock import Clock
 from sparing.train.extend import rewind
+from sparing.train.replicas import Replicas
 
 # train and resume
 
@@ -128,7 +130,9 @@ def _bpb(run: str, data: Sequence[str], context: int | None, meter: Meter) -> di
     if not any(True for _ in documents(data, model.config.data.text_key)):
         raise UserError(f"{', '.join(data)}: no usable text")
     texts = (document.text for document in documents(data, model.config.data.text_key))
-    result = bpb(model.network.nll, model.tokenizer, texts, context, batch=max(1, EVAL_TOKENS // context))
+    cores = meter.machine.cores_physical
+    nll = Replicas(model.network, None, cores, kernels=native.fitting(cores, cores, "cpu")).nll
+    result = bpb(nll, model.tokenizer, texts, context, batch=max(1, EVAL_TOKENS // context))
     meter.add(result["tokens"], result["tokens"] * sum(forward_flops(model.config.model, context, mtp=False).values()))
     return result
 

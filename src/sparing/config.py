@@ -147,6 +147,8 @@ class TrainConfig:
     """Compute type; master weights are float32."""
     device: Literal["cpu", "cuda"] | None = None
     """None: the GPU where there is one."""
+    kernels: Literal["compiled", "plain"] | None = None
+    """What computes on a CPU: our compiled kernels, or PyTorch's own operations."""
     threads: int | None = None
     """CPU threads; None: measured."""
     replicas: int | None = None

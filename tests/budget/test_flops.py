@@ -52,7 +52,7 @@ def test_forward_flops_agree_with_torch(name, monkeypatch):
     model = Transformer(config)
     init_weights(model, 0)
     B, T = 2, 16
-    with native.plain(), FlopCounterMode(display=False) as counter, torch.no_grad():  # it sees PyTorch's operations only
+    with native.path("plain"), FlopCounterMode(display=False) as counter, torch.no_grad():  # it sees PyTorch's operations only
         model.eval()(torch.zeros(B, T, dtype=torch.int64))
     ours = sum(forward_flops(config, T).values()) * B * T
     whole_squares = config.num_layers * attention_flops(config, T) * (2 * T / (T + 1) - 1) * B * T

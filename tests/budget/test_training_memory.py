@@ -19,6 +19,8 @@ from sparing.model.transformer import Transformer
 from sparing.resolve import LADDER, shaped
 from sparing.train.optim import Optimizer, keep_as
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def path_here(config: Config):
     """Which kernels run in this process."""
@@ -78,7 +80,7 @@ def test_activations_are_what_autograd_keeps(rung, moe, mtp, seq_len, dtype):
     model = replace(shaped(LADDER[rung], 4096, seq_len, moe), mtp_depth=mtp)
     config = Config(model=model, train=TrainConfig(seq_len=seq_len, batch_size=4, dtype=dtype, device="cpu"))
     assert activations(config, 4, seq_len, path_here(config)) == pytest.approx(kept_bytes(config, 4), rel=0.08)
-    with native.plain():
+    with native.path("plain"):
         assert activations(config, 4, seq_len, "plain") == pytest.approx(kept_bytes(config, 4), rel=0.08)
 
 

@@ -1,6 +1,5 @@
 """Activations kept in int8: what is packed, what is not, bytes, and how far gradients move."""
 
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ from sparing.precision.activations import LEAST, pack, unpack
 def path(request):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with native.plain() if request.param == "plain" else nullcontext():
+    with native.path(request.param):
         yield request.param
     torch.set_num_threads(threads)
 

@@ -23,7 +23,7 @@ def untrained(chosen) -> Transformer:
 
 
 def test_auto_takes_what_is_faster_and_within_the_budget(monkeypatch):
-    if not int8.available():
+    if not int8.built():
         pytest.skip("no AVX512_VNNI here")
     chosen = replace(tiny.config(tiny.steps(1), dtype="bfloat16"), precision=PrecisionConfig(linear="auto"))
     model, batch = untrained(chosen), tiny.Counting(chosen).batch(0)

@@ -14,7 +14,7 @@ from sparing.precision.linear import DIRECTIONS, SIXTEEN, install
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-VNNI = pytest.mark.skipif(not int8.available(), reason="no AVX512_VNNI or no compiler here")
+VNNI = pytest.mark.skipif(not int8.built(), reason="no AVX512_VNNI or no compiler here")
 
 
 def filled(config) -> Transformer:

@@ -1,7 +1,6 @@
 """Optimizers over weights and averages in few bits: torch's own result in float32, compiled against plain, and resumption."""
 
 import copy
-from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -57,7 +56,7 @@ def test_adamw_in_float32_is_torchs_bit_for_bit(decay):
     for step in range(1, 5):
         ours[0].grad = torch.randn(300, 70, generator=generator)
         theirs[0].grad = ours[0].grad.clone()
-        with native.plain():
+        with native.path("plain"):
             stored.step(step)
         reference.step()
     assert torch.equal(ours[0], theirs[0])
@@ -81,7 +80,7 @@ def test_compiled_updates_are_the_plain_ones(name, kind):
             optimizer = StoredMuon(parameters, steps=5, weight_decay=0.1, dtype=torch.bfloat16, **small)
         for parameter in parameters.values():
             parameter.grad = torch.randn(parameter.shape, generator=generator).to(dtype)
-        with nullcontext() if compiled else native.plain():
+        with native.path("compiled" if compiled else "plain"):
             optimizer.step(*((1,) if kind == "adamw" else (0.02, 0.95, 1)))
         state = {f"weight {n}": w.detach() for n, w in parameters.items()}
         for key, tensor in optimizer.state().items():
@@ -102,7 +101,7 @@ def test_compiled_updates_are_the_plain_ones(name, kind):
 @pytest.mark.parametrize("matrix", ["muon", "adamw"])
 @pytest.mark.parametrize("plain", [False, True])
 def test_it_learns_as_in_float32(name, matrix, plain):
-    with native.plain() if plain else nullcontext():
+    with native.path("plain" if plain else "compiled"):
         full, small = (sum(trained(p, 40, matrix)[2][-8:]) / 8 for p in (PrecisionConfig(), CASES[name]))
     assert small == pytest.approx(full, rel=0.02) and full < 3.5
 

@@ -70,7 +70,7 @@ def machine(with_gpus: bool = True) -> Machine:
     most = max(1, math.floor(quota)) if quota is not None else len(cpus)
     found = Machine(
         os=f"{platform.system()} {platform.release()}",
-        cpu=_cpu(),
+        cpu=cpu_name(),
         cores_physical=min(most, _physical(cpus)),
         cores_logical=min(most, len(cpus)),
         memory_bytes=_memory(),
@@ -166,7 +166,7 @@ def _physical(cpus: list[int]) -> int:
     return len(cores)
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
     """The processor's model name; where the system gives none, the architecture."""
     if sys.platform == "darwin":
         return _sysctl("machdep.cpu.brand_string") or platform.machine()

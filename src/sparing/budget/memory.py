@@ -97,7 +97,7 @@ def path_of(config: Config, compiled: bool = True, bf16: bool = True) -> Path:
     t = config.train
     if t.device == "cuda":
         return "cuda"
-    if not compiled or not (t.threads == 1 or (t.replicas or 1) > 1):
+    if not compiled or t.kernels == "plain" or not (t.threads == 1 or (t.replicas or 1) > 1):
         return "plain"
     return "products" if bf16 and t.dtype == "bfloat16" else "passes"
 

@@ -22,12 +22,12 @@ from sparing.data.store import TokenStore
 from sparing.evals.bpb import NllFn, bpb
 from sparing.job.begin import Job, reasons_of
 from sparing.job.finish import SAMPLE_TOKENS, finish
-from sparing.kernels import decode
+from sparing.kernels import decode, native
 from sparing.kernels.formats import warning
 from sparing.model.init import init_weights
 from sparing.model.transformer import Transformer
 from sparing.precision.linear import speed_note
-from sparing.train.calibrate import choose, choose_products
+from sparing.train.calibrate import KERNELS, choose, choose_products
 from sparing.train.log import TrainResult
 from sparing.train.objective import NextToken, Objective
 from sparing.train.optim import keep_as
@@ -88,6 +88,8 @@ def learn(job: Job, config: Config, samples: int, start: Start | None = None, ob
         with job.meter.stage("calibrate"):
             peak = peak_flops(machine, device.type, t.dtype, peak_seconds(job.lasts(config.budget)))
             config = _calibrated(job, config, model, feed, peak)
+    if config.train.kernels == "compiled" and native.passes() is None:
+        say("no C compiler here: PyTorch's own operations do what the run's compiled kernels did, slower and with other last bits")
     if samples:
         decode.library()  # is compiled at its first use: seconds, which would be missing at the end
     session = Session(
@@ -123,7 +125,7 @@ def _calibrated(job: Job, config: Config, model: Transformer, feed: Loader, peak
     t = config.train
     open_ = None in (t.micro_batch_size, t.compile, t.replicas) or (t.threads is None and t.device != "cuda")
     auto = config.precision.linear == "auto"
-    if not open_ and not auto:
+    if not open_ and not auto and t.kernels:
         return config
     lasts = job.lasts(config.budget)
     seconds = CALIBRATION_S if lasts is None else CALIBRATION_SHARE * lasts
@@ -136,6 +138,9 @@ def _calibrated(job: Job, config: Config, model: Transformer, feed: Loader, peak
         left = seconds - (time.monotonic() - started)
         precision, reasons["precision.linear"] = choose_products(model, config, feed.batch(0), left, job.cut_short)
         config = replace(config, precision=precision)
+    if config.train.kernels is None:
+        kernels = native.fitting(t.replicas or 1, t.threads, model.head_weight.device.type)
+        config, reasons["train.kernels"] = replace(config, train=replace(config.train, kernels=kernels)), KERNELS[kernels]
     job.write(config, reasons_of(job.run) | reasons)
     return config
 

@@ -38,8 +38,8 @@ def even(*widths: int | None) -> bool:
 
 
 def available() -> bool:
-    """Whether the compiled products are there and wanted, whatever this thread's setting: for callers that bring threads of their own."""
-    return native.wanted() and _compiled()
+    """Whether the compiled products are there and chosen: for callers that bring tensors of other kinds."""
+    return native.compiled() and _compiled()
 
 
 def kind_of(dtype: torch.dtype) -> int:

@@ -38,6 +38,11 @@ MORE = 1.05
 """How much faster another setting must look: two passes on a shared machine differ by less without any reason."""
 EIGHT_BIT_PASSES = 10
 """What trying 8-bit products takes, in passes in 16 bits: two more probes, and two passes that measure errors, which are slower."""
+KERNELS = {
+    "compiled": "each operation has one thread: what our compiled kernels are for",
+    "plain": "operations have several threads, or there is no C compiler",
+}
+"""The reasons for `train.kernels`."""
 COMPILE_S = 90.0
 """A compilation of the training step takes about this long on two cores (LAB.md)."""
 
@@ -70,7 +75,8 @@ def choose(
     timed: dict[tuple[int, int], float] = {}
     replicas = t.replicas or 1
     cores = t.threads or machine.cores_physical
-    if t.replicas is None and device == "cpu" and not t.compile and 1 < cores <= t.batch_size and native.passes() is not None:
+    passes = t.kernels != "plain" and native.passes() is not None
+    if t.replicas is None and device == "cpu" and not t.compile and 1 < cores <= t.batch_size and passes:
         # The compiled passes are for single threads: undivided, every model tried was slower and took more memory.
         replicas = cores
         reasons["train.replicas"] = "one a core: the compiled passes have one thread each (LAB.md)"
@@ -143,7 +149,10 @@ def choose(
     replicas = 1 if compiled else replicas
     threads = threads if device == "cpu" else t.threads
     _give_back()
-    return replace(t, micro_batch_size=micro, threads=threads, replicas=replicas, compile=compiled), reasons
+    kernels = t.kernels or ("plain" if compiled else native.fitting(replicas, threads, device))
+    if t.kernels is None:
+        reasons["train.kernels"] = KERNELS[kernels]
+    return replace(t, micro_batch_size=micro, threads=threads, replicas=replicas, compile=compiled, kernels=kernels), reasons
 
 
 def choose_products(
@@ -208,7 +217,8 @@ def _speed(
 ) -> float:
     """Tokens per second of the best forward and backward pass over `micro` rows but the first of several."""
     t = config.train
-    divided = Replicas(model, NextToken.of(config), replicas, compiled)
+    kernels = t.kernels or native.fitting(replicas, torch.get_num_threads(), device)
+    divided = Replicas(model, NextToken.of(config), replicas, compiled, kernels)
     part = batch[:micro].to(device)
     part = part.cut(t.short_seq_len) if t.short_seq_len else part
     part = part if t.document_mask else replace(part, documents=None)

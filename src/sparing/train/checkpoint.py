@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from sparing.config import Config, PrecisionConfig, UserError
+from sparing.kernels import native
 from sparing.run import DamagedError, RunFolder, link_or_copy, read_tensors, replace_folder, verify_folder, write_folder
 from sparing.train.optim import Optimizer
 
@@ -45,6 +46,8 @@ class TrainState:
     precision: dict = field(default_factory=dict)
     """Which linears are not in 8 bits (`Policy.state`)."""
     fingerprint: dict[str, str] = field(default_factory=dict)
+    arithmetic: str = ""
+    """What computed it (`native.arithmetic`): elsewhere sums round otherwise."""
     format: int = FORMAT
 
 
@@ -69,9 +72,13 @@ def fingerprint(config: Config) -> dict[str, str]:
 class Checkpoints:
     """Saving to and loading from one run's state/. `say` gets a line about anything unusual."""
 
-    def __init__(self, run: RunFolder, model: nn.Module, optimizer: Optimizer, config: Config, say: Callable[[str], None]):
+    def __init__(
+        self, run: RunFolder, model: nn.Module, optimizer: Optimizer, config: Config, say: Callable[[str], None], kernels: native.Path
+    ):
+        """kernels: which compute in training."""
         self.run, self.model, self.optimizer, self.say = run, model, optimizer, say
         self.fingerprint = fingerprint(config)
+        self.arithmetic = native.arithmetic(kernels)
         self._saved: tuple[int, int] | None = None
 
     def folders(self) -> list[Path]:
@@ -80,7 +87,7 @@ class Checkpoints:
 
     def save(self, state: TrainState, *, keep_as_pre_decay: bool = False) -> Path:
         """Write a checkpoint. Raises DiskFullError with everything older intact."""
-        state.fingerprint = self.fingerprint
+        state.fingerprint, state.arithmetic = self.fingerprint, self.arithmetic
         folder = self.run.state / f"step-{state.step:08d}"
         if self._saved == (state.step, state.cursor) and not keep_as_pre_decay:
             return folder  # a signal right after a save
@@ -139,6 +146,8 @@ class Checkpoints:
             )
         if state.fingerprint["recipe"] != self.fingerprint["recipe"]:
             self.say("config.toml was changed since the checkpoint: from here on losses differ from what they would have been")
+        if state.arithmetic and state.arithmetic != self.arithmetic:
+            self.say(f"begun with {state.arithmetic}, going on with {self.arithmetic}: from here on the run is not bit for bit the same")
         targets = self.model.state_dict()
         for name, tensor in read_tensors(folder / WEIGHTS):
             if name not in targets or targets[name].shape != tensor.shape:

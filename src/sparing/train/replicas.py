@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sparing.data.loader import Batch
+from sparing.kernels import native
 from sparing.model.router import routers
 from sparing.model.transformer import Transformer
 from sparing.train.objective import Loss, Objective, weight_of
@@ -32,12 +33,20 @@ def _sharing(model: Transformer) -> Transformer:
 class Replicas:
     """`count` threads of one operation thread each; with count 1 the caller's thread, and nothing is copied."""
 
-    def __init__(self, model: Transformer, objective: Objective, count: int = 1, compiled: bool = False):
-        """compiled: the objective goes through torch.compile, where nothing is divided."""
+    def __init__(
+        self, model: Transformer, objective: Objective | None, count: int = 1, compiled: bool = False, kernels: native.Path = "plain"
+    ):
+        """objective: None where only `nll` is asked for. compiled: it goes through torch.compile, where nothing is divided. kernels: which
+        compute, in all of the threads."""
+        self.kernels = kernels
         self.models = [model, *(_sharing(model) for _ in range(count - 1))]
         self.objective = objective if count > 1 or not compiled else _compiled(objective)
         # The setting is each thread's own: the optimizer, in the caller's thread, keeps all cores.
-        self.pool = ThreadPoolExecutor(count, "sparing-replica", torch.set_num_threads, (1,)) if count > 1 else None
+        self.pool = ThreadPoolExecutor(count, "sparing-replica", self._prepare) if count > 1 else None
+
+    def _prepare(self) -> None:
+        torch.set_num_threads(1)
+        native.choose(self.kernels)
 
     def gradients(self, batch: Batch, micro: int | None = None, denominator: float | None = None) -> Tensor:
         """Gradients of `batch` into the first model's parameters, `micro` rows at a time (default: all); -> (P,) the objective's parts.
@@ -53,7 +62,8 @@ class Replicas:
     def _divided(self, batch: Batch, share: float, denominator: float) -> Tensor:
         """A micro-batch's rows among the threads."""
         if self.pool is None:
-            return self._backward(self.models[0], batch, denominator, share)
+            with native.path(self.kernels):
+                return self._backward(self.models[0], batch, denominator, share)
         count, rows = len(self.models), len(batch)
         pieces = [batch[rows * i // count : rows * (i + 1) // count] for i in range(count)]
         pieces = [piece for piece in pieces if len(piece)]
@@ -80,7 +90,8 @@ class Replicas:
         device = self.models[0].model.norm.weight.device
         tokens, targets = tokens.to(device), targets.to(device)
         if self.pool is None:
-            return self.models[0].nll(tokens, targets)
+            with native.path(self.kernels):
+                return self.models[0].nll(tokens, targets)
         size = -(-len(tokens) // len(self.models))
         return torch.cat(list(self.pool.map(lambda model, *part: model.nll(*part), self.models, tokens.split(size), targets.split(size))))
 

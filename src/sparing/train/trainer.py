@@ -21,7 +21,7 @@ from sparing.config import CannotGoOn, Config, UserError
 from sparing.config_limits import checked
 from sparing.data.loader import Batch
 from sparing.data.stop import Stopped
-from sparing.kernels import pool
+from sparing.kernels import native, pool
 from sparing.model.router import routers, update_biases
 from sparing.model.transformer import Transformer
 from sparing.precision.policy import Move, Policy
@@ -95,7 +95,8 @@ class Trainer:
         self.policy = Policy.of(model, config)
         self.moves: list[Move] = []
         """Linears that the last step's errors moved to another precision."""
-        self.replicas = Replicas(model, objective, t.replicas or 1, bool(t.compile))
+        self.kernels = t.kernels or native.fitting(t.replicas or 1, t.threads, self.device.type)
+        self.replicas = Replicas(model, objective, t.replicas or 1, bool(t.compile), self.kernels)
         self.optimizer = Optimizer(model, config.optim, model.compute_dtype, config.precision, t.seed)
         self.tokens_per_step = t.batch_size * t.seq_len
         self.flops_per_token = train_flops(config.model, t.seq_len)
@@ -117,8 +118,9 @@ class Trainer:
 
     def update(self, grad_norm: float, lr_scale: float, momentum: float) -> list[float]:
         """Clip, update weights and routers' biases; -> each mixture's largest relative excess of tokens. lr_scale: of every peak."""
-        self.optimizer.clip(grad_norm)
-        self.optimizer.step(lr_scale, momentum)
+        with native.path(self.kernels):
+            self.optimizer.clip(grad_norm)
+            self.optimizer.step(lr_scale, momentum)
         return update_biases(self.model, self.config.train.bias_update_rate)
 
     def step(self, total: int) -> dict | None:
@@ -162,7 +164,7 @@ class Trainer:
         speed = {"tokens_per_step": self.tokens_per_step, "flops_per_token": self.flops_per_token, "peak_flops": session.peak_flops}
         self.log = Log(self.run, t.log, **speed)
         self.guard = Guard()
-        self.checkpoints = Checkpoints(self.run, self.model, self.optimizer, self.config, self.log.progress.say)
+        self.checkpoints = Checkpoints(self.run, self.model, self.optimizer, self.config, self.log.progress.say, self.kernels)
         # Recomputing is work, though not in MFU.
         self.work = self.tokens_per_step * train_flops(self.config.model, t.seq_len, t.recompute)
         self.state: TrainState | None = None
