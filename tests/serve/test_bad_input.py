@@ -121,8 +121,16 @@ def test_completions_that_cannot_be(server, change, says):
 
 
 def test_unknown_models_paths_methods_and_types(server):
-    error = refused(server.ask("POST", "/v1/completions", COMPLETION | {"model": "gpt-4"}), 404, "does not exist")
-    assert error["code"] == "model_not_found" and error["type"] == "invalid_request_error"
+    bodies = {
+        "/v1/completions": COMPLETION,
+        "/v1/chat/completions": CHAT,
+        "/tokenize": {"prompt": "hi"},
+        "/detokenize": {"tokens": [1]},
+    }
+    for path, body in bodies.items():
+        error = refused(server.ask("POST", path, body | {"model": "gpt-4"}), 404, "`gpt-4` does not exist; this server has `tiny`", "model")
+        assert error["code"] == "model_not_found" and error["type"] == "invalid_request_error"
+    refused(server.ask("GET", "/v1/models/"), 404, "does not exist")
     refused(server.ask("GET", "/v1/nothing"), 404)
     refused(server.ask("GET", "/v1/models/%2e%2e/%2e%2e/etc/passwd"), 404)
     refused(server.ask("GET", "/v1/completions"), 405)

@@ -18,8 +18,8 @@ VALUES = st.recursive(
     max_leaves=6,
 )
 BODIES = st.fixed_dictionaries(
-    {"model": st.just("m"), "messages": st.lists(st.fixed_dictionaries({"role": st.just("user") | VALUES, "content": VALUES}), max_size=2)},
-    optional={name: VALUES for name in CHAT["properties"] if name not in ("model", "messages")},
+    {"messages": st.lists(st.fixed_dictionaries({"role": st.just("user") | VALUES, "content": VALUES}), max_size=2)},
+    optional={name: VALUES for name in CHAT["properties"] if name != "messages"},
 )
 
 

@@ -31,7 +31,7 @@ Endpoint = Callable[[Service, Request], Awaitable[Response]]
 
 
 async def read(service: Service, request: Request, schema: Schema) -> dict:
-    """The body, held to the schema. Raises ApiError 408, 413, 415, 400."""
+    """The body, held to the schema. Raises ApiError 408, 413, 415, 400, 404."""
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind != "application/json":  # also keeps forms of other web pages out, which browsers send without asking
         raise ApiError(415, f"The body must be JSON with `Content-Type: application/json`, not {kind[:50] or 'none'}.")
@@ -50,7 +50,8 @@ async def read(service: Service, request: Request, schema: Schema) -> dict:
     except TimeoutError:
         raise ApiError(408, f"The body did not arrive within {service.settings.body_s:g} s.") from None
     body = await asyncio.to_thread(parse, b"".join(parts), schema)
-    service.known(body.get("model"))
+    if body.get("model"):  # an empty name is none, as to vLLM: clients whose form has no model send it
+        service.known(body["model"])
     return body
 
 

@@ -28,7 +28,7 @@ INTEGERS = {"type": "array", "items": {"type": "integer"}}
 def answers(kind: str) -> Schema:
     """A whole answer; clients' own types say the rest."""
     choice = {"type": "object", "required": ["index", "finish_reason"]}
-    fields: Schema = {"id": {"type": "string"}, "object": {"const": kind}, "usage": {"type": "object"}}
+    fields: Schema = {"id": {"type": "string"}, "object": {"const": kind}, "model": {"type": "string"}, "usage": {"type": "object"}}
     fields["choices"] = {"type": "array", "items": choice}
     return {"type": "object", "properties": fields, "required": list(fields)}
 

@@ -33,9 +33,10 @@ TOKENS = {"type": "array", "items": TOKEN, "minItems": 1}
 FLAG = maybe({"type": "boolean"})
 ANYTHING = {"description": "accepted and ignored"}
 NAME = {"type": "string", "pattern": "^[a-zA-Z0-9_-]{1,64}$"}
+MODEL = maybe({"type": "string", "description": "the name of the served model; left out, null or empty it means the same"})
 
 SAMPLING = {
-    "model": {"type": "string", "minLength": 1},
+    "model": MODEL,
     "temperature": number(0, 2),
     "top_p": maybe({"type": "number", "exclusiveMinimum": 0, "maximum": 1}),
     "top_k": integer(-1, 2**31 - 1),
@@ -152,7 +153,7 @@ CHAT = {
         "reasoning_effort": ANYTHING,
         "verbosity": ANYTHING,
     },
-    "required": ["model", "messages"],
+    "required": ["messages"],
     "additionalProperties": False,
 }
 COMPLETION = {
@@ -170,18 +171,18 @@ COMPLETION = {
         "logprobs": integer(0, 20),
         "response_format": maybe(FORMAT),
     },
-    "required": ["model", "prompt"],
+    "required": ["prompt"],
     "additionalProperties": False,
 }
 TOKENIZE = {
     "type": "object",
-    "properties": {"model": maybe(TEXT), "prompt": TEXT, "add_special_tokens": FLAG},
+    "properties": {"model": MODEL, "prompt": TEXT, "add_special_tokens": FLAG},
     "required": ["prompt"],
     "additionalProperties": False,
 }
 DETOKENIZE = {
     "type": "object",
-    "properties": {"model": maybe(TEXT), "tokens": {"type": "array", "items": TOKEN}},
+    "properties": {"model": MODEL, "tokens": {"type": "array", "items": TOKEN}},
     "required": ["tokens"],
     "additionalProperties": False,
 }
