@@ -67,6 +67,7 @@ def expected(engine: Engine, expert_bytes: int) -> str:
 def serve(run: str, settings: Settings, audit: Audit, started: float | None = None, **engine_options) -> None:
     """Serve until a signal. engine_options: those of `Engine`. Raises UserError: no such run, port taken, packages missing."""
     try:
+        import pydantic  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError:
         raise UserError("serve needs its packages: pip install 'sparing[serve]'") from None
