@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from sparing.base.hardware import cores
 from sparing.config import UserError
 from sparing.config_file import read_config
 from sparing.data.tokenizer import Tokenizer
@@ -23,7 +24,7 @@ from sparing.infer.compiled import CompiledNetwork
 from sparing.infer.loaded import Model, load
 from sparing.infer.network import Rows, TorchNetwork, cache_width
 from sparing.infer.pack import open_pack
-from sparing.infer.place import cores, settle, slower
+from sparing.infer.place import settle, slower
 from sparing.infer.request import Busy, Piece, Request, Sampling
 from sparing.infer.sample import choose, logprob
 from sparing.infer.scheduler import Scheduler, Share, Text

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from sparing.account.power import sources
+from sparing.base.hardware import home
 from sparing.config import UserError
 from sparing.data.chat import ChatTemplate, template_text
 from sparing.data.sources import documents
@@ -158,5 +159,4 @@ def audit_file(given: str | None) -> Path | None:
     """Where the audit log goes: --audit-log, "none", or $SPARING_HOME/audit.jsonl."""
     if given is not None:
         return None if given == "none" else Path(given)
-    home = os.environ.get("SPARING_HOME")
-    return (Path(home) if home else Path.home() / ".local" / "share" / "sparing") / "audit.jsonl"
+    return home() / "audit.jsonl"
