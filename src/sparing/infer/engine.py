@@ -111,7 +111,7 @@ class Engine:
         self._ends = {self.tokenizer.eot_id, *(i for i in ends if i is not None)}
         self._counts: Counter[str] = Counter()
         self._news = threading.Condition()
-        self._closing = self._draining = False
+        self._closing = False
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
@@ -137,7 +137,7 @@ class Engine:
         if sampling.approximate:
             begin(self.approximate, text)
         with self._news:
-            if self._closing or self._draining:
+            if self._closing:
                 raise Busy("the engine is shutting down")
             if len(self._scheduler.waiting) >= self.max_queue:
                 raise Busy(f"{self.max_queue} requests are waiting already")
@@ -165,12 +165,6 @@ class Engine:
             }
             state |= {**self._counts, **self._network.metrics(), **(self.approximate.metrics() if self.approximate else {})}
             return {name: float(value) for name, value in state.items()}
-
-    def drain(self, timeout: float | None = None) -> bool:
-        """Take no more requests and wait for those under way; whether they finished in time (seconds)."""
-        with self._news:
-            self._draining = True
-            return self._news.wait_for(lambda: not (self._scheduler.running or self._scheduler.waiting), timeout)
 
     def close(self) -> None:
         """Cancel what is under way and stop."""
@@ -296,7 +290,7 @@ class Engine:
                 self._counts[name + "_total"] += text.request.usage[name]
             self._counts["requests_total"] += 1
             self._counts[f"requests_{reason}_total"] += 1
-            self._scheduler.waiting.extend(self.approximate.again(text, reason) if self.approximate and not self._draining else ())
+            self._scheduler.waiting.extend(self.approximate.again(text, reason) if self.approximate else ())
             self._news.notify_all()
         last = text.stream.finish() if flush else None
         if last:

@@ -34,7 +34,6 @@ class Service:
         self.vocab_size = max(engine.config.vocab_size, tokenizer.vocab_size)
         self.grammars = Grammars(tokenizer, engine.config.vocab_size)
         self._longest = max(len(tokenizer.token_bytes(number)) for number in range(tokenizer.vocab_size))
-        self._eot = tokenizer.decode([tokenizer.eot_id])
 
     def known(self, model: str) -> None:
         """Raises ApiError 404 for another model's name."""
