@@ -139,7 +139,7 @@ TENSORS = {
 
 
 def test_tensors_are_plain_safetensors_both_ways(tmp_path):
-    digest = write_tensors(tmp_path / "x.safetensors", TENSORS, {"format": "pt"})
+    digest = write_tensors(tmp_path / "x.safetensors", TENSORS)
     theirs = load_file(tmp_path / "x.safetensors")
     assert theirs.keys() == TENSORS.keys()
     for name, tensor in TENSORS.items():

@@ -197,7 +197,10 @@ VERBS = {
 
 
 def process_start() -> float:
-    """`time.monotonic()` of the moment in which this process started, the interpreter's own start included."""
+    """`time.monotonic()` of the moment in which this process started, the interpreter's own start included.
+
+    psutil's `create_time` is up to a second off: it adds to the time of the boot, which Linux gives in whole seconds.
+    """
     try:
         with open("/proc/self/stat", "rb") as file:
             ticks = int(file.read().rsplit(b")", 1)[1].split()[19])  # field 22 of proc(5), counted behind the command's name

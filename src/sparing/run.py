@@ -191,7 +191,7 @@ _DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF
            "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL"}  # fmt: skip
 
 
-def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> dict:
+def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> dict:
     """Write a safetensors file atomically, one tensor after the other; returns its {"sha256", "bytes"}.
 
     Not by safetensors' `save_file`, which first gathers the bytes of all tensors: a second copy of the model. The format: 8 bytes
@@ -199,8 +199,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadat
     """
     import torch
 
-    header: dict = {"__metadata__": dict(metadata)} if metadata else {}
-    end = 0
+    header, end = {}, 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.numel() * tensor.element_size()
         dtype = _DTYPES[str(tensor.dtype).removeprefix("torch.")]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from tests.losses import loss_of
 
 from sparing.config import ModelConfig, YarnConfig
-from sparing.interop.huggingface import export_hf, load_hf_into
+from sparing.interop.huggingface import export_hf, import_hf
 from sparing.model.router import Router, Routing, routers
 from sparing.model.transformer import Transformer
 
@@ -86,7 +86,7 @@ def both(config: ModelConfig, folder, seed: int, bias_mean: float = 0.0):
     """(our model, transformers' model), each loaded from the same exported folder."""
     export_hf(config, random_model(config, seed, bias_mean).state_dict(), None, folder)
     ours = Transformer(config)
-    load_hf_into(ours, folder)
+    ours.load_state_dict(dict(import_hf(folder)[1]))
     eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
     return ours, transformers.DeepseekV3ForCausalLM.from_pretrained(folder, dtype=torch.float32, **eager)
 

@@ -15,6 +15,8 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+from sparing.account.power import peak_memory, resident_memory
+from sparing.account.power import reset_peak_memory as forget_peak
 from sparing.config import ModelConfig, UserError, YarnConfig
 
 
@@ -70,20 +72,8 @@ class Worker:
 
 
 def resident_bytes(field: str) -> int:
-    """`VmRSS` (now) or `VmHWM` (the most so far) of this process, in bytes; 0 where /proc does not exist."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":")), 0)
-
-
-def forget_peak() -> None:
-    """Start VmHWM anew from what is resident now (man 5 proc, clear_refs)."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass
+    """`VmRSS` (now) or `VmHWM` (the most since `forget_peak`; 0 where /proc does not exist) of this process, in bytes."""
+    return resident_memory() if field == "VmRSS" else peak_memory()[0]
 
 
 class Child:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from sparing.base.hardware import cores
 from sparing.config import DataConfig, UserError
 from sparing.data.files import find_files, fingerprint
 from sparing.data.pool import encode_chunks
@@ -205,8 +206,7 @@ def _seal(folder: Path, key: str, facts: CorpusFacts, tokenizer: Tokenizer, writ
 def _workers(config: DataConfig) -> int:
     if config.workers is not None and config.workers < 1:
         raise UserError(f"data.workers must be at least 1, not {config.workers}")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return config.workers or min(cores, MAX_WORKERS)
+    return config.workers or min(cores(), MAX_WORKERS)
 
 
 @contextlib.contextmanager

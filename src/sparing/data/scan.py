@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sparing.base.hardware import home
 from sparing.config import DataConfig, UserError
 from sparing.data.files import SourceFile, find_files, fingerprint, kind_of
 from sparing.data.sources import Rejected, documents, pieces
@@ -61,8 +62,7 @@ def section_hash(document_hash: int, index: int) -> int:
 
 def data_home() -> Path:
     """`$SPARING_HOME/data`, default `~/.local/share/sparing/data`."""
-    home = os.environ.get("SPARING_HOME")
-    return (Path(home).expanduser() if home else Path.home() / ".local/share/sparing") / "data"
+    return home() / "data"
 
 
 def corpus_fingerprint(config: DataConfig, files: list[SourceFile]) -> str:

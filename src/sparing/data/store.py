@@ -84,22 +84,12 @@ class TokenStore:
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.load(self.path)
 
-    @property
-    def fingerprint(self) -> str:
-        return self.manifest["fingerprint"]
-
-    def verify(self) -> None:
-        """Compare every file with its checksum. Raises UserError."""
-        for name, entry in self.manifest["files"].items():
-            if file_sha256(self.path / name) != entry["sha256"]:
-                raise UserError(f"{self.path / name} is damaged (its checksum differs): delete the folder to build it anew")
-
 
 class ShardWriter:
     """Writes shards into a folder and remembers, in journal.json, which are whole, so that building can go on after a kill."""
 
-    def __init__(self, folder: Path, dtype: np.dtype, eot_id: int, shard_tokens: int = SHARD_TOKENS):
-        self.folder, self.dtype, self.shard_tokens = folder, dtype, shard_tokens
+    def __init__(self, folder: Path, dtype: np.dtype, eot_id: int):
+        self.folder, self.dtype = folder, dtype
         self.eot = np.array([eot_id], dtype)
         self.shards: list[dict] = []
         self.written = 0
@@ -126,7 +116,7 @@ class ShardWriter:
         for hash, ids in parts:
             self._index.extend((len(ids) + 1, hash))
             self._tokens += len(ids) + 1
-        if self._tokens >= self.shard_tokens:
+        if self._tokens >= SHARD_TOKENS:
             self.end_shard()
 
     def end_shard(self) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from sparing.base.hardware import cores
 from sparing.config import UserError
 from sparing.config_file import read_config
 from sparing.data.tokenizer import Tokenizer
@@ -23,7 +24,7 @@ from sparing.infer.compiled import CompiledNetwork
 from sparing.infer.loaded import Model, load
 from sparing.infer.network import Rows, TorchNetwork, cache_width
 from sparing.infer.pack import open_pack
-from sparing.infer.place import cores, settle, slower
+from sparing.infer.place import settle, slower
 from sparing.infer.request import Busy, Piece, Request, Sampling
 from sparing.infer.sample import choose, logprob
 from sparing.infer.scheduler import Scheduler, Share, Text
@@ -110,7 +111,7 @@ class Engine:
         self._ends = {self.tokenizer.eot_id, *(i for i in ends if i is not None)}
         self._counts: Counter[str] = Counter()
         self._news = threading.Condition()
-        self._closing = self._draining = False
+        self._closing = False
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
@@ -136,7 +137,7 @@ class Engine:
         if sampling.approximate:
             begin(self.approximate, text)
         with self._news:
-            if self._closing or self._draining:
+            if self._closing:
                 raise Busy("the engine is shutting down")
             if len(self._scheduler.waiting) >= self.max_queue:
                 raise Busy(f"{self.max_queue} requests are waiting already")
@@ -164,12 +165,6 @@ class Engine:
             }
             state |= {**self._counts, **self._network.metrics(), **(self.approximate.metrics() if self.approximate else {})}
             return {name: float(value) for name, value in state.items()}
-
-    def drain(self, timeout: float | None = None) -> bool:
-        """Take no more requests and wait for those under way; whether they finished in time (seconds)."""
-        with self._news:
-            self._draining = True
-            return self._news.wait_for(lambda: not (self._scheduler.running or self._scheduler.waiting), timeout)
 
     def close(self) -> None:
         """Cancel what is under way and stop."""
@@ -295,7 +290,7 @@ class Engine:
                 self._counts[name + "_total"] += text.request.usage[name]
             self._counts["requests_total"] += 1
             self._counts[f"requests_{reason}_total"] += 1
-            self._scheduler.waiting.extend(self.approximate.again(text, reason) if self.approximate and not self._draining else ())
+            self._scheduler.waiting.extend(self.approximate.again(text, reason) if self.approximate else ())
             self._news.notify_all()
         last = text.stream.finish() if flush else None
         if last:

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sparing.base.hardware import home
 from sparing.config import ModelConfig, UserError
 from sparing.kernels.decode import GROUP, PANEL
 from sparing.run import DamagedError, DiskFullError, RunFolder, atomic_file
@@ -219,8 +220,7 @@ def fingerprint(weights: Path) -> str:
 
 def places(run: RunFolder, source: str, name: str) -> tuple[Path, Path]:
     """Where what is derived from weights lies: in the run folder, and where that is read-only."""
-    home = Path(os.environ.get("SPARING_HOME") or Path.home() / ".local" / "share" / "sparing").expanduser()
-    return run.path / "packed" / name, home / "packed" / source.split()[1] / name
+    return run.path / "packed" / name, home() / "packed" / source.split()[1] / name
 
 
 def open_pack(run: RunFolder, c: ModelConfig, format: str) -> Pack:

@@ -14,11 +14,10 @@ import torch
 
 from sparing.config import ModelConfig, UserError
 from sparing.interop.fp8_blocks import dequantise, scale_shape
-from sparing.interop.hf_config import from_hf, to_hf
+from sparing.interop.hf_config import from_hf
 from sparing.interop.hf_fields import read_json
 from sparing.interop.hf_files import read_folder, read_tensor, same_bytes
 from sparing.interop.hf_names import EMBED, HEAD, LAYER, Piece, our_shapes, pieces
-from sparing.model.transformer import Transformer
 
 PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DERIVED = re.compile(r".*rotary_emb\.inv_freq")
@@ -33,25 +32,6 @@ def import_hf(folder: str | Path) -> tuple[ModelConfig, Iterator[tuple[str, torc
     """
     checkpoint = Checkpoint(Path(folder))
     return checkpoint.config, checkpoint.tensors(), checkpoint.notes
-
-
-@torch.no_grad()
-def load_hf_into(model: Transformer, folder: str | Path) -> list[str]:
-    """Fill a model's parameters in place, experts straight into their slices; -> notes for the user.
-
-    UserError as in `import_hf`, and where the folder's model differs in more than initialisation from `model.config`.
-    """
-    checkpoint = Checkpoint(Path(folder))
-    # Two configs compute the same if their config.json is the same (the modules that llama has no place for apart).
-    there, here = to_hf(checkpoint.config, "float32", None)[0], to_hf(model.config, "float32", None)[0]
-    there["mtp_depth"], here["mtp_depth"] = checkpoint.config.mtp_depth, model.config.mtp_depth
-    for key in sorted((there.keys() | here.keys()) - {"initializer_range"}):
-        if there.get(key) != here.get(key):
-            raise UserError(f"{folder}: {key} is {there.get(key)} there and {here.get(key)} in this model")
-    state = model.state_dict()
-    for piece in checkpoint.plan:
-        piece.view(state[piece.ours]).copy_(checkpoint.read(piece))
-    return checkpoint.notes
 
 
 class Checkpoint:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from sparing.account.meter import metered
 from sparing.account.power import sources
+from sparing.base.hardware import home
 from sparing.base.messages import say
 from sparing.config import UserError
 from sparing.data.chat import ChatTemplate, template_text
@@ -68,6 +69,7 @@ def expected(engine: Engine, expert_bytes: int) -> str:
 def serve(run: str, settings: Settings, audit: Audit, started: float | None = None, **engine_options) -> None:
     """Serve until a signal. engine_options: those of `Engine`. Raises UserError: no such run, port taken, packages missing."""
     try:
+        import pydantic  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError:
         raise UserError("serve needs its packages: pip install 'sparing[serve]'") from None
@@ -158,5 +160,4 @@ def audit_file(given: str | None) -> Path | None:
     """Where the audit log goes: --audit-log, "none", or $SPARING_HOME/audit.jsonl."""
     if given is not None:
         return None if given == "none" else Path(given)
-    home = os.environ.get("SPARING_HOME")
-    return (Path(home) if home else Path.home() / ".local" / "share" / "sparing") / "audit.jsonl"
+    return home() / "audit.jsonl"
