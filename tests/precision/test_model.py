@@ -52,7 +52,7 @@ DENSE = {name: replace(c, num_dense_layers=c.num_layers, mtp_depth=1) for name, 
 @pytest.mark.parametrize("path", ["compiled", "plain"])
 def test_close_to_sixteen_bits_and_not_the_same(kind, tolerance, shape, path, monkeypatch):
     if path == "plain":
-        monkeypatch.setattr(native, "wanted", lambda: False)
+        monkeypatch.setattr(native, "compiled", lambda: False)
     model = filled(DENSE[shape])
     before = gradients(model)
     sites = install(model, kind)
@@ -73,7 +73,7 @@ def test_both_paths_compute_the_same(kind, tolerance, monkeypatch):
     model = filled(DENSE["mla"])
     install(model, kind)
     ours = gradients(model)
-    monkeypatch.setattr(native, "wanted", lambda: False)
+    monkeypatch.setattr(native, "compiled", lambda: False)
     far = distance(ours, gradients(model))
     assert max(far.values()) < tolerance, far
 
@@ -83,7 +83,7 @@ def test_both_paths_compute_the_same(kind, tolerance, monkeypatch):
 def test_experts_are_in_eight_bits_too(kind, path, monkeypatch):
     """Routing may differ between runs of different precision; so experts alone, with given tokens."""
     if path == "plain":
-        monkeypatch.setattr(native, "wanted", lambda: False)
+        monkeypatch.setattr(native, "compiled", lambda: False)
     model = filled(replace(TINY, num_dense_layers=0, num_experts_per_tok=8))  # every expert is chosen: nothing to flip
     before = gradients(model)
     install(model, kind)

@@ -9,6 +9,7 @@ from tests.losses import loss_of
 from tiny import MODEL, Counting, config, fit, new_run, steps
 
 from sparing.config import Config, OptimConfig, PrecisionConfig, TrainConfig, UserError
+from sparing.config_limits import checked
 from sparing.kernels import native
 from sparing.kernels.embedding import embedding
 from sparing.model.init import init_weights
@@ -189,4 +190,4 @@ def test_a_checkpoint_kept_otherwise_is_refused(tmp_path):
 def test_int8_activations_are_not_compiled():
     chosen = Config(precision=CASES["all"], train=TrainConfig(compile=True))
     with pytest.raises(UserError, match=r"train\.compile"):
-        keep_as(Transformer(MODEL), chosen)
+        checked(chosen)
