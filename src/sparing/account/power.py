@@ -148,8 +148,11 @@ class Constant:
 
 
 def cpu_seconds() -> float:
-    """CPU time of this process (all threads) and of its children that have ended, seconds."""
-    times = os.times()  # psutil's hundredths of a second are too coarse for the joules of one answer
+    """CPU time of this process (all threads) and of its children that have ended, seconds.
+
+    psutil has both in hundredths of a second only, which is too coarse for the joules of one answer.
+    """
+    times = os.times()
     return time.process_time() + times.children_user + times.children_system
 
 

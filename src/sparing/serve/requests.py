@@ -15,6 +15,7 @@ MAX_PROMPTS = 64
 MAX_STOPS = 16
 """OpenAI takes 4; lm-eval's tasks end at up to six and the end of text."""
 MOST = 2**31 - 1
+"""Of counts and token ids: a signed 32-bit integer."""
 
 
 class Object(BaseModel):
