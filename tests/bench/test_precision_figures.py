@@ -8,9 +8,10 @@ import torch
 
 from sparing.bench import precision, precision_loss, precision_speed
 from sparing.bench.precision_loss import interval, rows_of
-from sparing.bench.precision_memory import SMALL
+from sparing.bench.eight_bits import SMALL
 from sparing.bench.precision_speed import Side
 from sparing.config import PrecisionConfig, UserError
+from sparing.kernels.formats import this_machine
 
 
 def test_the_interval_is_students():
@@ -21,7 +22,7 @@ def test_the_interval_is_students():
 
 
 def result(loss: float, share: float = 1.0) -> dict:
-    return {"loss": loss, "share": share, "tokens_per_s": 1.0}
+    return {"loss": loss, "share": share, "tokens_per_s": 1.0, "dtype": "float32"}
 
 
 def test_the_upper_end_counts():
@@ -38,7 +39,7 @@ def test_finished_runs_are_kept(tmp_path, monkeypatch):
     asked = []
 
     class Fake:
-        def __init__(self, threads, environment=None):
+        def __init__(self, threads, limit, environment=None):
             pass
 
         def __enter__(self):
@@ -70,10 +71,18 @@ def test_what_is_refused():
         precision.run("loss")
 
 
-def test_speed_takes_turns(monkeypatch):
-    """Small, but all of it: three processes, whole steps, products."""
+@pytest.mark.parametrize("format", [None, "slow"])
+def test_speed_takes_turns(format, monkeypatch, request, capfd):
+    """Small, but all of it: three processes, whole steps, products. A processor that has only float32 is measured in that, says so, and
+    makes a small model of its own."""
     monkeypatch.setattr(precision_speed, "REQUIRED", {"cpu": {64: 0.5}})
-    rows = precision_speed.precision_speed("64", "int8", rounds=2, rows=2)
+    if format:
+        request.getfixturevalue("slow_formats")
+    rows = precision_speed.precision_speed(None if format else "64", None if format else "int8", rounds=2, rows=None if format else 2)
+    plain = this_machine().training_dtype("cpu")
+    assert all(row["formats"] == {"ours": "int8", "peer": plain} for row in rows) and (not format or plain == "float32")
+    line = "no 8-bit arithmetic here that is faster (int8: this processor multiplies it 50 times slower than float32 (measured))"
+    assert (line in " ".join(capfd.readouterr().err.split())) == bool(format)
     whole, stored, *products = rows
     assert [r["name"] for r in rows[:2]] == ["whole step, int8 products, d 64", "whole step, int8 and storage, d 64"]
     for r in (whole, stored):

@@ -13,7 +13,7 @@ SMALL = Yardstick(hidden_size=64, layers=1, lr=1e-2, batch=4, vocab_size=512, se
 
 
 def train(text, budget, **options):
-    return train_yardstick(SMALL, [str(text / "train")], [str(text / "val")], budget, autocast=False, **options)
+    return train_yardstick(SMALL, [str(text / "train")], [str(text / "val")], budget, dtype="float32", **options)
 
 
 def test_tokens_are_a_budget_and_more_of_them_help(text):

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sparing.config import ModelConfig
+from sparing.config_file import build
 from sparing.model.init import init_weights
 from sparing.model.transformer import Transformer
 from sparing.train.replicas import Replicas
@@ -18,7 +19,7 @@ from sparing.train.replicas import Replicas
 class OurSetting:
     """How our side runs: compute type over float32 master weights."""
 
-    precision: str = "bfloat16"
+    precision: str
     """`bfloat16` or `float32`."""
     compile: bool = False
     replicas: int = 1
@@ -55,9 +56,9 @@ def shifted(tokens_BT: torch.Tensor, depth: int) -> torch.Tensor:
     return torch.stack([padded[:, k + 1 : k + 1 + tokens_BT.shape[1]] for k in range(depth)], dim=-1)
 
 
-def save_initial_weights(model: ModelConfig, seed: int, path: Path) -> int:
-    """Write the state dict that both sides start from; returns the number of parameters."""
-    ours = Transformer(model)
+def save_initial_weights(model: dict, seed: int, path: str) -> dict:
+    """Write the state dict that both sides start from; -> `parameters`, their number."""
+    ours = Transformer(build(ModelConfig, model))
     init_weights(ours, seed)
     save_file({name: tensor.contiguous() for name, tensor in ours.state_dict().items()}, path)
-    return sum(parameter.numel() for parameter in ours.parameters())
+    return {"parameters": sum(parameter.numel() for parameter in ours.parameters())}

@@ -101,7 +101,7 @@ def _integers(a: Tensor, b: Tensor) -> Tensor:
 
 def int8_product(a: Tensor, b: Tensor, block: int | None, found: Tensor | None = None) -> Tensor:
     """The plain form of `kernels.int8`: a (M, K) b (N, K)ᵀ -> (M, N) float32."""
-    length = min(block or LONGEST, LONGEST)
+    length = min(block or LONGEST, LONGEST, max(1, a.shape[1]))  # a longer block would be filled up with zeros
     left, right = quantise(a, INT8, (1, length)), quantise(b, INT8, (1, length))
     count(left, found)
     count(right, found)
