@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from sparing.bench import precision, precision_loss, precision_speed
-from sparing.bench.precision_loss import interval, rows_of
 from sparing.bench.eight_bits import SMALL
+from sparing.bench.precision_loss import interval, rows_of
 from sparing.bench.precision_speed import Side
 from sparing.config import PrecisionConfig, UserError
 from sparing.kernels.formats import this_machine
@@ -101,10 +101,10 @@ def test_a_side_is_kept_as_it_says():
     """What is timed is what the memory figure measures: the same products, weights, averages and activations."""
     full, small = (Side(asdict(p), width=64, rows=2, length=32) for p in (PrecisionConfig(), replace(SMALL, linear="int8")))
     for side in (full, small):
-        before = side.model.model.layers[1].mlp.experts.down_proj.detach().clone()
+        before = side.trainer.model.model.layers[1].mlp.experts.down_proj.detach().clone()
         assert side.step()["tokens_per_s"] > 0
-        assert not torch.equal(side.model.model.layers[1].mlp.experts.down_proj, before)
+        assert not torch.equal(side.trainer.model.model.layers[1].mlp.experts.down_proj, before)
     assert small.step()["share"] == 1.0 and full.step()["share"] == 0.0
-    kinds = {t.dtype for name, t in small.optimizer.state().items() if "/momentum/" in name}
-    assert kinds == {torch.int8} and small.model.lm_head.weight.dtype == torch.bfloat16
-    assert all(block.int8_activations for block in small.model.model.layers) and not full.policy.sites
+    kinds = {t.dtype for name, t in small.trainer.optimizer.state().items() if "/momentum/" in name}
+    assert kinds == {torch.int8} and small.trainer.model.lm_head.weight.dtype == torch.bfloat16
+    assert all(block.int8_activations for block in small.trainer.model.model.layers) and not full.trainer.policy.sites

@@ -17,12 +17,10 @@ from sparing.bench.ours import shifted
 from sparing.bench.report import paths_of, row, say
 from sparing.bench.worker import Worker
 from sparing.budget.flops import parameters, train_flops
-from sparing.config import ModelConfig, OptimConfig, UserError
-from sparing.model.init import init_weights
-from sparing.model.router import update_biases
-from sparing.model.transformer import Transformer
-from sparing.train.optim import Optimizer
+from sparing.config import Config, ModelConfig, TrainConfig, UserError
+from sparing.data.loader import Batch
 from sparing.train.peak import measure_peak
+from sparing.train.practice import MOMENTUM, trainer_of
 
 DENSE = ModelConfig(
     vocab_size=32768,
@@ -95,20 +93,14 @@ def measure(model: str, batches: str, warm_up: int, compile: bool) -> dict:
 
 def _speed(config: ModelConfig, batches: torch.Tensor, warm_up: int, compile: bool) -> float:
     """Median tokens/s of whole optimizer steps, after `warm_up`."""
-    model = Transformer(config)
-    init_weights(model, 0)
-    model.to("cuda").train()
-    model.compute_dtype = torch.bfloat16
-    loss_of = torch.compile(model.loss, dynamic=False) if compile else model.loss
-    optimizer = Optimizer(model, OptimConfig())
+    train = TrainConfig(batch_size=len(batches[0]), seq_len=batches.shape[-1], device="cuda", compile=compile, document_mask=False)
+    trainer = trainer_of(Config(model=config, train=train))
     took = []
     for tokens in batches:
         torch.cuda.synchronize()
         before = time.perf_counter()
-        loss_of(tokens, shifted(tokens, 1)).total.backward()
-        optimizer.clip(float(optimizer.grad_norm()))
-        optimizer.step(1.0, 0.95)
-        update_biases(model, 0.001)
+        losses = trainer.gradients(Batch(tokens, shifted(tokens, 1)))
+        trainer.update(losses["grad_norm"], 1.0, MOMENTUM)
         torch.cuda.synchronize()
         took.append(time.perf_counter() - before)
     return batches[0].numel() / statistics.median(took[warm_up:])

@@ -10,8 +10,11 @@ from safetensors.torch import load_file, save_file
 
 from sparing.config import ModelConfig
 from sparing.config_file import build
+from sparing.data.loader import Batch
+from sparing.kernels import native
 from sparing.model.init import init_weights
 from sparing.model.transformer import Transformer
+from sparing.train.objective import NextToken
 from sparing.train.replicas import Replicas
 
 
@@ -37,15 +40,13 @@ class OursSide:
         self.model.load_state_dict(load_file(weights))
         self.model.train()
         self.model.compute_dtype = getattr(torch, setting.precision)
-        self.loss = torch.compile(self.model.loss, dynamic=False) if setting.compile else None
-        self.replicas = Replicas(self.model, setting.replicas)
+        kernels = native.fitting(setting.replicas, torch.get_num_threads(), "cpu")
+        self.replicas = Replicas(self.model, NextToken(model), setting.replicas, setting.compile, kernels)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True, **optimizer)
 
     def step(self, tokens_BT: torch.Tensor) -> float:
         self.optimizer.zero_grad(set_to_none=True)
-        targets = shifted(tokens_BT, 1 + self.model.config.mtp_depth)
-        denominator = int((targets[..., 0] != -100).sum())
-        loss, _, _ = self.replicas.backward(tokens_BT, targets, None, loss_fn=self.loss, denominator=denominator)
+        loss = self.replicas.gradients(Batch(tokens_BT, shifted(tokens_BT, 1 + self.model.config.mtp_depth)))[0]
         self.optimizer.step()
         return loss.item()
 

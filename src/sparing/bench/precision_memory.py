@@ -33,44 +33,24 @@ def measure(config: dict, steps: int, pages: bool = False) -> dict:
     after its update. pages: see `precision.allocator`."""
     import torch
 
-    from sparing.model.init import init_weights
-    from sparing.model.router import update_biases
-    from sparing.model.transformer import Transformer
     from sparing.precision.allocator import give_back
-    from sparing.precision.policy import Policy
-    from sparing.train.optim import Optimizer, keep_as
-    from sparing.train.replicas import Replicas
+    from sparing.train.practice import LR_SCALE, MOMENTUM, trainer_of
 
     before = resident_bytes("VmRSS")
     torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], fused=True)  # imports torch's compiler: on one side alone it would count
     chosen = build(Config, config)
-    c, t = chosen.model, chosen.train
     imported = resident_bytes("VmRSS")
     found = {"compiler": imported - before}
     if pages:
         give_back()
-    model = Transformer(c)
-    init_weights(model, t.seed)
-    keep_as(model, chosen)
-    model.compute_dtype = getattr(torch, t.dtype)
-    model.set_recompute(t.recompute)
-    model.train()
-    policy = Policy.of(model, chosen)
-    optimizer = Optimizer(model, chosen.optim, model.compute_dtype, chosen.precision)
-    replicas = Replicas(model, t.replicas or 1)
-    tokens = torch.randint(0, c.vocab_size, (t.batch_size, t.seq_len + 1), generator=torch.Generator().manual_seed(0))
+    trainer = trainer_of(chosen)
     found["built"] = resident_bytes("VmRSS") - imported
     forget_peak()
     for step in range(steps):
-        policy.begin(step)
-        for micro in tokens.split(t.micro_batch_size or t.batch_size):
-            replicas.backward(micro[:, :-1], micro[:, 1:, None], None, denominator=tokens.numel(), sequence_balance=t.sequence_balance)
-        policy.end()
+        losses = trainer.gradients(trainer.feed.batch(step), step)
         found["backward"] = resident_bytes("VmRSS") - imported
-        optimizer.clip(float(optimizer.grad_norm()))
-        optimizer.step(1e-3, 0.95)
+        trainer.update(losses["grad_norm"], LR_SCALE, MOMENTUM)
         found["updated"] = resident_bytes("VmRSS") - imported
-        update_biases(model, t.bias_update_rate)
     return {"peak": resident_bytes("VmHWM") - imported, "imported": imported, **found}
 
 

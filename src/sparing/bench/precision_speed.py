@@ -115,49 +115,30 @@ class Side:
         import torch
 
         from sparing.kernels import native
-        from sparing.model.init import init_weights
-        from sparing.model.transformer import Transformer
-        from sparing.precision.policy import Policy
-        from sparing.train.optim import Optimizer, keep_as
-        from sparing.train.replicas import Replicas
+        from sparing.train.practice import trainer_of
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype, threads = this_machine().training_dtype(device), torch.get_num_threads()
-        self.config = Config(
-            model=model_of(width),
-            precision=build(PrecisionConfig, precision),
-            train=TrainConfig(batch_size=rows, seq_len=length, dtype=dtype),
-        )
-        self.model = Transformer(self.config.model)
-        init_weights(self.model, 0)
-        self.model.to(device).train()
-        self.model.compute_dtype = getattr(torch, dtype)
-        keep_as(self.model, self.config)
-        self.policy = Policy.of(self.model, self.config)
-        self.replicas = Replicas(self.model, threads if device == "cpu" and native.passes() and rows >= threads else 1)
-        self.optimizer = Optimizer(self.model, self.config.optim, self.model.compute_dtype, self.config.precision)
-        self.tokens = torch.randint(self.config.model.vocab_size, (rows, length + 1), generator=torch.Generator().manual_seed(0)).to(device)
+        threads = torch.get_num_threads()
+        replicas = threads if device == "cpu" and native.passes() and rows >= threads else 1
+        dtype = this_machine().training_dtype(device)
+        train = TrainConfig(batch_size=rows, seq_len=length, dtype=dtype, device=device, replicas=replicas, document_mask=False)
+        self.trainer = trainer_of(Config(model=model_of(width), precision=build(PrecisionConfig, precision), train=train))
 
     def step(self, rows: int | None = None) -> dict[str, float]:
         """On the first `rows` sequences (None: on all) -> tokens/s, the seconds of forward and backward pass and of the update, and the
         least share of any direction's multiplications in 8 bits."""
-        from sparing.model.router import update_biases
         from sparing.train.peak import wait
+        from sparing.train.practice import LR_SCALE, MOMENTUM
 
-        t, tokens = self.config.train, self.tokens[:rows]
-        size = tokens[:, 1:].numel()
+        batch = self.trainer.feed.batch(0)[:rows]
         before = time.perf_counter()
-        self.policy.begin(1)  # measures nothing: 0 would
-        self.replicas.backward(tokens[:, :-1], tokens[:, 1:, None], None, denominator=size, sequence_balance=t.sequence_balance)
-        self.policy.end()
-        norm = float(self.optimizer.grad_norm())
+        losses = self.trainer.gradients(batch)  # of a step that measures no errors: the first would
         between = time.perf_counter()
-        self.optimizer.clip(norm)
-        self.optimizer.step(0.01, 0.95)
-        update_biases(self.model, t.bias_update_rate)
-        wait(self.tokens.device.type)
+        self.trainer.update(losses["grad_norm"], LR_SCALE, MOMENTUM)
+        wait(self.trainer.device.type)
         after = time.perf_counter()
-        share = min(self.policy.shares().values())
+        share = min(self.trainer.policy.shares().values())
+        size = batch.tokens.numel()
         return {"tokens_per_s": size / (after - before), "passes_s": between - before, "update_s": after - between, "share": share}
 
 
@@ -165,7 +146,7 @@ def products_alone(width: int, kind: str, dtype: str, rounds: int) -> dict[str, 
     """Median ratio of time in `dtype` to time in 8 bits, one thread, in turn: forward and both gradients of a square weight."""
     import torch
 
-    from sparing.kernels import products
+    from sparing.kernels import native, products
     from sparing.precision import products as eight
     from sparing.precision.products import SCHEMES
 
@@ -178,7 +159,8 @@ def products_alone(width: int, kind: str, dtype: str, rounds: int) -> dict[str, 
         sides = partial(getattr(products, name), a, b), partial(getattr(eight, name), kind, SCHEMES[kind][0], found, a, b)
         ratios = []
         for turn in range(rounds + 1):
-            took = [_seconds(side, device) for side in sides]
+            with native.path("compiled"):
+                took = [_seconds(side, device) for side in sides]
             if turn:
                 ratios.append(took[0] / took[1])
         out[name] = median(ratios)
