@@ -141,6 +141,9 @@ def _calibrated(job: Job, config: Config, model: Transformer, feed: Loader, peak
     if config.train.kernels is None:
         kernels = native.fitting(t.replicas or 1, t.threads, model.head_weight.device.type)
         config, reasons["train.kernels"] = replace(config, train=replace(config.train, kernels=kernels)), KERNELS[kernels]
+    for name, reason in reasons.items():
+        section, field = name.split(".")
+        say(f"  {name} = {getattr(getattr(config, section), field)}  # {reason}")
     job.write(config, reasons_of(job.run) | reasons)
     return config
 
