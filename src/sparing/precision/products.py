@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparing.kernels import float8, int8, products
+from sparing.kernels import float8, formats, int8, products
 from sparing.precision.formats import E4M3, E5M6, INT8, Format
 from sparing.precision.quantise import TILE, Block, dequantise, quantise
 
@@ -80,8 +80,8 @@ def fp8_operand(operand: Operand, blocks: Blocks, found: Tensor | None, kept_e5m
 
 
 def _emulated_dtype(x: Tensor) -> torch.dtype:
-    """The type in which x, rounded to e4m3, is multiplied: one that holds such numbers, whatever the result's type."""
-    return x.dtype
+    """The type in which x, rounded to e4m3, is multiplied: its own, or float32, which holds such numbers too, where that is slow."""
+    return x.dtype if x.is_cuda or formats.fast(str(x.dtype).removeprefix("torch.")) else torch.float32
 
 
 def _integers(a: Tensor, b: Tensor) -> Tensor:
