@@ -1,5 +1,7 @@
-"""Golden losses: tools/golden.py has the runs, tests/golden/ their numbers. Where the program's numbers are meant to change, `make golden
-SAVE=1` stores the new ones."""
+"""Golden losses: tools/golden.py has the runs, tests/golden/ their numbers.
+
+Where the program's numbers are meant to change, `make golden SAVE=1` stores the new ones. Files of other keys are then computed again on
+such a machine, or deleted."""
 
 import copy
 import json

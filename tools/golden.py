@@ -4,7 +4,8 @@
 with the source of COMMIT as well and compares bit for bit. It needs torch: `make golden` runs it with the tests' environment.
 
 A run is started through `sparing.api` and read from its run folder, so this file works with older and newer source. Whatever a run would
-choose by measuring is set here. The numbers depend on the key alone: torch, compiler, instruction set and processor.
+choose by measuring is set here. The numbers depend on the key alone: torch, compiler, instruction set and processor. Smaller
+instruction sets are had by setting ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA and MKL_ENABLE_INSTRUCTIONS as the "limits" of a stored key say.
 """
 
 from __future__ import annotations
