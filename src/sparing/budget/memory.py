@@ -12,24 +12,19 @@ from typing import Literal
 
 from sparing.budget.flops import attention_parameters, feed_forward_parameters, kv_cache_bytes, parameters
 from sparing.config import Config, ModelConfig, PrecisionConfig
+from sparing.kernels.sizes import ATTENTION_ROWS, EXPERT_ROWS, HEAD_TOKENS, MOMENT_BLOCK
 
 FULL = PrecisionConfig()
 
-ATTENTION_ROWS = 128
-EXPERT_ROWS = 64
-HEAD_TOKENS = 512
-"""Of kernels/attention.py, kernels/experts.py, kernels/cross_entropy.py."""
 PROCESS_BYTES = {"cpu": 414e6, "cuda": 900e6}
 """A process without its model: interpreter, torch, the libraries that its first step loads. CPU: fitted, with REUSED, on the resident peaks
 of eight models of 0.4-121 M parameters, dense and mixtures, in full and in few bits (LAB.md; torch 2.13, glibc). CUDA: an estimate."""
-OWN_UPDATES_BYTES = -77e6
-"""torch.optim loads torch's compiler; the optimizers of few bits are our own."""
+OPTIMIZER_IMPORT_BYTES = 77e6
+"""Importing torch.optim also loads the compiler; our 8-bit optimizers don't need it."""
 REUSED = {False: 0.5, True: 1.0}
 """Share of the gradients that lies where activations were; with pages given back, all."""
 MUON_BYTES = 12.0
 """Work space for each number of the largest group of equally shaped matrices, where they are orthogonalised together (plain kernels)."""
-BLOCK = 256
-"""Of precision/moments.py: numbers that share a float32 scale."""
 CORPUS_BYTES = 95e6
 """What a run of `train` has more: tokenizer, corpus, metrics, evaluations. With PROCESS_BYTES what runs of 0.2-17 M active parameters were
 fitted to (LAB.md)."""
@@ -78,7 +73,7 @@ def optimizer_bytes(c: ModelConfig, matrix: str, p: PrecisionConfig = FULL) -> f
     total = parameters(c).total + parameters(c).mtp
     numbers = _matrices(c) + 2 * (total - _matrices(c)) if matrix == "muon" else 2 * total
     remainder = (4.0 * total - weight_bytes(c, p)) / 2 if p.compensation == "kahan" else 0.0
-    return numbers * (4.0 if p.moments == "float32" else 1.0 + 4.0 / min(BLOCK, c.hidden_size)) + remainder
+    return numbers * (4.0 if p.moments == "float32" else 1.0 + 4.0 / min(MOMENT_BLOCK, c.hidden_size)) + remainder
 
 
 def _largest_group(c: ModelConfig) -> float:
@@ -204,7 +199,7 @@ def training_memory(config: Config, measured: bool = False, path: Path | None = 
         work += 4 * max(feed_forward_parameters(c, layer, False) for layer in (0, c.num_layers - 1)) * replicas
     # Twins' gradients are added to the first model's: for a moment there are those too.
     gradients = weights * replicas
-    process = PROCESS_BYTES[device] + work + weights * (replicas - 1) + (OWN_UPDATES_BYTES if small and device == "cpu" else 0.0)
+    process = PROCESS_BYTES[device] + work + weights * (replicas - 1) - (OPTIMIZER_IMPORT_BYTES if small and device == "cpu" else 0.0)
     if measured and device == "cpu":
         process += CORPUS_BYTES
     if measured and path == "plain":
