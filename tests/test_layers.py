@@ -32,6 +32,7 @@ LAYERS = [
     {"lock"},
     {"config_file"},
     {"config_limits"},
+    {"layers"},
     {"config"},
 ]
 LINE = {name: line for line, names in enumerate(LAYERS) for name in names}

@@ -78,15 +78,6 @@ class ModelConfig:
     init: Literal["deepseek", "scaled"] = "scaled"
     """Initial weights: `deepseek`: normal(0, 0.006) everywhere, as published; `scaled`: 1/sqrt(fan-in), zero output projections."""
 
-    @property
-    def is_moe(self) -> bool:
-        return self.num_dense_layers < self.num_layers or self.mtp_depth > 0
-
-    @property
-    def num_moe_layers(self) -> int:
-        """MoE blocks, those of the MTP modules included (an all-dense model has dense MTP modules)."""
-        return 0 if self.num_dense_layers >= self.num_layers else self.num_layers - self.num_dense_layers + self.mtp_depth
-
 
 @dataclass(frozen=True)
 class DataConfig:

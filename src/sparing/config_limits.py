@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sparing.config import Config, ModelConfig, UserError
+from sparing.layers import mixtures
 
 _ONE, _SHARE, _BELOW_ONE = (1, math.inf), (0, 1), (0, math.nextafter(1, 0))
 _MLA = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
@@ -49,7 +50,7 @@ def contradiction(c: ModelConfig, called: Callable[[str], str] = lambda name: na
     """What no model can have, in words; None: nothing. called: a field's name where the sizes come from."""
     needed = ["vocab_size", "hidden_size", "num_layers", "intermediate_size", "num_heads", "max_position_embeddings"]
     needed += _MLA if c.attention == "mla" else ["num_kv_heads", "head_dim"]
-    experts = c.num_moe_layers > 0
+    experts = bool(mixtures(c))
     needed += ["n_routed_experts", *_EXPERTS] if experts else []
     for name in needed:
         if getattr(c, name) < 1:

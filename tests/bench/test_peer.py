@@ -57,7 +57,7 @@ def test_the_grid_is_the_figures():
 
 
 def test_what_the_peer_cannot_express_is_refused():
-    for changed in ({"attention": "gqa"}, {"scoring_func": "softmax"}, {"num_dense_layers": 2}):
+    for changed in ({"attention": "gqa"}, {"scoring_func": "softmax"}, {"num_dense_layers": 2}, {"num_dense_layers": 2, "mtp_depth": 1}):
         with pytest.raises(UserError):
             peer_config(replace(TINY, **changed))
 

@@ -14,6 +14,7 @@ import torch
 
 from sparing.config import ModelConfig, UserError
 from sparing.interop.hf_config import hf_type, to_hf
+from sparing.layers import mixtures
 
 PRECISIONS = ("float32", "bfloat16", "autocast")
 
@@ -56,7 +57,7 @@ def import_transformers():
 
 def peer_config(model: ModelConfig):
     """The DeepseekV3Config that computes what `model` computes without its MTP modules; UserError for what that type cannot express."""
-    if hf_type(model) != "deepseek_v3" or not model.is_moe:
+    if hf_type(model) != "deepseek_v3" or not mixtures(model):
         raise UserError("the peer DeepseekV3ForCausalLM needs attention mla, scoring_func sigmoid and at least one MoE layer")
     raw, _ = to_hf(replace(model, mtp_depth=0), dtype="float32", eos=None)
     return import_transformers().DeepseekV3Config.from_dict(raw)

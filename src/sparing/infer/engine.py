@@ -22,7 +22,7 @@ from sparing.infer.approximate import Approximate, Approximation, begin, note
 from sparing.infer.cache import BLOCK, BlockPool
 from sparing.infer.compiled import CompiledNetwork
 from sparing.infer.loaded import Model, load
-from sparing.infer.network import Rows, TorchNetwork, cache_width
+from sparing.infer.network import Rows, TorchNetwork
 from sparing.infer.pack import open_pack
 from sparing.infer.place import settle, slower
 from sparing.infer.request import Busy, Piece, Request, Sampling
@@ -30,6 +30,7 @@ from sparing.infer.sample import choose, logprob
 from sparing.infer.scheduler import Scheduler, Share, Text
 from sparing.infer.speculate import propose
 from sparing.infer.text import TextStream
+from sparing.layers import layers
 from sparing.run import RunFolder
 
 MAX_DRAFT = 3
@@ -86,8 +87,8 @@ class Engine:
             raise UserError(f"a limit for experts needs the compiled step ({plain})")
         self.context: int = self.config.max_position_embeddings
         self.max_batch, self.max_queue = max_batch or 16, max_queue
-        layers, numbers = self.config.num_layers + self.config.mtp_depth, 2 if plain and self.weights == "bfloat16" else 4
-        per_block = BLOCK * layers * cache_width(self.config) * numbers
+        numbers = 2 if plain and self.weights == "bfloat16" else 4
+        per_block = BLOCK * sum(layer.attention.cache_width for layer in layers(self.config)) * numbers
         whole = self.max_batch * -(-self.context // BLOCK)
         self.cache_bytes = min(whole * per_block, 1 << 30) if cache_bytes is None else cache_bytes
         blocks = min(whole, self.cache_bytes // per_block)

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from sparing.config import ModelConfig, UserError
 from sparing.interop.gguf_fields import add_shape, add_tokenizer, exportable
 from sparing.interop.gguf_tensors import Piece, pieces
-from sparing.interop.hf_names import our_shapes
+from sparing.layers import shapes
 from sparing.run import disk_errors, sync_folder
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def _write_tensors(
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    expected = our_shapes(config)
+    expected = shapes(config)
     ours, tensor = None, None
     try:
         with safe_open(weights, framework="pt") as file:

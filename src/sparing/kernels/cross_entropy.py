@@ -12,9 +12,9 @@ from torch import Tensor
 
 from sparing.kernels import native, products
 from sparing.kernels.pool import new_like
+from sparing.kernels.sizes import HEAD_TOKENS
 
 IGNORE = -100
-CHUNK_TOKENS = 512
 
 
 def linear_cross_entropy_reference(
@@ -63,8 +63,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_x = torch.empty_like(x_ND) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight_WD, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         total = torch.zeros((), dtype=torch.float32, device=x_ND.device)
-        for start in range(0, len(x_ND), CHUNK_TOKENS):
-            part = slice(start, start + CHUNK_TOKENS)
+        for start in range(0, len(x_ND), HEAD_TOKENS):
+            part = slice(start, start + HEAD_TOKENS)
             grad, nll = _softmax_and_nll(F.linear(x_ND[part], weight), targets_N[part], None if weights_N is None else weights_N[part])
             total += nll.sum()
             if grad_x is not None:
@@ -132,8 +132,8 @@ def token_nll(x_ND: Tensor, weight_WD: Tensor, targets_N: Tensor) -> Tensor:
     with torch.no_grad():
         weight = weight_WD.to(x_ND.dtype)
         out = torch.empty(len(x_ND), dtype=torch.float32, device=x_ND.device)
-        for start in range(0, len(x_ND), CHUNK_TOKENS):
-            part = slice(start, start + CHUNK_TOKENS)
+        for start in range(0, len(x_ND), HEAD_TOKENS):
+            part = slice(start, start + HEAD_TOKENS)
             logits = F.linear(x_ND[part], weight).float()
             out[part] = F.cross_entropy(logits, targets_N[part], ignore_index=IGNORE, reduction="none")
         return out

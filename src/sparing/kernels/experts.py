@@ -11,9 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparing.kernels import products as kernels
-
-ROWS = 64
-"""Groups are filled up to a multiple of this: oneDNN builds a kernel for every new shape, which costs more than the filler rows."""
+from sparing.kernels.sizes import EXPERT_ROWS as ROWS
 
 
 def swiglu_reference(h: Tensor) -> Tensor:

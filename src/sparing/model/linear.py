@@ -23,6 +23,11 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
 
+    @classmethod
+    def shaped(cls, shape: tuple[int, ...]) -> Linear:
+        """One whose weight has the shape (out, in)."""
+        return cls(shape[1], shape[0])
+
     @property
     def products(self):
         """`kernels.products`, or functions like its in 8 bits."""

@@ -12,6 +12,7 @@ from sparing.config import ModelConfig
 from sparing.kernels.attention import DocumentMask
 from sparing.kernels.cross_entropy import token_nll
 from sparing.kernels.embedding import embedding
+from sparing.layers import layers
 from sparing.model.attention import LayerCache
 from sparing.model.block import Block, MTPBlock
 from sparing.model.linear import Linear, RMSNorm
@@ -37,9 +38,7 @@ class Decoder(nn.Module):
     def __init__(self, c: ModelConfig):
         super().__init__()
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
-        layers = [Block(c, i) for i in range(c.num_layers)]
-        layers += [MTPBlock(c, c.num_layers + k) for k in range(c.mtp_depth)]
-        self.layers = nn.ModuleList(layers)
+        self.layers = nn.ModuleList((MTPBlock if layer.mtp else Block)(c, layer) for layer in layers(c))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
 

@@ -22,6 +22,7 @@ from sparing.evals.select import select
 from sparing.infer.approximate import Approximate
 from sparing.infer.engine import Engine
 from sparing.infer.predict import forecast
+from sparing.layers import mixtures
 from sparing.run import RunFolder
 from sparing.serve.audit import Audit
 from sparing.serve.energy import Energy
@@ -57,7 +58,7 @@ def allowed(paths: list[str], limit: float, floor: int) -> Approximate:
 
 def expected(engine: Engine, expert_bytes: int) -> str:
     """What to expect of experts that do not all fit, in words."""
-    if not engine.config.num_moe_layers:
+    if not mixtures(engine.config):
         return "the model has no experts: --expert-mb changes nothing"
     found = forecast(engine.config, engine.pack, expert_bytes, engine.threads)
     return (
