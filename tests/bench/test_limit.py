@@ -35,7 +35,7 @@ def test_a_limit_ends_with_the_one_around_it():
 def test_limits_are_times():
     assert Limit.of("90s").seconds == 90 and Limit.of_runs("2h", ["5Mtok"]).seconds == 7200
     for wrong in ("50Mtok", 300, "soon"):
-        with pytest.raises(UserError, match="--limit .*must be a time"):
+        with pytest.raises(UserError, match=r"--limit .*must be a time"):
             run("startup", runs=1, limit=wrong)
 
 
