@@ -71,18 +71,11 @@ def test_what_is_refused():
         precision.run("loss")
 
 
-@pytest.mark.parametrize("format", [None, "slow"])
-def test_speed_takes_turns(format, monkeypatch, request, capfd):
-    """Small, but all of it: three processes, whole steps, products. A processor that has only float32 is measured in that, says so, and
-    makes a small model of its own."""
+def test_speed_takes_turns(monkeypatch):
+    """Small, but all of it: three processes, whole steps, products."""
     monkeypatch.setattr(precision_speed, "REQUIRED", {"cpu": {64: 0.5}})
-    if format:
-        request.getfixturevalue("slow_formats")
-    rows = precision_speed.precision_speed(None if format else "64", None if format else "int8", rounds=2, rows=None if format else 2)
-    plain = this_machine().training_dtype("cpu")
-    assert all(row["formats"] == {"ours": "int8", "peer": plain} for row in rows) and (not format or plain == "float32")
-    line = "no 8-bit arithmetic here that is faster (int8: this processor multiplies it 50 times slower than float32 (measured))"
-    assert (line in " ".join(capfd.readouterr().err.split())) == bool(format)
+    rows = precision_speed.precision_speed("64", "int8", rounds=2, rows=2)
+    assert all(row["formats"] == {"ours": "int8", "peer": this_machine().training_dtype("cpu")} for row in rows)
     whole, stored, *products = rows
     assert [r["name"] for r in rows[:2]] == ["whole step, int8 products, d 64", "whole step, int8 and storage, d 64"]
     for r in (whole, stored):
@@ -108,3 +101,38 @@ def test_a_side_is_kept_as_it_says():
     kinds = {t.dtype for name, t in small.trainer.optimizer.state().items() if "/momentum/" in name}
     assert kinds == {torch.int8} and small.trainer.model.lm_head.weight.dtype == torch.bfloat16
     assert all(block.int8_activations for block in small.trainer.model.model.layers) and not full.trainer.policy.sites
+
+
+def test_speed_without_8_bit_arithmetic_says_so_and_takes_a_small_model(slow_formats, monkeypatch, capfd):
+    made = []
+
+    class Fake:
+        def __init__(self, threads, limit):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def ask(self, do, **more):
+            if do == "make":
+                made.append((more["width"], more["rows"], more["precision"]["linear"], more["precision"]["activations"]))
+            return {"nt": 0.1} if do == "run" else {"tokens_per_s": 1.0, "passes_s": 1.0, "update_s": 1.0, "share": 1.0}
+
+    monkeypatch.setattr(precision_speed, "Worker", Fake)
+    rows = precision_speed.precision_speed(rounds=2)
+    assert made == [(64, 2, "none", "full"), (64, 2, "int8", "full"), (64, 2, "int8", "full")]
+    assert all(row["formats"] == {"ours": "int8", "peer": "float32"} and row["runs"] == 2 for row in rows)
+    slow = "int8: this processor multiplies it 50 times slower than float32 (measured)"
+    assert f"no 8-bit arithmetic here that is faster ({slow})" in " ".join(capfd.readouterr().err.split())
+    made.clear()
+    rows = precision_speed.precision_speed(kind="int8", limit="15s")
+    assert [width for width, *_ in made[::3]] == [256, 512, 1024] and f"--kind {slow}" in " ".join(capfd.readouterr().err.split())
+    assert all(row["ours"] is None and "a round would take about 102 s" in row["cut_short"] for row in rows)
+
+
+def test_loss_leaves_out_8_bits_that_would_take_forever(slow_formats, capfd):
+    assert precision_loss._sides_here("cpu") == ["fp8"]
+    assert "skipped: int8: this processor multiplies it 50 times slower" in " ".join(capfd.readouterr().err.split())

@@ -59,6 +59,15 @@ def test_an_answer_that_is_late_costs_the_process():
         assert time.monotonic() - before < 3 and worker.process.poll() is not None
 
 
+def test_a_worker_that_is_left_by_an_interruption_is_killed_at_once():
+    before = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), Worker(1, Limit(60)) as worker:
+        worker.process.stdin.write('{"do": "peak", "dtype": "float32", "sizes": [1000, 1000, 1000, 1000, 1000], "seconds": 60}\n')
+        worker.process.stdin.flush()
+        raise KeyboardInterrupt
+    assert worker.process.poll() is not None and time.monotonic() - before < 2
+
+
 def test_one_failure_ends_all_that_run_beside_it():
     def one(fails: bool) -> None:
         if fails:

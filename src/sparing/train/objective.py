@@ -13,6 +13,7 @@ from torch import Tensor
 from sparing.config import Config, ModelConfig
 from sparing.data.loader import Batch
 from sparing.kernels.cross_entropy import IGNORE, linear_cross_entropy
+from sparing.layers import mixtures
 from sparing.model.transformer import Transformer
 
 
@@ -46,8 +47,8 @@ class NextToken:
     def __init__(self, config: ModelConfig, mtp_weight: float = 0.3, sequence_balance: float = 0.0):
         """mtp_weight: of the mean over MTP depths. sequence_balance: of the balance loss; 0: it is not computed."""
         self.mtp_weight, self.sequence_balance = mtp_weight, sequence_balance
-        mtp, mixtures = config.mtp_depth > 0, config.num_moe_layers > 0
-        self.parts = ("loss", *(("mtp_loss",) if mtp else ()), *(("balance_loss",) if mixtures else ()))
+        parts = {"loss": True, "mtp_loss": config.mtp_depth > 0, "balance_loss": bool(mixtures(config))}
+        self.parts = tuple(name for name, there in parts.items() if there)
 
     @classmethod
     def of(cls, config: Config) -> NextToken:
