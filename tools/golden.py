@@ -182,10 +182,12 @@ def hide_amx() -> None:
 
 
 def measure_no_peak() -> None:
-    """The machine's peak is only shown beside the speed; to measure it takes a minute where bfloat16 is emulated."""
+    """The machine's peak is only shown beside the speed; to measure it takes a minute where bfloat16 is emulated.
+
+    Older source takes a number for it, newer source a `Peak`."""
     for name, module in list(sys.modules.items()):
         if name.startswith("sparing.") and hasattr(module, "measure_peak"):
-            peak = module.Peak(1e11, 0) if hasattr(module, "Peak") else 1e11
+            peak = sys.modules["sparing.train.peak"].Peak(1e11, 0) if "sparing.train.peak" in sys.modules else 1e11
             module.measure_peak = lambda *_arguments, peak=peak, **_options: peak
 
 

@@ -9,6 +9,8 @@ from sparing.kernels.attention import DocumentMask, attention_reference, causal_
 from sparing.kernels.cross_entropy import IGNORE, linear_cross_entropy, linear_cross_entropy_reference, token_nll
 from sparing.kernels.experts import mixture, mixture_reference, swiglu, swiglu_reference
 from sparing.kernels.norm import rms_norm, rms_norm_reference
+from sparing.kernels.operands import Weight
+from sparing.kernels.products import Plain
 
 
 @pytest.fixture(autouse=True, params=["compiled", "plain"])
@@ -115,7 +117,8 @@ def test_mixture_of_experts(dtype, top_k):
     weights = torch.rand(N, top_k)
     assert 3 not in experts
     compare(
-        lambda x, g, d, w: mixture(x, g, d, w, experts), lambda x, g, d, w: mixture_reference(x, g, d, w, experts),
+        lambda x, g, d, w: mixture(x, Weight(g, Plain), Weight(d, Plain), w, experts),
+        lambda x, g, d, w: mixture_reference(x, g, d, w, experts),
         (x, gate_up, down, weights), dtype,
     )  # fmt: skip
 

@@ -7,13 +7,13 @@ import torch
 from tests.losses import loss_of
 from tiny import MODEL, Counting, config, steps
 
-from sparing.config import OptimConfig
+from sparing.config import Config, OptimConfig, PrecisionConfig
 from sparing.kernels import native
 from sparing.model.init import init_weights
 from sparing.model.transformer import Transformer
 from sparing.run import DamagedError
 from sparing.train.muon import Muon, orthogonalise
-from sparing.train.optim import Optimizer, group_of
+from sparing.train.optim import Optimizer, group_of, keep_as
 
 
 @pytest.fixture
@@ -223,3 +223,36 @@ def test_compiled_muon_is_the_batched_one(decay):
     for name, value in results[0].items():
         difference = (value - results[1][name]).abs()
         assert (difference > 4e-3).float().mean() <= (0.03 if decay else 0.0), (name, difference.max())
+
+
+@pytest.mark.parametrize("matrix", ["muon", "adamw"])
+@pytest.mark.parametrize("storage", ["float32", "few bits"])
+def test_only_what_requires_a_gradient_has_state_and_moves(model, matrix, storage):
+    """Decay included: frozen weights keep every bit."""
+    precision = PrecisionConfig(weights="bfloat16", moments="int8") if storage == "few bits" else PrecisionConfig()
+    keep_as(model, Config(precision=precision))
+    learning = {name for name, _ in model.named_parameters() if "layers.1.mlp" in name or name == "model.norm.weight"}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in learning)
+    optimizer = Optimizer(model, OptimConfig(matrix=matrix, lr=0.01, weight_decay=0.5), precision=precision)
+    assert optimizer.parameters.keys() == learning
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    backward(model)
+    gradients = [p.grad for name, p in model.named_parameters() if p.grad is not None]
+    assert len(gradients) == len(learning)
+    assert float(optimizer.grad_norm()) == pytest.approx(float(torch.stack([g.float().norm() for g in gradients]).norm()), rel=1e-3)
+    optimizer.step(1.0, 0.95)
+    assert {name.split("/", 2)[2] for name in optimizer.state()} - {"all"} == learning
+    moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert moved <= learning and "model.norm.weight" in moved
+
+
+@pytest.mark.parametrize("learning", ["experts.down_proj", "layers.0.input_layernorm.weight"])
+def test_either_optimizer_may_have_nothing_to_do(model, learning):
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.endswith(learning))
+    optimizer = Optimizer(model, OptimConfig())
+    assert (optimizer.muon is None) == ("norm" in learning)
+    backward(model)
+    optimizer.step(1.0, 0.95)
+    assert optimizer.state()

@@ -28,7 +28,11 @@ def run(model, count, rows=5):
     targets = torch.stack((tokens.roll(-1, 1), tokens.roll(-2, 1)), -1)
     replicas = Replicas(model, NextToken(model.config, sequence_balance=0.01), count)
     parts = [replicas.gradients(Batch(tokens, targets)) for _ in range(2)]
-    return parts[-1], {n: p.grad.clone() for n, p in model.named_parameters()}, [r.tokens_per_expert.clone() for r in routers(model)]
+    return (
+        parts[-1],
+        {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None},
+        [r.tokens_per_expert.clone() for r in routers(model)],
+    )
 
 
 @pytest.mark.parametrize("count", [2, 3, 8])
@@ -58,3 +62,16 @@ def test_copies_follow_the_weights_and_the_biases():
     for mine, theirs in zip(routers(twin), routers(model), strict=True):
         assert torch.equal(mine.e_score_correction_bias, theirs.e_score_correction_bias) and theirs.e_score_correction_bias.any()
         assert not mine.tokens_per_expert.any()
+
+
+def test_nothing_is_copied_but_what_each_twin_counts():
+    model = make()
+    model.model.embed_tokens.weight.requires_grad_(False)
+    model.register_buffer("codes", torch.zeros(8, dtype=torch.int8))
+    twin = Replicas(model, None, 2).models[1]
+    theirs = dict(model.named_parameters()) | dict(model.named_buffers())
+    for name, mine in (dict(twin.named_parameters()) | dict(twin.named_buffers())).items():
+        assert (mine.data_ptr() == theirs[name].data_ptr()) == ("tokens_per_expert" not in name) or not mine.numel(), name
+        assert mine.requires_grad == theirs[name].requires_grad
+    run(model, 2)
+    assert model.model.embed_tokens.weight.grad is None and model.model.norm.weight.grad is not None

@@ -95,18 +95,20 @@ class _CompiledCrossEntropy(torch.autograd.Function):
     def forward(ctx, x_ND: Tensor, weight_WD: Tensor, targets_N: Tensor, denominator: float, weights_N: Tensor | None) -> Tensor:
         x = x_ND.contiguous()
         nll = torch.empty(len(x), dtype=torch.float32)
-        grad_x, grad_weight = new_like(x), new_like(weight_WD, torch.float32)
+        grad_x, grad_weight = new_like(x), new_like(weight_WD, torch.float32) if ctx.needs_input_grad[1] else None
         wide, targets = int(weight_WD.dtype == torch.float32), targets_N.contiguous()
         sizes = (*x.shape, len(weight_WD))
         native.call("head_loss", None, x, weight_WD, wide, targets, weights_N, 1.0 / denominator, nll, grad_x, grad_weight, *sizes)
-        ctx.save_for_backward(grad_x, grad_weight if wide else new_like(weight_WD).copy_(grad_weight))
+        if grad_weight is not None and not wide:
+            grad_weight = new_like(weight_WD).copy_(grad_weight)
+        ctx.save_for_backward(grad_x, grad_weight)
         return nll.sum() / denominator
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         grad_x, grad_weight = ctx.saved_tensors
         if float(grad) != 1.0:
-            grad_x, grad_weight = grad_x * grad.to(grad_x.dtype), grad_weight * grad
+            grad_x, grad_weight = grad_x * grad.to(grad_x.dtype), None if grad_weight is None else grad_weight * grad
         return grad_x, grad_weight, None, None, None
 
 

@@ -6,12 +6,16 @@ on CUDA only. Gates scale the expert's hidden activation (F wide) rather than it
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparing.kernels import products as kernels
 from sparing.kernels.sizes import EXPERT_ROWS as ROWS
+
+if TYPE_CHECKING:
+    from sparing.kernels.operands import Operand
 
 
 def swiglu_reference(h: Tensor) -> Tensor:
@@ -44,13 +48,6 @@ class _SwiGLU(torch.autograd.Function):
 def swiglu(h: Tensor) -> Tensor:
     """(..., 2F) -> (..., F); see the reference."""
     return _SwiGLU.apply(h)
-
-
-class Plain(kernels.Plain):
-    @staticmethod
-    def swiglu_grouped_nt(h: Tensor, gates: Tensor, b: Tensor, ends: Tensor, grouped_nt=kernels.Plain.grouped_nt) -> Tensor:
-        """swiglu(h) * gates (S, 1) by each group's b (E, N, F): (S, N). 8-bit products may do both at once."""
-        return grouped_nt(swiglu_reference(h).mul_(gates), b, ends)
 
 
 def mixture_reference(x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, weights_NK: Tensor, experts_NK: Tensor) -> Tensor:
@@ -92,36 +89,32 @@ def _combine(rows_SD: Tensor, places_NK: Tensor) -> Tensor:
 
 class _Mixture(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor, products) -> Tensor:
-        """products: `kernels.products`' functions, for gate_up and for down."""
-        source, places, groups = group_rows(experts, len(gate_up), ROWS)
+    def forward(ctx, x: Tensor, weights: Tensor, experts: Tensor, gate_up: Operand, down: Operand, *tensors: Tensor) -> Tensor:
+        source, places, groups = group_rows(experts, gate_up.shape[0], ROWS)
         tokens = (source // experts.shape[1]).clamp_(max=len(x) - 1)
-        gate_up_c, down_c = gate_up.to(x.dtype), down.to(x.dtype)
         ends = torch.tensor(groups, device="cpu").cumsum(0)  # read as numbers by every product
         rows = x.index_select(0, tokens)
-        h = products[0].grouped_nt(rows, gate_up_c, ends)
+        h = gate_up.cast(x.dtype).grouped_nt(rows, ends)
         # Filler rows have gate 0: they reach neither the output nor a gradient.
         gates = torch.cat((weights.flatten(), weights.new_zeros(1))).index_select(0, source).to(x.dtype).unsqueeze(-1)
-        y = products[1].swiglu_grouped_nt(h, gates, down_c, ends)
-        ctx.save_for_backward(rows, h, gate_up, down, gates, tokens, places, ends)
-        ctx.products, ctx.dtypes = products, (gate_up.dtype, weights.dtype)
+        y = down.cast(x.dtype).swiglu_grouped_nt(h, gates, ends)
+        ctx.save_for_backward(rows, h, gates, tokens, places, ends)
+        ctx.gate_up, ctx.down, ctx.dtype = gate_up, down, weights.dtype
         return _combine(y, places)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        rows, h, gate_up, down, gates, tokens, places, ends = ctx.saved_tensors
-        gate_up, down = gate_up.to(rows.dtype), down.to(rows.dtype)  # again: kept, the copies would be half of the weights' memory
-        products = ctx.products
+        rows, h, gates, tokens, places, ends = ctx.saved_tensors
+        gate_up, down = ctx.gate_up, ctx.down
         grad_y = grad.index_select(0, tokens)
-        grad_gated = products[1].grouped_nn(grad_y, down, ends)
+        # Cast again: kept, the copies would be half of the weights' memory.
+        grad_gated = down.cast(rows.dtype).grouped_nn(grad_y, ends)
         hidden, grad_h = _swiglu_backward(h, grad_gated * gates)
-        grad_weights = (grad_gated * hidden).sum(-1, dtype=ctx.dtypes[1]).index_select(0, places.flatten()).view_as(places)
+        grad_weights = (grad_gated * hidden).sum(-1, dtype=ctx.dtype).index_select(0, places.flatten()).view_as(places)
         hidden *= gates
-        grad_gate_up = products[0].grouped_tn(grad_h, rows, ends, ctx.dtypes[0])
-        grad_down = products[1].grouped_tn(grad_y, hidden, ends, ctx.dtypes[0])
-        grad_rows = products[0].grouped_nn(grad_h, gate_up, ends)
-        dtype = ctx.dtypes[0]
-        return _combine(grad_rows, places), grad_gate_up.to(dtype), grad_down.to(dtype), grad_weights, None, None
+        grads = (*gate_up.grouped_tn(grad_h, rows, ends), *down.grouped_tn(grad_y, hidden, ends))
+        grad_rows = gate_up.cast(rows.dtype).grouped_nn(grad_h, ends)
+        return _combine(grad_rows, places), grad_weights, None, None, None, *grads
 
 
 def _mixture_grouped(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
@@ -134,9 +127,9 @@ def _mixture_grouped(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, 
     return y.index_select(0, places.flatten()).unflatten(0, places.shape).sum(1)
 
 
-def mixture(x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, weights_NK: Tensor, experts_NK: Tensor, products=None) -> Tensor:
-    """(N, D) tokens through their K experts, weighted by their gates and summed: (N, D). See `mixture_reference`. products: functions like
-    `kernels.products`', a pair for gate_up and down, instead of torch's."""
-    if products is None and x_ND.is_cuda and x_ND.dtype == torch.bfloat16 and hasattr(F, "grouped_mm"):
-        return _mixture_grouped(x_ND, gate_up_E2FD, down_EDF, weights_NK, experts_NK)
-    return _Mixture.apply(x_ND, gate_up_E2FD, down_EDF, weights_NK, experts_NK, products or (Plain, Plain))
+def mixture(x_ND: Tensor, gate_up: Operand, down: Operand, weights_NK: Tensor, experts_NK: Tensor) -> Tensor:
+    """(N, D) tokens through their K experts, weighted by their gates and summed: (N, D). See `mixture_reference`. gate_up:
+    (E, 2F, D), down: (E, D, F)."""
+    if gate_up.joins and down.joins and x_ND.is_cuda and x_ND.dtype == torch.bfloat16 and hasattr(F, "grouped_mm"):
+        return _mixture_grouped(x_ND, gate_up.weight, down.weight, weights_NK, experts_NK)
+    return _Mixture.apply(x_ND, weights_NK, experts_NK, gate_up, down, *gate_up.tensors, *down.tensors)

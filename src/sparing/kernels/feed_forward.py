@@ -11,6 +11,7 @@ from torch import Tensor
 from sparing.kernels import native, products
 from sparing.kernels.experts import ROWS, group_rows
 from sparing.kernels.norm import kept_rows, norm_gradient_into, norm_into, normed_again
+from sparing.kernels.operands import Operand, tensors_of
 from sparing.kernels.pool import new, new_like
 
 
@@ -41,94 +42,93 @@ def _combine(rows: Tensor, places: Tensor, base: Tensor | None) -> Tensor:
     return out
 
 
-def _up(x: Tensor, gate: Tensor, up: Tensor, by) -> Tensor:
+def _up(x: Tensor, gate: Operand, up: Operand) -> Tensor:
     """Both projections side by side: (N, 2F)."""
-    h = new(x, len(x), 2 * len(gate))
-    by[0].nt(x, gate, out=h[:, : len(gate)])
-    by[1].nt(x, up, out=h[:, len(gate) :])
+    width = gate.shape[0]
+    h = new(x, len(x), 2 * width)
+    gate.nt(x, out=h[:, :width])
+    up.nt(x, out=h[:, width:])
     return h
 
 
-def _up_backward(grad_h: Tensor, x: Tensor, gate: Tensor, up: Tensor, by) -> tuple[Tensor, Tensor, Tensor]:
-    """-> gradients of x, gate, up."""
-    left, right = grad_h[:, : len(gate)], grad_h[:, len(gate) :]
-    return by[1].nn(right, up, base=by[0].nn(left, gate)), by[0].tn(left, x, gate.dtype), by[1].tn(right, x, up.dtype)
+def _up_backward(grad_h: Tensor, x: Tensor, gate: Operand, up: Operand) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """-> (gradient of x, gradients of gate and up)."""
+    left, right = grad_h.chunk(2, 1)
+    return up.nn(right, base=gate.nn(left)), (*gate.tn(left, x), *up.tn(right, x))
 
 
 class _Dense(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_BTD, norm, gate, up, down, eps: float, by):
+    def forward(ctx, x_BTD, norm, eps: float, operands, *tensors):
+        """operands: gate, up, down."""
+        gate, up, down = operands
         x = x_BTD.reshape(-1, x_BTD.shape[-1])
         normed = new_like(x)
         inverse = norm_into(x, norm, eps, normed)
-        h = _up(normed, gate, up, by)
-        ctx.save_for_backward(x, norm, inverse, kept_rows(normed), gate, up, down, h)
-        ctx.by, ctx.eps = by, eps
-        return by[2].nt(_swiglu(h), down, base=x).view_as(x_BTD)
+        h = _up(normed, gate, up)
+        ctx.save_for_backward(x, norm, inverse, kept_rows(normed), h)
+        ctx.operands, ctx.eps = operands, eps
+        return down.nt(_swiglu(h), base=x).view_as(x_BTD)
 
     @staticmethod
     def backward(ctx, grad_BTD: Tensor):
-        x, norm, inverse, normed, gate, up, down, h = ctx.saved_tensors
+        (x, norm, inverse, normed, h), (gate, up, down) = ctx.saved_tensors, ctx.operands
         grad = grad_BTD.reshape(x.shape)
-        by = ctx.by
         normed = normed_again(normed, x, norm, ctx.eps)
-        grad_h, hidden, _ = _swiglu_backward(h, by[2].nn(grad, down))
-        grad_normed, grad_gate, grad_up = _up_backward(grad_h, normed, gate, up, by)
+        grad_h, hidden, _ = _swiglu_backward(h, down.nn(grad))
+        grad_normed, grads = _up_backward(grad_h, normed, gate, up)
         grad_x = new_like(x)
         grad_norm = norm_gradient_into(grad_normed, x, norm, inverse, grad_x, extra=grad)
-        return grad_x.view_as(grad_BTD), grad_norm, grad_gate, grad_up, by[2].tn(grad, hidden, down.dtype), None, None
+        return grad_x.view_as(grad_BTD), grad_norm, None, None, *grads, *down.tn(grad, hidden)
 
 
-def dense_feed_forward(
-    x_BTD: Tensor, norm: Tensor, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor, eps: float, by=(products,) * 3
-) -> Tensor:
-    """x + down(silu(gate n) * up n) with n = norm(x): (B, T, D) -> (B, T, D). by: each weight's products (`kernels.products` or alike)."""
-    return _Dense.apply(x_BTD, norm, gate_FD, up_FD, down_DF, eps, by)
+def dense_feed_forward(x_BTD: Tensor, norm: Tensor, eps: float, operands: tuple[Operand, Operand, Operand]) -> Tensor:
+    """x + down(silu(gate n) * up n) with n = norm(x): (B, T, D) -> (B, T, D). operands: gate (F, D), up (F, D), down (D, F)."""
+    return _Dense.apply(x_BTD, norm, eps, operands, *tensors_of(*operands))
 
 
 class _Mixture(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, residual, normed, gate_up, down, weights, experts, by, shared_gate, shared_up, shared_down):
-        source, places, groups = group_rows(experts, len(gate_up), 1 if products.usable(normed) else ROWS)
+    def forward(ctx, residual, normed, weights, experts, operands, *tensors):
+        """operands: the experts' gate_up and down, and those of the shared expert where there is one: gate, up, down."""
+        gate_up, down, *shared = operands
+        source, places, groups = group_rows(experts, gate_up.shape[0], 1 if products.usable(normed) else ROWS)
         ends = torch.tensor(groups).cumsum(0)
         tokens = (source // experts.shape[1]).clamp_(max=len(normed) - 1)
         rows = _rows(normed, tokens)
-        h = by[0].grouped_nt(rows, gate_up, ends)
+        h = gate_up.grouped_nt(rows, ends)
         # Filler rows have gate 0: they reach neither the output nor a gradient.
         gates = torch.cat((weights.flatten(), weights.new_zeros(1))).index_select(0, source)
-        y = by[1].grouped_nt(_swiglu(h, gates), down, ends)
+        y = down.grouped_nt(_swiglu(h, gates), ends)
         base, h_shared = residual, None
-        if shared_gate is not None:
-            h_shared = _up(normed, shared_gate, shared_up, by[2:])
-            base = by[4].nt(_swiglu(h_shared), shared_down, base=residual)
-        ctx.save_for_backward(
-            normed, kept_rows(rows), h, gate_up, down, gates, tokens, places, ends, shared_gate, shared_up, shared_down, h_shared
-        )
-        ctx.by = by
+        if shared:
+            h_shared = _up(normed, *shared[:2])
+            base = shared[2].nt(_swiglu(h_shared), base=residual)
+        ctx.save_for_backward(normed, kept_rows(rows), h, gates, tokens, places, ends, h_shared)
+        ctx.operands = operands
         return _combine(y, places, base)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        normed, rows, h, gate_up, down, gates, tokens, places, ends, shared_gate, shared_up, shared_down, h_shared = ctx.saved_tensors
-        by, grad = ctx.by, grad.contiguous()
+        normed, rows, h, gates, tokens, places, ends, h_shared = ctx.saved_tensors
+        (gate_up, down, *shared), grad = ctx.operands, grad.contiguous()
         rows = _rows(normed, tokens) if rows is None else rows
         grad_y = _rows(grad, tokens)
-        grad_h, hidden, grad_gates = _swiglu_backward(h, by[1].grouped_nn(grad_y, down, ends), gates)
+        grad_h, hidden, grad_gates = _swiglu_backward(h, down.grouped_nn(grad_y, ends), gates)
         grad_weights = grad_gates.index_select(0, places.flatten()).view_as(places)
-        grad_rows = by[0].grouped_nn(grad_h, gate_up, ends)
-        grads = by[0].grouped_tn(grad_h, rows, ends, gate_up.dtype), by[1].grouped_tn(grad_y, hidden, ends, down.dtype)
-        base, shared = None, (None, None, None)
-        if h_shared is not None:
-            grad_shared, hidden, _ = _swiglu_backward(h_shared, by[4].nn(grad, shared_down))
-            base, grad_gate, grad_up = _up_backward(grad_shared, normed, shared_gate, shared_up, by[2:])
-            shared = grad_gate, grad_up, by[4].tn(grad, hidden, shared_down.dtype)
-        return grad, _combine(grad_rows, places, base), *grads, grad_weights, None, None, *shared
+        grad_rows = gate_up.grouped_nn(grad_h, ends)
+        grads = (*gate_up.grouped_tn(grad_h, rows, ends), *down.grouped_tn(grad_y, hidden, ends))
+        base = None
+        if shared:
+            grad_shared, hidden, _ = _swiglu_backward(h_shared, shared[2].nn(grad))
+            base, shared_grads = _up_backward(grad_shared, normed, *shared[:2])
+            grads += (*shared_grads, *shared[2].tn(grad, hidden))
+        return grad, _combine(grad_rows, places, base), grad_weights, None, None, *grads
 
 
 def mixture_feed_forward(
-    residual_ND: Tensor, normed_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, weights_NK: Tensor, experts_NK: Tensor,
-    shared: tuple[Tensor, Tensor, Tensor] | tuple[None, None, None], by=(products,) * 5,
-) -> Tensor:  # fmt: skip
-    """residual + routed experts (`kernels.experts.mixture_reference`) + shared expert (gate, up, down) of the normed rows: (N, D). by: the
-    products of gate_up, down and the shared three."""
-    return _Mixture.apply(residual_ND, normed_ND, gate_up_E2FD, down_EDF, weights_NK, experts_NK, by, *shared)
+    residual_ND: Tensor, normed_ND: Tensor, weights_NK: Tensor, experts_NK: Tensor, operands: tuple[Operand, ...]
+) -> Tensor:
+    """residual + routed experts (`kernels.experts.mixture_reference`) + shared expert of the normed rows: (N, D). operands: the experts'
+    gate_up (E, 2F, D) and down (E, D, F), and gate, up and down of the shared expert where there is one."""
+    return _Mixture.apply(residual_ND, normed_ND, weights_NK, experts_NK, operands, *tensors_of(*operands))

@@ -39,10 +39,10 @@ class _RMSNorm(torch.autograd.Function):
         gain = weight.to(grad.dtype)
         product = (grad * normed).view(-1, dim)
         # Row and column sums as products with a vector: they accumulate in float32 and beat the reduction kernels on a CPU.
-        grad_weight = (product.new_ones(1, len(product)) @ product).view(dim)
+        grad_weight = (product.new_ones(1, len(product)) @ product).view(dim).to(weight.dtype) if ctx.needs_input_grad[1] else None
         mean = torch.mv(product, gain / dim).view(inverse.shape)
         grad_x = torch.addcmul(grad * gain, normed, mean, value=-1).mul_(inverse.to(grad.dtype))
-        return grad_x, grad_weight.to(weight.dtype), None
+        return grad_x, grad_weight, None
 
 
 def norm_into(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
@@ -53,10 +53,11 @@ def norm_into(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
     return inverse
 
 
-def norm_gradient_into(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, out: Tensor, extra: Tensor | None = None) -> Tensor:
-    """Compiled: the gradient of x (plus `extra`, strided like `out`) into rows `out`; -> the gradient of weight, (D,) float32."""
+def norm_gradient_into(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, out: Tensor, extra: Tensor | None = None) -> Tensor | None:
+    """Compiled: the gradient of x (plus `extra`, strided like `out`) into rows `out`; -> the gradient of weight, (D,) float32, or
+    None where it does not require one."""
     N, D = x.shape
-    grad_weight = torch.zeros(D, dtype=torch.float32)
+    grad_weight = torch.zeros(D, dtype=torch.float32) if weight.requires_grad else None
     strides = (grad.stride(0), x.stride(0), out.stride(0))
     native.call("norm_backward", x.dtype, grad, x, weight.detach().float(), inverse, extra, out, grad_weight, N, D, *strides)
     return grad_weight

@@ -59,14 +59,12 @@ class MLA(nn.Module):
         if cache is not None or not even or not native.usable(x_BTD):
             return x_BTD + self(norm(x_BTD), table, mask, cache)
         if c.q_lora_rank is None:
-            q, q_by = (self.q_proj.weight, None, None), (self.q_proj.products, None)
+            q = (self.q_proj.operand, None, None)
         else:
-            q = (self.q_a_proj.weight, self.q_a_layernorm.weight, self.q_b_proj.weight)
-            q_by = (self.q_a_proj.products, self.q_b_proj.products)
-        kv = (self.kv_a_proj_with_mqa.weight, self.kv_a_layernorm.weight, self.kv_b_proj.weight)
+            q = (self.q_a_proj.operand, self.q_a_layernorm.weight, self.q_b_proj.operand)
+        kv = (self.kv_a_proj_with_mqa.operand, self.kv_a_layernorm.weight, self.kv_b_proj.operand)
         widths = (c.num_heads, c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim)
-        by = (*q_by, self.kv_a_proj_with_mqa.products, self.kv_b_proj.products, self.o_proj.products)
-        return latent_attention(x_BTD, norm.weight, q, kv, self.o_proj.weight, table, c.rms_norm_eps, widths, self.scale, mask, by)
+        return latent_attention(x_BTD, norm.weight, q, kv, self.o_proj.operand, table, c.rms_norm_eps, widths, self.scale, mask)
 
     def forward(self, x_BTD: Tensor, table: Tensor, mask: DocumentMask | None, cache: LayerCache | None) -> Tensor:
         c = self.c

@@ -9,6 +9,7 @@ from sparing.config import ModelConfig
 from sparing.kernels import native, products
 from sparing.kernels.experts import mixture, swiglu
 from sparing.kernels.feed_forward import dense_feed_forward, mixture_feed_forward
+from sparing.kernels.operands import Operand, Weight
 from sparing.layers import FeedForward
 from sparing.model.linear import Linear, RMSNorm, side_by_side
 from sparing.model.router import Router, Routing, sequence_balance_loss
@@ -25,17 +26,14 @@ class MLP(nn.Module):
         self.down_proj = Linear(width, hidden_size)
 
     @property
-    def weights(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
-
-    @property
-    def products(self) -> tuple:
-        return self.gate_proj.products, self.up_proj.products, self.down_proj.products
+    def operands(self) -> tuple[Operand, Operand, Operand]:
+        """Gate, up, down."""
+        return self.gate_proj.operand, self.up_proj.operand, self.down_proj.operand
 
     def residual(self, x_BTD: Tensor, norm: RMSNorm, balance: list[Tensor] | None = None) -> Tensor:
         """x + mlp(norm(x)); no experts, so nothing to balance."""
         if products.even(*self.gate_proj.weight.shape) and native.usable(x_BTD):
-            return dense_feed_forward(x_BTD, norm.weight, *self.weights, norm.eps, self.products)
+            return dense_feed_forward(x_BTD, norm.weight, norm.eps, self.operands)
         return x_BTD + self(norm(x_BTD))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -55,11 +53,12 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(f.shapes["experts.down_proj"]))
 
     def forward(self, x_ND: Tensor, weights_NK: Tensor, experts_NK: Tensor) -> Tensor:
-        return mixture(x_ND, self.gate_up_proj, self.down_proj, weights_NK, experts_NK, self.eight_bit if self.training else None)
+        return mixture(x_ND, *self.operands(products.Plain), weights_NK, experts_NK)
 
-    @property
-    def products(self) -> tuple:
-        return self.eight_bit if self.eight_bit and self.training else (products, products)
+    def operands(self, by=products) -> tuple[Operand, Operand]:
+        """The gate and up projections (E, 2F, D) and the down projections (E, D, F). by: products of what is not in 8 bits."""
+        gate_up, down = self.eight_bit if self.eight_bit and self.training else (by, by)
+        return Weight(self.gate_up_proj, gate_up), Weight(self.down_proj, down)
 
 
 class MoE(nn.Module):
@@ -79,11 +78,8 @@ class MoE(nn.Module):
             return x_BTD + self(normed, balance)
         x_ND = normed.flatten(0, 1)
         routing = self._route(x_ND, x_BTD.shape[0], balance)
-        shared, by = (None, None, None), self.experts.products
-        if self.shared_experts:
-            shared, by = self.shared_experts.weights, by + self.shared_experts.products
-        experts = (self.experts.gate_up_proj, self.experts.down_proj)
-        return mixture_feed_forward(x_BTD.flatten(0, 1), x_ND, *experts, routing.weights_NK, routing.experts_NK, shared, by).view_as(x_BTD)
+        operands = self.experts.operands() + (self.shared_experts.operands if self.shared_experts else ())
+        return mixture_feed_forward(x_BTD.flatten(0, 1), x_ND, routing.weights_NK, routing.experts_NK, operands).view_as(x_BTD)
 
     def _route(self, x_ND: Tensor, sequences: int, balance: list[Tensor] | None) -> Routing:
         routing = self.gate(x_ND)

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from sparing.kernels import products
 from sparing.kernels.norm import rms_norm
-from sparing.precision.linear import EightBit, eight_bit_linear
+from sparing.kernels.operands import Operand, Weight
+from sparing.precision.linear import EightBit
 
 
 class Linear(nn.Module):
@@ -29,21 +30,20 @@ class Linear(nn.Module):
         return cls(shape[1], shape[0])
 
     @property
-    def products(self):
-        """`kernels.products`, or functions like its in 8 bits."""
-        return self.eight_bit if self.eight_bit and self.training else products
+    def operand(self) -> Operand:
+        """The weight with its products."""
+        return Weight(self.weight, self.eight_bit if self.eight_bit and self.training else products)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.products is not products:
-            return eight_bit_linear(x, self.weight, self.products)
-        return F.linear(x, self.weight.to(x.dtype))
+        return self.operand(x)
 
 
 def side_by_side(x: Tensor, *linears: Linear) -> Tensor:
-    """Several linears of one input, (..., sum of their widths). In one product: the input is read once, and its gradient needs no addition;
-    in 8 bits each has its own."""
-    if any(linear.products is not products for linear in linears):
-        return torch.cat([linear(x) for linear in linears], -1)
+    """Several linears of one input, (..., sum of their widths). Plain weights are joined into one product: the input is read once, and its
+    gradient needs no addition. Other operands have each their own."""
+    operands = [linear.operand for linear in linears]
+    if not all(operand.joins for operand in operands):
+        return torch.cat([operand(x) for operand in operands], -1)
     return F.linear(x, torch.cat([linear.weight for linear in linears]).to(x.dtype))
 
 

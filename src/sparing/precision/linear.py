@@ -1,4 +1,5 @@
-"""A linear's three products, each in 8 bits or in 16 as the policy says; whatever calls `kernels.products` can call this instead.
+"""A linear's three products, each in 8 bits or in 16 as the policy says. A `kernels.operands.Weight` takes them instead of
+`kernels.products`.
 
 Embedding, head, router, norms, softmax and the MTP modules' joining projection never come here (arXiv 2412.19437 §3.3.1; the published
 FP8 checkpoints leave out the same).
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from sparing.kernels import float8, formats, int8
 from sparing.kernels import products as sixteen
-from sparing.kernels.experts import Plain
+from sparing.kernels.experts import swiglu_reference
 from sparing.precision import products as eight
 from sparing.precision.compensation import rows_of, slices
 from sparing.precision.products import SCHEMES, TILE, Kind
@@ -115,7 +116,7 @@ class EightBit:
         """swiglu(h) * gates (S, 1) by each group's b: in one go where a kernel does that, and nothing is being measured."""
         if self.kind == "fp8" and self.levels["forward"] == COARSE and self.errors is None and float8.usable(h, b):
             return float8.swiglu_grouped_nt(h, gates.squeeze(-1), b, ends, self.faults["forward"])
-        return Plain.swiglu_grouped_nt(h, gates, b, ends, self.grouped_nt)
+        return self.grouped_nt(swiglu_reference(h).mul_(gates), b, ends)
 
     def grouped_nn(self, a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
         return self._run("dgrad", "grouped_nn", a, b, ends)
@@ -126,26 +127,6 @@ class EightBit:
 
 def _square(x: Tensor) -> Tensor:
     return x.float().square().sum(dtype=torch.float64)
-
-
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, products: EightBit) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        ctx.save_for_backward(rows, weight)
-        ctx.products, ctx.shape = products, x.shape
-        return products.nt(rows, weight).view(*x.shape[:-1], -1)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        rows, weight = ctx.saved_tensors
-        grad = grad.reshape(len(rows), -1)
-        return ctx.products.nn(grad, weight).view(ctx.shape), ctx.products.tn(grad, rows, weight.dtype).to(weight.dtype), None
-
-
-def eight_bit_linear(x: Tensor, weight: Tensor, products: EightBit) -> Tensor:
-    """x (..., K) weight (N, K)ᵀ -> (..., N), for the plain path: forward and both gradients by `products`."""
-    return _Linear.apply(x, weight, products)
 
 
 def install(model: nn.Module, kind: Kind | None) -> list[EightBit]:

@@ -1,7 +1,8 @@
-"""One optimizer for the whole model, driven by OptimConfig: Muon (or AdamW) for hidden matrices, AdamW for everything else.
+"""One optimizer for what learns of a model, driven by OptimConfig: Muon (or AdamW) for hidden matrices, AdamW for everything else.
 
 AdamW (arXiv 1711.05101) is torch's fused implementation, or `stored`'s where weights or averages are not float32. Learning rates are peaks;
 `schedule` scales all of them alike. Which group a parameter is in follows from its name and rank alone, so a checkpoint needs no groups.
+A parameter that requires no gradient when the optimizer is made is in no group: it has no state and does not decay.
 """
 
 from __future__ import annotations
@@ -18,28 +19,34 @@ from sparing.run import DamagedError
 from sparing.train.muon import Muon
 from sparing.train.stored import StoredAdamW, StoredMuon
 
+FACTORS = 0.05
+"""Peak learning rate of low-rank factors as a share of Muon's: 1e-3 at its default, which LoRA is trained with at AdamW's."""
+
 
 def group_of(name: str, parameter: Tensor) -> str:
-    """embed, head, router, norm or matrix."""
+    """embed, head, router, norm, factor or matrix."""
     if name.endswith("embed_tokens.weight"):
         return "embed"  # tied weights are in this group: the rows that are read decide how far they may move
     if name.endswith("lm_head.weight"):
         return "head"
     if name.endswith("mlp.gate.weight"):
         return "router"  # a handful of logits per token: orthogonalising it would make every expert equally wanted
+    if name.endswith(("lora_A.weight", "lora_B.weight")):
+        return "factor"  # Muon's step is measured in the norm of a whole matrix, and the matrix here is the factors' product
     return "matrix" if parameter.ndim >= 2 else "norm"
 
 
 @torch.no_grad()
 def keep_as(model: Transformer, config: Config) -> None:
-    """Keep a model's numbers as `config.precision` says: weights (routers and norms stay float32) and activations; with fewer bits memory
-    goes back to the system when a tensor dies. In place, before anything shares the weights."""
+    """Keep a model's numbers as `config.precision` says: weights (routers, norms and low-rank factors stay float32) and activations.
+
+    With fewer bits memory goes back to the system when a tensor dies. In place, before anything shares the weights."""
     precision = config.precision
     if gives_back(precision) and model.model.norm.weight.device.type == "cpu":
         give_back()
     model.set_int8_activations(precision.activations == "int8")
     for name, parameter in model.named_parameters():
-        if group_of(name, parameter) not in ("router", "norm"):
+        if group_of(name, parameter) not in ("router", "norm", "factor"):
             parameter.data = parameter.data.to(getattr(torch, precision.weights))
 
 
@@ -56,7 +63,7 @@ class Optimizer:
     ):
         """dtype: the compute type; Newton-Schulz runs in it. precision: how its state is kept, after `keep_as`. seed: of rounding."""
         self.config = config
-        self.parameters = dict(model.named_parameters())
+        self.parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         groups: dict[str, dict[str, Tensor]] = {}
         for name, parameter in self.parameters.items():
             groups.setdefault(group_of(name, parameter), {})[name] = parameter
@@ -68,17 +75,18 @@ class Optimizer:
         settings = {"steps": config.ns_steps, "weight_decay": config.weight_decay, "dtype": dtype}
         self.muon = (StoredMuon if stored else Muon)(matrices, **settings, **small) if matrices else None
         peaks = {"embed": config.lr_embed, "head": config.lr_head, "router": config.lr_router, "norm": config.lr_norm, "matrix": config.lr}
+        peaks["factor"] = config.lr * (FACTORS if config.matrix == "muon" else 1.0)
         decays = {"matrix": config.weight_decay}
         chosen = [{"params": named, "peak": peaks[g], "weight_decay": decays.get(g, 0.0)} for g, named in groups.items()]
         betas = config.beta1, config.beta2
         if stored:
             self.adamw = StoredAdamW(chosen, betas, config.eps, **small)
         else:
-            chosen = [group | {"params": list(group["params"].values())} for group in chosen]
+            chosen = [group | {"params": list(group["params"].values())} for group in chosen] or [{"params": [], "peak": 0.0}]
             self.adamw = torch.optim.AdamW(chosen, lr=config.lr, betas=betas, eps=config.eps, fused=True)
 
     def grad_norm(self) -> Tensor:
-        """Global L2 norm of all gradients, a float32 scalar tensor."""
+        """Global L2 norm of all gradients of what learns, a float32 scalar tensor."""
         grads = [p.grad for p in self.parameters.values() if p.grad is not None]
         if all(grad.dtype == torch.float32 for grad in grads):
             return nn.utils.get_total_norm(grads)

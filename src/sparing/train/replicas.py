@@ -11,7 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparing.data.loader import Batch
 from sparing.kernels import native
@@ -21,13 +21,11 @@ from sparing.train.objective import Loss, Objective, weight_of
 
 
 def _sharing(model: Transformer) -> Transformer:
-    """A copy whose parameters and selection biases are the model's own memory; gradients and expert counts are its own."""
-    twin = copy.deepcopy(model)
-    for mine, theirs in zip(twin.parameters(), model.parameters(), strict=True):
-        mine.data = theirs.data
-    for mine, theirs in zip(routers(twin), routers(model), strict=True):
-        mine.e_score_correction_bias = theirs.e_score_correction_bias
-    return twin
+    """A twin over the model's own memory: no parameter and no buffer is copied but the expert counts. Its gradients are its own."""
+    counts = {id(router.tokens_per_expert) for router in routers(model)}
+    made: dict[int, Tensor] = {id(buffer): buffer for buffer in model.buffers() if id(buffer) not in counts}
+    made |= {id(p): nn.Parameter(p.data, requires_grad=p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, made)  # what is in `made` counts as copied already
 
 
 class Replicas:
