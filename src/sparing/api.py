@@ -12,6 +12,7 @@ from sparing.account.meter import Meter, metered
 from sparing.account.paper import compare as compare
 from sparing.account.paper import receipt as receipt
 from sparing.account.paper import report as report
+from sparing.base.files import link_or_copy, write_atomic
 from sparing.base.messages import say
 from sparing.budget.flops import forward_flops, parameters
 from sparing.budget.units import format_budget, parse_budget, parse_extension
@@ -31,7 +32,7 @@ from sparing.job.learn import EVAL_TOKENS, learn
 from sparing.kernels import native
 from sparing.model.transformer import Transformer
 from sparing.planning.plan import plan as plan
-from sparing.run import RunFolder, link_or_copy, read_tensors, write_atomic, write_tensors
+from sparing.run import RunFolder, fill, read_tensors, write_tensors
 from sparing.train.clock import Clock
 from sparing.train.extend import rewind
 from sparing.train.replicas import Replicas
@@ -188,8 +189,7 @@ def import_(folder: str, out: str) -> dict:
     with run.lock():
         network = Transformer(model_config)
         state = network.state_dict()
-        for name, tensor in tensors:
-            state[name].copy_(tensor)
+        fill(state, tensors, folder)
         write_tensors(run.weights_file, state)
         tokenizer = Path(folder) / "tokenizer.json"
         if tokenizer.exists():

@@ -8,10 +8,10 @@ import pytest
 import torch
 from tiny import Counting, config, fit, new_run, steps
 
+from sparing.base.files import read_lines
 from sparing.config import OptimConfig
 from sparing.model.init import init_weights
 from sparing.model.transformer import Transformer
-from sparing.run import read_lines
 from sparing.train.guard import WINDOW, Guard
 from sparing.train.objective import Loss, NextToken
 from sparing.train.trainer import Diverged

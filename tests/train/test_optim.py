@@ -7,11 +7,11 @@ import torch
 from tests.losses import loss_of
 from tiny import MODEL, Counting, config, steps
 
+from sparing.base.files import DamagedError
 from sparing.config import Config, OptimConfig, PrecisionConfig
 from sparing.kernels import native
 from sparing.model.init import init_weights
 from sparing.model.transformer import Transformer
-from sparing.run import DamagedError
 from sparing.train.muon import Muon, orthogonalise
 from sparing.train.optim import Optimizer, group_of, keep_as
 

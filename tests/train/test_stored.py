@@ -8,6 +8,7 @@ import torch
 from tests.losses import loss_of
 from tiny import MODEL, Counting, config, fit, new_run, steps
 
+from sparing.base.files import DamagedError, read_lines
 from sparing.config import Config, OptimConfig, PrecisionConfig, TrainConfig, UserError
 from sparing.config_limits import checked
 from sparing.kernels import native
@@ -15,7 +16,6 @@ from sparing.kernels.embedding import embedding
 from sparing.model.init import init_weights
 from sparing.model.transformer import Transformer
 from sparing.precision.compensation import join
-from sparing.run import DamagedError, read_lines
 from sparing.train.optim import Optimizer, group_of, keep_as
 from sparing.train.stored import StoredAdamW, StoredMuon
 

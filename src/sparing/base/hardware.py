@@ -20,7 +20,7 @@ from pathlib import Path
 
 import psutil
 
-from sparing.run import write_atomic
+from sparing.base.files import write_atomic
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 
+from sparing.base.files import write_atomic
 from sparing.base.hardware import home
 from sparing.bench.limit import Limit, run_seconds
 from sparing.bench.report import paths_of, row, say
 from sparing.bench.worker import Worker
 from sparing.budget.units import parse_budget
 from sparing.config import UserError
-from sparing.run import write_atomic
 
 RUNS = "auto:1m, auto:90s, auto:2m, auto:3m, auto:5m, auto:10m, dense64:1m, moe96:2m, dense192:2m, moe256:4m, dense384:3m, moe512:6m"
 """SIDE:BUDGET; a side is `auto` (resolved) or `dense` or `moe` with a hidden size."""

@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
+from sparing.base.files import write_atomic
 from sparing.bench.limit import Limit, run_seconds
 from sparing.bench.report import paths_of, row, say
 from sparing.bench.worker import Worker
@@ -21,7 +22,6 @@ from sparing.budget.units import parse_budget
 from sparing.config import UserError
 from sparing.config_file import read_wishes
 from sparing.kernels.formats import this_machine
-from sparing.run import write_atomic
 
 RUNS = "dense:2m, moe:2m, dense:5m, moe:5m, dense+mtp:5m, moe+mtp:5m, dense:20m, moe:20m, yardstick:20m"
 WISHES: dict[str, dict] = {

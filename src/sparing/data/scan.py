@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sparing.base.files import FULL
 from sparing.base.hardware import home
 from sparing.config import DataConfig, UserError
 from sparing.data.files import SourceFile, find_files, fingerprint, kind_of
@@ -111,7 +112,7 @@ def room_in(root: Path) -> Iterator[None]:
         yield
     except OSError as error:
         advice = "set SPARING_HOME to a folder on another disk"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno in FULL:
             raise UserError(f"no space left for the prepared corpus in {root}: free some, or {advice}") from None
         if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EPERM):
             raise UserError(f"cannot write the prepared corpus to {root} ({error.strerror}): {advice}") from None

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sparing.base.files import write_atomic
 from sparing.config import UserError
 from sparing.data.tokenizer import Tokenizer
 
@@ -134,24 +135,9 @@ class ShardWriter:
         self.shards.append({**shard, "sha256": self._digest.hexdigest()})
         self.written += len(index)
         sizes = {name: (self.folder / name).stat().st_size for shard in self.shards for name in (shard["tokens"], shard["index"])}
-        write_whole(self.folder / "journal.json", json.dumps({"shards": self.shards, "written": self.written, "sizes": sizes}))
+        write_atomic(self.folder / "journal.json", json.dumps({"shards": self.shards, "written": self.written, "sizes": sizes}))
 
     def close(self) -> None:
         """Let go of an unfinished shard's file (an error or a stop is on its way)."""
         if self._file is not None:
             self._file.close()
-
-
-def file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_whole(path: Path, text: str) -> None:
-    """All of it or nothing: written beside, synchronised, renamed."""
-    beside = path.with_name(f"{path.name}.partial")
-    with open(beside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from sparing.base.files import write_atomic
 from sparing.config import ModelConfig, UserError
 from sparing.data.tokenizer import Tokenizer
 from sparing.infer.cache import BLOCK
@@ -27,7 +28,7 @@ from sparing.infer.compiled import CompiledNetwork
 from sparing.infer.network import Rows
 from sparing.infer.pack import places
 from sparing.layers import mixtures
-from sparing.run import RunFolder, write_atomic
+from sparing.run import RunFolder
 
 TOKENS, FEWEST, WINDOW, PIECE = 32_768, 4_096, 512, 256
 """Most and fewest tokens that are read, the texts' length, rows of a step."""

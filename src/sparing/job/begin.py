@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from sparing.account.meter import Meter, metered
+from sparing.base.files import write_atomic
 from sparing.base.hardware import Machine
 from sparing.base.messages import say
 from sparing.base.preempt import Interrupted, Preempt
@@ -21,7 +22,7 @@ from sparing.data.stop import Stopped
 from sparing.planning.places import Given, with_vocabulary
 from sparing.planning.plan import foresee
 from sparing.resolve import resolve
-from sparing.run import RunFolder, write_atomic
+from sparing.run import RunFolder
 from sparing.train.clock import Clock
 from sparing.train.log import check_log
 from sparing.train.peak import peak_flops, peak_seconds

@@ -9,6 +9,7 @@ import torch
 
 from sparing.account.card import model_card
 from sparing.account.history import bill
+from sparing.base.files import write_atomic
 from sparing.base.messages import say
 from sparing.budget.flops import kv_cache_bytes, parameters
 from sparing.budget.units import format_budget
@@ -17,7 +18,6 @@ from sparing.data.store import TokenStore
 from sparing.infer.loaded import Model
 from sparing.job.begin import Job
 from sparing.model.transformer import Transformer
-from sparing.run import write_atomic
 from sparing.train.log import TrainResult
 
 SAMPLE_TOKENS = 64

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 
 from sparing.account.limit import Limit
+from sparing.base.files import atomic_path
 from sparing.base.messages import say
 from sparing.budget.flops import parameters
 from sparing.budget.scaling import Point, add_point, effective_bytes
@@ -70,8 +71,8 @@ def learn(job: Job, config: Config, samples: int, start: Start | None = None, ob
         store = prepare(config.data, config.model.vocab_size, progress=bars, should_stop=lambda: signals.requested)
     for name in ("tokenizer.json", "quarantine.jsonl"):
         if not (run.path / name).exists():
-            shutil.copyfile(store.path / name, run.path / f".{name}.tmp")
-            (run.path / f".{name}.tmp").replace(run.path / name)
+            with atomic_path(run.path / name) as beside:
+                shutil.copyfile(store.path / name, beside)
     job.clock.record()
     signals.check()
     t = config.train

@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from sparing.base.files import DamagedError, link_or_copy, replace_folder
 from sparing.config import Config, PrecisionConfig, UserError
 from sparing.kernels import native
-from sparing.run import DamagedError, RunFolder, link_or_copy, read_tensors, replace_folder, verify_folder, write_folder
+from sparing.run import RunFolder, fill, read_tensors, verify_folder, write_folder
 from sparing.train.optim import Optimizer
 
 KEEP = 2
@@ -148,13 +149,7 @@ class Checkpoints:
             self.say("config.toml was changed since the checkpoint: from here on losses differ from what they would have been")
         if state.arithmetic and state.arithmetic != self.arithmetic:
             self.say(f"begun with {state.arithmetic}, going on with {self.arithmetic}: from here on the run is not bit for bit the same")
-        targets = self.model.state_dict()
-        for name, tensor in read_tensors(folder / WEIGHTS):
-            if name not in targets or targets[name].shape != tensor.shape:
-                raise DamagedError(f"{folder.name}: unexpected tensor {name} {tuple(tensor.shape)}")
-            targets.pop(name).copy_(tensor)
-        if targets:
-            raise DamagedError(f"{folder.name}: no tensor {next(iter(targets))}")
+        fill(self.model.state_dict(), read_tensors(folder / WEIGHTS), folder.name)
         self.optimizer.reset()
         names = set()
         for name, tensor in read_tensors(folder / OPTIMIZER):

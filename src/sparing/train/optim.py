@@ -10,12 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from sparing.base.files import DamagedError
 from sparing.budget.memory import gives_back
 from sparing.config import Config, OptimConfig, PrecisionConfig
 from sparing.model.transformer import Transformer
 from sparing.precision.allocator import give_back
 from sparing.precision.compensation import rows_of, slices
-from sparing.run import DamagedError
 from sparing.train.muon import Muon
 from sparing.train.stored import StoredAdamW, StoredMuon
 
