@@ -220,7 +220,8 @@ class Compare:
 
 @dataclass
 class Bench:
-    """Measure this code against its peers in one run. Further options belong to the figure: --rounds 3; a wrong one lists them."""
+    """Measure this code against its peers in one run. Further options belong to the figure: --rounds 3, --limit 10m (of the whole figure);
+    a wrong one lists them."""
 
     takes: ClassVar[str] = "anything"
     name: tyro.conf.Positional[str | None] = None
