@@ -5,10 +5,13 @@ import pytest
 
 @pytest.fixture
 def one_thread():
-    """The compiled kernels are for single threads."""
+    """The compiled kernels, which are for single threads."""
     import torch
+
+    from sparing.kernels import native
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
+    with native.path("compiled"):
+        yield
     torch.set_num_threads(threads)

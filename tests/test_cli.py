@@ -268,5 +268,43 @@ def test_a_signal_is_answered_while_a_product_does_not_come_back(number):
     sent = time.monotonic()
     process.send_signal(number)
     said = process.communicate(timeout=60)[1]
-    assert process.returncode == 130 and time.monotonic() - sent < 3.0  # two seconds, and what a busy machine adds
+    assert process.returncode == 130 and time.monotonic() - sent < 8.0  # two seconds, and what a machine adds that is busy with other tests
     assert said.strip().splitlines()[-1] == "sparing: interrupted; go on with: sparing receipt run"
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        ("--train.compile true --precision.activations int8", "train.compile = true packs no activations"),
+        ("--train.compile true --precision.linear int8", "train.compile = true compiles no 8-bit products"),
+        ("--train.compile true --train.replicas 2", "train.compile = true divides no rows"),
+        ("--train.seq-len 64 --train.short-seq-len 48", "not a multiple of train.short_seq_len 48"),
+        ("--model.num-experts-per-tok 40", "num_experts_per_tok (40) is more than the 16 experts"),
+        ("--train.device cuda", "torch sees no CUDA device"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_before_text_is_read(tmp_path, monkeypatch, capsys, options, says):
+    import torch
+
+    if "cuda" in options and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    monkeypatch.setenv("SPARING_HOME", str(tmp_path / "home"))
+    (tmp_path / "text.txt").write_text("some text\n" * 1000)
+    command = ["train", "--data", str(tmp_path / "text.txt"), "--budget", "2048tok", "--out", str(tmp_path / "run"), *options.split()]
+    assert main(command) == 2
+    out, err = capsys.readouterr()
+    assert says in err and out == "" and "reading" not in err
+    assert not (tmp_path / "home" / "data").exists() and not (tmp_path / "run" / "config.toml").exists()
+
+
+def test_a_run_that_diverges_is_nobodys_mistake(tmp_path, monkeypatch, capsys):
+    from sparing.train.guard import Guard
+
+    monkeypatch.setenv("SPARING_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(Guard, "verdict", lambda *_arguments, **_options: "loss is nan")
+    (tmp_path / "text.txt").write_text("some text that is long enough to train a little on\n" * 2000)
+    small = "--model.hidden-size 32 --model.num-layers 1 --train.seq-len 64 --train.batch-size 8".split()
+    command = ["train", "--data", str(tmp_path / "text.txt"), "--budget", "4096tok", "--out", str(tmp_path / "run"), *small]
+    assert main(command) == 3
+    err = capsys.readouterr().err
+    assert err.splitlines()[-1].startswith("sparing: training diverged at step 1 (loss is nan)") and "Traceback" not in err

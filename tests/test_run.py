@@ -12,20 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sparing.base.files import DamagedError, DiskFullError, append_durably, link_or_copy, read_lines, write_atomic
 from sparing.config import UserError
-from sparing.run import (
-    DamagedError,
-    DiskFullError,
-    RunFolder,
-    append_durably,
-    link_or_copy,
-    read_lines,
-    read_tensors,
-    verify_folder,
-    write_atomic,
-    write_folder,
-    write_tensors,
-)
+from sparing.run import RunFolder, read_tensors, verify_folder, write_folder, write_tensors
 
 
 def python(code: str, *arguments, **more) -> subprocess.Popen:
@@ -139,7 +128,7 @@ TENSORS = {
 
 
 def test_tensors_are_plain_safetensors_both_ways(tmp_path):
-    digest = write_tensors(tmp_path / "x.safetensors", TENSORS, {"format": "pt"})
+    digest = write_tensors(tmp_path / "x.safetensors", TENSORS)
     theirs = load_file(tmp_path / "x.safetensors")
     assert theirs.keys() == TENSORS.keys()
     for name, tensor in TENSORS.items():
@@ -200,7 +189,9 @@ def test_full_disk_leaves_what_was_there(tmp_path):
     code = """
         import sys, torch
         from pathlib import Path
-        from sparing.run import DiskFullError, append_durably, write_atomic, write_folder
+        from sparing.base.files import DiskFullError, write_atomic
+        from sparing.base.files import append_durably
+        from sparing.run import write_folder
         path = Path(sys.argv[1])
         for write in (
             lambda: write_folder(path / "step", {"w.safetensors": {"w": torch.zeros(100_000)}}),
@@ -226,7 +217,7 @@ def test_a_really_full_device():
 
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")
-    from sparing.run import disk_errors
+    from sparing.base.files import disk_errors
 
     with pytest.raises(DiskFullError, match="No space left"), disk_errors("there"), open("/dev/full", "w") as file:
         file.write("x" * 100_000)
@@ -235,7 +226,7 @@ def test_a_really_full_device():
 def test_atomic_write_survives_a_kill(tmp_path):
     code = """
         import sys
-        from sparing.run import write_atomic
+        from sparing.base.files import write_atomic
         print("begun", flush=True)
         for number in range(10**9):
             write_atomic(sys.argv[1] + "/file", str(number % 10) * 50_000)

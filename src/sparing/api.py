@@ -8,10 +8,12 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from sparing.account.meter import Meter
+from sparing.account.meter import Meter, metered
 from sparing.account.paper import compare as compare
 from sparing.account.paper import receipt as receipt
 from sparing.account.paper import report as report
+from sparing.base.files import link_or_copy, write_atomic
+from sparing.base.messages import say
 from sparing.budget.flops import forward_flops, parameters
 from sparing.budget.units import format_budget, parse_budget, parse_extension
 from sparing.config import Budget, Config, UserError
@@ -25,12 +27,15 @@ from sparing.infer.loaded import load
 from sparing.infer.request import Sampling
 from sparing.interop.gguf import export_gguf
 from sparing.interop.huggingface import export_hf, import_hf
+from sparing.job.begin import begin, reasons_of, resolved
+from sparing.job.learn import EVAL_TOKENS, learn
+from sparing.kernels import native
 from sparing.model.transformer import Transformer
-from sparing.pipeline import EVAL_TOKENS, go_on, metered, nll_of, reasons_of, resolved, say, signals_of
 from sparing.planning.plan import plan as plan
-from sparing.run import RunFolder, link_or_copy, read_tensors, write_atomic, write_tensors
+from sparing.run import RunFolder, fill, read_tensors, write_tensors
 from sparing.train.clock import Clock
 from sparing.train.extend import rewind
+from sparing.train.replicas import Replicas
 
 # train and resume
 
@@ -55,9 +60,8 @@ def train(
     wishes = merge_wishes(wishes, {"data": {"paths": tuple(data)}} if data else {}, {} if seed is None else {"train": {"seed": seed}})
     wishes = check_section(wishes, Config, "")
     run = RunFolder.create(out)
-    with run.lock(), metered("train", run, started=started) as meter, signals_of(run) as signals:
-        config = resolved(wishes, amount, meter.machine, signals, run, meter)
-        return go_on(run, config, meter, samples, signals)
+    with begin("train", run, started) as job:
+        return learn(job, resolved(job, wishes, amount), samples)
 
 
 def resume(run: str, budget: str | None = None, started: float | None = None, samples: int = 3) -> dict:
@@ -71,8 +75,8 @@ def resume(run: str, budget: str | None = None, started: float | None = None, sa
             raise UserError(f"{run} is finished; to train it further: sparing resume {run} --budget +{format_budget(config.budget)}")
         if budget is not None:
             config = _extended(folder, config, budget, summary)
-        with metered("resume", folder, started=started) as meter, signals_of(folder) as signals:
-            return go_on(folder, config, meter, samples, signals)
+        with begin("resume", folder, started) as job:
+            return learn(job, config, samples)
 
 
 def _extended(run: RunFolder, config: Config, budget: str, summary: Path) -> Config:
@@ -127,7 +131,9 @@ def _bpb(run: str, data: Sequence[str], context: int | None, meter: Meter) -> di
     if not any(True for _ in documents(data, model.config.data.text_key)):
         raise UserError(f"{', '.join(data)}: no usable text")
     texts = (document.text for document in documents(data, model.config.data.text_key))
-    result = bpb(nll_of(model.network), model.tokenizer, texts, context, batch=max(1, EVAL_TOKENS // context))
+    cores = meter.machine.cores_physical
+    nll = Replicas(model.network, None, cores, kernels=native.fitting(cores, cores, "cpu")).nll
+    result = bpb(nll, model.tokenizer, texts, context, batch=max(1, EVAL_TOKENS // context))
     meter.add(result["tokens"], result["tokens"] * sum(forward_flops(model.config.model, context, mtp=False).values()))
     return result
 
@@ -183,8 +189,7 @@ def import_(folder: str, out: str) -> dict:
     with run.lock():
         network = Transformer(model_config)
         state = network.state_dict()
-        for name, tensor in tensors:
-            state[name].copy_(tensor)
+        fill(state, tensors, folder)
         write_tensors(run.weights_file, state)
         tokenizer = Path(folder) / "tokenizer.json"
         if tokenizer.exists():

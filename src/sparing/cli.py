@@ -1,6 +1,7 @@
 """The command line: parse, call one function of `api`, print. Nothing heavy is imported before a verb is chosen.
 
-Exit status: 0 done, 2 the user's mistake (one line on standard error), 1 our fault (a traceback), 130 interrupted.
+Exit status: 0 done, 2 the user's mistake (one line on standard error), 1 our fault (a traceback), 130 interrupted,
+3 the run could not go on for a reason that is nobody's slip (one line).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from sparing import __version__
 from sparing.arguments import Call, parse, print_help
 from sparing.base.preempt import Preempt
 from sparing.budget.units import parse_budget, parse_extension
-from sparing.config import UserError
+from sparing.config import CannotGoOn, UserError
 from sparing.config_file import nearest, read_wishes, set_dotted
 from sparing.output import show, to_json
 from sparing.verbs import Bench, Compare, Eval, Plan, Receipt, Report, Serve
@@ -196,7 +197,10 @@ VERBS = {
 
 
 def process_start() -> float:
-    """`time.monotonic()` of the moment in which this process started, the interpreter's own start included."""
+    """`time.monotonic()` of the moment in which this process started, the interpreter's own start included.
+
+    psutil's `create_time` is up to a second off: it adds to the time of the boot, which Linux gives in whole seconds.
+    """
     try:
         with open("/proc/self/stat", "rb") as file:
             ticks = int(file.read().rsplit(b")", 1)[1].split()[19])  # field 22 of proc(5), counted behind the command's name
@@ -246,6 +250,8 @@ def _run(argv: list[str], started: float) -> int:
         return 0
     except UserError as error:
         return _complain(str(error), 2)
+    except CannotGoOn as error:
+        return _complain(str(error), 3)
     except KeyboardInterrupt:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)  # we are leaving: a second one must not change the exit status

@@ -15,6 +15,10 @@ class UserError(ValueError):
     """The user's mistake: one clear line saying what is wrong, where, and the nearest valid choice. The CLI exits with 2."""
 
 
+class CannotGoOn(RuntimeError):
+    """A run that could not go on for a reason that is nobody's slip, in one line. The CLI exits with 3."""
+
+
 @dataclass(frozen=True)
 class YarnConfig:
     """YaRN context extension (arXiv 2309.00071; DeepSeek-V3 §4.3). Field names are those of `rope_scaling`."""
@@ -73,15 +77,6 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     init: Literal["deepseek", "scaled"] = "scaled"
     """Initial weights: `deepseek`: normal(0, 0.006) everywhere, as published; `scaled`: 1/sqrt(fan-in), zero output projections."""
-
-    @property
-    def is_moe(self) -> bool:
-        return self.num_dense_layers < self.num_layers or self.mtp_depth > 0
-
-    @property
-    def num_moe_layers(self) -> int:
-        """MoE blocks, those of the MTP modules included (an all-dense model has dense MTP modules)."""
-        return 0 if self.num_dense_layers >= self.num_layers else self.num_layers - self.num_dense_layers + self.mtp_depth
 
 
 @dataclass(frozen=True)
@@ -143,6 +138,8 @@ class TrainConfig:
     """Compute type; master weights are float32."""
     device: Literal["cpu", "cuda"] | None = None
     """None: the GPU where there is one."""
+    kernels: Literal["compiled", "plain"] | None = None
+    """What computes on a CPU: our compiled kernels, or PyTorch's own operations."""
     threads: int | None = None
     """CPU threads; None: measured."""
     replicas: int | None = None

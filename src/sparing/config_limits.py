@@ -1,4 +1,4 @@
-"""What the numbers of a configuration may be: ranges of single fields, and sizes of a model that contradict each other."""
+"""What a configuration may say: ranges of single fields, sizes of a model that contradict each other, settings that exclude each other."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sparing.config import Config, ModelConfig, UserError
+from sparing.layers import mixtures
 
 _ONE, _SHARE, _BELOW_ONE = (1, math.inf), (0, 1), (0, math.nextafter(1, 0))
 _MLA = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
@@ -49,7 +50,7 @@ def contradiction(c: ModelConfig, called: Callable[[str], str] = lambda name: na
     """What no model can have, in words; None: nothing. called: a field's name where the sizes come from."""
     needed = ["vocab_size", "hidden_size", "num_layers", "intermediate_size", "num_heads", "max_position_embeddings"]
     needed += _MLA if c.attention == "mla" else ["num_kv_heads", "head_dim"]
-    experts = c.num_moe_layers > 0
+    experts = bool(mixtures(c))
     needed += ["n_routed_experts", *_EXPERTS] if experts else []
     for name in needed:
         if getattr(c, name) < 1:
@@ -71,11 +72,17 @@ def contradiction(c: ModelConfig, called: Callable[[str], str] = lambda name: na
 
 
 def checked(c: Config) -> Config:
-    """`c` itself. Raises UserError for sizes that contradict each other."""
+    """`c` itself. Raises UserError for sizes that contradict each other and for settings that exclude each other."""
     if wrong := contradiction(c.model, lambda name: f"model.{name}"):
         raise UserError(wrong)
     if c.train.seq_len > c.model.max_position_embeddings:
         raise UserError(f"train.seq_len {c.train.seq_len} is more than model.max_position_embeddings {c.model.max_position_embeddings}")
     if c.train.short_seq_len and c.train.seq_len % c.train.short_seq_len:
         raise UserError(f"train.seq_len {c.train.seq_len} is not a multiple of train.short_seq_len {c.train.short_seq_len}")
+    if c.train.compile and c.precision.linear not in ("none", "auto"):
+        raise UserError(f"train.compile = true compiles no 8-bit products: leave it out, or precision.linear = {c.precision.linear}")
+    if c.train.compile and c.precision.activations != "full":
+        raise UserError(f"train.compile = true packs no activations: leave it out, or precision.activations = {c.precision.activations}")
+    if c.train.compile and (c.train.replicas or 1) > 1:
+        raise UserError(f"train.compile = true divides no rows among threads: leave it out, or train.replicas = {c.train.replicas}")
     return c

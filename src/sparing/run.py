@@ -7,17 +7,16 @@ streamed, so saving and loading need the memory of one tensor besides the model'
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import json
 import os
 import shutil
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
+from sparing.base.files import DamagedError, atomic_file, disk_errors, file_sha256, replace_folder, write_atomic
 from sparing.config import UserError
 from sparing.lock import take_lock
 
@@ -26,14 +25,6 @@ if TYPE_CHECKING:  # torch takes a second to import, and half of what opens a ru
 
 CHECKSUMS = "checksums.json"
 _LOCKED: dict[str, list] = {}  # real path -> [open lock file, depth]: a process may lock its own run folder again
-
-
-class DiskFullError(UserError):
-    """No room (or no quota) left for a file; whatever was there before is intact."""
-
-
-class DamagedError(ValueError):
-    """A file is missing, truncated or does not have the checksum it was written with."""
 
 
 class RunFolder:
@@ -104,94 +95,11 @@ class RunFolder:
                 _LOCKED.pop(key)[0].close()
 
 
-@contextmanager
-def disk_errors(path: str | Path) -> Iterator[None]:
-    """Turn "no space left", "quota exceeded" and "file too large" into one clear line (DiskFullError) about `path`."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise DiskFullError(f"no room left for {path} ({error.strerror}): free some space; what was saved before is intact") from None
-
-
-def sync_folder(path: Path) -> None:
-    """Make renames inside a folder survive a power cut."""
-    if not hasattr(os, "O_DIRECTORY"):  # Windows opens no folders
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
-class _HashingFile:
-    """A file being written, with the SHA-256 of what went in."""
-
-    def __init__(self, file: BinaryIO):
-        self.file, self.sha256, self.bytes = file, hashlib.sha256(), 0
-
-    def write(self, data) -> None:
-        self.file.write(data)
-        self.sha256.update(data)
-        self.bytes += memoryview(data).nbytes
-
-    def digest(self) -> dict:
-        return {"sha256": self.sha256.hexdigest(), "bytes": self.bytes}
-
-
-@contextmanager
-def atomic_file(path: str | Path) -> Iterator[_HashingFile]:
-    """Write a file beside `path`, sync it, and rename it over `path` on success; on failure `path` stays as it was."""
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with disk_errors(path):
-        try:
-            with open(beside, "wb") as file:
-                hashing = _HashingFile(file)
-                yield hashing
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
-        sync_folder(path.parent)
-
-
-def write_atomic(path: str | Path, content: str | bytes) -> dict:
-    """Write a whole small file atomically; returns its {"sha256", "bytes"}."""
-    with atomic_file(path) as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-    return file.digest()
-
-
-def append_durably(path: Path, line: str) -> None:
-    """Append one line to a log and sync it: for what must be on disk before it takes effect. A line that a kill cut short is ended."""
-    with disk_errors(path), open(path, "a+b") as file:
-        file.seek(0, os.SEEK_END)
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            line = line if file.read(1) == b"\n" else "\n" + line
-        file.write(line.encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def read_lines(path: Path) -> list[dict]:
-    """The JSON objects of a line-by-line log; a line that a kill cut short is left out. No file: an empty list."""
-    objects = []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
-        try:
-            objects.append(json.loads(line))
-        except ValueError:
-            continue
-    return [item for item in objects if isinstance(item, dict)]
-
-
 _DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
            "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL"}  # fmt: skip
 
 
-def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> dict:
+def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> dict:
     """Write a safetensors file atomically, one tensor after the other; returns its {"sha256", "bytes"}.
 
     Not by safetensors' `save_file`, which first gathers the bytes of all tensors: a second copy of the model. The format: 8 bytes
@@ -199,8 +107,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadat
     """
     import torch
 
-    header: dict = {"__metadata__": dict(metadata)} if metadata else {}
-    end = 0
+    header, end = {}, 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.numel() * tensor.element_size()
         dtype = _DTYPES[str(tensor.dtype).removeprefix("torch.")]
@@ -226,6 +133,17 @@ def read_tensors(path: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
         raise DamagedError(f"{path}: {error}") from None
 
 
+def fill(state: Mapping[str, torch.Tensor], tensors: Iterable[tuple[str, torch.Tensor]], where: str | Path) -> None:
+    """Copy tensors into a state dict, in place. Raises DamagedError where one has no place or another shape, and where one is missing."""
+    left = dict(state)
+    for name, tensor in tensors:
+        if name not in left or left[name].shape != tensor.shape:
+            raise DamagedError(f"{where}: {name} {tuple(tensor.shape)} does not belong to the model")
+        left.pop(name).copy_(tensor)
+    if left:
+        raise DamagedError(f"{where}: {next(iter(left))} is missing")
+
+
 def write_folder(path: Path, files: Mapping[str, Mapping[str, torch.Tensor] | str]) -> None:
     """Write a folder of files (tensors by name -> safetensors; text as it is) with their checksums, beside `path`, then rename it.
 
@@ -243,41 +161,14 @@ def write_folder(path: Path, files: Mapping[str, Mapping[str, torch.Tensor] | st
             shutil.rmtree(beside, ignore_errors=True)
 
 
-def replace_folder(beside: Path, path: Path) -> None:
-    """Rename `beside` to `path`, where an older folder may be in the way."""
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
-    if path.exists():
-        os.rename(path, old)
-    os.rename(beside, path)
-    sync_folder(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def verify_folder(path: Path) -> None:
     """Compare a folder written by `write_folder` with its checksums. Raises DamagedError naming the first file that differs."""
     try:
         sums = json.loads((path / CHECKSUMS).read_text())
         for name, expected in sums.items():
-            with open(path / name, "rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
-                    raise DamagedError(f"{path / name} does not have its checksum")
+            if file_sha256(path / name) != expected["sha256"]:
+                raise DamagedError(f"{path / name} does not have its checksum")
     except DamagedError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # the list itself is damaged
         raise DamagedError(f"{path}: {error}") from None
-
-
-def link_or_copy(source: Path, path: Path) -> None:
-    """Put the (immutable) file `source` at `path` too, atomically: a hard link where the file system has them, else a copy."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    beside.unlink(missing_ok=True)
-    with disk_errors(path):
-        try:
-            try:
-                os.link(source, beside)
-            except OSError:
-                shutil.copyfile(source, beside)
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
-        sync_folder(path.parent)

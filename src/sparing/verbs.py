@@ -220,7 +220,8 @@ class Compare:
 
 @dataclass
 class Bench:
-    """Measure this code against its peers in one run. Further options belong to the figure: --rounds 3; a wrong one lists them."""
+    """Measure this code against its peers in one run. Further options belong to the figure: --rounds 3, --limit 10m (of the whole figure);
+    a wrong one lists them."""
 
     takes: ClassVar[str] = "anything"
     name: tyro.conf.Positional[str | None] = None
@@ -234,7 +235,7 @@ class Bench:
         call.choice("bench", self.name, ("train", "precision", "infer"))
         from importlib import import_module
 
-        from sparing.pipeline import metered
+        from sparing.account.meter import metered
 
         figure = self.figure or {"train": "throughput", "precision": "speed", "infer": "generate"}[self.name]
         with metered("bench", first=f"{self.name} {figure}"):

@@ -12,7 +12,6 @@ def test_this_machine():
     here = machine(with_gpus=False)
     assert 1 <= here.cores_physical <= here.cores_logical <= (os.cpu_count() or 1)
     assert here.memory_bytes > 10**8
-    assert 0 < hardware.available_memory() <= here.memory_bytes
     assert here.cpu and here.os
     assert machine(with_gpus=True).gpus == hardware.gpus()
 
@@ -52,14 +51,11 @@ def test_limits_of_cgroups_version_1(tmp_path, monkeypatch):
         "cpu/j/cpu.cfs_period_us": "100000",
         "cpu/cpu.cfs_quota_us": "-1",
         "memory/j/memory.limit_in_bytes": "200000000",
-        "memory/j/memory.usage_in_bytes": "150000000",
-        "memory/j/memory.stat": "cache 1\ntotal_inactive_file 30000000\n",
     }
     cgroup(tmp_path, monkeypatch, "5:cpu,cpuacct:/j\n4:memory:/j\n0::/\n", files)
     assert hardware._cpu_quota() == 0.5
     assert machine(with_gpus=False).cores_logical == 1
     assert machine(with_gpus=False).memory_bytes == 200000000
-    assert hardware.available_memory() == 80000000
 
 
 def test_no_limit_at_all(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Real text small enough for seconds."""
+"""Real text small enough for seconds, and machines that were measured before."""
 
 import argparse
 import difflib
@@ -8,6 +8,8 @@ import textwrap
 from pathlib import Path
 
 import pytest
+
+from sparing.base.hardware import home, machine, save_calibration
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +21,24 @@ def text(tmp_path_factory) -> Path:
         for module in modules:
             shutil.copy(module.__file__, folder / part)
     return folder
+
+
+@pytest.fixture
+def measured(tmp_path, monkeypatch):
+    """A function: from here on this machine has these measurements, and no others. What is compiled stays compiled."""
+
+    def set_home(**values: object) -> None:
+        compiled, path = home() / "native", tmp_path / "home"
+        compiled.mkdir(parents=True, exist_ok=True)
+        path.mkdir()
+        (path / "native").symlink_to(compiled.absolute())
+        monkeypatch.setenv("SPARING_HOME", str(path))
+        save_calibration(machine(), values)
+
+    return set_home
+
+
+@pytest.fixture
+def slow_formats(measured):
+    """A processor that multiplies float32 well and everything else badly."""
+    measured(formats={"float32": 1e11, "bfloat16": 1e9, "float16": 1e9, "int8": 2e9})

@@ -5,19 +5,19 @@ import json
 import pytest
 
 from sparing.account.receipt import at
-from sparing.base.hardware import machine, save_calibration
 from sparing.bench.forecast import forecast, parse_sides, wishes_of
 from sparing.bench.report import ROW_KEYS
 from sparing.budget.estimate import DESCRIPTION
 from sparing.config import UserError
+from sparing.kernels.formats import this_machine
 
 
 @pytest.fixture
-def calibrated(tmp_path, monkeypatch):
+def calibrated(measured):
     """A machine that was measured before: no steps timed, a peak known."""
-    monkeypatch.setenv("SPARING_HOME", str(tmp_path / "home"))
     timings = {"description": DESCRIPTION, "peak_flops": 1e11, "rows": []}
-    save_calibration(machine(), {"peak_flops_cpu_bfloat16": 1e11, "step_timings_cpu": timings})
+    known = {f"peak_flops_cpu_{this_machine().training_dtype('cpu')}": 1e11, "step_timings_cpu": timings}
+    measured(**known, formats=dict(this_machine().formats))
 
 
 def test_predictions_are_recorded_then_runs_are_made_and_compared(text, tmp_path, calibrated):
@@ -29,6 +29,7 @@ def test_predictions_are_recorded_then_runs_are_made_and_compared(text, tmp_path
     dense, moe = (plan["config"]["model"] for plan in known["plans"])
     assert dense["num_dense_layers"] == 1000 and moe["num_dense_layers"] == 1
     speed = rows[:3]
+    assert speed[0]["formats"]["peer"] == this_machine().training_dtype("cpu")
     assert [row["ours"] for row in speed[:2]] == [at(plan, "tokens_per_s")["value"] for plan in known["plans"]]
     assert [row["peer"] for row in speed[:2]] == [at(result["actual"], "tokens_per_s")["value"] for result in results]
     errors = [abs(row["peer"] / row["ours"] - 1) for row in speed[:2]]

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from sparing.bench import precision, precision_loss, precision_speed
+from sparing.bench.eight_bits import SMALL
 from sparing.bench.precision_loss import interval, rows_of
-from sparing.bench.precision_memory import SMALL
 from sparing.bench.precision_speed import Side
 from sparing.config import PrecisionConfig, UserError
+from sparing.kernels.formats import this_machine
 
 
 def test_the_interval_is_students():
@@ -21,7 +22,7 @@ def test_the_interval_is_students():
 
 
 def result(loss: float, share: float = 1.0) -> dict:
-    return {"loss": loss, "share": share, "tokens_per_s": 1.0}
+    return {"loss": loss, "share": share, "tokens_per_s": 1.0, "dtype": "float32"}
 
 
 def test_the_upper_end_counts():
@@ -38,7 +39,7 @@ def test_finished_runs_are_kept(tmp_path, monkeypatch):
     asked = []
 
     class Fake:
-        def __init__(self, threads, environment=None):
+        def __init__(self, threads, limit, environment=None):
             pass
 
         def __enter__(self):
@@ -74,6 +75,7 @@ def test_speed_takes_turns(monkeypatch):
     """Small, but all of it: three processes, whole steps, products."""
     monkeypatch.setattr(precision_speed, "REQUIRED", {"cpu": {64: 0.5}})
     rows = precision_speed.precision_speed("64", "int8", rounds=2, rows=2)
+    assert all(row["formats"] == {"ours": "int8", "peer": this_machine().training_dtype("cpu")} for row in rows)
     whole, stored, *products = rows
     assert [r["name"] for r in rows[:2]] == ["whole step, int8 products, d 64", "whole step, int8 and storage, d 64"]
     for r in (whole, stored):
@@ -92,10 +94,45 @@ def test_a_side_is_kept_as_it_says():
     """What is timed is what the memory figure measures: the same products, weights, averages and activations."""
     full, small = (Side(asdict(p), width=64, rows=2, length=32) for p in (PrecisionConfig(), replace(SMALL, linear="int8")))
     for side in (full, small):
-        before = side.model.model.layers[1].mlp.experts.down_proj.detach().clone()
+        before = side.trainer.model.model.layers[1].mlp.experts.down_proj.detach().clone()
         assert side.step()["tokens_per_s"] > 0
-        assert not torch.equal(side.model.model.layers[1].mlp.experts.down_proj, before)
+        assert not torch.equal(side.trainer.model.model.layers[1].mlp.experts.down_proj, before)
     assert small.step()["share"] == 1.0 and full.step()["share"] == 0.0
-    kinds = {t.dtype for name, t in small.optimizer.state().items() if "/momentum/" in name}
-    assert kinds == {torch.int8} and small.model.lm_head.weight.dtype == torch.bfloat16
-    assert all(block.int8_activations for block in small.model.model.layers) and not full.policy.sites
+    kinds = {t.dtype for name, t in small.trainer.optimizer.state().items() if "/momentum/" in name}
+    assert kinds == {torch.int8} and small.trainer.model.lm_head.weight.dtype == torch.bfloat16
+    assert all(block.int8_activations for block in small.trainer.model.model.layers) and not full.trainer.policy.sites
+
+
+def test_speed_without_8_bit_arithmetic_says_so_and_takes_a_small_model(slow_formats, monkeypatch, capfd):
+    made = []
+
+    class Fake:
+        def __init__(self, threads, limit):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def ask(self, do, **more):
+            if do == "make":
+                made.append((more["width"], more["rows"], more["precision"]["linear"], more["precision"]["activations"]))
+            return {"nt": 0.1} if do == "run" else {"tokens_per_s": 1.0, "passes_s": 1.0, "update_s": 1.0, "share": 1.0}
+
+    monkeypatch.setattr(precision_speed, "Worker", Fake)
+    rows = precision_speed.precision_speed(rounds=2)
+    assert made == [(64, 2, "none", "full"), (64, 2, "int8", "full"), (64, 2, "int8", "full")]
+    assert all(row["formats"] == {"ours": "int8", "peer": "float32"} and row["runs"] == 2 for row in rows)
+    slow = "int8: this processor multiplies it 50 times slower than float32 (measured)"
+    assert f"no 8-bit arithmetic here that is faster ({slow})" in " ".join(capfd.readouterr().err.split())
+    made.clear()
+    rows = precision_speed.precision_speed(kind="int8", limit="15s")
+    assert [width for width, *_ in made[::3]] == [256, 512, 1024] and f"--kind {slow}" in " ".join(capfd.readouterr().err.split())
+    assert all(row["ours"] is None and "a round would take about 102 s" in row["cut_short"] for row in rows)
+
+
+def test_loss_leaves_out_8_bits_that_would_take_forever(slow_formats, capfd):
+    assert precision_loss._sides_here("cpu") == ["fp8"]
+    assert "skipped: int8: this processor multiplies it 50 times slower" in " ".join(capfd.readouterr().err.split())

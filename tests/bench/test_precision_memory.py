@@ -1,37 +1,30 @@
 """The memory figure on a model small enough for seconds: its rows, its sides, its mistakes."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 from bench_tiny import TINY
 
 from sparing.bench import precision_memory
 from sparing.bench.precision import run
-from sparing.bench.precision_memory import SMALL
-from sparing.bench.worker import Worker
-from sparing.config import Config, TrainConfig, UserError
+from sparing.config import UserError
+from sparing.kernels.formats import this_machine
 
 WIDE = replace(TINY, vocab_size=4096, hidden_size=256, num_layers=6, num_heads=4, intermediate_size=1024, moe_intermediate_size=256)
 
 
-def peak(precision=None) -> dict:
-    config = Config(model=WIDE, train=TrainConfig(seq_len=64, batch_size=4, threads=1, replicas=1, device="cpu"))
-    config = replace(config, precision=precision) if precision else config
-    with Worker(1) as worker:
-        return worker.ask("run", function="precision_memory.measure", config=asdict(config), steps=2, pages=precision is not None)
+DTYPE = this_machine().training_dtype("cpu")
 
 
-def test_few_bits_take_less():
-    full, small = peak(), peak(SMALL)
-    assert 0 < small["peak"] < 0.75 * full["peak"]
-    assert full["peak"] >= full["updated"] > 0 and full["imported"] > 50e6
-
-
-def test_rows(monkeypatch, capsys):
+def test_few_bits_take_less(monkeypatch):
     monkeypatch.setattr(precision_memory, "MODELS", {"tiny": WIDE})
-    rows = run("memory", json=True, models="tiny", batch_size=2, seq_len=64, linear="none")["rows"]
+    rows = run("memory", json=True, models="tiny", batch_size=4, seq_len=64, linear="none")["rows"]
+    assert all(row["formats"] == {"ours": DTYPE, "peer": DTYPE} and row["linear"] == "none" for row in rows)
     peaks = [row for row in rows if row["name"].endswith(": peak")]
     assert len(peaks) == 2 and all(row["ratio"] == row["ours"] / row["peer"] and row["required"] == 0.5 for row in peaks)
+    full, small = peaks[0]["found"]["full"], peaks[0]["found"]["ours"]
+    assert 0 < small["peak"] < 0.75 * full["peak"]
+    assert full["peak"] >= full["updated"] > 0 and full["imported"] > 50e6
     counted = {row["name"].split(": ")[1]: row for row in rows if "counted" in row["name"]}
     assert counted["weights, counted"]["ratio"] == pytest.approx(0.5, abs=0.01)
     assert counted["optimizer, counted"]["ratio"] == pytest.approx(0.26, abs=0.02)

@@ -9,6 +9,7 @@ pytest.importorskip("transformers")
 from sparing.bench.quality import parse_runs, quality, rows_of
 from sparing.bench.report import ROW_KEYS
 from sparing.config import UserError
+from sparing.kernels.formats import this_machine
 
 RECIPE = """
 [data]
@@ -41,6 +42,7 @@ def test_both_sides_run_and_are_kept(text, tmp_path):
     assert ours["result"]["recipe"]["model"]["mtp_depth"] == 1 and ours["result"]["recipe"]["model"]["num_dense_layers"] == 1
     assert 1 < ours["ours"] < 9 and 1 < ours["peer"] < 9 and ours["result"]["tokens"] == 15 * 128
     assert reached["peer"] == reached["result"]["seconds"]
+    assert ours["formats"] == {"ours": "float32", "peer": this_machine().training_dtype("cpu")}
     [kept] = (tmp_path / "out").glob("moe-mtp-2ktok-*.json")
     kept.write_text(json.dumps(json.loads(kept.read_text()) | {"bpb": 0.5}))
     again = quality(str(text / "train"), str(text / "val"), runs, **options, threads=1, out=str(tmp_path / "out"))
@@ -48,7 +50,7 @@ def test_both_sides_run_and_are_kept(text, tmp_path):
 
 
 def result(bpb: float, seconds: float) -> dict:
-    return {"bpb": bpb, "seconds": seconds}
+    return {"bpb": bpb, "seconds": seconds, "dtype": "float32"}
 
 
 def test_the_yardstick_is_the_peer_of_all():

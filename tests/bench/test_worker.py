@@ -1,5 +1,9 @@
 """A side in a process of its own."""
 
+import threading
+import time
+from dataclasses import asdict
+
 import pytest
 
 pytest.importorskip("transformers")
@@ -8,15 +12,17 @@ import torch
 from bench_tiny import TINY
 from safetensors.torch import save_file
 
+from sparing.bench.limit import Limit, in_parallel
 from sparing.bench.ours import save_initial_weights
 from sparing.bench.worker import Worker, WorkerError
+from sparing.config import UserError
 
 
 def test_steps_go_on_where_they_stopped_and_memory_is_the_models(tmp_path):
-    save_initial_weights(TINY, 0, tmp_path / "weights")
+    save_initial_weights(asdict(TINY), 0, str(tmp_path / "weights"))
     save_file({"tokens": torch.randint(0, TINY.vocab_size, (4, 2, 32)).int()}, tmp_path / "batches")
     build = {"model": TINY, "weights": tmp_path / "weights", "batches": tmp_path / "batches", "optimizer": {"lr": 0.01}}
-    with Worker(1) as one, Worker(1) as two:
+    with Worker(1, Limit(60)) as one, Worker(1, Limit(60)) as two:
         for worker in (one, two):
             worker.build("ours", **build, setting={"precision": "float32"})
         whole = one.ask("steps", first=0, count=4)
@@ -26,11 +32,56 @@ def test_steps_go_on_where_they_stopped_and_memory_is_the_models(tmp_path):
 
 
 def test_failures_are_answers_and_the_end_of_a_process_is_one(tmp_path):
-    with Worker(1) as worker:
+    with Worker(1, Limit(60)) as worker:
         with pytest.raises(WorkerError, match="AttributeError"):
             worker.ask("no such request")
         with pytest.raises(WorkerError, match=r"No such file|does not exist"):
-            worker.build("ours", TINY, tmp_path / "none", tmp_path / "none", {}, {})
+            worker.build("ours", TINY, tmp_path / "none", tmp_path / "none", {}, {"precision": "float32"})
+        with pytest.raises(UserError, match="WIDTHxLAYERS@LR"):  # a mistake of the user's stays one
+            worker.ask("run", function="yardstick.parse_yardstick", text="128")
         worker.process.kill()
         with pytest.raises(WorkerError, match="ended with status"):
             worker.ask("memory")
+
+
+def work(worker: Worker) -> None:
+    """A minute of products, in which the process looks at nothing else."""
+    worker.ask("peak", dtype="float32", sizes=[1000] * 10000, seconds=60)
+
+
+def test_an_answer_that_is_late_costs_the_process():
+    with Worker(1, Limit(60)) as worker:
+        worker.ask("memory")
+        worker.limit = Limit(60).within(1)
+        before = time.monotonic()
+        with pytest.raises(WorkerError, match="not done within 1 s"):
+            work(worker)
+        assert time.monotonic() - before < 3 and worker.process.poll() is not None
+
+
+def test_a_worker_that_is_left_by_an_interruption_is_killed_at_once():
+    before = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), Worker(1, Limit(60)) as worker:
+        worker.process.stdin.write('{"do": "peak", "dtype": "float32", "sizes": [1000, 1000, 1000, 1000, 1000], "seconds": 60}\n')
+        worker.process.stdin.flush()
+        raise KeyboardInterrupt
+    assert worker.process.poll() is not None and time.monotonic() - before < 2
+
+
+def test_one_failure_ends_all_that_run_beside_it():
+    def one(fails: bool) -> None:
+        if fails:
+            started.wait()
+            raise ValueError("fails")
+        with Worker(1, limit.within(60)) as worker:
+            workers.append(worker)
+            worker.ask("memory")
+            started.set()
+            work(worker)
+
+    workers, limit, started = [], Limit(60), threading.Event()
+    before = time.monotonic()
+    with pytest.raises(ValueError, match="fails"):
+        in_parallel(2, limit, one, [True, False])
+    assert time.monotonic() - before < 30
+    assert all(worker.process.poll() is not None for worker in workers)

@@ -7,9 +7,10 @@ import torch
 from tests.model.shapes import SHAPES
 from torch.utils.flop_counter import FlopCounterMode
 
-from sparing.budget.flops import attention_flops, forward_flops, kv_cache_bytes, parameters, train_flops
+from sparing.budget.flops import attention_flops, forward_flops, forward_products, kv_cache_bytes, parameters, train_flops
 from sparing.config import ModelConfig
 from sparing.kernels import native
+from sparing.layers import layers
 from sparing.model.init import init_weights
 from sparing.model.transformer import Transformer
 
@@ -52,10 +53,12 @@ def test_forward_flops_agree_with_torch(name, monkeypatch):
     model = Transformer(config)
     init_weights(model, 0)
     B, T = 2, 16
-    with native.plain(), FlopCounterMode(display=False) as counter, torch.no_grad():  # it sees PyTorch's operations only
+    with native.path("plain"), FlopCounterMode(display=False) as counter, torch.no_grad():  # it sees PyTorch's operations only
         model.eval()(torch.zeros(B, T, dtype=torch.int64))
+    assert sum(forward_products(config, T)) == sum(forward_flops(config, T).values())
     ours = sum(forward_flops(config, T).values()) * B * T
-    whole_squares = config.num_layers * attention_flops(config, T) * (2 * T / (T + 1) - 1) * B * T
+    causal = sum(attention_flops(layer.attention, T) for layer in layers(config))
+    whole_squares = causal * (2 * T / (T + 1) - 1) * B * T
     assert ours + whole_squares == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 

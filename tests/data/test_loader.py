@@ -39,7 +39,7 @@ def test_an_epoch_is_the_corpus(made):
 
 
 def test_shards_do_not_change_the_batches(made, corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(store_module.ShardWriter.__init__, "__defaults__", (3000,))
+    monkeypatch.setattr(store_module, "SHARD_TOKENS", 3000)
     monkeypatch.setattr("sparing.data.prepare.CHUNK_BYTES", 3000)
     sharded = prepare(DataConfig(paths=(corpus,)), 400, tmp_path)
     assert len(sharded.manifest["shards"]) > 3 and len(made.manifest["shards"]) == 1

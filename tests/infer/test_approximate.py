@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from tests.infer.conftest import SMALL
+from tests.losses import loss_of
 
 from sparing.config import Config, ModelConfig, UserError
 from sparing.config_file import read_config, write_config
@@ -53,7 +54,7 @@ def trained(tokenizer, tmp_path_factory):
     for _ in range(150):
         rows = ids[torch.randint(len(ids) - 66, (16, 1)) + torch.arange(66)]
         optimizer.zero_grad()
-        model.loss(rows[:, :64], rows[:, 1:65, None]).total.backward()
+        loss_of(model, rows[:, :64], rows[:, 1:65, None]).total.backward()
         optimizer.step()
         update_biases(model, 0.01)
     run = RunFolder.create(tmp_path_factory.mktemp("trained") / "run")

@@ -11,7 +11,7 @@ import torch
 
 from sparing.bench.worker import resident_bytes
 from sparing.config import ModelConfig, UserError
-from sparing.infer.compiled import CompiledNetwork
+from sparing.infer.compiled import CompiledNetwork, fits
 from sparing.infer.loaded import load
 from sparing.infer.network import Rows, TorchNetwork, cache_width
 from sparing.infer.pack import open_pack, pack, unpack
@@ -196,6 +196,12 @@ def test_the_cache_is_small():
     assert cache_width(replace(c, attention="gqa", num_kv_heads=2, head_dim=64)) == 256
 
 
+def test_only_the_widths_that_a_model_has_must_be_multiples_of_16():
+    c = ModelConfig(moe_intermediate_size=24, mtp_depth=1)
+    assert "moe_intermediate_size is 24" in fits(c)
+    assert fits(replace(c, num_dense_layers=c.num_layers)) is None
+
+
 def test_a_packed_model_is_opened_at_once_and_made_anew_when_it_changed(make_run, tmp_path, monkeypatch):
     run = RunFolder(tmp_path / "run")
     shutil.copytree(make_run(), run.path)
@@ -213,6 +219,9 @@ def test_a_packed_model_is_opened_at_once_and_made_anew_when_it_changed(make_run
     assert torch.allclose(again.matrix("head"), first.matrix("head") * 0.5)
     (run.path / "packed" / "int8.bin").write_bytes(b"\0" * 100)  # cut short
     assert open_pack(run, c, "int8").source == again.source
+    write_tensors(run.weights_file, {**tensors, "model.norm.weight": torch.ones(8)})
+    with pytest.raises(UserError, match=r"model\.norm\.weight does not belong to the model"):
+        open_pack(run, c, "int8")
     run.weights_file.unlink()
     with pytest.raises(UserError, match="no usable weights"):
         open_pack(run, c, "float32")

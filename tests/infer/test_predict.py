@@ -5,6 +5,7 @@ import pytest
 from sparing.infer.engine import Engine
 from sparing.infer.predict import STEP, forecast
 from sparing.kernels.decode import library
+from sparing.layers import mixtures
 from sparing.serve.server import expected
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no C compiler")
@@ -29,4 +30,4 @@ def test_it_is_said_at_the_start_of_a_server(make_run):
     with Engine(make_run(), weights="int8", speculate=False, threads=1, expert_bytes=1 << 20) as engine:
         assert "tokens/s are to be expected of one text" in expected(engine, 1 << 20)
     with Engine(make_run(seed=1, num_dense_layers=3, mtp_depth=0), weights="int8", threads=1, expert_bytes=1 << 20) as engine:
-        assert engine.config.num_moe_layers == 0 and expected(engine, 1 << 20) == "the model has no experts: --expert-mb changes nothing"
+        assert not mixtures(engine.config) and expected(engine, 1 << 20) == "the model has no experts: --expert-mb changes nothing"

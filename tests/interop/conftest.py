@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sparing.config import ModelConfig, YarnConfig
-from sparing.interop.huggingface import export_hf, import_hf, load_hf_into
+from sparing.interop.huggingface import export_hf, import_hf
 from sparing.model.transformer import Transformer
 
 SMALL = ModelConfig(
@@ -89,18 +89,14 @@ def hf_logits(tokens):
 
 @pytest.fixture
 def our_logits(tokens):
-    """folder -> (our logits, notes), by both ways in, which must agree."""
+    """folder -> (our logits, notes)."""
 
     def logits(folder) -> tuple[torch.Tensor, list[str]]:
         config, tensors, notes = import_hf(folder)
         streamed = Transformer(config)
         streamed.load_state_dict(dict(tensors))
-        loaded = Transformer(config)
-        assert load_hf_into(loaded, folder) == notes
         with torch.no_grad():
-            result = streamed(tokens)
-            assert torch.equal(loaded(tokens), result)
-        return result, notes
+            return streamed(tokens), notes
 
     return logits
 

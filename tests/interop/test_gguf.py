@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 from tests.interop import llama_cpp
+from tests.losses import loss_of
 
 from sparing.config import ModelConfig, UserError, YarnConfig
 from sparing.data.tokenizer import Tokenizer, train_tokenizer
@@ -170,7 +171,7 @@ def test_llama_cpp_drafts_with_the_mtp_module(tokenizer, tmp_path):
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     for _ in range(250):
         text = 5 + (torch.randint(32, (8, 1)) + torch.arange(26) * torch.randint(1, 4, (8, 1))) % 32
-        loss = model.loss(text[:, :24], torch.stack([text[:, 1:25], text[:, 2:26]], -1), mtp_weight=1.0)
+        loss = loss_of(model, text[:, :24], torch.stack([text[:, 1:25], text[:, 2:26]], -1), mtp_weight=1.0)
         optimizer.zero_grad()
         loss.total.backward()
         optimizer.step()

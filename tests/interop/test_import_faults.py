@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from sparing.config import UserError
-from sparing.interop.huggingface import export_hf, import_hf, load_hf_into
-from sparing.model.transformer import Transformer
+from sparing.interop.huggingface import export_hf, import_hf
 
 
 def test_mtp_absent_present_and_in_part(exported, edit, our_logits):
@@ -189,13 +187,3 @@ def test_index_faults(small, random_model, tmp_path):
         path.write_text(json.dumps(index | {"weight_map": weight_map}))
         with pytest.raises(UserError, match=message):
             import_hf(folder)
-
-
-def test_loading_into_another_model_is_refused(exported, small):
-    for changes, message in [
-        ({}, "num_nextn_predict_layers is 1 there and 0 in this model|mtp_depth is 1 there and 0"),
-        ({"mtp_depth": 1, "routed_scaling_factor": 1.0}, "routed_scaling_factor is 2.5 there and 1.0 in this model"),
-        ({"mtp_depth": 1, "yarn": None}, "rope_scaling is .* there and None"),
-    ]:
-        with pytest.raises(UserError, match=message):
-            load_hf_into(Transformer(replace(small, **changes)), exported)

@@ -8,7 +8,7 @@ from sparing.precision import products as plain
 from sparing.precision.formats import E4M3, E5M6
 from sparing.precision.quantise import dequantise, quantise
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.skipif(not int8.available(), reason="no AVX512_VNNI or no compiler here")]
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.skipif(not int8.built(), reason="no AVX512_VNNI or no compiler here")]
 
 
 def random(generator, *shape) -> torch.Tensor:

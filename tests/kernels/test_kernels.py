@@ -1,6 +1,5 @@
 """Each fast path against the plain PyTorch reference in its file: values and gradients, in float32 and in bfloat16."""
 
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ def path(request):
     """Compiled passes serve single threads; without a compiler both runs are the plain one."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with native.plain() if request.param == "plain" else nullcontext():
+    with native.path(request.param):
         yield
     torch.set_num_threads(threads)
 

@@ -1,6 +1,5 @@
 """Every kind of operand against the same weight as one float64 matrix: the three products, their grouped forms, autograd."""
 
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -47,7 +46,7 @@ def path(request, monkeypatch):
         if not hasattr(native.passes(), "grouped_nt"):
             pytest.skip("no AVX512_BF16 or no compiler here")
         monkeypatch.setattr(products, "_compiled", lambda: True)
-    with native.plain() if request.param == "plain" else nullcontext():
+    with native.path("plain" if request.param == "plain" else "compiled"):
         yield
 
 

@@ -1,10 +1,10 @@
 """The compiled sub-layers against the plain path: loss and every gradient of whole models."""
 
-from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
+from tests.losses import loss_of
 from tests.model.shapes import TINY
 
 from sparing.config import YarnConfig
@@ -34,7 +34,7 @@ CASES = {
 def results(model, batch, dtype) -> dict[str, torch.Tensor]:
     model.compute_dtype = dtype
     model.zero_grad(set_to_none=True)
-    out = model.loss(*batch, sequence_balance=0.01)
+    out = loss_of(model, *batch, sequence_balance=0.01)
     out.total.backward()
     counts = [r.tokens_per_expert.clone() for r in routers(model)]
     update_biases(model, 0.0)
@@ -76,7 +76,7 @@ def test_compiled_equals_plain(case, dtype, tolerance, own, length, monkeypatch)
     targets[:, ::5] = -100
     documents = (torch.arange(length) // 40).to(torch.int32).expand(shape).contiguous()
     ours = results(model, (tokens, targets, documents), dtype)
-    with native.plain():
+    with native.path("plain"):
         plain = results(model, (tokens, targets, documents), torch.float32)
     assert ours.keys() == plain.keys()
     for name, value in plain.items():
@@ -95,7 +95,7 @@ def test_positions_of_each_sequence(case):
     positions = torch.stack((torch.arange(9), torch.arange(9) * 2 + 3))
     found = []
     for plain in (False, True):
-        with native.plain() if plain else nullcontext():
+        with native.path("plain" if plain else "compiled"):
             model.zero_grad(set_to_none=True)
             x = model.hidden(tokens, positions=positions)
             (x * torch.randn(x.shape, generator=torch.Generator().manual_seed(2))).sum().backward()

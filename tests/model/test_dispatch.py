@@ -11,6 +11,7 @@ from tests.model.test_frozen import filled
 
 from sparing.kernels import native
 from sparing.kernels.experts import LOCAL, Dispatched
+from sparing.layers import layers
 from sparing.model.experts import Experts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -60,12 +61,13 @@ class AllToAll:
 @pytest.mark.parametrize("kind", ["plain", "int8 with an update"])
 def test_two_ranks_compute_what_one_does(dtype, kind):
     config, generator = replace(TINY, hidden_size=32), torch.Generator().manual_seed(0)
-    whole = Experts(config)
+    feed_forward = layers(config)[1].feed_forward
+    whole = Experts(feed_forward)
     for parameter in whole.parameters():
         torch.nn.init.normal_(parameter, std=0.2, generator=generator)
     halves, wire = [], Wire()
     for rank in range(RANKS):
-        half, mine = Experts(config, AllToAll(wire, rank)), slice(rank * E // RANKS, (rank + 1) * E // RANKS)
+        half, mine = Experts(feed_forward, AllToAll(wire, rank)), slice(rank * E // RANKS, (rank + 1) * E // RANKS)
         half.gate_up_proj, half.down_proj = (torch.nn.Parameter(p.detach()[mine].clone()) for p in (whole.gate_up_proj, whole.down_proj))
         halves.append(half)
     if kind != "plain":

@@ -1,10 +1,10 @@
 """Weights that do not learn: no gradient is computed for them, and the others' gradients stay what they were."""
 
-from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
+from tests.losses import loss_of
 from tests.model.shapes import TINY
 
 from sparing.kernels import native, products
@@ -42,7 +42,7 @@ def gradients(model) -> dict[str, torch.Tensor]:
     tokens = torch.randint(c.vocab_size, (2, 30), generator=generator)
     targets = torch.randint(c.vocab_size, (2, 30, 1 + c.mtp_depth), generator=generator)
     model.zero_grad(set_to_none=True)
-    model.loss(tokens, targets).total.backward()
+    loss_of(model, tokens, targets).total.backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -52,7 +52,7 @@ def path(request, monkeypatch):
         if not hasattr(native.passes(), "grouped_nt"):
             pytest.skip("no AVX512_BF16 or no compiler here")
         monkeypatch.setattr(products, "_compiled", lambda: True)
-    with native.plain() if request.param == "plain" else nullcontext():
+    with native.path("plain" if request.param == "plain" else "compiled"):
         yield request.param
 
 

@@ -1,20 +1,23 @@
 """Frozen and quantised weights and low-rank updates in whole models: what is kept, what is computed, what learns."""
 
-from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
+from tests.losses import loss_of
 from tests.model.shapes import TINY
 from tests.model.test_frozen import filled, gradients
 
 from sparing.config import OptimConfig, PrecisionConfig
+from sparing.data.loader import Batch
 from sparing.kernels import native
+from sparing.layers import layers
 from sparing.model.experts import Experts
 from sparing.model.linear import Adaptable, Linear
 from sparing.model.transformer import Transformer
 from sparing.precision.activations import kept_in_int8
 from sparing.precision.linear import install
+from sparing.train.objective import NextToken
 from sparing.train.optim import FACTORS, Optimizer, group_of
 from sparing.train.replicas import Replicas
 
@@ -81,7 +84,7 @@ def test_an_ordinary_model_has_the_same_tensors_as_ever():
 def test_what_a_frozen_weight_takes(kind):
     linear = Linear(256, 128)
     torch.nn.init.normal_(linear.weight)
-    experts = Experts(replace(TINY, hidden_size=256, moe_intermediate_size=128))
+    experts = Experts(layers(replace(TINY, hidden_size=256, moe_intermediate_size=128))[1].feed_forward)
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter)
     for module in (linear, experts):
@@ -105,8 +108,8 @@ def test_what_a_frozen_weight_takes(kind):
 def test_an_adapted_model_is_the_merged_one(shape, kind, path, dtype, tolerance):
     model = adapted(SHAPES[shape], kind)
     model.compute_dtype = dtype
-    with native.plain() if path == "plain" else nullcontext():
-        ours, theirs = model.loss(*batch(model.config)).total, merged(model).loss(*batch(model.config)).total
+    with native.path("plain" if path == "plain" else "compiled"):
+        ours, theirs = loss_of(model, *batch(model.config)).total, loss_of(merged(model), *batch(model.config)).total
         assert ours.item() == pytest.approx(theirs.item(), rel=tolerance)
         model.eval()
         assert distance(model(batch(model.config)[0]), merged(model).eval()(batch(model.config)[0])) < 10 * tolerance
@@ -119,7 +122,7 @@ def test_only_factors_have_gradients_and_they_are_autograds(shape, kind):
     model = adapted(SHAPES[shape], kind)
     reference = gradients(merged(model))
     for plain in (False, True):
-        with native.plain() if plain else nullcontext():
+        with native.path("plain" if plain else "compiled"):
             found = gradients(model)
         assert found.keys() == {name for name, _ in model.named_parameters() if "lora_" in name}
         for at, module in adaptable(model).items():
@@ -152,7 +155,7 @@ def test_factors_alone_have_state_and_learn(matrix, precision):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     losses = []
     for _ in range(20):
-        out = model.loss(*batch(model.config))
+        out = loss_of(model, *batch(model.config))
         out.total.backward()
         losses.append(float(out.total))
         assert all((p.grad is not None) == ("lora_" in name) for name, p in model.named_parameters())
@@ -165,23 +168,23 @@ def test_factors_alone_have_state_and_learn(matrix, precision):
 
 def test_nothing_changes_at_first():
     model = filled(SHAPES["mixture"])
-    before = model.loss(*batch(model.config)).total.detach()
+    before = loss_of(model, *batch(model.config)).total.detach()
     for module in adaptable(model).values():
         module.add_low_rank(4, 8.0, torch.Generator().manual_seed(0))
         with pytest.raises(ValueError, match="already"):
             module.add_low_rank(4, 8.0)
-    assert torch.allclose(model.loss(*batch(model.config)).total, before, rtol=1e-6)
+    assert torch.allclose(loss_of(model, *batch(model.config)).total, before, rtol=1e-6)
 
 
 def test_replicas_share_codes_and_agree():
     found = []
     for count in (1, 2):
         model = adapted(SHAPES["mixture"])
-        replicas = Replicas(model, count)
+        replicas = Replicas(model, NextToken(model.config), count, kernels="compiled")
         codes = [{buffer.data_ptr() for buffer in twin.buffers() if buffer.dtype == torch.int8} for twin in replicas.models]
         assert codes[0] and all(codes[0] == others for others in codes)
         tokens, targets = batch(model.config)
-        replicas.backward(tokens, targets, None, denominator=tokens.numel())
+        replicas.gradients(Batch(tokens, targets, None, None))
         found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert found[0].keys() == found[1].keys()
     assert all(torch.allclose(grad, found[1][name], atol=2e-5, rtol=1e-3) for name, grad in found[0].items())
@@ -191,7 +194,7 @@ def test_replicas_share_codes_and_agree():
 @pytest.mark.parametrize("path", ["compiled", "plain"])
 def test_recomputation_has_the_same_gradients(shape, path):
     model = adapted(SHAPES[shape])
-    with native.plain() if path == "plain" else nullcontext():
+    with native.path("plain" if path == "plain" else "compiled"):
         before = gradients(model)
         model.set_recompute(True)
         after = gradients(model)
@@ -211,7 +214,7 @@ def test_packing_activations_leaves_frozen_weights_alone(kind, path):
     weights = {tuple(w.shape) for module in adaptable(model).values() for w in (module.weight, module.weight.T)}
     shapes, x = [], torch.randn(2, 300, 128).bfloat16().requires_grad_()
     recording = torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t)
-    with native.plain() if path == "plain" else nullcontext():
+    with native.path("plain" if path == "plain" else "compiled"):
         with recording:
             model.model.layers[0](x, model._table(300)[:300])
         assert not weights & set(shapes)

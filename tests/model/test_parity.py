@@ -8,9 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.losses import loss_of
 
 from sparing.config import ModelConfig, YarnConfig
-from sparing.interop.huggingface import export_hf, load_hf_into
+from sparing.interop.huggingface import export_hf, import_hf
 from sparing.model.router import Router, Routing, routers
 from sparing.model.transformer import Transformer
 
@@ -85,7 +86,7 @@ def both(config: ModelConfig, folder, seed: int, bias_mean: float = 0.0):
     """(our model, transformers' model), each loaded from the same exported folder."""
     export_hf(config, random_model(config, seed, bias_mean).state_dict(), None, folder)
     ours = Transformer(config)
-    load_hf_into(ours, folder)
+    ours.load_state_dict(dict(import_hf(folder)[1]))
     eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
     return ours, transformers.DeepseekV3ForCausalLM.from_pretrained(folder, dtype=torch.float32, **eager)
 
@@ -123,7 +124,7 @@ def test_logits_and_gradients_equal_transformers(case, tmp_path):
 
     reference = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
     reference.backward()
-    loss = ours.loss(tokens, targets.unsqueeze(-1))
+    loss = loss_of(ours, tokens, targets.unsqueeze(-1))
     assert abs(loss.loss - reference.detach()) <= 1e-5
     loss.total.backward()
     expected = dict(theirs.named_parameters())
@@ -270,5 +271,5 @@ def test_mtp_module_equals_transformers(tmp_path):
     assert logits.std() >= 1
     # `loss` divides every depth by the number of main targets, one more than this depth has.
     reference = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 2:].flatten(), reduction="sum") / (targets[..., 0] != -100).sum()
-    loss = ours.loss(tokens, targets)
+    loss = loss_of(ours, tokens, targets)
     assert abs(loss.mtp_loss - reference) <= 1e-4

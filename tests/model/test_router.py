@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tests.losses import loss_of
 from tests.model.shapes import TINY
 
 from sparing.config import ModelConfig
@@ -86,7 +87,7 @@ def counts_after(model, tokens, targets, micro: int) -> list[torch.Tensor]:
         router.tokens_per_expert.zero_()
     for start in range(0, len(tokens), micro):
         rows = slice(start, start + micro)
-        model.loss(tokens[rows], targets[rows], sequence_balance=0.01, denominator=tokens.numel()).total.backward()
+        loss_of(model, tokens[rows], targets[rows], sequence_balance=0.01, denominator=tokens.numel()).total.backward()
     return [router.tokens_per_expert.clone() for router in routers(model)]
 
 
@@ -119,7 +120,7 @@ def test_recomputation_gives_the_same_gradients():
     for recompute in (False, True):
         model.set_recompute(recompute)
         model.zero_grad()
-        model.loss(tokens, targets, sequence_balance=0.01).total.backward()
+        loss_of(model, tokens, targets, sequence_balance=0.01).total.backward()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
     for name, grad in gradients[0].items():
         assert torch.allclose(grad, gradients[1][name], atol=1e-7), name

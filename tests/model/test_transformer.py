@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.losses import loss_of
 from tests.model.shapes import SHAPES, TINY
 
 from sparing.config import ModelConfig
@@ -34,7 +35,7 @@ def test_loss_is_the_cross_entropy_of_the_logits(name):
     tokens, targets = batch(model.config)
     targets[0, 3:9] = IGNORE
     expected = F.cross_entropy(model(tokens).flatten(0, 1), targets[..., 0].flatten(), ignore_index=IGNORE)
-    assert float(model.loss(tokens, targets).loss) == pytest.approx(expected.item(), rel=1e-5)
+    assert float(loss_of(model, tokens, targets).loss) == pytest.approx(expected.item(), rel=1e-5)
     nll = model.nll(tokens, targets[..., 0])
     assert float(nll.sum() / (targets != IGNORE).sum()) == pytest.approx(expected.item(), rel=1e-5)
 
@@ -66,10 +67,10 @@ def test_micro_batches_add_up_to_the_whole_batch():
     tokens, targets = batch(model.config, B=4)
     targets[0, 2:] = IGNORE
     denominator = int((targets[..., 0] != IGNORE).sum())
-    model.loss(tokens, targets).total.backward()
+    loss_of(model, tokens, targets).total.backward()
     whole = {n: p.grad.clone() for n, p in model.named_parameters()}
     model.zero_grad()
-    parts = [model.loss(tokens[i : i + 1], targets[i : i + 1], denominator=denominator, share=0.25) for i in range(4)]
+    parts = [loss_of(model, tokens[i : i + 1], targets[i : i + 1], denominator=denominator, share=0.25) for i in range(4)]
     sum(p.total for p in parts).backward()
     for name, p in model.named_parameters():
         assert torch.allclose(p.grad, whole[name], atol=1e-5, rtol=1e-4), name
@@ -82,7 +83,7 @@ def test_mtp_predicts_further_ahead_from_what_it_may_know():
     tokens, targets = batch(c, B=1)
 
     def mtp(targets):
-        return float(model.loss(tokens, targets).mtp_loss)
+        return float(loss_of(model, tokens, targets).mtp_loss)
 
     base = mtp(targets)
     only_last = targets.clone()
@@ -93,7 +94,7 @@ def test_mtp_predicts_further_ahead_from_what_it_may_know():
     assert mtp(only_last) != pytest.approx(mtp(changed))
     assert mtp(only_last) < base
     # What the main model predicts does not depend on MTP targets at all.
-    assert float(model.loss(tokens, changed).loss) == float(model.loss(tokens, targets).loss)
+    assert float(loss_of(model, tokens, changed).loss) == float(loss_of(model, tokens, targets).loss)
 
 
 def test_initialisation_is_a_function_of_the_seed():
@@ -110,6 +111,6 @@ def test_initialisation_is_a_function_of_the_seed():
 def test_bfloat16_is_close_to_float32():
     model = make(TINY)
     tokens, targets = batch(TINY)
-    exact = float(model.loss(tokens, targets).loss)
+    exact = float(loss_of(model, tokens, targets).loss)
     model.compute_dtype = torch.bfloat16
-    assert float(model.loss(tokens, targets).loss) == pytest.approx(exact, rel=2e-2)
+    assert float(loss_of(model, tokens, targets).loss) == pytest.approx(exact, rel=2e-2)

@@ -1,11 +1,11 @@
 """Activations kept in int8: what is packed, what is not, bytes, and how far gradients move."""
 
-from contextlib import nullcontext
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.losses import loss_of
 from tests.model.shapes import SHAPES, TINY
 
 from sparing.kernels import native
@@ -18,7 +18,7 @@ from sparing.precision.activations import LEAST, pack, unpack
 def path(request):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with native.plain() if request.param == "plain" else nullcontext():
+    with native.path(request.param):
         yield request.param
     torch.set_num_threads(threads)
 
@@ -66,7 +66,7 @@ def gradients(name: str, int8: bool):
     model.set_int8_activations(int8)
     model.train()
     tokens = torch.randint(TINY.vocab_size, (4, 128), generator=generator)
-    out = model.loss(tokens, tokens.roll(-1, 1)[..., None])
+    out = loss_of(model, tokens, tokens.roll(-1, 1)[..., None])
     out.total.backward()
     return float(out.loss), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tests.losses import loss_of
 from tests.model.shapes import SHAPES, TINY
 
 from sparing.kernels import int8, native
@@ -13,7 +14,7 @@ from sparing.precision.linear import DIRECTIONS, SIXTEEN, install
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-VNNI = pytest.mark.skipif(not int8.available(), reason="no AVX512_VNNI or no compiler here")
+VNNI = pytest.mark.skipif(not int8.built(), reason="no AVX512_VNNI or no compiler here")
 
 
 def filled(config) -> Transformer:
@@ -33,7 +34,7 @@ def gradients(model) -> dict[str, torch.Tensor]:
     tokens = torch.randint(c.vocab_size, (2, 31), generator=generator)
     targets = torch.randint(c.vocab_size, (2, 31, 1 + c.mtp_depth), generator=generator)
     model.zero_grad(set_to_none=True)
-    out = model.loss(tokens, targets)
+    out = loss_of(model, tokens, targets)
     out.total.backward()
     return {"loss": out.loss} | {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
@@ -51,7 +52,7 @@ DENSE = {name: replace(c, num_dense_layers=c.num_layers, mtp_depth=1) for name, 
 @pytest.mark.parametrize("path", ["compiled", "plain"])
 def test_close_to_sixteen_bits_and_not_the_same(kind, tolerance, shape, path, monkeypatch):
     if path == "plain":
-        monkeypatch.setattr(native, "wanted", lambda: False)
+        monkeypatch.setattr(native, "compiled", lambda: False)
     model = filled(DENSE[shape])
     before = gradients(model)
     sites = install(model, kind)
@@ -72,7 +73,7 @@ def test_both_paths_compute_the_same(kind, tolerance, monkeypatch):
     model = filled(DENSE["mla"])
     install(model, kind)
     ours = gradients(model)
-    monkeypatch.setattr(native, "wanted", lambda: False)
+    monkeypatch.setattr(native, "compiled", lambda: False)
     far = distance(ours, gradients(model))
     assert max(far.values()) < tolerance, far
 
@@ -82,7 +83,7 @@ def test_both_paths_compute_the_same(kind, tolerance, monkeypatch):
 def test_experts_are_in_eight_bits_too(kind, path, monkeypatch):
     """Routing may differ between runs of different precision; so experts alone, with given tokens."""
     if path == "plain":
-        monkeypatch.setattr(native, "wanted", lambda: False)
+        monkeypatch.setattr(native, "compiled", lambda: False)
     model = filled(replace(TINY, num_dense_layers=0, num_experts_per_tok=8))  # every expert is chosen: nothing to flip
     before = gradients(model)
     install(model, kind)

@@ -152,6 +152,14 @@ def test_zeros_denormals_and_nothing_at_all():
     assert quantise(torch.zeros(0, 4), INT8, (1, None)).values.shape == (0, 4)
 
 
+def test_a_block_beyond_the_matrix_is_the_whole_and_costs_no_more():
+    """Filled up to such a block, these six numbers would need terabytes."""
+    x = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
+    beyond, whole = quantise(x, INT8, (1 << 20, 1 << 20)), quantise(x, INT8, (None, None))
+    assert torch.equal(beyond.values, whole.values) and torch.equal(beyond.scale, whole.scale)
+    assert torch.equal(dequantise(beyond), dequantise(whole))
+
+
 def test_powers_of_two_are_exact_and_never_too_small():
     x = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)).exp()
     q = quantise(x, E4M3, (1, 128), powers=True)

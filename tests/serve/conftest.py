@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.losses import loss_of
 
 from sparing.config import Config, ModelConfig
 from sparing.config_file import write_config
@@ -93,7 +94,7 @@ def run(tmp_path_factory) -> Path:
     for _ in range(80):
         rows = ids[torch.randint(len(ids) - 66, (8, 1)) + torch.arange(66)]
         optimizer.zero_grad()
-        model.loss(rows[:, :64], torch.stack([rows[:, 1:65], rows[:, 2:66]], -1)).total.backward()
+        loss_of(model, rows[:, :64], torch.stack([rows[:, 1:65], rows[:, 2:66]], -1)).total.backward()
         optimizer.step()
     run = RunFolder.create(tmp_path_factory.mktemp("serve") / "tiny")
     write_tensors(run.weights_file, model.state_dict())

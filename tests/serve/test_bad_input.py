@@ -59,7 +59,7 @@ def test_bodies_that_are_no_request(server, body, says):
         ({"max_tokens": 10**9}, "maximum context length is 512", None),
         ({"max_tokens": 10**30}, "at most", "max_tokens"),
         ({"max_tokens": -1}, "at least 0", "max_tokens"),
-        ({"stop": ["a"] * 17}, "0 to 16 entries", "stop"),
+        ({"stop": ["a"] * 17}, "at most 16 entries, not 17", "stop"),
         ({"stop": ""}, "must not be empty", "stop"),
         ({"stop": [1]}, "must be a string", "stop[0]"),
         ({"logit_bias": {"x": 1}}, "must match", "logit_bias"),
@@ -110,7 +110,7 @@ def test_chats_that_cannot_be(server, change, says):
         ({"prompt": [-1]}, "at least 0"),
         ({"prompt": [100_000]}, "no token"),
         ({"prompt": {"a": 1}}, "'prompt' must be"),
-        ({"prompt": ["a"] * 65}, "1 to 64 entries"),
+        ({"prompt": ["a"] * 65}, "at most 64 entries, not 65"),
         ({"prompt": ["a"] * 60, "n": 2}, "at most 64 answers"),
         ({"prompt": list(range(500)) * 2}, "maximum context length"),
         ({"suffix": "x"}, "Unrecognized"),
@@ -121,8 +121,16 @@ def test_completions_that_cannot_be(server, change, says):
 
 
 def test_unknown_models_paths_methods_and_types(server):
-    error = refused(server.ask("POST", "/v1/completions", COMPLETION | {"model": "gpt-4"}), 404, "does not exist")
-    assert error["code"] == "model_not_found" and error["type"] == "invalid_request_error"
+    bodies = {
+        "/v1/completions": COMPLETION,
+        "/v1/chat/completions": CHAT,
+        "/tokenize": {"prompt": "hi"},
+        "/detokenize": {"tokens": [1]},
+    }
+    for path, body in bodies.items():
+        error = refused(server.ask("POST", path, body | {"model": "gpt-4"}), 404, "`gpt-4` does not exist; this server has `tiny`", "model")
+        assert error["code"] == "model_not_found" and error["type"] == "invalid_request_error"
+    refused(server.ask("GET", "/v1/models/"), 404, "does not exist")
     refused(server.ask("GET", "/v1/nothing"), 404)
     refused(server.ask("GET", "/v1/models/%2e%2e/%2e%2e/etc/passwd"), 404)
     refused(server.ask("GET", "/v1/completions"), 405)

@@ -24,6 +24,34 @@ def test_models(client):
     assert error.value.code == "model_not_found"
 
 
+@pytest.mark.parametrize("model", [{}, {"model": None}, {"model": ""}], ids=["absent", "null", "empty"])
+def test_a_request_without_a_model_is_the_served_one_s(server, model):
+    """Every path with a body, whole and streamed: what the request that names the model gets."""
+    asked = {"max_tokens": 8, "temperature": 0}
+    for path, body in (("/v1/chat/completions", {"messages": SAY} | asked), ("/v1/completions", {"prompt": "import json"} | asked)):
+        status, _, found = server.ask("POST", path, body | model)
+        assert status == 200, found
+        named = server.ask("POST", path, body | {"model": "tiny"})[2]
+        assert found["model"] == named["model"] == "tiny" and found["choices"] == named["choices"]
+        status, _, events = server.ask("POST", path, body | model | {"stream": True})
+        chunks = [json.loads(line.removeprefix("data: ")) for line in events.splitlines() if line.startswith("data: {")]
+        assert status == 200 and len(chunks) > 1 and {chunk["model"] for chunk in chunks} == {"tiny"}
+    tokens = server.ask("POST", "/tokenize", {"prompt": "import json", "add_special_tokens": False} | model)[2]["tokens"]
+    assert server.ask("POST", "/detokenize", {"tokens": tokens} | model)[2] == {"prompt": "import json"}
+
+
+def test_the_client_may_send_an_empty_model(client):
+    """`model` is obligatory in the client: a configuration that has none gives an empty one, or null by `extra_body`."""
+    named = ask(client)
+    for how in ({"model": ""}, {"extra_body": {"model": None}}):
+        found = ask(client, **how)
+        assert found.model == "tiny" and found.choices[0].message.content == named.choices[0].message.content
+    assert client.completions.create(model="", prompt="import json", max_tokens=2).model == "tiny"
+    with pytest.raises(openai.NotFoundError, match="`gpt-4` does not exist") as error:
+        ask(client, model="gpt-4")
+    assert error.value.code == "model_not_found"
+
+
 def test_chat_whole_and_streamed_are_the_same(client):
     whole = ask(client, max_tokens=30)
     choice = whole.choices[0]

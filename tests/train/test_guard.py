@@ -2,17 +2,19 @@
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
-from tiny import Batch, Counting, config, fit, new_run, steps
+from tiny import Counting, config, fit, new_run, steps
 
+from sparing.base.files import read_lines
 from sparing.config import OptimConfig
 from sparing.model.init import init_weights
 from sparing.model.transformer import Transformer
-from sparing.run import read_lines
 from sparing.train.guard import WINDOW, Guard
-from sparing.train.loop import Diverged
+from sparing.train.objective import Loss, NextToken
+from sparing.train.trainer import Diverged
 
 
 def test_nothing_is_wrong_with_an_ordinary_run():
@@ -39,15 +41,15 @@ def test_verdicts():
     assert again.verdict(3.2, 1.0, warm=True) == guard.verdict(3.2, 1.0, warm=True)
 
 
-class Faulty(Transformer):
-    """The real model, whose loss is multiplied by `fault` whenever the batch's first word is `trigger`."""
+class Faulty(NextToken):
+    """The real loss, multiplied by `fault` whenever the batch's first word is `trigger`."""
 
     trigger, fault = None, math.nan
 
-    def loss(self, tokens_BT, targets_BTK, *arguments, **more):
-        out = super().loss(tokens_BT, targets_BTK, *arguments, **more)
-        factor = self.fault if int(tokens_BT[0, 0]) in (self.trigger or ()) else 1.0
-        return out._replace(total=out.total * factor, loss=out.loss * factor)
+    def __call__(self, model, batch, *rest):
+        out = super().__call__(model, batch, *rest)
+        factor = self.fault if int(batch.tokens[0, 0]) in (self.trigger or ()) else 1.0
+        return Loss(out.total * factor, out.parts * factor)
 
 
 class Marked(Counting):
@@ -56,20 +58,20 @@ class Marked(Counting):
     bad = ()
 
     def batch(self, step, rank=0, world=1):
-        tokens, targets, documents = super().batch(step)
-        tokens = tokens.clone()
+        batch = super().batch(step)
+        tokens = batch.tokens.clone()
         tokens[:, 0] = 63 if step in self.bad else tokens[:, 0].clamp(max=62)
-        return Batch(tokens, targets, documents)
+        return replace(batch, tokens=tokens)
 
 
 def trained(path, chosen, bad, fault=math.nan, loader=None):
-    model = Faulty(chosen.model)
+    model, objective = Transformer(chosen.model), Faulty.of(chosen)
     init_weights(model, 0)
-    model.trigger, model.fault = {63}, fault
+    objective.trigger, objective.fault = {63}, fault
     loader = loader or Marked(chosen)
     loader.bad = bad
     run = new_run(path)
-    result = fit(run, chosen, model=model, loader=loader)
+    result = fit(run, chosen, model=model, loader=loader, objective=objective)
     return result, read_lines(run.metrics_file), model
 
 

@@ -1,17 +1,17 @@
 """Muon and AdamW against independent implementations, and the bit-exactness of saved state."""
 
 import copy
-from contextlib import nullcontext
 
 import pytest
 import torch
+from tests.losses import loss_of
 from tiny import MODEL, Counting, config, steps
 
+from sparing.base.files import DamagedError
 from sparing.config import Config, OptimConfig, PrecisionConfig
 from sparing.kernels import native
 from sparing.model.init import init_weights
 from sparing.model.transformer import Transformer
-from sparing.run import DamagedError
 from sparing.train.muon import Muon, orthogonalise
 from sparing.train.optim import Optimizer, group_of, keep_as
 
@@ -26,7 +26,7 @@ def model():
 
 def backward(model, number=0):
     batch = Counting(config(steps(1))).batch(number)
-    model.loss(batch.tokens, batch.targets, batch.documents).total.backward()
+    loss_of(model, batch.tokens, batch.targets, batch.documents).total.backward()
 
 
 @pytest.mark.parametrize("rows,columns", [(64, 64), (32, 96), (96, 32), (128, 16)])
@@ -214,7 +214,7 @@ def test_compiled_muon_is_the_batched_one(decay):
         }
         parameters = {name: torch.nn.Parameter(torch.randn(shape)) for name, shape in shapes.items()}
         muon = Muon(parameters, weight_decay=decay)
-        with nullcontext() if compiled else native.plain():
+        with native.path("compiled" if compiled else "plain"):
             for _ in range(3):
                 for p in parameters.values():
                     p.grad = torch.randn(p.shape)

@@ -10,8 +10,8 @@ from test_resume import logged
 from sparing.base.preempt import Interrupted, Preempt
 from sparing.run import RunFolder, verify_folder
 
-WITHIN_S = 3.0
-"""Two seconds, and what a busy machine adds."""
+WITHIN_S = 8.0
+"""Two seconds, and what a machine adds that is busy with other tests."""
 
 
 def stop(process, run, number=signal.SIGTERM) -> float:

@@ -6,9 +6,11 @@ import pytest
 import torch
 from tests.model.shapes import TINY
 
+from sparing.data.loader import Batch
 from sparing.model.init import init_weights
 from sparing.model.router import routers, update_biases
 from sparing.model.transformer import Transformer
+from sparing.train.objective import NextToken
 from sparing.train.replicas import Replicas
 
 
@@ -24,8 +26,8 @@ def run(model, count, rows=5):
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, 64, (rows, 16), generator=generator)
     targets = torch.stack((tokens.roll(-1, 1), tokens.roll(-2, 1)), -1)
-    replicas = Replicas(model, count)
-    parts = [replicas.backward(tokens, targets, None, denominator=tokens.numel(), sequence_balance=0.01) for _ in range(2)]
+    replicas = Replicas(model, NextToken(model.config, sequence_balance=0.01), count)
+    parts = [replicas.gradients(Batch(tokens, targets)) for _ in range(2)]
     return (
         parts[-1],
         {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None},
@@ -49,7 +51,7 @@ def test_divided_is_reproducible_bit_for_bit():
 
 def test_copies_follow_the_weights_and_the_biases():
     model = make()
-    replicas = Replicas(model, 2)
+    replicas = Replicas(model, NextToken(model.config), 2)
     with torch.no_grad():
         model.lm_head.weight.fill_(3.0)
     for router in routers(model):
@@ -66,7 +68,7 @@ def test_nothing_is_copied_but_what_each_twin_counts():
     model = make()
     model.model.embed_tokens.weight.requires_grad_(False)
     model.register_buffer("codes", torch.zeros(8, dtype=torch.int8))
-    twin = Replicas(model, 2).models[1]
+    twin = Replicas(model, None, 2).models[1]
     theirs = dict(model.named_parameters()) | dict(model.named_buffers())
     for name, mine in (dict(twin.named_parameters()) | dict(twin.named_buffers())).items():
         assert (mine.data_ptr() == theirs[name].data_ptr()) == ("tokens_per_expert" not in name) or not mine.numel(), name

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from sparing.run import read_lines
+from sparing.base.files import read_lines
 
 STEPS = 50
 TIMING = ("seconds", "tokens_per_s", "mfu", "took_s", "watts", "memory_bytes")

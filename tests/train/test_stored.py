@@ -1,20 +1,21 @@
 """Optimizers over weights and averages in few bits: torch's own result in float32, compiled against plain, and resumption."""
 
 import copy
-from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
+from tests.losses import loss_of
 from tiny import MODEL, Counting, config, fit, new_run, steps
 
+from sparing.base.files import DamagedError, read_lines
 from sparing.config import Config, OptimConfig, PrecisionConfig, TrainConfig, UserError
+from sparing.config_limits import checked
 from sparing.kernels import native
 from sparing.kernels.embedding import embedding
 from sparing.model.init import init_weights
 from sparing.model.transformer import Transformer
 from sparing.precision.compensation import join
-from sparing.run import DamagedError, read_lines
 from sparing.train.optim import Optimizer, group_of, keep_as
 from sparing.train.stored import StoredAdamW, StoredMuon
 
@@ -38,7 +39,7 @@ def trained(precision: PrecisionConfig, number: int = 3, matrix: str = "muon", d
     losses = []
     for step in range(number):
         batch = Counting(config(steps(1))).batch(step)
-        out = model.loss(batch.tokens, batch.targets, batch.documents)
+        out = loss_of(model, batch.tokens, batch.targets, batch.documents)
         out.total.backward()
         optimizer.clip(float(optimizer.grad_norm()))
         optimizer.step(1.0, 0.95)
@@ -56,7 +57,7 @@ def test_adamw_in_float32_is_torchs_bit_for_bit(decay):
     for step in range(1, 5):
         ours[0].grad = torch.randn(300, 70, generator=generator)
         theirs[0].grad = ours[0].grad.clone()
-        with native.plain():
+        with native.path("plain"):
             stored.step(step)
         reference.step()
     assert torch.equal(ours[0], theirs[0])
@@ -80,7 +81,7 @@ def test_compiled_updates_are_the_plain_ones(name, kind):
             optimizer = StoredMuon(parameters, steps=5, weight_decay=0.1, dtype=torch.bfloat16, **small)
         for parameter in parameters.values():
             parameter.grad = torch.randn(parameter.shape, generator=generator).to(dtype)
-        with nullcontext() if compiled else native.plain():
+        with native.path("compiled" if compiled else "plain"):
             optimizer.step(*((1,) if kind == "adamw" else (0.02, 0.95, 1)))
         state = {f"weight {n}": w.detach() for n, w in parameters.items()}
         for key, tensor in optimizer.state().items():
@@ -101,7 +102,7 @@ def test_compiled_updates_are_the_plain_ones(name, kind):
 @pytest.mark.parametrize("matrix", ["muon", "adamw"])
 @pytest.mark.parametrize("plain", [False, True])
 def test_it_learns_as_in_float32(name, matrix, plain):
-    with native.plain() if plain else nullcontext():
+    with native.path("plain" if plain else "compiled"):
         full, small = (sum(trained(p, 40, matrix)[2][-8:]) / 8 for p in (PrecisionConfig(), CASES[name]))
     assert small == pytest.approx(full, rel=0.02) and full < 3.5
 
@@ -118,7 +119,7 @@ def test_state_reloads_bit_for_bit(name, matrix):
     for number in range(3, 6):
         for each, optimizer in ((model, first), (twin, second)):
             batch = Counting(config(steps(1))).batch(number)
-            each.loss(batch.tokens, batch.targets, batch.documents).total.backward()
+            loss_of(each, batch.tokens, batch.targets, batch.documents).total.backward()
             optimizer.step(0.5, 0.95)
     for (key, mine), other in zip(model.named_parameters(), twin.parameters(), strict=True):
         assert torch.equal(mine, other), key
@@ -138,7 +139,7 @@ def test_routers_and_norms_stay_in_float32_and_gradients_follow_the_weights():
     kinds = {name: p.dtype for name, p in model.named_parameters()}
     assert all((d == torch.float32) == (group_of(n, model.get_parameter(n)) in ("router", "norm")) for n, d in kinds.items())
     batch = Counting(config(steps(1))).batch(0)
-    model.loss(batch.tokens, batch.targets, batch.documents).total.backward()
+    loss_of(model, batch.tokens, batch.targets, batch.documents).total.backward()
     assert all(p.grad.dtype == p.dtype for p in model.parameters())
     exact = torch.stack([p.grad.double().square().sum() for p in model.parameters()]).sum().sqrt()
     assert float(optimizer.grad_norm()) == pytest.approx(float(exact), rel=1e-5)
@@ -189,4 +190,4 @@ def test_a_checkpoint_kept_otherwise_is_refused(tmp_path):
 def test_int8_activations_are_not_compiled():
     chosen = Config(precision=CASES["all"], train=TrainConfig(compile=True))
     with pytest.raises(UserError, match=r"train\.compile"):
-        keep_as(Transformer(MODEL), chosen)
+        checked(chosen)

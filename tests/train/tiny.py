@@ -10,7 +10,6 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 STARTED = time.monotonic()  # a budget counts the time that importing takes
 
@@ -18,14 +17,16 @@ import torch  # noqa: E402
 
 from sparing.base.preempt import SIGNALS, Interrupted, Preempt  # noqa: E402
 from sparing.config import Budget, Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, UserError  # noqa: E402
-from sparing.data.loader import Loader  # noqa: E402
+from sparing.data.loader import Batch, Loader  # noqa: E402
 from sparing.data.prepare import prepare  # noqa: E402
 from sparing.data.store import TokenStore  # noqa: E402
 from sparing.evals.bpb import bpb  # noqa: E402
 from sparing.model.init import init_weights  # noqa: E402
 from sparing.model.transformer import Transformer  # noqa: E402
 from sparing.run import RunFolder  # noqa: E402
-from sparing.train.loop import train  # noqa: E402
+from sparing.train.clock import Clock  # noqa: E402
+from sparing.train.objective import NextToken  # noqa: E402
+from sparing.train.trainer import Session, Trainer  # noqa: E402
 
 MODEL = ModelConfig(
     vocab_size=64, hidden_size=32, num_layers=2, num_dense_layers=1, intermediate_size=64, num_heads=2, q_lora_rank=16, kv_lora_rank=16,
@@ -35,14 +36,6 @@ MODEL = ModelConfig(
 TRAIN = TrainConfig(
     seq_len=32, batch_size=4, micro_batch_size=2, dtype="float32", threads=1, compile=False, evals=3, checkpoint_interval_s=0.2
 )
-FLOPS_PER_TOKEN = 6e5
-
-
-class Batch(NamedTuple):
-    tokens: torch.Tensor
-    targets: torch.Tensor
-    documents: torch.Tensor
-
 
 class Counting:
     """Batches of a language that can be learnt: each document counts up from a random number. A pure function of the batch's number."""
@@ -90,14 +83,18 @@ def new_run(path: Path) -> RunFolder:
     return run
 
 
-def fit(run: RunFolder, chosen: Config, *, loader=None, evaluate="held out", model=None, **more):
+def fit(
+    run: RunFolder, chosen: Config, *, loader=None, evaluate="held out", model=None, objective=None, preempt=None, started=None, **session
+):
     """Train a run with the tiny model from its seed (or go on, where the run has a checkpoint)."""
     if model is None:
         model = Transformer(chosen.model)
         init_weights(model, chosen.train.seed)
     evaluate = held_out(chosen) if evaluate == "held out" else evaluate
-    more = {"started": time.monotonic(), "flops_per_token": FLOPS_PER_TOKEN, "peak_flops": 1e10} | more
-    return train(run, chosen, model, loader or Counting(chosen), evaluate=evaluate, **more)
+    with run.lock(), preempt or Preempt(f"sparing resume {run}") as signals:
+        clock = Clock(run, time.monotonic() if started is None else started)
+        trainer = Trainer(model, loader or Counting(chosen), objective or NextToken.of(chosen), config=chosen)
+        return trainer.fit(Session(run, clock, signals, **{"peak_flops": 1e10} | session), evaluate)
 
 
 def corpus(root: Path) -> TokenStore:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from sparing.config import Config
+from sparing.layers import mixtures
 
 
 def model_card(config: Config, summary: dict, cache_bytes: int) -> str:
     """Markdown text. summary: what `train` returns; cache_bytes: of the decoder's cache, a token."""
     m, bits = config.model, summary["bpb"]
-    kind = "dense" if m.num_dense_layers >= m.num_layers else f"mixture of {m.n_routed_experts} experts, {m.num_experts_per_tok} a token"
+    kind = f"mixture of {m.n_routed_experts} experts, {m.num_experts_per_tok} a token" if mixtures(m) else "dense"
     score = "not evaluated" if bits is None else f"{bits:.4f} bits per byte"
     return f"""# Model card
 

@@ -14,7 +14,7 @@ import platform
 from pathlib import Path
 
 from sparing.account.ledger import Entry
-from sparing.run import write_atomic
+from sparing.base.files import write_atomic
 
 COLUMNS = (
     "timestamp project_name run_id experiment_id duration emissions emissions_rate cpu_power gpu_power ram_power cpu_energy gpu_energy "

@@ -15,6 +15,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
+
 from sparing.account.ledger import WAIT_S, Ancestor, Entry, Ledger, complain, workspace_file
 from sparing.config import UserError
 from sparing.run import RunFolder
@@ -73,15 +75,7 @@ def entries(path: Path) -> list[Entry]:
 
 
 def _alive(row: Entry) -> bool:
-    if row.host != socket.gethostname() or os.name == "nt":  # there, 0 is a signal that ends a process
-        return time.time() - row.updated < STALE_S
-    try:
-        os.kill(row.pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass
-    return time.time() - row.updated < STALE_S
+    return time.time() - row.updated < STALE_S and (row.host != socket.gethostname() or psutil.pid_exists(row.pid))
 
 
 def run_id_of(run: RunFolder) -> str:

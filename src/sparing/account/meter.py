@@ -20,9 +20,9 @@ from dataclasses import asdict, replace
 from sparing.account.history import books
 from sparing.account.ledger import Entry, complain
 from sparing.account.power import Model, cpu_seconds, cuda_memory, peak_memory, reset_peak_memory, resident_memory, sources
-from sparing.account.prices import Rent
 from sparing.account.tariff import Tariff
 from sparing.base.hardware import Machine
+from sparing.base.messages import say
 from sparing.run import RunFolder
 
 SAMPLE_S = 1.0
@@ -31,6 +31,13 @@ RATE_WINDOW = 30
 """Samples over which `per_second` averages."""
 RELOAD_S = 5.0
 """Between looks at the price file."""
+
+
+def metered(verb: str, run: RunFolder | None = None, first: str = "setup", started: float | None = None) -> Meter:
+    """A meter on this machine, to be entered. Raises UserError for a price file that cannot be used."""
+    from sparing.kernels.formats import this_machine  # loads torch, which a plan or a receipt does without
+
+    return Meter(verb, this_machine(), run, first=first, started=started, say=say)
 
 
 class NoMeter:
@@ -63,16 +70,17 @@ class Meter(NoMeter):
         machine: Machine,
         run: RunFolder | None = None,
         *,
-        rent: Rent | None = None,
         first: str = "setup",
         started: float | None = None,
         say: Callable[[str], None] = complain,
     ):
-        """rent: how the machine is paid for; None: as the user says (`home_rent`). first: the stage of everything outside other stages.
-        started: `time.monotonic()` when the verb began, if before now. Raises UserError for a price file that cannot be used."""
+        """first: the stage of everything outside other stages. started: `time.monotonic()` when the verb began, if before now.
+
+        Raises UserError for a price file that cannot be used.
+        """
         self.verb, self.machine, self.run, self.first, self.say = verb, machine, run, first, say
         self.devices = max(1, len(machine.gpus))
-        self.tariff = Tariff(machine, rent, say)
+        self.tariff = Tariff(machine, say)
         self.started = time.monotonic() if started is None else started
         self.own_s = 0.0
         self._lock = threading.RLock()

@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from typing import Protocol
 
+import psutil
+
 from sparing.account.prices import Rates
 from sparing.base.hardware import Machine
 
@@ -146,7 +148,10 @@ class Constant:
 
 
 def cpu_seconds() -> float:
-    """CPU time of this process (all threads) and of its children that have ended, seconds."""
+    """CPU time of this process (all threads) and of its children that have ended, seconds.
+
+    psutil has both in hundredths of a second only, which is too coarse for the joules of one answer.
+    """
     times = os.times()
     return time.process_time() + times.children_user + times.children_system
 
@@ -184,12 +189,8 @@ def peak_memory() -> tuple[int, int]:
 
 
 def resident_memory() -> int:
-    """Bytes of main memory that this process holds now; 0 where the system doesn't say."""
-    try:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError, IndexError):
-        return 0
+    """Bytes of main memory that this process holds now."""
+    return psutil.Process().memory_info().rss
 
 
 def cuda_memory() -> int:

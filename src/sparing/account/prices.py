@@ -89,9 +89,9 @@ class Rates:
     sources: dict[str, str]
     """By field: where the figure is from, and of which day."""
 
-    def per_hour(self, watts: float | None = None) -> float:
-        """US dollars of an hour at this power (default: busy), electricity included."""
-        return self.usd_per_hour + (self.watts_busy if watts is None else watts) / 1000 * self.pue * self.usd_per_kwh
+    def per_hour(self) -> float:
+        """US dollars of an hour at full power, electricity included."""
+        return self.usd_per_hour + self.watts_busy / 1000 * self.pue * self.usd_per_kwh
 
 
 def tables() -> dict[str, dict[str, dict[str, Any]]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from sparing.account.prices import Rates, Rent, home_rent, rates_for
+from sparing.account.prices import Rates, home_rent, rates_for
 from sparing.base.hardware import Machine, home
 from sparing.config import UserError
 
@@ -13,12 +13,9 @@ from sparing.config import UserError
 class Tariff:
     """`rates` of what the machine trains on; `processor`: of its processor alone, whose watts count beside a GPU's."""
 
-    def __init__(self, machine: Machine, rent: Rent | None, say: Callable[[str], None]):
-        """rent: how the machine is paid for; None: as the user says it is (`home_rent`), looked at again with the prices.
-
-        Raises UserError for a price file that cannot be used. A GPU that no table has is said, and costs nothing.
-        """
-        self.machine, self.rent = machine, rent
+    def __init__(self, machine: Machine, say: Callable[[str], None]):
+        """Raises UserError for a price file that cannot be used. A GPU that no table has is said, and costs nothing."""
+        self.machine = machine
         self._stamp = _stamp()
         self.rates, self.processor = self._read(say)
 
@@ -38,7 +35,7 @@ class Tariff:
         return now != before
 
     def _read(self, say: Callable[[str], None]) -> tuple[Rates, Rates]:
-        rent = self.rent or home_rent()
+        rent = home_rent()  # looked at again with the prices
         processor = rates_for(replace(self.machine, gpus=()))
         if not self.machine.gpus:
             return rates_for(self.machine, rent=rent), processor

@@ -1,1 +1,3 @@
-"""What every other folder may import: this machine and what was measured on it (`hardware`), signals (`preempt`)."""
+"""What every other folder may import: files that are never half written (`files`), this machine and what was measured on it (`hardware`),
+signals (`preempt`), messages.
+"""

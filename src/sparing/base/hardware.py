@@ -1,6 +1,7 @@
 """What this process may use of this machine, and what was measured on it before ($SPARING_HOME/calibration).
 
-A container's or a batch system's limits count, not the host's size: CPU affinity, cgroup CPU quota, cgroup memory limit.
+A container's or a batch system's limits count, not the host's size: CPU affinity, cgroup CPU quota, cgroup memory limit. psutil knows
+the machine and the affinity; cgroups, the processor's name and which hyperthreads share a core it doesn't.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from sparing.run import write_atomic
+import psutil
+
+from sparing.base.files import write_atomic
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Machine:
     """Cores that this process may run on, hyperthreads counted once, cut to the CPU quota."""
     cores_logical: int
     memory_bytes: int
-    """Memory that this process may fill: the machine's or the container's, whichever is less. 0: unknown."""
+    """Memory that this process may fill: the machine's or the container's, whichever is less."""
     gpus: tuple[Gpu, ...] = ()
     formats: Mapping[str, float] = field(default_factory=dict, compare=False)
     """Operations per second of a small matrix product on one core, by number format; empty: `kernels.formats` has not measured them yet."""
@@ -64,19 +67,27 @@ class Machine:
 
 def machine(with_gpus: bool = True) -> Machine:
     """Look at this machine. Looking for GPUs imports torch."""
-    cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-    quota = _cpu_quota()
-    # A quota of 1.5 cores runs one thread at full speed; two would be stopped a quarter of the time.
-    most = max(1, math.floor(quota)) if quota is not None else len(cpus)
     found = Machine(
         os=f"{platform.system()} {platform.release()}",
-        cpu=_cpu(),
-        cores_physical=min(most, _physical(cpus)),
-        cores_logical=min(most, len(cpus)),
+        cpu=cpu_name(),
+        cores_physical=min(cores(), _physical(_affinity())),
+        cores_logical=cores(),
         memory_bytes=_memory(),
         gpus=gpus() if with_gpus else (),
     )
     return replace(found, formats=load_calibration(found).get("formats", {}))
+
+
+def cores() -> int:
+    """Logical cores that this process may run on, cut to the CPU quota."""
+    most, quota = len(_affinity()), _cpu_quota()
+    # A quota of 1.5 cores runs one thread at full speed; two would be stopped a quarter of the time.
+    return most if quota is None else min(most, max(1, math.floor(quota)))
+
+
+def _affinity() -> list[int]:
+    process = psutil.Process()
+    return process.cpu_affinity() if hasattr(process, "cpu_affinity") else list(range(psutil.cpu_count() or 1))  # macOS has none
 
 
 def gpus() -> tuple[Gpu, ...]:
@@ -87,23 +98,6 @@ def gpus() -> tuple[Gpu, ...]:
         return ()
     found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return tuple(Gpu(p.name, p.total_memory, f"{p.major}.{p.minor}") for p in found)
-
-
-def available_memory() -> int:
-    """Bytes that can be filled right now without swapping; 0: unknown."""
-    amounts = []
-    for line in _read("/proc/meminfo").splitlines():
-        if line.startswith("MemAvailable:"):
-            amounts.append(int(line.split()[1]) * 1024)
-    for limit_file, usage_file in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
-        for folder in _cgroup_folders("memory"):
-            limit, usage = _read(folder / limit_file).strip(), _read(folder / usage_file).strip()
-            if limit.isdigit() and usage.isdigit() and int(limit) < 1 << 60:
-                # Pages of files that nobody uses count as usage, and are given up first.
-                stat = dict(line.split()[:2] for line in _read(folder / "memory.stat").splitlines())
-                idle = int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
-                amounts.append(max(0, int(limit) - int(usage) + idle))
-    return min(amounts, default=0)
 
 
 def _read(path: str | Path) -> str:
@@ -144,44 +138,35 @@ def _cpu_quota() -> float | None:
 
 
 def _memory() -> int:
-    amounts = []
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        amounts.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    amounts = [psutil.virtual_memory().total]
     for folder in _cgroup_folders("memory"):
         for name in ("memory.max", "memory.limit_in_bytes"):
             limit = _read(folder / name).strip()
             if limit.isdigit():
                 amounts.append(int(limit))  # version 1 writes about 2^63 for no limit; the minimum takes care of it
-    return min(amounts, default=0)
+    return min(amounts)
 
 
 def _physical(cpus: list[int]) -> int:
-    cores = set()
-    for cpu in cpus:
-        folder = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
-        core = (_read(folder / "physical_package_id").strip(), _read(folder / "core_id").strip())
-        cores.add(core if all(core) else cpu)
-    if sys.platform == "darwin":
-        return int(_sysctl("hw.physicalcpu") or len(cpus))
-    return len(cores)
+    """Cores among `cpus`, hyperthreads counted once. psutil counts those of the whole machine only."""
+    if sys.platform != "linux":
+        return min(psutil.cpu_count(logical=False) or len(cpus), len(cpus))
+    return len({_read(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") or cpu for cpu in cpus})
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
     """The processor's model name; where the system gives none, the architecture."""
     if sys.platform == "darwin":
-        return _sysctl("machdep.cpu.brand_string") or platform.machine()
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        try:
+            return subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip() or platform.machine()
+        except (OSError, subprocess.TimeoutExpired):
+            return platform.machine()
     for line in _read("/proc/cpuinfo").splitlines():
         name, _, value = line.partition(":")
         if name.strip() == "model name" and value.strip():
             return value.strip()
     return platform.processor() or platform.machine()
-
-
-def _sysctl(name: str) -> str:
-    try:
-        return subprocess.run(["sysctl", "-n", name], capture_output=True, text=True, timeout=5).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
 
 
 def home() -> Path:

@@ -18,7 +18,8 @@ _baseline = 0
 
 
 def build(kind: str, path: str, threads: int, setting: dict) -> dict:
-    """kind: ours, transformers or llamacpp; path: a run, a Hugging Face folder or a GGUF file. -> {"seconds": until it can answer}."""
+    """kind: ours, transformers or llamacpp; path: a run, a Hugging Face folder or a GGUF file. -> {"seconds": until it can answer,
+    "format": of its weights}."""
     global _side, _baseline
     make = {"ours": Ours, "transformers": Transformers, "llamacpp": LlamaCpp}[kind]
     make.libraries()
@@ -26,7 +27,7 @@ def build(kind: str, path: str, threads: int, setting: dict) -> dict:
     forget_peak()
     start = time.perf_counter()
     _side = make(path, threads, **setting)
-    return {"seconds": time.perf_counter() - start}
+    return {"seconds": time.perf_counter() - start, "format": _side.format}
 
 
 def measure(prompts: Sequence[Sequence[int]], tokens: int, together: bool = False) -> dict:
@@ -102,6 +103,7 @@ class Ours:
             self.experts = sum(part.bytes for name, part in pack.parts.items() if name.endswith("expert_gate_up"))
             self.limit = more["expert_bytes"] = int(self.experts * expert_share)
         self.engine = Engine(path, weights=weights, speculate=speculate, threads=threads, **more)
+        self.format = self.engine.weights
 
     def generate(self, prompt: Sequence[int], tokens: int) -> list[int]:
         from sparing.infer.request import Sampling
@@ -135,6 +137,7 @@ class Transformers:
 
         from sparing.bench.peer import import_transformers
 
+        self.format = dtype
         load = import_transformers().AutoModelForCausalLM.from_pretrained
         self.model = load(path, dtype=getattr(torch, dtype), attn_implementation=attention).eval()
         if compile:
@@ -161,6 +164,8 @@ class LlamaCpp:
             import xllamacpp  # noqa: F401
         except ImportError as error:
             raise UserError("this figure compares with llama.cpp: pip install xllamacpp") from error
+
+    format = "its file's"
 
     def __init__(self, path: str, threads: int, parallel: int = 1, context: int = 1024, mtp: bool = False, flash: bool = True):
         import xllamacpp as xlc

@@ -13,12 +13,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 
+from sparing.base.files import write_atomic
 from sparing.base.hardware import home
+from sparing.bench.limit import Limit, run_seconds
 from sparing.bench.report import paths_of, row, say
 from sparing.bench.worker import Worker
 from sparing.budget.units import parse_budget
 from sparing.config import UserError
-from sparing.run import write_atomic
 
 RUNS = "auto:1m, auto:90s, auto:2m, auto:3m, auto:5m, auto:10m, dense64:1m, moe96:2m, dense192:2m, moe256:4m, dense384:3m, moe512:6m"
 """SIDE:BUDGET; a side is `auto` (resolved) or `dense` or `moe` with a hidden size."""
@@ -26,20 +27,24 @@ FIGURES = {"tokens_per_s": "tokens/s", "memory_bytes.total": "bytes", "bpb": "bi
 """Compared, of `account.receipt.COMPARED`, with their units."""
 
 
-def forecast(data: str | Sequence[str], runs: str = RUNS, threads: int = 2, seed: int = 0, out: str | None = None) -> list[dict]:
+def forecast(
+    data: str | Sequence[str], runs: str = RUNS, threads: int = 2, seed: int = 0, out: str | None = None, limit: str | None = None
+) -> list[dict]:
     """Predict every run, then make them, each in a process of its own; rows: each figure of each run, then each figure's median error.
 
     All predictions are made first, by the calibration and the laws of $SPARING_HOME (measured now where there are none), and no run
     changes those: each has a copy of them in a home of its own, where the corpus is not tokenised yet.
-    out: a folder that keeps predictions and results; runs that are in it are not made again.
+    out: a folder that keeps predictions and results; runs that are in it are not made again. limit: of all that in time; default: what
+    runs with these budgets may take, each its own share.
     """
     sides = parse_sides(runs)
+    until = Limit.of_runs(limit, (budget for _, budget in sides))
     with ExitStack() as stack:
         folder = Path(out or stack.enter_context(tempfile.TemporaryDirectory(prefix="sparing-bench-"))).absolute()
         folder.mkdir(parents=True, exist_ok=True)
         recorded = folder / "predictions.json"
         if not recorded.exists():
-            with Worker(threads) as worker:
+            with Worker(threads, until) as worker:
                 plans = worker.ask("run", function="forecast.foretell", data=paths_of(data), sides=sides)["plans"]
             _copy_knowledge(home(), folder / "home")
             write_atomic(recorded, json.dumps({"runs": runs, "plans": plans}, indent=1))
@@ -51,7 +56,9 @@ def forecast(data: str | Sequence[str], runs: str = RUNS, threads: int = 2, seed
             kept = folder / f"{number:02d}-{side}-{budget}.json"
             if not kept.exists():
                 shutil.rmtree(kept.with_suffix(""), ignore_errors=True)  # of an attempt that did not end
-                write_atomic(kept, json.dumps(_made(plan, data, budget, kept.with_suffix(""), folder / "home", threads, seed), indent=1))
+                share = until.within(run_seconds(budget))
+                made = _made(plan, data, budget, kept.with_suffix(""), folder / "home", threads, seed, share)
+                write_atomic(kept, json.dumps(made, indent=1))
             results.append(json.loads(kept.read_text()))
             misses = ", ".join(f"{name} {found['relative']:+.1%}" for name, found in results[-1]["difference"].items() if name in FIGURES)
             say(f"{side}, {budget}: {misses}")
@@ -93,11 +100,11 @@ def _copy_knowledge(source: Path, target: Path) -> None:
             shutil.copytree(source / part, target / part, dirs_exist_ok=True)
 
 
-def _made(plan: dict, data: str | Sequence[str], budget: str, out: Path, known: Path, threads: int, seed: int) -> dict:
+def _made(plan: dict, data: str | Sequence[str], budget: str, out: Path, known: Path, threads: int, seed: int, limit: Limit) -> dict:
     with tempfile.TemporaryDirectory(prefix="sparing-home-") as fresh:
         _copy_knowledge(known, Path(fresh))
         started = time.monotonic()
-        with Worker(threads, {"SPARING_HOME": fresh}) as worker:
+        with Worker(threads, limit, {"SPARING_HOME": fresh}) as worker:
             arguments = {"data": paths_of(data), "budget": budget, "out": str(out), "seed": seed, "started": started, "plan": plan}
             return worker.ask("run", function="forecast.train_as_planned", **arguments)
 
@@ -123,8 +130,9 @@ def _rows(names: list[str], plans: list[dict], results: list[dict]) -> list[dict
         errors, inside, widths = [], [], []
         for what, plan, result in zip(names, plans, results, strict=True):
             before, after, found = at(plan, name), at(result["actual"], name), result["difference"][name]
-            interval = {"low": before["low"], "high": before["high"], "inside": found["inside"]}
-            rows.append(row(f"{what}, {unit}", before["value"], unit, after["value"], "the run", **interval))
+            more = {"low": before["low"], "high": before["high"], "inside": found["inside"]}
+            more["formats"] = dict.fromkeys(("ours", "peer"), plan["config"]["train"]["dtype"])
+            rows.append(row(f"{what}, {unit}", before["value"], unit, after["value"], "the run", **more))
             errors.append(abs(found["relative"]))
             inside.append(found["inside"])
             widths.append((before["high"] - before["low"]) / 2 / before["value"])

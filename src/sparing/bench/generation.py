@@ -7,15 +7,18 @@ import random
 import statistics
 import tempfile
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from sparing.bench.limit import LIMIT, Limit, Rounds
 from sparing.bench.report import row, say
-from sparing.bench.worker import Worker, WorkerError
-from sparing.config import Config, ModelConfig, UserError
+from sparing.bench.trials import Task, fastest, try_settings
+from sparing.bench.worker import Worker
+from sparing.config import Config, ModelConfig
 from sparing.config_file import read_config, write_config
 from sparing.data.tokenizer import Tokenizer, train_tokenizer
 from sparing.interop.huggingface import export_hf
+from sparing.kernels.formats import this_machine
 from sparing.run import RunFolder, read_tensors, write_tensors
 
 BIG = ModelConfig(
@@ -24,56 +27,82 @@ BIG = ModelConfig(
     moe_intermediate_size=256, mtp_depth=1, max_position_embeddings=8192,
 )  # fmt: skip
 """About 1 B parameters, 150 M of them active: random weights serve to measure kernels and memory, not drafts or routing."""
+DTYPES = ("float32", "bfloat16")
+PART = 4
+"""Tokens that a setting of transformers writes before it is known to be fast enough for all."""
+
+
+@dataclass(frozen=True)
+class GenerateSetting:
+    """How transformers generates."""
+
+    dtype: str
+    cache: str
+    attention: str
+    compile: bool = False
+
+    @property
+    def format(self) -> str:
+        return self.dtype
+
+    def __str__(self) -> str:
+        return f"{self.dtype}, {self.cache} cache, {self.attention} attention" + (", compiled" if self.compile else "")
+
+
+def all_settings(compile: bool) -> list[GenerateSetting]:
+    """The grid that transformers' best is taken from, on every processor."""
+    grid = itertools.product(DTYPES, ("dynamic", "static"), ("sdpa", "eager"))
+    return [GenerateSetting(*point) for point in grid] + [GenerateSetting(d, "static", "sdpa", True) for d in DTYPES if compile]
 
 
 def generate(run: str, rounds: int = 5, prompt_tokens: int = 32, tokens: int = 128, threads: int = 2, weights: str = "auto",
-             compile: bool = True) -> list[dict]:  # fmt: skip
+             compile: bool = True, limit: str = LIMIT) -> list[dict]:  # fmt: skip
     """Single-stream greedy decoding of a run's model, ours and transformers' in turn. run: a trained run folder.
 
-    transformers: the fastest of its types, caches, attentions and (`compile`) compilation, tried first. Prompts are pieces of the standard
-    library's source. Seconds include reading the prompt, on both sides.
+    transformers: the fastest of its number formats, caches, attentions and (`compile`) compilation, tried first; formats that are far
+    slower than float32 here are left out. Prompts are pieces of the standard library's source. Seconds include reading the prompt, on
+    both sides. limit: of all that in time.
     """
-    folder = RunFolder.open(run)
+    until, folder = Limit.of(limit), RunFolder.open(run)
     prompts = _prompts(folder, rounds + 2, prompt_tokens)
-    with tempfile.TemporaryDirectory(prefix="sparing-bench-") as scratch, ExitStack() as stack:
-        exported = Path(scratch, "hf")
-        config = replace(read_config(folder.config_file).model, mtp_depth=0)
-        export_hf(config, read_main(folder, config), folder.tokenizer_file, exported)
-        grid = itertools.product(("float32", "bfloat16"), ("dynamic", "static"), ("sdpa", "eager"), (False,))
-        settings = [*grid, *((d, "static", "sdpa", True) for d in ("float32", "bfloat16") if compile)]
-        trials = []
-        for values in settings:
-            setting = dict(zip(("dtype", "cache", "attention", "compile"), values, strict=True))
-            with Worker(threads) as worker:
-                try:
-                    worker.ask("run", function="engines.build", kind="transformers", path=str(exported), threads=threads, setting=setting)
-                    worker.ask("run", function="engines.measure", prompts=prompts[:1], tokens=tokens)
-                    took = worker.ask("run", function="engines.measure", prompts=prompts[1:2], tokens=tokens)["seconds"]
-                    trials.append((tokens / took, setting))
-                    say(f"transformers {setting}: {tokens / took:.0f} tokens/s")
-                except WorkerError as error:
-                    say(f"transformers {setting}: skipped, {error}")
-        if not trials:
-            raise UserError("no setting of transformers generates here")
-        _, best = max(trials, key=lambda trial: trial[0])
-        sides = {"ours": ("ours", run, {"weights": weights}), "peer": ("transformers", str(exported), best)}
-        measured = _in_turn(stack, sides, threads, [[p] for p in prompts[2:]], tokens)
-    return _rows("single stream", measured, tokens, "transformers, " + ", ".join(map(str, best.values())), threads=threads)
+    with tempfile.TemporaryDirectory(prefix="sparing-bench-") as scratch:
+        exported = str(Path(scratch, "hf"))
+        with Worker(threads, until) as worker:
+            worker.ask("run", function="generation.export_main", run=run, out=exported)
+
+        def measure(worker: Worker, number: int, count: int) -> float:
+            return worker.ask("run", function="engines.measure", prompts=prompts[number : number + 1], tokens=count)["seconds"]
+
+        task = Task(
+            build=lambda worker, setting: worker.ask(
+                "run", function="engines.build", kind="transformers", path=exported, threads=threads, setting=asdict(setting)
+            ),
+            part=lambda worker: tokens / min(PART, tokens) * measure(worker, 0, min(PART, tokens)),
+            whole=lambda worker, number: measure(worker, number, tokens),
+            tokens=tokens,
+        )
+        trials = try_settings("transformers", all_settings(compile), task, 1, threads, until, this_machine())
+        best = fastest(trials, "generates")
+        sides = {"ours": ("ours", run, {"weights": weights}), "peer": ("transformers", exported, best)}
+        measured = _in_turn(sides, threads, [[p] for p in prompts[2:]], tokens, until)
+    return _rows("single stream", measured, tokens, f"transformers, {GenerateSetting(**best)}", threads=threads, settings=trials)
 
 
 def llamacpp(run: str = "", rounds: int = 5, prompt_tokens: int = 32, tokens: int = 64, prefill: int = 512, threads: int = 2,
-             weights: str = "int8", type: str = "q8_0", texts: int = 8, speculate: bool = False) -> list[dict]:  # fmt: skip
+             weights: str = "int8", type: str = "q8_0", texts: int = 8, speculate: bool = False,
+             limit: str = LIMIT) -> list[dict]:  # fmt: skip
     """The engine's `weights` against llama.cpp on the same model as GGUF of `type`: decoding alone and `texts` at once, prefill, memory.
 
-    run: a run folder; default: random weights of about 1 B parameters, 150 M active (made in a temporary folder of 5 GB).
+    run: a run folder; default: random weights of about 1 B parameters, 150 M active (made in a temporary folder of 5 GB). limit: of all
+    that in time; each of the three cases has a share of it.
     """
-    from sparing.interop.gguf import export_gguf
-
+    until = Limit.of(limit)
     with tempfile.TemporaryDirectory(prefix="sparing-bench-") as scratch:
-        folder = RunFolder.open(run) if run else random_run(Path(scratch, "run"), BIG)
-        config = read_config(folder.config_file).model
         file = Path(scratch, "model.gguf")
-        export_gguf(config, folder.weights_file, folder.tokenizer_file, file, type)
+        path = run or random_run(Path(scratch, "run"), until)
+        with Worker(threads, until) as worker:
+            worker.ask("run", function="generation.export_file", run=path, out=str(file), type=type)
+        size = Tokenizer.load(RunFolder.open(path).tokenizer_file).vocab_size
         context = prefill + tokens + 64
         rows = []
         cases = (
@@ -81,38 +110,44 @@ def llamacpp(run: str = "", rounds: int = 5, prompt_tokens: int = 32, tokens: in
             (f"decode, {texts} texts at once", texts, prompt_tokens, tokens),
             (f"prefill of {prefill}", 1, prefill, 1),
         )
-        for name, count, length, made in cases:
+        for number, (name, count, length, made) in enumerate(cases):
             sides = {
-                "ours": ("ours", str(folder), {"weights": weights, "speculate": speculate, "max_batch": count}),
+                "ours": ("ours", path, {"weights": weights, "speculate": speculate, "max_batch": count}),
                 "peer": ("llamacpp", str(file), {"parallel": count, "context": context}),
             }
             generator = random.Random(0)
-            size = Tokenizer.load(folder.tokenizer_file).vocab_size
             groups = [[[generator.randrange(5, size) for _ in range(length)] for _ in range(count)] for _ in range(rounds)]
-            with ExitStack() as stack:
-                measured = _in_turn(stack, sides, threads, groups, made, together=count > 1)
+            share = until.within(until.left() / (len(cases) - number))
+            measured = _in_turn(sides, threads, groups, made, share, together=count > 1)
+            measured["formats"]["peer"] = type
             per_round = length if made == 1 else count * made
             rows += _rows(name, measured, per_round, f"llama.cpp, {type}", threads=threads, weights=weights)
     return rows
 
 
-def _in_turn(stack: ExitStack, sides: dict, threads: int, groups: list, tokens: int, together: bool = False) -> dict:
+def _in_turn(sides: dict, threads: int, groups: list, tokens: int, limit: Limit, together: bool = False) -> dict:
     """Each group of prompts on each side, who goes first changing; the first group once more beforehand, untimed."""
-    workers, result = {}, {}
-    for name, (kind, path, setting) in sides.items():
-        workers[name] = stack.enter_context(Worker(threads))
-        start = workers[name].ask("run", function="engines.build", kind=kind, path=path, threads=threads, setting=setting)["seconds"]
-        result[name] = {"seconds": [], "start": start}
-        workers[name].ask("run", function="engines.measure", prompts=[p[::-1] for p in groups[0]], tokens=tokens, together=together)
-    for number, prompts in enumerate(groups):
-        for name in list(workers)[:: 1 if number % 2 == 0 else -1]:
-            answer = workers[name].ask("run", function="engines.measure", prompts=prompts, tokens=tokens, together=together)
-            result[name]["seconds"].append(answer["seconds"])
-            result[name].setdefault("made", []).append(answer["made"])
-        say(f"round {number + 1} of {len(groups)}: " + ", ".join(f"{name} {result[name]['seconds'][-1]:.3f} s" for name in workers))
-    for name, worker in workers.items():
-        result[name]["bytes"] = worker.ask("run", function="engines.memory")["bytes"]
-    result["counts"] = workers["ours"].ask("run", function="engines.counts")
+    result: dict = {"formats": {}}
+    with ExitStack() as stack:
+        workers = {name: stack.enter_context(Worker(threads, limit)) for name in sides}
+        for name, (kind, path, setting) in sides.items():
+            asked = {"kind": kind, "path": path, "threads": threads, "setting": setting}
+            built = workers[name].ask("run", function="engines.build", **asked)
+            result[name], result["formats"][name] = {"seconds": [], "start": built["seconds"], "made": []}, built["format"]
+            back = [prompt[::-1] for prompt in groups[0]]
+            workers[name].ask("run", function="engines.measure", prompts=back, tokens=tokens, together=together)
+        result["rounds"] = Rounds(len(groups), limit)
+        for number in result["rounds"]:
+            for name in list(workers)[:: 1 if number % 2 == 0 else -1]:
+                asked = {"prompts": groups[number], "tokens": tokens, "together": together}
+                answer = workers[name].ask("run", function="engines.measure", **asked)
+                result[name]["seconds"].append(answer["seconds"])
+                result[name]["made"].append(answer["made"])
+            last = ", ".join(f"{name} {result[name]['seconds'][-1]:.3f} s" for name in workers)
+            say(f"round {number + 1} of {len(groups)}: {last}")
+        for name, worker in workers.items():
+            result[name]["bytes"] = worker.ask("run", function="engines.memory")["bytes"]
+        result["counts"] = workers["ours"].ask("run", function="engines.counts")
     return result
 
 
@@ -120,7 +155,7 @@ def _rows(name: str, measured: dict, tokens: int, peer_name: str, **more) -> lis
     ours, peer = ([tokens / seconds for seconds in measured[side]["seconds"]] for side in ("ours", "peer"))
     pairs = list(zip(measured["ours"]["made"], measured["peer"]["made"], strict=True))
     same = statistics.mean(a == b for one, two in pairs for x, y in zip(one, two, strict=True) for a, b in zip(x, y, strict=True))
-    runs = {"peer_name": peer_name, "runs": len(ours)}
+    runs = {"peer_name": peer_name, "runs": len(ours), "formats": measured["formats"], **measured["rounds"].said()}
     spread = {"spread": {"ours": [min(ours), max(ours)], "peer": [min(peer), max(peer)]}, "same_tokens": same, "counts": measured["counts"]}
     return [
         row(f"{name}, speed", statistics.median(ours), "tokens/s", statistics.median(peer), **runs, **spread, **more),
@@ -146,8 +181,30 @@ def read_main(folder: RunFolder, config: ModelConfig):
             yield name, tensor
 
 
-def random_run(path: Path, c: ModelConfig) -> RunFolder:
-    """A run folder of random weights at unit scale, with a small tokenizer."""
+def export_main(run: str, out: str) -> None:
+    """For transformers, without MTP modules, which it has none of."""
+    folder = RunFolder.open(run)
+    config = replace(read_config(folder.config_file).model, mtp_depth=0)
+    export_hf(config, read_main(folder, config), folder.tokenizer_file, out)
+
+
+def export_file(run: str, out: str, type: str) -> None:
+    """For llama.cpp."""
+    from sparing.interop.gguf import export_gguf
+
+    folder = RunFolder.open(run)
+    export_gguf(read_config(folder.config_file).model, folder.weights_file, folder.tokenizer_file, out, type)
+
+
+def random_run(path: Path, limit: Limit) -> str:
+    """A run folder of BIG, made by a process of its own: its memory is nobody's."""
+    with Worker(1, limit) as worker:
+        worker.ask("run", function="generation.make_random_run", path=str(path))
+    return str(path)
+
+
+def make_random_run(path: str) -> None:
+    """Random weights at unit scale, with a small tokenizer."""
     import inspect
 
     import torch
@@ -156,13 +213,12 @@ def random_run(path: Path, c: ModelConfig) -> RunFolder:
 
     run = RunFolder.create(path)
     with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in Transformer(c).state_dict().items()}
+        shapes = {name: tensor.shape for name, tensor in Transformer(BIG).state_dict().items()}
     generator = torch.Generator().manual_seed(0)
     tensors = {}
     for name, shape in shapes.items():
         plain = torch.ones(shape) if len(shape) == 1 and "bias" not in name else torch.zeros(shape)
         tensors[name] = plain if len(shape) == 1 else plain.normal_(0, shape[-1] ** -0.5, generator=generator)
     write_tensors(run.weights_file, tensors)
-    run.config_file.write_text(write_config(replace(Config(), model=c)))
+    run.config_file.write_text(write_config(replace(Config(), model=BIG)))
     train_tokenizer([inspect.getsource(inspect)], 1000).save(run.tokenizer_file)
-    return run

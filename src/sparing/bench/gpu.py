@@ -11,15 +11,16 @@ from pathlib import Path
 
 import torch
 
+from sparing.base.hardware import machine
+from sparing.bench.limit import LIMIT, Limit
 from sparing.bench.ours import shifted
-from sparing.bench.report import row, say
+from sparing.bench.report import paths_of, row, say
+from sparing.bench.worker import Worker
 from sparing.budget.flops import parameters, train_flops
-from sparing.config import ModelConfig, OptimConfig, UserError
-from sparing.model.init import init_weights
-from sparing.model.router import update_biases
-from sparing.model.transformer import Transformer
-from sparing.train.optim import Optimizer
+from sparing.config import Config, ModelConfig, TrainConfig, UserError
+from sparing.data.loader import Batch
 from sparing.train.peak import measure_peak
+from sparing.train.practice import MOMENTUM, trainer_of
 
 DENSE = ModelConfig(
     vocab_size=32768,
@@ -40,6 +41,7 @@ MODELS = {
 }  # fmt: skip
 AIMS = {"moe 124M active": 0.25, "dense 124M": 0.40, "dense 1B": 0.55}
 """MFU."""
+SEQ_LEN = 2048
 
 
 def gpu(
@@ -49,57 +51,56 @@ def gpu(
     steps: int = 20,
     warm_up: int = 5,
     compile: bool = True,
+    limit: str = LIMIT,
 ) -> list[dict]:
     """Rows of the figure: tokens/s and MFU of each of `models` (comma-separated) over `steps` whole steps, bfloat16, our optimizer.
 
-    The text is tokenised beforehand. Raises UserError without a CUDA GPU.
+    The text is tokenised beforehand. limit: of all that in time. Raises UserError without a CUDA GPU.
     """
     if not torch.cuda.is_available():
         raise UserError("bench train gpu: torch sees no CUDA GPU on this machine; `sparing bench train throughput` measures its CPU")
     names = [name.strip() for name in models.split(",")]
     if unknown := [name for name in names if name not in MODELS]:
         raise UserError(f"bench train gpu: no model {unknown[0]!r}; choose from {', '.join(MODELS)}")
-    seq_len = 2048
+    until, threads, rows = Limit.of(limit), machine().cores_physical, []
     with tempfile.TemporaryDirectory(prefix="sparing-bench-") as folder:
-        batches = _batches(Path(folder), data, warm_up + steps, batch_size, seq_len)
-    rows = []
-    for name in names:
-        peak = measure_peak("cuda", torch.bfloat16, (4096, 8192, 16384), repeats=10).flops
-        speed = _speed(MODELS[name], batches, warm_up, compile)
-        mfu = speed * train_flops(MODELS[name], seq_len) / peak
-        counts = parameters(MODELS[name])
-        more = {"runs": steps, "parameters": counts.total, "active_parameters": counts.active, "peak_flops": peak}
-        say(f"{name}: {speed:,.0f} tokens/s, MFU {mfu:.1%} of {peak / 1e12:,.0f} TFLOP/s")
-        rows += [row(f"{name}, speed", speed, "tokens/s", **more), row(f"{name}, MFU", mfu, "of the peak", AIMS[name], "aim", **more)]
-        torch.cuda.empty_cache()
+        batches = str(Path(folder, "batches.safetensors"))
+        with Worker(threads, until) as worker:
+            size = {"count": warm_up + steps, "batch_size": batch_size, "seq_len": SEQ_LEN, "vocab_size": DENSE.vocab_size}
+            worker.ask("run", function="throughput.save_batches", path=batches, data=paths_of(data), **size)
+        for name in names:
+            with Worker(threads, until) as worker:
+                asked = {"model": name, "batches": batches, "warm_up": warm_up, "compile": compile}
+                found = worker.ask("run", function="gpu.measure", **asked)
+            speed, peak = found["tokens_per_s"], found["peak"]
+            mfu = speed * train_flops(MODELS[name], SEQ_LEN) / peak
+            counts = parameters(MODELS[name])
+            more = {"runs": steps, "parameters": counts.total, "active_parameters": counts.active, "peak_flops": peak}
+            more |= {"formats": {"ours": "bfloat16", "peak": "bfloat16"}}
+            say(f"{name}: {speed:,.0f} tokens/s, MFU {mfu:.1%} of {peak / 1e12:,.0f} TFLOP/s")
+            rows += [row(f"{name}, speed", speed, "tokens/s", **more), row(f"{name}, MFU", mfu, "of the peak", AIMS[name], "aim", **more)]
     return rows
 
 
-def _batches(folder: Path, data: str | Sequence[str], count: int, batch_size: int, seq_len: int) -> torch.Tensor:
+def measure(model: str, batches: str, warm_up: int, compile: bool) -> dict:
+    """`peak`: the best square product, FLOP/s; `tokens_per_s`."""
     from safetensors.torch import load_file
 
-    from sparing.bench.throughput import save_batches
-
-    save_batches(folder / "batches.safetensors", data, count, batch_size, seq_len, DENSE.vocab_size)
-    return load_file(folder / "batches.safetensors")["tokens"].long().to("cuda")
+    peak = measure_peak("cuda", torch.bfloat16, (4096, 8192, 16384), repeats=10).flops
+    tokens = load_file(batches)["tokens"].long().to("cuda")
+    return {"peak": peak, "tokens_per_s": _speed(MODELS[model], tokens, warm_up, compile)}
 
 
 def _speed(config: ModelConfig, batches: torch.Tensor, warm_up: int, compile: bool) -> float:
     """Median tokens/s of whole optimizer steps, after `warm_up`."""
-    model = Transformer(config)
-    init_weights(model, 0)
-    model.to("cuda").train()
-    model.compute_dtype = torch.bfloat16
-    loss_of = torch.compile(model.loss, dynamic=False) if compile else model.loss
-    optimizer = Optimizer(model, OptimConfig())
+    train = TrainConfig(batch_size=len(batches[0]), seq_len=batches.shape[-1], device="cuda", compile=compile, document_mask=False)
+    trainer = trainer_of(Config(model=config, train=train))
     took = []
     for tokens in batches:
         torch.cuda.synchronize()
         before = time.perf_counter()
-        loss_of(tokens, shifted(tokens, 1)).total.backward()
-        optimizer.clip(float(optimizer.grad_norm()))
-        optimizer.step(1.0, 0.95)
-        update_biases(model, 0.001)
+        losses = trainer.gradients(Batch(tokens, shifted(tokens, 1)))
+        trainer.update(losses["grad_norm"], 1.0, MOMENTUM)
         torch.cuda.synchronize()
         took.append(time.perf_counter() - before)
     return batches[0].numel() / statistics.median(took[warm_up:])

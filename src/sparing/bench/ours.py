@@ -9,8 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sparing.config import ModelConfig
+from sparing.config_file import build
+from sparing.data.loader import Batch
+from sparing.kernels import native
 from sparing.model.init import init_weights
 from sparing.model.transformer import Transformer
+from sparing.train.objective import NextToken
 from sparing.train.replicas import Replicas
 
 
@@ -18,7 +22,7 @@ from sparing.train.replicas import Replicas
 class OurSetting:
     """How our side runs: compute type over float32 master weights."""
 
-    precision: str = "bfloat16"
+    precision: str
     """`bfloat16` or `float32`."""
     compile: bool = False
     replicas: int = 1
@@ -36,15 +40,13 @@ class OursSide:
         self.model.load_state_dict(load_file(weights))
         self.model.train()
         self.model.compute_dtype = getattr(torch, setting.precision)
-        self.loss = torch.compile(self.model.loss, dynamic=False) if setting.compile else None
-        self.replicas = Replicas(self.model, setting.replicas)
+        kernels = native.fitting(setting.replicas, torch.get_num_threads(), "cpu")
+        self.replicas = Replicas(self.model, NextToken(model), setting.replicas, setting.compile, kernels)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True, **optimizer)
 
     def step(self, tokens_BT: torch.Tensor) -> float:
         self.optimizer.zero_grad(set_to_none=True)
-        targets = shifted(tokens_BT, 1 + self.model.config.mtp_depth)
-        denominator = int((targets[..., 0] != -100).sum())
-        loss, _, _ = self.replicas.backward(tokens_BT, targets, None, loss_fn=self.loss, denominator=denominator)
+        loss = self.replicas.gradients(Batch(tokens_BT, shifted(tokens_BT, 1 + self.model.config.mtp_depth)))[0]
         self.optimizer.step()
         return loss.item()
 
@@ -55,9 +57,9 @@ def shifted(tokens_BT: torch.Tensor, depth: int) -> torch.Tensor:
     return torch.stack([padded[:, k + 1 : k + 1 + tokens_BT.shape[1]] for k in range(depth)], dim=-1)
 
 
-def save_initial_weights(model: ModelConfig, seed: int, path: Path) -> int:
-    """Write the state dict that both sides start from; returns the number of parameters."""
-    ours = Transformer(model)
+def save_initial_weights(model: dict, seed: int, path: str) -> dict:
+    """Write the state dict that both sides start from; -> `parameters`, their number."""
+    ours = Transformer(build(ModelConfig, model))
     init_weights(ours, seed)
     save_file({name: tensor.contiguous() for name, tensor in ours.state_dict().items()}, path)
-    return sum(parameter.numel() for parameter in ours.parameters())
+    return {"parameters": sum(parameter.numel() for parameter in ours.parameters())}

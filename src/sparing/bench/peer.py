@@ -14,28 +14,35 @@ import torch
 
 from sparing.config import ModelConfig, UserError
 from sparing.interop.hf_config import hf_type, to_hf
+from sparing.layers import mixtures
+
+PRECISIONS = ("float32", "bfloat16", "autocast")
 
 
 @dataclass(frozen=True)
 class PeerSetting:
-    """How transformers runs: what `attn_implementation` and `experts_implementation` are set to, and where bfloat16 comes from."""
+    """How transformers runs: what `attn_implementation` and `experts_implementation` are set to, and which numbers it computes in."""
 
     attention: str = "eager"
     """`eager` or `sdpa`."""
     experts: str = "grouped_mm"
     """`grouped_mm` or `eager` (a Python loop over the experts)."""
-    precision: str = "autocast"
-    """`bfloat16`: the parameters themselves; `autocast`: float32 parameters under torch.autocast; `float32`: neither (tests)."""
+    precision: str = "float32"
+    """`float32` or `bfloat16`: the parameters themselves; `autocast`: float32 parameters under torch.autocast to bfloat16."""
     compile: bool = False
+
+    @property
+    def format(self) -> str:
+        return "float32" if self.precision == "float32" else "bfloat16"
 
     def __str__(self) -> str:
         return f"{self.attention} attention, {self.experts} experts, {self.precision}" + (", compiled" if self.compile else "")
 
 
 def all_settings(compile: bool) -> list[PeerSetting]:
-    """The grid that the peer's best is taken from; `compile` adds the compiled half."""
-    grid = itertools.product(("eager", "sdpa"), ("grouped_mm", "eager"), ("bfloat16", "autocast"), (False, True) if compile else (False,))
-    return [PeerSetting(*point) for point in grid]
+    """The grid that the peer's best is taken from, on every processor; `compile` adds the compiled half."""
+    grid = itertools.product((False, True) if compile else (False,), PRECISIONS, ("eager", "sdpa"), ("grouped_mm", "eager"))
+    return [PeerSetting(attention, experts, precision, compiled) for compiled, precision, attention, experts in grid]
 
 
 def import_transformers():
@@ -50,7 +57,7 @@ def import_transformers():
 
 def peer_config(model: ModelConfig):
     """The DeepseekV3Config that computes what `model` computes without its MTP modules; UserError for what that type cannot express."""
-    if hf_type(model) != "deepseek_v3" or not model.is_moe:
+    if hf_type(model) != "deepseek_v3" or not mixtures(model):
         raise UserError("the peer DeepseekV3ForCausalLM needs attention mla, scoring_func sigmoid and at least one MoE layer")
     raw, _ = to_hf(replace(model, mtp_depth=0), dtype="float32", eos=None)
     return import_transformers().DeepseekV3Config.from_dict(raw)

@@ -1,4 +1,4 @@
-"""Loss after equal tokens in 8 bits and in 16: paired seeds, the same batches, the same budget, one run after another."""
+"""Loss after equal tokens in 8 bits and without them: paired seeds, the same batches, the same budget, one run after another."""
 
 from __future__ import annotations
 
@@ -8,15 +8,21 @@ import math
 import shutil
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
+import torch
+
+from sparing.base.files import write_atomic
+from sparing.bench.eight_bits import slow_kind
+from sparing.bench.limit import Limit, in_parallel, run_seconds
 from sparing.bench.report import paths_of, row, say
+from sparing.bench.trials import FAR
 from sparing.bench.worker import Worker
 from sparing.config import UserError
 from sparing.config_file import read_wishes
-from sparing.run import write_atomic
+from sparing.kernels.formats import this_machine
 
 SIDES: dict[str, dict] = {
     "none": {},
@@ -32,7 +38,6 @@ MODEL = {
 """3 million parameters, the embedding among them. Dense: two runs of a mixture of this size drift 0.4 % apart whatever distinguishes them,
 twice as far or more (LAB.md), which five pairs cannot see through."""
 TRAIN = {"seq_len": 256, "batch_size": 16, "micro_batch_size": 16, "replicas": 1, "compile": False, "evals": 0, "short_seq_len": None}
-PAIRED = "the same seeds in 16 bits"
 REQUIRED, MOONSHOT = 0.0025, 0.001
 T_975 = (0.0, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 """Student's t, 97.5 %, by degrees of freedom up to 10."""
@@ -43,62 +48,81 @@ def precision_loss(
     val: str | Sequence[str],
     tokens: str = "6Mtok",
     seeds: int = 5,
-    sides: str = "int8, fp8",
+    sides: str | None = None,
     val_bytes: int = 1_000_000,
     recipe: str | None = None,
     out: str | None = None,
     jobs: int = 1,
+    limit: str | None = None,
 ) -> list[dict]:
     """Rows: for each of `sides` the relative difference of the held-out loss to 16 bits, mean and 95 % interval over seeds, whose upper end
     counts; and the least share of the linears' multiplications that was in 8 bits at any measurement.
 
-    Every run is one thread in a process of its own, scored on `val` in 16 bits with the weights as saved. recipe: a TOML file of wishes
-    over the figure's model. out: a folder that keeps the runs: finished ones are not made again, others go on. jobs: runs at a time.
+    The runs beside which 8 bits are put, and all that is not in 8 bits on their side, are in what training multiplies in on this machine:
+    the question is what 8 bits cost beside training as it would be done here. sides: default: int8 and fp8, of which int8 is left out
+    where the processor multiplies it far slower than float32. Every run is one thread in a process of its own, scored on `val` with the
+    weights as saved. recipe: a TOML file of wishes over the figure's model. out: a folder that keeps the runs: finished ones are not made
+    again, others go on. jobs: runs at a time. limit: of all that in time; default: what runs with this budget may take, each its own share.
     """
-    wanted = [side.strip() for side in sides.split(",")]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    wanted = [side.strip() for side in sides.split(",")] if sides else _sides_here(device)
     for side in wanted:
         if side not in SIDES or side == "none":
             raise UserError(f"bench precision loss: {side!r} is no side; choose from {', '.join(s for s in SIDES if s != 'none')}")
+        if sides and (slow := slow_kind(SIDES[side].get("linear", "none"), device)):
+            say(f"--sides {slow}")
     if not 2 <= seeds <= len(T_975):
         raise UserError(f"bench precision loss: --seeds {seeds}: give 2 to {len(T_975)}")
     wishes = read_wishes(recipe) if recipe else {}
-    sides_of_a_pair = ("none", *wanted)
+    sides_of_a_pair, dtype = ("none", *wanted), this_machine().training_dtype(device)
     with ExitStack() as stack:
         folder = Path(out or stack.enter_context(tempfile.TemporaryDirectory(prefix="sparing-bench-")))
         folder.mkdir(parents=True, exist_ok=True)
         arguments = {"data": paths_of(data), "val": paths_of(val), "budget": tokens, "wishes": wishes, "val_bytes": val_bytes}
-        pool = ThreadPoolExecutor(jobs)
-        stack.callback(pool.shutdown, cancel_futures=True)
+        arguments["dtype"] = dtype
         # A pair is complete before the next begins: what is there can be looked at.
-        made = [[pool.submit(_run, folder, {**arguments, "seed": seed, "side": side}) for side in sides_of_a_pair] for seed in range(seeds)]
-        results = {side: [pair[i].result() for pair in made] for i, side in enumerate(sides_of_a_pair)}
+        runs = [{**arguments, "seed": seed, "side": side} for seed in range(seeds) for side in sides_of_a_pair]
+        until = Limit.of_runs(limit, [tokens] * len(runs))
+        made = in_parallel(jobs, until, partial(_run, folder, until), runs)
+        results = {side: made[i :: len(sides_of_a_pair)] for i, side in enumerate(sides_of_a_pair)}
     return [line for side in wanted for line in rows_of(side, results["none"], results[side], tokens)]
 
 
-def _run(folder: Path, arguments: dict) -> dict:
+def _sides_here(device: str) -> list[str]:
+    slow = slow_kind("int8", device)
+    if slow and device == "cpu" and this_machine().slowness("int8") > FAR:
+        say(f"skipped: {slow}; --sides int8 trains in it all the same")
+        return ["fp8"]
+    return ["int8", "fp8"]
+
+
+def _run(folder: Path, until: Limit, arguments: dict) -> dict:
     """`train_side` in a process with one thread, unless the folder has its result."""
     side, seed = arguments["side"], arguments["seed"]
     digest = hashlib.sha256(json.dumps([arguments, SIDES[side], MODEL, TRAIN], sort_keys=True).encode()).hexdigest()[:8]
     kept = folder / f"{side}-{seed}-{digest}.json"
     if not kept.exists():
-        with Worker(1, {"SPARING_HOME": str(folder / "home")}) as worker:
-            write_atomic(
-                kept, json.dumps(worker.ask("run", function="precision_loss.train_side", out=str(kept.with_suffix("")), **arguments))
-            )
+        limit = until.within(run_seconds(arguments["budget"]))
+        with Worker(1, limit, {"SPARING_HOME": str(folder / "home")}) as worker:
+            found = worker.ask("run", function="precision_loss.train_side", out=str(kept.with_suffix("")), **arguments)
+        write_atomic(kept, json.dumps(found))
     result = json.loads(kept.read_text())
     say(f"{side}, seed {seed}: loss {result['loss']:.5f}, {result['tokens_per_s']:,.0f} tokens/s")
     return result
 
 
-def train_side(data: Sequence[str], val: Sequence[str], budget: str, seed: int, side: str, wishes: dict, val_bytes: int, out: str) -> dict:
-    """`sparing train` with one precision, then its loss on `val`. A run that was interrupted goes on."""
+def train_side(
+    data: Sequence[str], val: Sequence[str], budget: str, seed: int, side: str, dtype: str, wishes: dict, val_bytes: int, out: str
+) -> dict:
+    """`sparing train` with one precision over `dtype`, then its loss on `val`. A run that was interrupted goes on."""
     from sparing.api import load, resume, train
+    from sparing.base.files import read_lines
     from sparing.config_file import merge_wishes
     from sparing.data.sources import documents
     from sparing.evals.bpb import bpb
-    from sparing.run import RunFolder, read_lines
+    from sparing.run import RunFolder
 
-    base = {"model": MODEL, "train": {**TRAIN, "threads": 1}, "precision": SIDES[side]}
+    base = {"model": MODEL, "train": {**TRAIN, "threads": 1, "dtype": dtype}, "precision": SIDES[side]}
     finished = Path(out, "state/summary.json")
     if finished.exists():
         summary = json.loads(finished.read_text())
@@ -115,7 +139,7 @@ def train_side(data: Sequence[str], val: Sequence[str], budget: str, seed: int, 
     return {
         "loss": score["loss"], "bpb": score["bpb"], "train_loss": summary["loss"], "tokens": summary["tokens"], "seed": seed,
         "tokens_per_s": summary["tokens_per_s"], "skipped": summary["skipped"], "active": summary["active_parameters"],
-        "share": min(shares, default=0.0), "moves": sum("precision" in line for line in lines),
+        "dtype": model.config.train.dtype, "share": min(shares, default=0.0), "moves": sum("precision" in line for line in lines),
     }  # fmt: skip
 
 
@@ -130,11 +154,13 @@ def interval(differences: Sequence[float]) -> tuple[float, float]:
 def rows_of(side: str, plain: list[dict], ours: list[dict], tokens: str) -> list[dict]:
     """The upper end against what is required; the mean beside it."""
     mean, half = interval([mine["loss"] / theirs["loss"] - 1 for mine, theirs in zip(ours, plain, strict=True)])
-    more = {"mean": mean, "low": mean - half, "high": mean + half, "moonshot": MOONSHOT, "results": ours, "peer_results": plain}
+    formats, paired = {"formats": {"ours": side, "peer": plain[0]["dtype"]}}, f"the same seeds in {plain[0]['dtype']}"
+    more = {"mean": mean, "low": mean - half, "high": mean + half, "moonshot": MOONSHOT, "results": ours, "peer_results": plain, **formats}
     name = f"loss, {side}, {tokens}: relative difference, upper end of 95 %"
-    lines = [row(name, mean + half, "of the loss", REQUIRED, f"required; {PAIRED}", len(ours), **more)]
-    lines.append(row(f"loss, {side}, {tokens}: mean of the difference", mean, "of the loss", None, PAIRED, len(ours), half=half))
+    lines = [row(name, mean + half, "of the loss", REQUIRED, f"required; {paired}", len(ours), **more)]
+    lines.append(row(f"loss, {side}, {tokens}: mean of the difference", mean, "of the loss", None, paired, len(ours), half=half, **formats))
     if SIDES[side].get("linear"):
         least = min(result["share"] for result in ours)
-        lines.append(row(f"share in 8 bits, {side}, least of any direction", least, "of the linears' FLOPs", 0.9, "required", len(ours)))
+        name = f"share in 8 bits, {side}, least of any direction"
+        lines.append(row(name, least, "of the linears' FLOPs", 0.9, "required", len(ours), **formats))
     return lines

@@ -1,15 +1,18 @@
-"""Memory at peak of training in few bits, against bfloat16 compute over float32 weights, gradients and averages: counted and measured."""
+"""Memory at peak of training in few bits, against float32 weights, gradients and averages as by default: counted and measured."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, replace
 
+from sparing.bench.eight_bits import fast_kind, few_bits, slow_kind
+from sparing.bench.limit import LIMIT, Limit
 from sparing.bench.report import row, say
 from sparing.bench.worker import Worker, forget_peak, resident_bytes
 from sparing.budget.flops import parameters
 from sparing.budget.memory import training_memory
-from sparing.config import Config, ModelConfig, PrecisionConfig, TrainConfig, UserError
+from sparing.config import Config, ModelConfig, TrainConfig, UserError
 from sparing.config_file import build
+from sparing.kernels.formats import this_machine
 
 DENSE = ModelConfig(
     vocab_size=8192, hidden_size=768, num_layers=13, num_dense_layers=13, intermediate_size=2304, num_heads=12, q_lora_rank=384,
@@ -21,7 +24,6 @@ MODELS = {
                        kv_lora_rank=160, n_routed_experts=16, moe_intermediate_size=320),
 }  # fmt: skip
 """105 and 121 million parameters."""
-FULL, SMALL = PrecisionConfig(), PrecisionConfig(weights="bfloat16", moments="int8", activations="int8")
 MIB = 2.0**20
 
 
@@ -31,85 +33,82 @@ def measure(config: dict, steps: int, pages: bool = False) -> dict:
     after its update. pages: see `precision.allocator`."""
     import torch
 
-    from sparing.model.init import init_weights
-    from sparing.model.router import update_biases
-    from sparing.model.transformer import Transformer
     from sparing.precision.allocator import give_back
-    from sparing.precision.policy import Policy
-    from sparing.train.optim import Optimizer, keep_as
-    from sparing.train.replicas import Replicas
+    from sparing.train.practice import LR_SCALE, MOMENTUM, trainer_of
 
     before = resident_bytes("VmRSS")
     torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], fused=True)  # imports torch's compiler: on one side alone it would count
     chosen = build(Config, config)
-    c, t = chosen.model, chosen.train
     imported = resident_bytes("VmRSS")
     found = {"compiler": imported - before}
     if pages:
         give_back()
-    model = Transformer(c)
-    init_weights(model, t.seed)
-    keep_as(model, chosen)
-    model.compute_dtype = getattr(torch, t.dtype)
-    model.set_recompute(t.recompute)
-    model.train()
-    policy = Policy.of(model, chosen)
-    optimizer = Optimizer(model, chosen.optim, model.compute_dtype, chosen.precision)
-    replicas = Replicas(model, t.replicas or 1)
-    tokens = torch.randint(0, c.vocab_size, (t.batch_size, t.seq_len + 1), generator=torch.Generator().manual_seed(0))
+    trainer = trainer_of(chosen)
     found["built"] = resident_bytes("VmRSS") - imported
     forget_peak()
     for step in range(steps):
-        policy.begin(step)
-        for micro in tokens.split(t.micro_batch_size or t.batch_size):
-            replicas.backward(micro[:, :-1], micro[:, 1:, None], None, denominator=tokens.numel(), sequence_balance=t.sequence_balance)
-        policy.end()
+        losses = trainer.gradients(trainer.feed.batch(step), step)
         found["backward"] = resident_bytes("VmRSS") - imported
-        optimizer.clip(float(optimizer.grad_norm()))
-        optimizer.step(1e-3, 0.95)
+        trainer.update(losses["grad_norm"], LR_SCALE, MOMENTUM)
         found["updated"] = resident_bytes("VmRSS") - imported
-        update_biases(model, t.bias_update_rate)
     return {"peak": resident_bytes("VmHWM") - imported, "imported": imported, **found}
 
 
 def precision_memory(
-    models: str = ",".join(MODELS), batch_size: int = 4, seq_len: int = 512, steps: int = 2, linear: str = "int8", recompute: bool = False,
+    models: str = ",".join(MODELS), batch_size: int = 4, seq_len: int = 512, steps: int = 2, linear: str | None = None,
+    recompute: bool = False, limit: str = LIMIT,
 ) -> list[dict]:  # fmt: skip
     """Rows: resident bytes at peak over those after importing, and the plan's count by part; each side in a process of its own, in turn.
 
-    linear: arithmetic of our side. The full side runs twice: as it is by default, and with our side's pages (`precision.allocator`).
-    recompute: every layer's activations, on both sides; without it ours makes norms again, which is below 0.1 % of the FLOPs.
+    Both sides compute in what training multiplies in on this machine: the question is what few bits save of the memory that training takes
+    here. In float32 activations stay full on our side too: only 16-bit ones are kept in int8. linear: arithmetic of our side (none, int8,
+    fp8); default: int8 where the processor has it, else none. The full side runs twice: as it is by default, and with our side's pages
+    (`precision.allocator`). recompute: every layer's activations, on both sides; without it ours makes norms again, which is below 0.1 %
+    of the FLOPs. limit: of all that in time.
     """
-    lines = []
+    lines, until, dtype = [], Limit.of(limit), this_machine().training_dtype("cpu")
+    if linear is None:
+        linear = fast_kind("cpu") or "none"
+    elif slow := slow_kind(linear, "cpu"):
+        say(f"--linear {slow}")
     for name in models.split(","):
         if name not in MODELS:
             raise UserError(f"bench precision memory: no model {name!r}; choose from {', '.join(MODELS)}")
         train = TrainConfig(
-            seq_len=seq_len, batch_size=batch_size, replicas=1, threads=1, device="cpu", recompute=recompute, document_mask=False
+            seq_len=seq_len,
+            batch_size=batch_size,
+            dtype=dtype,
+            replicas=1,
+            threads=1,
+            device="cpu",
+            recompute=recompute,
+            document_mask=False,
         )
         full = Config(model=MODELS[name], train=train)
-        small = replace(full, precision=replace(SMALL, linear=linear))
+        small = replace(full, precision=few_bits(linear, dtype))
         found = {}
         for side, config, pages in (("full", full, False), ("ours", small, True), ("full, pages", full, True)):
-            with Worker(1) as worker:
+            with Worker(1, until) as worker:
                 asked = {"function": "precision_memory.measure", "config": asdict(config), "steps": steps, "pages": pages}
                 found[side] = worker.ask("run", **asked)
             say(f"{name}, {side}: {found[side]['peak'] / MIB:,.0f} MiB")
         size = parameters(full.model).total
-        more = {"parameters": size, "required": 0.5, "tokens": batch_size * seq_len, "recompute": recompute, "found": found}
+        formats = {"formats": {"ours": dtype, "peer": dtype}, "linear": linear}
+        more = {**formats, "parameters": size, "required": 0.5, "tokens": batch_size * seq_len, "recompute": recompute, "found": found}
         title, ours = f"{name}, {size / 1e6:.0f}M", found["ours"]["peak"] / MIB
         peer = "float32 weights, gradients, averages"
         lines.append(row(f"{title}: peak", ours, "MiB", found["full"]["peak"] / MIB, peer, **more))
         lines.append(row(f"{title}: peak", ours, "MiB", found["full, pages"]["peak"] / MIB, f"{peer}; our allocation", **more))
         planned = [training_memory(config) for config in (small, full)]
         for part in ("weights", "gradients", "optimizer", "activations"):
-            lines.append(row(f"{title}: {part}, counted", *_of(planned, part), peer))
+            lines.append(row(f"{title}: {part}, counted", *_of(planned, part), peer, **formats))
         sums = [sum(getattr(memory, part) for part in ("weights", "gradients", "optimizer", "activations")) / MIB for memory in planned]
-        lines.append(row(f"{title}: all four, counted", sums[0], "MiB", sums[1], peer, required=0.5))
+        lines.append(row(f"{title}: all four, counted", sums[0], "MiB", sums[1], peer, required=0.5, **formats))
         for side, memory in zip(("ours", "full"), planned, strict=True):
             # Our updates do without torch's, and a run of them without that import.
             measured = (found[side]["peak"] + found[side]["imported"] - (side == "ours") * found[side]["compiler"]) / MIB
-            lines.append(row(f"{title}: plan of the process, {side}", memory.total / MIB, "MiB", measured, "measured", required=0.1))
+            plan = f"{title}: plan of the process, {side}"
+            lines.append(row(plan, memory.total / MIB, "MiB", measured, "measured", required=0.1, **formats))
     return lines
 
 

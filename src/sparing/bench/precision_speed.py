@@ -1,23 +1,27 @@
-"""Speed of training in 8 bits beside 16: whole steps of the same model on the same batch, in turn; and the products alone."""
+"""Speed of training in 8 bits beside what this machine trains in: whole steps of one model on one batch, in turn; the products alone."""
 
 from __future__ import annotations
 
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from statistics import median
 
-from sparing.base.hardware import machine
-from sparing.bench.precision_memory import SMALL
+from sparing.bench.eight_bits import fast_kind, few_bits, slow_kind
+from sparing.bench.limit import LIMIT, Limit, Rounds
 from sparing.bench.report import row, say
 from sparing.bench.worker import Worker
 from sparing.config import Config, ModelConfig, PrecisionConfig, TrainConfig
 from sparing.config_file import build
+from sparing.kernels.formats import this_machine
+from sparing.precision.linear import speed_note
 
 REQUIRED = {"cpu": {512: 1.15, 1024: 1.15}, "cuda": {2048: 1.15, 4096: 1.3}}
 """8 bits against 16, by width."""
 LAYERS = 4
+WIDTHS, SMALL_WIDTHS = ("256, 512, 1024", 16), ("64", 2)
+"""With sequences in a batch; the small ones for machines without 8-bit arithmetic."""
 
 
 def model_of(width: int) -> ModelConfig:
@@ -28,53 +32,80 @@ def model_of(width: int) -> ModelConfig:
     )  # fmt: skip
 
 
-def precision_speed(widths: str = "256, 512, 1024", kind: str | None = None, rounds: int = 7, rows: int = 16) -> list[dict]:
+def precision_speed(
+    widths: str | None = None, kind: str | None = None, rounds: int = 7, rows: int | None = None, limit: str = LIMIT
+) -> list[dict]:
     """Rows: tokens/s of whole optimizer steps (forward, backward, clipping, Muon and AdamW, router biases) with 8-bit products, and with
-    the memory figure's storage besides, each beside bfloat16 over float32: median of the ratios of `rounds` turns, every side in a process
-    of its own; and the products' own ratio. kind: int8 or fp8; default: what this machine has.
+    the memory figure's storage besides, each beside what training multiplies in on this machine over float32: median of the ratios of
+    `rounds` turns, every side in a process of its own; and the products' own ratio. kind: int8 or fp8; default: what this machine has.
+    Where it has none, the defaults are int8 on a small model; `--kind int8` has the widths of every other machine.
 
-    rows: sequences of 512 in a batch. 16 are the 8,192 tokens that `resolve` chooses on a CPU for runs of more than 20 M tokens, as these
-    widths have, in one micro-batch, which calibration tries first: with smaller batches the optimizer would weigh more than in a run.
-    Steps that measure errors (one in a hundred) are not among those timed.
+    widths: default: 256, 512 and 1024. rows: sequences of 512 in a batch, default: 16, which are the 8,192 tokens that `resolve` chooses on
+    a CPU for runs of more than 20 M tokens, as these widths have, in one micro-batch, which calibration tries first: with smaller batches
+    the optimizer would weigh more than in a run. Steps that measure errors (one in a hundred) are not among those timed. limit: of all
+    that in time, a share for each width.
     """
-    lines = []
-    for width in (int(w) for w in str(widths).split(",")):
+    lines, until, threads = [], Limit.of(limit), this_machine().cores_physical
+    fact = facts(kind)
+    plain, chosen = fact["dtype"], fact["kind"]
+    if fact["slow"] and kind:
+        say(f"--kind {fact['slow']}")
+    elif fact["slow"]:
+        say(f"no 8-bit arithmetic here that is faster ({fact['slow']}): a small model only; --kind {chosen} measures larger ones")
+    usual = WIDTHS if kind or not fact["slow"] else SMALL_WIDTHS
+    widths, rows = widths or usual[0], rows or usual[1]
+    sides = {
+        plain: PrecisionConfig(),
+        f"{chosen} products": PrecisionConfig(linear=chosen),
+        f"{chosen} and storage": few_bits(chosen, plain),
+    }
+    wanted = [int(width) for width in str(widths).split(",")]
+    for number, width in enumerate(wanted):
+        share = until.within(until.left() / (len(wanted) - number))
         with ExitStack() as stack:
-            workers = [stack.enter_context(Worker(machine().cores_physical)) for _ in range(3)]
-            fact = workers[0].ask("run", function="precision_speed.facts", kind=kind)
-            sides = {"bfloat16": PrecisionConfig(), f"{fact['kind']} products": PrecisionConfig(linear=fact["kind"])}
-            sides[f"{fact['kind']} and storage"] = replace(SMALL, linear=fact["kind"])
+            workers = [stack.enter_context(Worker(threads, share)) for _ in sides]
+            needs = 0.0
             for worker, precision in zip(workers, sides.values(), strict=True):
                 worker.ask("make", function="precision_speed.Side", precision=asdict(precision), width=width, rows=rows)
+                part = [worker.ask("step", rows=1) for _ in range(2)][1]
+                needs += 2 * (rows * part["passes_s"] + part["update_s"])
+            if needs > share.left():
+                why = f"d {width}: a round would take about {needs:,.0f} s, of {share} {share.left():,.0f} s are left"
+                say(f"skipped: {why}")
+                lines.append(row(f"whole step, {chosen} products, d {width}", None, "tokens/s", runs=0, cut_short=why))
+                continue
             speeds: dict[str, list[float]] = {side: [] for side in sides}
-            for _ in range(rounds):
+            turns = Rounds(rounds, share)
+            for _ in turns:
                 for side, worker in zip(sides, workers, strict=True):
                     worker.ask("step")  # another side's working memory has left the caches
                     speeds[side].append(worker.ask("step")["tokens_per_s"])
-            share = workers[1].ask("step")["share"]
-            products = workers[0].ask("run", function="precision_speed.products_alone", width=width, kind=fact["kind"], rounds=rounds)
-        plain, *ours = sides
+            least = workers[1].ask("step", rows=1)["share"]
+            asked = {"width": width, "kind": chosen, "dtype": plain, "rounds": turns.made}
+            products = workers[0].ask("run", function="precision_speed.products_alone", **asked)
         need = REQUIRED[fact["device"]].get(width)
-        for side in ours:
+        formats = {"formats": {"ours": chosen, "peer": plain}, **turns.said()}
+        for side in list(sides)[1:]:
             ratios = [a / b for a, b in zip(speeds[side], speeds[plain], strict=True)]
-            values = median(speeds[side]), "tokens/s", median(speeds[plain]), "bfloat16, the same model", rounds
-            more = {"ratio": median(ratios), "ratios": ratios, "required": need, "share": share, "how": fact["how"]}
+            values = median(speeds[side]), "tokens/s", median(speeds[plain]), f"{plain}, the same model", turns.made
+            more = {"ratio": median(ratios), "ratios": ratios, "required": need, "share": least, "how": fact["how"], **formats}
             lines.append(row(f"whole step, {side}, d {width}", *values) | more)
-            say(f"d {width}, {side}: {median(ratios):.3f} times bfloat16" + (f" (required {need})" if need else ""))
+            say(f"d {width}, {side}: {median(ratios):.3f} times {plain}" + (f" (required {need})" if need else ""))
         for shape, ratio in products.items():
-            lines.append(row(f"products {shape}, {fact['kind']}, d {width}", ratio, "times bfloat16", 1.0, "kernels.products", rounds))
+            name = f"products {shape}, {chosen}, d {width}"
+            lines.append(row(name, ratio, f"times {plain}", 1.0, "kernels.products", turns.made, **formats))
     return lines
 
 
-def facts(kind: str | None) -> dict[str, str]:
-    """The device, the format (`kind`, or what this machine has), and how it runs here, in words."""
+def facts(kind: str | None) -> dict[str, str | None]:
+    """The device, what training multiplies in on it, the 8-bit format (`kind`, or what this machine has), how that runs here, in words, and
+    the same where it is not faster."""
     import torch
 
-    from sparing.precision.linear import fastest_kind, speed_note
-
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    kind = kind or fastest_kind(device) or "int8"
-    return {"device": device, "kind": kind, "how": speed_note(kind, device)}
+    kind = kind or fast_kind(device) or "int8"
+    dtype = this_machine().training_dtype(device)
+    return {"device": device, "dtype": dtype, "kind": kind, "how": speed_note(kind, device), "slow": slow_kind(kind, device)}
 
 
 class Side:
@@ -84,63 +115,52 @@ class Side:
         import torch
 
         from sparing.kernels import native
-        from sparing.model.init import init_weights
-        from sparing.model.transformer import Transformer
-        from sparing.precision.policy import Policy
-        from sparing.train.optim import Optimizer, keep_as
-        from sparing.train.replicas import Replicas
+        from sparing.train.practice import trainer_of
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         threads = torch.get_num_threads()
-        self.config = Config(
-            model=model_of(width), precision=build(PrecisionConfig, precision), train=TrainConfig(batch_size=rows, seq_len=length)
-        )
-        self.model = Transformer(self.config.model)
-        init_weights(self.model, 0)
-        self.model.to(device).train()
-        self.model.compute_dtype = torch.bfloat16
-        keep_as(self.model, self.config)
-        self.policy = Policy.of(self.model, self.config)
-        self.replicas = Replicas(self.model, threads if device == "cpu" and native.passes() and rows >= threads else 1)
-        self.optimizer = Optimizer(self.model, self.config.optim, torch.bfloat16, self.config.precision)
-        self.tokens = torch.randint(self.config.model.vocab_size, (rows, length + 1), generator=torch.Generator().manual_seed(0)).to(device)
+        replicas = threads if device == "cpu" and native.passes() and rows >= threads else 1
+        dtype = this_machine().training_dtype(device)
+        train = TrainConfig(batch_size=rows, seq_len=length, dtype=dtype, device=device, replicas=replicas, document_mask=False)
+        self.trainer = trainer_of(Config(model=model_of(width), precision=build(PrecisionConfig, precision), train=train))
 
-    def step(self) -> dict[str, float]:
-        """-> tokens/s, and the least share of any direction's multiplications in 8 bits."""
-        from sparing.model.router import update_biases
+    def step(self, rows: int | None = None) -> dict[str, float]:
+        """On the first `rows` sequences (None: on all) -> tokens/s, the seconds of forward and backward pass and of the update, and the
+        least share of any direction's multiplications in 8 bits."""
         from sparing.train.peak import wait
+        from sparing.train.practice import LR_SCALE, MOMENTUM
 
-        t, size = self.config.train, self.config.train.batch_size * self.config.train.seq_len
+        batch = self.trainer.feed.batch(0)[:rows]
         before = time.perf_counter()
-        self.policy.begin(1)  # measures nothing: 0 would
-        targets = self.tokens[:, 1:, None]
-        self.replicas.backward(self.tokens[:, :-1], targets, None, denominator=size, sequence_balance=t.sequence_balance)
-        self.policy.end()
-        self.optimizer.clip(float(self.optimizer.grad_norm()))
-        self.optimizer.step(0.01, 0.95)
-        update_biases(self.model, t.bias_update_rate)
-        wait(self.tokens.device.type)
-        return {"tokens_per_s": size / (time.perf_counter() - before), "share": min(self.policy.shares().values())}
+        losses = self.trainer.gradients(batch)  # of a step that measures no errors: the first would
+        between = time.perf_counter()
+        self.trainer.update(losses["grad_norm"], LR_SCALE, MOMENTUM)
+        wait(self.trainer.device.type)
+        after = time.perf_counter()
+        share = min(self.trainer.policy.shares().values())
+        size = batch.tokens.numel()
+        return {"tokens_per_s": size / (after - before), "passes_s": between - before, "update_s": after - between, "share": share}
 
 
-def products_alone(width: int, kind: str, rounds: int) -> dict[str, float]:
-    """Median ratio of 16-bit to 8-bit time, one thread, in turn: forward, input gradient, weight gradient of a square weight."""
+def products_alone(width: int, kind: str, dtype: str, rounds: int) -> dict[str, float]:
+    """Median ratio of time in `dtype` to time in 8 bits, one thread, in turn: forward and both gradients of a square weight."""
     import torch
 
-    from sparing.kernels import products
+    from sparing.kernels import native, products
     from sparing.precision import products as eight
     from sparing.precision.products import SCHEMES
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    x, g = (torch.randn(2048, width, device=device).bfloat16() for _ in range(2))
+    x, g = (torch.randn(2048, width, device=device).to(getattr(torch, dtype)) for _ in range(2))
     w, found, out = torch.randn(width, width, device=device), torch.zeros(2, dtype=torch.int64, device=device), {}
     for name, (a, b) in {"nt": (x, w), "nn": (g, w), "tn": (g, x)}.items():
         sides = partial(getattr(products, name), a, b), partial(getattr(eight, name), kind, SCHEMES[kind][0], found, a, b)
         ratios = []
         for turn in range(rounds + 1):
-            took = [_seconds(side, device) for side in sides]
+            with native.path("compiled"):
+                took = [_seconds(side, device) for side in sides]
             if turn:
                 ratios.append(took[0] / took[1])
         out[name] = median(ratios)

@@ -13,13 +13,15 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
+from sparing.base.files import write_atomic
+from sparing.bench.limit import Limit, run_seconds
 from sparing.bench.report import paths_of, row, say
 from sparing.bench.worker import Worker
 from sparing.bench.yardstick import parse_yardstick
 from sparing.budget.units import parse_budget
 from sparing.config import UserError
 from sparing.config_file import read_wishes
-from sparing.run import write_atomic
+from sparing.kernels.formats import this_machine
 
 RUNS = "dense:2m, moe:2m, dense:5m, moe:5m, dense+mtp:5m, moe+mtp:5m, dense:20m, moe:20m, yardstick:20m"
 WISHES: dict[str, dict] = {
@@ -46,35 +48,41 @@ def quality(
     threads: int = 2,
     seed: int = 0,
     out: str | None = None,
+    limit: str | None = None,
 ) -> list[dict]:
     """Rows of the figure: one for each of `runs` ("SIDE:BUDGET, ...", sides: auto dense dense+mtp moe moe+mtp yardstick).
 
     Each run is a process of its own with an empty $SPARING_HOME, so that its budget pays for tokenising and calibrating too. All are
     scored on the same documents in windows of `context` tokens, outside the budget; ours in windows of their own context too.
     recipe: a TOML file of wishes for all of ours. out: a folder that keeps runs and results; results already there are not run again.
+    Each side trains in its own fastest number format: ours as `resolve` chooses, the yardstick in what this machine trains in.
+    limit: of all that in time; default: what runs with these budgets may take, each its own share.
     """
     plan = parse_runs(runs)
     shape = asdict(parse_yardstick(yardstick, yardstick_batch))
     paths = {"data": paths_of(data), "val": paths_of(val)}
     wishes = read_wishes(recipe) if recipe else {}
+    until = Limit.of_runs(limit, (budget for _, budget in plan))
+    dtype = this_machine().training_dtype("cpu")
     results = []
     with ExitStack() as stack:
         folder = Path(out or stack.enter_context(tempfile.TemporaryDirectory(prefix="sparing-bench-")))
         for side, budget in plan:
             arguments = {**paths, "budget": budget, "contexts": [context], "val_bytes": val_bytes}
             if side == "yardstick":
-                arguments |= {"function": "yardstick.train_yardstick", "yardstick": shape | {"seed": seed}}
+                arguments |= {"function": "yardstick.train_yardstick", "yardstick": shape | {"seed": seed}, "dtype": dtype}
             else:
                 arguments |= {"function": "quality.train_ours", "side": side, "wishes": wishes, "seed": seed}
             # The name holds all that shapes a result, so that one is found again only where it would come out alike.
-            digest = hashlib.sha256(json.dumps([arguments, threads], sort_keys=True).encode()).hexdigest()[:8]
+            digest = hashlib.sha256(json.dumps([arguments, threads, dtype], sort_keys=True).encode()).hexdigest()[:8]
             kept = folder / f"{side.replace('+', '-')}-{budget.replace('$', 'usd')}-{digest}.json"
             if not kept.exists():
                 say(f"{side}, {budget} ...")
                 run = kept.with_suffix("")
                 shutil.rmtree(run, ignore_errors=True)  # of an attempt that did not end
                 folder.mkdir(parents=True, exist_ok=True)
-                result = _run(arguments if side == "yardstick" else arguments | {"out": str(run)}, threads)
+                asked = arguments if side == "yardstick" else arguments | {"out": str(run)}
+                result = _run(asked, threads, until.within(run_seconds(budget)))
                 write_atomic(kept, json.dumps(result, indent=1))
             results.append(json.loads(kept.read_text()))
             score, tokens, seconds = (results[-1][key] for key in ("bpb", "tokens", "seconds"))
@@ -82,11 +90,11 @@ def quality(
     return rows_of(plan, results)
 
 
-def _run(arguments: dict, threads: int) -> dict:
+def _run(arguments: dict, threads: int, limit: Limit) -> dict:
     """One run in a fresh process and a fresh $SPARING_HOME; its budget starts before the process does."""
     with tempfile.TemporaryDirectory(prefix="sparing-home-") as home:
         started = time.monotonic()
-        with Worker(threads, {"SPARING_HOME": home}) as worker:
+        with Worker(threads, limit, {"SPARING_HOME": home}) as worker:
             return worker.ask("run", started=started, **arguments)
 
 
@@ -130,6 +138,7 @@ def train_ours(
         "seconds": spent,
         "tokens_per_s": summary["tokens_per_s"],
         "parameters": summary["parameters"],
+        "dtype": trained.dtype,
         "recipe": {"model": asdict(model.config.model), "train": asdict(trained), "optim": asdict(model.config.optim)},
     }
 
@@ -156,9 +165,12 @@ def rows_of(plan: list[tuple[str, str]], results: list[dict]) -> list[dict]:
     rows = []
     for (side, budget), result in runs:
         if side != "yardstick":
-            rows.append(row(f"held-out text, {side}, {budget}", result["bpb"], "bits per byte", goal, peer_name, result=result))
-    reached = [(result["seconds"], side) for (side, _), result in runs if side != "yardstick" and goal and result["bpb"] <= goal]
+            formats = {"ours": result["dtype"]} | ({"peer": best["dtype"]} if best else {})
+            values = result["bpb"], "bits per byte", goal, peer_name
+            rows.append(row(f"held-out text, {side}, {budget}", *values, result=result, formats=formats))
+    reached = [(r["seconds"], side, r["dtype"]) for (side, _), r in runs if side != "yardstick" and goal and r["bpb"] <= goal]
     if best:
-        seconds, side = min(reached, default=(None, "none of these runs"))
-        rows.append(row(f"time to the yardstick's bits per byte, {side}", seconds, "s", best["seconds"], peer_name, result=best))
+        seconds, side, ours = min(reached, default=(None, "none of these runs", None))
+        more = {"result": best, "formats": {"ours": ours, "peer": best["dtype"]}}
+        rows.append(row(f"time to the yardstick's bits per byte, {side}", seconds, "s", best["seconds"], peer_name, **more))
     return rows

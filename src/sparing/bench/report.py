@@ -18,7 +18,10 @@ def paths_of(value: str | Sequence[str]) -> list[str]:
 def row(
     name: str, ours: float | None, unit: str, peer: float | None = None, peer_name: str | None = None, runs: int = 1, **more: object
 ) -> dict:
-    """One line of `bench … --json`: our value beside the peer's or the aim's, `ratio` = ours / peer; `more` may stand beside them."""
+    """One line of `bench … --json`: our value beside the peer's or the aim's, `ratio` = ours / peer; `more` may stand beside them.
+
+    Of `more`: `formats`: the number format of each side and of the peak; `cut_short`: what the limit in time left out.
+    """
     ratio = ours / peer if ours is not None and peer else None
     values = (name, ours, peer, peer_name, ratio, unit, runs, machine())
     return dict(zip(ROW_KEYS, values, strict=True)) | more
@@ -40,11 +43,12 @@ def print_table(title: str, rows: list[dict]) -> None:
     from rich.table import Table
 
     table = Table(title=title, caption=rows[0]["machine"] if rows else None)
-    for column in ("name", "ours", "peer", "ratio", "unit", "runs", "peer is"):
-        table.add_column(column, justify="left" if column in ("name", "unit", "peer is") else "right")
+    for column in ("name", "ours", "peer", "ratio", "unit", "runs", "peer is", "formats"):
+        table.add_column(column, justify="left" if column in ("name", "unit", "peer is", "formats") else "right")
     for line in rows:
         numbers = [_short(line[key]) for key in ("ours", "peer", "ratio")]
-        table.add_row(line["name"], *numbers, line["unit"], str(line["runs"]), line["peer_name"] or "")
+        formats = ", ".join(f"{side} {format}" for side, format in line.get("formats", {}).items())
+        table.add_row(line["name"], *numbers, line["unit"], str(line["runs"]), line["peer_name"] or "", formats)
     Console(stderr=True).print(table)
 
 

@@ -7,14 +7,21 @@ import subprocess
 import sys
 import time
 
+from sparing.bench.limit import LIMIT, Limit, Rounds
 from sparing.bench.report import row
+from sparing.bench.worker import WorkerError
 
 
-def startup(runs: int = 10) -> list[dict]:
-    """Median seconds of `sparing --help`, the start of the interpreter included."""
-    took = []
-    for _ in range(runs):
+def startup(runs: int = 10, limit: str = LIMIT) -> list[dict]:
+    """Median seconds of `sparing --help`, the start of the interpreter included. limit: of all runs in time."""
+    took, until = [], Limit.of(limit)
+    rounds = Rounds(runs, until)
+    for _ in rounds:
         before = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "sparing", "--help"], check=True, stdout=subprocess.DEVNULL)
+        try:
+            command = [sys.executable, "-m", "sparing", "--help"]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=max(0.0, until.left()))
+        except subprocess.TimeoutExpired:
+            raise WorkerError(f"not done within {until}") from None
         took.append(time.perf_counter() - before)
-    return [row("sparing --help", statistics.median(took), "s", 0.3, "allowed", runs=runs)]
+    return [row("sparing --help", statistics.median(took), "s", 0.3, "allowed", runs=rounds.made, **rounds.said())]

@@ -11,11 +11,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
+from sparing.bench.limit import LIMIT, Limit, Rounds
 from sparing.bench.peer import PeerSetting, all_settings
 from sparing.bench.report import paths_of, row, say
-from sparing.bench.worker import Worker, WorkerError
+from sparing.bench.trials import Task, fastest, try_settings
+from sparing.bench.worker import Worker
 from sparing.budget.flops import train_flops
 from sparing.config import DataConfig, ModelConfig, UserError
+from sparing.kernels.formats import this_machine, warning
+from sparing.planning.places import SHORT
 
 MODEL = ModelConfig(
     vocab_size=4096,
@@ -40,6 +44,8 @@ OPTIMIZER = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 """torch.optim.AdamW of every parameter, on both sides."""
 WARM_UP = 2
 """Steps that are trained and compared but not timed: the first ones pay for kernels being set up."""
+PEAK_S, PEAK_SHARE = 10.0, 0.02
+"""For measuring the peak, every time: so long, or this share of the limit."""
 
 
 def throughput(
@@ -53,87 +59,99 @@ def throughput(
     seq_len: int = 512,
     model: ModelConfig = MODEL,
     settings: Sequence[PeerSetting] | None = None,
-    precision: Literal["bfloat16", "float32"] = "bfloat16",
+    precision: Literal["bfloat16", "float32"] | None = None,
     peak_sizes: Sequence[int] = (1024, 1536, 2048, 3072, 4096),
+    limit: str = LIMIT,
 ) -> list[dict]:
     """Rows of the figure. data: text to train on, as `--data` (default: the standard library's source).
 
     The peer's settings are tried for `trial_steps` each and the fastest goes on; then the sides take turns for `rounds` rounds of `steps`
-    steps, the machine's peak measured in between. `compile`: nobody, the peer too where that is faster, or both.
+    steps, the machine's peak measured in between. `compile`: nobody, the peer too where that is faster, or both. precision: ours; by
+    default what training multiplies in on this machine, as the peak is. settings: the peer's, each tried whatever its number format;
+    by default all but those in formats that are far slower here. limit: of all that in time; what does not fit is left out, and said to be.
     Raises UserError when transformers is missing or no setting of the peer runs.
     """
     if rounds < 1 or steps < 1 or trial_steps < 1:
         raise UserError("bench train throughput: rounds, steps and trial_steps must be at least 1")
-    from sparing.bench.ours import save_initial_weights
-
+    until, machine, tokens = Limit.of(limit), this_machine(), batch_size * seq_len
+    native = machine.training_dtype("cpu")
+    if precision and (slow := warning(precision, machine)):
+        say(f"--precision {slow}")
     with tempfile.TemporaryDirectory(prefix="sparing-bench-") as folder, ExitStack() as stack:
         weights, batches = Path(folder, "weights.safetensors"), Path(folder, "batches.safetensors")
-        parameters = save_initial_weights(model, 0, weights)
-        save_batches(batches, data, WARM_UP + rounds * steps, batch_size, seq_len, model.vocab_size)
         files = {"model": model, "weights": weights, "batches": batches, "optimizer": OPTIMIZER}
-        tokens = batch_size * seq_len
-        trials = try_settings(settings or all_settings(compile != "none"), files, threads, trial_steps, tokens)
-        best = max(trials, key=lambda trial: trial["tokens_per_s"] or 0.0)
-        if not best["tokens_per_s"]:
-            raise UserError(f"no setting of transformers trains here; the first one: {trials[0]['error']}")
-        ours, peer, meter = (stack.enter_context(Worker(threads)) for _ in range(3))
-        setting = {"precision": precision, "compile": compile == "both", "replicas": 1 if compile == "both" else threads}
-        ours.build("ours", **files, setting=setting)
-        peer.build("peer", **files, setting=best["setting"])
-        measured = take_turns({"ours": ours, "peer": peer}, meter, rounds, steps, peak_sizes)
-        memory = {name: side.ask("memory")["bytes"] for name, side in (("ours", ours), ("peer", peer))}
-    peer_name = f"transformers, {PeerSetting(**best['setting'])}"
+        with Worker(threads, until) as worker:
+            size = {"count": WARM_UP + rounds * steps, "batch_size": batch_size, "seq_len": seq_len, "vocab_size": model.vocab_size}
+            worker.ask("run", function="throughput.save_batches", path=str(batches), data=paths_of(data), **size)
+            initial = worker.ask("run", function="ours.save_initial_weights", model=asdict(model), seed=0, path=str(weights))
+        task = Task(
+            build=lambda worker, setting: worker.build("peer", **files, setting=asdict(setting)),
+            part=lambda worker: batch_size * worker.ask("steps", first=0, count=1, rows=1)["seconds"],
+            whole=lambda worker, number: worker.ask("steps", first=number, count=1)["seconds"],
+            tokens=tokens,
+        )
+        among = settings or all_settings(compile != "none")
+        trials = try_settings("transformers", among, task, trial_steps, threads, until, None if settings else machine)
+        sides = {
+            "ours": {"precision": precision or native, "compile": compile == "both", "replicas": 1 if compile == "both" else threads},
+            "peer": fastest(trials, "trains"),
+        }
+        workers = {side: stack.enter_context(Worker(threads, until)) for side in sides}
+        meter = stack.enter_context(Worker(threads, until))
+        for side, worker in workers.items():
+            worker.build(side, **files, setting=sides[side])
+        look = {"dtype": native, "sizes": list(peak_sizes), "seconds": min(PEAK_S, PEAK_SHARE * until.seconds)}
+        measured = take_turns(workers, meter, rounds, steps, look, until)
+        memory = {side: worker.ask("memory")["bytes"] for side, worker in workers.items()}
     flops, peak = train_flops(model, seq_len), measured["peak"]
-    speeds = {side: [tokens * steps / seconds for seconds in measured[side]["seconds"]] for side in ("ours", "peer")}
+    speeds = {side: [tokens * steps / seconds for seconds in measured[side]["seconds"]] for side in sides}
     speed = {side: statistics.median(values) for side, values in speeds.items()}
-    losses = {side: measured[side]["losses"] for side in ("ours", "peer")}
+    losses = {side: measured[side]["losses"] for side in sides}
     gap = max(abs(a - b) / b for a, b in zip(losses["ours"], losses["peer"], strict=True))
-    same = {"peer_name": peer_name, "runs": rounds}
-    detail = {"parameters": parameters, "threads": threads, "compile": compile, "spread": {s: [min(v), max(v)] for s, v in speeds.items()}}
+    made = measured["rounds"]
+    formats = {"formats": {side: setting["precision"] for side, setting in sides.items()} | {"peak": native}}
+    same = {"peer_name": f"transformers, {PeerSetting(**sides['peer'])}", "runs": made.made, **formats, **made.said()}
+    detail = {"parameters": initial["parameters"], "threads": threads, "compile": compile}
+    detail |= {"spread": {side: [min(values), max(values)] for side, values in speeds.items()}}
+    untried = {"cut_short": measured["peak_cut_short"]} if measured["peak_cut_short"] else {}
     return [
         row("training speed", speed["ours"], "tokens/s", speed["peer"], **same, settings=trials, **detail),
         row("MFU", speed["ours"] * flops / peak, "of the peak", speed["peer"] * flops / peak, **same, flops_per_token=flops),
-        row("peak: best square bf16 product", peak / 1e9, "GFLOP/s", runs=rounds + 1),
+        row(f"peak: best square {SHORT[native]} product", peak / 1e9, "GFLOP/s", runs=made.made + 1, **formats, **untried),
         row("peak memory", memory["ours"] / 2**20, "MiB", memory["peer"] / 2**20, **same),
-        row(f"largest difference of {len(losses['ours'])} losses", gap, "relative", 0.01, "allowed", losses=losses),
+        row(f"largest difference of {len(losses['ours'])} losses", gap, "relative", 0.01, "allowed", losses=losses, **formats),
     ]
 
 
-def try_settings(settings: Sequence[PeerSetting], files: dict, threads: int, steps: int, tokens: int) -> list[dict]:
-    """Tokens/s of the peer in each setting over `steps` steps after a first one; `tokens_per_s` None and `error` where it does not run."""
-    trials = []
-    for setting in settings:
-        trial: dict = {"setting": asdict(setting), "tokens_per_s": None, "error": None}
-        with Worker(threads) as worker:
-            try:
-                worker.build("peer", **files, setting=asdict(setting))
-                worker.ask("steps", first=0, count=1)
-                trial["tokens_per_s"] = tokens * steps / worker.ask("steps", first=1, count=steps)["seconds"]
-                say(f"transformers, {setting}: {trial['tokens_per_s']:,.0f} tokens/s")
-            except WorkerError as error:
-                trial["error"] = str(error)
-                say(f"transformers, {setting}: skipped, {error}")
-        trials.append(trial)
-    return trials
-
-
-def take_turns(sides: dict[str, Worker], meter: Worker, rounds: int, steps: int, peak_sizes: Sequence[int]) -> dict:
-    """-> {side: {"seconds": one a round, "losses": all of them}, "peak": FLOP/s}. Who goes first changes every round."""
-    first = {name: worker.ask("steps", first=0, count=WARM_UP)["losses"] for name, worker in sides.items()}
-    result: dict = {name: {"seconds": [], "losses": losses} for name, losses in first.items()}
-    peaks = [meter.ask("peak", sizes=list(peak_sizes))["flops"]]
-    for number in range(rounds):
+def take_turns(sides: dict[str, Worker], meter: Worker, rounds: int, steps: int, peak: dict, limit: Limit) -> dict:
+    """-> {side: {"seconds": one a round, "losses": all of them}, "peak": FLOP/s, "peak_cut_short", "rounds": `Rounds`}. Who goes first
+    changes every round. Raises UserError where the limit has no room for one."""
+    result: dict = {}
+    needs = 0.0
+    for name, worker in sides.items():
+        first = worker.ask("steps", first=0, count=WARM_UP)
+        result[name] = {"seconds": [], "losses": first["losses"]}
+        needs += steps * first["seconds"] / WARM_UP
+    if needs > limit.left():
+        raise UserError(
+            f"bench train throughput: a round of {steps} steps would take about {needs:,.0f} s, but of {limit} only "
+            f"{limit.left():,.0f} s are left: give more, or fewer --steps"
+        )
+    looks = [meter.ask("peak", **peak)]
+    turns = Rounds(rounds, limit)
+    for number in turns:
         for name in list(sides)[:: 1 if number % 2 == 0 else -1]:
             answer = sides[name].ask("steps", first=WARM_UP + number * steps, count=steps)
             result[name]["seconds"].append(answer["seconds"])
             result[name]["losses"] += answer["losses"]
-        peaks.append(meter.ask("peak", sizes=list(peak_sizes))["flops"])
+        looks.append(meter.ask("peak", **peak))
         last = ", ".join(f"{name} {result[name]['seconds'][-1] / steps:.2f} s a step" for name in sides)
-        say(f"round {number + 1} of {rounds}: {last}; peak {peaks[-1] / 1e9:,.0f} GFLOP/s")
-    return result | {"peak": max(peaks)}
+        say(f"round {number + 1} of {rounds}: {last}; peak {looks[-1]['flops'] / 1e9:,.0f} GFLOP/s")
+    best = max(looks, key=lambda look: look["flops"])
+    return result | {"peak": best["flops"], "peak_cut_short": best["cut_short"], "rounds": turns}
 
 
-def save_batches(path: Path, data: str | Sequence[str], count: int, batch_size: int, seq_len: int, vocab_size: int) -> None:
+def save_batches(path: str, data: str | Sequence[str], count: int, batch_size: int, seq_len: int, vocab_size: int) -> None:
     """Write `tokens` (count, B, T) int32: the corpus as our data stage tokenises it, from its start, repeated if it is short."""
     import numpy as np
     import torch

@@ -7,13 +7,13 @@ import os
 import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
+from sparing.bench.limit import Limit, in_parallel, run_seconds
 from sparing.bench.peer import import_transformers
 from sparing.bench.report import paths_of, row, say
 from sparing.bench.worker import Worker
@@ -23,6 +23,7 @@ from sparing.data.loader import Loader
 from sparing.data.prepare import prepare
 from sparing.data.sources import documents
 from sparing.evals.bpb import bpb, nll_from_logits
+from sparing.kernels.formats import this_machine
 
 EVAL_BYTES = 200_000
 """What an evaluation inside the budget reads, as in our own runs."""
@@ -82,14 +83,16 @@ def train_yardstick(
     started: float | None = None,
     contexts: Sequence[int] = (),
     val_bytes: int | None = None,
-    autocast: bool = True,
+    dtype: str | None = None,
 ) -> dict:
     """Train one yardstick and score it on `val` -> {"bpb": at the first context, "bpb_by_context", "tokens", "steps", "seconds", ...}.
 
     budget: a time, which covers everything from `started` (`time.monotonic()`) to the saved weights, an evaluation of 200 kB included,
-    but not the scoring on `val`; or tokens, "5Mtok". contexts: windows of the scoring (default: the trained one).
+    but not the scoring on `val`; or tokens, "5Mtok". contexts: windows of the scoring (default: the trained one). dtype: bfloat16, by
+    autocast, or float32; default: what this machine multiplies faster.
     """
     started = time.monotonic() if started is None else started
+    dtype = dtype or this_machine().training_dtype("cpu")
     y = yardstick if isinstance(yardstick, Yardstick) else Yardstick(**yardstick)
     amount = parse_budget(budget)
     if amount.unit not in ("s", "tok"):
@@ -100,7 +103,7 @@ def train_yardstick(
     step_tokens = y.batch * y.seq_len
 
     def forward(tokens: torch.Tensor, targets: torch.Tensor | None = None):
-        with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
+        with torch.autocast("cpu", torch.bfloat16) if dtype == "bfloat16" else nullcontext():
             # shift_labels: the targets are shifted already, and end where their documents do.
             return model(input_ids=tokens, labels=targets, shift_labels=targets) if targets is not None else model(input_ids=tokens)
 
@@ -145,6 +148,7 @@ def train_yardstick(
         "seconds": spent,
         "tokens_per_s": step * step_tokens / trained,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "dtype": dtype,
         "recipe": asdict(y),
     }
 
@@ -184,25 +188,30 @@ def tune(
     batch: int = 16,
     parallel: int = 2,
     val_bytes: int = 1_000_000,
+    limit: str | None = None,
 ) -> list[dict]:
-    """Losses of yardsticks after equal tokens, `parallel` at a time on one thread each (nothing is timed). grid: "WIDTHxLAYERS@LR, ..."."""
+    """Losses of yardsticks after equal tokens, `parallel` at a time on one thread each (nothing is timed). grid: "WIDTHxLAYERS@LR, ...".
+
+    limit: of all that in time; default: what runs with this budget may take.
+    """
     if parse_budget(budget).unit != "tok":
         raise UserError(f"bench train tune: runs at the same time cannot be timed; give a budget in tokens, such as 2Mtok, not {budget}")
     recipes = [asdict(parse_yardstick(text, batch)) for text in grid.split(",")]
-    paths = {"data": paths_of(data), "val": paths_of(val)}
+    until = Limit.of_runs(limit, [budget] * len(recipes))
+    arguments = {"data": paths_of(data), "val": paths_of(val), "budget": budget, "val_bytes": val_bytes}
 
     def one(recipe: dict) -> dict:
-        with Worker(1) as worker:
-            result = worker.ask("run", function="yardstick.train_yardstick", yardstick=recipe, budget=budget, val_bytes=val_bytes, **paths)
+        with Worker(1, until.within(run_seconds(budget))) as worker:
+            result = worker.ask("run", function="yardstick.train_yardstick", yardstick=recipe, **arguments)
         say(f"{Yardstick(**recipe)}: {result['bpb']:.4f} bits per byte")
         return result
 
-    with ThreadPoolExecutor(max(1, min(parallel, os.cpu_count() or 1))) as pool:
-        results = list(pool.map(one, recipes))
-    return [
-        row(str(Yardstick(**recipe)), None, "bits per byte", result["bpb"], f"transformers, {budget}", result=result)
-        for recipe, result in zip(recipes, results, strict=True)
-    ]
+    results = in_parallel(min(parallel, os.cpu_count() or 1), until, one, recipes)
+    rows = []
+    for recipe, result in zip(recipes, results, strict=True):
+        more = {"result": result, "formats": {"peer": result["dtype"]}}
+        rows.append(row(str(Yardstick(**recipe)), None, "bits per byte", result["bpb"], f"transformers, {budget}", **more))
+    return rows
 
 
 def parse_yardstick(text: str, batch: int = 16) -> Yardstick:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sparing.account.prices import Device, device, kernels
-from sparing.budget.flops import attention_flops, attention_parameters, feed_forward_parameters, parameters
+from sparing.budget.flops import forward_products, parameters
 from sparing.config import ModelConfig, UserError
+from sparing.layers import layers, mixtures
 
 MICRO_TOKENS = 4096
 REFERENCE = "h800"
@@ -79,24 +80,12 @@ class StepTime:
 
 def _widths(c: ModelConfig) -> float:
     """Numbers of a token's activations in all layers: residual and norms, heads, expert rows."""
-    if c.attention == "gqa":
-        heads = c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
-    else:
-        heads = 2 * c.num_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim)
     total = 0.0
-    for layer in range(c.num_layers + c.mtp_depth):
-        dense = layer < c.num_dense_layers or c.num_dense_layers >= c.num_layers
-        rows, width = (1, c.intermediate_size) if dense else (c.num_experts_per_tok + c.n_shared_experts, c.moe_intermediate_size)
-        total += 4 * c.hidden_size + heads + rows * (2 * c.hidden_size + 3 * width)
+    for layer in layers(c):
+        a, f = layer.attention, layer.feed_forward
+        rows = f.chosen + f.shared if layer.mixture else 1
+        total += 4 * c.hidden_size + (a.heads + a.kv_heads) * (a.key + a.value) + rows * (2 * c.hidden_size + 3 * f.width)
     return total
-
-
-def _products(c: ModelConfig) -> tuple[float, float, float]:
-    """Operations of a token's forward pass in matrix products: (dense, routed experts, heads); MTP modules included."""
-    layers = range(c.num_layers + c.mtp_depth)
-    dense = sum(attention_parameters(c) + feed_forward_parameters(c, i, True) for i in layers) + c.mtp_depth * 2 * c.hidden_size**2
-    routed = c.num_moe_layers * c.num_experts_per_tok * 3 * c.hidden_size * c.moe_intermediate_size
-    return 2.0 * (dense - routed), 2.0 * routed, 2.0 * (1 + c.mtp_depth) * c.vocab_size * c.hidden_size
 
 
 def all_to_all(c: ModelConfig, layout: Layout, rates: dict[str, float], scale: float) -> float:
@@ -105,7 +94,7 @@ def all_to_all(c: ModelConfig, layout: Layout, rates: dict[str, float], scale: f
     A token goes once to every node (inside one node: to every device) that holds one of its experts, group-limited to `topk_group`.
     The backward pass dispatches the combine's gradient and combines the dispatch's: the same volume. Combine is 16 bit.
     """
-    if layout.expert == 1 or not c.num_moe_layers:
+    if layout.expert == 1 or not mixtures(c):
         return 0.0
     inside = layout.expert <= 8
     places = layout.expert if inside else layout.expert / 8
@@ -124,35 +113,30 @@ def layer_time(c: ModelConfig, seq_len: int, layout: Layout) -> LayerTime:
     speed = on.peak[layout.format] / reference.peak[layout.format] * (COMPUTING_SMS if hidden else 1.0)
     speed16 = on.peak["bf16"] / reference.peak["bf16"] * (COMPUTING_SMS if hidden else 1.0)
     f, old = layout.format, "old_" if layout.attention == "old" else ""
-    dense, routed, head = _products(c)
-    layers = c.num_layers + c.mtp_depth
-    scores = layers * attention_flops(c, seq_len)
+    common, routed, scores, head = forward_products(c, seq_len)
     other = _widths(c) * rates[f"bytes_per_number_{f}"] / on.bandwidth
 
-    linear = dense / (rates[f"gemm_{f}"] * speed) + routed / (rates[f"grouped_{f}"] * speed)
+    linear = common / (rates[f"gemm_{f}"] * speed) + routed / (rates[f"grouped_{f}"] * speed)
     heads = head / (rates["gemm_bf16"] * speed16)
     scored = scores / (rates[f"{old}attention_forward"] * speed16)
     forward = linear + heads + scored + other / 3
-    gradient = (dense + routed) / (rates["wgrad_fp8"] * speed) if f == "fp8" else linear
+    gradient = (common + routed) / (rates["wgrad_fp8"] * speed) if f == "fp8" else linear
     # The backward pass of attention repeats the scores: five products for the forward pass's two.
     backward = linear + gradient + 2 * heads + 2.5 * scores / (rates[f"{old}attention_backward"] * speed16) + 2 * other / 3
     if layout.recompute == "full":
         backward += forward - heads
-    elif layout.recompute == "up" and c.attention == "mla":
-        up = c.num_heads * (
-            (c.q_lora_rank or 0) * (c.qk_nope_head_dim + c.qk_rope_head_dim) + c.kv_lora_rank * (c.qk_nope_head_dim + c.v_head_dim)
-        )
-        backward += layers * 2.0 * up / (rates[f"gemm_{f}"] * speed)
+    elif layout.recompute == "up":
+        backward += 2.0 * sum(layer.attention.expansions for layer in layers(c)) / (rates[f"gemm_{f}"] * speed)
 
-    exchange = c.num_moe_layers * all_to_all(c, layout, rates, _wires(on, reference, layout.expert))
+    exchange = len(mixtures(c)) * all_to_all(c, layout, rates, _wires(on, reference, layout.expert))
     if hidden:
         exposed = max(0.0, exchange - forward - backward)
     else:  # the shared experts' products run meanwhile (DeepSeek-V2 §3.1.3)
-        shared = 2.0 * c.num_moe_layers * c.n_shared_experts * 3 * c.hidden_size * c.moe_intermediate_size
+        shared = 2.0 * sum(layer.feed_forward.shared * layer.feed_forward.expert for layer in mixtures(c))
         exposed = max(0.0, exchange - 3 * shared / (rates[f"gemm_{f}"] * speed))
     # Tensor and sequence parallelism: two gathers and two scatters a layer and pass, and one gather more for the weight gradients.
     volume = c.hidden_size * 2 * (layout.tensor - 1) / layout.tensor
-    exposed += layers * layout.tensor * 9 * volume / (rates["link_share"] * on.link) if layout.tensor > 1 else 0.0
+    exposed += len(layers(c)) * layout.tensor * 9 * volume / (rates["link_share"] * on.link) if layout.tensor > 1 else 0.0
     return LayerTime(forward + exposed / 3, backward + 2 * exposed / 3, gradient + heads, exposed)
 
 
@@ -175,7 +159,7 @@ def bubble_time(layout: Layout, forward: float, backward: float, weights: float)
 def held_parameters(c: ModelConfig, layout: Layout) -> tuple[float, float]:
     """Weights that one device holds: (experts, all others)."""
     counts = parameters(c)
-    experts = c.num_moe_layers * c.n_routed_experts * 3 * c.hidden_size * c.moe_intermediate_size
+    experts = sum(layer.feed_forward.routed for layer in mixtures(c))
     others = counts.total + counts.mtp - experts
     return experts / (layout.pipeline * max(layout.expert, layout.tensor)), others / (layout.pipeline * layout.tensor)
 

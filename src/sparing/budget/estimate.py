@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from sparing.budget.flops import attention_flops, attention_parameters, feed_forward_parameters, parameters, train_flops
-from sparing.budget.memory import _matrices, path_of, saved_per_token
+from sparing.budget.flops import forward_products, parameters, train_flops
+from sparing.budget.memory import matrix_weights, path_of, saved_per_token
 from sparing.config import Config, ModelConfig
+from sparing.layers import layers, mixtures
 
 DESCRIPTION = 4
 """Raise it when the features or the kernels change: steps that were timed before tell nothing any more."""
@@ -68,31 +69,30 @@ def features(config: Config, seq_len: int, peak_flops: float) -> np.ndarray:
     c, t = config.model, config.train
     tokens = t.batch_size * t.seq_len
     micro = -(-t.batch_size // min(t.micro_batch_size or t.batch_size, t.batch_size))
-    layers = c.num_layers + c.mtp_depth
     size = 2 if t.dtype == "bfloat16" else 4
-    routed = 2.0 * c.num_moe_layers * c.num_experts_per_tok * 3 * c.hidden_size * c.moe_intermediate_size
-    linear = 2.0 * sum(attention_parameters(c) + feed_forward_parameters(c, i, True) for i in range(layers)) - routed
-    linear += 4.0 * c.mtp_depth * c.hidden_size**2
+    common, routed, scores, heads = forward_products(c, seq_len)
     again = 4 / 3 if t.recompute else 1.0
-    traffic = sum(saved_per_token(c, i, seq_len, size, path_of(config)) for i in range(layers)) * again
+    traffic = sum(saved_per_token(layer, seq_len, size, path_of(config)) for layer in layers(c)) * again
+    experts = sum(layer.feed_forward.experts for layer in layers(c))
     counts = parameters(c)
     return np.array(
         [
-            3 * again * tokens * linear / peak_flops,
+            3 * again * tokens * common / peak_flops,
             3 * again * tokens * routed / peak_flops,
-            3 * again * tokens * layers * attention_flops(c, seq_len) / peak_flops,
-            3 * tokens * 2.0 * (1 + c.mtp_depth) * c.vocab_size * c.hidden_size / peak_flops,
+            3 * again * tokens * scores / peak_flops,
+            3 * tokens * heads / peak_flops,
             tokens * traffic,
             4.0 * (counts.total + counts.mtp),
             _muon_flops(c, config.optim.ns_steps) / peak_flops if config.optim.matrix == "muon" else 0.0,
-            micro * (layers + 2 + c.num_moe_layers * c.n_routed_experts / 8) * (t.replicas or 1),
+            micro * (len(layers(c)) + 2 + experts / 8) * (t.replicas or 1),
         ]
     )
 
 
 def _muon_flops(c: ModelConfig, steps: int) -> float:
     """Newton-Schulz on every matrix: about three products with its shorter side (hidden size, an expert's width) each step."""
-    return 2.0 * steps * 3 * _matrices(c) * min(c.hidden_size, c.moe_intermediate_size if c.num_moe_layers else c.hidden_size)
+    shorter = min([c.hidden_size, *(layer.feed_forward.width for layer in mixtures(c))])
+    return 2.0 * steps * 3 * matrix_weights(c) * shorter
 
 
 @dataclass(frozen=True)

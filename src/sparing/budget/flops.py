@@ -7,8 +7,10 @@ embedding, gates' activations and the embedding look-up are not counted, as in t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from sparing.config import ModelConfig
+from sparing.layers import Attention, layers
 
 
 @dataclass(frozen=True)
@@ -23,67 +25,56 @@ class Parameters:
     """Weights of the MTP modules without the shared embedding and head."""
 
 
-def attention_parameters(c: ModelConfig) -> int:
-    """Matrices of one attention layer."""
-    if c.attention == "gqa":
-        return c.hidden_size * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
-    query_width = c.num_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim)
-    query = c.hidden_size * query_width if c.q_lora_rank is None else c.q_lora_rank * (c.hidden_size + query_width)
-    key_value = c.hidden_size * (c.kv_lora_rank + c.qk_rope_head_dim) + c.kv_lora_rank * c.num_heads * (c.qk_nope_head_dim + c.v_head_dim)
-    return query + key_value + c.num_heads * c.v_head_dim * c.hidden_size
-
-
-def _norms(c: ModelConfig) -> int:
-    latent = 0 if c.attention == "gqa" else c.kv_lora_rank + (c.q_lora_rank or 0)
-    return 2 * c.hidden_size + latent
-
-
-def _is_dense(c: ModelConfig, layer: int) -> bool:
-    return layer < c.num_dense_layers or c.num_dense_layers >= c.num_layers
-
-
-def feed_forward_parameters(c: ModelConfig, layer: int, active: bool) -> int:
-    """Matrices of the feed-forward of a layer, all of them or those that one token uses (router included)."""
-    if _is_dense(c, layer):
-        return 3 * c.hidden_size * c.intermediate_size
-    experts = (c.num_experts_per_tok if active else c.n_routed_experts) + c.n_shared_experts
-    return 3 * c.hidden_size * c.moe_intermediate_size * experts + c.n_routed_experts * c.hidden_size
-
-
 def parameters(c: ModelConfig) -> Parameters:
     """Count the weights of a model."""
-
-    def layer(i: int, active: bool) -> int:
-        return attention_parameters(c) + _norms(c) + feed_forward_parameters(c, i, active)
-
+    main, modules = layers(c)[: c.num_layers], layers(c)[c.num_layers :]
     embedding = c.vocab_size * c.hidden_size
-    head = 0 if c.tie_word_embeddings else embedding
-    total = sum(layer(i, False) for i in range(c.num_layers)) + c.hidden_size + embedding + head
-    active = sum(layer(i, True) for i in range(c.num_layers)) + c.hidden_size + embedding
-    mtp = c.mtp_depth * (layer(c.num_layers, False) + 2 * c.hidden_size * c.hidden_size + 3 * c.hidden_size)
-    return Parameters(total, active, embedding, mtp)
+    total = sum(layer.parameters for layer in main) + c.hidden_size + embedding * (1 if c.tie_word_embeddings else 2)
+    active = sum(layer.active_parameters for layer in main) + c.hidden_size + embedding
+    return Parameters(total, active, embedding, sum(layer.parameters for layer in modules))
 
 
-def attention_flops(c: ModelConfig, seq_len: int) -> float:
+def attention_flops(a: Attention, seq_len: int) -> float:
     """Score and value products of one layer for one token, averaged over the causal positions of a sequence."""
     keys = (seq_len + 1) / 2
-    width = 2 * c.head_dim if c.attention == "gqa" else c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim
-    return 2 * keys * c.num_heads * width
+    return 2 * keys * a.heads * (a.key + a.value)
 
 
 def forward_flops(c: ModelConfig, seq_len: int, mtp: bool = True) -> dict[str, float]:
     """Operations of a forward pass per token, by part: attention (projections), scores, feed_forward, head, mtp."""
-    parts = {
-        "attention": 2.0 * c.num_layers * attention_parameters(c),
-        "scores": c.num_layers * attention_flops(c, seq_len),
-        "feed_forward": 2.0 * sum(feed_forward_parameters(c, i, True) for i in range(c.num_layers)),
-        "head": 2.0 * c.vocab_size * c.hidden_size,
-        "mtp": 0.0,
+    main, modules = layers(c)[: c.num_layers], layers(c)[c.num_layers :] if mtp else ()
+    head = 2.0 * c.vocab_size * c.hidden_size
+    return {
+        "attention": 2.0 * sum(layer.attention.weights for layer in main),
+        "scores": sum(attention_flops(layer.attention, seq_len) for layer in main),
+        "feed_forward": 2.0 * sum(layer.feed_forward.common + layer.feed_forward.routed_active for layer in main),
+        "head": head,
+        "mtp": sum((2.0 * (m.common + m.feed_forward.routed_active) + head + attention_flops(m.attention, seq_len) for m in modules), 0.0),
     }
-    if mtp and c.mtp_depth:
-        module = attention_parameters(c) + feed_forward_parameters(c, c.num_layers, True) + 2 * c.hidden_size * c.hidden_size
-        parts["mtp"] = c.mtp_depth * (2.0 * (module + c.vocab_size * c.hidden_size) + attention_flops(c, seq_len))
-    return parts
+
+
+class ForwardProducts(NamedTuple):
+    """Operations of a token's forward pass, MTP modules included, by what is multiplied. The sum is that of `forward_flops`."""
+
+    common: float
+    """Matrices that every token uses."""
+    routed: float
+    """Routed experts."""
+    scores: float
+    """Attention's scores and values."""
+    heads: float
+    """The output head, once for the decoder and once for each MTP module."""
+
+
+def forward_products(c: ModelConfig, seq_len: int) -> ForwardProducts:
+    """Count the operations of `forward_flops` by the kernels that do them."""
+    every = layers(c)
+    return ForwardProducts(
+        2.0 * sum(layer.common for layer in every),
+        2.0 * sum(layer.feed_forward.routed_active for layer in every),
+        sum(attention_flops(layer.attention, seq_len) for layer in every),
+        2.0 * (1 + c.mtp_depth) * c.vocab_size * c.hidden_size,
+    )
 
 
 def train_flops(c: ModelConfig, seq_len: int, recompute: bool = False) -> float:
@@ -98,5 +89,4 @@ def train_flops(c: ModelConfig, seq_len: int, recompute: bool = False) -> float:
 
 def kv_cache_bytes(c: ModelConfig, bytes_per_number: int = 2) -> int:
     """Bytes that a decoder keeps per token."""
-    per_layer = 2 * c.num_kv_heads * c.head_dim if c.attention == "gqa" else c.kv_lora_rank + c.qk_rope_head_dim
-    return c.num_layers * per_layer * bytes_per_number
+    return sum(layer.attention.cache_width for layer in layers(c)[: c.num_layers]) * bytes_per_number

@@ -10,26 +10,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from sparing.budget.flops import attention_parameters, feed_forward_parameters, kv_cache_bytes, parameters
+from sparing.budget.flops import kv_cache_bytes, parameters
 from sparing.config import Config, ModelConfig, PrecisionConfig
+from sparing.kernels.sizes import ATTENTION_ROWS, EXPERT_ROWS, HEAD_TOKENS, MOMENT_BLOCK
+from sparing.layers import FeedForward, Layer, layers
 
 FULL = PrecisionConfig()
 
-ATTENTION_ROWS = 128
-EXPERT_ROWS = 64
-HEAD_TOKENS = 512
-"""Of kernels/attention.py, kernels/experts.py, kernels/cross_entropy.py."""
 PROCESS_BYTES = {"cpu": 414e6, "cuda": 900e6}
 """A process without its model: interpreter, torch, the libraries that its first step loads. CPU: fitted, with REUSED, on the resident peaks
 of eight models of 0.4-121 M parameters, dense and mixtures, in full and in few bits (LAB.md; torch 2.13, glibc). CUDA: an estimate."""
-OWN_UPDATES_BYTES = -77e6
-"""torch.optim loads torch's compiler; the optimizers of few bits are our own."""
+OPTIMIZER_IMPORT_BYTES = 77e6
+"""Importing torch.optim also loads the compiler; our 8-bit optimizers don't need it."""
 REUSED = {False: 0.5, True: 1.0}
 """Share of the gradients that lies where activations were; with pages given back, all."""
 MUON_BYTES = 12.0
 """Work space for each number of the largest group of equally shaped matrices, where they are orthogonalised together (plain kernels)."""
-BLOCK = 256
-"""Of precision/moments.py: numbers that share a float32 scale."""
 CORPUS_BYTES = 95e6
 """What a run of `train` has more: tokenizer, corpus, metrics, evaluations. With PROCESS_BYTES what runs of 0.2-17 M active parameters were
 fitted to (LAB.md)."""
@@ -58,34 +54,30 @@ class Memory:
         return self.weights + self.gradients + self.optimizer + self.activations + self.process - self.reused
 
 
-def _matrices(c: ModelConfig) -> float:
+def matrix_weights(c: ModelConfig) -> int:
     """Weights that Muon updates: everything in layers but routers and norms."""
-    layers = range(c.num_layers + c.mtp_depth)
-    routers = c.num_moe_layers * c.n_routed_experts * c.hidden_size
-    return (
-        sum(attention_parameters(c) + feed_forward_parameters(c, i, False) for i in layers) - routers + c.mtp_depth * 2 * c.hidden_size**2
-    )
+    return sum(layer.common + layer.feed_forward.routed - layer.feed_forward.router for layer in layers(c))
 
 
 def weight_bytes(c: ModelConfig, p: PrecisionConfig = FULL) -> float:
     """Of the weights, and of their gradients; routers and norms are float32 always."""
-    narrow = _matrices(c) + (1 if c.tie_word_embeddings else 2) * c.vocab_size * c.hidden_size
+    narrow = matrix_weights(c) + (1 if c.tie_word_embeddings else 2) * c.vocab_size * c.hidden_size
     return 4.0 * (parameters(c).total + parameters(c).mtp) - (2.0 * narrow if p.weights == "bfloat16" else 0.0)
 
 
 def optimizer_bytes(c: ModelConfig, matrix: str, p: PrecisionConfig = FULL) -> float:
     """Moments: one number a weight under Muon, two under AdamW; a remainder of a byte for each bfloat16 weight where one is kept."""
     total = parameters(c).total + parameters(c).mtp
-    numbers = _matrices(c) + 2 * (total - _matrices(c)) if matrix == "muon" else 2 * total
+    numbers = matrix_weights(c) + 2 * (total - matrix_weights(c)) if matrix == "muon" else 2 * total
     remainder = (4.0 * total - weight_bytes(c, p)) / 2 if p.compensation == "kahan" else 0.0
-    return numbers * (4.0 if p.moments == "float32" else 1.0 + 4.0 / min(BLOCK, c.hidden_size)) + remainder
+    return numbers * (4.0 if p.moments == "float32" else 1.0 + 4.0 / min(MOMENT_BLOCK, c.hidden_size)) + remainder
 
 
 def _largest_group(c: ModelConfig) -> float:
     """Numbers in the largest batch of equally shaped matrices: Muon orthogonalises them together."""
-    dense = c.num_layers if not c.num_moe_layers else c.num_dense_layers
-    experts = c.num_moe_layers * c.n_routed_experts * 2 * c.moe_intermediate_size * c.hidden_size
-    return max(experts, (dense + (c.mtp_depth if not c.num_moe_layers else 0)) * 2 * c.intermediate_size * c.hidden_size)
+    every = [layer.feed_forward for layer in layers(c)]
+    stacks = sum(f.experts * 2 * f.width * f.hidden for f in every)
+    return max(stacks, sum(2 * f.width * f.hidden for f in every if not f.mixture))
 
 
 Path = Literal["plain", "passes", "products", "cuda"]
@@ -97,27 +89,23 @@ def path_of(config: Config, compiled: bool = True, bf16: bool = True) -> Path:
     t = config.train
     if t.device == "cuda":
         return "cuda"
-    if not compiled or not (t.threads == 1 or (t.replicas or 1) > 1):
+    if not compiled or t.kernels == "plain" or not (t.threads == 1 or (t.replicas or 1) > 1):
         return "plain"
     return "products" if bf16 and t.dtype == "bfloat16" else "passes"
 
 
-def saved_per_token(
-    c: ModelConfig, layer: int, seq_len: int, size: int, path: Path = "plain", balance: bool = True, eight_bit: bool = False
-) -> float:
+def saved_per_token(layer: Layer, seq_len: int, size: int, path: Path = "plain", balance: bool = True, eight_bit: bool = False) -> float:
     """Bytes that a layer keeps of one token for its backward pass. size: bytes of a number in the compute type."""
-    D, H = c.hidden_size, c.num_heads
-    dense = layer < c.num_dense_layers or c.num_dense_layers >= c.num_layers
-    K = c.head_dim if c.attention == "gqa" else c.qk_nope_head_dim + c.qk_rope_head_dim
-    V = c.head_dim if c.attention == "gqa" else c.v_head_dim
+    a, f, D = layer.attention, layer.feed_forward, layer.hidden
+    H, K, V = a.heads, a.key, a.value
     fused = path in ("passes", "products")
     again = fused and eight_bit  # what can be normed or gathered again is not kept
     numbers = (3 if again else 4) * D  # of two norms: the rows, normed or (fused) not, and what the projections take
-    shared = c.num_kv_heads if c.attention == "gqa" and fused else H  # the plain path repeats keys and values for every query head
+    shared = a.kv_heads if a.kind == "gqa" and fused else H  # the plain path repeats keys and values for every query head
     numbers += H * K + shared * (K + V) + H * V  # q, k, v laid out for attention, and its output
-    if c.attention == "mla":
-        numbers += (1 if again else 2) * (c.kv_lora_rank + (c.q_lora_rank or 0)) + (c.qk_rope_head_dim if fused else 0)
-        numbers += H * K if fused and c.q_lora_rank is None else 0
+    if a.kind == "mla":
+        numbers += (1 if again else 2) * (a.latent + (a.query_rank or 0)) + (a.rope if fused else 0)
+        numbers += H * K if fused and a.query_rank is None else 0
     if path == "cuda":
         numbers += H * V + H * max(0, K - V)
     elif path != "products":  # the probabilities of row blocks: a block's rows up to the diagonal's end
@@ -127,30 +115,35 @@ def saved_per_token(
     kept = 2 if fused else 3  # the compiled passes make the gated activations again
     scales = 4 * (6 + H + 2 * shared) if eight_bit else 0  # of rows: a head's queries, keys and values are rows of their own
     size = 1 if eight_bit else size
-    if dense:
-        return size * (numbers - again * D + kept * c.intermediate_size) + scales
-    numbers += c.n_shared_experts * kept * c.moe_intermediate_size
-    rows = c.num_experts_per_tok
-    per_row = (0 if again else D) + 2 * c.moe_intermediate_size + 1 + (2 * c.moe_intermediate_size if path == "cuda" else 0)
-    router = (2 if eight_bit else 4) * D + 4 * c.n_routed_experts * (3 if balance else 1) + rows * (8 + 4 + 4 + 8)
+    numbers += kept * f.common_width
+    if not f.mixture:
+        return size * (numbers - again * D) + scales
+    rows = f.chosen
+    per_row = (0 if again else D) + 2 * f.width + 1 + (2 * f.width if path == "cuda" else 0)
+    router = (2 if eight_bit else 4) * D + 4 * f.experts * (3 if balance else 1) + rows * (8 + 4 + 4 + 8)
     return size * (numbers + rows * per_row) + scales + router + rows * 8
 
 
-def filler_bytes(c: ModelConfig, tokens: float, size: int) -> float:
+def filler_bytes(f: FeedForward, size: int) -> float:
     """Rows that fill each expert's group up to a multiple of EXPERT_ROWS on a CPU, on average half of one, in one layer."""
-    return c.n_routed_experts * EXPERT_ROWS / 2 * (size * (c.hidden_size + 2 * c.moe_intermediate_size + 1) + 8)
+    return f.experts * EXPERT_ROWS / 2 * (size * (f.hidden + 2 * f.width + 1) + 8)
 
 
 def _copied(c: ModelConfig, path: Path, whole: bool) -> float:
     """Weights that the plain kernels keep in the compute type too: all but a CPU's experts; of 16-bit ones those that are joined."""
-    experts = c.num_moe_layers * c.n_routed_experts * 3 * c.moe_intermediate_size * c.hidden_size
     if whole:
-        return _matrices(c) - (experts if path == "plain" else 0)
-    layers = c.num_layers + c.mtp_depth
-    first = c.q_lora_rank or c.num_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim)
-    joined = layers * (first + c.kv_lora_rank + c.qk_rope_head_dim) if c.attention == "mla" else 0
-    joined += (layers - c.num_moe_layers) * 2 * c.intermediate_size + c.num_moe_layers * c.n_shared_experts * 2 * c.moe_intermediate_size
+        return matrix_weights(c) - (sum(layer.feed_forward.routed for layer in layers(c)) if path == "plain" else 0)
+    joined = 0
+    for layer in layers(c):
+        a = layer.attention
+        joined += sum(a.shapes[name][0] for name in a.inputs) if a.kind == "mla" else 0
+        joined += 2 * layer.feed_forward.common_width
     return joined * c.hidden_size
+
+
+def _ends(c: ModelConfig) -> tuple[Layer, Layer]:
+    """The first and the last decoder layer: a dense one and a mixture, where the model has both."""
+    return layers(c)[0], layers(c)[c.num_layers - 1]
 
 
 def activations(config: Config, rows: int, seq_len: int, path: Path = "plain") -> float:
@@ -159,17 +152,15 @@ def activations(config: Config, rows: int, seq_len: int, path: Path = "plain") -
     size = 2 if t.dtype == "bfloat16" else 4
     tokens = rows * seq_len
     eight_bit = config.precision.activations == "int8" and size == 2 and not t.recompute
-    layers = range(c.num_layers + c.mtp_depth)
     kept = 0.0
-    for layer in layers:
+    for layer in layers(c):
         if t.recompute:
             kept += tokens * c.hidden_size * size
             continue
-        moe = not (layer < c.num_dense_layers or c.num_dense_layers >= c.num_layers)
-        kept += tokens * saved_per_token(c, layer, seq_len, size, path, t.sequence_balance > 0, eight_bit)
-        kept += filler_bytes(c, tokens, size) if moe and path in ("plain", "passes") else 0.0
+        kept += tokens * saved_per_token(layer, seq_len, size, path, t.sequence_balance > 0, eight_bit)
+        kept += filler_bytes(layer.feed_forward, size) if layer.mixture and path in ("plain", "passes") else 0.0
     if t.recompute:  # one layer at a time is whole
-        kept += tokens * max(saved_per_token(c, layer, seq_len, size, path) for layer in (0, c.num_layers - 1))
+        kept += tokens * max(saved_per_token(layer, seq_len, size, path) for layer in _ends(c))
     heads = 1 + c.mtp_depth
     kept += size * tokens * c.hidden_size * (2 * heads + 4 * c.mtp_depth)  # last norms, their gradients; the MTP modules' joined inputs
     whole = config.precision.weights == "float32"
@@ -199,14 +190,14 @@ def training_memory(config: Config, measured: bool = False, path: Path | None = 
     head = replicas * (2 * HEAD_TOKENS * c.vocab_size * size + c.vocab_size * c.hidden_size * size)
     device = t.device or "cpu"
     # The compiled update works matrix by matrix, on less than a layer's backward pass takes besides what was kept.
-    work = max(rows * seq_len * saved_per_token(c, layer, seq_len, size, path) for layer in (0, c.num_layers - 1)) * replicas
+    work = max(rows * seq_len * saved_per_token(layer, seq_len, size, path) for layer in _ends(c)) * replicas
     if config.optim.matrix == "muon" and path != "products" and not small:
         work = max(work, MUON_BYTES * _largest_group(c))
     if p.weights == "bfloat16":  # a layer's gradients, before they are rounded
-        work += 4 * max(feed_forward_parameters(c, layer, False) for layer in (0, c.num_layers - 1)) * replicas
+        work += 4 * max(layer.feed_forward.common + layer.feed_forward.routed for layer in _ends(c)) * replicas
     # Twins' gradients are added to the first model's: for a moment there are those too.
     gradients = weights * replicas
-    process = PROCESS_BYTES[device] + work + weights * (replicas - 1) + (OWN_UPDATES_BYTES if small and device == "cpu" else 0.0)
+    process = PROCESS_BYTES[device] + work + weights * (replicas - 1) - (OPTIMIZER_IMPORT_BYTES if small and device == "cpu" else 0.0)
     if measured and device == "cpu":
         process += CORPUS_BYTES
     if measured and path == "plain":

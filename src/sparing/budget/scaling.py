@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
+from sparing.base.files import write_atomic
 from sparing.base.hardware import home
 from sparing.budget.estimate import Estimate
-from sparing.run import write_atomic
 
 N0, D0 = 1e6, 1e7
 """Where the priors of the two terms are stated, so that exponents and sizes hardly depend on each other."""

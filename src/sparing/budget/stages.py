@@ -7,20 +7,20 @@ from typing import Any
 
 from sparing.account.prices import Rates, device, rates_for
 from sparing.base.hardware import Machine
-from sparing.budget.cluster import EFFICIENCY, Layout, device_hours, held_parameters
+from sparing.budget.cluster import EFFICIENCY, MICRO_TOKENS, Layout, device_hours, held_parameters
 from sparing.budget.estimate import Estimate, around, exactly
 from sparing.budget.flops import kv_cache_bytes, parameters, train_flops
 from sparing.budget.memory import saved_per_token
 from sparing.budget.plan import as_json
 from sparing.config import ModelConfig, UserError
 from sparing.config_file import check_section, nearest
+from sparing.layers import layers
 
 SPREAD = 0.25
 """Half-width of stated hours: what the published runs that were not fitted stay within (docs/planning.md)."""
 SOURCE = f"kernel figures of the H800, efficiency {EFFICIENCY} fitted on DeepSeek-V3 (budget/cluster.py)"
 FIELDS = {"tokens", "usd_per_hour", "hours", "hours_of", "layout", "stage"}
 STAGE_FIELDS = {"name", "tokens", "extra", "seq_len", "batch_size"}
-MICRO_TOKENS = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,13 +59,13 @@ def memory_of(c: ModelConfig, seq_len: int, layout: Layout) -> dict[str, float]:
     copies = max(1.0, layout.devices / (layout.pipeline * max(layout.expert, layout.tensor)))
     in_flight = layout.pipeline + 1 if layout.schedule == "dualpipe" else layout.pipeline
     size = 1 if layout.format == "fp8" else 2
-    layers = range(c.num_layers + c.mtp_depth)
     if layout.recompute == "full":
-        kept = sum(2.0 * c.hidden_size for _ in layers)
+        kept = 2.0 * c.hidden_size * len(layers(c))
     else:
-        kept = sum(saved_per_token(c, i, seq_len, size, "cuda") for i in layers)
-        if layout.recompute == "up" and c.attention == "mla":  # queries, keys and values are made again
-            kept -= len(layers) * size * c.num_heads * 2 * (c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim / 2)
+        kept = sum(saved_per_token(layer, seq_len, size, "cuda") for layer in layers(c))
+        if layout.recompute == "up":  # MLA's queries, keys and values are made again
+            heads = [layer.attention for layer in layers(c) if layer.attention.kind == "mla"]
+            kept -= size * sum(a.heads * 2 * (a.key + a.value / 2) for a in heads)
     return {
         "weights": 2.0 * held,
         "gradients": 4.0 * held,

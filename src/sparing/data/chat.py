@@ -71,11 +71,11 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise UserError(f"the chat template is no Jinja template: {error}") from None
 
-    def render(self, messages: list[dict[str, Any]], tools: list[dict] | None = None, prompt: bool = True, end_of_text: str = "") -> str:
-        """The text before the answer. prompt: with the words that begin an answer. Raises UserError when the template refuses."""
+    def render(self, messages: list[dict[str, Any]], tools: list[dict] | None = None, end_of_text: str = "") -> str:
+        """The text before the answer, with the words that begin one. Raises UserError when the template refuses."""
         try:
             return self._template.render(
-                messages=messages, tools=tools, add_generation_prompt=prompt, bos_token=end_of_text, eos_token=end_of_text
+                messages=messages, tools=tools, add_generation_prompt=True, bos_token=end_of_text, eos_token=end_of_text
             )
         except UserError:
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -22,19 +23,29 @@ class Batch:
     """(B, T) int64."""
     targets: torch.Tensor
     """(B, T, K) int64: [..., j] is the token 1 + j ahead in the same document; -100: does not count."""
-    documents: torch.Tensor
-    """(B, T) int32: pieces of different documents in a row have different numbers, from 0; padding is a piece of its own."""
+    documents: torch.Tensor | None = None
+    """(B, T) int32: pieces of different documents in a row have different numbers, from 0; padding is a piece of its own. None: every row
+    is one document."""
+    weights: torch.Tensor | None = None
+    """(B, T) float32: how much each position's targets count; None: all alike."""
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        values = (getattr(self, field.name) for field in fields(self))
+        return Batch(*(None if value is None else change(value) for value in values))
+
+    def __len__(self) -> int:
+        return len(self.tokens)
 
     def to(self, device: torch.device | str) -> Batch:
-        return Batch(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+        return self._each(lambda x: x.to(device, non_blocking=True))
 
     def cut(self, length: int) -> Batch:
         """Rows cut into pieces of `length` tokens, which divides T: (B * T / length, length)."""
-        return Batch(*(getattr(self, field.name).unflatten(1, (-1, length)).flatten(0, 1) for field in fields(self)))
+        return self._each(lambda x: x.unflatten(1, (-1, length)).flatten(0, 1))
 
     def __getitem__(self, rows: slice) -> Batch:
         """A micro-batch."""
-        return Batch(self.tokens[rows], self.targets[rows], self.documents[rows])
+        return self._each(lambda x: x[rows])
 
 
 class Loader:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from sparing.base.files import file_sha256, write_atomic
+from sparing.base.hardware import cores
 from sparing.config import DataConfig, UserError
 from sparing.data.files import find_files, fingerprint
 from sparing.data.pool import encode_chunks
@@ -29,7 +31,7 @@ from sparing.data.scan import (
 from sparing.data.sources import documents, pieces
 from sparing.data.split import SECTION_BYTES, content_hash, held_out_bound, threshold
 from sparing.data.stop import check
-from sparing.data.store import ShardWriter, TokenStore, file_sha256, write_whole
+from sparing.data.store import ShardWriter, TokenStore
 from sparing.data.tokenizer import Tokenizer, train_tokenizer
 
 CHUNK_BYTES = 1 << 20
@@ -174,7 +176,7 @@ def _tokenise(config, files, facts, tokenizer, folder, root, progress, should_st
         more = replace(config, max_tokens=4 * config.max_tokens)
         return _tokenise(more, files, facts, tokenizer, folder, root, progress, should_stop)
     lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for _, text in sorted(held_out)]
-    write_whole(folder / "held_out.jsonl", "".join(lines))
+    write_atomic(folder / "held_out.jsonl", "".join(lines))
     return writer
 
 
@@ -199,14 +201,13 @@ def _seal(folder: Path, key: str, facts: CorpusFacts, tokenizer: Tokenizer, writ
         "shards": [{name: shard[name] for name in ("tokens", "index", "documents")} for shard in writer.shards],
         "files": files,
     }  # fmt: skip
-    write_whole(folder / "manifest.json", json.dumps(manifest, indent=1))
+    write_atomic(folder / "manifest.json", json.dumps(manifest, indent=1))
 
 
 def _workers(config: DataConfig) -> int:
     if config.workers is not None and config.workers < 1:
         raise UserError(f"data.workers must be at least 1, not {config.workers}")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return config.workers or min(cores, MAX_WORKERS)
+    return config.workers or min(cores(), MAX_WORKERS)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from sparing.base.files import FULL
+from sparing.base.hardware import home
 from sparing.config import DataConfig, UserError
 from sparing.data.files import SourceFile, find_files, fingerprint, kind_of
 from sparing.data.sources import Rejected, documents, pieces
@@ -61,8 +63,7 @@ def section_hash(document_hash: int, index: int) -> int:
 
 def data_home() -> Path:
     """`$SPARING_HOME/data`, default `~/.local/share/sparing/data`."""
-    home = os.environ.get("SPARING_HOME")
-    return (Path(home).expanduser() if home else Path.home() / ".local/share/sparing") / "data"
+    return home() / "data"
 
 
 def corpus_fingerprint(config: DataConfig, files: list[SourceFile]) -> str:
@@ -111,7 +112,7 @@ def room_in(root: Path) -> Iterator[None]:
         yield
     except OSError as error:
         advice = "set SPARING_HOME to a folder on another disk"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno in FULL:
             raise UserError(f"no space left for the prepared corpus in {root}: free some, or {advice}") from None
         if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EPERM):
             raise UserError(f"cannot write the prepared corpus to {root} ({error.strerror}): {advice}") from None

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sparing.base.files import write_atomic
 from sparing.config import UserError
 from sparing.data.tokenizer import Tokenizer
 
@@ -84,22 +85,12 @@ class TokenStore:
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.load(self.path)
 
-    @property
-    def fingerprint(self) -> str:
-        return self.manifest["fingerprint"]
-
-    def verify(self) -> None:
-        """Compare every file with its checksum. Raises UserError."""
-        for name, entry in self.manifest["files"].items():
-            if file_sha256(self.path / name) != entry["sha256"]:
-                raise UserError(f"{self.path / name} is damaged (its checksum differs): delete the folder to build it anew")
-
 
 class ShardWriter:
     """Writes shards into a folder and remembers, in journal.json, which are whole, so that building can go on after a kill."""
 
-    def __init__(self, folder: Path, dtype: np.dtype, eot_id: int, shard_tokens: int = SHARD_TOKENS):
-        self.folder, self.dtype, self.shard_tokens = folder, dtype, shard_tokens
+    def __init__(self, folder: Path, dtype: np.dtype, eot_id: int):
+        self.folder, self.dtype = folder, dtype
         self.eot = np.array([eot_id], dtype)
         self.shards: list[dict] = []
         self.written = 0
@@ -126,7 +117,7 @@ class ShardWriter:
         for hash, ids in parts:
             self._index.extend((len(ids) + 1, hash))
             self._tokens += len(ids) + 1
-        if self._tokens >= self.shard_tokens:
+        if self._tokens >= SHARD_TOKENS:
             self.end_shard()
 
     def end_shard(self) -> None:
@@ -144,24 +135,9 @@ class ShardWriter:
         self.shards.append({**shard, "sha256": self._digest.hexdigest()})
         self.written += len(index)
         sizes = {name: (self.folder / name).stat().st_size for shard in self.shards for name in (shard["tokens"], shard["index"])}
-        write_whole(self.folder / "journal.json", json.dumps({"shards": self.shards, "written": self.written, "sizes": sizes}))
+        write_atomic(self.folder / "journal.json", json.dumps({"shards": self.shards, "written": self.written, "sizes": sizes}))
 
     def close(self) -> None:
         """Let go of an unfinished shard's file (an error or a stop is on its way)."""
         if self._file is not None:
             self._file.close()
-
-
-def file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_whole(path: Path, text: str) -> None:
-    """All of it or nothing: written beside, synchronised, renamed."""
-    beside = path.with_name(f"{path.name}.partial")
-    with open(beside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)

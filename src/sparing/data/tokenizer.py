@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -14,6 +13,7 @@ import numpy as np
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
+from sparing.base.files import write_atomic
 from sparing.config import UserError
 from sparing.data.stop import check
 
@@ -124,11 +124,8 @@ class Tokenizer:
         return self._text
 
     def save(self, path: str | Path) -> None:
-        """Written beside and renamed."""
-        path = Path(path)
-        beside = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        beside.write_text(self._text, encoding="utf-8")
-        os.replace(beside, path)
+        """All of it or nothing."""
+        write_atomic(path, self._text)
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:

@@ -17,7 +17,7 @@ import numpy as np
 
 from sparing.config import UserError
 from sparing.data.tokenizer import Tokenizer
-from sparing.infer.calibration import calibrate, digest, milder, mixtures, room, save, saved, windows
+from sparing.infer.calibration import calibrate, decoder_mixtures, digest, milder, room, save, saved, windows
 from sparing.infer.compiled import CompiledNetwork
 from sparing.infer.network import TorchNetwork
 from sparing.infer.request import Piece, Request, Sampling, TokenLogprob
@@ -51,7 +51,7 @@ class Approximation:
         if isinstance(network, TorchNetwork):
             raise UserError(f"{run} runs in plain PyTorch here, where approximate answers would save nothing")
         c, format = network.c, network.format
-        if not mixtures(c):
+        if not decoder_mixtures(c):
             raise UserError(f"{run} has no experts to leave out: it answers exactly only")
         if not 1 <= allowed.floor <= c.num_experts_per_tok:
             raise UserError(f"approximate floor {allowed.floor}: must be from 1 to {c.num_experts_per_tok}, the model's experts a token")
@@ -71,7 +71,7 @@ class Approximation:
         self.shares = None if (shares >= 1).all() else shares
         """Of new requests; None: as exact as any."""
         self.back_offs = 0
-        self._layers, self._counts = len(mixtures(c)), Counter()
+        self._layers, self._counts = len(decoder_mixtures(c)), Counter()
         self._forget()
 
     def _forget(self) -> None:

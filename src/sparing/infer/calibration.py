@@ -20,13 +20,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from sparing.base.files import write_atomic
 from sparing.config import ModelConfig, UserError
 from sparing.data.tokenizer import Tokenizer
 from sparing.infer.cache import BLOCK
 from sparing.infer.compiled import CompiledNetwork
 from sparing.infer.network import Rows
 from sparing.infer.pack import places
-from sparing.run import RunFolder, write_atomic
+from sparing.layers import mixtures
+from sparing.run import RunFolder
 
 TOKENS, FEWEST, WINDOW, PIECE = 32_768, 4_096, 512, 256
 """Most and fewest tokens that are read, the texts' length, rows of a step."""
@@ -93,9 +95,9 @@ def save(run: RunFolder, format: str, calibration: Calibration) -> Path | None:
     return None
 
 
-def mixtures(c: ModelConfig) -> range:
-    """The main model's layers that have experts."""
-    return range(c.num_dense_layers, c.num_layers)
+def decoder_mixtures(c: ModelConfig) -> list[int]:
+    """Numbers of the decoder's layers that have experts; drafts of MTP modules use all of theirs."""
+    return [layer.index for layer in mixtures(c) if not layer.mtp]
 
 
 def room(network: CompiledNetwork) -> int:
@@ -133,7 +135,7 @@ def score(network: CompiledNetwork, texts: Sequence[Sequence[int]], shares: np.n
             used += 0 if network.used is None else int(network.used.sum())
             found.append(F.cross_entropy(logits, torch.tensor(ids[start + 1 : start + 1 + len(piece)]), reduction="none"))
     nats = torch.cat(found).double().numpy()
-    return nats, network.c.num_experts_per_tok if shares is None else used / len(nats) / len(mixtures(network.c))
+    return nats, network.c.num_experts_per_tok if shares is None else used / len(nats) / len(decoder_mixtures(network.c))
 
 
 def _affordable(network: CompiledNetwork, found: list[list[int]]) -> list[list[int]]:
@@ -143,7 +145,7 @@ def _affordable(network: CompiledNetwork, found: list[list[int]]) -> list[list[i
         before = time.perf_counter()
         score(network, [ids], None)
         took = time.perf_counter() - before
-    passes = (STEPS * len(mixtures(network.c)) + 4) / 2  # each scores every other window
+    passes = (STEPS * len(decoder_mixtures(network.c)) + 4) / 2  # each scores every other window
     least = -(-FEWEST // max(1, len(found[0]) - 1)) + 1
     count = max(least, int(LIMIT_S / (passes * took)))
     if count >= len(found):
@@ -161,7 +163,7 @@ def calibrate(network: CompiledNetwork, tokenizer: Tokenizer, texts: Sequence[st
     network.model.least = floor
     shares: np.ndarray | None = np.ones(network.model.all_layers, np.float32)
     full = score(network, fitted, None)[0].mean()
-    layers = mixtures(network.c)
+    layers = decoder_mixtures(network.c)
     for number, layer in enumerate(layers, 1):  # what a layer leaves of its allowance goes to those after it
         low, high = 1 / network.c.num_experts_per_tok, 1.0
         for _ in range(STEPS):

@@ -11,6 +11,7 @@ from sparing.config import ModelConfig, UserError
 from sparing.infer.network import Rows, cache_width
 from sparing.infer.pack import Pack
 from sparing.kernels.decode import BLOCK, FORMATS, SCORING, Batch, Layer, Matrix, Model, Residency, address, library
+from sparing.layers import layers, mixtures
 from sparing.model.rope import rotary_table, softmax_scale
 
 
@@ -24,7 +25,7 @@ def fits(c: ModelConfig) -> str | None:
         widths |= {name: getattr(c, name) or 0 for name in names}
     else:
         widths["head_dim"] = c.head_dim
-    if c.is_moe:
+    if mixtures(c):
         widths["moe_intermediate_size"] = c.moe_intermediate_size
     odd = [name for name, width in widths.items() if width % 16]
     return f"{odd[0]} is {widths[odd[0]]}, not a multiple of 16" if odd else None
@@ -59,19 +60,19 @@ class CompiledNetwork:
         if found is None:
             raise UserError("the compiled step needs a C compiler (cc)")
         self._library = found
-        layers = c.num_layers + c.mtp_depth
+        every = len(layers(c))
         mla = c.attention == "mla"
         # Pages of an empty tensor are not there until something is written to them.
-        self.cache = torch.empty(blocks, layers, BLOCK, cache_width(c))
+        self.cache = torch.empty(blocks, every, BLOCK, cache_width(c))
         self._turns = torch.view_as_real(rotary_table(c, c.max_position_embeddings)).contiguous()
-        self._layers = (Layer * layers)(*(self._layer(i) for i in range(layers)))
-        moe = c.is_moe and c.num_moe_layers > 0
+        self._layers = (Layer * every)(*(self._layer(i) for i in range(every)))
+        moe = bool(mixtures(c))
         self.model = Model(
             hidden=c.hidden_size, heads=c.num_heads, nope=c.qk_nope_head_dim, rope=c.qk_rope_head_dim, value=c.v_head_dim,
             latent=c.kv_lora_rank, q_rank=c.q_lora_rank or 0, kv_heads=c.num_kv_heads, head_dim=c.head_dim, latent_attention=int(mla),
             experts=c.n_routed_experts if moe else 0, chosen=c.num_experts_per_tok, least=1, groups=c.n_group, chosen_groups=c.topk_group,
             scoring=SCORING[c.scoring_func], normalise=int(c.norm_topk_prob), expert_width=c.moe_intermediate_size,
-            vocabulary=c.vocab_size, layers=c.num_layers, all_layers=layers, width=cache_width(c), embed_bf16=int(format != "float32"),
+            vocabulary=c.vocab_size, layers=c.num_layers, all_layers=every, width=cache_width(c), embed_bf16=int(format != "float32"),
             quantised=int(format in ("int8", "int4")), eps=c.rms_norm_eps, scale=softmax_scale(c), routed_scale=c.routed_scaling_factor,
             embed=pack.at("embed"), final_norm=pack.at("norm"), rotary=self._turns.data_ptr(), cache=self.cache.data_ptr(),
             head=self._matrix("head"), layer=self._layers,
@@ -79,7 +80,7 @@ class CompiledNetwork:
         if expert_bytes and moe:
             self._limit_experts(expert_bytes)
         self._batch = Batch()
-        self._whole = np.ones(layers, np.float32)
+        self._whole = np.ones(every, np.float32)
         self.used: np.ndarray | None = None
         self.threads = threads
         """How many of the pool's threads take part: may be lowered, and raised again, between steps."""

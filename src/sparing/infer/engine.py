@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from sparing.base.hardware import cores
 from sparing.config import UserError
 from sparing.config_file import read_config
 from sparing.data.tokenizer import Tokenizer
@@ -21,14 +22,15 @@ from sparing.infer.approximate import Approximate, Approximation, begin, note
 from sparing.infer.cache import BLOCK, BlockPool
 from sparing.infer.compiled import CompiledNetwork
 from sparing.infer.loaded import Model, load
-from sparing.infer.network import Rows, TorchNetwork, cache_width
+from sparing.infer.network import Rows, TorchNetwork
 from sparing.infer.pack import open_pack
-from sparing.infer.place import cores, settle, slower
+from sparing.infer.place import settle, slower
 from sparing.infer.request import Busy, Piece, Request, Sampling
 from sparing.infer.sample import choose, logprob
 from sparing.infer.scheduler import Scheduler, Share, Text
 from sparing.infer.speculate import propose
 from sparing.infer.text import TextStream
+from sparing.layers import layers
 from sparing.run import RunFolder
 
 MAX_DRAFT = 3
@@ -85,8 +87,8 @@ class Engine:
             raise UserError(f"a limit for experts needs the compiled step ({plain})")
         self.context: int = self.config.max_position_embeddings
         self.max_batch, self.max_queue = max_batch or 16, max_queue
-        layers, numbers = self.config.num_layers + self.config.mtp_depth, 2 if plain and self.weights == "bfloat16" else 4
-        per_block = BLOCK * layers * cache_width(self.config) * numbers
+        numbers = 2 if plain and self.weights == "bfloat16" else 4
+        per_block = BLOCK * sum(layer.attention.cache_width for layer in layers(self.config)) * numbers
         whole = self.max_batch * -(-self.context // BLOCK)
         self.cache_bytes = min(whole * per_block, 1 << 30) if cache_bytes is None else cache_bytes
         blocks = min(whole, self.cache_bytes // per_block)
@@ -110,7 +112,7 @@ class Engine:
         self._ends = {self.tokenizer.eot_id, *(i for i in ends if i is not None)}
         self._counts: Counter[str] = Counter()
         self._news = threading.Condition()
-        self._closing = self._draining = False
+        self._closing = False
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
@@ -136,7 +138,7 @@ class Engine:
         if sampling.approximate:
             begin(self.approximate, text)
         with self._news:
-            if self._closing or self._draining:
+            if self._closing:
                 raise Busy("the engine is shutting down")
             if len(self._scheduler.waiting) >= self.max_queue:
                 raise Busy(f"{self.max_queue} requests are waiting already")
@@ -164,12 +166,6 @@ class Engine:
             }
             state |= {**self._counts, **self._network.metrics(), **(self.approximate.metrics() if self.approximate else {})}
             return {name: float(value) for name, value in state.items()}
-
-    def drain(self, timeout: float | None = None) -> bool:
-        """Take no more requests and wait for those under way; whether they finished in time (seconds)."""
-        with self._news:
-            self._draining = True
-            return self._news.wait_for(lambda: not (self._scheduler.running or self._scheduler.waiting), timeout)
 
     def close(self) -> None:
         """Cancel what is under way and stop."""
@@ -295,7 +291,7 @@ class Engine:
                 self._counts[name + "_total"] += text.request.usage[name]
             self._counts["requests_total"] += 1
             self._counts[f"requests_{reason}_total"] += 1
-            self._scheduler.waiting.extend(self.approximate.again(text, reason) if self.approximate and not self._draining else ())
+            self._scheduler.waiting.extend(self.approximate.again(text, reason) if self.approximate else ())
             self._news.notify_all()
         last = text.stream.finish() if flush else None
         if last:

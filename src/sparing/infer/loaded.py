@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sparing.base.files import DamagedError
 from sparing.config import Config, UserError
 from sparing.config_file import read_config
 from sparing.data.tokenizer import Tokenizer
 from sparing.infer.request import Sampling
 from sparing.model.transformer import Transformer
-from sparing.run import DamagedError, RunFolder, read_tensors
+from sparing.run import RunFolder, fill, read_tensors
 
 
 class Model:
@@ -65,16 +66,10 @@ def load(run: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float3
         if parameter.dim() > 1 and ".gate." not in name:
             parameter.data = parameter.data.to(dtype)
     network.to(device).compute_dtype = dtype
-    state = network.state_dict()
     try:
-        for name, tensor in read_tensors(folder.weights_file):
-            if name not in state or state[name].shape != tensor.shape:
-                raise UserError(f"{folder.weights_file}: {name} does not belong to the model of config.toml")
-            state.pop(name).copy_(tensor)
+        fill(network.state_dict(), read_tensors(folder.weights_file), folder.weights_file)
     except DamagedError as error:
         raise UserError(f"{run} has no usable weights: {error}") from None
-    if state:
-        raise UserError(f"{folder.weights_file}: {next(iter(state))} is missing")
     network.eval()
     tokenizer = Tokenizer.load(folder.tokenizer_file) if folder.tokenizer_file.exists() else None
     return Model(folder, config, network, tokenizer)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sparing.config import ModelConfig
 from sparing.infer.cache import BLOCK
+from sparing.layers import layers
 from sparing.model.experts import MoE
 from sparing.model.rope import rotary_table, rotate, softmax_scale
 from sparing.model.transformer import Transformer
@@ -63,7 +64,7 @@ def thinned(weights_NK: Tensor, share_N: Tensor, floor: int) -> Tensor:
 
 def cache_width(c: ModelConfig) -> int:
     """Numbers that a cached token needs in each layer."""
-    return c.kv_lora_rank + c.qk_rope_head_dim if c.attention == "mla" else 2 * c.num_kv_heads * c.head_dim
+    return layers(c)[0].attention.cache_width
 
 
 class TorchNetwork:
@@ -79,7 +80,7 @@ class TorchNetwork:
 
     def __init__(self, model: Transformer, blocks: int):
         self.model, self.c, self.device = model.eval(), model.config, model.head_weight.device
-        shape = (model.config.num_layers + model.config.mtp_depth, blocks, BLOCK, cache_width(model.config))
+        shape = (len(layers(model.config)), blocks, BLOCK, cache_width(model.config))
         self.cache = torch.empty(shape, dtype=model.compute_dtype, device=self.device)
         self.table = rotary_table(model.config, model.config.max_position_embeddings).to(self.device)
         self.scale = softmax_scale(model.config)

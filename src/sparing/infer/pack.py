@@ -19,9 +19,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sparing.base.files import DamagedError, DiskFullError, atomic_file
+from sparing.base.hardware import home
 from sparing.config import ModelConfig, UserError
 from sparing.kernels.decode import GROUP, PANEL
-from sparing.run import DamagedError, DiskFullError, RunFolder, atomic_file
+from sparing.layers import EMBED, HEAD, SELECTION_BIAS, Layer, layers, shapes
+from sparing.run import RunFolder
 
 VERSION = 1
 PAGE = 4096
@@ -95,76 +98,71 @@ def _bytes(format: str, N: int, K: int) -> int:
 class _Writer:
     """The parts of a model, and where they come from."""
 
-    def __init__(self, c: ModelConfig, format: str, get: Callable[[str], Tensor], shape: Callable[[str], list[int]]):
-        self.c, self.format, self.get, self.shape = c, format, get, shape
+    def __init__(self, c: ModelConfig, format: str, get: Callable[[str], Tensor]):
+        self.format, self.get, self.shapes = format, get, shapes(c)
         self.parts: dict[str, Part] = {}
-        self.numbers("embed", "model.embed_tokens.weight", "float32" if format == "float32" else "bfloat16")
+        self.numbers("embed", EMBED, "float32" if format == "float32" else "bfloat16")
         self.numbers("norm", "model.norm.weight")
-        head = "model.embed_tokens.weight" if c.tie_word_embeddings else "lm_head.weight"
-        self.matrix("head", (c.vocab_size, c.hidden_size), lambda: get(head), fine=True)
-        for i in range(c.num_layers + c.mtp_depth):
-            self.layer(i)
+        self.matrix("head", [EMBED if c.tie_word_embeddings else HEAD], fine=True)
+        for layer in layers(c):
+            self.layer(layer)
 
     def numbers(self, name: str, source: str, format: str = "float32") -> None:
         """A tensor as it is."""
         dtype = getattr(torch, format)
         make = lambda: iter([self.get(source).to(dtype).contiguous().flatten().view(torch.uint8)])  # noqa: E731
-        self.parts[name] = Part(format, 0, math.prod(self.shape(source)), 1, 0, make=make)
+        self.parts[name] = Part(format, 0, math.prod(self.shapes[source]), 1, 0, make=make)
 
-    def matrix(self, name: str, shape: tuple[int, int], get: Callable[[], Tensor], fine: bool = False, format: str | None = None) -> None:
-        """`fine`: int4 would cost more than it saves."""
+    def matrix(self, name: str, sources: list[str], fine: bool = False, format: str | None = None) -> None:
+        """Matrices of the same input one below the other. `fine`: int4 would cost more than it saves."""
+        rows, columns = sum(self.shapes[source][0] for source in sources), self.shapes[sources[0]][1]
         format = format or self.format
-        format = "int8" if format == "int4" and (fine or shape[1] % GROUP) else format
-        self.parts[name] = Part(format, *shape, 1, 0, make=lambda: iter([pack(get(), format)]))
+        format = "int8" if format == "int4" and (fine or columns % GROUP) else format
 
-    def heads(self, name: str, get: Callable[[], Tensor], shape: tuple[int, int]) -> None:
+        def make() -> Iterator[Tensor]:
+            whole = self.get(sources[0]) if len(sources) == 1 else torch.cat([self.get(source) for source in sources])
+            yield pack(whole, format)
+
+        self.parts[name] = Part(format, rows, columns, 1, 0, make=make)
+
+    def heads(self, name: str, count: int, get: Callable[[], Tensor], shape: tuple[int, int]) -> None:
         format = "int8" if self.format == "int4" else self.format
-        count = self.c.num_heads
         self.parts[name] = Part(format, *shape, count, _bytes(format, *shape), make=lambda: (pack(w, format) for w in get()))
 
-    def layer(self, i: int) -> None:
-        c, get, at = self.c, self.get, f"model.layers.{i}."
-        D, H = c.hidden_size, c.num_heads
+    def layer(self, layer: Layer) -> None:
+        i, at, attention = layer.index, f"model.layers.{layer.index}.", layer.attention
         a = at + "self_attn."
         self.numbers(f"{i}.input_norm", at + "input_layernorm.weight")
         self.numbers(f"{i}.post_norm", at + "post_attention_layernorm.weight")
-        if c.attention == "mla":
-            N, V, C, R = c.qk_nope_head_dim, c.v_head_dim, c.kv_lora_rank, c.qk_rope_head_dim
-            query, width = ("q_proj", H * (N + R)) if c.q_lora_rank is None else ("q_a_proj", c.q_lora_rank)
-            names = [f"{a}{query}.weight", f"{a}kv_a_proj_with_mqa.weight"]
+        if attention.kind == "mla":
+            H, N, V, C = attention.heads, attention.nope, attention.value, attention.latent
             self.numbers(f"{i}.kv_norm", a + "kv_a_layernorm.weight")
-            if c.q_lora_rank is not None:
+            if attention.query_rank is not None:
                 self.numbers(f"{i}.q_norm", a + "q_a_layernorm.weight")
-                self.matrix(f"{i}.q_b", (H * (N + R), c.q_lora_rank), lambda: get(a + "q_b_proj.weight"))
-            kv_b = lambda: get(a + "kv_b_proj.weight").unflatten(0, (H, N + V))  # noqa: E731
-            self.heads(f"{i}.k_b", lambda: kv_b()[:, :N].transpose(1, 2), (C, N))
-            self.heads(f"{i}.v_b", lambda: kv_b()[:, N:], (V, C))
-            width, out = width + C + R, H * V
-        else:
-            names = [f"{a}{name}_proj.weight" for name in "qkv"]
-            width, out = (H + 2 * c.num_kv_heads) * c.head_dim, H * c.head_dim
-        self.matrix(f"{i}.first", (width, D), lambda: torch.cat([get(name) for name in names]), fine=True)
-        self.matrix(f"{i}.o", (D, out), lambda: get(a + "o_proj.weight"))
-        dense = i < c.num_dense_layers or c.num_dense_layers >= c.num_layers
-        mlp = at + ("mlp." if dense else "mlp.shared_experts.")
-        if F := c.intermediate_size if dense else c.moe_intermediate_size * c.n_shared_experts:
-            self.matrix(f"{i}.gate_up", (2 * F, D), lambda: torch.cat([get(f"{mlp}{n}_proj.weight") for n in ("gate", "up")]))
-            self.matrix(f"{i}.down", (D, F), lambda: get(mlp + "down_proj.weight"))
-        if not dense:
-            self.numbers(f"{i}.bias", at + "mlp.gate.e_score_correction_bias")
-            self.matrix(f"{i}.router", (c.n_routed_experts, D), lambda: get(at + "mlp.gate.weight"), format="float32")
+                self.matrix(f"{i}.q_b", [a + "q_b_proj.weight"])
+            kv_b = lambda: self.get(a + "kv_b_proj.weight").unflatten(0, (H, N + V))  # noqa: E731
+            self.heads(f"{i}.k_b", H, lambda: kv_b()[:, :N].transpose(1, 2), (C, N))
+            self.heads(f"{i}.v_b", H, lambda: kv_b()[:, N:], (V, C))
+        self.matrix(f"{i}.first", [a + name for name in attention.inputs], fine=True)
+        self.matrix(f"{i}.o", [a + "o_proj.weight"])
+        if layer.feed_forward.common_width:
+            mlp = at + ("mlp.shared_experts." if layer.mixture else "mlp.")
+            self.matrix(f"{i}.gate_up", [mlp + "gate_proj.weight", mlp + "up_proj.weight"])
+            self.matrix(f"{i}.down", [mlp + "down_proj.weight"])
+        if layer.mixture:
+            self.numbers(f"{i}.bias", f"{at}mlp.gate.{SELECTION_BIAS}")
+            self.matrix(f"{i}.router", [at + "mlp.gate.weight"], format="float32")
             self.experts(i, at + "mlp.experts.")
-        if i >= c.num_layers:
+        if layer.mtp:
             for name, source in (("enorm", "enorm"), ("hnorm", "hnorm"), ("head_norm", "shared_head.norm")):
                 self.numbers(f"{i}.{name}", f"{at}{source}.weight")
-            self.matrix(f"{i}.join", (D, 2 * D), lambda: get(at + "eh_proj.weight"))
+            self.matrix(f"{i}.join", [at + "eh_proj.weight"])
 
     def experts(self, i: int, at: str) -> None:
         """Expert after expert, whole pages each: both its matrices."""
-        c, F, D = self.c, self.c.moe_intermediate_size, self.c.hidden_size
-        shapes = (2 * F, D), (D, F)
-        formats = ["int8" if self.format == "int4" and shape[1] % GROUP else self.format for shape in shapes]
-        sizes = [-(-_bytes(f, *shape) // 64) * 64 for f, shape in zip(formats, shapes, strict=True)]
+        (count, *up), (_, *down) = (self.shapes[at + name] for name in ("gate_up_proj", "down_proj"))
+        formats = ["int8" if self.format == "int4" and shape[1] % GROUP else self.format for shape in (up, down)]
+        sizes = [-(-_bytes(f, *shape) // 64) * 64 for f, shape in zip(formats, (up, down), strict=True)]
         stride = -(-sum(sizes) // PAGE) * PAGE
 
         def make() -> Iterator[Tensor]:
@@ -175,8 +173,8 @@ class _Writer:
                     whole[start : start + len(data)] = data
                 yield whole
 
-        self.parts[f"{i}.expert_gate_up"] = Part(formats[0], *shapes[0], c.n_routed_experts, stride, make=make)
-        self.parts[f"{i}.expert_down"] = Part(formats[1], *shapes[1], c.n_routed_experts, stride, offset=sizes[0])
+        self.parts[f"{i}.expert_gate_up"] = Part(formats[0], *up, count, stride, make=make)
+        self.parts[f"{i}.expert_down"] = Part(formats[1], *down, count, stride, offset=sizes[0])
 
 
 class Pack:
@@ -219,8 +217,7 @@ def fingerprint(weights: Path) -> str:
 
 def places(run: RunFolder, source: str, name: str) -> tuple[Path, Path]:
     """Where what is derived from weights lies: in the run folder, and where that is read-only."""
-    home = Path(os.environ.get("SPARING_HOME") or Path.home() / ".local" / "share" / "sparing").expanduser()
-    return run.path / "packed" / name, home / "packed" / source.split()[1] / name
+    return run.path / "packed" / name, home() / "packed" / source.split()[1] / name
 
 
 def open_pack(run: RunFolder, c: ModelConfig, format: str) -> Pack:
@@ -253,7 +250,15 @@ def _write(path: Path, run: RunFolder, c: ModelConfig, format: str, source: str)
 
     try:
         with safe_open(run.weights_file, framework="pt") as file:
-            parts = _Writer(c, format, file.get_tensor, lambda name: file.get_slice(name).get_shape()).parts
+            expected = shapes(c)
+
+            def get(name: str) -> Tensor:
+                tensor = file.get_tensor(name)
+                if tuple(tensor.shape) != expected[name]:
+                    raise UserError(f"{run.weights_file}: {name} does not belong to the model of config.toml")
+                return tensor
+
+            parts = _Writer(c, format, get).parts
             room = end = -(-(300 * len(parts) + 300) // PAGE) * PAGE
             start = room
             for part in parts.values():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import NamedTuple
 
 import torch
@@ -21,11 +20,6 @@ class Place(NamedTuple):
     weights: str
     plain: str | None
     """Why plain PyTorch computes; None: the compiled step does."""
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def slower(weights: str, plain: str | None, device: str) -> str | None:

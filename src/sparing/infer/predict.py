@@ -11,6 +11,7 @@ import numpy as np
 
 from sparing.config import ModelConfig
 from sparing.infer.pack import Pack
+from sparing.layers import layers, mixtures
 
 PROBES = 24
 """Token-layers whose experts are read from the disk to see how long that takes."""
@@ -37,11 +38,11 @@ class Forecast:
 
 def forecast(c: ModelConfig, pack: Pack, expert_limit: int, threads: int) -> Forecast:
     """expert_limit: bytes of experts that may stay in memory. Takes about a second; the file leaves the page cache."""
-    stacks = [part for name, part in pack.parts.items() if name.endswith("expert_gate_up")][: c.num_layers - c.num_dense_layers]
+    stacks = [pack.parts[f"{layer.index}.expert_gate_up"] for layer in mixtures(c) if not layer.mtp]
     size = max(part.stride for part in stacks)
     routed = sum(part.stride * part.count for part in stacks)
     inside = ("expert_gate_up", "expert_down", "embed")  # an expert's down projection lies in the stride of its gate
-    drafts = tuple(f"{i}." for i in range(c.num_layers, c.num_layers + c.mtp_depth))
+    drafts = tuple(f"{layer.index}." for layer in layers(c) if layer.mtp)
     always = sum(part.bytes for name, part in pack.parts.items() if not name.endswith(inside) and not name.startswith(drafts))
     chosen = len(stacks) * c.num_experts_per_tok
     reads = chosen * max(0.0, 1 - expert_limit // size * size / routed)

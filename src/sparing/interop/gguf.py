@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 
+from sparing.base.files import atomic_path
 from sparing.config import ModelConfig, UserError
 from sparing.interop.gguf_fields import add_shape, add_tokenizer, exportable
 from sparing.interop.gguf_tensors import Piece, pieces
-from sparing.interop.hf_names import our_shapes
-from sparing.run import disk_errors, sync_folder
+from sparing.layers import shapes
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
@@ -55,10 +55,8 @@ def export_gguf(
         if types[piece.name].name.startswith("Q") and piece.shape[-1] % 32:
             raise UserError(f"--type {type} needs rows of a multiple of 32 numbers; {piece.name} has rows of {piece.shape[-1]}: use f16")
 
-    beside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    writer = GGUFWriter(beside, "deepseek2")
     try:
-        with disk_errors(out):
+        with atomic_path(out) as beside, _closing(GGUFWriter(beside, "deepseek2")) as writer:
             writer.add_type("model")
             writer.add_name(name or out.stem)
             writer.add_file_type({"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7, "bf16": 32}[type])  # LLAMA_FTYPE_*
@@ -71,17 +69,18 @@ def export_gguf(
                 add_tokenizer(writer, Path(tokenizer), config.vocab_size, chat_template)
             _write_tensors(writer, plan, types, config, Path(weights))
             writer.close()
-            with open(beside, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(beside, out)
-            sync_folder(out.parent)
     except PermissionError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror})") from None
+    return notes
+
+
+@contextlib.contextmanager
+def _closing(writer: GGUFWriter) -> Iterator[GGUFWriter]:
+    try:
+        yield writer
     finally:
         with contextlib.suppress(OSError):  # a full disk again: what was in its buffer
             writer.close()
-        beside.unlink(missing_ok=True)
-    return notes
 
 
 def _write_tensors(
@@ -100,7 +99,7 @@ def _write_tensors(
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    expected = our_shapes(config)
+    expected = shapes(config)
     ours, tensor = None, None
     try:
         with safe_open(weights, framework="pt") as file:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from sparing.config import ModelConfig, UserError
 from sparing.data.tokenizer import PATTERN, Tokenizer
 from sparing.interop.hf_fields import read_json
+from sparing.layers import layers, mixtures
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -31,15 +32,13 @@ def exportable(config: ModelConfig) -> tuple[ModelConfig, list[str]]:
         )
     if c.yarn and (not c.yarn.mscale or c.yarn.mscale != c.yarn.mscale_all_dim):
         raise UserError(f"--format gguf: llama.cpp's YaRN needs mscale = mscale_all_dim, not {c.yarn.mscale} and {c.yarn.mscale_all_dim}")
-    if c.mtp_depth and (c.num_moe_layers == 0 or c.q_lora_rank is None):
-        reason = "dense MTP modules" if c.num_moe_layers == 0 else "MTP modules without q_lora_rank"
+    if c.mtp_depth and (not mixtures(c) or c.q_lora_rank is None):
+        reason = "MTP modules without q_lora_rank" if mixtures(c) else "dense MTP modules"
         notes.append(f"llama.cpp has no {reason}: they are left out, the logits do not change")
         c = replace(c, mtp_depth=0)
     if c.mtp_depth > 1:
         notes.append(f"llama.cpp drafts with one MTP module: the first of {c.mtp_depth} is written")
         c = replace(c, mtp_depth=1)
-    if c.num_dense_layers >= c.num_layers:
-        c = replace(c, num_dense_layers=c.num_layers)
     return c, notes
 
 
@@ -48,18 +47,19 @@ def add_shape(writer: GGUFWriter, c: ModelConfig) -> None:
     writer.add_context_length(c.max_position_embeddings)
     writer.add_embedding_length(c.hidden_size)
     writer.add_feed_forward_length(c.intermediate_size)
-    writer.add_block_count(c.num_layers + c.mtp_depth)
-    writer.add_leading_dense_block_count(c.num_dense_layers)
+    writer.add_block_count(len(layers(c)))
+    writer.add_leading_dense_block_count(sum(not layer.mixture for layer in layers(c)))
     writer.add_layer_norm_rms_eps(c.rms_norm_eps)
-    writer.add_head_count(c.num_heads)
+    a = layers(c)[0].attention
+    writer.add_head_count(a.heads)
     writer.add_head_count_kv(1)  # absorbed: every head reads the one latent
-    writer.add_q_lora_rank(c.q_lora_rank or 0)
-    writer.add_kv_lora_rank(c.kv_lora_rank)
-    writer.add_key_length(c.kv_lora_rank + c.qk_rope_head_dim)
-    writer.add_value_length(c.kv_lora_rank)
-    writer.add_key_length_mla(c.qk_nope_head_dim + c.qk_rope_head_dim)
-    writer.add_value_length_mla(c.v_head_dim)
-    writer.add_rope_dimension_count(c.qk_rope_head_dim)
+    writer.add_q_lora_rank(a.query_rank or 0)
+    writer.add_kv_lora_rank(a.latent)
+    writer.add_key_length(a.cache_width)
+    writer.add_value_length(a.latent)
+    writer.add_key_length_mla(a.key)
+    writer.add_value_length_mla(a.value)
+    writer.add_rope_dimension_count(a.rope)
     writer.add_rope_freq_base(c.rope_theta)
     if c.yarn:
         from gguf import RopeScalingType
@@ -73,7 +73,7 @@ def add_shape(writer: GGUFWriter, c: ModelConfig) -> None:
     # llama.cpp asks for these two of dense models too.
     writer.add_expert_feed_forward_length(c.moe_intermediate_size)
     writer.add_expert_shared_count(max(1, c.n_shared_experts))
-    if c.num_moe_layers:
+    if mixtures(c):
         writer.add_expert_count(c.n_routed_experts)
         writer.add_expert_used_count(c.num_experts_per_tok)
         writer.add_expert_group_count(c.n_group)

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sparing.config import ModelConfig
-from sparing.interop.hf_names import EMBED, HEAD, LAYER, our_shapes
+from sparing.interop.hf_names import LAYER
+from sparing.layers import EMBED, HEAD, Attention, layers, shapes
 
 TOP = {EMBED: "token_embd.weight", HEAD: "output.weight", "model.norm.weight": "output_norm.weight"}
 IN_LAYER = {
@@ -64,14 +65,14 @@ def _same(tensor: Tensor) -> Tensor:
 def pieces(config: ModelConfig) -> list[Piece]:
     """All tensors of the file, in our order."""
     found = []
-    for ours, shape in our_shapes(config).items():
+    for ours, shape in shapes(config).items():
         if ours in TOP:
             found.append(Piece(TOP[ours], ours, shape, _same))
             continue
         match = LAYER.fullmatch(ours)
         block, inner = f"blk.{match[1]}.", match[2]
         if inner == "self_attn.kv_b_proj.weight":
-            found += _absorbed(config, block, ours)
+            found += _absorbed(layers(config)[int(match[1])].attention, block, ours)
         elif inner == "mlp.experts.gate_up_proj":
             E, width, D = shape[0], shape[1] // 2, shape[2]
             found.append(Piece(block + "ffn_gate_exps.weight", ours, (E, width, D), lambda t, w=width: t[:, :w]))
@@ -83,9 +84,9 @@ def pieces(config: ModelConfig) -> list[Piece]:
     return found
 
 
-def _absorbed(c: ModelConfig, block: str, ours: str) -> list[Piece]:
+def _absorbed(a: Attention, block: str, ours: str) -> list[Piece]:
     """attn_k_b (H, latent, nope) takes a query into the latent's space, attn_v_b (H, v, latent) takes the latent out of it."""
-    H, nope, v, latent = c.num_heads, c.qk_nope_head_dim, c.v_head_dim, c.kv_lora_rank
+    H, nope, v, latent = a.heads, a.nope, a.value, a.latent
     return [
         Piece(block + "attn_k_b.weight", ours, (H, latent, nope), lambda t: t.view(H, nope + v, latent)[:, :nope].transpose(1, 2)),
         Piece(block + "attn_v_b.weight", ours, (H, v, latent), lambda t: t.view(H, nope + v, latent)[:, nope:]),

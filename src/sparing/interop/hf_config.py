@@ -14,6 +14,7 @@ from sparing.config import ModelConfig, UserError
 from sparing.config_limits import contradiction
 from sparing.interop.hf_fields import Fields
 from sparing.interop.hf_rope import rope_from_hf, rope_to_hf
+from sparing.layers import layers, mixtures
 
 ARCHITECTURES = {"deepseek_v3": "DeepseekV3ForCausalLM", "llama": "LlamaForCausalLM", "glm4_moe": "Glm4MoeForCausalLM"}
 LATENT_NORM_EPS = 1e-6
@@ -46,7 +47,7 @@ class Layout:
 
 def hf_type(config: ModelConfig) -> str:
     """transformers' model type that computes the same; UserError if there is none."""
-    dense = config.num_dense_layers >= config.num_layers
+    dense = not mixtures(config)
     if not dense and config.scoring_func != "sigmoid":
         raise UserError(f"--format hf: no transformers type has a {config.scoring_func} gate with a selection bias; only sigmoid exports")
     if config.attention == "mla":
@@ -62,7 +63,6 @@ def to_hf(config: ModelConfig, dtype: str, eos: int | None) -> tuple[dict, list[
     """-> (config.json, notes). dtype: float32, bfloat16 or float8. eos: id of the end-of-text token, which also begins documents."""
     kind = hf_type(config)
     notes = []
-    dense = config.num_dense_layers >= config.num_layers
     depth = config.mtp_depth
     if depth and kind == "llama":
         notes.append(f"llama has no multi-token prediction: the {depth} MTP module(s) are left out, the logits do not change")
@@ -100,7 +100,7 @@ def to_hf(config: ModelConfig, dtype: str, eos: int | None) -> tuple[dict, list[
     else:
         raw |= {key: getattr(config, key) for key in MOE_KEYS}
         # An all-dense model's MTP modules are dense too, and they are layers num_layers, num_layers + 1, ...
-        raw["first_k_dense_replace"] = config.num_layers + depth if dense else config.num_dense_layers
+        raw["first_k_dense_replace"] = sum(not layer.mixture for layer in layers(config))
         raw |= {"moe_layer_freq": 1, "ep_size": 1, "scoring_func": "sigmoid", "topk_method": "noaux_tc", "num_nextn_predict_layers": depth}
     if kind == "glm4_moe":
         raw |= {"use_qk_norm": False, "partial_rotary_factor": 1.0}

@@ -132,7 +132,7 @@ def read_tensor(stored: Stored) -> torch.Tensor:
     return buffer.view(stored.spec.dtype).view(stored.spec.shape)
 
 
-def same_bytes(one: Stored, other: Stored, chunk: int = 1 << 20) -> bool:
+def same_bytes(one: Stored, other: Stored) -> bool:
     """Whether two stored tensors of one dtype and shape are equal, compared a megabyte at a time."""
     if (one.spec.dtype, one.spec.shape) != (other.spec.dtype, other.spec.shape):
         return False
@@ -141,7 +141,7 @@ def same_bytes(one: Stored, other: Stored, chunk: int = 1 << 20) -> bool:
         b.seek(other.offset)
         left = one.spec.nbytes
         while left:
-            size = min(chunk, left)
+            size = min(1 << 20, left)
             if a.read(size) != b.read(size):
                 return False
             left -= size

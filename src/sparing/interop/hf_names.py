@@ -15,10 +15,8 @@ from dataclasses import dataclass
 import torch
 
 from sparing.config import ModelConfig
-from sparing.model.transformer import Transformer
+from sparing.layers import EMBED, HEAD, SELECTION_BIAS, Attention, layers, shapes
 
-EMBED = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 EIGHT_BIT = re.compile(r"(self_attn\.(q_a|q_b|q|k|v|o|kv_b)_proj|self_attn\.kv_a_proj_with_mqa|mlp\..*(gate|up|down)_proj)\.weight$")
 
@@ -65,7 +63,7 @@ class Piece:
     @property
     def float32(self) -> bool:
         """Selection biases keep float32 whatever the file's type: they are sums of steps of 0.001."""
-        return self.name.endswith("e_score_correction_bias")
+        return self.name.endswith(SELECTION_BIAS)
 
     @property
     def eight_bit(self) -> bool:
@@ -73,17 +71,11 @@ class Piece:
         return EIGHT_BIT.search(self.name) is not None and not self.copy
 
 
-def our_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the model's own state dict, without its memory."""
-    with torch.device("meta"):
-        return {name: tuple(tensor.shape) for name, tensor in Transformer(config).state_dict().items()}
-
-
 def pieces(config: ModelConfig, halves: bool = False) -> list[Piece]:
     """All published tensors of a model, those of one of our tensors side by side, in our order. `halves`: the file's rotary layout."""
-    shapes = our_shapes(config)
+    ours = shapes(config)
     out = []
-    for name, shape in shapes.items():
+    for name, shape in ours.items():
         match = LAYER.fullmatch(name)
         if name.endswith("mlp.experts.gate_up_proj"):
             stem, width = name.removesuffix("gate_up_proj"), shape[1] // 2
@@ -94,21 +86,21 @@ def pieces(config: ModelConfig, halves: bool = False) -> list[Piece]:
             stem = name.removesuffix("down_proj")
             out += [Piece(f"{stem}{j}.down_proj.weight", name, shape[1:], j) for j in range(shape[0])]
         else:
-            out.append(Piece(name, name, shape, rotary=_rotary(config, match[2]) if halves and match else None))
-    head = HEAD if HEAD in shapes else EMBED
-    for k in range(config.num_layers, config.num_layers + config.mtp_depth):
-        out.append(Piece(f"model.layers.{k}.embed_tokens.weight", EMBED, shapes[EMBED], copy=True))
-        out.append(Piece(f"model.layers.{k}.shared_head.head.weight", head, shapes[head], copy=True))
+            rotary = _rotary(layers(config)[int(match[1])].attention, match[2]) if halves and match else None
+            out.append(Piece(name, name, shape, rotary=rotary))
+    head = HEAD if HEAD in ours else EMBED
+    for module in layers(config)[config.num_layers :]:
+        out.append(Piece(f"model.layers.{module.index}.embed_tokens.weight", EMBED, ours[EMBED], copy=True))
+        out.append(Piece(f"model.layers.{module.index}.shared_head.head.weight", head, ours[head], copy=True))
     return out
 
 
-def _rotary(config: ModelConfig, name: str) -> Rotary | None:
+def _rotary(a: Attention, name: str) -> Rotary | None:
     """Rotated rows of a layer's tensor, by its name inside the layer."""
-    if config.attention == "gqa":
-        heads = {"self_attn.q_proj.weight": config.num_heads, "self_attn.k_proj.weight": config.num_kv_heads}.get(name)
-        return Rotary(heads, 0, config.head_dim) if heads else None
-    if name in ("self_attn.q_proj.weight", "self_attn.q_b_proj.weight"):
-        return Rotary(config.num_heads, config.qk_nope_head_dim, config.qk_rope_head_dim)
-    if name == "self_attn.kv_a_proj_with_mqa.weight":
-        return Rotary(1, config.kv_lora_rank, config.qk_rope_head_dim)
-    return None
+    rotated = {
+        "self_attn.q_proj.weight": (a.heads, a.nope),
+        "self_attn.q_b_proj.weight": (a.heads, a.nope),
+        "self_attn.k_proj.weight": (a.kv_heads, a.nope),
+        "self_attn.kv_a_proj_with_mqa.weight": (1, a.latent),
+    }
+    return Rotary(*rotated[name], a.rope) if name in rotated else None

@@ -14,11 +14,11 @@ import torch
 
 from sparing.config import ModelConfig, UserError
 from sparing.interop.fp8_blocks import dequantise, scale_shape
-from sparing.interop.hf_config import from_hf, to_hf
+from sparing.interop.hf_config import from_hf
 from sparing.interop.hf_fields import read_json
 from sparing.interop.hf_files import read_folder, read_tensor, same_bytes
-from sparing.interop.hf_names import EMBED, HEAD, LAYER, Piece, our_shapes, pieces
-from sparing.model.transformer import Transformer
+from sparing.interop.hf_names import LAYER, Piece, pieces
+from sparing.layers import EMBED, HEAD, shapes
 
 PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DERIVED = re.compile(r".*rotary_emb\.inv_freq")
@@ -33,25 +33,6 @@ def import_hf(folder: str | Path) -> tuple[ModelConfig, Iterator[tuple[str, torc
     """
     checkpoint = Checkpoint(Path(folder))
     return checkpoint.config, checkpoint.tensors(), checkpoint.notes
-
-
-@torch.no_grad()
-def load_hf_into(model: Transformer, folder: str | Path) -> list[str]:
-    """Fill a model's parameters in place, experts straight into their slices; -> notes for the user.
-
-    UserError as in `import_hf`, and where the folder's model differs in more than initialisation from `model.config`.
-    """
-    checkpoint = Checkpoint(Path(folder))
-    # Two configs compute the same if their config.json is the same (the modules that llama has no place for apart).
-    there, here = to_hf(checkpoint.config, "float32", None)[0], to_hf(model.config, "float32", None)[0]
-    there["mtp_depth"], here["mtp_depth"] = checkpoint.config.mtp_depth, model.config.mtp_depth
-    for key in sorted((there.keys() | here.keys()) - {"initializer_range"}):
-        if there.get(key) != here.get(key):
-            raise UserError(f"{folder}: {key} is {there.get(key)} there and {here.get(key)} in this model")
-    state = model.state_dict()
-    for piece in checkpoint.plan:
-        piece.view(state[piece.ours]).copy_(checkpoint.read(piece))
-    return checkpoint.notes
 
 
 class Checkpoint:
@@ -80,15 +61,15 @@ class Checkpoint:
 
     def _make_plan(self) -> list[Piece]:
         """The pieces to read, after checking that the folder has them all, in the right shape, and nothing else."""
-        shapes = our_shapes(self.config)
+        ours = shapes(self.config)
         wanted: dict[str, Piece] = {}
         for piece in pieces(self.config, self.layout.halves):
             if piece.expert is not None and piece.ours in self.stored:  # experts stored fused, as transformers holds them in memory
-                wanted[piece.ours] = Piece(piece.ours, piece.ours, shapes[piece.ours])
+                wanted[piece.ours] = Piece(piece.ours, piece.ours, ours[piece.ours])
             else:
                 wanted[piece.name] = piece
         if self.config.tie_word_embeddings:
-            wanted[HEAD] = Piece(HEAD, EMBED, shapes[EMBED], copy=True)
+            wanted[HEAD] = Piece(HEAD, EMBED, ours[EMBED], copy=True)
         scales = {name + "_scale_inv" for name in wanted if name in self.stored and self.stored[name].spec.dtype == torch.float8_e4m3fn}
         unexpected = [n for n, s in self.stored.items() if n not in wanted and n not in scales and math.prod(s.spec.shape)]
         missing = [n for n, piece in wanted.items() if n not in self.stored and not piece.copy]
@@ -138,9 +119,9 @@ class Checkpoint:
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(our name, float32 tensor), a layer's experts put together."""
-        shapes = our_shapes(self.config)
+        ours = shapes(self.config)
         for name, group in groupby(self.plan, key=lambda piece: piece.ours):
-            tensor = torch.empty(shapes[name])
+            tensor = torch.empty(ours[name])
             for piece in group:
                 piece.view(tensor).copy_(self.read(piece))
             yield name, tensor

@@ -13,13 +13,14 @@ from typing import Literal
 
 import torch
 
+from sparing.base.files import disk_errors, sync_folder
 from sparing.config import ModelConfig, UserError
 from sparing.interop.fp8_blocks import BLOCK, quantise, scale_shape
 from sparing.interop.hf_config import hf_type, to_hf
 from sparing.interop.hf_fields import read_json
 from sparing.interop.hf_files import ShardWriter, Spec
-from sparing.interop.hf_names import LAYER, Piece, our_shapes, pieces
-from sparing.run import disk_errors, sync_folder
+from sparing.interop.hf_names import LAYER, Piece, pieces
+from sparing.layers import shapes
 
 END_OF_TEXT = "<|endoftext|>"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8": torch.bfloat16}
@@ -92,7 +93,7 @@ def _write_tensors(
     by_ours: dict[str, list[Piece]] = defaultdict(list)
     for piece in plan:
         by_ours[piece.ours].append(piece)
-    shapes = our_shapes(config)
+    ours = shapes(config)
     writer = ShardWriter(folder, specs, shard_bytes)
     for name, tensor in tensors.items() if isinstance(tensors, Mapping) else tensors:
         if name not in by_ours:
@@ -100,8 +101,8 @@ def _write_tensors(
             if match and int(match[1]) >= config.num_layers and not config.mtp_depth:
                 continue  # an MTP module that this type has no place for
             raise UserError(f"{name} is not a tensor of the model that config.toml describes")
-        if tuple(tensor.shape) != shapes[name]:
-            raise UserError(f"{name} has shape {list(tensor.shape)}, config.toml makes it {list(shapes[name])}")
+        if tuple(tensor.shape) != ours[name]:
+            raise UserError(f"{name} has shape {list(tensor.shape)}, config.toml makes it {list(ours[name])}")
         for piece in by_ours[name]:
             part = piece.view(tensor.detach())
             part = piece.rotary.permute(part, halves=True) if piece.rotary else part

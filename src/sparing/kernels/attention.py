@@ -14,8 +14,7 @@ from torch import Tensor
 
 from sparing.kernels import native, products
 from sparing.kernels.pool import new, new_like
-
-ROWS = 128  # query rows of a block: small enough to skip most of the upper triangle, large enough for efficient products
+from sparing.kernels.sizes import ATTENTION_ROWS as ROWS
 
 
 class DocumentMask:

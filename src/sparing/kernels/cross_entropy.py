@@ -12,19 +12,23 @@ from torch import Tensor
 
 from sparing.kernels import native, products
 from sparing.kernels.pool import new_like
+from sparing.kernels.sizes import HEAD_TOKENS
 
 IGNORE = -100
-CHUNK_TOKENS = 512
 
 
-def linear_cross_entropy_reference(x_ND: Tensor, weight_WD: Tensor, targets_N: Tensor, denominator: float) -> Tensor:
-    """Sum of the cross-entropy (nats) over targets that are not IGNORE, divided by `denominator`; a float32 scalar."""
+def linear_cross_entropy_reference(
+    x_ND: Tensor, weight_WD: Tensor, targets_N: Tensor, denominator: float, weights_N: Tensor | None = None
+) -> Tensor:
+    """Sum of the cross-entropy (nats) over targets that are not IGNORE, each times its weight, over `denominator`; a float32 scalar."""
     logits = F.linear(x_ND, weight_WD.to(x_ND.dtype)).float()
-    return F.cross_entropy(logits, targets_N, ignore_index=IGNORE, reduction="sum") / denominator
+    nll = F.cross_entropy(logits, targets_N, ignore_index=IGNORE, reduction="none")
+    return (nll if weights_N is None else nll * weights_N).sum() / denominator
 
 
-def _softmax_and_nll(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(gradient of the logits, cross-entropy of each row in float32, mask of rows that count), from logits in the compute type.
+def _softmax_and_nll(logits: Tensor, targets: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(gradient of the logits, cross-entropy of each row in float32, 0 where it does not count), from logits in the compute type.
+    Both are multiplied by the rows' weights.
 
     One softmax kernel in the compute type instead of four float32 passes. What must be exact is summed in float32: the target's
     gradient is minus the sum of the others', so it keeps its precision where the target's probability is near 1, and so does the loss.
@@ -32,8 +36,8 @@ def _softmax_and_nll(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, T
     valid = targets != IGNORE
     if native.usable(logits):
         nll = torch.empty(len(logits), dtype=torch.float32)
-        native.call("cross_entropy", logits.dtype, logits, targets.contiguous(), 1.0, nll, *logits.shape)
-        return logits, nll, valid
+        native.call("cross_entropy", logits.dtype, logits, targets.contiguous(), weights, 1.0, nll, *logits.shape)
+        return logits, nll
     probability = logits.softmax(-1)
     rows, words = probability.shape
     # Flat positions: indexed writes touch one number a row, where scatter_ would copy the whole matrix.
@@ -44,22 +48,25 @@ def _softmax_and_nll(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, T
     others = torch.mv(probability, probability.new_ones(words)).float()  # a product: accumulates in float32
     nll = torch.where(target > 0.5, -torch.log1p(-others.clamp(max=0.75)), -target.clamp(min=1e-38).log())
     flat.index_copy_(0, place, -others.to(probability.dtype))
-    if not bool(valid.all()):
+    if weights is not None:
+        probability *= weights.where(valid, 0.0).unsqueeze(-1).to(probability.dtype)
+        nll = nll * weights
+    elif not bool(valid.all()):
         probability *= valid.unsqueeze(-1)
-    return probability, nll, valid
+    return probability, nll.where(valid, 0.0)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_ND: Tensor, weight_WD: Tensor, targets_N: Tensor, denominator: float) -> Tensor:
+    def forward(ctx, x_ND: Tensor, weight_WD: Tensor, targets_N: Tensor, denominator: float, weights_N: Tensor | None) -> Tensor:
         weight = weight_WD.to(x_ND.dtype)
         grad_x = torch.empty_like(x_ND) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight_WD, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         total = torch.zeros((), dtype=torch.float32, device=x_ND.device)
-        for start in range(0, len(x_ND), CHUNK_TOKENS):
-            part = slice(start, start + CHUNK_TOKENS)
-            grad, nll, valid = _softmax_and_nll(F.linear(x_ND[part], weight), targets_N[part])
-            total += nll.where(valid, 0.0).sum()
+        for start in range(0, len(x_ND), HEAD_TOKENS):
+            part = slice(start, start + HEAD_TOKENS)
+            grad, nll = _softmax_and_nll(F.linear(x_ND[part], weight), targets_N[part], None if weights_N is None else weights_N[part])
+            total += nll.sum()
             if grad_x is not None:
                 torch.mm(grad, weight, out=grad_x[part])
             if grad_weight is not None:
@@ -77,6 +84,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if grad_weight is None else grad_weight * scale,
             None,
             None,
+            None,
         )
 
 
@@ -84,12 +92,13 @@ class _CompiledCrossEntropy(torch.autograd.Function):
     """Gradients are computed with the loss and already divided; `backward` only passes them on."""
 
     @staticmethod
-    def forward(ctx, x_ND: Tensor, weight_WD: Tensor, targets_N: Tensor, denominator: float) -> Tensor:
+    def forward(ctx, x_ND: Tensor, weight_WD: Tensor, targets_N: Tensor, denominator: float, weights_N: Tensor | None) -> Tensor:
         x = x_ND.contiguous()
         nll = torch.empty(len(x), dtype=torch.float32)
         grad_x, grad_weight = new_like(x), new_like(weight_WD, torch.float32) if ctx.needs_input_grad[1] else None
         wide, targets = int(weight_WD.dtype == torch.float32), targets_N.contiguous()
-        native.call("head_loss", None, x, weight_WD, wide, targets, 1.0 / denominator, nll, grad_x, grad_weight, *x.shape, len(weight_WD))
+        sizes = (*x.shape, len(weight_WD))
+        native.call("head_loss", None, x, weight_WD, wide, targets, weights_N, 1.0 / denominator, nll, grad_x, grad_weight, *sizes)
         if grad_weight is not None and not wide:
             grad_weight = new_like(weight_WD).copy_(grad_weight)
         ctx.save_for_backward(grad_x, grad_weight)
@@ -100,11 +109,13 @@ class _CompiledCrossEntropy(torch.autograd.Function):
         grad_x, grad_weight = ctx.saved_tensors
         if float(grad) != 1.0:
             grad_x, grad_weight = grad_x * grad.to(grad_x.dtype), None if grad_weight is None else grad_weight * grad
-        return grad_x, grad_weight, None, None
+        return grad_x, grad_weight, None, None, None
 
 
-def linear_cross_entropy(x_ND: Tensor, weight_WD: Tensor, targets_N: Tensor, denominator: float) -> Tensor:
-    """Mean-like cross-entropy of `x @ weight.T` against targets; see the reference for the definition.
+def linear_cross_entropy(
+    x_ND: Tensor, weight_WD: Tensor, targets_N: Tensor, denominator: float, weights_N: Tensor | None = None
+) -> Tensor:
+    """Mean-like cross-entropy of `x @ weight.T` against targets, each times its weight (float32); see the reference for the definition.
 
     Raises IndexError for a target that is no word (not looked for on a GPU, where it would cost a wait)."""
     if (
@@ -113,7 +124,9 @@ def linear_cross_entropy(x_ND: Tensor, weight_WD: Tensor, targets_N: Tensor, den
         raise IndexError(f"target {int(targets_N.max())} is no word of a vocabulary of {len(weight_WD)}")
     even = x_ND.shape[1] % 2 == 0 and len(weight_WD) % 2 == 0  # the compiled products take numbers in pairs
     compiled = even and len(x_ND) and weight_WD.dtype in native.SUFFIXES and torch.is_grad_enabled() and products.usable(x_ND)
-    return (_CompiledCrossEntropy if compiled else _LinearCrossEntropy).apply(x_ND, weight_WD, targets_N, float(denominator))
+    return (_CompiledCrossEntropy if compiled else _LinearCrossEntropy).apply(
+        x_ND, weight_WD, targets_N, float(denominator), None if weights_N is None else weights_N.contiguous()
+    )
 
 
 def token_nll(x_ND: Tensor, weight_WD: Tensor, targets_N: Tensor) -> Tensor:
@@ -121,8 +134,8 @@ def token_nll(x_ND: Tensor, weight_WD: Tensor, targets_N: Tensor) -> Tensor:
     with torch.no_grad():
         weight = weight_WD.to(x_ND.dtype)
         out = torch.empty(len(x_ND), dtype=torch.float32, device=x_ND.device)
-        for start in range(0, len(x_ND), CHUNK_TOKENS):
-            part = slice(start, start + CHUNK_TOKENS)
+        for start in range(0, len(x_ND), HEAD_TOKENS):
+            part = slice(start, start + HEAD_TOKENS)
             logits = F.linear(x_ND[part], weight).float()
             out[part] = F.cross_entropy(logits, targets_N[part], ignore_index=IGNORE, reduction="none")
         return out

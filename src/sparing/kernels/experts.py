@@ -12,11 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparing.kernels.sizes import EXPERT_ROWS as ROWS
+
 if TYPE_CHECKING:
     from sparing.kernels.operands import Operand
-
-ROWS = 64
-"""Groups are filled up to a multiple of this: oneDNN builds a kernel for every new shape, which costs more than the filler rows."""
 
 
 def swiglu_reference(h: Tensor) -> Tensor:

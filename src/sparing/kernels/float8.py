@@ -23,7 +23,6 @@ except ImportError:  # PyTorch for CPUs comes without
     triton = None
 
 TILE = 128
-E4M3_MAX = 448.0
 
 
 @cache

@@ -34,9 +34,9 @@ def rounds(x: Tensor) -> bool:
     return native.usable(x, "int8") and _compiled() and x.stride(-1) == 1
 
 
-def available() -> bool:
-    """Whether compiled 8-bit products are there and wanted, whatever this thread's setting."""
-    return native.wanted() and _compiled()
+def built() -> bool:
+    """Whether there are compiled 8-bit products for this processor."""
+    return _compiled()
 
 
 def _length(block: int | None, inner: int) -> int:

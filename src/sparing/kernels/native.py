@@ -1,7 +1,8 @@
 """Compiled element-wise passes (native.c, passes.inc): built once per machine with the system's C compiler, called through ctypes.
 
-Where there is no compiler `passes()` is None and every kernel takes its plain PyTorch path. The passes are serial, so they are used where
-PyTorch has one thread per operation as well: with rows divided among threads, which measured fastest (LAB.md), or on one core.
+Which kernels run is an explicit choice, thread by thread: `path("compiled")`, or PyTorch's own operations ("plain", the default). A run
+keeps it in `train.kernels`. Where there is no compiler `passes()` is None and every kernel takes its plain path. The passes are serial:
+they are for rows divided among threads, which measured fastest (LAB.md), or for one core.
 """
 
 from __future__ import annotations
@@ -14,16 +15,19 @@ import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import cache
-from pathlib import Path
+from pathlib import Path as FilePath
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from sparing.base.hardware import home
+from sparing.base.hardware import cpu_name, home
 
+Path = Literal["compiled", "plain"]
 SOURCES = {
     "passes": ("native.c", "numbers.inc", "passes.inc", "vectors.inc", "products.c"),
     "storage": ("storage.c", "numbers.inc"),
@@ -43,14 +47,18 @@ def processor() -> str:
     return os.environ.get("SPARING_PROCESSOR") or "native"
 
 
-def build(stem: str, sources: tuple[str, ...], flags: tuple[str, ...]) -> Path | None:
+def _compiler() -> str | None:
+    return next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
+
+
+def build(stem: str, sources: tuple[str, ...], flags: tuple[str, ...]) -> FilePath | None:
     """The shared library of the first of `sources` (the others are included in it), for this compiler and this processor; compiled where
     it is not there yet (seconds). None without a compiler."""
-    compiler = next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
+    compiler = _compiler()
     if compiler is None or os.name == "nt":  # the sources use POSIX threads and files
         return None
-    here = Path(__file__).parent
-    cpu = Path("/proc/cpuinfo").read_text().split("\n\n")[0] if Path("/proc/cpuinfo").exists() else platform.processor()
+    here = FilePath(__file__).parent
+    cpu = FilePath("/proc/cpuinfo").read_text().split("\n\n")[0] if FilePath("/proc/cpuinfo").exists() else platform.processor()
     can = "\n".join(line for line in cpu.splitlines() if line.startswith(("model", "flags", "Features"))) or cpu
     key = hashlib.sha256("\0".join([compiler, *flags, can, *((here / name).read_text() for name in sources)]).encode()).hexdigest()[:16]
     target = home() / "native" / f"{stem}-{key}.so"
@@ -61,7 +69,7 @@ def build(stem: str, sources: tuple[str, ...], flags: tuple[str, ...]) -> Path |
             return target
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-            made = Path(scratch) / target.name
+            made = FilePath(scratch) / target.name
             subprocess.run([compiler, *flags, "-o", made, here / sources[0], "-lm"], check=True, capture_output=True, timeout=120)
             made.replace(target)
         with suppress(OSError):  # another process does the same; whoever runs one has it mapped and keeps it
@@ -88,28 +96,44 @@ def passes() -> ctypes.CDLL | None:
     return library("passes")
 
 
-_off = ContextVar("sparing_plain", default=False)
+_path: ContextVar[Path] = ContextVar("sparing_kernels", default="plain")
+
+
+def choose(path: Path) -> None:
+    """Which kernels run in this thread from here on."""
+    _path.set(path)
 
 
 @contextmanager
-def plain():
-    """PyTorch's own operations only, in this thread: for comparisons."""
-    token = _off.set(True)
+def path(which: Path) -> Iterator[None]:
+    """Which kernels run in this thread inside the context."""
+    token = _path.set(which)
     try:
         yield
     finally:
-        _off.reset(token)
+        _path.reset(token)
 
 
-def wanted() -> bool:
-    """False within `plain`."""
-    return not _off.get()
+def compiled() -> bool:
+    """Whether this thread was told to run the compiled kernels."""
+    return _path.get() == "compiled"
+
+
+def fitting(replicas: int, threads: int | None, device: str) -> Path:
+    """The kernels for training with so many replicas, or threads in each operation: the compiled passes have one thread each."""
+    return "compiled" if device == "cpu" and (replicas > 1 or threads == 1) and passes() is not None else "plain"
+
+
+def arithmetic(kernels: Path) -> str:
+    """What decides the last bits of a result here: processor, instruction set, versions, kernels."""
+    compiler = "" if kernels == "plain" else f" by {FilePath(found).name if (found := _compiler()) else 'no compiler'} for {processor()}"
+    return f"{cpu_name()} ({torch.backends.cpu.get_cpu_capability()}), torch {torch.__version__}, {kernels} kernels{compiler}"
 
 
 def usable(x: Tensor, of: str = "passes") -> bool:
     """Whether a pass over `x` should be the compiled one; of: its library."""
-    fits = x.device.type == "cpu" and x.dtype in SUFFIXES and torch.get_num_threads() == 1
-    return fits and wanted() and not torch.compiler.is_compiling() and library(of) is not None
+    fits = compiled() and x.device.type == "cpu" and x.dtype in SUFFIXES
+    return fits and not torch.compiler.is_compiling() and library(of) is not None
 
 
 @cache

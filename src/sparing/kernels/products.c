@@ -249,9 +249,9 @@ void attention_backward(const bf16 *q, const bf16 *k, const bf16 *v, const int32
 
 enum { TOKENS = 256 };
 
-/* Head and cross-entropy in chunks of tokens. x (N, D), w (W, D), D and W even -> nll (N,); the gradients of scale * sum(nll): grad_x (N, D),
- * grad_w (W, D) float32, or NULL where w is frozen. */
-void head_loss(const bf16 *x, const void *w, int64_t f32, const int64_t *target, float scale, float *nll, bf16 *grad_x, float *grad_w, int64_t N,
+/* Head and cross-entropy in chunks of tokens. x (N, D), w (W, D), D and W even -> nll (N,), each times its weight (NULL: 1); the gradients of
+ * scale * sum(nll): grad_x (N, D), grad_w (W, D) float32, or NULL where w is frozen. */
+void head_loss(const bf16 *x, const void *w, int64_t f32, const int64_t *target, const float *weight, float scale, float *nll, bf16 *grad_x, float *grad_w, int64_t N,
                int64_t D, int64_t W) {
     int32_t *words = panels(0, D, W), *back = panels(1, W, D), *turned = scratch(3, up(W, 16) * TOKENS * 2), *right = panels(4, TOKENS, D);
     bf16 *logits = scratch(2, TOKENS * W * 2);
@@ -261,7 +261,7 @@ void head_loss(const bf16 *x, const void *w, int64_t f32, const int64_t *target,
         int64_t R = N - n < TOKENS ? N - n : TOKENS, some = (R + 1) / 2;
         const bf16 *rows = x + n * D;
         multiply(R, W, D / 2, (const int32_t *)rows, D / 2, 1, MR * D / 2, words, D / 2 * NR, logits, W, TO_BF16, 0, 0);
-        cross_entropy_bf16(logits, target + n, scale, nll + n, R, W);
+        cross_entropy_bf16(logits, target + n, weight ? weight + n : 0, scale, nll + n, R, W);
         multiply(R, D, W / 2, (const int32_t *)logits, W / 2, 1, MR * W / 2, back, W / 2 * NR, grad_x + n * D, D, TO_BF16, 0, 0);
         if (!grad_w) continue;
         pack_rows(logits, 0, W, R, W, MR, turned);

@@ -29,7 +29,7 @@ def _compiled() -> bool:
 
 def usable(x: Tensor) -> bool:
     """Whether products with rows of `x` should be the compiled ones, which take the numbers of a row in pairs."""
-    return x.dtype == torch.bfloat16 and x.shape[1] % 2 == 0 and x.stride(0) % 2 == 0 and native.usable(x) and _compiled()
+    return x.dtype == torch.bfloat16 and x.shape[-1] % 2 == 0 and x.stride(0) % 2 == 0 and native.usable(x) and _compiled()
 
 
 def even(*widths: int | None) -> bool:
@@ -38,8 +38,8 @@ def even(*widths: int | None) -> bool:
 
 
 def available() -> bool:
-    """Whether the compiled products are there and wanted, whatever this thread's setting: for callers that bring threads of their own."""
-    return native.wanted() and _compiled()
+    """Whether the compiled products are there and chosen: for callers that bring tensors of other kinds."""
+    return native.compiled() and _compiled()
 
 
 def kind_of(dtype: torch.dtype) -> int:

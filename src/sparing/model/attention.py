@@ -14,6 +14,7 @@ from sparing.kernels import native, products
 from sparing.kernels.attention import DocumentMask, causal_attention
 from sparing.kernels.grouped_attention import grouped_attention
 from sparing.kernels.latent_attention import latent_attention
+from sparing.layers import Shapes
 from sparing.model.linear import Linear, RMSNorm, side_by_side
 from sparing.model.rope import rotate, softmax_scale
 
@@ -36,21 +37,21 @@ class LayerCache:
 class MLA(nn.Module):
     """Multi-head latent attention; keys and values are expanded from the latent (the absorbed form belongs to inference)."""
 
-    def __init__(self, c: ModelConfig):
+    def __init__(self, c: ModelConfig, shapes: Shapes):
+        """shapes: `layers.Attention.shapes`."""
         super().__init__()
         self.c = c
         self.scale = softmax_scale(c)
-        q_width = c.num_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim)
         if c.q_lora_rank is None:
-            self.q_proj = Linear(c.hidden_size, q_width)
+            self.q_proj = Linear.shaped(shapes["q_proj.weight"])
         else:
-            self.q_a_proj = Linear(c.hidden_size, c.q_lora_rank)
-            self.q_a_layernorm = RMSNorm(c.q_lora_rank, c.rms_norm_eps)
-            self.q_b_proj = Linear(c.q_lora_rank, q_width)
-        self.kv_a_proj_with_mqa = Linear(c.hidden_size, c.kv_lora_rank + c.qk_rope_head_dim)
-        self.kv_a_layernorm = RMSNorm(c.kv_lora_rank, c.rms_norm_eps)
-        self.kv_b_proj = Linear(c.kv_lora_rank, c.num_heads * (c.qk_nope_head_dim + c.v_head_dim))
-        self.o_proj = Linear(c.num_heads * c.v_head_dim, c.hidden_size)
+            self.q_a_proj = Linear.shaped(shapes["q_a_proj.weight"])
+            self.q_a_layernorm = RMSNorm(*shapes["q_a_layernorm.weight"], c.rms_norm_eps)
+            self.q_b_proj = Linear.shaped(shapes["q_b_proj.weight"])
+        self.kv_a_proj_with_mqa = Linear.shaped(shapes["kv_a_proj_with_mqa.weight"])
+        self.kv_a_layernorm = RMSNorm(*shapes["kv_a_layernorm.weight"], c.rms_norm_eps)
+        self.kv_b_proj = Linear.shaped(shapes["kv_b_proj.weight"])
+        self.o_proj = Linear.shaped(shapes["o_proj.weight"])
 
     def residual(self, x_BTD: Tensor, norm: RMSNorm, table: Tensor, mask: DocumentMask | None, cache: LayerCache | None) -> Tensor:
         """x + attention(norm(x))."""
@@ -91,14 +92,15 @@ class MLA(nn.Module):
 class GQA(nn.Module):
     """Grouped-query attention with the same interleaved rotary pairs."""
 
-    def __init__(self, c: ModelConfig):
+    def __init__(self, c: ModelConfig, shapes: Shapes):
+        """shapes: `layers.Attention.shapes`."""
         super().__init__()
         self.c = c
         self.scale = softmax_scale(c)
-        self.q_proj = Linear(c.hidden_size, c.num_heads * c.head_dim)
-        self.k_proj = Linear(c.hidden_size, c.num_kv_heads * c.head_dim)
-        self.v_proj = Linear(c.hidden_size, c.num_kv_heads * c.head_dim)
-        self.o_proj = Linear(c.num_heads * c.head_dim, c.hidden_size)
+        self.q_proj = Linear.shaped(shapes["q_proj.weight"])
+        self.k_proj = Linear.shaped(shapes["k_proj.weight"])
+        self.v_proj = Linear.shaped(shapes["v_proj.weight"])
+        self.o_proj = Linear.shaped(shapes["o_proj.weight"])
 
     def residual(self, x_BTD: Tensor, norm: RMSNorm, table: Tensor, mask: DocumentMask | None, cache: LayerCache | None) -> Tensor:
         """x + attention(norm(x))."""

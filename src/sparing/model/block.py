@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sparing.config import ModelConfig
 from sparing.kernels.attention import DocumentMask
+from sparing.layers import Layer
 from sparing.model.attention import GQA, MLA, LayerCache
 from sparing.model.experts import MLP, MoE
 from sparing.model.linear import Linear, RMSNorm
@@ -20,14 +21,13 @@ from sparing.precision.activations import kept_in_int8
 class Block(nn.Module):
     """x + attention(norm(x)), then x + feed-forward(norm(x))."""
 
-    def __init__(self, c: ModelConfig, layer: int):
+    def __init__(self, c: ModelConfig, layer: Layer):
         super().__init__()
+        attention, feed_forward = layer.attention, layer.feed_forward
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.self_attn = MLA(c) if c.attention == "mla" else GQA(c)
+        self.self_attn = (MLA if attention.kind == "mla" else GQA)(c, attention.shapes)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        # An all-dense model has dense MTP modules; otherwise layers past the leading dense ones, MTP included, are mixtures.
-        dense = layer < c.num_dense_layers or c.num_dense_layers >= c.num_layers
-        self.mlp = MLP(c.hidden_size, c.intermediate_size) if dense else MoE(c)
+        self.mlp = MoE(c, feed_forward) if layer.mixture else MLP(feed_forward.hidden, feed_forward.width)
         self.recompute = self.int8_activations = False
 
     def _forward(self, x: Tensor, table: Tensor, mask: DocumentMask | None, cache: LayerCache | None, want_balance: bool):
@@ -64,11 +64,11 @@ class MTPBlock(Block):
     The projection takes [enorm(embedding); hnorm(hidden)], the published checkpoints' order, which is not the paper's.
     """
 
-    def __init__(self, c: ModelConfig, layer: int):
+    def __init__(self, c: ModelConfig, layer: Layer):
         super().__init__(c, layer)
         self.enorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.hnorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.eh_proj = Linear(2 * c.hidden_size, c.hidden_size)
+        self.eh_proj = Linear.shaped(layer.shapes["eh_proj.weight"])
         self.shared_head = SharedHead(c)
 
     def join(self, embedded_BTD: Tensor, hidden_BTD: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from sparing.kernels import native, products
 from sparing.kernels.experts import LOCAL, Dispatcher, Local, mixture, swiglu
 from sparing.kernels.feed_forward import dense_feed_forward, mixture_feed_forward
 from sparing.kernels.operands import Operand
+from sparing.layers import FeedForward
 from sparing.model.linear import Adaptable, Linear, RMSNorm, side_by_side
 from sparing.model.router import Router, Routing, sequence_balance_loss
 from sparing.precision.linear import EightBit
@@ -50,13 +51,12 @@ class Experts(Adaptable):
     eight_bit: tuple[EightBit, EightBit] | None = None
     """As `Linear.eight_bit`, of each part."""
 
-    def __init__(self, c: ModelConfig, dispatcher: Dispatcher = LOCAL):
+    def __init__(self, f: FeedForward, dispatcher: Dispatcher = LOCAL):
         super().__init__()
         self.dispatcher = dispatcher
-        E, F_, D = c.n_routed_experts, c.moe_intermediate_size, c.hidden_size
-        self.active = c.num_experts_per_tok / E
-        self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * F_, D))
-        self.down_proj = nn.Parameter(torch.empty(E, D, F_))
+        self.active = f.chosen / f.experts
+        self.gate_up_proj = nn.Parameter(torch.empty(f.shapes["experts.gate_up_proj"]))
+        self.down_proj = nn.Parameter(torch.empty(f.shapes["experts.down_proj"]))
 
     def forward(self, x_ND: Tensor, weights_NK: Tensor, experts_NK: Tensor) -> Tensor:
         return mixture(x_ND, *self.operands(products.Plain), weights_NK, experts_NK, self.dispatcher)
@@ -70,12 +70,12 @@ class Experts(Adaptable):
 class MoE(nn.Module):
     """Shared experts plus the chosen routed ones, weighted by their gates."""
 
-    def __init__(self, c: ModelConfig):
+    def __init__(self, c: ModelConfig, f: FeedForward):
         super().__init__()
         self.c = c
         self.gate = Router(c)
-        self.experts = Experts(c)
-        self.shared_experts = MLP(c.hidden_size, c.moe_intermediate_size * c.n_shared_experts) if c.n_shared_experts else None
+        self.experts = Experts(f)
+        self.shared_experts = MLP(f.hidden, f.common_width) if f.shared else None
 
     def residual(self, x_BTD: Tensor, norm: RMSNorm, balance: list[Tensor] | None = None) -> Tensor:
         """x + experts(norm(x)). balance: where given, the layer appends its sequence-wise balance loss."""

@@ -103,6 +103,11 @@ class Linear(Adaptable):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
 
+    @classmethod
+    def shaped(cls, shape: tuple[int, ...]) -> Linear:
+        """One whose weight has the shape (out, in)."""
+        return cls(shape[1], shape[0])
+
     @property
     def operand(self) -> Operand:
         """The weight with its products."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sparing.config import ModelConfig, YarnConfig
+from sparing.layers import layers
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
@@ -17,9 +18,8 @@ def yarn_mscale(factor: float, mscale: float) -> float:
 
 def softmax_scale(config: ModelConfig) -> float:
     """Scale of the attention logits: width^-1/2, times m² of `mscale_all_dim` under YaRN."""
-    width = config.head_dim if config.attention == "gqa" else config.qk_nope_head_dim + config.qk_rope_head_dim
     m = yarn_mscale(config.yarn.factor, config.yarn.mscale_all_dim) if config.yarn and config.yarn.mscale_all_dim else 1.0
-    return width**-0.5 * m * m
+    return layers(config)[0].attention.key ** -0.5 * m * m
 
 
 def _yarn_frequencies(frequencies: Tensor, dim: int, theta: float, yarn: YarnConfig) -> Tensor:
@@ -36,7 +36,7 @@ def _yarn_frequencies(frequencies: Tensor, dim: int, theta: float, yarn: YarnCon
 
 def rotary_table(config: ModelConfig, length: int) -> Tensor:
     """(length, R/2) complex64: the rotation of every position and pair, YaRN's cos/sin factor applied."""
-    dim = config.head_dim if config.attention == "gqa" else config.qk_rope_head_dim
+    dim = layers(config)[0].attention.rope
     frequencies = config.rope_theta ** (-torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     factor = 1.0
     if config.yarn:

@@ -10,24 +10,26 @@ from torch import Tensor, nn
 
 from sparing.config import ModelConfig
 from sparing.kernels.attention import DocumentMask
-from sparing.kernels.cross_entropy import IGNORE, linear_cross_entropy, token_nll
+from sparing.kernels.cross_entropy import token_nll
 from sparing.kernels.embedding import embedding
+from sparing.layers import layers
 from sparing.model.attention import LayerCache
 from sparing.model.block import Block, MTPBlock
 from sparing.model.linear import Linear, RMSNorm
 from sparing.model.rope import rotary_table
 
 
-class LossOutput(NamedTuple):
-    """Float32 scalars. `total` is what to differentiate; the others are parts of it, detached."""
+class States(NamedTuple):
+    """What a forward pass leaves: hidden states, and what a multi-token-prediction module needs to go on from them."""
 
-    total: Tensor
-    loss: Tensor
-    """Main-token cross-entropy, nats."""
-    mtp_loss: Tensor
-    """Mean cross-entropy over MTP depths, unweighted."""
-    balance: Tensor
-    """Sequence-wise balance loss, summed over layers, unweighted."""
+    hidden: Tensor
+    """(B, T, D), normed: what the output head multiplies."""
+    balances: list[Tensor]
+    """Sequence-wise balance losses of the mixtures so far, float32 scalars; empty where none were wanted."""
+    table: Tensor
+    """Rotary table of the positions."""
+    mask: DocumentMask | None
+    want_balance: bool
 
 
 class Decoder(nn.Module):
@@ -36,9 +38,7 @@ class Decoder(nn.Module):
     def __init__(self, c: ModelConfig):
         super().__init__()
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
-        layers = [Block(c, i) for i in range(c.num_layers)]
-        layers += [MTPBlock(c, c.num_layers + k) for k in range(c.mtp_depth)]
-        self.layers = nn.ModuleList(layers)
+        self.layers = nn.ModuleList((MTPBlock if layer.mtp else Block)(c, layer) for layer in layers(c))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
 
@@ -88,9 +88,33 @@ class Transformer(nn.Module):
         cache: list[LayerCache] | None = None,
     ) -> Tensor:
         """(B, T) token ids -> (B, T, D) hidden states after the last norm."""
+        return self.states(tokens_BT, documents_BT, positions, cache).hidden
+
+    def states(
+        self,
+        tokens_BT: Tensor,
+        documents_BT: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: list[LayerCache] | None = None,
+        want_balance: bool = False,
+    ) -> States:
+        """(B, T) token ids through the main layers. documents_BT: pieces with different numbers do not see each other."""
         table, mask = self._context(tokens_BT, documents_BT, positions, cache)
-        x, _ = self._run(self._embed(tokens_BT), table, mask, cache, want_balance=False)
-        return x
+        x, balances = self._embed(tokens_BT), []
+        for i in range(self.config.num_layers):
+            x, balance = self.model.layers[i](x, table, mask, cache[i] if cache else None, want_balance)
+            if balance is not None:
+                balances.append(balance)
+        return States(self.model.norm(x), balances, table, mask, want_balance)
+
+    def next_depth(self, before: States, k: int, tokens_BT: Tensor) -> States:
+        """One token further by MTP module `k`, from the depth before it. tokens_BT: the token after each position of that depth."""
+        block: MTPBlock = self.model.layers[self.config.num_layers + k]
+        x = block.join(self._embed(tokens_BT), before.hidden)
+        x, balance = block(x, before.table, before.mask, None, before.want_balance)
+        balances = before.balances if balance is None else [*before.balances, balance]
+        # The next depth gets it normed, as the first gets the main model's.
+        return before._replace(hidden=block.shared_head.norm(x), balances=balances)
 
     def _context(self, tokens_BT, documents_BT, positions, cache) -> tuple[Tensor, DocumentMask | None]:
         start = cache[0].length if cache else 0
@@ -100,14 +124,6 @@ class Transformer(nn.Module):
         else:
             table = self._table(int(positions.max()) + 1)[positions]
         return table, DocumentMask.of(documents_BT, self.compute_dtype)
-
-    def _run(self, x: Tensor, table: Tensor, mask: DocumentMask | None, cache, want_balance: bool) -> tuple[Tensor, list[Tensor]]:
-        losses = []
-        for i in range(self.config.num_layers):
-            x, loss = self.model.layers[i](x, table, mask, cache[i] if cache else None, want_balance)
-            if loss is not None:
-                losses.append(loss)
-        return self.model.norm(x), losses
 
     def forward(
         self,
@@ -125,43 +141,3 @@ class Transformer(nn.Module):
         """Cross-entropy of every target, (B, T) float32 nats; 0 where the target is -100."""
         x = self.hidden(tokens_BT, documents_BT)
         return token_nll(x.flatten(0, 1), self.head_weight, targets_BT.flatten()).view_as(targets_BT)
-
-    def loss(
-        self,
-        tokens_BT: Tensor,
-        targets_BTK: Tensor,
-        documents_BT: Tensor | None = None,
-        mtp_weight: float = 0.3,
-        sequence_balance: float = 0.0,
-        denominator: int | None = None,
-        share: float = 1.0,
-    ) -> LossOutput:
-        """Training loss of a micro-batch.
-
-        targets_BTK: K = 1 + mtp_depth targets a position (the token 1, 2, ... ahead), -100 where ignored. denominator: valid main targets
-        of the whole optimizer step (default: of this micro-batch), so that losses and gradients add up over micro-batches exactly;
-        share: of the step's sequences, how many are here; the balance loss, a mean over sequences, counts by it.
-        """
-        c = self.config
-        table, mask = self._context(tokens_BT, documents_BT, None, None)
-        if denominator is None:
-            denominator = max(1, int((targets_BTK[..., 0] != IGNORE).sum()))
-        x, balances = self._run(self._embed(tokens_BT), table, mask, None, want_balance=sequence_balance > 0)
-        loss = linear_cross_entropy(x.flatten(0, 1), self.head_weight, targets_BTK[..., 0].flatten(), denominator)
-        total, zero = loss, loss.new_zeros(())
-        mtp_loss = zero
-        for k in range(c.mtp_depth):
-            block: MTPBlock = self.model.layers[c.num_layers + k]
-            ahead = targets_BTK[..., k].clamp(min=0)  # ignored positions embed word 0: their own loss is masked
-            x, balance = block(block.join(self._embed(ahead), x), table, mask, None, sequence_balance > 0)
-            if balance is not None:
-                balances.append(balance)
-            x = block.shared_head.norm(x)  # the next depth gets it normed, as the first gets the main model's
-            targets = targets_BTK[..., k + 1].flatten()
-            mtp_loss = mtp_loss + linear_cross_entropy(x.flatten(0, 1), self.head_weight, targets, denominator) / c.mtp_depth
-        if c.mtp_depth:
-            total = total + mtp_weight * mtp_loss
-        balance = torch.stack(balances).sum() * share if balances else zero
-        if balances:
-            total = total + sequence_balance * balance
-        return LossOutput(total, loss.detach(), mtp_loss.detach(), balance.detach())

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
 from typing import Any
 
 from sparing.account.prices import home_rent
 from sparing.base.hardware import Machine
+from sparing.base.messages import say
 from sparing.budget.flops import parameters
 from sparing.budget.memory import serving_memory
 from sparing.budget.plan import Corpus, Run, check, predict
@@ -65,7 +65,7 @@ def plan(
         raise UserError("plan needs --budget, --target-bpb or --fits")
     corpus = _corpus(wishes, section)
     name, country = machine or section.get("machine"), country or section.get("country")
-    place = elsewhere(name, rent, country) if name else here(rent, country, _say)
+    place = elsewhere(name, rent, country) if name else here(rent, country, say)
     wishes = with_vocabulary(wishes)
 
     if fits is not None:
@@ -94,10 +94,6 @@ def foresee(config: Config, corpus: Corpus, machine: Machine, budget_s: float | 
     """The prediction for a run that is about to start here: `plan --json`'s keys, and the size and kind of its corpus."""
     run = run_from(config, corpus, here(home_rent(), machine=machine), budget_s)
     return {**predict(run), "budget": format_budget(config.budget), "kind": run.law.kind, "train_bytes": corpus.train_bytes}
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def _corpus(wishes: dict, section: dict) -> CorpusFacts | Given:

@@ -149,7 +149,7 @@ def fastest_kind(device: str) -> Kind | None:
     """The 8-bit format that this machine multiplies faster than 16 bits, if any: FP8 from compute capability 9.0 on, with a scale a row at
     8.9, int8 from 8.0 on and with AVX512_VNNI."""
     if device == "cpu":
-        return "int8" if int8.available() else None
+        return "int8" if int8.built() else None
     capability = torch.cuda.get_device_capability()
     return "fp8" if capability >= (9, 0) else "fp8_row" if capability >= (8, 9) else "int8" if capability >= (8, 0) else None
 

@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparing.kernels.sizes import MOMENT_BLOCK as BLOCK
 from sparing.precision.compensation import key_of, random_bits, rows_of
-
-BLOCK = 256
 
 
 def _blocks(x_RC: Tensor) -> Tensor:

@@ -51,8 +51,6 @@ class Policy:
         kind = config.precision.linear
         if kind == "auto":
             raise UserError("precision.linear = auto is for `sparing train`, which measures; here say none, int8, fp8 or fp8_row")
-        if kind != "none" and config.train.compile:
-            raise UserError(f"train.compile = true compiles no 8-bit products: leave it out, or precision.linear = {kind}")
         return cls(install(model, None if kind == "none" else kind), config.precision)
 
     def begin(self, step: int) -> None:

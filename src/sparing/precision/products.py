@@ -5,26 +5,29 @@ for y = x Wᵀ rows of x (tokens) and rows of W (channels) have scales; for the 
 weight's gradient gᵀ x, whose inner dimension is the tokens, columns of both. DeepSeek-V3 cuts the inner dimension into 128s and gives
 weights square blocks, so that one quantised copy serves both directions.
 
-int8: `kernels.int8` where the processor has it, otherwise torch's own integer product. fp8: on a GPU `kernels.float8`; elsewhere numbers
-are rounded to e4m3 and multiplied in 16 bits, which hold e4m3 times a power of two exactly, with sums in float32: the arithmetic of FP8
-hardware that promotes its partial sums, and slower than 16 bits, not faster. fp8_row: e4m3 with int8's scales, for GPUs whose scaled
-product takes one a row and not one a block (Ada); its finer blocks are fp8's.
+int8: `kernels.int8` where the processor has it; otherwise exact float32 products of the integers on a CPU, and torch's own integer product
+on a GPU. fp8: on a GPU `kernels.float8`; elsewhere numbers are rounded to e4m3 and multiplied in 16 bits, which hold e4m3 times a power of
+two exactly, with sums in float32: the arithmetic of FP8 hardware that promotes its partial sums, and slower than 16 bits, not faster.
+fp8_row: e4m3 with int8's scales, for GPUs whose scaled product takes one a row and not one a block (Ada); its finer blocks are fp8's.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparing.kernels import float8, int8, products
+from sparing.kernels import float8, formats, int8, products
 from sparing.precision.formats import E4M3, E5M6, INT8, Format
 from sparing.precision.quantise import TILE, Block, dequantise, quantise
 
 Kind = Literal["int8", "fp8", "fp8_row"]
 LONGEST = int8.LONGEST
+EXACT = 1024
+"""Products of two int8 numbers that float32 adds without rounding, in whatever order: 1024 * 128 * 128 = 2^24."""
 
 
 class Blocks(NamedTuple):
@@ -76,9 +79,20 @@ def fp8_operand(operand: Operand, blocks: Blocks, found: Tensor | None, kept_e5m
     return rounded(x, E4M3, operand.block(blocks), found)
 
 
+def _emulated_dtype(x: Tensor) -> torch.dtype:
+    """The type in which x, rounded to e4m3, is multiplied: its own, or float32, which holds such numbers too, where that is slow."""
+    return x.dtype if x.is_cuda or formats.fast(str(x.dtype).removeprefix("torch.")) else torch.float32
+
+
 def _integers(a: Tensor, b: Tensor) -> Tensor:
-    """int8 (M, K), (N, K) -> int32 (M, N). Filled up: torch._int_mm wants more than 16 rows and multiples of 8 on CUDA, and torch 2.13's is
-    wrong on a CPU for an inner dimension of 1."""
+    """int8 (M, K), (N, K) -> int32 (M, N).
+
+    On a CPU the products are float32, exact for EXACT numbers at a time. torch._int_mm is slow there without AVX512_VNNI. With torch 2.13
+    it is wrong for an inner dimension of 1, and where ONEDNN_MAX_CPU_ISA forbids VNNI: sums of two products saturate in 16 bits. On CUDA
+    it wants more than 16 rows and multiples of 8."""
+    if a.device.type == "cpu":
+        pieces = zip(a.float().split(EXACT, 1), b.float().split(EXACT, 1), strict=True)
+        return functools.reduce(Tensor.add_, (torch.mm(x, y.t()).int() for x, y in pieces))
     M, N = len(a), len(b)
     a = F.pad(a, (0, -a.shape[1] % 8, 0, max(0, 24 - M)))
     b = F.pad(b, (0, -b.shape[1] % 8, 0, -N % 8))
@@ -87,7 +101,7 @@ def _integers(a: Tensor, b: Tensor) -> Tensor:
 
 def int8_product(a: Tensor, b: Tensor, block: int | None, found: Tensor | None = None) -> Tensor:
     """The plain form of `kernels.int8`: a (M, K) b (N, K)ᵀ -> (M, N) float32."""
-    length = min(block or LONGEST, LONGEST)
+    length = min(block or LONGEST, LONGEST, max(1, a.shape[1]))  # a longer block would be filled up with zeros
     left, right = quantise(a, INT8, (1, length)), quantise(b, INT8, (1, length))
     count(left, found)
     count(right, found)
@@ -119,7 +133,10 @@ def nt(kind: Kind, blocks: Blocks, found: Tensor, a: Tensor, b: Tensor, out: Ten
         if blocks.inner == TILE and float8.usable(a, b):
             return float8.nt(a, b, found, out, base)
         left, right = (fp8_operand(o, blocks, found) for o in (Operand(a, False, False), Operand(b, False, True)))
-        return products.nt(left.to(a.dtype), right, out, base)
+        dtype = _emulated_dtype(a)
+        if dtype == a.dtype:
+            return products.nt(left.to(dtype), right, out, base)
+        return _finish(products.nt(left.to(dtype), right), a.dtype, out, base)
     if int8.usable(a):
         return int8.nt(a, b, blocks.inner, found, out, base)
     return _finish(int8_product(a, b, blocks.inner, found), a.dtype, out, base)
@@ -133,7 +150,10 @@ def nn(kind: Kind, blocks: Blocks, found: Tensor, a: Tensor, b: Tensor, base: Te
         if blocks.inner == TILE and float8.usable(a, b):
             return float8.nn(a, b, found, base)
         left, right = (fp8_operand(o, blocks, found) for o in (Operand(a, False, False), Operand(b, True, True)))
-        return products.nn(left.to(a.dtype), right, base)
+        dtype = _emulated_dtype(a)
+        if dtype == a.dtype:
+            return products.nn(left.to(dtype), right, base)
+        return _finish(products.nn(left.to(dtype), right), a.dtype, None, base)
     if int8.usable(a):
         return int8.nn(a, b, blocks.inner, found, base)
     return _finish(int8_product(a, b.t(), blocks.inner, found), a.dtype, None, base)
@@ -150,7 +170,7 @@ def tn(
             return float8.tn(a, rounded(b, E5M6, (1, TILE), found) if kept_e5m6 else b, found)
         left = fp8_operand(Operand(a, True, False), blocks, found)
         right = fp8_operand(Operand(b, True, False), blocks, found, kept_e5m6)
-        return products.tn(left.to(a.dtype), right.to(b.dtype), dtype)
+        return products.tn(left.to(_emulated_dtype(a)), right.to(_emulated_dtype(b)), dtype)
     if int8.usable(a):
         return int8.tn(a, b, blocks.inner, found, dtype)
     return int8_product(a.t(), b.t(), blocks.inner, found)

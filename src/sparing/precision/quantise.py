@@ -80,5 +80,6 @@ def faults(q: Quantised) -> Faults:
 
 
 def _sizes(x: Tensor, block: Block) -> tuple[int, int]:
-    rows, columns = (max(1, have if want is None else want) for have, want in zip(x.shape, block, strict=True))
+    """Of its blocks; none reaches beyond x, which would only be padded."""
+    rows, columns = (max(1, have if want is None else min(want, have)) for have, want in zip(x.shape, block, strict=True))
     return rows, columns

@@ -1,5 +1,5 @@
 """A run folder as a server: OpenAI's HTTP interface, a chat page, metrics.
 
-`server` starts and drains it, `app` has the routes, `requests` what a request may say (the OpenAPI document is made of it), `chat` and
-`completions` turn a request into prompts and pieces into answers, `streams` sits between the engine's thread and asyncio.
+`server` starts and drains it, `app` has the routes, `requests` what a request may say (the OpenAPI document is made from it), `body` checks
+it, `chat` and `completions` turn a request into prompts and pieces into answers, `streams` sits between the engine's thread and asyncio.
 """

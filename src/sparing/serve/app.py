@@ -15,7 +15,9 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from sparing.serve import requests
 from sparing.serve.answer import answer
+from sparing.serve.body import parse
 from sparing.serve.chat import Chat
 from sparing.serve.completions import Completion
 from sparing.serve.errors import ApiError, bad
@@ -23,15 +25,13 @@ from sparing.serve.gate import Gate
 from sparing.serve.metrics import prometheus
 from sparing.serve.openapi import document
 from sparing.serve.page import page_and_policy
-from sparing.serve.requests import CHAT, COMPLETION, DETOKENIZE, TOKENIZE
-from sparing.serve.schema import Schema, parse
 from sparing.serve.service import Service
 
 Endpoint = Callable[[Service, Request], Awaitable[Response]]
 
 
-async def read(service: Service, request: Request, schema: Schema) -> dict:
-    """The body, held to the schema. Raises ApiError 408, 413, 415, 400."""
+async def read(service: Service, request: Request, model: type[requests.Body]) -> dict:
+    """The body, held to its model. Raises ApiError 408, 413, 415, 400, 404."""
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind != "application/json":  # also keeps forms of other web pages out, which browsers send without asking
         raise ApiError(415, f"The body must be JSON with `Content-Type: application/json`, not {kind[:50] or 'none'}.")
@@ -49,18 +49,19 @@ async def read(service: Service, request: Request, schema: Schema) -> dict:
                 parts.append(part)
     except TimeoutError:
         raise ApiError(408, f"The body did not arrive within {service.settings.body_s:g} s.") from None
-    body = await asyncio.to_thread(parse, b"".join(parts), schema)
-    service.known(body.get("model"))
+    body = await asyncio.to_thread(parse, b"".join(parts), model)
+    if body.get("model"):  # an empty name is none, as to vLLM: clients whose form has no model send it
+        service.known(body["model"])
     return body
 
 
 async def chat(service: Service, request: Request) -> Response:
-    body = await read(service, request, CHAT)
+    body = await read(service, request, requests.Chat)
     return await answer(service, request, await asyncio.to_thread(Chat, service, body))
 
 
 async def completions(service: Service, request: Request) -> Response:
-    body = await read(service, request, COMPLETION)
+    body = await read(service, request, requests.Completion)
     return await answer(service, request, await asyncio.to_thread(Completion, service, body))
 
 
@@ -88,7 +89,7 @@ def _model(service: Service) -> dict:
 
 
 async def tokenize(service: Service, request: Request) -> Response:
-    body = await read(service, request, TOKENIZE)
+    body = await read(service, request, requests.Tokenize)
     tokenizer = service.engine.tokenizer
     ids = await asyncio.to_thread(tokenizer.encode, body["prompt"])
     ids = [tokenizer.eot_id, *ids] if body.get("add_special_tokens", True) else ids
@@ -96,7 +97,7 @@ async def tokenize(service: Service, request: Request) -> Response:
 
 
 async def detokenize(service: Service, request: Request) -> Response:
-    body = await read(service, request, DETOKENIZE)
+    body = await read(service, request, requests.Detokenize)
     wrong = next((token for token in body["tokens"] if token >= service.vocab_size), None)
     if wrong is not None:
         raise bad(f"'tokens': {wrong} is no token; they end at {service.vocab_size - 1}.", "tokens")

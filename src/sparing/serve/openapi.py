@@ -1,78 +1,69 @@
-"""The OpenAPI 3.1 document of this server, made of the schemas that bodies are held to."""
+"""The OpenAPI 3.1 document of this server, made from the models that bodies are held to."""
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
+from pydantic import BaseModel, create_model
+from pydantic.json_schema import models_json_schema
+
 from sparing import __version__
-from sparing.serve.requests import CHAT, COMPLETION, DETOKENIZE, TOKENIZE
-from sparing.serve.schema import Schema
-
-ERROR: Schema = {
-    "type": "object",
-    "properties": {
-        "error": {
-            "type": "object",
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "param": {"type": ["string", "null"]},
-                "code": {"type": ["string", "null"]},
-            },
-            "required": ["message", "type", "param", "code"],
-        }
-    },
-    "required": ["error"],
-}
-INTEGERS = {"type": "array", "items": {"type": "integer"}}
+from sparing.serve import requests
 
 
-def answers(kind: str) -> Schema:
+def answers(name: str, kind: str) -> type[BaseModel]:
     """A whole answer; clients' own types say the rest."""
-    choice = {"type": "object", "required": ["index", "finish_reason"]}
-    fields: Schema = {"id": {"type": "string"}, "object": {"const": kind}, "usage": {"type": "object"}}
-    fields["choices"] = {"type": "array", "items": choice}
-    return {"type": "object", "properties": fields, "required": list(fields)}
+    return create_model(name, id=str, object=Literal[kind], model=str, usage=dict[str, Any], choices=list[AnswerChoice])
 
 
-EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
-MODEL = {"type": "object", "properties": {"id": {"type": "string"}, "object": {"const": "model"}}, "required": ["id", "object"]}
-MODELS = {"type": "object", "properties": {"data": {"type": "array", "items": MODEL}}, "required": ["data"]}
-TOKENS = {"type": "object", "properties": {"tokens": INTEGERS, "count": {"type": "integer"}}, "required": ["tokens", "count"]}
-PROMPT = {"type": "object", "properties": {"prompt": {"type": "string"}}, "required": ["prompt"]}
-HEALTH = {"type": "object", "properties": {"status": {"type": "string"}}, "required": ["status"]}
+AnswerChoice = create_model("AnswerChoice", index=int, finish_reason=str)
+Error = create_model("Error", error=create_model("ErrorBody", message=str, type=str, param=str | None, code=str | None))
+Event = create_model("Event", data=str)
+ServedModel = create_model("ServedModel", id=str, object=Literal["model"])
+Models = create_model("Models", data=list[ServedModel])
+TokenIds = create_model("TokenIds", tokens=list[int], count=int)
+Prompt = create_model("Prompt", prompt=str)
+Health = create_model("Health", status=str)
 POSTS = {
-    "/v1/chat/completions": ("Answer a chat", CHAT, answers("chat.completion")),
-    "/v1/completions": ("Continue a text", COMPLETION, answers("text_completion")),
-    "/tokenize": ("A text as token ids", TOKENIZE, TOKENS),
-    "/detokenize": ("Token ids as text", DETOKENIZE, PROMPT),
+    "/v1/chat/completions": ("Answer a chat", requests.Chat, answers("ChatAnswer", "chat.completion")),
+    "/v1/completions": ("Continue a text", requests.Completion, answers("CompletionAnswer", "text_completion")),
+    "/tokenize": ("A text as token ids", requests.Tokenize, TokenIds),
+    "/detokenize": ("Token ids as text", requests.Detokenize, Prompt),
 }
-GETS = {"/v1/models": ("The model", MODELS), "/health": ("Is it up?", HEALTH)}
+GETS = {
+    "/v1/models": ("The model", Models),
+    "/v1/models/{name}": ("One model", ServedModel),
+    "/health": ("Is it up?", Health),
+}
 
 
-def _content(schema: Schema) -> dict:
-    return {"application/json": {"schema": schema}}
+def _content(model: type[BaseModel]) -> dict:
+    return {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}}
 
 
-def _responses(ok: Schema, stream: bool) -> dict:
-    content = _content(ok) | ({"text/event-stream": {"schema": EVENT}} if stream else {})
-    errors = {"content": _content({"$ref": "#/components/schemas/Error"})}
-    return {"200": {"description": "done", "content": content}, "default": {"description": "an error", **errors}}
+def _responses(ok: type[BaseModel], stream: bool) -> dict:
+    content = {"application/json": _content(ok)} | ({"text/event-stream": _content(Event)} if stream else {})
+    error = {"description": "an error", "content": {"application/json": _content(Error)}}
+    return {"200": {"description": "done", "content": content}, "default": error}
 
 
 def document() -> dict:
     paths: dict = {}
     for path, (summary, body, ok) in POSTS.items():
-        operation = {"summary": summary, "requestBody": {"required": True, "content": _content(body)}}
-        paths[path] = {"post": operation | {"responses": _responses(ok, path.startswith("/v1"))}}
+        request = {"required": True, "content": {"application/json": _content(body)}}
+        paths[path] = {"post": {"summary": summary, "requestBody": request, "responses": _responses(ok, path.startswith("/v1"))}}
     for path, (summary, ok) in GETS.items():
         paths[path] = {"get": {"summary": summary, "responses": _responses(ok, False)}}
     name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
-    paths["/v1/models/{name}"] = {"get": {"summary": "One model", "parameters": [name], "responses": _responses(MODEL, False)}}
+    paths["/v1/models/{name}"]["get"]["parameters"] = [name]
+    models = [model for row in (*POSTS.values(), *GETS.values()) for model in row[1:]] + [Error, Event]
+    _, schemas = models_json_schema([(model, "validation") for model in models], ref_template="#/components/schemas/{model}")
     return {
         "openapi": "3.1.0",
         "info": {"title": "Sparing", "version": __version__, "description": "OpenAI's interface to one model."},
         "paths": paths,
         "components": {
-            "schemas": {"Error": ERROR},
+            "schemas": schemas["$defs"],
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
         "security": [{"key": []}, {}],

@@ -1,4 +1,4 @@
-"""What a request may say, as JSON Schema: bodies are held to it (`schema.check`), and the OpenAPI document shows the same words.
+"""What a request may say, as pydantic models: bodies are held to them (`body.check`), and the OpenAPI document is made from them.
 
 Names and ranges are OpenAI's (platform.openai.com/docs/api-reference/chat/create, .../completions/create); top_k, min_p,
 repetition_penalty and ignore_eos are the extensions that open servers share; tier is ours.
@@ -6,182 +6,183 @@ repetition_penalty and ignore_eos are the extensions that open servers share; ti
 
 from __future__ import annotations
 
-from sparing.serve.schema import Schema
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 MAX_CHOICES = 16
 MAX_PROMPTS = 64
 MAX_STOPS = 16
 """OpenAI takes 4; lm-eval's tasks end at up to six and the end of text."""
+MOST = 2**31 - 1
+"""Of counts and token ids: a signed 32-bit integer."""
 
 
-def maybe(schema: Schema) -> Schema:
-    """The schema or null, which means the same as absence."""
-    return {"anyOf": [schema, {"type": "null"}]}
+class Object(BaseModel):
+    """A JSON object; fields that it doesn't name are passed on. null means the same as absence."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _as_sent(cls, value: Any, check) -> dict[str, Any]:
+        """A plain dict without nulls, in the client's order: templates write messages and tools into the prompt as they came."""
+        found = dict(check(value))
+        return {name: found.get(name, sent) for name, sent in value.items() if sent is not None}
 
 
-def number(low: float, high: float, **more) -> Schema:
-    return maybe({"type": "number", "minimum": low, "maximum": high, **more})
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def integer(low: int, high: int) -> Schema:
-    return maybe({"type": "integer", "minimum": low, "maximum": high})
+def integer(low: int, high: int):
+    """A type: low to high; 3.0 is the integer 3, as in JSON Schema."""
+    return Annotated[int, Field(ge=low, le=high), BeforeValidator(_whole)]
 
 
-TEXT = {"type": "string"}
-TOKEN = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
-TOKENS = {"type": "array", "items": TOKEN, "minItems": 1}
-FLAG = maybe({"type": "boolean"})
-ANYTHING = {"description": "accepted and ignored"}
-NAME = {"type": "string", "pattern": "^[a-zA-Z0-9_-]{1,64}$"}
+Stop = Annotated[str, Field(min_length=1)]
+Stops = Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True)]
+Token = integer(0, MOST)
+Tokens = Annotated[list[Token], Field(min_length=1, fail_fast=True)]
+Prompts = Annotated[list[str | Tokens], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+TokenName = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+# JSON Schema lets keys that match no pattern pass, unless it is told otherwise.
+Biases = Annotated[dict[TokenName, Bias], Field(json_schema_extra={"additionalProperties": False})]
+Name = Annotated[str, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")]
+Model = Annotated[str | None, Field(description="the name of the served model; left out, null or empty it means the same")]
+Ignored = Annotated[Any, Field(description="accepted and ignored")]
 
-SAMPLING = {
-    "model": {"type": "string", "minLength": 1},
-    "temperature": number(0, 2),
-    "top_p": maybe({"type": "number", "exclusiveMinimum": 0, "maximum": 1}),
-    "top_k": integer(-1, 2**31 - 1),
-    "min_p": number(0, 1),
-    "presence_penalty": number(-2, 2),
-    "frequency_penalty": number(-2, 2),
-    "repetition_penalty": number(0.01, 10),
-    "seed": integer(-(2**63), 2**63 - 1),
-    "stop": maybe(
-        {
-            "anyOf": [
-                {"type": "string", "minLength": 1},
-                {"type": "array", "items": {"type": "string", "minLength": 1}, "maxItems": MAX_STOPS},
-            ]
-        }
-    ),
-    "n": integer(1, MAX_CHOICES),
-    "logit_bias": maybe(
-        {
-            "type": "object",
-            "propertyNames": {"pattern": "^[0-9]{1,9}$"},
-            "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
-        }
-    ),
-    "ignore_eos": FLAG,
-    "tier": maybe({"enum": ["exact", "approximate"]}),
-    "stream": FLAG,
-    "stream_options": maybe({"type": "object", "properties": {"include_usage": FLAG}}),
-    "max_tokens": integer(0, 2**31 - 1),
-    "user": ANYTHING,
-    "metadata": ANYTHING,
-    "store": ANYTHING,
-    "service_tier": ANYTHING,
-    "safety_identifier": ANYTHING,
-    "prompt_cache_key": ANYTHING,
-}
-PART = {"type": "object", "properties": {"type": {"enum": ["text"]}, "text": TEXT}, "required": ["type", "text"]}
-CALL = {
-    "type": "object",
-    "properties": {
-        "id": TEXT,
-        "type": {"enum": ["function"]},
-        "function": {"type": "object", "properties": {"name": TEXT, "arguments": TEXT}, "required": ["name", "arguments"]},
-    },
-    "required": ["function"],
-}
-MESSAGE = {
-    "type": "object",
-    "properties": {
-        "role": {"enum": ["system", "developer", "user", "assistant", "tool"]},
-        "content": maybe({"anyOf": [TEXT, {"type": "array", "items": PART}]}),
-        "name": maybe(TEXT),
-        "tool_call_id": maybe(TEXT),
-        "tool_calls": maybe({"type": "array", "items": CALL}),
-    },
-    "required": ["role"],
-}
-TOOL = {
-    "type": "object",
-    "properties": {
-        "type": {"enum": ["function"]},
-        "function": {
-            "type": "object",
-            "properties": {"name": NAME, "description": maybe(TEXT), "parameters": maybe({"type": "object"})},
-            "required": ["name"],
-        },
-    },
-    "required": ["type", "function"],
-}
-FORMAT = {
-    "anyOf": [
-        {"type": "object", "properties": {"type": {"enum": ["text", "json_object"]}}, "required": ["type"]},
-        {
-            "type": "object",
-            "properties": {
-                "type": {"enum": ["json_schema"]},
-                "json_schema": {
-                    "type": "object",
-                    "properties": {"name": TEXT, "schema": {"type": "object"}, "strict": FLAG},
-                    "required": ["schema"],
-                },
-            },
-            "required": ["type", "json_schema"],
-        },
-        {"type": "object", "properties": {"type": {"enum": ["grammar"]}, "grammar": TEXT}, "required": ["type", "grammar"]},
-    ]
-}
-CHAT = {
-    "type": "object",
-    "properties": SAMPLING
-    | {
-        "messages": {"type": "array", "items": MESSAGE, "minItems": 1},
-        "max_completion_tokens": integer(1, 2**31 - 1),
-        "logprobs": FLAG,
-        "top_logprobs": integer(0, 20),
-        "response_format": maybe(FORMAT),
-        "tools": maybe({"type": "array", "items": TOOL, "maxItems": 128}),
-        "tool_choice": maybe(
-            {
-                "anyOf": [
-                    {"enum": ["none", "auto", "required"]},
-                    {
-                        "type": "object",
-                        "properties": {
-                            "type": {"enum": ["function"]},
-                            "function": {"type": "object", "properties": {"name": NAME}, "required": ["name"]},
-                        },
-                        "required": ["function"],
-                    },
-                ]
-            }
-        ),
-        "parallel_tool_calls": FLAG,
-        "reasoning_effort": ANYTHING,
-        "verbosity": ANYTHING,
-    },
-    "required": ["model", "messages"],
-    "additionalProperties": False,
-}
-COMPLETION = {
-    "type": "object",
-    "properties": SAMPLING
-    | {
-        "prompt": {
-            "anyOf": [
-                TEXT,
-                TOKENS,
-                {"type": "array", "items": {"anyOf": [TEXT, TOKENS]}, "minItems": 1, "maxItems": MAX_PROMPTS},
-            ]
-        },
-        "echo": FLAG,
-        "logprobs": integer(0, 20),
-        "response_format": maybe(FORMAT),
-    },
-    "required": ["model", "prompt"],
-    "additionalProperties": False,
-}
-TOKENIZE = {
-    "type": "object",
-    "properties": {"model": maybe(TEXT), "prompt": TEXT, "add_special_tokens": FLAG},
-    "required": ["prompt"],
-    "additionalProperties": False,
-}
-DETOKENIZE = {
-    "type": "object",
-    "properties": {"model": maybe(TEXT), "tokens": {"type": "array", "items": TOKEN}},
-    "required": ["tokens"],
-    "additionalProperties": False,
-}
+
+class JsonSchema(Object):
+    name: str = ""
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class PlainFormat(Object):
+    type: Literal["text", "json_object"]
+
+
+class SchemaFormat(Object):
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+class GrammarFormat(Object):
+    type: Literal["grammar"]
+    grammar: str
+
+
+Format = Annotated[PlainFormat | SchemaFormat | GrammarFormat, Field(discriminator="type")]
+
+
+class StreamOptions(Object):
+    include_usage: bool | None = None
+
+
+class Body(Object):
+    """A whole request: other fields than those of its kind are refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: Model = None
+
+
+class Sampled(Body):
+    """What chats and completions share."""
+
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: integer(-1, MOST) | None = None
+    min_p: float | None = Field(None, ge=0, le=1)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=10)
+    seed: integer(-(2**63), 2**63 - 1) | None = None
+    stop: Stop | Stops | None = None
+    n: integer(1, MAX_CHOICES) | None = None
+    logit_bias: Biases | None = None
+    ignore_eos: bool | None = None
+    tier: Literal["exact", "approximate"] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: integer(0, MOST) | None = None
+    response_format: Format | None = None
+    user: Ignored = None
+    metadata: Ignored = None
+    store: Ignored = None
+    service_tier: Ignored = None
+    safety_identifier: Ignored = None
+    prompt_cache_key: Ignored = None
+
+
+class Part(Object):
+    type: Literal["text"]
+    text: str
+
+
+class CalledFunction(Object):
+    name: str
+    arguments: str
+
+
+class Call(Object):
+    id: str = ""
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class Message(Object):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | Annotated[list[Part], Field(fail_fast=True)] | None = None
+    name: str | None = None
+    tool_call_id: str | None = None
+    tool_calls: Annotated[list[Call], Field(fail_fast=True)] | None = None
+
+
+class Function(Object):
+    name: Name
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class Tool(Object):
+    type: Literal["function"]
+    function: Function
+
+
+class ChosenFunction(Object):
+    name: Name
+
+
+class Choice(Object):
+    type: Literal["function"] = "function"
+    function: ChosenFunction
+
+
+class Chat(Sampled):
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+    max_completion_tokens: integer(1, MOST) | None = None
+    logprobs: bool | None = None
+    top_logprobs: integer(0, 20) | None = None
+    tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | Choice | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: Ignored = None
+    verbosity: Ignored = None
+
+
+class Completion(Sampled):
+    prompt: str | Tokens | Prompts
+    echo: bool | None = None
+    logprobs: integer(0, 20) | None = None
+
+
+class Tokenize(Body):
+    prompt: str
+    add_special_tokens: bool | None = None
+
+
+class Detokenize(Body):
+    tokens: Annotated[list[Token], Field(fail_fast=True)]

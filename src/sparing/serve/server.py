@@ -11,7 +11,10 @@ import socket
 import sys
 from pathlib import Path
 
+from sparing.account.meter import metered
 from sparing.account.power import sources
+from sparing.base.hardware import home
+from sparing.base.messages import say
 from sparing.config import UserError
 from sparing.data.chat import ChatTemplate, template_text
 from sparing.data.sources import documents
@@ -19,7 +22,7 @@ from sparing.evals.select import select
 from sparing.infer.approximate import Approximate
 from sparing.infer.engine import Engine
 from sparing.infer.predict import forecast
-from sparing.pipeline import metered, say
+from sparing.layers import mixtures
 from sparing.run import RunFolder
 from sparing.serve.audit import Audit
 from sparing.serve.energy import Energy
@@ -55,7 +58,7 @@ def allowed(paths: list[str], limit: float, floor: int) -> Approximate:
 
 def expected(engine: Engine, expert_bytes: int) -> str:
     """What to expect of experts that do not all fit, in words."""
-    if not engine.config.num_moe_layers:
+    if not mixtures(engine.config):
         return "the model has no experts: --expert-mb changes nothing"
     found = forecast(engine.config, engine.pack, expert_bytes, engine.threads)
     return (
@@ -67,6 +70,7 @@ def expected(engine: Engine, expert_bytes: int) -> str:
 def serve(run: str, settings: Settings, audit: Audit, started: float | None = None, **engine_options) -> None:
     """Serve until a signal. engine_options: those of `Engine`. Raises UserError: no such run, port taken, packages missing."""
     try:
+        import pydantic  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError:
         raise UserError("serve needs its packages: pip install 'sparing[serve]'") from None
@@ -157,5 +161,4 @@ def audit_file(given: str | None) -> Path | None:
     """Where the audit log goes: --audit-log, "none", or $SPARING_HOME/audit.jsonl."""
     if given is not None:
         return None if given == "none" else Path(given)
-    home = os.environ.get("SPARING_HOME")
-    return (Path(home) if home else Path.home() / ".local" / "share" / "sparing") / "audit.jsonl"
+    return home() / "audit.jsonl"

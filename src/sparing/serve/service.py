@@ -34,11 +34,10 @@ class Service:
         self.vocab_size = max(engine.config.vocab_size, tokenizer.vocab_size)
         self.grammars = Grammars(tokenizer, engine.config.vocab_size)
         self._longest = max(len(tokenizer.token_bytes(number)) for number in range(tokenizer.vocab_size))
-        self._eot = tokenizer.decode([tokenizer.eot_id])
 
-    def known(self, model: str | None) -> None:
+    def known(self, model: str) -> None:
         """Raises ApiError 404 for another model's name."""
-        if model not in (None, self.name):
+        if model != self.name:
             raise ApiError(404, f"The model `{model[:100]}` does not exist; this server has `{self.name}`.", "model", "model_not_found")
 
     # prompts

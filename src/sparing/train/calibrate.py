@@ -19,10 +19,12 @@ import torch
 from sparing.base.hardware import Machine
 from sparing.budget.flops import train_flops
 from sparing.config import Config, PrecisionConfig, TrainConfig
+from sparing.data.loader import Batch
 from sparing.kernels import native, pool
 from sparing.model.transformer import Transformer
 from sparing.precision.linear import fastest_kind, install
 from sparing.precision.policy import Policy
+from sparing.train.objective import NextToken
 from sparing.train.peak import wait
 from sparing.train.replicas import Replicas
 
@@ -36,6 +38,11 @@ MORE = 1.05
 """How much faster another setting must look: two passes on a shared machine differ by less without any reason."""
 EIGHT_BIT_PASSES = 10
 """What trying 8-bit products takes, in passes in 16 bits: two more probes, and two passes that measure errors, which are slower."""
+KERNELS = {
+    "compiled": "each operation has one thread: what our compiled kernels are for",
+    "plain": "operations have several threads, or there is no C compiler",
+}
+"""The reasons for `train.kernels`."""
 COMPILE_S = 90.0
 """A compilation of the training step takes about this long on two cores (LAB.md)."""
 
@@ -68,7 +75,8 @@ def choose(
     timed: dict[tuple[int, int], float] = {}
     replicas = t.replicas or 1
     cores = t.threads or machine.cores_physical
-    if t.replicas is None and device == "cpu" and not t.compile and 1 < cores <= t.batch_size and native.passes() is not None:
+    passes = t.kernels != "plain" and native.passes() is not None
+    if t.replicas is None and device == "cpu" and not t.compile and 1 < cores <= t.batch_size and passes:
         # The compiled passes are for single threads: undivided, every model tried was slower and took more memory.
         replicas = cores
         reasons["train.replicas"] = "one a core: the compiled passes have one thread each (LAB.md)"
@@ -81,7 +89,7 @@ def choose(
                 return timed.get((threads, micro), 0.0)
             if device == "cpu":
                 torch.set_num_threads(threads)
-            timed[threads, micro] = _speed(model, t, batch, micro, device, replicas=replicas)
+            timed[threads, micro] = _speed(model, config, batch, micro, device, replicas=replicas)
         return timed[threads, micro]
 
     def pass_s(micro: int) -> float:
@@ -128,7 +136,7 @@ def choose(
     undivided = t.replicas is None and replicas == 1 and device == "cpu" and not t.compile
     if undivided and threads > 1 and micro >= threads and fits(micro):
         check()
-        divided = _speed(model, t, batch, micro, device, replicas=threads)
+        divided = _speed(model, config, batch, micro, device, replicas=threads)
         reasons["train.replicas"] = f"measured, tokens/s: {divided:,.0f} with {threads}, {speed:,.0f} without"
         if divided > 1.03 * speed:
             replicas, speed = threads, divided
@@ -137,11 +145,14 @@ def choose(
     if compiled is None and (p.linear not in ("none", "auto") or p.activations != "full"):
         compiled, reasons["train.compile"] = False, "8-bit products and activations are not compiled"
     elif compiled is None:
-        compiled, reasons["train.compile"] = _worth_compiling(model, t, batch, micro, device, speed, seconds, check, say)
+        compiled, reasons["train.compile"] = _worth_compiling(model, config, batch, micro, device, speed, seconds, check, say)
     replicas = 1 if compiled else replicas
     threads = threads if device == "cpu" else t.threads
     _give_back()
-    return replace(t, micro_batch_size=micro, threads=threads, replicas=replicas, compile=compiled), reasons
+    kernels = t.kernels or ("plain" if compiled else native.fitting(replicas, threads, device))
+    if t.kernels is None:
+        reasons["train.kernels"] = KERNELS[kernels]
+    return replace(t, micro_batch_size=micro, threads=threads, replicas=replicas, compile=compiled, kernels=kernels), reasons
 
 
 def choose_products(
@@ -158,35 +169,35 @@ def choose_products(
     if t.compile:
         return replace(p, linear="none"), "training is compiled here, which 8-bit products are not"
     micro = t.micro_batch_size or t.batch_size
-    sixteen = _speed(model, t, batch, micro, device, replicas=t.replicas or 1)
+    sixteen = _speed(model, config, batch, micro, device, replicas=t.replicas or 1)
     if (needs := EIGHT_BIT_PASSES * micro * t.seq_len / sixteen) > seconds:
         cut_short(f"8-bit products were not tried: that would take about {needs:.1f} s of {seconds:.1f}")
         return replace(p, linear="none"), "8 bits not tried: measuring would take too long"
     sites = install(model, kind)
     try:
-        eight = _speed(model, t, batch, micro, device, replicas=t.replicas or 1)
+        eight = _speed(model, config, batch, micro, device, replicas=t.replicas or 1)
         policy = Policy(sites, replace(p, measure_every=1))
         for _ in range(2):  # to finer blocks, and from there to 16 bits
             policy.begin(0)
-            _speed(model, t, batch, micro, device, passes=1)
+            _speed(model, config, batch, micro, device, passes=1)
             policy.end()
     finally:
         install(model, None)
-    sixteen = max(sixteen, _speed(model, t, batch, micro, device, replicas=t.replicas or 1))  # what comes first is measured slower
+    sixteen = max(sixteen, _speed(model, config, batch, micro, device, replicas=t.replicas or 1))  # what comes first is measured slower
     share = min(policy.shares().values())
     why = f"measured, tokens/s: {eight:,.0f} in {kind}, {sixteen:,.0f} in 16 bits; {share:.0%} within the error budget"
     chosen = kind if eight > 1.05 * sixteen and share >= 0.9 else "none"
     return replace(p, linear=chosen), why
 
 
-def _worth_compiling(model, t, batch, micro, device, speed, seconds, check, say) -> tuple[bool, str]:
+def _worth_compiling(model, config, batch, micro, device, speed, seconds, check, say) -> tuple[bool, str]:
     if device == "cpu" and not has_compiler():
         return False, "no C++ compiler on this machine"
     if seconds < COMPILE_S or not speed:
         return False, f"the budget is too short to try: compiling takes about {COMPILE_S:.0f} s"
     check()
     try:
-        fast = _speed(model, t, batch, micro, device, compiled=True)
+        fast = _speed(model, config, batch, micro, device, compiled=True)
     except Exception as error:  # a compiler's failure is not ours, and never a reason not to train
         say(f"torch.compile failed ({type(error).__name__}): training without it")
         return False, f"torch.compile failed: {type(error).__name__}"
@@ -202,27 +213,27 @@ def _micro_batches(t: TrainConfig) -> list[int]:
 
 
 def _speed(
-    model: Transformer, t: TrainConfig, batch, micro: int, device: str, compiled: bool = False, replicas: int = 1, passes: int = PASSES
+    model: Transformer, config: Config, batch: Batch, micro: int, device: str, *, compiled: bool = False, replicas: int = 1, passes=PASSES
 ) -> float:
     """Tokens per second of the best forward and backward pass over `micro` rows but the first of several."""
-    loss_fn = torch.compile(model.loss, dynamic=False) if compiled else model.loss
-    divided = Replicas(model, replicas)
-    rows = slice(0, micro)
-    part = batch[rows].cut(t.short_seq_len) if t.short_seq_len else batch[rows]
-    tokens, targets, documents = (x.to(device) for x in (part.tokens, part.targets, part.documents))
+    t = config.train
+    kernels = t.kernels or native.fitting(replicas, torch.get_num_threads(), device)
+    divided = Replicas(model, NextToken.of(config), replicas, compiled, kernels)
+    part = batch[:micro].to(device)
+    part = part.cut(t.short_seq_len) if t.short_seq_len else part
+    part = part if t.document_mask else replace(part, documents=None)
     took = []
     model.compute_dtype = getattr(torch, t.dtype)
     model.train()
     for _ in range(passes):
         wait(device)
         before = time.perf_counter()
-        options = {"denominator": tokens.numel(), "mtp_weight": t.mtp_weight, "sequence_balance": t.sequence_balance}
-        divided.backward(tokens, targets, documents if t.document_mask else None, loss_fn=loss_fn, **options)
+        divided.gradients(part)
         wait(device)
         took.append(time.perf_counter() - before)
     for parameter in model.parameters():
         parameter.grad = None
-    return tokens.numel() / min(took[1:] or took)
+    return part.tokens.numel() / min(took[1:] or took)
 
 
 def _give_back() -> None:

@@ -17,8 +17,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from sparing.base.files import DamagedError, link_or_copy, replace_folder
 from sparing.config import Config, PrecisionConfig, UserError
-from sparing.run import DamagedError, RunFolder, link_or_copy, read_tensors, replace_folder, verify_folder, write_folder
+from sparing.kernels import native
+from sparing.run import RunFolder, fill, read_tensors, verify_folder, write_folder
 from sparing.train.optim import Optimizer
 
 KEEP = 2
@@ -45,6 +47,8 @@ class TrainState:
     precision: dict = field(default_factory=dict)
     """Which linears are not in 8 bits (`Policy.state`)."""
     fingerprint: dict[str, str] = field(default_factory=dict)
+    arithmetic: str = ""
+    """What computed it (`native.arithmetic`): elsewhere sums round otherwise."""
     format: int = FORMAT
 
 
@@ -69,9 +73,13 @@ def fingerprint(config: Config) -> dict[str, str]:
 class Checkpoints:
     """Saving to and loading from one run's state/. `say` gets a line about anything unusual."""
 
-    def __init__(self, run: RunFolder, model: nn.Module, optimizer: Optimizer, config: Config, say: Callable[[str], None]):
+    def __init__(
+        self, run: RunFolder, model: nn.Module, optimizer: Optimizer, config: Config, say: Callable[[str], None], kernels: native.Path
+    ):
+        """kernels: which compute in training."""
         self.run, self.model, self.optimizer, self.say = run, model, optimizer, say
         self.fingerprint = fingerprint(config)
+        self.arithmetic = native.arithmetic(kernels)
         self._saved: tuple[int, int] | None = None
 
     def folders(self) -> list[Path]:
@@ -80,7 +88,7 @@ class Checkpoints:
 
     def save(self, state: TrainState, *, keep_as_pre_decay: bool = False) -> Path:
         """Write a checkpoint. Raises DiskFullError with everything older intact."""
-        state.fingerprint = self.fingerprint
+        state.fingerprint, state.arithmetic = self.fingerprint, self.arithmetic
         folder = self.run.state / f"step-{state.step:08d}"
         if self._saved == (state.step, state.cursor) and not keep_as_pre_decay:
             return folder  # a signal right after a save
@@ -139,13 +147,9 @@ class Checkpoints:
             )
         if state.fingerprint["recipe"] != self.fingerprint["recipe"]:
             self.say("config.toml was changed since the checkpoint: from here on losses differ from what they would have been")
-        targets = self.model.state_dict()
-        for name, tensor in read_tensors(folder / WEIGHTS):
-            if name not in targets or targets[name].shape != tensor.shape:
-                raise DamagedError(f"{folder.name}: unexpected tensor {name} {tuple(tensor.shape)}")
-            targets.pop(name).copy_(tensor)
-        if targets:
-            raise DamagedError(f"{folder.name}: no tensor {next(iter(targets))}")
+        if state.arithmetic and state.arithmetic != self.arithmetic:
+            self.say(f"begun with {state.arithmetic}, going on with {self.arithmetic}: from here on the run is not bit for bit the same")
+        fill(self.model.state_dict(), read_tensors(folder / WEIGHTS), folder.name)
         self.optimizer.reset()
         names = set()
         for name, tensor in read_tensors(folder / OPTIMIZER):

@@ -7,11 +7,13 @@ import os
 import sys
 import time
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from sparing.base.files import disk_errors, read_lines, write_atomic
 from sparing.config import UserError
 from sparing.precision.linear import LEVELS
-from sparing.run import RunFolder, disk_errors, read_lines, write_atomic
+from sparing.run import RunFolder
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -86,13 +88,21 @@ class Metrics:
             self._sink(None, 0)
 
 
+SINKS = {"tensorboard": "TensorBoard", "wandb": "Weights & Biases"}
+
+
+def check_log(kind: str) -> None:
+    """Raises UserError where the package behind `train.log` is not installed."""
+    if kind in SINKS and find_spec(kind) is None:
+        raise UserError(f"train.log = {kind} needs {SINKS[kind]}: `pip install {kind}`, or train.log = none")
+
+
 def open_sink(kind: str, run: RunFolder) -> Callable[[dict | None, int], None] | None:
     """A function (values, step) that sends scalars to TensorBoard or W&B; values None: finish. Raises UserError when not installed."""
+    check_log(kind)
     if kind == "tensorboard":
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise UserError("train.log = tensorboard needs TensorBoard: `pip install tensorboard`, or train.log = none") from None
+        from torch.utils.tensorboard import SummaryWriter
+
         writer = SummaryWriter(str(run.path / "tensorboard"))
 
         def to_tensorboard(values: dict | None, step: int) -> None:
@@ -103,10 +113,8 @@ def open_sink(kind: str, run: RunFolder) -> Callable[[dict | None, int], None] |
 
         return to_tensorboard
     if kind == "wandb":
-        try:
-            import wandb
-        except ImportError:
-            raise UserError("train.log = wandb needs Weights & Biases: `pip install wandb`, or train.log = none") from None
+        import wandb
+
         name = run.path.resolve().name
         session = wandb.init(project="sparing", name=name, id=f"sparing-{name}", resume="allow", dir=str(run.path))
         return lambda values, step: session.finish() if values is None else session.log(values, step=step)

@@ -10,12 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from sparing.base.files import DamagedError
 from sparing.budget.memory import gives_back
-from sparing.config import Config, OptimConfig, PrecisionConfig, UserError
+from sparing.config import Config, OptimConfig, PrecisionConfig
 from sparing.model.transformer import Transformer
 from sparing.precision.allocator import give_back
 from sparing.precision.compensation import rows_of, slices
-from sparing.run import DamagedError
 from sparing.train.muon import Muon
 from sparing.train.stored import StoredAdamW, StoredMuon
 
@@ -40,11 +40,8 @@ def group_of(name: str, parameter: Tensor) -> str:
 def keep_as(model: Transformer, config: Config) -> None:
     """Keep a model's numbers as `config.precision` says: weights (routers, norms and low-rank factors stay float32) and activations.
 
-    With fewer bits memory goes back to the system when a tensor dies. In place, before anything shares the weights. Raises UserError for
-    int8 activations in a compiled model."""
+    With fewer bits memory goes back to the system when a tensor dies. In place, before anything shares the weights."""
     precision = config.precision
-    if precision.activations == "int8" and config.train.compile:
-        raise UserError("train.compile = true packs no activations: leave it out, or precision.activations = int8")
     if gives_back(precision) and model.model.norm.weight.device.type == "cpu":
         give_back()
     model.set_int8_activations(precision.activations == "int8")

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
-from sparing.run import append_durably, read_lines, write_atomic
+from sparing.base.files import append_durably, read_lines, write_atomic
 
 AIM = 0.99
 """Share of a time budget that plans aim at. The issue asks for 95-102 %: misses are more often late than early."""

@@ -11,20 +11,15 @@ from collections.abc import Callable, Iterator
 from statistics import median
 from typing import Any
 
-import torch
-
 from sparing.base.hardware import Machine, load_calibration, save_calibration
 from sparing.budget.estimate import DESCRIPTION, features
 from sparing.budget.flops import train_flops
-from sparing.config import Config, OptimConfig, TrainConfig
+from sparing.config import Config, TrainConfig
 from sparing.kernels import native
-from sparing.model.init import init_weights
-from sparing.model.transformer import Transformer
 from sparing.resolve import LADDER, shaped
 from sparing.train.calibrate import FIRST_GUESS
-from sparing.train.optim import Optimizer
 from sparing.train.peak import peak_flops, wait
-from sparing.train.replicas import Replicas
+from sparing.train.practice import practise, trainer_of
 
 KEY = "step_timings"
 TOKENS = 4096
@@ -85,26 +80,13 @@ def _configs(machine: Machine, device: str, dtype: str) -> Iterator[Config]:
 
 def _stepper(config: Config) -> Callable[[], float]:
     """Makes an optimizer step on random words; -> its seconds."""
-    t, c = config.train, config.model
-    model = Transformer(c)
-    init_weights(model, 0)
-    model.to(t.device)
-    model.compute_dtype = getattr(torch, t.dtype)
-    model.train()
-    replicas, optimizer = Replicas(model, t.replicas or 1), Optimizer(model, OptimConfig(), model.compute_dtype)
-    tokens = torch.randint(0, c.vocab_size, (t.batch_size, t.seq_len), device=t.device)
-    targets = torch.randint(0, c.vocab_size, (t.batch_size, t.seq_len, 1), device=t.device)
-    # Two documents a row, as in real data: the mask is part of the work.
-    documents = (torch.arange(t.seq_len, device=t.device) >= t.seq_len // 2).long().expand(t.batch_size, -1)
-    options = {"denominator": tokens.numel(), "mtp_weight": t.mtp_weight, "sequence_balance": t.sequence_balance}
+    trainer = trainer_of(config)
 
     def step() -> float:
-        wait(t.device)
+        wait(config.train.device)
         before = time.perf_counter()
-        replicas.backward(tokens, targets, documents, **options)
-        optimizer.clip(float(optimizer.grad_norm()))
-        optimizer.step(1e-3, 0.95)
-        wait(t.device)
+        practise(trainer)
+        wait(config.train.device)
         return time.perf_counter() - before
 
     return step

@@ -7,13 +7,17 @@ faster than two threads inside each operation (LAB.md, 2026-11-21). Gradients ar
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
 
+from sparing.data.loader import Batch
+from sparing.kernels import native
 from sparing.model.router import routers
 from sparing.model.transformer import Transformer
+from sparing.train.objective import Loss, Objective, weight_of
 
 
 def _sharing(model: Transformer) -> Transformer:
@@ -27,31 +31,52 @@ def _sharing(model: Transformer) -> Transformer:
 class Replicas:
     """`count` threads of one operation thread each; with count 1 the caller's thread, and nothing is copied."""
 
-    def __init__(self, model: Transformer, count: int):
+    def __init__(
+        self, model: Transformer, objective: Objective | None, count: int = 1, compiled: bool = False, kernels: native.Path = "plain"
+    ):
+        """objective: None where only `nll` is asked for. compiled: it goes through torch.compile, where nothing is divided. kernels: which
+        compute, in all of the threads."""
+        self.kernels = kernels
         self.models = [model, *(_sharing(model) for _ in range(count - 1))]
+        self.objective = objective if count > 1 or not compiled else _compiled(objective)
         # The setting is each thread's own: the optimizer, in the caller's thread, keeps all cores.
-        self.pool = ThreadPoolExecutor(count, "sparing-replica", torch.set_num_threads, (1,)) if count > 1 else None
+        self.pool = ThreadPoolExecutor(count, "sparing-replica", self._prepare) if count > 1 else None
 
-    def backward(self, tokens: Tensor, targets: Tensor, documents: Tensor | None, share: float = 1.0, loss_fn=None, **options) -> Tensor:
-        """Gradients of a micro-batch into the first model's parameters; -> (3,) loss, MTP loss, balance loss.
+    def _prepare(self) -> None:
+        torch.set_num_threads(1)
+        native.choose(self.kernels)
 
-        tokens (B, T), targets (B, T, K), documents (B, T) or None; share and options: see `Transformer.loss`. loss_fn: a compiled form
-        of it, used where nothing is divided.
-        """
+    def gradients(self, batch: Batch, micro: int | None = None, denominator: float | None = None) -> Tensor:
+        """Gradients of `batch` into the first model's parameters, `micro` rows at a time (default: all); -> (P,) the objective's parts.
+
+        denominator: what the loss is divided by (default: `weight_of` the batch)."""
+        micro, denominator = micro or len(batch), weight_of(batch) if denominator is None else denominator
+        parts = []
+        for start in range(0, len(batch), micro):
+            rows = batch[start : start + micro]
+            parts.append(self._divided(rows, len(rows) / len(batch), denominator))
+        return torch.stack(parts).sum(0)
+
+    def _divided(self, batch: Batch, share: float, denominator: float) -> Tensor:
+        """A micro-batch's rows among the threads."""
         if self.pool is None:
-            return _one(loss_fn or self.models[0].loss, tokens, targets, documents, share, options)
-        rows = [slice(len(tokens) * i // len(self.models), len(tokens) * (i + 1) // len(self.models)) for i in range(len(self.models))]
-        rows = [part for part in rows if part.stop > part.start]
+            with native.path(self.kernels):
+                return self._backward(self.models[0], batch, denominator, share)
+        count, rows = len(self.models), len(batch)
+        pieces = [batch[rows * i // count : rows * (i + 1) // count] for i in range(count)]
+        pieces = [piece for piece in pieces if len(piece)]
         futures = [
-            self.pool.submit(
-                _one, model.loss, tokens[part], targets[part], None if documents is None else documents[part],
-                share * (part.stop - part.start) / len(tokens), options,
-            )
-            for model, part in zip(self.models, rows, strict=False)
-        ]  # fmt: skip
+            self.pool.submit(self._backward, model, piece, denominator, share * len(piece) / rows)
+            for model, piece in zip(self.models, pieces, strict=False)
+        ]
         parts = [future.result() for future in futures]
         self._gather()
         return torch.stack(parts).sum(0)
+
+    def _backward(self, model: Transformer, batch: Batch, denominator: float, share: float) -> Tensor:
+        loss = self.objective(model, batch, denominator, share)
+        loss.total.backward()
+        return loss.parts
 
     def train(self, mode: bool) -> None:
         """Routers count tokens while training."""
@@ -63,7 +88,8 @@ class Replicas:
         device = self.models[0].model.norm.weight.device
         tokens, targets = tokens.to(device), targets.to(device)
         if self.pool is None:
-            return self.models[0].nll(tokens, targets)
+            with native.path(self.kernels):
+                return self.models[0].nll(tokens, targets)
         size = -(-len(tokens) // len(self.models))
         return torch.cat(list(self.pool.map(lambda model, *part: model.nll(*part), self.models, tokens.split(size), targets.split(size))))
 
@@ -81,7 +107,9 @@ class Replicas:
                 theirs.tokens_per_expert.zero_()
 
 
-def _one(loss_fn, tokens, targets, documents, share: float, options: dict) -> Tensor:
-    out = loss_fn(tokens, targets, documents, share=share, **options)
-    out.total.backward()
-    return torch.stack([out.loss, out.mtp_loss, out.balance]).detach()
+def _compiled(objective: Objective) -> Callable[..., Loss]:
+    def run(model, tokens, targets, documents, weights, denominator, share) -> Loss:
+        return objective(model, Batch(tokens, targets, documents, weights), denominator, share)
+
+    compiled = torch.compile(run, dynamic=False)
+    return lambda model, batch, *rest: compiled(model, batch.tokens, batch.targets, batch.documents, batch.weights, *rest)

@@ -24,12 +24,12 @@ from sparing.train.muon import orthogonalise
 
 def _divide(jobs: list[Callable[[], None]]) -> None:
     """Run jobs that touch different rows, compiled ones on as many threads as PyTorch would use inside its operations."""
-    count = torch.get_num_threads() if native.wanted() and native.library("storage") is not None else 1
+    count = torch.get_num_threads() if native.compiled() and native.library("storage") is not None else 1
     if count == 1:
         for job in jobs:
             job()
         return
-    with ThreadPoolExecutor(count, "sparing-optimizer") as pool:
+    with ThreadPoolExecutor(count, "sparing-optimizer", native.choose, ("compiled",)) as pool:
         list(pool.map(lambda job: job(), jobs))
 
 
@@ -137,4 +137,4 @@ class StoredMuon:
 
 def _compiled(gradient: Tensor) -> bool:
     """Whether storage.c does it; it divides rows among threads, so the threads inside PyTorch's operations do not matter."""
-    return gradient.device.type == "cpu" and gradient.dtype in native.SUFFIXES and native.wanted() and native.library("storage") is not None
+    return native.compiled() and gradient.device.type == "cpu" and gradient.dtype in native.SUFFIXES and bool(native.library("storage"))

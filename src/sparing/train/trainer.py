@@ -1,4 +1,6 @@
-"""The training loop. `_step` is one whole optimizer step, in the order in which it happens; `train` is what goes on around it."""
+"""The trainer: whatever learns is `Trainer(model, feed, objective, world)`. `step` is one whole optimizer step, in the order in which it
+happens; `fit` is what goes on around the steps of a run.
+"""
 
 from __future__ import annotations
 
@@ -6,153 +8,178 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparing.account.meter import NoMeter
 from sparing.base.preempt import Interrupted, Preempt
 from sparing.budget.flops import train_flops
-from sparing.config import Config, UserError
+from sparing.config import CannotGoOn, Config, UserError
+from sparing.config_limits import checked
+from sparing.data.loader import Batch
 from sparing.data.stop import Stopped
-from sparing.kernels import pool
+from sparing.kernels import native, pool
 from sparing.model.router import routers, update_biases
-from sparing.precision.policy import Policy
+from sparing.model.transformer import Transformer
+from sparing.precision.policy import Move, Policy
 from sparing.run import RunFolder
 from sparing.train.checkpoint import Checkpoints, TrainState
 from sparing.train.clock import Clock
 from sparing.train.guard import MAX_ROLLBACKS, Guard
 from sparing.train.log import Log, TrainResult
+from sparing.train.objective import Objective, weight_of
 from sparing.train.optim import Optimizer, keep_as
 from sparing.train.pace import Pace, PlanLog, fixed_steps
 from sparing.train.replicas import Replicas
 from sparing.train.schedule import decay_start, lr_scale, momentum
 
-IGNORED = -100
+Evaluate = Callable[[Callable[[Tensor, Tensor], Tensor]], dict]
+"""Scores `nll(tokens, targets)` (see `evals.bpb.NllFn`) -> {"bpb": ..., ...}."""
 
 
-class Batches(Protocol):
-    """What the loop needs of a loader: any batch at any time, a pure function of its number (`sparing.data.loader.Loader`)."""
+class Feed(Protocol):
+    """Batches by number: a pure function of the step, so that any machine can make any batch at any time."""
 
-    def batch(self, step: int, rank: int = 0, world: int = 1): ...
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch: ...
 
 
-class Diverged(UserError):
+@dataclass(frozen=True)
+class World:
+    """The processes that train together; this one alone by default."""
+
+    rank: int = 0
+    size: int = 1
+
+
+@dataclass
+class Session:
+    """What a verb lends the trainer for one run: where it is kept, its clock and meter, who may stop it."""
+
+    run: RunFolder
+    clock: Clock
+    signals: Preempt
+    meter: NoMeter = field(default_factory=NoMeter)
+    peak_flops: float | None = None
+    """Of this machine, per second, for MFU and the first guess of a step's time."""
+    limit: Callable[[float], float] | None = None
+    """For budgets in money or energy: seconds used -> seconds that they last; asked before every step."""
+    reserve_s: float = 0.0
+    """What the verb does after training."""
+    on_progress: Callable[[dict], None] | None = None
+
+
+class Diverged(CannotGoOn):
     """Batch after batch is bad, and going back did not help."""
 
 
-def train(
-    run: RunFolder,
-    config: Config,
-    model: nn.Module,
-    loader: Batches,
-    *,
-    evaluate: Callable[[Callable[[Tensor, Tensor], Tensor]], dict] | None = None,
-    started: float,
-    flops_per_token: float,
-    peak_flops: float | None = None,
-    limit: Callable[[float], float] | None = None,
-    step_seconds: float | None = None,
-    reserve_s: float = 0.0,
-    preempt: Preempt | None = None,
-    meter: NoMeter | None = None,
-    on_progress: Callable[[dict], None] | None = None,
-) -> TrainResult:
-    """Train (or go on training) `run` until its budget is used.
+class Trainer:
+    """Teaches `model` what `objective` asks, batch by batch of `feed`."""
 
-    model: initialised from the seed; where the run has a checkpoint, that is loaded over it. evaluate: scores `nll(tokens, targets)`, see
-    `evals.bpb.NllFn`; -> {"bpb": ..., ...}. started: `time.monotonic()` when the verb began. flops_per_token: forward and backward of one
-    trained token. peak_flops: of this machine, for MFU. limit: for budgets in money or energy: seconds used -> seconds they last, asked
-    before every step. step_seconds: a first guess of a step's time. reserve_s: what the caller does afterwards. meter: told what each
-    step did. Raises Interrupted on a signal (state saved), DiskFullError, and Diverged.
-    """
-    with run.lock(), preempt or Preempt(f"sparing resume {run}") as signals:
-        trainer = _Trainer(run, config, model, loader, evaluate, started, flops_per_token, peak_flops, signals, on_progress)
-        trainer.meter, trainer.limit = meter or trainer.meter, limit
-        try:
-            trainer.begin(step_seconds, reserve_s)
-            return trainer.go()
-        except (Interrupted, Stopped):  # Stopped: an evaluation that asks `should_stop` itself
-            trainer.interrupted()
-            raise Interrupted(signals.message) from None
-        finally:
-            trainer.log.close()
+    def __init__(self, model: Transformer, feed: Feed, objective: Objective, world: World = World(), *, config: Config):
+        """Makes the model ready to learn as `config` says: number formats, recomputation, replicas, optimizer. Reads and writes nothing.
 
-
-class _Trainer:
-    def __init__(self, run, config, model, loader, evaluate, started, flops_per_token, peak_flops, signals, on_progress):
-        self.run, self.config, self.model, self.loader, self.evaluate = run, config, model, loader, evaluate
-        self.signals, self.on_progress = signals, on_progress
-        t = config.train
+        Raises UserError for settings that exclude each other."""
+        t = checked(config).train
         if t.threads:
             torch.set_num_threads(t.threads)
         torch.manual_seed(t.seed)  # nothing in a step is random; this keeps it so for whatever asks torch for a number
+        self.model, self.feed, self.objective, self.world, self.config = model, feed, objective, world, config
         model.compute_dtype = getattr(torch, t.dtype)
         keep_as(model, config)
         model.set_recompute(t.recompute)
         model.train()
-        self.device = next(model.parameters()).device
-        self.loss_fn = torch.compile(model.loss, dynamic=False) if t.compile else model.loss
+        self.device = model.head_weight.device
         self.policy = Policy.of(model, config)
-        self.replicas = Replicas(model, t.replicas or 1)
+        self.moves: list[Move] = []
+        """Linears that the last step's errors moved to another precision."""
+        self.kernels = t.kernels or native.fitting(t.replicas or 1, t.threads, self.device.type)
+        self.replicas = Replicas(model, objective, t.replicas or 1, bool(t.compile), self.kernels)
         self.optimizer = Optimizer(model, config.optim, model.compute_dtype, config.precision, t.seed)
-        self.guard = Guard()
-        self.clock = Clock(run, started)
-        tokens = t.batch_size * t.seq_len
-        self.log = Log(run, t.log, tokens_per_step=tokens, flops_per_token=flops_per_token, peak_flops=peak_flops)
-        self.checkpoints = Checkpoints(run, model, self.optimizer, config, self.log.progress.say)
-        self.meter, self.limit = NoMeter(), None
-        self.work = tokens * train_flops(config.model, t.seq_len, t.recompute)  # of a step; recomputing is work, though not in MFU
-        self.state: TrainState | None = None
-        self.pace: Pace | None = None
+        self.tokens_per_step = t.batch_size * t.seq_len
+        self.flops_per_token = train_flops(config.model, t.seq_len)
 
-    def _step(self, total: int) -> dict | None:
-        """One whole optimizer step. Returns its metrics, or None when the batch was bad and the weights are as before."""
+    # one step
+
+    def gradients(self, batch: Batch, step: int = 1) -> dict[str, float]:
+        """Forward and backward passes over `batch`, micro-batch by micro-batch; -> the objective's parts, and grad_norm. step: steps done,
+        which decides whether the errors of 8-bit products are measured."""
+        t = self.config.train
+        self.policy.begin(step)
+        denominator = weight_of(batch)
+        batch = batch.to(self.device) if t.document_mask else replace(batch, documents=None).to(self.device)
+        micro = (t.micro_batch_size or t.batch_size) * t.seq_len // batch.tokens.shape[1]
+        parts = self.replicas.gradients(batch, micro, denominator)
+        values = torch.cat([parts, self.optimizer.grad_norm().reshape(1)]).tolist()
+        self.moves = self.policy.end()
+        return dict(zip((*self.objective.parts, "grad_norm"), values, strict=True))
+
+    def update(self, grad_norm: float, lr_scale: float, momentum: float) -> list[float]:
+        """Clip, update weights and routers' biases; -> each mixture's largest relative excess of tokens. lr_scale: of every peak."""
+        with native.path(self.kernels):
+            self.optimizer.clip(grad_norm)
+            self.optimizer.step(lr_scale, momentum)
+        return update_biases(self.model, self.config.train.bias_update_rate)
+
+    def step(self, total: int) -> dict | None:
+        """One whole optimizer step of a run of `total`. -> its metrics, or None when the batch was bad and the weights are as before."""
         state, optim, t = self.state, self.config.optim, self.config.train
         compiling = t.compile and not self.log.steps  # an exception inside the compiler would get lost in its callbacks
-        self.policy.begin(state.step)
         with nullcontext() if compiling else self.signals.interruptible():  # nothing changes yet that a checkpoint would hold
-            batch = self.loader.batch(state.cursor)
+            batch = self.feed.batch(state.cursor, self.world.rank, self.world.size)
             if t.short_seq_len and state.step < t.short_until * total:
                 batch = batch.cut(t.short_seq_len)
-            denominator = max(1, int((batch.targets[..., 0] != IGNORED).sum()))
-            tokens, targets = batch.tokens.to(self.device), batch.targets.to(self.device)
-            documents = batch.documents.to(self.device) if t.document_mask else None
-            micro = (t.micro_batch_size or t.batch_size) * t.seq_len // tokens.shape[1]
-            options = {"denominator": denominator, "mtp_weight": t.mtp_weight, "sequence_balance": t.sequence_balance}
-            starts = range(0, len(tokens), micro)
-            parts: list[Tensor] = []
-            for start in starts:
-                rows = slice(start, start + micro)
-                mine = None if documents is None else documents[rows]
-                share = len(tokens[rows]) / len(tokens)
-                parts.append(self.replicas.backward(tokens[rows], targets[rows], mine, share, self.loss_fn, **options))
-            norm = self.optimizer.grad_norm()
-            loss, mtp_loss, balance, grad_norm = torch.cat([torch.stack(parts).sum(0), norm.reshape(1)]).tolist()
-        self.log.moves(state.step + 1, self.policy.end())
-        bad = self.guard.verdict(loss, grad_norm, warm=state.step >= optim.warmup * total)
+            losses = self.gradients(batch, state.step)
+        self.log.moves(state.step + 1, self.moves)
+        bad = self.guard.verdict(losses["loss"], losses["grad_norm"], warm=state.step >= optim.warmup * total)
         if bad:
             self._skip(bad)
             return None
-        self.guard.accept(loss)
+        self.guard.accept(losses["loss"])
+        scale = lr_scale(state.step, total, optim)
+        if self.log.loads_due(state.step + 1, total):
+            self.log.loads(state.step + 1, [router.tokens_per_expert.int().tolist() for router in routers(self.model)])
         with self.signals.finishing("finishing the step and saving"):
-            self.optimizer.clip(grad_norm)
-            scale = lr_scale(state.step, total, optim)
-            self.optimizer.step(scale, momentum(state.step, total, optim))
-            if self.log.loads_due(state.step + 1, total):
-                self.log.loads(state.step + 1, [router.tokens_per_expert.int().tolist() for router in routers(self.model)])
-            violations = update_biases(self.model, t.bias_update_rate)
-            state.step, state.cursor, state.tokens = state.step + 1, state.cursor + 1, state.tokens + tokens.numel()
-        values = {"step": state.step, "tokens": state.tokens, "loss": loss, "lr": optim.lr * scale, "grad_norm": grad_norm}
-        values |= self.policy.values()
-        if self.config.model.mtp_depth:
-            values["mtp_loss"] = mtp_loss
+            violations = self.update(losses["grad_norm"], scale, momentum(state.step, total, optim))
+            state.step, state.cursor, state.tokens = state.step + 1, state.cursor + 1, state.tokens + batch.tokens.numel()
+        values = {"step": state.step, "tokens": state.tokens, "loss": losses.pop("loss"), "lr": optim.lr * scale}
+        values |= {"grad_norm": losses.pop("grad_norm"), **self.policy.values(), **losses}
         if violations:
-            values |= {"max_violation": sum(violations) / len(violations), "balance_loss": balance}
+            values["max_violation"] = sum(violations) / len(violations)
         return values
 
-    def go(self) -> TrainResult:
+    # a run
+
+    def fit(self, session: Session, evaluate: Evaluate | None = None) -> TrainResult:
+        """Train (or go on training) the session's run until its budget is used.
+
+        Where the run has a checkpoint, that is loaded over the model. Raises Interrupted on a signal (the state is saved),
+        DiskFullError and Diverged.
+        """
+        self.session, self.evaluate = session, evaluate
+        self.run, self.signals, self.clock, self.meter = session.run, session.signals, session.clock, session.meter
+        t = self.config.train
+        speed = {"tokens_per_step": self.tokens_per_step, "flops_per_token": self.flops_per_token, "peak_flops": session.peak_flops}
+        self.log = Log(self.run, t.log, **speed)
+        self.guard = Guard()
+        self.checkpoints = Checkpoints(self.run, self.model, self.optimizer, self.config, self.log.progress.say, self.kernels)
+        # Recomputing is work, though not in MFU.
+        self.work = self.tokens_per_step * train_flops(self.config.model, t.seq_len, t.recompute)
+        self.state: TrainState | None = None
+        self.pace: Pace | None = None
+        try:
+            self._begin()
+            return self._go()
+        except (Interrupted, Stopped):  # Stopped: an evaluation that asks `should_stop` itself
+            if self.state:  # what an interrupted step has begun is in no tensor that is saved
+                self._save()
+            raise Interrupted(self.signals.message) from None
+        finally:
+            self.log.close()
+
+    def _go(self) -> TrainResult:
         """Step after step, with what comes between steps: plan, evaluation, checkpoints."""
         state, pace = self.state, self.pace
         saved, stable = time.monotonic(), state.step <= decay_start(pace.total, self.config.optim)
@@ -166,8 +193,8 @@ class _Trainer:
                 saved = time.monotonic()
             stable = not decaying
             before = time.monotonic()
-            values = self._step(total)
-            self.meter.add(self.log.tokens_per_step, self.work)
+            values = self.step(total)
+            self.meter.add(self.tokens_per_step, self.work)
             if values is not None:
                 self._show(self.log.step(values | self.meter.now(), time.monotonic() - before, self.clock.seconds()))
                 pace.step_took(time.monotonic() - before)  # with what telling about it takes
@@ -175,9 +202,10 @@ class _Trainer:
 
     def _limit(self) -> float | None:
         """Seconds that a budget in money or energy lasts, as things are now; None for other budgets."""
-        return self.limit(self.clock.seconds()) if self.limit else None
+        limit = self.session.limit
+        return limit(self.clock.seconds()) if limit else None
 
-    def begin(self, step_seconds: float | None, reserve_s: float) -> None:
+    def _begin(self) -> None:
         """Load the newest checkpoint (or save step 0), drop the metrics of steps to be done again, make the plan."""
         config, t = self.config, self.config.train
         loaded = self.checkpoints.load_newest()
@@ -192,25 +220,23 @@ class _Trainer:
         self.log.keep_until(self.state.step)
         if loaded is None:
             self._save()
-        tokens, flops, peak = t.batch_size * t.seq_len, self.log.flops_per_token, self.log.peak_flops
+        tokens, flops, peak = self.tokens_per_step, self.flops_per_token, self.session.peak_flops
         budget, fixed = config.budget, None
         budget_s = budget.amount if budget.unit == "s" else self._limit()
         if budget_s is None:
             if budget.unit not in ("tok", "flop"):
                 raise UserError(f"budget in {budget.unit}: how long that lasts here is not known; give one in s, tok or flop")
             fixed = fixed_steps(budget.amount, budget.unit, tokens, flops)
-        if step_seconds is None:  # measurements replace it after a few steps
-            step_seconds = tokens * flops / (0.3 * peak) if peak else 1.0
         self.pace = Pace(
             PlanLog(self.run.state / "plan.jsonl"),
             step=self.state.step,
             seconds=self.clock.seconds(),
             budget_s=budget_s,
             fixed=fixed,
-            name=budget.amount if self.limit else None,
+            name=budget.amount if self.session.limit else None,
             say=self.log.progress.say,
-            step_seconds=step_seconds,
-            reserve_s=reserve_s,
+            step_seconds=tokens * flops / (0.3 * peak) if peak else 1.0,  # measurements replace it after a few steps
+            reserve_s=self.session.reserve_s,
             evals=t.evals if self.evaluate else None,
             interval_s=t.checkpoint_interval_s,
         )
@@ -240,8 +266,8 @@ class _Trainer:
         pace = self.pace
         left = (pace.total - self.state.step) * pace.step_s if pace.budget_s is None else pace.budget_s - self.clock.seconds()
         shown = self.log.show(line, total=pace.total, step_s=pace.step_s if pace.measured > 2 else None, seconds_left=left, now=now)
-        if self.on_progress:
-            self.on_progress(shown)
+        if self.session.on_progress:
+            self.session.on_progress(shown)
 
     def _evaluate(self) -> dict:
         before = time.monotonic()
@@ -293,8 +319,3 @@ class _Trainer:
             parameter.grad = None
         for router in routers(self.model):
             router.tokens_per_expert.zero_()
-
-    def interrupted(self) -> None:
-        """Leave a checkpoint of the last finished step; what an interrupted step has begun is in no tensor that is saved."""
-        if self.state:
-            self._save()

@@ -1,0 +1,90 @@
+"""The end of a training job: completions, the model card, the summary."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+
+import torch
+
+from sparing.account.card import model_card
+from sparing.account.history import bill
+from sparing.base.files import write_atomic
+from sparing.base.messages import say
+from sparing.budget.flops import kv_cache_bytes, parameters
+from sparing.budget.units import format_budget
+from sparing.config import Config
+from sparing.data.store import TokenStore
+from sparing.infer.loaded import Model
+from sparing.job.begin import Job
+from sparing.model.transformer import Transformer
+from sparing.train.log import TrainResult
+
+SAMPLE_TOKENS = 64
+
+
+class _BudgetSpent(Exception):
+    """Ends a completion."""
+
+
+def finish(job: Job, config: Config, model: Transformer, store: TokenStore, result: TrainResult, samples: int) -> dict:
+    """Write completions of `samples` held-out beginnings, MODEL_CARD.md and state/summary.json; -> the summary. Completions end with the
+    budget."""
+    run, counts = job.run, parameters(config.model)
+    model.eval()
+    # As `load` gives it. In bfloat16 on a CPU every length of the text so far would cost half a megabyte of oneDNN's code (LAB.md).
+    model.compute_dtype = torch.float32
+    summary = {
+        "run": str(run.path),
+        "bpb": result.evaluation.get("bpb"),
+        "loss": result.loss,
+        "eval_loss": result.evaluation.get("loss"),
+        "steps": result.steps,
+        "tokens": result.tokens,
+        "tokens_per_s": result.tokens_per_s,
+        "mfu": result.mfu,
+        "parameters": counts.total,
+        "active_parameters": counts.active,
+        "skipped": result.skipped,
+        "seconds": 0.0,
+        "budget": format_budget(config.budget),
+        "samples": _completions(job, config, Model(run, config, model, store.tokenizer), list(store.held_out())[:samples]),
+    }
+    write_atomic(run.model_card_file, model_card(config, summary, kv_cache_bytes(config.model)))
+    summary |= {"seconds": job.clock.seconds()} | bill(run, job.meter)
+    write_atomic(run.state / "summary.json", json.dumps(summary, indent=1))
+    cost = f"${summary['cost_usd']:.3g}, {1000 * summary['energy_kwh']:.3g} Wh ({summary['energy_how']}), {summary['co2e_g']:.3g} gCO2e"
+    say(f"\nspent: {summary['seconds']:,.0f} s, {cost}; sparing receipt {run} has the details")
+    say(f"{run}: the recipe with its reasons is config.toml, the model weights/, every step metrics.jsonl, a summary MODEL_CARD.md")
+    say(f'next: sparing generate {run} --prompt "..."   sparing eval {run} --data PATH   sparing export {run} --format hf --out FOLDER')
+    return summary
+
+
+def _completions(job: Job, config: Config, model: Model, documents: list[str]) -> list[dict[str, str]]:
+    lasts, texts = job.lasts(config.budget), []
+
+    def spent() -> bool:
+        return lasts is not None and job.clock.seconds() > lasts
+
+    for document in documents:
+        if spent():
+            break
+        prompt, pieces = _prompt(document), []
+
+        def show(piece: str, pieces: list[str] = pieces) -> None:
+            pieces.append(piece)
+            if spent():
+                raise _BudgetSpent
+
+        with suppress(_BudgetSpent):
+            model.generate(prompt, SAMPLE_TOKENS, temperature=0.7, seed=config.train.seed, stream=show)
+        texts.append({"prompt": prompt, "text": "".join(pieces)})
+    if spent():
+        job.cut_short(f"the budget was used up while completions were written: {len(texts)} of {len(documents)}, the last one cut")
+    return texts
+
+
+def _prompt(document: str) -> str:
+    """The beginning of a document: up to its third line or 120 characters, not ending inside a word."""
+    start = "\n".join(document.splitlines()[:3])[:120]
+    return start if len(start) < 120 or " " not in start else start.rsplit(" ", 1)[0]

@@ -1,0 +1,163 @@
+"""Training a run from its configuration on disk: tokenise, make the model, calibrate, train. What is done already is not done again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+
+from sparing.account.limit import Limit
+from sparing.base.files import atomic_path
+from sparing.base.messages import say
+from sparing.budget.flops import parameters
+from sparing.budget.scaling import Point, add_point, effective_bytes
+from sparing.config import Config
+from sparing.data.loader import Loader
+from sparing.data.prepare import prepare
+from sparing.data.progress import Bars
+from sparing.data.store import TokenStore
+from sparing.evals.bpb import NllFn, bpb
+from sparing.job.begin import Job, reasons_of
+from sparing.job.finish import SAMPLE_TOKENS, finish
+from sparing.kernels import decode, native
+from sparing.kernels.formats import warning
+from sparing.model.init import init_weights
+from sparing.model.transformer import Transformer
+from sparing.precision.linear import speed_note
+from sparing.train.calibrate import KERNELS, choose, choose_products
+from sparing.train.log import TrainResult
+from sparing.train.objective import NextToken, Objective
+from sparing.train.optim import keep_as
+from sparing.train.peak import peak_flops, peak_seconds
+from sparing.train.trainer import Session, Trainer
+
+CALIBRATION_SHARE = 0.02
+"""Of a time budget, for choosing micro-batch, threads and compiler."""
+CALIBRATION_S = 10.0
+"""The same where the budget is not a time."""
+FEWEST_STEPS = 100
+"""A run of fewer tells the loss law nothing: it is all warm-up and decay."""
+EVAL_TOKENS = 8192
+"""Tokens of a forward pass in evaluations."""
+
+
+class Start(Protocol):
+    """Where a run's weights come from."""
+
+    def model(self, config: Config) -> Transformer:
+        """The model before the first step. A checkpoint of the run is loaded over it."""
+        ...
+
+
+class Noise:
+    """Random weights from the run's seed."""
+
+    def model(self, config: Config) -> Transformer:
+        model = Transformer(config.model)
+        init_weights(model, config.train.seed)
+        return model
+
+
+def learn(job: Job, config: Config, samples: int, start: Start | None = None, objective: Objective | None = None) -> dict:
+    """Train (or go on training) the job's run on its corpus; -> the summary. start: default `Noise`. objective: default `NextToken`.
+
+    Raises Interrupted on a signal (the run can be resumed), UserError, Diverged."""
+    run, signals, machine = job.run, job.signals, job.machine
+    with job.meter.stage("tokenise"), Bars() as bars:
+        store = prepare(config.data, config.model.vocab_size, progress=bars, should_stop=lambda: signals.requested)
+    for name in ("tokenizer.json", "quarantine.jsonl"):
+        if not (run.path / name).exists():
+            with atomic_path(run.path / name) as beside:
+                shutil.copyfile(store.path / name, beside)
+    job.clock.record()
+    signals.check()
+    t = config.train
+    device = torch.device(t.device or ("cuda" if machine.gpus else "cpu"))
+    if device.type == "cpu" and (slow := warning(t.dtype, machine)):
+        say(f"train.dtype {slow}")
+    if config.precision.linear not in ("none", "auto"):
+        say(f"precision.linear: {speed_note(config.precision.linear, device.type)}")
+    with signals.interruptible():
+        model = (start or Noise()).model(config)
+        keep_as(model, config)  # here already, for what is measured
+        model.to(device)
+        feed = Loader(store, t.seq_len, t.batch_size, config.model.mtp_depth, t.seed)
+        with job.meter.stage("calibrate"):
+            peak = peak_flops(machine, device.type, t.dtype, peak_seconds(job.lasts(config.budget)))
+            config = _calibrated(job, config, model, feed, peak)
+    if config.train.kernels == "compiled" and native.passes() is None:
+        say("no C compiler here: PyTorch's own operations do what the run's compiled kernels did, slower and with other last bits")
+    if samples:
+        decode.library()  # is compiled at its first use: seconds, which would be missing at the end
+    session = Session(
+        run,
+        job.clock,
+        signals,
+        job.meter,
+        peak_flops=peak,
+        limit=Limit(config.budget, job.meter) if config.budget.unit in ("usd", "kwh") else None,
+        reserve_s=0.5 + samples * SAMPLE_TOKENS * 0.004,
+    )
+    with job.meter.stage("train"):
+        trainer = Trainer(model, feed, objective or NextToken.of(config), config=config)
+        result = trainer.fit(session, _scorer(job, config, store))
+    _add_point(job, config, result)
+    with job.meter.stage("sample"), signals.interruptible():
+        return finish(job, config, model, store, result, samples)
+
+
+def _scorer(job: Job, config: Config, store: TokenStore):
+    """evaluate: bits per byte of the run's held-out documents."""
+    held_out, context = list(store.held_out()), config.train.seq_len
+
+    def evaluate(nll: NllFn) -> dict:
+        rows, stop = max(1, EVAL_TOKENS // context), job.signals.should_stop
+        return bpb(nll, store.tokenizer, held_out, context, batch=rows, max_bytes=config.train.eval_bytes, should_stop=stop)
+
+    return evaluate
+
+
+def _calibrated(job: Job, config: Config, model: Transformer, feed: Loader, peak: float) -> Config:
+    """Choose what is left open by measuring, and write it down before it takes effect."""
+    t = config.train
+    open_ = None in (t.micro_batch_size, t.compile, t.replicas) or (t.threads is None and t.device != "cuda")
+    auto = config.precision.linear == "auto"
+    if not open_ and not auto and t.kernels:
+        return config
+    lasts = job.lasts(config.budget)
+    seconds = CALIBRATION_S if lasts is None else CALIBRATION_SHARE * lasts
+    reasons, started = {}, time.monotonic()
+    if open_:
+        told = {"check": job.signals.check, "say": say, "cut_short": job.cut_short}
+        train_config, reasons = choose(model, config, job.machine, feed.batch(0), seconds, peak, **told)
+        config = replace(config, train=train_config)
+    if auto:
+        left = seconds - (time.monotonic() - started)
+        precision, reasons["precision.linear"] = choose_products(model, config, feed.batch(0), left, job.cut_short)
+        config = replace(config, precision=precision)
+    if config.train.kernels is None:
+        kernels = native.fitting(t.replicas or 1, t.threads, model.head_weight.device.type)
+        config, reasons["train.kernels"] = replace(config, train=replace(config.train, kernels=kernels)), KERNELS[kernels]
+    for name, reason in reasons.items():
+        section, field = name.split(".")
+        say(f"  {name} = {getattr(getattr(config, section), field)}  # {reason}")
+    job.write(config, reasons_of(job.run) | reasons)
+    return config
+
+
+def _add_point(job: Job, config: Config, result: TrainResult) -> None:
+    """One more point for the law of this kind of corpus."""
+    try:
+        before = json.loads((job.run.state / "prediction.json").read_text())
+        kind, unique = str(before["kind"]), float(before["train_bytes"])
+        read = result.tokens * result.evaluation["bytes"] / result.evaluation["tokens"]
+        bits = float(result.evaluation["bpb"])
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
+        return
+    if result.steps >= FEWEST_STEPS:
+        counts = parameters(config.model)
+        add_point(kind, Point(counts.active, counts.total, effective_bytes(read, unique), bits, job.run.path.name))

@@ -1,0 +1,11 @@
+"""Block sizes of the kernels. The memory model (`sparing.budget.memory`) reads them too, so this file does not import torch."""
+
+ATTENTION_ROWS = 128
+"""Query rows of a block in plain attention: small enough to skip most of the upper triangle, large enough for efficient products."""
+EXPERT_ROWS = 64
+"""The rows of each expert are filled up to a multiple of this: oneDNN builds a kernel for every new shape, which costs more than the
+filler rows."""
+HEAD_TOKENS = 512
+"""Tokens of a chunk in the output head: only their logits exist at once."""
+MOMENT_BLOCK = 256
+"""Numbers of an optimizer's 8-bit moments that share one float32 scale, at most. storage.c has the same constant."""

@@ -1,0 +1,85 @@
+"""What training makes small: an objective turns (model, batch) into a loss and its named parts.
+
+`NextToken` is DeepSeek-V3's pre-training loss. Another way to learn is another class with the same two members: `parts` and the call.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from sparing.config import Config, ModelConfig
+from sparing.data.loader import Batch
+from sparing.kernels.cross_entropy import IGNORE, linear_cross_entropy
+from sparing.layers import mixtures
+from sparing.model.transformer import Transformer
+
+
+class Loss(NamedTuple):
+    """Float32 scalars of one micro-batch. Those of all micro-batches of a step add up to the step's."""
+
+    total: Tensor
+    """What to differentiate."""
+    parts: Tensor
+    """(P,) detached: what is shown, in the order of the objective's `parts`; the first is what the guard watches."""
+
+
+class Objective(Protocol):
+    """A loss over micro-batches. `parts` names the numbers that go into the metrics."""
+
+    parts: tuple[str, ...]
+
+    def __call__(self, model: Transformer, batch: Batch, denominator: float | None = None, share: float = 1.0) -> Loss: ...
+
+
+def weight_of(batch: Batch) -> float:
+    """The sum of the weights of a batch's main targets, at least 1: what its loss is divided by."""
+    counted = batch.targets[..., 0] != IGNORE
+    return max(1.0, float(counted.sum() if batch.weights is None else batch.weights.where(counted, 0.0).sum()))
+
+
+class NextToken:
+    """Cross-entropy of the next token, of the tokens after it by the MTP modules, and the sequence-wise balance of experts
+    (DeepSeek-V3, arXiv 2412.19437 §2.1.2 and §2.2)."""
+
+    def __init__(self, config: ModelConfig, mtp_weight: float = 0.3, sequence_balance: float = 0.0):
+        """mtp_weight: of the mean over MTP depths. sequence_balance: of the balance loss; 0: it is not computed."""
+        self.mtp_weight, self.sequence_balance = mtp_weight, sequence_balance
+        parts = {"loss": True, "mtp_loss": config.mtp_depth > 0, "balance_loss": bool(mixtures(config))}
+        self.parts = tuple(name for name, there in parts.items() if there)
+
+    @classmethod
+    def of(cls, config: Config) -> NextToken:
+        return cls(config.model, config.train.mtp_weight, config.train.sequence_balance)
+
+    def __call__(self, model: Transformer, batch: Batch, denominator: float | None = None, share: float = 1.0) -> Loss:
+        """-> the loss of a micro-batch: nats a token; parts: main-token cross-entropy, unweighted mean over MTP depths (where there are
+        any), unweighted balance (of mixtures).
+
+        denominator: `weight_of` the whole step's batch (default: of this one), so that losses and gradients add up over micro-batches
+        exactly. share: of the step's sequences, how many are here; the balance loss, a mean over sequences, counts by it.
+        """
+        denominator = weight_of(batch) if denominator is None else denominator
+        weights = None if batch.weights is None else batch.weights.flatten()
+
+        def cross_entropy(hidden_BTD: Tensor, ahead: int) -> Tensor:
+            targets = batch.targets[..., ahead].flatten()
+            return linear_cross_entropy(hidden_BTD.flatten(0, 1), model.head_weight, targets, denominator, weights)
+
+        states = model.states(batch.tokens, batch.documents, want_balance=self.sequence_balance > 0)
+        loss = cross_entropy(states.hidden, 0)
+        total, zero = loss, loss.new_zeros(())
+        mtp_loss, depth = zero, model.config.mtp_depth
+        for k in range(depth):
+            # Ignored positions embed word 0: their own loss is masked.
+            states = model.next_depth(states, k, batch.targets[..., k].clamp(min=0))
+            mtp_loss = mtp_loss + cross_entropy(states.hidden, k + 1) / depth
+        if depth:
+            total = total + self.mtp_weight * mtp_loss
+        balance = torch.stack(states.balances).sum() * share if states.balances else zero
+        if states.balances:
+            total = total + self.sequence_balance * balance
+        values = {"loss": loss, "mtp_loss": mtp_loss, "balance_loss": balance}
+        return Loss(total, torch.stack([values[name] for name in self.parts]).detach())
