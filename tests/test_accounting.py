@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sparing.account.history import entries
-from sparing.cli import main
+from sparing.cli.main import main
 
 OPTIONS = (
     "--budget 12ktok --samples 1 --model.hidden-size 32 --model.num-layers 2 --model.num-heads 2 --model.vocab-size 320 --train.seq-len 32"
@@ -87,7 +87,7 @@ def test_slips_are_one_clear_line(workplace, capsys, argv, said):
 
 
 def test_receipts_and_reports_do_not_wait_for_torch(workplace):
-    script = "import sys; from sparing.cli import main; print(main(sys.argv[1:]), 'torch' in sys.modules)"
+    script = "import sys; from sparing.cli.main import main; print(main(sys.argv[1:]), 'torch' in sys.modules)"
     for verb in ("receipt", "report"):
         done = subprocess.run([sys.executable, "-c", script, verb, str(workplace / "run"), "--json"], capture_output=True, text=True)
         assert done.stdout.splitlines()[-1] == "0 False", done.stderr

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from sparing import api
-from sparing.config import UserError
-from sparing.config_file import read_config
+from sparing.base.config import UserError
+from sparing.base.config_file import read_config
 
 SMALL = {
     "model": {"hidden_size": 64, "num_layers": 2, "num_heads": 2, "vocab_size": 512, "n_routed_experts": 4, "mtp_depth": 1},

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparing import api, cli
+from sparing import api
+from sparing.base.config_file import read_config
 from sparing.base.hardware import load_calibration, machine, save_calibration
-from sparing.config_file import read_config
+from sparing.cli import main as cli
 from sparing.kernels import formats
 
 SLOW = {"float32": 1e11, "bfloat16": 1.4e9, "float16": 1.4e9, "int8": 2.5e9}

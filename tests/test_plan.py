@@ -11,10 +11,10 @@ import pytest
 from sparing import api
 from sparing.account import prices
 from sparing.base import hardware
+from sparing.base.config import UserError
 from sparing.base.hardware import save_calibration
 from sparing.budget.estimate import DEFAULTS, DESCRIPTION
-from sparing.cli import main
-from sparing.config import UserError
+from sparing.cli.main import main
 from sparing.planning.places import this_machine
 from sparing.planning.plan import plan
 
@@ -81,7 +81,7 @@ def test_json_is_one_object_and_presets_need_nothing_else(capsys):
 
 def test_it_answers_in_three_seconds_without_torch(corpus):
     """A process of its own, interpreter and scan included; several times what it takes, for a machine that does something else."""
-    code = "import sys; from sparing.cli import main; r = main(sys.argv[1:]); assert 'torch' not in sys.modules; sys.exit(r)"
+    code = "import sys; from sparing.cli.main import main; r = main(sys.argv[1:]); assert 'torch' not in sys.modules; sys.exit(r)"
     start = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code, "plan", "--data", corpus, "--budget", "5m"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

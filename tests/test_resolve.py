@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from sparing.base.config import Budget, UserError
+from sparing.base.config_file import options
 from sparing.base.hardware import Machine
 from sparing.budget.flops import parameters, train_flops
-from sparing.config import Budget, UserError
-from sparing.config_file import options
 from sparing.interop.hf_config import to_hf
 from sparing.resolve import resolve
 

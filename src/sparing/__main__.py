@@ -2,7 +2,7 @@
 
 import sys
 
-from sparing.cli import main
+from sparing.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -12,12 +12,13 @@ from sparing.account.meter import Meter, metered
 from sparing.account.paper import compare as compare
 from sparing.account.paper import receipt as receipt
 from sparing.account.paper import report as report
+from sparing.base.config import Budget, Config, UserError
+from sparing.base.config_file import check_section, merge_wishes, read_config, write_config
 from sparing.base.files import link_or_copy, write_atomic
 from sparing.base.messages import say
+from sparing.base.run import RunFolder, fill, read_tensors, write_tensors
 from sparing.budget.flops import forward_flops, parameters
 from sparing.budget.units import format_budget, parse_budget, parse_extension
-from sparing.config import Budget, Config, UserError
-from sparing.config_file import check_section, merge_wishes, read_config, write_config
 from sparing.data.chat import template_text
 from sparing.data.sources import documents
 from sparing.evals.bpb import bpb
@@ -32,7 +33,6 @@ from sparing.job.learn import EVAL_TOKENS, learn
 from sparing.kernels import native
 from sparing.model.transformer import Transformer
 from sparing.planning.plan import plan as plan
-from sparing.run import RunFolder, fill, read_tensors, write_tensors
 from sparing.train.clock import Clock
 from sparing.train.extend import rewind
 from sparing.train.replicas import Replicas

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from sparing.base.config import Budget, Config, ModelConfig, UserError
+from sparing.base.config_file import build, check_section
+from sparing.base.config_limits import checked, contradiction
 from sparing.base.hardware import Machine
 from sparing.budget.flops import parameters, train_flops
-from sparing.config import Budget, Config, ModelConfig, UserError
-from sparing.config_file import build, check_section
-from sparing.config_limits import checked, contradiction
 from sparing.data.scan import CorpusFacts
 
 UTILISATION = 0.42

@@ -13,8 +13,8 @@ import pytest
 
 from sparing.account.history import ancestors_of, books, entries, entries_of, inherit, run_id_of
 from sparing.account.ledger import Entry, Ledger
-from sparing.config import UserError
-from sparing.run import RunFolder
+from sparing.base.config import UserError
+from sparing.base.run import RunFolder
 
 
 @pytest.fixture(autouse=True)

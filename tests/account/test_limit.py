@@ -9,9 +9,9 @@ from tests.train import tiny
 from sparing.account.history import TRAINING, entries_of
 from sparing.account.limit import Limit
 from sparing.account.meter import Meter
+from sparing.base.config import Budget
 from sparing.base.files import read_lines
 from sparing.base.hardware import machine
-from sparing.config import Budget
 
 MOST = 1.06
 """Of the budget: wide, for the clock is real and the runs are seconds long; tests/train/test_pace.py has the bound with a made-up clock."""

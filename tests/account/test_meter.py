@@ -12,9 +12,9 @@ import pytest
 
 from sparing.account.history import entries, entries_of
 from sparing.account.meter import Meter
+from sparing.base.config import UserError
 from sparing.base.hardware import machine
-from sparing.config import UserError
-from sparing.run import RunFolder
+from sparing.base.run import RunFolder
 
 
 @pytest.fixture(autouse=True)
@@ -130,7 +130,7 @@ TRAINER = """
 import sys, time
 from sparing.base.hardware import machine
 from sparing.account.meter import Meter
-from sparing.run import RunFolder
+from sparing.base.run import RunFolder
 with Meter("train", machine(with_gpus=False), RunFolder(sys.argv[1])) as meter, meter.stage("train"):
     while True:
         meter.add(tokens=1)
@@ -171,7 +171,7 @@ import os, sys
 from sparing.base.hardware import machine
 from sparing.account.history import entries_of
 from sparing.account.meter import Meter
-from sparing.run import RunFolder
+from sparing.base.run import RunFolder
 run = RunFolder(sys.argv[1])
 meter = Meter("generate", machine(with_gpus=False), run, first="generate")
 os.setgid(65534); os.setuid(65534)  # now, for Python itself may lie where only root may read

@@ -7,8 +7,8 @@ import pytest
 
 from sparing.account import prices
 from sparing.account.prices import FIELDS, YEAR_HOURS, device, device_of, rates_for, tables
+from sparing.base.config import UserError
 from sparing.base.hardware import Gpu, Machine
-from sparing.config import UserError
 
 VM = Machine("Linux 6", "AMD EPYC", 2, 4, 8 * 10**9)
 NODE = Machine("Linux 6", "AMD EPYC 9654 96-Core Processor", 96, 192, 10**12, (Gpu("NVIDIA H200", 141 * 10**9, "9.0"),) * 8)

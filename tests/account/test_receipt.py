@@ -10,8 +10,8 @@ from sparing.account.history import entries_of, inherit
 from sparing.account.ledger import Entry, Ledger
 from sparing.account.receipt import receipt, workspace
 from sparing.account.wording import amount, digits, receipt_text, scaled, workspace_text
-from sparing.config import UserError
-from sparing.run import RunFolder
+from sparing.base.config import UserError
+from sparing.base.run import RunFolder
 
 RATES = {
     "usd_per_hour": 1.0,

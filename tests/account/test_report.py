@@ -10,8 +10,8 @@ from sparing import api
 from sparing.account.report.charts import ROWS, charts
 from sparing.account.report.page import page
 from sparing.account.report.story import POINTS, Story, curve, story
-from sparing.config import UserError
-from sparing.run import RunFolder
+from sparing.base.config import UserError
+from sparing.base.run import RunFolder
 
 WISHES = {
     "model": {"hidden_size": 32, "num_layers": 3, "num_heads": 2, "vocab_size": 384, "n_routed_experts": 4, "num_dense_layers": 1},

@@ -1,6 +1,6 @@
 """A model small enough for seconds."""
 
-from sparing.config import ModelConfig
+from sparing.base.config import ModelConfig
 
 TINY = ModelConfig(
     vocab_size=512,

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from sparing.base.config import UserError
 from sparing.bench.report import ROW_KEYS, row
 from sparing.bench.train import FIGURES, run
-from sparing.config import UserError
 
 
 def test_rows_have_the_schema_and_a_table_goes_to_standard_error(capsys):

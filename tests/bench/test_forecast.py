@@ -5,10 +5,10 @@ import json
 import pytest
 
 from sparing.account.receipt import at
+from sparing.base.config import UserError
 from sparing.bench.forecast import forecast, parse_sides, wishes_of
 from sparing.bench.report import ROW_KEYS
 from sparing.budget.estimate import DESCRIPTION
-from sparing.config import UserError
 from sparing.kernels.formats import this_machine
 
 

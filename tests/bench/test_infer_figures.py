@@ -3,12 +3,12 @@
 import pytest
 from tests.infer.conftest import make_run, tokenizer  # noqa: F401
 
+from sparing.base.config import UserError
+from sparing.base.config_file import read_config
+from sparing.base.run import RunFolder
 from sparing.bench.drafting import repeats
 from sparing.bench.infer import run
 from sparing.bench.report import ROW_KEYS
-from sparing.config import UserError
-from sparing.config_file import read_config
-from sparing.run import RunFolder
 
 
 def test_generate(make_run):  # noqa: F811

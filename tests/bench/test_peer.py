@@ -9,9 +9,9 @@ pytest.importorskip("transformers")
 
 from bench_tiny import TINY
 
+from sparing.base.config import UserError
 from sparing.bench.ours import OurSetting, OursSide, save_initial_weights, shifted
 from sparing.bench.peer import PeerSide, all_settings, peer_config
-from sparing.config import UserError
 
 OPTIMIZER = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
 

@@ -6,11 +6,11 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
+from sparing.base.config import PrecisionConfig, UserError
 from sparing.bench import precision, precision_loss, precision_speed
 from sparing.bench.eight_bits import SMALL
 from sparing.bench.precision_loss import interval, rows_of
 from sparing.bench.precision_speed import Side
-from sparing.config import PrecisionConfig, UserError
 from sparing.kernels.formats import this_machine
 
 

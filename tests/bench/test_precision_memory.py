@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 from bench_tiny import TINY
 
+from sparing.base.config import UserError
 from sparing.bench import precision_memory
 from sparing.bench.precision import run
-from sparing.config import UserError
 from sparing.kernels.formats import this_machine
 
 WIDE = replace(TINY, vocab_size=4096, hidden_size=256, num_layers=6, num_heads=4, intermediate_size=1024, moe_intermediate_size=256)

@@ -6,9 +6,9 @@ import pytest
 
 pytest.importorskip("transformers")
 
+from sparing.base.config import UserError
 from sparing.bench.quality import parse_runs, quality, rows_of
 from sparing.bench.report import ROW_KEYS
-from sparing.config import UserError
 from sparing.kernels.formats import this_machine
 
 RECIPE = """

@@ -8,10 +8,10 @@ pytest.importorskip("transformers")
 
 from bench_tiny import TINY
 
+from sparing.base.config import UserError
 from sparing.bench.limit import Limit
 from sparing.bench.report import ROW_KEYS
 from sparing.bench.throughput import WARM_UP, take_turns, throughput
-from sparing.config import UserError
 
 LINE = "bfloat16: this processor multiplies it 100 times slower than float32 (measured)"
 SMALL = {"threads": 1, "batch_size": 2, "seq_len": 32, "model": TINY, "peak_sizes": (64, 128)}

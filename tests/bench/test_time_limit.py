@@ -4,9 +4,9 @@ import time
 
 import pytest
 
+from sparing.base.config import UserError
 from sparing.bench.limit import RUN_S, Limit, Rounds, run_seconds
 from sparing.bench.train import run
-from sparing.config import UserError
 
 
 def test_rounds_end_where_another_would_not_fit(capsys):

@@ -2,13 +2,13 @@
 
 import pytest
 
+from sparing.base.config import UserError
 from sparing.base.hardware import Machine
 from sparing.bench import trials
 from sparing.bench.limit import Limit
 from sparing.bench.peer import PeerSetting, all_settings
 from sparing.bench.trials import Task, fastest, try_settings
 from sparing.bench.worker import WorkerError
-from sparing.config import UserError
 
 SLOW = Machine("Linux", "AVX2", 2, 2, 0, formats={"float32": 100e9, "bfloat16": 1.5e9})
 FAST = Machine("Linux", "AMX", 2, 2, 0, formats={"float32": 100e9, "bfloat16": 900e9})

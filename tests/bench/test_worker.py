@@ -12,10 +12,10 @@ import torch
 from bench_tiny import TINY
 from safetensors.torch import save_file
 
+from sparing.base.config import UserError
 from sparing.bench.limit import Limit, in_parallel
 from sparing.bench.ours import save_initial_weights
 from sparing.bench.worker import Worker, WorkerError
-from sparing.config import UserError
 
 
 def test_steps_go_on_where_they_stopped_and_memory_is_the_models(tmp_path):

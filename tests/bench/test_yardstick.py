@@ -6,9 +6,9 @@ import pytest
 
 pytest.importorskip("transformers")
 
+from sparing.base.config import UserError
 from sparing.bench import yardstick
 from sparing.bench.yardstick import Yardstick, _scale, parse_yardstick, train_yardstick, tune
-from sparing.config import UserError
 
 SMALL = Yardstick(hidden_size=64, layers=1, lr=1e-2, batch=4, vocab_size=512, seq_len=32)
 

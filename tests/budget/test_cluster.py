@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 
+from sparing.base.config import ModelConfig, UserError
+from sparing.base.config_file import build, presets, read_plan_section, read_wishes
 from sparing.budget.cluster import EFFICIENCY, Layout, all_to_all, bubble_time, device_hours, kernels, layer_time, step_time
 from sparing.budget.flops import train_flops
 from sparing.budget.stages import layout_of, memory_of, plan_stages
-from sparing.config import ModelConfig, UserError
-from sparing.config_file import build, presets, read_plan_section, read_wishes
 
 
 def published(name):

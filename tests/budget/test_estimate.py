@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from sparing.base.config import Config, TrainConfig
 from sparing.budget.estimate import DEFAULTS, FEATURES, StepModel, features, fit, profile_model
-from sparing.config import Config, TrainConfig
 from sparing.resolve import LADDER, shaped
 
 PEAK = 4e11

@@ -7,10 +7,10 @@ import torch
 from tests.model.shapes import SHAPES
 from torch.utils.flop_counter import FlopCounterMode
 
+from sparing.base.config import ModelConfig
+from sparing.base.layers import layers
 from sparing.budget.flops import attention_flops, forward_flops, forward_products, kv_cache_bytes, parameters, train_flops
-from sparing.config import ModelConfig
 from sparing.kernels import native
-from sparing.layers import layers
 from sparing.model.init import init_weights
 from sparing.model.transformer import Transformer
 

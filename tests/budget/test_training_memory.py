@@ -11,13 +11,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparing.model.block as block_module
 import sparing.precision.activations as activations_module
+from sparing.base.config import Config, ModelConfig, OptimConfig, PrecisionConfig, TrainConfig
+from sparing.base.layers import layers
 from sparing.budget.memory import activations, optimizer_bytes, path_of, saved_per_token, serving_memory, training_memory, weight_bytes
-from sparing.config import Config, ModelConfig, OptimConfig, PrecisionConfig, TrainConfig
 from sparing.kernels import native, products
 from sparing.kernels.cross_entropy import linear_cross_entropy
 from sparing.kernels.norm import recomputed
 from sparing.kernels.sizes import EXPERT_ROWS, HEAD_TOKENS, MOMENT_BLOCK
-from sparing.layers import layers
 from sparing.model.block import Block
 from sparing.model.init import init_weights
 from sparing.model.rope import rotary_table

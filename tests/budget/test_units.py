@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sparing.base.config import Budget, UserError
 from sparing.budget.units import format_budget, parse_budget, parse_extension, parse_size
-from sparing.config import Budget, UserError
 
 
 @pytest.mark.parametrize(

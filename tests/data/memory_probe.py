@@ -10,7 +10,7 @@ import threading
 import time
 from pathlib import Path
 
-from sparing.config import DataConfig
+from sparing.base.config import DataConfig
 from sparing.data import pool
 from sparing.data.prepare import prepare
 

@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from sparing.config import UserError
+from sparing.base.config import UserError
+from sparing.base.run import RunFolder
 from sparing.data.chat import ChatTemplate, template_text
 from sparing.data.tokenizer import Tokenizer, train_tokenizer
-from sparing.run import RunFolder
 
 OURS = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content | trim }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"

@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from sparing.config import UserError
+from sparing.base.config import UserError
 from sparing.data.files import find_files, fingerprint, kind_of
 
 

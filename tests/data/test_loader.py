@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from sparing.config import DataConfig
+from sparing.base.config import DataConfig
 from sparing.data import store as store_module
 from sparing.data.loader import Loader
 from sparing.data.prepare import prepare

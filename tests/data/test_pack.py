@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparing.config import UserError
+from sparing.base.config import UserError
 from sparing.data.loader import IGNORED, Loader
 from sparing.data.pack import permutation
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sparing.config import DataConfig, UserError
+from sparing.base.config import DataConfig, UserError
 from sparing.data import prepare as module
 from sparing.data import scan, store
 from sparing.data.pool import _python_path
@@ -167,7 +167,7 @@ def test_stopped_anywhere_it_goes_on_and_ends_the_same(corpus, tmp_path, small_c
 
 SCRIPT = """
 import sys
-from sparing.config import DataConfig
+from sparing.base.config import DataConfig
 from sparing.data import prepare as module, store
 from pathlib import Path
 module.CHUNK_BYTES = 4000
@@ -222,7 +222,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(corpus, tmp_path, monkeypatc
     code = f"""
 import resource
 from pathlib import Path
-from sparing.config import DataConfig, UserError
+from sparing.base.config import DataConfig, UserError
 from sparing.data.prepare import prepare
 resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
 try:

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from sparing.config import DataConfig, UserError
+from sparing.base.config import DataConfig, UserError
 from sparing.data import scan as module
 from sparing.data.scan import data_home, load_sample, quarantine_path, scan
 from sparing.data.split import content_hash

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparing.config import UserError
+from sparing.base.config import UserError
 from sparing.data import tokenizer as module
 from sparing.data.stop import Stopped
 from sparing.data.tokenizer import END_OF_TEXT, MIN_VOCAB, SPECIAL_TOKENS, Tokenizer, train_tokenizer

@@ -4,7 +4,7 @@ import random
 import pytest
 import torch
 
-from sparing.config import UserError
+from sparing.base.config import UserError
 from sparing.data.stop import Stopped
 from sparing.data.tokenizer import train_tokenizer
 from sparing.evals.bpb import bpb, nll_from_logits

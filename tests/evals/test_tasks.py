@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from sparing.config import UserError
+from sparing.base.config import UserError
 from sparing.evals.tasks import read
 
 

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparing.config import Config, ModelConfig
-from sparing.config_file import write_config
+from sparing.base.config import Config, ModelConfig
+from sparing.base.config_file import write_config
+from sparing.base.run import RunFolder, write_tensors
 from sparing.data.tokenizer import Tokenizer, train_tokenizer
 from sparing.model.init import init_weights
 from sparing.model.transformer import Transformer
-from sparing.run import RunFolder, write_tensors
 
 SMALL = ModelConfig(
     hidden_size=64, num_layers=3, num_dense_layers=1, intermediate_size=96, num_heads=4, num_kv_heads=2, head_dim=16, q_lora_rank=32,

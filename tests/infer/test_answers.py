@@ -3,7 +3,7 @@ import torch
 from tests.infer.conftest import TEXT
 from tests.infer.test_engine import PLAIN, tokens
 
-from sparing.config import UserError
+from sparing.base.config import UserError
 from sparing.infer.answers import answers, continued, score
 from sparing.infer.engine import Engine
 from sparing.infer.loaded import load

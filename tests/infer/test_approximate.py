@@ -11,8 +11,9 @@ import torch
 from tests.infer.conftest import SMALL
 from tests.losses import loss_of
 
-from sparing.config import Config, ModelConfig, UserError
-from sparing.config_file import read_config, write_config
+from sparing.base.config import Config, ModelConfig, UserError
+from sparing.base.config_file import read_config, write_config
+from sparing.base.run import RunFolder, write_tensors
 from sparing.infer import calibration
 from sparing.infer.approximate import Approximate
 from sparing.infer.calibration import Calibration, calibrate, milder, save, saved, score, windows
@@ -25,7 +26,6 @@ from sparing.kernels.decode import library
 from sparing.model.init import init_weights
 from sparing.model.router import update_biases
 from sparing.model.transformer import Transformer
-from sparing.run import RunFolder, write_tensors
 
 pytestmark = pytest.mark.skipif(library() is None, reason="there is no C compiler")
 STDLIB = sorted(__import__("pathlib").Path(json.__file__).parent.parent.glob("*.py"))

@@ -7,7 +7,7 @@ from tests.infer.test_network import TABLE, in_pieces, some_ids
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
-from sparing.config import UserError
+from sparing.base.config import UserError
 from sparing.infer.engine import Engine
 from sparing.infer.loaded import load
 from sparing.infer.network import Rows, TorchNetwork

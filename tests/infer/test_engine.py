@@ -5,7 +5,7 @@ import pytest
 import torch
 from tests.infer.conftest import TEXT
 
-from sparing.config import UserError
+from sparing.base.config import UserError
 from sparing.infer.engine import Engine
 from sparing.infer.loaded import load
 from sparing.infer.request import Busy, Sampling

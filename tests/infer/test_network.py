@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
+from sparing.base.config import ModelConfig, UserError
+from sparing.base.run import RunFolder, read_tensors, write_tensors
 from sparing.bench.worker import resident_bytes
-from sparing.config import ModelConfig, UserError
 from sparing.infer.compiled import CompiledNetwork, fits
 from sparing.infer.loaded import load
 from sparing.infer.network import Rows, TorchNetwork, cache_width
 from sparing.infer.pack import open_pack, pack, unpack
 from sparing.interop.huggingface import export_hf
 from sparing.kernels.decode import library
-from sparing.run import RunFolder, read_tensors, write_tensors
 
 pytestmark = pytest.mark.skipif(library() is None, reason="there is no C compiler")
 TABLE = [3, 1, 4, 5, 9]

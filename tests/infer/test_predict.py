@@ -2,10 +2,10 @@
 
 import pytest
 
+from sparing.base.layers import mixtures
 from sparing.infer.engine import Engine
 from sparing.infer.predict import STEP, forecast
 from sparing.kernels.decode import library
-from sparing.layers import mixtures
 from sparing.serve.server import expected
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no C compiler")

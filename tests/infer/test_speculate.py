@@ -4,7 +4,7 @@ from tests.infer.test_engine import PLAIN, prompts, tokens
 from tests.infer.test_network import TABLE
 from tests.infer.test_network import compiled as compiled_network
 
-from sparing.config import UserError
+from sparing.base.config import UserError
 from sparing.infer.adapt import BURST, ROUNDS, SELDOM, Chooser
 from sparing.infer.engine import Engine
 from sparing.infer.loaded import load

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sparing.config import ModelConfig, YarnConfig
+from sparing.base.config import ModelConfig, YarnConfig
 from sparing.interop.huggingface import export_hf, import_hf
 from sparing.model.transformer import Transformer
 

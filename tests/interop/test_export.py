@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from sparing.config import UserError, YarnConfig
+from sparing.base.config import UserError, YarnConfig
 from sparing.interop.huggingface import export_hf, import_hf
 from sparing.model.transformer import Transformer
 
@@ -207,7 +207,7 @@ def test_wrong_tensors_leave_nothing_behind(small, random_model, tmp_path):
 
 FULL_DISK = """
 import resource, sys, pathlib
-from sparing.config import ModelConfig, UserError
+from sparing.base.config import ModelConfig, UserError
 from sparing.interop.huggingface import export_hf
 from sparing.model.transformer import Transformer
 from sparing.model.init import init_weights

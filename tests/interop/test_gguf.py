@@ -13,11 +13,11 @@ import torch
 from tests.interop import llama_cpp
 from tests.losses import loss_of
 
-from sparing.config import ModelConfig, UserError, YarnConfig
+from sparing.base.config import ModelConfig, UserError, YarnConfig
+from sparing.base.run import write_tensors
 from sparing.data.tokenizer import Tokenizer, train_tokenizer
 from sparing.interop.gguf import export_gguf
 from sparing.model.transformer import Transformer
-from sparing.run import write_tensors
 
 pytest.importorskip("gguf")
 
@@ -252,11 +252,11 @@ def test_nothing_half_written_stays(written, tokenizer, random_model, tmp_path, 
 FULL_DISK = """
 import resource, sys
 from pathlib import Path
-from sparing.config import ModelConfig, UserError
+from sparing.base.config import ModelConfig, UserError
 from sparing.interop.gguf import export_gguf
 from sparing.model.transformer import Transformer
 from sparing.model.init import init_weights
-from sparing.run import write_tensors
+from sparing.base.run import write_tensors
 config = ModelConfig(vocab_size=512, hidden_size=64, num_layers=1)
 model = Transformer(config)
 init_weights(model, 0)

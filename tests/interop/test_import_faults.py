@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sparing.config import UserError
+from sparing.base.config import UserError
 from sparing.interop.huggingface import export_hf, import_hf
 
 

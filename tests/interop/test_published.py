@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sparing.config import YarnConfig
+from sparing.base.config import YarnConfig
 from sparing.interop.hf_config import from_hf, to_hf
 from sparing.interop.hf_names import pieces
 

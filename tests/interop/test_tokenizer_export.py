@@ -7,7 +7,7 @@ import json
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from sparing.config import UserError
+from sparing.base.config import UserError
 from sparing.interop.huggingface import export_hf, import_hf
 
 TEXTS = ["def f(x):\n    return x + 123456", "Grüße, 世界! 🙂", "  two  spaces\tand a tab ", "<|endoftext|>again<|endoftext|>", ""]

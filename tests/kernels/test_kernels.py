@@ -1,6 +1,5 @@
 """Each fast path against the plain PyTorch reference in its file: values and gradients, in float32 and in bfloat16."""
 
-
 import pytest
 import torch
 

@@ -11,7 +11,7 @@ from sparing.kernels import native
 
 pytestmark = pytest.mark.skipif(native.passes() is None, reason="no C compiler here")
 STEP = """
-from sparing.config import Config, ModelConfig, TrainConfig
+from sparing.base.config import Config, ModelConfig, TrainConfig
 from sparing.train.practice import practise, trainer_of
 model = ModelConfig(vocab_size=256, hidden_size=64, num_layers=2)
 practise(trainer_of(Config(model=model, train=TrainConfig(batch_size=2, seq_len=32, replicas=2, device="cpu"))))

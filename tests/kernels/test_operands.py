@@ -1,6 +1,5 @@
 """Every kind of operand against the same weight as one float64 matrix: the three products, their grouped forms, autograd."""
 
-
 import pytest
 import torch
 import torch.nn.functional as F

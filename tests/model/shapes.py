@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from sparing.config import ModelConfig, YarnConfig
+from sparing.base.config import ModelConfig, YarnConfig
 
 TINY = ModelConfig(
     vocab_size=64, hidden_size=32, num_layers=3, num_dense_layers=1, intermediate_size=64, num_heads=2, q_lora_rank=16, kv_lora_rank=16,

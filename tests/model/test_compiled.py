@@ -7,7 +7,7 @@ import torch
 from tests.losses import loss_of
 from tests.model.shapes import TINY
 
-from sparing.config import YarnConfig
+from sparing.base.config import YarnConfig
 from sparing.kernels import native, products
 from sparing.model.init import init_weights
 from sparing.model.router import routers, update_biases

@@ -9,9 +9,9 @@ import torch
 from tests.model.shapes import TINY
 from tests.model.test_frozen import filled
 
+from sparing.base.layers import layers
 from sparing.kernels import native
 from sparing.kernels.experts import LOCAL, Dispatched
-from sparing.layers import layers
 from sparing.model.experts import Experts
 
 pytestmark = pytest.mark.usefixtures("one_thread")

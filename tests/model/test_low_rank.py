@@ -8,10 +8,10 @@ from tests.losses import loss_of
 from tests.model.shapes import TINY
 from tests.model.test_frozen import filled, gradients
 
-from sparing.config import OptimConfig, PrecisionConfig
+from sparing.base.config import OptimConfig, PrecisionConfig
+from sparing.base.layers import layers
 from sparing.data.loader import Batch
 from sparing.kernels import native
-from sparing.layers import layers
 from sparing.model.experts import Experts
 from sparing.model.linear import Adaptable, Linear
 from sparing.model.transformer import Transformer

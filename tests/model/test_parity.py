@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from tests.losses import loss_of
 
-from sparing.config import ModelConfig, YarnConfig
+from sparing.base.config import ModelConfig, YarnConfig
 from sparing.interop.huggingface import export_hf, import_hf
 from sparing.model.router import Router, Routing, routers
 from sparing.model.transformer import Transformer

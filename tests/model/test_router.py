@@ -7,7 +7,7 @@ import torch
 from tests.losses import loss_of
 from tests.model.shapes import TINY
 
-from sparing.config import ModelConfig
+from sparing.base.config import ModelConfig
 from sparing.model.init import init_weights
 from sparing.model.router import Router, routers, sequence_balance_loss, update_biases
 from sparing.model.transformer import Transformer

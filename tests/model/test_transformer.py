@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from tests.losses import loss_of
 from tests.model.shapes import SHAPES, TINY
 
-from sparing.config import ModelConfig
+from sparing.base.config import ModelConfig
 from sparing.kernels.cross_entropy import IGNORE
 from sparing.model.init import init_weights
 from sparing.model.transformer import Transformer

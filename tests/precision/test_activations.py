@@ -1,6 +1,5 @@
 """Activations kept in int8: what is packed, what is not, bytes, and how far gradients move."""
 
-
 import pytest
 import torch
 from hypothesis import given, settings

@@ -7,8 +7,8 @@ import pytest
 import torch
 from tests.train import tiny
 
+from sparing.base.config import PrecisionConfig, UserError
 from sparing.base.hardware import machine
-from sparing.config import PrecisionConfig, UserError
 from sparing.kernels import int8
 from sparing.model.init import init_weights
 from sparing.model.transformer import Transformer
@@ -66,7 +66,7 @@ def test_the_command_line_to_the_end(tmp_path):
     """train with auto, then export in FP8 blocks, which transformers loads and reads as we do."""
     from transformers import AutoModelForCausalLM
 
-    from sparing import cli
+    from sparing.cli import main as cli
 
     model = ["--model.hidden-size", "128", "--model.num-layers", "2", "--model.q-lora-rank", "128", "--model.kv-lora-rank", "64",
              "--model.num-heads", "2", "--model.qk-nope-head-dim", "64", "--model.qk-rope-head-dim", "64", "--model.v-head-dim", "64",

@@ -8,13 +8,13 @@ import pytest
 import torch
 from tests.train import tiny
 
+from sparing.base.config import PrecisionConfig
 from sparing.base.files import read_lines
-from sparing.config import PrecisionConfig
+from sparing.base.run import RunFolder
 from sparing.model.init import init_weights
 from sparing.model.transformer import Transformer
 from sparing.precision.linear import COARSE, FINE, SIXTEEN, EightBit
 from sparing.precision.policy import PENALTY, Policy
-from sparing.run import RunFolder
 
 CONFIG = PrecisionConfig(linear="int8", error_budget=0.1, measure_every=10)
 

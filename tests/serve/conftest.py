@@ -17,12 +17,12 @@ import pytest
 import torch
 from tests.losses import loss_of
 
-from sparing.config import Config, ModelConfig
-from sparing.config_file import write_config
+from sparing.base.config import Config, ModelConfig
+from sparing.base.config_file import write_config
+from sparing.base.run import RunFolder, write_tensors
 from sparing.data.tokenizer import train_tokenizer
 from sparing.model.init import init_weights
 from sparing.model.transformer import Transformer
-from sparing.run import RunFolder, write_tensors
 
 pytest.importorskip("starlette")
 

@@ -15,7 +15,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.openai_completions import LocalCompletionsAPI
 
 from sparing import api
-from sparing.config import UserError
+from sparing.base.config import UserError
 from sparing.evals.harness import HarnessModel, run_tasks
 from sparing.infer.answers import score, write
 from sparing.infer.engine import Engine

@@ -16,7 +16,7 @@ import time
 import pytest
 from tests.serve.conftest import Server
 
-from sparing.config import UserError
+from sparing.base.config import UserError
 from sparing.serve.audit import Audit
 from sparing.serve.energy import Energy
 from sparing.serve.settings import Settings, read_keys

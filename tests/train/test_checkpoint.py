@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file
 from tiny import MODEL, config, fit, new_run, steps
 
+from sparing.base.config import Budget, OptimConfig, UserError
 from sparing.base.files import read_lines
-from sparing.config import Budget, OptimConfig, UserError
+from sparing.base.run import RunFolder, verify_folder
 from sparing.model.init import init_weights
 from sparing.model.transformer import Transformer
-from sparing.run import RunFolder, verify_folder
 from sparing.train.extend import rewind
 from sparing.train.schedule import decay_start
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from tiny import Counting, config, fit, new_run, steps
 
+from sparing.base.config import OptimConfig
 from sparing.base.files import read_lines
-from sparing.config import OptimConfig
 from sparing.model.init import init_weights
 from sparing.model.transformer import Transformer
 from sparing.train.guard import WINDOW, Guard

@@ -7,8 +7,8 @@ import torch
 from tests.losses import loss_of
 from tiny import MODEL, Counting, config, steps
 
+from sparing.base.config import Config, OptimConfig, PrecisionConfig
 from sparing.base.files import DamagedError
-from sparing.config import Config, OptimConfig, PrecisionConfig
 from sparing.kernels import native
 from sparing.model.init import init_weights
 from sparing.model.transformer import Transformer

@@ -8,7 +8,7 @@ import pytest
 from test_resume import logged
 
 from sparing.base.preempt import Interrupted, Preempt
-from sparing.run import RunFolder, verify_folder
+from sparing.base.run import RunFolder, verify_folder
 
 WITHIN_S = 8.0
 """Two seconds, and what a machine adds that is busy with other tests."""

@@ -8,9 +8,9 @@ import torch
 from tests.losses import loss_of
 from tiny import MODEL, Counting, config, fit, new_run, steps
 
+from sparing.base.config import Config, OptimConfig, PrecisionConfig, TrainConfig, UserError
+from sparing.base.config_limits import checked
 from sparing.base.files import DamagedError, read_lines
-from sparing.config import Config, OptimConfig, PrecisionConfig, TrainConfig, UserError
-from sparing.config_limits import checked
 from sparing.kernels import native
 from sparing.kernels.embedding import embedding
 from sparing.model.init import init_weights

@@ -15,15 +15,15 @@ STARTED = time.monotonic()  # a budget counts the time that importing takes
 
 import torch  # noqa: E402
 
+from sparing.base.config import Budget, Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, UserError  # noqa: E402
 from sparing.base.preempt import SIGNALS, Interrupted, Preempt  # noqa: E402
-from sparing.config import Budget, Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, UserError  # noqa: E402
+from sparing.base.run import RunFolder  # noqa: E402
 from sparing.data.loader import Batch, Loader  # noqa: E402
 from sparing.data.prepare import prepare  # noqa: E402
 from sparing.data.store import TokenStore  # noqa: E402
 from sparing.evals.bpb import bpb  # noqa: E402
 from sparing.model.init import init_weights  # noqa: E402
 from sparing.model.transformer import Transformer  # noqa: E402
-from sparing.run import RunFolder  # noqa: E402
 from sparing.train.clock import Clock  # noqa: E402
 from sparing.train.objective import NextToken  # noqa: E402
 from sparing.train.trainer import Session, Trainer  # noqa: E402
@@ -36,6 +36,7 @@ MODEL = ModelConfig(
 TRAIN = TrainConfig(
     seq_len=32, batch_size=4, micro_batch_size=2, dtype="float32", threads=1, compile=False, evals=3, checkpoint_interval_s=0.2
 )
+
 
 class Counting:
     """Batches of a language that can be learnt: each document counts up from a random number. A pure function of the batch's number."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from sparing.config import Config
-from sparing.layers import mixtures
+from sparing.base.config import Config
+from sparing.base.layers import mixtures
 
 
 def model_card(config: Config, summary: dict, cache_bytes: int) -> str:

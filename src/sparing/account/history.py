@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 import psutil
 
 from sparing.account.ledger import WAIT_S, Ancestor, Entry, Ledger, complain, workspace_file
-from sparing.config import UserError
-from sparing.run import RunFolder
+from sparing.base.config import UserError
+from sparing.base.run import RunFolder
 
 if TYPE_CHECKING:  # the meter asks this file for a run's name
     from sparing.account.meter import Meter

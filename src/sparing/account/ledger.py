@@ -17,8 +17,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from sparing.base.config import UserError
 from sparing.base.hardware import home
-from sparing.config import UserError
 
 VERSION = 1
 WAIT_S = 2.0

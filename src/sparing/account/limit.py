@@ -6,7 +6,7 @@ import time
 
 from sparing.account.history import TRAINING, entries_of
 from sparing.account.meter import Meter
-from sparing.config import Budget
+from sparing.base.config import Budget
 
 
 class Limit:

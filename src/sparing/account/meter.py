@@ -23,7 +23,7 @@ from sparing.account.power import Model, cpu_seconds, cuda_memory, peak_memory, 
 from sparing.account.tariff import Tariff
 from sparing.base.hardware import Machine
 from sparing.base.messages import say
-from sparing.run import RunFolder
+from sparing.base.run import RunFolder
 
 SAMPLE_S = 1.0
 WRITE_S = 2.0

@@ -10,8 +10,8 @@ from sparing.account.ledger import workspace_file
 from sparing.account.receipt import receipt as of_run
 from sparing.account.receipt import workspace
 from sparing.account.report.page import write_page
-from sparing.config import UserError
-from sparing.run import RunFolder
+from sparing.base.config import UserError
+from sparing.base.run import RunFolder
 
 
 def receipt(run: str | None = None, csv: str | None = None) -> dict:

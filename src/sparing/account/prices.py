@@ -18,9 +18,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from sparing.base.config import UserError
+from sparing.base.config_file import nearest
 from sparing.base.hardware import Machine, home
-from sparing.config import UserError
-from sparing.config_file import nearest
 
 Rent = Literal["own", "on_demand", "spot"]
 STALE_DAYS = 180

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from sparing.account.history import ADDS_UP, TRAINING, ancestors_of, entries, entries_of, how
 from sparing.account.ledger import Entry, workspace_file
+from sparing.base.config import UserError
 from sparing.base.files import read_lines
-from sparing.config import UserError
-from sparing.run import RunFolder
+from sparing.base.run import RunFolder
 
 RAW_BITS = 8.0
 """Bits per byte of text that nobody has compressed: what a model saves of these is what it has learnt."""

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from sparing.account.prices import Rates, home_rent, rates_for
+from sparing.base.config import UserError
 from sparing.base.hardware import Machine, home
-from sparing.config import UserError
 
 
 class Tariff:

@@ -1,3 +1,1 @@
-"""What every other folder may import: files that are never half written (`files`), this machine and what was measured on it (`hardware`),
-signals (`preempt`), messages.
-"""
+"""What every other folder may use: configuration, layers of a model, the run folder, files, locks, messages, the machine."""

@@ -9,16 +9,16 @@ from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 
+from sparing.base.config import UserError
+from sparing.base.config_file import read_config
+from sparing.base.run import RunFolder
 from sparing.bench.generation import random_run
 from sparing.bench.limit import LIMIT, Limit, Rounds
 from sparing.bench.report import row, say
 from sparing.bench.worker import Worker
-from sparing.config import UserError
-from sparing.config_file import read_config
 from sparing.data.prepare import prepare
 from sparing.data.sources import documents
 from sparing.data.tokenizer import Tokenizer
-from sparing.run import RunFolder
 
 GRAM = 8
 TOGETHER = 10

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from sparing.config import PrecisionConfig
+from sparing.base.config import PrecisionConfig
 from sparing.kernels.formats import this_machine, warning
 from sparing.precision.linear import fastest_kind, speed_note
 

@@ -90,10 +90,10 @@ class Ours:
     def __init__(self, path: str, threads: int, weights: str = "auto", speculate: bool | None = None, temperature: float = 0.0,
                  expert_share: float = 0.0, **more):  # fmt: skip
         """expert_share: of the experts' bytes, how much may be in memory; 0: no limit."""
-        from sparing.config_file import read_config
+        from sparing.base.config_file import read_config
+        from sparing.base.run import RunFolder
         from sparing.infer.engine import Engine
         from sparing.infer.pack import open_pack
-        from sparing.run import RunFolder
 
         self.temperature = temperature
         self.decoding = 0.0
@@ -158,7 +158,7 @@ class Transformers:
 class LlamaCpp:
     @staticmethod
     def libraries() -> None:
-        from sparing.config import UserError
+        from sparing.base.config import UserError
 
         try:
             import xllamacpp  # noqa: F401

@@ -13,13 +13,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 
+from sparing.base.config import UserError
 from sparing.base.files import write_atomic
 from sparing.base.hardware import home
 from sparing.bench.limit import Limit, run_seconds
 from sparing.bench.report import paths_of, row, say
 from sparing.bench.worker import Worker
 from sparing.budget.units import parse_budget
-from sparing.config import UserError
 
 RUNS = "auto:1m, auto:90s, auto:2m, auto:3m, auto:5m, auto:10m, dense64:1m, moe96:2m, dense192:2m, moe256:4m, dense384:3m, moe512:6m"
 """SIDE:BUDGET; a side is `auto` (resolved) or `dense` or `moe` with a hidden size."""
@@ -113,7 +113,7 @@ def train_as_planned(plan: dict, data: Sequence[str], budget: str, out: str, see
     """`sparing train` with the configuration of the plan; -> its receipt's `actual`, and `difference` from the plan."""
     from sparing.account.receipt import difference, receipt
     from sparing.api import train
-    from sparing.run import RunFolder
+    from sparing.base.run import RunFolder
 
     sections = {name: {key: value for key, value in fields.items() if value is not None} for name, fields in plan["config"].items()}
     del sections["budget"]

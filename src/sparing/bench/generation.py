@@ -10,16 +10,16 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from sparing.base.config import Config, ModelConfig
+from sparing.base.config_file import read_config, write_config
+from sparing.base.run import RunFolder, read_tensors, write_tensors
 from sparing.bench.limit import LIMIT, Limit, Rounds
 from sparing.bench.report import row, say
 from sparing.bench.trials import Task, fastest, try_settings
 from sparing.bench.worker import Worker
-from sparing.config import Config, ModelConfig
-from sparing.config_file import read_config, write_config
 from sparing.data.tokenizer import Tokenizer, train_tokenizer
 from sparing.interop.huggingface import export_hf
 from sparing.kernels.formats import this_machine
-from sparing.run import RunFolder, read_tensors, write_tensors
 
 BIG = ModelConfig(
     vocab_size=32768, hidden_size=1024, num_layers=12, num_dense_layers=1, intermediate_size=2816, num_heads=16, q_lora_rank=512,

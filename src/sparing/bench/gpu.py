@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 
+from sparing.base.config import Config, ModelConfig, TrainConfig, UserError
 from sparing.base.hardware import machine
 from sparing.bench.limit import LIMIT, Limit
 from sparing.bench.ours import shifted
 from sparing.bench.report import paths_of, row, say
 from sparing.bench.worker import Worker
 from sparing.budget.flops import parameters, train_flops
-from sparing.config import Config, ModelConfig, TrainConfig, UserError
 from sparing.data.loader import Batch
 from sparing.train.peak import measure_peak
 from sparing.train.practice import MOMENTUM, trainer_of

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+from sparing.base.config import UserError
 from sparing.bench.report import say
 from sparing.budget.units import parse_budget
-from sparing.config import UserError
 
 LIMIT = "30m"
 """Of a figure that trains no run of its own."""

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from sparing.config import ModelConfig
-from sparing.config_file import build
+from sparing.base.config import ModelConfig
+from sparing.base.config_file import build
 from sparing.data.loader import Batch
 from sparing.kernels import native
 from sparing.model.init import init_weights

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from sparing.config import ModelConfig, UserError
+from sparing.base.config import ModelConfig, UserError
+from sparing.base.layers import mixtures
 from sparing.interop.hf_config import hf_type, to_hf
-from sparing.layers import mixtures
 
 PRECISIONS = ("float32", "bfloat16", "autocast")
 

@@ -14,14 +14,14 @@ from pathlib import Path
 
 import torch
 
+from sparing.base.config import UserError
+from sparing.base.config_file import read_wishes
 from sparing.base.files import write_atomic
 from sparing.bench.eight_bits import slow_kind
 from sparing.bench.limit import Limit, in_parallel, run_seconds
 from sparing.bench.report import paths_of, row, say
 from sparing.bench.trials import FAR
 from sparing.bench.worker import Worker
-from sparing.config import UserError
-from sparing.config_file import read_wishes
 from sparing.kernels.formats import this_machine
 
 SIDES: dict[str, dict] = {
@@ -116,11 +116,11 @@ def train_side(
 ) -> dict:
     """`sparing train` with one precision over `dtype`, then its loss on `val`. A run that was interrupted goes on."""
     from sparing.api import load, resume, train
+    from sparing.base.config_file import merge_wishes
     from sparing.base.files import read_lines
-    from sparing.config_file import merge_wishes
+    from sparing.base.run import RunFolder
     from sparing.data.sources import documents
     from sparing.evals.bpb import bpb
-    from sparing.run import RunFolder
 
     base = {"model": MODEL, "train": {**TRAIN, "threads": 1, "dtype": dtype}, "precision": SIDES[side]}
     finished = Path(out, "state/summary.json")

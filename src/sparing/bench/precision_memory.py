@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 
+from sparing.base.config import Config, ModelConfig, TrainConfig, UserError
+from sparing.base.config_file import build
 from sparing.bench.eight_bits import fast_kind, few_bits, slow_kind
 from sparing.bench.limit import LIMIT, Limit
 from sparing.bench.report import row, say
 from sparing.bench.worker import Worker, forget_peak, resident_bytes
 from sparing.budget.flops import parameters
 from sparing.budget.memory import training_memory
-from sparing.config import Config, ModelConfig, TrainConfig, UserError
-from sparing.config_file import build
 from sparing.kernels.formats import this_machine
 
 DENSE = ModelConfig(

@@ -8,12 +8,12 @@ from dataclasses import asdict
 from functools import partial
 from statistics import median
 
+from sparing.base.config import Config, ModelConfig, PrecisionConfig, TrainConfig
+from sparing.base.config_file import build
 from sparing.bench.eight_bits import fast_kind, few_bits, slow_kind
 from sparing.bench.limit import LIMIT, Limit, Rounds
 from sparing.bench.report import row, say
 from sparing.bench.worker import Worker
-from sparing.config import Config, ModelConfig, PrecisionConfig, TrainConfig
-from sparing.config_file import build
 from sparing.kernels.formats import this_machine
 from sparing.precision.linear import speed_note
 

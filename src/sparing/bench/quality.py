@@ -13,14 +13,14 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
+from sparing.base.config import UserError
+from sparing.base.config_file import read_wishes
 from sparing.base.files import write_atomic
 from sparing.bench.limit import Limit, run_seconds
 from sparing.bench.report import paths_of, row, say
 from sparing.bench.worker import Worker
 from sparing.bench.yardstick import parse_yardstick
 from sparing.budget.units import parse_budget
-from sparing.config import UserError
-from sparing.config_file import read_wishes
 from sparing.kernels.formats import this_machine
 
 RUNS = "dense:2m, moe:2m, dense:5m, moe:5m, dense+mtp:5m, moe+mtp:5m, dense:20m, moe:20m, yardstick:20m"

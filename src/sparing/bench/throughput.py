@@ -11,13 +11,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
+from sparing.base.config import DataConfig, ModelConfig, UserError
 from sparing.bench.limit import LIMIT, Limit, Rounds
 from sparing.bench.peer import PeerSetting, all_settings
 from sparing.bench.report import paths_of, row, say
 from sparing.bench.trials import Task, fastest, try_settings
 from sparing.bench.worker import Worker
 from sparing.budget.flops import train_flops
-from sparing.config import DataConfig, ModelConfig, UserError
 from sparing.kernels.formats import this_machine, warning
 from sparing.planning.places import SHORT
 

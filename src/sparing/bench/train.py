@@ -6,9 +6,9 @@ import difflib
 import importlib
 import inspect
 
+from sparing.base.config import UserError
 from sparing.bench.report import print_table
 from sparing.bench.worker import WorkerError
-from sparing.config import UserError
 
 FIGURES = {
     "throughput": "throughput.throughput",

@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass
 from statistics import mean
 from typing import Protocol
 
+from sparing.base.config import UserError
 from sparing.base.hardware import Machine
 from sparing.bench.limit import Limit
 from sparing.bench.report import say
 from sparing.bench.worker import Worker, WorkerError
-from sparing.config import UserError
 from sparing.kernels.formats import warning
 
 FAR = 3.0

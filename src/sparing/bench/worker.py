@@ -21,9 +21,9 @@ from pathlib import Path
 
 from sparing.account.power import peak_memory, resident_memory
 from sparing.account.power import reset_peak_memory as forget_peak
+from sparing.base.config import ModelConfig, UserError
+from sparing.base.config_file import build
 from sparing.bench.limit import Limit
-from sparing.config import ModelConfig, UserError
-from sparing.config_file import build
 
 POLL_S = 0.2
 """Between looks at the limit, and of a child at its parent."""

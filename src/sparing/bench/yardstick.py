@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 
+from sparing.base.config import DataConfig, UserError
 from sparing.bench.limit import Limit, in_parallel, run_seconds
 from sparing.bench.peer import import_transformers
 from sparing.bench.report import paths_of, row, say
 from sparing.bench.worker import Worker
 from sparing.budget.units import parse_budget
-from sparing.config import DataConfig, UserError
 from sparing.data.loader import Loader
 from sparing.data.prepare import prepare
 from sparing.data.sources import documents

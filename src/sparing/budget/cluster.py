@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sparing.account.prices import Device, device, kernels
+from sparing.base.config import ModelConfig, UserError
+from sparing.base.layers import layers, mixtures
 from sparing.budget.flops import forward_products, parameters
-from sparing.config import ModelConfig, UserError
-from sparing.layers import layers, mixtures
 
 MICRO_TOKENS = 4096
 REFERENCE = "h800"

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from sparing.base.config import Config, ModelConfig
+from sparing.base.layers import layers, mixtures
 from sparing.budget.flops import forward_products, parameters, train_flops
 from sparing.budget.memory import matrix_weights, path_of, saved_per_token
-from sparing.config import Config, ModelConfig
-from sparing.layers import layers, mixtures
 
 DESCRIPTION = 4
 """Raise it when the features or the kernels change: steps that were timed before tell nothing any more."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from sparing.config import ModelConfig
-from sparing.layers import Attention, layers
+from sparing.base.config import ModelConfig
+from sparing.base.layers import Attention, layers
 
 
 @dataclass(frozen=True)

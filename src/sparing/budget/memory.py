@@ -10,10 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from sparing.base.config import Config, ModelConfig, PrecisionConfig
+from sparing.base.layers import FeedForward, Layer, layers
 from sparing.budget.flops import kv_cache_bytes, parameters
-from sparing.config import Config, ModelConfig, PrecisionConfig
 from sparing.kernels.sizes import ATTENTION_ROWS, EXPERT_ROWS, HEAD_TOKENS, MOMENT_BLOCK
-from sparing.layers import FeedForward, Layer, layers
 
 FULL = PrecisionConfig()
 

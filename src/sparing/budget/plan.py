@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from sparing.account.prices import Rates
+from sparing.base.config import Budget, Config, UserError
 from sparing.budget.estimate import Estimate, around, exactly
 from sparing.budget.flops import kv_cache_bytes, parameters, train_flops
 from sparing.budget.memory import SPREAD, Memory, Path, training_memory
 from sparing.budget.scaling import Law, effective_bytes
 from sparing.budget.units import format_budget
-from sparing.config import Budget, Config, UserError
 
 START_S = 4.0
 """Starting, building the model, saving at the end."""

@@ -6,15 +6,15 @@ import dataclasses
 from typing import Any
 
 from sparing.account.prices import Rates, device, rates_for
+from sparing.base.config import ModelConfig, UserError
+from sparing.base.config_file import check_section, nearest
 from sparing.base.hardware import Machine
+from sparing.base.layers import layers
 from sparing.budget.cluster import EFFICIENCY, MICRO_TOKENS, Layout, device_hours, held_parameters
 from sparing.budget.estimate import Estimate, around, exactly
 from sparing.budget.flops import kv_cache_bytes, parameters, train_flops
 from sparing.budget.memory import saved_per_token
 from sparing.budget.plan import as_json
-from sparing.config import ModelConfig, UserError
-from sparing.config_file import check_section, nearest
-from sparing.layers import layers
 
 SPREAD = 0.25
 """Half-width of stated hours: what the published runs that were not fitted stay within (docs/planning.md)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from sparing.config import Budget, UserError
+from sparing.base.config import Budget, UserError
 
 FORMS = "90s 20m 2h 1h30m, 50Mtok, 3e17flop, $5, 0.2kWh"
 _NUMBER = r"(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"

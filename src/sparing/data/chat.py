@@ -15,9 +15,9 @@ import jinja2
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from sparing.config import UserError
+from sparing.base.config import UserError
+from sparing.base.run import RunFolder
 from sparing.data.tokenizer import Tokenizer
-from sparing.run import RunFolder
 
 MAX_BYTES = 1 << 20
 MARK = "\ufdd0"

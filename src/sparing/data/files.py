@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparing.config import UserError
+from sparing.base.config import UserError
 
 # Inside folders these are passed over in silence: nobody expects text in them. A file named by the user is always opened.
 BINARY_SUFFIXES = frozenset(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
-from sparing.config import UserError
+from sparing.base.config import UserError
 from sparing.data.pack import Epoch, Plan
 from sparing.data.store import TokenStore
 

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from sparing.base.config import DataConfig, UserError
 from sparing.base.files import file_sha256, write_atomic
 from sparing.base.hardware import cores
-from sparing.config import DataConfig, UserError
 from sparing.data.files import find_files, fingerprint
 from sparing.data.pool import encode_chunks
 from sparing.data.scan import (

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
+from sparing.base.config import DataConfig, UserError
 from sparing.base.files import FULL
 from sparing.base.hardware import home
-from sparing.config import DataConfig, UserError
 from sparing.data.files import SourceFile, find_files, fingerprint, kind_of
 from sparing.data.sources import Rejected, documents, pieces
 from sparing.data.split import SECTION_BYTES, HashTable, Split, choose_split, content_hash, mix

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
+from sparing.base.config import UserError
 from sparing.base.files import write_atomic
-from sparing.config import UserError
 from sparing.data.tokenizer import Tokenizer
 
 FORMAT = 1

@@ -13,8 +13,8 @@ import numpy as np
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
+from sparing.base.config import UserError
 from sparing.base.files import write_atomic
-from sparing.config import UserError
 from sparing.data.stop import check
 
 END_OF_TEXT = "<|endoftext|>"

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
-from sparing.config import UserError
+from sparing.base.config import UserError
 from sparing.data.stop import check
 from sparing.evals.select import select
 

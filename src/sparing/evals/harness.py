@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from sparing.config import UserError
+from sparing.base.config import UserError
 from sparing.data.tokenizer import Tokenizer
 from sparing.evals.tasks import task
 

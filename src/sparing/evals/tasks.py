@@ -12,7 +12,7 @@ import json
 import re
 from pathlib import Path
 
-from sparing.config import UserError
+from sparing.base.config import UserError
 
 _INSTRUCTION = re.compile(r"question: (.*?)\s+((?:Answer|Solution)1:.*?)\s+Answer format:", re.S)
 _NUMBER = re.compile(r"\s*(?:Answer|Solution)\d+:\s*")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, replace
 from itertools import chain, count
 
-from sparing.config import UserError
+from sparing.base.config import UserError
 from sparing.infer.engine import Engine
 from sparing.infer.request import Piece, Request, Sampling
 from sparing.infer.text import TextStream

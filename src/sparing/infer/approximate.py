@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sparing.config import UserError
+from sparing.base.config import UserError
+from sparing.base.run import RunFolder
 from sparing.data.tokenizer import Tokenizer
 from sparing.infer.calibration import calibrate, decoder_mixtures, digest, milder, room, save, saved, windows
 from sparing.infer.compiled import CompiledNetwork
@@ -24,7 +25,6 @@ from sparing.infer.request import Piece, Request, Sampling, TokenLogprob
 from sparing.infer.sample import draw, logprob, noise_key
 from sparing.infer.scheduler import Share, Text
 from sparing.infer.text import TextStream
-from sparing.run import RunFolder
 
 MEMORY = 1 - 1e-4
 """Weight of what was compared before, a token ago."""

@@ -20,15 +20,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from sparing.base.config import ModelConfig, UserError
 from sparing.base.files import write_atomic
-from sparing.config import ModelConfig, UserError
+from sparing.base.layers import mixtures
+from sparing.base.run import RunFolder
 from sparing.data.tokenizer import Tokenizer
 from sparing.infer.cache import BLOCK
 from sparing.infer.compiled import CompiledNetwork
 from sparing.infer.network import Rows
 from sparing.infer.pack import places
-from sparing.layers import mixtures
-from sparing.run import RunFolder
 
 TOKENS, FEWEST, WINDOW, PIECE = 32_768, 4_096, 512, 256
 """Most and fewest tokens that are read, the texts' length, rows of a step."""

@@ -13,9 +13,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from sparing.base.config import UserError
+from sparing.base.config_file import read_config
 from sparing.base.hardware import cores
-from sparing.config import UserError
-from sparing.config_file import read_config
+from sparing.base.layers import layers
+from sparing.base.run import RunFolder
 from sparing.data.tokenizer import Tokenizer
 from sparing.infer.adapt import Choosers
 from sparing.infer.approximate import Approximate, Approximation, begin, note
@@ -30,8 +32,6 @@ from sparing.infer.sample import choose, logprob
 from sparing.infer.scheduler import Scheduler, Share, Text
 from sparing.infer.speculate import propose
 from sparing.infer.text import TextStream
-from sparing.layers import layers
-from sparing.run import RunFolder
 
 MAX_DRAFT = 3
 CHUNK = (32, 512)

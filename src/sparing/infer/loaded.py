@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sparing.base.config import Config, UserError
+from sparing.base.config_file import read_config
 from sparing.base.files import DamagedError
-from sparing.config import Config, UserError
-from sparing.config_file import read_config
+from sparing.base.run import RunFolder, fill, read_tensors
 from sparing.data.tokenizer import Tokenizer
 from sparing.infer.request import Sampling
 from sparing.model.transformer import Transformer
-from sparing.run import RunFolder, fill, read_tensors
 
 
 class Model:

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparing.config import ModelConfig
+from sparing.base.config import ModelConfig
+from sparing.base.layers import layers
 from sparing.infer.cache import BLOCK
-from sparing.layers import layers
 from sparing.model.experts import MoE
 from sparing.model.rope import rotary_table, rotate, softmax_scale
 from sparing.model.transformer import Transformer

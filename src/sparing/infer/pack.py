@@ -19,12 +19,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sparing.base.config import ModelConfig, UserError
 from sparing.base.files import DamagedError, DiskFullError, atomic_file
 from sparing.base.hardware import home
-from sparing.config import ModelConfig, UserError
+from sparing.base.layers import EMBED, HEAD, SELECTION_BIAS, Layer, layers, shapes
+from sparing.base.run import RunFolder
 from sparing.kernels.decode import GROUP, PANEL
-from sparing.layers import EMBED, HEAD, SELECTION_BIAS, Layer, layers, shapes
-from sparing.run import RunFolder
 
 VERSION = 1
 PAGE = 4096

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from sparing.config import ModelConfig, UserError
+from sparing.base.config import ModelConfig, UserError
 from sparing.infer.compiled import fastest, fits, seconds_of
 from sparing.kernels.formats import this_machine, warning
 from sparing.model.transformer import Transformer

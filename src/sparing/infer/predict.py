@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sparing.config import ModelConfig
+from sparing.base.config import ModelConfig
+from sparing.base.layers import layers, mixtures
 from sparing.infer.pack import Pack
-from sparing.layers import layers, mixtures
 
 PROBES = 24
 """Token-layers whose experts are read from the disk to see how long that takes."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from sparing.config import UserError
+from sparing.base.config import UserError
 
 MAX_LOGPROBS = 20
 

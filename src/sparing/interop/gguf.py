@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 
+from sparing.base.config import ModelConfig, UserError
 from sparing.base.files import atomic_path
-from sparing.config import ModelConfig, UserError
+from sparing.base.layers import shapes
 from sparing.interop.gguf_fields import add_shape, add_tokenizer, exportable
 from sparing.interop.gguf_tensors import Piece, pieces
-from sparing.layers import shapes
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter

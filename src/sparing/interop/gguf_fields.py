@@ -9,10 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sparing.config import ModelConfig, UserError
+from sparing.base.config import ModelConfig, UserError
+from sparing.base.layers import layers, mixtures
 from sparing.data.tokenizer import PATTERN, Tokenizer
 from sparing.interop.hf_fields import read_json
-from sparing.layers import layers, mixtures
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter

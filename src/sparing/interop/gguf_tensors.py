@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sparing.config import ModelConfig
+from sparing.base.config import ModelConfig
+from sparing.base.layers import EMBED, HEAD, Attention, layers, shapes
 from sparing.interop.hf_names import LAYER
-from sparing.layers import EMBED, HEAD, Attention, layers, shapes
 
 TOP = {EMBED: "token_embd.weight", HEAD: "output.weight", "model.norm.weight": "output_norm.weight"}
 IN_LAYER = {

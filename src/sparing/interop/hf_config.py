@@ -10,11 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sparing.config import ModelConfig, UserError
-from sparing.config_limits import contradiction
+from sparing.base.config import ModelConfig, UserError
+from sparing.base.config_limits import contradiction
+from sparing.base.layers import layers, mixtures
 from sparing.interop.hf_fields import Fields
 from sparing.interop.hf_rope import rope_from_hf, rope_to_hf
-from sparing.layers import layers, mixtures
 
 ARCHITECTURES = {"deepseek_v3": "DeepseekV3ForCausalLM", "llama": "LlamaForCausalLM", "glm4_moe": "Glm4MoeForCausalLM"}
 LATENT_NORM_EPS = 1e-6

@@ -7,7 +7,7 @@ import json
 import math
 from pathlib import Path
 
-from sparing.config import UserError
+from sparing.base.config import UserError
 
 
 def read_json(path: Path) -> dict:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from sparing.config import UserError
+from sparing.base.config import UserError
 from sparing.interop.hf_fields import read_json
 
 DTYPES = {

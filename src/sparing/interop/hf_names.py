@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
-from sparing.config import ModelConfig
-from sparing.layers import EMBED, HEAD, SELECTION_BIAS, Attention, layers, shapes
+from sparing.base.config import ModelConfig
+from sparing.base.layers import EMBED, HEAD, SELECTION_BIAS, Attention, layers, shapes
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 EIGHT_BIT = re.compile(r"(self_attn\.(q_a|q_b|q|k|v|o|kv_b)_proj|self_attn\.kv_a_proj_with_mqa|mlp\..*(gate|up|down)_proj)\.weight$")

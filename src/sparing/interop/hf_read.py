@@ -12,13 +12,13 @@ from pathlib import Path
 
 import torch
 
-from sparing.config import ModelConfig, UserError
+from sparing.base.config import ModelConfig, UserError
+from sparing.base.layers import EMBED, HEAD, shapes
 from sparing.interop.fp8_blocks import dequantise, scale_shape
 from sparing.interop.hf_config import from_hf
 from sparing.interop.hf_fields import read_json
 from sparing.interop.hf_files import read_folder, read_tensor, same_bytes
 from sparing.interop.hf_names import LAYER, Piece, pieces
-from sparing.layers import EMBED, HEAD, shapes
 
 PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DERIVED = re.compile(r".*rotary_emb\.inv_freq")

@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from sparing.config import ModelConfig, YarnConfig
+from sparing.base.config import ModelConfig, YarnConfig
 from sparing.interop.hf_fields import Fields
 from sparing.model.rope import yarn_mscale
 

@@ -13,14 +13,14 @@ from typing import Literal
 
 import torch
 
+from sparing.base.config import ModelConfig, UserError
 from sparing.base.files import disk_errors, sync_folder
-from sparing.config import ModelConfig, UserError
+from sparing.base.layers import shapes
 from sparing.interop.fp8_blocks import BLOCK, quantise, scale_shape
 from sparing.interop.hf_config import hf_type, to_hf
 from sparing.interop.hf_fields import read_json
 from sparing.interop.hf_files import ShardWriter, Spec
 from sparing.interop.hf_names import LAYER, Piece, pieces
-from sparing.layers import shapes
 
 END_OF_TEXT = "<|endoftext|>"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8": torch.bfloat16}

@@ -8,21 +8,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from sparing.account.meter import Meter, metered
+from sparing.base.config import Budget, Config, DataConfig, UserError
+from sparing.base.config_file import write_config
 from sparing.base.files import write_atomic
 from sparing.base.hardware import Machine
 from sparing.base.messages import say
 from sparing.base.preempt import Interrupted, Preempt
+from sparing.base.run import RunFolder
 from sparing.budget.plan import in_seconds
 from sparing.budget.units import format_budget
-from sparing.config import Budget, Config, DataConfig, UserError
-from sparing.config_file import write_config
 from sparing.data.progress import Bars
 from sparing.data.scan import scan
 from sparing.data.stop import Stopped
 from sparing.planning.places import Given, with_vocabulary
 from sparing.planning.plan import foresee
 from sparing.resolve import resolve
-from sparing.run import RunFolder
 from sparing.train.clock import Clock
 from sparing.train.log import check_log
 from sparing.train.peak import peak_flops, peak_seconds

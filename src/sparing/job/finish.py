@@ -9,11 +9,11 @@ import torch
 
 from sparing.account.card import model_card
 from sparing.account.history import bill
+from sparing.base.config import Config
 from sparing.base.files import write_atomic
 from sparing.base.messages import say
 from sparing.budget.flops import kv_cache_bytes, parameters
 from sparing.budget.units import format_budget
-from sparing.config import Config
 from sparing.data.store import TokenStore
 from sparing.infer.loaded import Model
 from sparing.job.begin import Job

@@ -11,11 +11,11 @@ from typing import Protocol
 import torch
 
 from sparing.account.limit import Limit
+from sparing.base.config import Config
 from sparing.base.files import atomic_path
 from sparing.base.messages import say
 from sparing.budget.flops import parameters
 from sparing.budget.scaling import Point, add_point, effective_bytes
-from sparing.config import Config
 from sparing.data.loader import Loader
 from sparing.data.prepare import prepare
 from sparing.data.progress import Bars

@@ -112,9 +112,7 @@ class _CompiledCrossEntropy(torch.autograd.Function):
         return grad_x, grad_weight, None, None, None
 
 
-def linear_cross_entropy(
-    x_ND: Tensor, weight_WD: Tensor, targets_N: Tensor, denominator: float, weights_N: Tensor | None = None
-) -> Tensor:
+def linear_cross_entropy(x_ND: Tensor, weight_WD: Tensor, targets_N: Tensor, denominator: float, weights_N: Tensor | None = None) -> Tensor:
     """Mean-like cross-entropy of `x @ weight.T` against targets, each times its weight (float32); see the reference for the definition.
 
     Raises IndexError for a target that is no word (not looked for on a GPU, where it would cost a wait)."""

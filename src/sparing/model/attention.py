@@ -9,12 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sparing.config import ModelConfig
+from sparing.base.config import ModelConfig
+from sparing.base.layers import Shapes
 from sparing.kernels import native, products
 from sparing.kernels.attention import DocumentMask, causal_attention
 from sparing.kernels.grouped_attention import grouped_attention
 from sparing.kernels.latent_attention import latent_attention
-from sparing.layers import Shapes
 from sparing.model.linear import Linear, RMSNorm, side_by_side
 from sparing.model.rope import rotate, softmax_scale
 

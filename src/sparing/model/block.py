@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sparing.config import ModelConfig
+from sparing.base.config import ModelConfig
+from sparing.base.layers import Layer
 from sparing.kernels.attention import DocumentMask
-from sparing.layers import Layer
 from sparing.model.attention import GQA, MLA, LayerCache
 from sparing.model.experts import MLP, MoE
 from sparing.model.linear import Linear, RMSNorm

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sparing.config import ModelConfig
+from sparing.base.config import ModelConfig
+from sparing.base.layers import FeedForward
 from sparing.kernels import native, products
 from sparing.kernels.experts import LOCAL, Dispatcher, Local, mixture, swiglu
 from sparing.kernels.feed_forward import dense_feed_forward, mixture_feed_forward
 from sparing.kernels.operands import Operand
-from sparing.layers import FeedForward
 from sparing.model.linear import Adaptable, Linear, RMSNorm, side_by_side
 from sparing.model.router import Router, Routing, sequence_balance_loss
 from sparing.precision.linear import EightBit

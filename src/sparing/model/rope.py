@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from sparing.config import ModelConfig, YarnConfig
-from sparing.layers import layers
+from sparing.base.config import ModelConfig, YarnConfig
+from sparing.base.layers import layers
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:

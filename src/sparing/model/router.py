@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparing.config import ModelConfig
+from sparing.base.config import ModelConfig
 
 
 class Routing(NamedTuple):

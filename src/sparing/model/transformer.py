@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparing.config import ModelConfig
+from sparing.base.config import ModelConfig
+from sparing.base.layers import layers
 from sparing.kernels.attention import DocumentMask
 from sparing.kernels.cross_entropy import token_nll
 from sparing.kernels.embedding import embedding
-from sparing.layers import layers
 from sparing.model.attention import LayerCache
 from sparing.model.block import Block, MTPBlock
 from sparing.model.linear import Linear, RMSNorm

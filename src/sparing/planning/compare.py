@@ -7,10 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 from sparing.account.prices import rates_for, tables
+from sparing.base.config import Budget, UserError
+from sparing.base.config_file import merge_wishes
 from sparing.budget.plan import Corpus, check, predict
 from sparing.budget.units import format_budget
-from sparing.config import Budget, UserError
-from sparing.config_file import merge_wishes
 from sparing.planning.places import Place, elsewhere, run_of
 
 TIE = 0.003

@@ -9,14 +9,14 @@ from pathlib import Path
 
 from sparing.account.prices import Rent, device, device_of, rates_for
 from sparing.base import hardware
+from sparing.base.config import Budget, Config, UserError
+from sparing.base.config_file import merge_wishes
 from sparing.base.hardware import Gpu, Machine, load_calibration
 from sparing.budget.estimate import DESCRIPTION, Estimate, StepModel, fit, profile_model
 from sparing.budget.memory import Path as KernelPath
 from sparing.budget.memory import path_of, training_memory
 from sparing.budget.plan import Corpus, Run, in_seconds
 from sparing.budget.scaling import kind_of, law_of
-from sparing.config import Budget, Config, UserError
-from sparing.config_file import merge_wishes
 from sparing.data.tokenizer import Tokenizer
 from sparing.resolve import BYTES_PER_TOKEN, Resolved, resolve
 

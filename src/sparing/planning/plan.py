@@ -6,6 +6,8 @@ from dataclasses import asdict
 from typing import Any
 
 from sparing.account.prices import home_rent
+from sparing.base.config import Budget, Config, DataConfig, ModelConfig, UserError
+from sparing.base.config_file import build, merge_wishes, nearest, read_plan_section, read_wishes, write_config
 from sparing.base.hardware import Machine
 from sparing.base.messages import say
 from sparing.budget.flops import parameters
@@ -13,8 +15,6 @@ from sparing.budget.memory import serving_memory
 from sparing.budget.plan import Corpus, Run, check, predict
 from sparing.budget.stages import plan_stages
 from sparing.budget.units import format_budget, parse_budget, parse_size
-from sparing.config import Budget, Config, DataConfig, ModelConfig, UserError
-from sparing.config_file import build, merge_wishes, nearest, read_plan_section, read_wishes, write_config
 from sparing.data.scan import CorpusFacts, scan
 from sparing.planning.compare import alternatives
 from sparing.planning.places import Given, Place, elsewhere, here, run_from, run_of, with_vocabulary

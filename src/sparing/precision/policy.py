@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from sparing.config import Config, PrecisionConfig, UserError
+from sparing.base.config import Config, PrecisionConfig, UserError
 from sparing.precision.linear import COARSE, DIRECTIONS, LEVELS, SIXTEEN, EightBit, install
 
 DOWN = 0.5

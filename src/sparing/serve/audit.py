@@ -7,7 +7,7 @@ import threading
 from datetime import UTC, datetime
 from pathlib import Path
 
-from sparing.config import UserError
+from sparing.base.config import UserError
 
 
 class Audit:

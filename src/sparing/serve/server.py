@@ -13,17 +13,17 @@ from pathlib import Path
 
 from sparing.account.meter import metered
 from sparing.account.power import sources
+from sparing.base.config import UserError
 from sparing.base.hardware import home
+from sparing.base.layers import mixtures
 from sparing.base.messages import say
-from sparing.config import UserError
+from sparing.base.run import RunFolder
 from sparing.data.chat import ChatTemplate, template_text
 from sparing.data.sources import documents
 from sparing.evals.select import select
 from sparing.infer.approximate import Approximate
 from sparing.infer.engine import Engine
 from sparing.infer.predict import forecast
-from sparing.layers import mixtures
-from sparing.run import RunFolder
 from sparing.serve.audit import Audit
 from sparing.serve.energy import Energy
 from sparing.serve.service import Service

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 
-from sparing.config import UserError
+from sparing.base.config import UserError
 from sparing.data.chat import PLAIN_STOPS, ChatTemplate
 from sparing.infer.engine import Engine
 from sparing.infer.request import Sampling

@@ -7,7 +7,7 @@ import hmac
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparing.config import UserError
+from sparing.base.config import UserError
 
 LOCAL = ("127.0.0.1", "::1", "localhost")
 

@@ -7,7 +7,7 @@ import contextlib
 import math
 from collections.abc import AsyncIterator, Sequence
 
-from sparing.config import UserError
+from sparing.base.config import UserError
 from sparing.infer.engine import Engine
 from sparing.infer.request import Busy, Piece, Request, Sampling
 from sparing.serve.errors import ApiError, bad

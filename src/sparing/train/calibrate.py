@@ -16,9 +16,9 @@ from dataclasses import replace
 
 import torch
 
+from sparing.base.config import Config, PrecisionConfig, TrainConfig
 from sparing.base.hardware import Machine
 from sparing.budget.flops import train_flops
-from sparing.config import Config, PrecisionConfig, TrainConfig
 from sparing.data.loader import Batch
 from sparing.kernels import native, pool
 from sparing.model.transformer import Transformer

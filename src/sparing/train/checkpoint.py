@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from sparing.base.config import Config, PrecisionConfig, UserError
 from sparing.base.files import DamagedError, link_or_copy, replace_folder
-from sparing.config import Config, PrecisionConfig, UserError
+from sparing.base.run import RunFolder, fill, read_tensors, verify_folder, write_folder
 from sparing.kernels import native
-from sparing.run import RunFolder, fill, read_tensors, verify_folder, write_folder
 from sparing.train.optim import Optimizer
 
 KEEP = 2

@@ -6,7 +6,7 @@ import json
 import time
 
 from sparing.base.files import read_lines, write_atomic
-from sparing.run import RunFolder
+from sparing.base.run import RunFolder
 
 _BEFORE: dict[tuple[str, float], float] = {}
 """(run, started) -> what earlier attempts used: read once an attempt, for what is found later is this attempt's own record."""

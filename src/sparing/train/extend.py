@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import shutil
 
+from sparing.base.config import UserError
 from sparing.base.files import link_or_copy, replace_folder
-from sparing.config import UserError
-from sparing.run import RunFolder
+from sparing.base.run import RunFolder
 
 
 def rewind(run: RunFolder) -> int:

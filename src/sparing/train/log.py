@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from sparing.base.config import UserError
 from sparing.base.files import disk_errors, read_lines, write_atomic
-from sparing.config import UserError
+from sparing.base.run import RunFolder
 from sparing.precision.linear import LEVELS
-from sparing.run import RunFolder
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -10,10 +10,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from sparing.config import Config, ModelConfig
+from sparing.base.config import Config, ModelConfig
+from sparing.base.layers import mixtures
 from sparing.data.loader import Batch
 from sparing.kernels.cross_entropy import IGNORE, linear_cross_entropy
-from sparing.layers import mixtures
 from sparing.model.transformer import Transformer
 
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from sparing.base.config import Config, OptimConfig, PrecisionConfig
 from sparing.base.files import DamagedError
 from sparing.budget.memory import gives_back
-from sparing.config import Config, OptimConfig, PrecisionConfig
 from sparing.model.transformer import Transformer
 from sparing.precision.allocator import give_back
 from sparing.precision.compensation import rows_of, slices

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sparing.config import Config
+from sparing.base.config import Config
 from sparing.data.loader import Batch
 from sparing.model.init import init_weights
 from sparing.model.transformer import Transformer

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 from statistics import median
 from typing import Any
 
+from sparing.base.config import Config, TrainConfig
 from sparing.base.hardware import Machine, load_calibration, save_calibration
 from sparing.budget.estimate import DESCRIPTION, features
 from sparing.budget.flops import train_flops
-from sparing.config import Config, TrainConfig
 from sparing.kernels import native
 from sparing.resolve import LADDER, shaped
 from sparing.train.calibrate import FIRST_GUESS

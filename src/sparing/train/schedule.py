@@ -6,7 +6,7 @@ A step is the 0-based number of the update about to be made; the last one, total
 
 from __future__ import annotations
 
-from sparing.config import OptimConfig
+from sparing.base.config import OptimConfig
 
 MOMENTUM_START = 0.85
 MOMENTUM_WARMUP = 0.15

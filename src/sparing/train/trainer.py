@@ -15,17 +15,17 @@ import torch
 from torch import Tensor
 
 from sparing.account.meter import NoMeter
+from sparing.base.config import CannotGoOn, Config, UserError
+from sparing.base.config_limits import checked
 from sparing.base.preempt import Interrupted, Preempt
+from sparing.base.run import RunFolder
 from sparing.budget.flops import train_flops
-from sparing.config import CannotGoOn, Config, UserError
-from sparing.config_limits import checked
 from sparing.data.loader import Batch
 from sparing.data.stop import Stopped
 from sparing.kernels import native, pool
 from sparing.model.router import routers, update_biases
 from sparing.model.transformer import Transformer
 from sparing.precision.policy import Move, Policy
-from sparing.run import RunFolder
 from sparing.train.checkpoint import Checkpoints, TrainState
 from sparing.train.clock import Clock
 from sparing.train.guard import MAX_ROLLBACKS, Guard

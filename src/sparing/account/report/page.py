@@ -10,9 +10,9 @@ from sparing import __version__
 from sparing.account.report import parts
 from sparing.account.report.charts import Chart, charts
 from sparing.account.report.story import Story, story
+from sparing.base.config import UserError
 from sparing.base.files import write_atomic
-from sparing.config import UserError
-from sparing.run import RunFolder
+from sparing.base.run import RunFolder
 
 STYLE = """
 :root { color-scheme: light; --ink: #1d232a; --soft: #56616c; --line: #d5dbe0; --accent: #0b5a8f; --panel: #f5f7f9; }

@@ -6,9 +6,9 @@ import json
 from dataclasses import dataclass, field
 
 from sparing.account.receipt import receipt
+from sparing.base.config import UserError
 from sparing.base.files import read_lines
-from sparing.config import UserError
-from sparing.run import RunFolder
+from sparing.base.run import RunFolder
 
 POINTS = 160
 """Of a curve: each the mean of its span of steps, so that what is seen is the course and not the noise of single batches."""

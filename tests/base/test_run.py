@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sparing.base.config import UserError
 from sparing.base.files import DamagedError, DiskFullError, append_durably, link_or_copy, read_lines, write_atomic
-from sparing.config import UserError
-from sparing.run import RunFolder, read_tensors, verify_folder, write_folder, write_tensors
+from sparing.base.run import RunFolder, read_tensors, verify_folder, write_folder, write_tensors
 
 
 def python(code: str, *arguments, **more) -> subprocess.Popen:
@@ -46,7 +46,9 @@ def test_wrong_folders_are_one_clear_line(tmp_path):
         RunFolder.create(tmp_path / "thesis" / "thesis.tex")
 
 
-HOLD = "import sys; from sparing.run import RunFolder\nwith RunFolder(sys.argv[1]).lock(): print('locked', flush=True); sys.stdin.read()"
+HOLD = (
+    "import sys; from sparing.base.run import RunFolder\nwith RunFolder(sys.argv[1]).lock(): print('locked', flush=True); sys.stdin.read()"
+)
 
 
 def test_second_writer_gets_one_line_and_a_dead_one_leaves_no_lock(tmp_path):
@@ -87,7 +89,7 @@ def test_without_fcntl_one_writer_too(tmp_path):
     holder.wait()
     third = subprocess.run(command, input="", capture_output=True, text=True)
     assert third.stdout == "locked\n" and third.returncode == 0, third.stderr
-    saving = "from sparing.run import write_atomic\nassert write_atomic(sys.argv[1] + '/a', 'b')['bytes'] == 1"
+    saving = "from sparing.base.run import write_atomic\nassert write_atomic(sys.argv[1] + '/a', 'b')['bytes'] == 1"
     subprocess.run([sys.executable, "-c", WINDOWS + saving, str(run.path)], check=True)
     assert (run.path / "a").read_text() == "b" and (run.path / ".lock").stat().st_size < 100
 
@@ -96,7 +98,7 @@ def test_orphaned_worker_does_not_keep_the_lock(tmp_path):
     run = RunFolder.create(tmp_path / "run")
     code = """
         import os, sys, time
-        from sparing.run import RunFolder
+        from sparing.base.run import RunFolder
         with RunFolder(sys.argv[1]).lock():
             child = os.fork()
             if child == 0:
@@ -146,7 +148,7 @@ def test_writing_tensors_makes_no_second_copy(tmp_path):
     """512 MB of weights; the process may grow by far less than that."""
     code = """
         import resource, sys, torch
-        from sparing.run import write_tensors
+        from sparing.base.run import write_tensors
         tensors = {f"w{i}": torch.full((2048, 2048), float(i)) for i in range(32)}
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         write_tensors(sys.argv[1], tensors)
@@ -191,7 +193,7 @@ def test_full_disk_leaves_what_was_there(tmp_path):
         from pathlib import Path
         from sparing.base.files import DiskFullError, write_atomic
         from sparing.base.files import append_durably
-        from sparing.run import write_folder
+        from sparing.base.run import write_folder
         path = Path(sys.argv[1])
         for write in (
             lambda: write_folder(path / "step", {"w.safetensors": {"w": torch.zeros(100_000)}}),

@@ -4,9 +4,9 @@ from dataclasses import fields, replace
 
 import pytest
 
-from sparing.config import Config, DataConfig, ModelConfig, OptimConfig, PrecisionConfig, TrainConfig, UserError
-from sparing.config_file import check_section, read_config, write_config
-from sparing.config_limits import RANGES, checked, contradiction
+from sparing.base.config import Config, DataConfig, ModelConfig, OptimConfig, PrecisionConfig, TrainConfig, UserError
+from sparing.base.config_file import check_section, read_config, write_config
+from sparing.base.config_limits import RANGES, checked, contradiction
 
 
 @pytest.mark.parametrize(

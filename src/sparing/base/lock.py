@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import BinaryIO
 
-from sparing.config import UserError
+from sparing.base.config import UserError
 
 try:
     import fcntl

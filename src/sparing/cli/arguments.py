@@ -13,8 +13,8 @@ import re
 import sys
 from typing import Any, get_type_hints
 
-from sparing.config import UserError
-from sparing.config_file import describe, nearest, options, parse_text
+from sparing.base.config import UserError
+from sparing.base.config_file import describe, nearest, options, parse_text
 
 
 @dataclasses.dataclass

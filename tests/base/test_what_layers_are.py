@@ -1,4 +1,4 @@
-"""`sparing.layers` against the module that is built from it, and what it says of kinds of layers."""
+"""`sparing.base.layers` against the module that is built from it, and what it says of kinds of layers."""
 
 import subprocess
 import sys
@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from tests.model.shapes import SHAPES, TINY
 
-from sparing.layers import layers, mixtures, shapes
+from sparing.base.layers import layers, mixtures, shapes
 from sparing.model.experts import MoE
 from sparing.model.transformer import Transformer
 
@@ -37,5 +37,5 @@ def test_dense_layers_come_first_and_modules_are_mixtures_unless_all_are_dense(l
 
 
 def test_what_a_plan_reads_comes_without_torch():
-    code = "import sys, sparing.layers, sparing.kernels.sizes, sparing.budget.stages; sys.exit('torch' in sys.modules)"
+    code = "import sys, sparing.base.layers, sparing.kernels.sizes, sparing.budget.stages; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

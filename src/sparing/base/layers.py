@@ -11,7 +11,7 @@ from functools import cached_property, lru_cache
 from math import prod
 from typing import Literal
 
-from sparing.config import ModelConfig
+from sparing.base.config import ModelConfig
 
 Shapes = dict[str, tuple[int, ...]]
 

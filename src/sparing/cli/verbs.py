@@ -1,19 +1,20 @@
-"""The verbs that measure, count and serve: plan, eval, serve, receipt, report, compare, bench. Belongs to cli.py, which has the others."""
+"""The verbs: each a dataclass of its own options, which `cli.main` parses and then calls."""
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
-from sparing.budget.units import parse_budget
-from sparing.config import UserError
-from sparing.config_file import set_dotted
-from sparing.output import show_plan
+from sparing.base.config import UserError
+from sparing.base.config_file import read_wishes, set_dotted
+from sparing.budget.units import parse_budget, parse_extension
+from sparing.cli.output import show_plan
 
 if TYPE_CHECKING:
     import tyro  # `arguments.parse` imports it for the chosen verb; until then the annotations below stay text
 
-    from sparing.arguments import Call
+    from sparing.cli.arguments import Call
 
 
 @dataclass
@@ -61,6 +62,67 @@ class Plan:
 
 
 @dataclass
+class Train:
+    """Train a model inside a budget. What neither a recipe nor an option sets is derived from budget, data and machine."""
+
+    takes: ClassVar[str] = "recipe"
+    recipe: tyro.conf.Positional[str | None] = None
+    """A TOML file of wishes; options on the command line win over it."""
+    data: list[str] = field(default_factory=list)
+    """Files, folders, globs: text, Markdown, source code, JSONL (.gz, .zst), Parquet. Default: Python's own standard library."""
+    text_key: str | None = None
+    """JSONL and Parquet: the field that holds the text."""
+    budget: str | None = None
+    """90s 20m 2h, 50Mtok, 3e17flop, $5, 0.2kWh. It covers everything: tokenising, training, evaluation, saving."""
+    out: str | None = None
+    """The run folder to make."""
+    seed: int | None = None
+    samples: int = 3
+    """Completions to show at the end."""
+    json: bool = False
+    """Print one JSON object on standard output, and nothing else there."""
+
+    def __call__(self, call: Call) -> dict:
+        wishes = read_wishes(self.recipe) if self.recipe else {}
+        for name, value in call.overrides.items():
+            set_dotted(wishes, name, value)
+        if self.text_key is not None:
+            set_dotted(wishes, "data.text_key", self.text_key)
+        if self.data:
+            set_dotted(wishes, "data.paths", tuple(self.data))
+        if self.seed is not None:
+            set_dotted(wishes, "train.seed", self.seed)
+        budget = wishes.pop("budget", None)
+        if isinstance(budget, dict):
+            if set(budget) != {"amount", "unit"}:
+                raise UserError(f'{self.recipe}: a [budget] section needs amount and unit; or write budget = "20m"')
+            budget = f"{budget['amount']!r}{budget['unit']}"
+        budget = self.budget or budget
+        call.need(budget=budget, out=self.out)
+        if self.samples < 0:
+            raise UserError(f"--samples {self.samples}: must be 0 or more")
+        parse_budget(budget)  # a slip is told before torch is loaded
+        data, seed = wishes.get("data", {}).get("paths", ()), wishes.get("train", {}).get("seed")
+        return call.api.train(list(data), budget, self.out, wishes, seed, call.started, self.samples)
+
+
+@dataclass
+class Resume:
+    """Go on with an interrupted run, or extend a finished one."""
+
+    run: tyro.conf.Positional[str | None] = None
+    budget: str | None = None
+    """+20m: how much to add to a finished run."""
+    json: bool = False
+
+    def __call__(self, call: Call) -> dict:
+        call.need(RUN=self.run)
+        if self.budget is not None:
+            parse_extension(self.budget)
+        return call.api.resume(self.run, self.budget, call.started)
+
+
+@dataclass
 class Eval:
     """What a run knows: bits per byte of documents (--data; each is scored once, in windows of --context tokens), and tasks (--tasks)."""
 
@@ -86,6 +148,82 @@ class Eval:
             raise UserError("--limit and --quantize are for --tasks: bits per byte are those of all the text, in float32")
         weights = "float32" if self.quantize == "none" else self.quantize
         return call.api.evaluate(self.run, self.data, self.context, call.started, self.tasks, self.limit, weights)
+
+
+@dataclass
+class Generate:
+    """Let a run's model continue a prompt."""
+
+    run: tyro.conf.Positional[str | None] = None
+    prompt: str | None = None
+    """Text to continue; - reads it from standard input."""
+    max_tokens: int = 200
+    temperature: float = 0.8
+    """0: always the likeliest token."""
+    top_p: float = 1.0
+    """Sample from the likeliest tokens that together have this probability."""
+    top_k: int = 0
+    """Sample from this many likeliest tokens; 0: from all."""
+    seed: int | None = None
+    """The same seed writes the same text."""
+    quantize: str = "none"
+    """Weights to write with: none, int8, int4, auto, as `serve` has them."""
+    json: bool = False
+
+    def __call__(self, call: Call) -> dict | None:
+        call.need(RUN=self.run, prompt=self.prompt)
+        if self.prompt == "-":
+            self.prompt = sys.stdin.buffer.read().decode(errors="surrogateescape")
+        if any("\ud800" <= char <= "\udfff" for char in self.prompt):
+            raise UserError("the prompt is not UTF-8 text")
+        call.choice("--quantize", self.quantize, ("auto", "none", "int8", "int4"))
+        options = (self.max_tokens, self.temperature, self.top_p, self.top_k, self.seed)
+        weights = "float32" if self.quantize == "none" else self.quantize
+        if self.json:
+            return call.api.generate(self.run, self.prompt, *options, started=call.started, weights=weights)
+        # The prompt appears with the first piece: a mistake leaves standard output empty.
+        shown = iter([self.prompt])
+        stream = lambda piece: print(next(shown, "") + piece, end="", flush=True)  # noqa: E731
+        call.api.generate(self.run, self.prompt, *options, stream, call.started, weights)
+        print(next(shown, ""))
+        return None
+
+
+@dataclass
+class Export:
+    """Write a run's model for other programs."""
+
+    run: tyro.conf.Positional[str | None] = None
+    format: str = "hf"
+    """hf: config.json and safetensors, as transformers loads them; gguf: one file for llama.cpp."""
+    out: str | None = None
+    """The folder (hf) or file (gguf) to make."""
+    dtype: str = "float32"
+    """hf: float32, bfloat16, or float8: 128x128 blocks of e4m3 with a scale each, as DeepSeek-V3 is published."""
+    type: str = "f32"
+    """gguf: f32, f16, bf16, q8_0 or q4_0."""
+    json: bool = False
+
+    def __call__(self, call: Call) -> dict:
+        call.choice("--format", self.format, ("hf", "gguf"))
+        call.choice("--dtype", self.dtype, ("float32", "bfloat16", "float8"))
+        call.choice("--type", self.type, ("f32", "f16", "bf16", "q8_0", "q4_0"))
+        call.need(RUN=self.run, out=self.out)
+        return call.api.export(self.run, self.format, self.out, self.dtype, self.type)
+
+
+@dataclass
+class Import:
+    """Make a run folder of a Hugging Face folder (deepseek_v3: config.json and safetensors)."""
+
+    folder: tyro.conf.Positional[str | None] = None
+    out: str | None = None
+    """The run folder to make."""
+    json: bool = False
+
+    def __call__(self, call: Call) -> dict:
+        call.need(FOLDER=self.folder, out=self.out)
+        return call.api.import_(self.folder, self.out)
 
 
 @dataclass
@@ -241,3 +379,9 @@ class Bench:
         with metered("bench", first=f"{self.name} {figure}"):
             result = import_module(f"sparing.bench.{self.name}").run(figure, json=self.json, **call.overrides)
         return result if self.json else None  # the figure has drawn its table
+
+
+VERBS = {
+    "plan": Plan, "train": Train, "resume": Resume, "eval": Eval, "generate": Generate, "receipt": Receipt, "report": Report,
+    "compare": Compare, "export": Export, "import": Import, "serve": Serve, "bench": Bench,
+}  # fmt: skip

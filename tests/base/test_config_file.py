@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparing.config import Config, DataConfig, ModelConfig, UserError, YarnConfig
-from sparing.config_file import build, nearest, options, parse_text, read_config, read_wishes, set_dotted, unwrap, write_config
-from sparing.config_limits import RANGES
+from sparing.base.config import Config, DataConfig, ModelConfig, UserError, YarnConfig
+from sparing.base.config_file import build, nearest, options, parse_text, read_config, read_wishes, set_dotted, unwrap, write_config
+from sparing.base.config_limits import RANGES
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 

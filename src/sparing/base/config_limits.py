@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from sparing.config import Config, ModelConfig, UserError
-from sparing.layers import mixtures
+from sparing.base.config import Config, ModelConfig, UserError
+from sparing.base.layers import mixtures
 
 _ONE, _SHARE, _BELOW_ONE = (1, math.inf), (0, 1), (0, math.nextafter(1, 0))
 _MLA = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")

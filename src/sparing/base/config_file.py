@@ -18,9 +18,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import sparing.config as vocabulary  # not `from sparing`: that would ask the package's lazy re-exports
-from sparing.config import Config, UserError
-from sparing.config_limits import contradiction, in_range
+import sparing.base.config as vocabulary  # not `from sparing`: that would ask the package's lazy re-exports
+from sparing.base.config import Config, UserError
+from sparing.base.config_limits import contradiction, in_range
 
 
 def nearest(word: str, choices) -> str:
@@ -165,7 +165,7 @@ def _load(path: str | Path) -> dict:
 
 def presets() -> dict[str, Path]:
     """The package's recipes by name."""
-    return {path.stem: path for path in sorted((Path(__file__).parent / "presets").glob("*.toml"))}
+    return {path.stem: path for path in sorted((Path(__file__).parent.parent / "presets").glob("*.toml"))}
 
 
 def recipe_path(name: str | Path) -> Path:

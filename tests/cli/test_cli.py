@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 import sparing
-from sparing.arguments import parse
-from sparing.cli import VERBS, main
-from sparing.output import show, to_json
+from sparing.cli.arguments import parse
+from sparing.cli.main import main
+from sparing.cli.output import show, to_json
+from sparing.cli.verbs import VERBS
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(sparing.__file__).parent.parent)}
 
@@ -31,10 +32,8 @@ def assert_one_line(capsys, status, says):
 
 
 def test_help_is_cheap_and_names_every_verb():
-    code = (
-        "import sys; from sparing.cli import main; main(['--help']); print(sorted({'torch', 'tyro', 'numpy', 'rich'} & set(sys.modules)))"
-    )
-    result = python("-c", code)
+    heavy = "print(sorted({'torch', 'tyro', 'numpy', 'rich'} & set(sys.modules)))"
+    result = python("-c", f"import sys; from sparing.cli.main import main; main(['--help']); {heavy}")
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == "[]"
     for verb in VERBS:
@@ -44,7 +43,8 @@ def test_help_is_cheap_and_names_every_verb():
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_explains_itself_without_torch(verb):
     result = python(
-        "-c", f"import sys; from sparing.cli import main; code = main(['{verb}', '--help']); print('torch' in sys.modules); sys.exit(code)"
+        "-c",
+        f"import sys; from sparing.cli.main import main; code = main(['{verb}', '--help']); print('torch' in sys.modules); sys.exit(code)",
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.endswith("False\n")
@@ -239,14 +239,14 @@ def waits_for_input(pid):
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="the process's start is read from /proc")
 def test_the_budget_counts_from_the_start_of_the_process():
-    result = python("-c", "import time; time.sleep(0.5); import sparing.cli as cli; print(cli._IMPORTED - cli.process_start())")
+    result = python("-c", "import time; time.sleep(0.5); import sparing.cli.main as cli; print(cli._IMPORTED - cli.process_start())")
     assert 0.45 < float(result.stdout) < 30
 
 
 STUCK = """
 import sys
 import torch
-from sparing import cli
+from sparing.cli import main as cli
 
 def stuck(self, call):
     a = torch.ones(12000, 12000)

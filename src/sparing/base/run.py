@@ -16,9 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sparing.base.config import UserError
 from sparing.base.files import DamagedError, atomic_file, disk_errors, file_sha256, replace_folder, write_atomic
-from sparing.config import UserError
-from sparing.lock import take_lock
+from sparing.base.lock import take_lock
 
 if TYPE_CHECKING:  # torch takes a second to import, and half of what opens a run folder never touches a tensor
     import torch

@@ -1,0 +1,129 @@
+"""The command line: parse, call one function of `api`, print. Nothing heavy is imported before a verb is chosen.
+
+Exit status: 0 done, 2 the user's mistake (one line on standard error), 1 our fault (a traceback), 130 interrupted,
+3 the run could not go on for a reason that is nobody's slip (one line).
+"""
+
+from __future__ import annotations
+
+import time
+
+_IMPORTED = time.monotonic()  # before all else: a budget counts from the start of the process
+
+# ruff: noqa: E402
+import contextlib
+import errno
+import json
+import os
+import shlex
+import signal
+import sys
+from typing import Any
+
+from sparing import __version__
+from sparing.base.config import CannotGoOn, UserError
+from sparing.base.config_file import nearest
+from sparing.base.preempt import Preempt
+from sparing.cli.arguments import Call, parse, print_help
+from sparing.cli.output import show, to_json
+from sparing.cli.verbs import VERBS
+
+INTERRUPTED = 130
+
+HELP = f"""Sparing {__version__}: say what you can spend, get the best language model that it buys.
+
+  sparing plan     [RECIPE] --data PATH... --budget 20m                  what it would cost and reach
+  sparing train    [RECIPE] --data PATH... --budget 20m --out RUN        train a model inside a budget
+  sparing resume   RUN [--budget +20m]                                   go on after an interruption, or extend a finished run
+  sparing eval     RUN --data PATH... --tasks FILE...                    bits per byte of text, scores of questions
+  sparing generate RUN --prompt TEXT                                     let the model write
+  sparing serve    RUN [--port 8000]                                     OpenAI's interface and a chat page
+  sparing receipt  RUN | --all                                           what it cost, beside what was predicted
+  sparing report   RUN        sparing compare RUN RUN...                 the same and all curves as one HTML page
+  sparing export   RUN --format hf|gguf --out PATH                       for Hugging Face transformers, for llama.cpp
+  sparing import   FOLDER --out RUN                                      the other way round
+  sparing bench    train|precision|infer [FIGURE]                        this code against its peers, in one run
+
+`sparing VERB --help` explains a verb. A budget is a number with a unit: 90s 20m 2h, 50Mtok, 3e17flop, $5, 0.2kWh.
+"""
+
+
+def process_start() -> float:
+    """`time.monotonic()` of the moment in which this process started, the interpreter's own start included.
+
+    psutil's `create_time` is up to a second off: it adds to the time of the boot, which Linux gives in whole seconds.
+    """
+    try:
+        with open("/proc/self/stat", "rb") as file:
+            ticks = int(file.read().rsplit(b")", 1)[1].split()[19])  # field 22 of proc(5), counted behind the command's name
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+        start = time.monotonic() - age
+        return start if 0 <= _IMPORTED - start < 60 else _IMPORTED
+    except (OSError, ValueError, AttributeError, IndexError):
+        return _IMPORTED
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line `argv` (default: this process's) and return the exit status."""
+    started = process_start() if argv is None else time.monotonic()
+    status = _run(sys.argv[1:] if argv is None else argv, started)
+    if status == INTERRUPTED and argv is None:
+        sys.stderr.flush()
+        os._exit(status)  # the interpreter would wait for threads whose products have not come back
+    return status
+
+
+def _run(argv: list[str], started: float) -> int:
+    verb, arguments = None, None
+    try:
+        if argv and argv[0] in ("--help", "-h", "help"):
+            print(HELP, end="")
+            return 0
+        if argv and argv[0] == "--version":
+            print(f"sparing {__version__}")
+            return 0
+        if not argv or argv[0] not in VERBS:
+            hint = f"unknown verb {argv[0]!r}; nearest: {nearest(argv[0], VERBS)}; all" if argv else "no verb given; choose"
+            raise UserError(f"{hint}: {', '.join(VERBS)}")
+        verb = argv[0]
+        if {"--help", "-h"} & set(argv[1:]):
+            print_help(verb, VERBS[verb])
+            return 0
+        arguments, overrides = parse(verb, VERBS[verb], argv[1:])
+        # With --json, standard output belongs to the result: what anything prints on the way goes to standard error.
+        quiet = contextlib.redirect_stdout(sys.stderr) if arguments.json else contextlib.nullcontext()
+        with Preempt(lambda: _way_on(verb, arguments, argv)) as signals, signals.interruptible(), quiet:
+            result = arguments(Call(verb, started, overrides))
+        if arguments.json:
+            print(json.dumps(to_json(result), ensure_ascii=False))
+        elif result is not None:
+            show(result)
+        sys.stdout.flush()
+        return 0
+    except UserError as error:
+        return _complain(str(error), 2)
+    except CannotGoOn as error:
+        return _complain(str(error), 3)
+    except KeyboardInterrupt:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # we are leaving: a second one must not change the exit status
+        return _complain(f"interrupted; go on with: {_way_on(verb, arguments, argv)}", INTERRUPTED)
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        return _complain(f"{error.filename or 'output'}: {error.strerror}", 2)
+
+
+def _way_on(verb: str | None, arguments: Any, argv: list[str]) -> str:
+    run = getattr(arguments, "out" if verb == "train" else "run", None)
+    if verb in ("train", "resume") and run and os.path.exists(os.path.join(run, "config.toml")):
+        return shlex.join(["sparing", "resume", run])
+    return shlex.join(["sparing", *argv])
+
+
+def _complain(message: str, status: int) -> int:
+    print(f"sparing: {' '.join(message.split())}", file=sys.stderr)
+    return status
