@@ -40,7 +40,7 @@ def fastest() -> str:
 @cache
 def seconds_of(format: str) -> float:
     """Of the compiled step's product of one row with 1024 x 1024 weights, measured in a few milliseconds."""
-    return library().probe(FORMATS[format])
+    return library().probe(FORMATS[format], 1)
 
 
 class CompiledNetwork:

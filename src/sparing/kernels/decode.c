@@ -159,6 +159,7 @@ static void quantise(const Input *in, int64_t i, const float *x, int64_t n) {
     float inverse = most > 0.0f ? 127.0f / most : 0.0f;
     in->scale[i] = most / 127.0f;
     SIMD for (int64_t k = 0; k < n; k++) q[k] = (int8_t)(int32_t)rintf(x[k] * inverse); /* through 32 bits: as wide as the floats */
+    memset(q + n, 0, up(n, 64) - n);
     for (int64_t g = 0; g * GROUP < n; g++) {
         int32_t sum = 0;
         int64_t end = (g + 1) * GROUP < n ? (g + 1) * GROUP : n;
@@ -395,6 +396,9 @@ static Matrix expert(const Model *m, const Layer *l, int64_t layer, const Matrix
 enum { X, NORMED, FIRST, QUERY, ABSORBED, MIXED, HEADS, SHARED, SLOTS, PARTS, SCORES, LOGITS, GATES, CHOSEN, ORDER, ENDS, JOINED,
        BYTES, SCALES, SUMS, EXPERT_BYTES, EXPERT_SCALES, EXPERT_SUMS };
 
+/* Bytes from a quantised row to the next: whole cache lines, and not a power of two, which would put 16 rows into the same few sets of a cache. */
+static inline int64_t apart(int64_t inner) { return up(inner, 64) + 64; }
+
 static void reserve(Model *m, int64_t rows, int64_t longest, int T) {
     if (rows <= m->rows && longest <= m->longest) return;
     rows = rows > m->rows ? rows : m->rows;
@@ -424,10 +428,10 @@ static void reserve(Model *m, int64_t rows, int64_t longest, int T) {
     floats[GATES] = floats[CHOSEN] = floats[ORDER] = slots;
     floats[ENDS] = m->experts + 1;
     floats[JOINED] = rows * 2 * m->hidden;
-    floats[BYTES] = inputs / 4 + 64;
+    floats[BYTES] = (inputs + rows * (H + 1) * 128) / 4 + 64;
     floats[SCALES] = rows * H;
     floats[SUMS] = inputs / 16 + 2 * floats[SCALES];
-    floats[EXPERT_BYTES] = slots * m->expert_width / 4;
+    floats[EXPERT_BYTES] = slots * apart(m->expert_width) / 4;
     floats[EXPERT_SCALES] = slots;
     floats[EXPERT_SUMS] = slots * (2 + m->expert_width / GROUP);
     for (int i = 0; i < 24; i++) {
@@ -443,7 +447,7 @@ void release(Model *m) {
 }
 
 static Input input(const Model *m, float *x, int64_t stride, int64_t inner) {
-    return (Input){x, stride, m->scratch[BYTES], m->scratch[SCALES], m->scratch[SUMS], inner, 1 + (inner + GROUP - 1) / GROUP};
+    return (Input){x, stride, m->scratch[BYTES], m->scratch[SCALES], m->scratch[SUMS], apart(inner), 1 + (inner + GROUP - 1) / GROUP};
 }
 
 #define MINE(i, count) for (int64_t i = (count) * t / T, end_##i = (count) * (t + 1) / T; i < end_##i; i++)
@@ -712,21 +716,35 @@ int64_t draw(const float *z, int64_t n, float scale, uint32_t low, uint32_t high
     return best;
 }
 
-/* Seconds that one row takes through a matrix of 1024 x 1024 in a format, the best of a few. */
-double probe(int64_t format) {
+/* Seconds that `rows` rows take through a matrix of 1024 x 1024 in a format, the best of a few. */
+double probe(int64_t format, int64_t rows) {
     enum { N = 1024 };
     Matrix m = {format, N, N, calloc(N + 1, N * 4), 0};
-    Input in = {calloc(N, 4), N, calloc(N, 1), calloc(1, 4), calloc(1 + N / GROUP, 4), N, 1 + N / GROUP};
-    float *out = calloc(N, 4);
+    Input in = {calloc(rows * N, 4), N, calloc(rows, apart(N)), calloc(rows, 4), calloc(rows * (1 + N / GROUP), 4), apart(N), 1 + N / GROUP};
+    float *out = calloc(rows * N, 4);
     double best = 1.0;
     for (int i = 0; i < 32; i++) {
         struct timespec from, to;
         clock_gettime(CLOCK_MONOTONIC, &from);
-        product(&m, &in, 0, 0, 1, out, N, 0, 0, 1);
+        product(&m, &in, 0, 0, rows, out, N, 0, 0, 1);
         clock_gettime(CLOCK_MONOTONIC, &to);
         double took = (double)(to.tv_sec - from.tv_sec) + 1e-9 * (double)(to.tv_nsec - from.tv_nsec);
         best = took < best ? took : best;
     }
     free((void *)m.data), free(in.x), free(in.q), free(in.scale), free(in.sums), free(out);
     return best;
+}
+
+/* Use the matrix unit for prompts in int8 if it is there, allowed (`on`) and faster, which takes milliseconds to find out; -> whether it is used.
+ * A processor without one must not be asked. */
+int64_t use_tiles(int64_t on) {
+#ifdef TILES
+    tiles_on = 0;
+    if (on && tiles_allowed()) {
+        double before = probe(INT8, 32);
+        tiles_on = 1;
+        tiles_on = probe(INT8, 32) < before;
+    }
+#endif
+    return tiles_on;
 }

@@ -13,7 +13,7 @@ import numpy as np
 
 from sparing.kernels import native
 
-SOURCES = ("decode.c", "decode_products.inc", "numbers.inc")
+SOURCES = ("decode.c", "decode_products.inc", "tiles.inc", "numbers.inc")
 FLAGS = (
     "-O3",
     "-fopenmp-simd",
@@ -98,7 +98,10 @@ def library(processor: str | None = None) -> ctypes.CDLL | None:
         found.draw = ctypes.PyDLL(str(path)).draw  # microseconds: to let go of the interpreter meanwhile would cost more
         found.draw.restype = ctypes.c_int64
         found.draw.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_uint32, ctypes.c_uint32]
-        found.probe.restype, found.probe.argtypes = ctypes.c_double, [ctypes.c_int64]
+        found.probe.restype, found.probe.argtypes = ctypes.c_double, [ctypes.c_int64, ctypes.c_int64]
+        found.use_tiles.restype, found.use_tiles.argtypes = ctypes.c_int64, [ctypes.c_int64]
+        if "amx_int8" in open("/proc/cpuinfo").read() and __import__("os").environ.get("TRY_TILES")=="1":
+            print("tiles", found.use_tiles(1))
         for function in (found.pool_close, found.forward, found.release):
             function.restype = None
     return found

@@ -29,7 +29,7 @@ from sparing.base.hardware import cpu_name, home
 
 Path = Literal["compiled", "plain"]
 SOURCES = {
-    "passes": ("native.c", "numbers.inc", "passes.inc", "vectors.inc", "products.c"),
+    "passes": ("native.c", "numbers.inc", "passes.inc", "vectors.inc", "products.c", "tiles.inc"),
     "storage": ("storage.c", "numbers.inc"),
     "int8": ("int8.c", "numbers.inc", "vectors.inc"),
     "pool": ("pool.c",),

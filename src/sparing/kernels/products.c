@@ -1,9 +1,31 @@
-/* bfloat16 matrix products with float32 sums, for processors that multiply pairs of bfloat16 (AVX512_BF16) but have no matrix unit.
+/* bfloat16 matrix products with float32 sums, for processors that multiply pairs of bfloat16 (AVX512_BF16), with or without a matrix unit (AMX).
  *
  * B is packed into panels of 32 columns, pair of rows by pair of rows, so that one 512-bit register holds the pairs of 16 columns; A is
- * read as it lies, or packed likewise where it is transposed. An 8 x 32 tile of C stays in registers over the whole inner dimension.
+ * read as it lies, or packed likewise where it is transposed. An 8 x 32 block of C stays in registers over the whole inner dimension, or a
+ * 32 x 32 block in the tiles of the matrix unit, for which the pairs of a panel are filled up with zeros to a multiple of 16.
  * Included by native.c after vectors.inc. All sizes in numbers, not bytes. The inner dimension of a product must be even, but for `tn`.
  */
+#include "tiles.inc"
+
+static int tiles_on; /* whether products are the matrix unit's */
+
+/* Switch the matrix unit on or off; -> whether it is on. The processor must have it (amx_bf16). */
+int64_t use_tiles(int64_t on) { return tiles_on = on && tiles_allowed(); }
+
+/* At the beginning and the end of each function that others call: libraries between them set the tiles up in their own way. */
+static inline void begin(void) { if (tiles_on) configure(); }
+static inline void end(void) { if (tiles_on) release_tiles(); }
+
+/* Pairs of a panel, filled up. */
+static inline int64_t filled(int64_t pairs) { return tiles_on ? up(pairs, 16) : pairs; }
+
+/* The left side of a product. Without tiles word p of row m lies at[m / 8 * block + m % 8 * row + p * step]; with tiles, at[m / 16 * block +
+ * m % 16 * row + p / 16 * step + p % 16]. */
+typedef struct { const int32_t *at; int64_t row, step, block; } Left;
+
+static inline Left rows_of(const bf16 *a, int64_t stride) {
+    return tiles_on ? (Left){(const int32_t *)a, stride / 2, 16, 16 * stride / 2} : (Left){(const int32_t *)a, stride / 2, 1, MR * stride / 2};
+}
 
 /* 16 columns of a pair of rows; `low` may be there without `high`. */
 static inline __m512i pair(const void *low, const void *high, int f32, __mmask16 mask) {
@@ -18,28 +40,47 @@ static inline __m512i pair(const void *low, const void *high, int f32, __mmask16
     return _mm512_or_si512(a, _mm512_slli_epi32(b, 16));
 }
 
-/* source (K, N) -> panels (N / 32, K / 2, 32) of pairs; width: 32 for B, or 8 for a transposed A. */
-static void pack_rows(const void *source, int f32, int64_t stride, int64_t K, int64_t N, int64_t width, int32_t *out) {
-    int64_t pairs = (K + 1) / 2, size = f32 ? 4 : 2;
-    for (int64_t block = 0; block < up(N, width); block += NR) /* a cache line of columns at a time, down all rows */
+/* source (K, N) -> panels (N / 32, K / 2, 32) of pairs. */
+static void pack_rows(const void *source, int f32, int64_t stride, int64_t K, int64_t N, int32_t *out) {
+    int64_t pairs = (K + 1) / 2, all = filled(pairs), size = f32 ? 4 : 2;
+    for (int64_t n = 0; n < up(N, NR); n += NR) { /* a cache line of columns at a time, down all rows */
+        int32_t *to = out + n * all;
         for (int64_t p = 0; p < pairs; p++) {
-            const char *low = (const char *)source + 2 * p * stride * size, *high = 2 * p + 1 < K ? low + stride * size : 0;
-            for (int64_t n = block; n < block + NR && n < up(N, width); n += 16) {
-                __m512i words = pair(low + n * size, high ? high + n * size : 0, f32, first(N - n));
-                if (width == NR)
-                    _mm512_storeu_si512(out + (n / NR * pairs + p) * NR + n % NR, words);
-                else {
-                    _mm256_storeu_si256((__m256i *)(out + (n / MR * pairs + p) * MR), _mm512_castsi512_si256(words));
-                    if (n + MR < up(N, width))
-                        _mm256_storeu_si256((__m256i *)(out + ((n + MR) / MR * pairs + p) * MR), _mm512_extracti64x4_epi64(words, 1));
-                }
-            }
+            const char *low = (const char *)source + (2 * p * stride + n) * size, *high = 2 * p + 1 < K ? low + stride * size : 0;
+            for (int64_t h = 0; h < NR; h += 16)
+                _mm512_storeu_si512(to + p * NR + h, pair(low + h * size, high ? high + h * size : 0, f32, first(N - n - h)));
         }
+        memset(to + pairs * NR, 0, (all - pairs) * NR * 4);
+    }
+}
+
+/* source (K, M) bfloat16 -> the left side of a product, its transpose; out: up(M, 16) * filled((K + 1) / 2) words. */
+static Left turn(const bf16 *source, int64_t stride, int64_t K, int64_t M, int32_t *out) {
+    int64_t pairs = (K + 1) / 2, all = filled(pairs);
+    for (int64_t m = 0; m < M; m += 16)
+        for (int64_t p = 0; p < all; p += 16) {
+            __m512i r[16];
+            __mmask16 mask = first(M - m);
+            int64_t count = all - p < 16 ? all - p : 16;
+            for (int64_t i = 0; i < count; i++) {
+                const bf16 *low = source + 2 * (p + i) * stride + m;
+                r[i] = p + i >= pairs ? _mm512_setzero_si512() : pair(low, 2 * (p + i) + 1 < K ? low + stride : 0, 0, mask);
+            }
+            if (tiles_on) {
+                transpose16(r);
+                for (int i = 0; i < 16; i++) _mm512_storeu_si512(out + m * all + p * 16 + i * 16, r[i]);
+            } else
+                for (int64_t i = 0; i < count; i++) {
+                    _mm256_storeu_si256((__m256i *)(out + (m / MR * pairs + p + i) * MR), _mm512_castsi512_si256(r[i]));
+                    _mm256_storeu_si256((__m256i *)(out + ((m / MR + 1) * pairs + p + i) * MR), _mm512_extracti64x4_epi64(r[i], 1));
+                }
+        }
+    return tiles_on ? (Left){out, 16, 256, 16 * all} : (Left){out, 1, MR, MR * pairs};
 }
 
 /* source (N, K), K even -> the same panels of its transpose. */
 static void pack_columns(const void *source, int f32, int64_t stride, int64_t K, int64_t N, int32_t *out) {
-    int64_t pairs = K / 2, size = f32 ? 4 : 2;
+    int64_t pairs = K / 2, all = filled(pairs), size = f32 ? 4 : 2;
     for (int64_t n = 0; n < up(N, NR); n += 16)
         for (int64_t p = 0; p < pairs; p += 16) {
             __m512i r[16];
@@ -55,9 +96,20 @@ static void pack_columns(const void *source, int f32, int64_t stride, int64_t K,
                     r[i] = _mm512_maskz_loadu_epi32(mask, s);
             }
             transpose16(r);
-            int64_t stop = pairs - p < 16 ? pairs - p : 16;
-            for (int64_t i = 0; i < stop; i++) _mm512_storeu_si512(out + (n / NR * pairs + p + i) * NR + n % NR, r[i]);
+            int64_t stop = all - p < 16 ? all - p : 16;
+            for (int64_t i = 0; i < stop; i++) _mm512_storeu_si512(out + (n / NR * all + p + i) * NR + n % NR, r[i]);
         }
+}
+
+/* Up to 16 sums of a row of C (+ base), to where they belong. */
+static inline __attribute__((always_inline)) void put_words(__m512 value, __mmask16 mask, void *to, int kind, const bf16 *base) {
+    if (base) value = _mm512_add_ps(value, (__m512)_mm512_slli_epi32(widen(base, mask), 16));
+    if (kind == TO_BF16)
+        _mm256_mask_storeu_epi16(to, mask, narrow(value));
+    else {
+        if (kind == ADD_F32) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, to));
+        _mm512_mask_storeu_ps(to, mask, value);
+    }
 }
 
 /* One tile: rows (<= 8) x 32 columns over all pairs. Word (i, p) of A lies at a[i * a_row + p * a_pair]. */
@@ -81,30 +133,107 @@ static inline __attribute__((always_inline)) void tile(int rows, int halves, int
     for (int i = 0; i < rows; i++)
 #pragma GCC unroll 2
         for (int h = 0; h < halves; h++) {
-            __mmask16 mask = first(columns - 16 * h);
-            __m512 value = sum[i][h];
-            if (base) value = _mm512_add_ps(value, (__m512)_mm512_slli_epi32(widen(base + i * base_stride + 16 * h, mask), 16));
-            if (kind == TO_BF16)
-                _mm256_mask_storeu_epi16((bf16 *)c + i * stride + 16 * h, mask, narrow(value));
-            else {
-                float *to = (float *)c + i * stride + 16 * h;
-                if (kind == ADD_F32) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, to));
-                _mm512_mask_storeu_ps(to, mask, value);
-            }
+            void *to = kind == TO_BF16 ? (void *)((bf16 *)c + i * stride + 16 * h) : (float *)c + i * stride + 16 * h;
+            put_words(sum[i][h], first(columns - 16 * h), to, kind, base ? base + i * base_stride + 16 * h : 0);
         }
 }
 
+#ifdef TILES
+/* A's rows from `start` (at most 32) in 2 x filled(pairs) / 16 contiguous tiles, zeros where there are none; rows as `rows_of` gives them. */
+static Left copied(Left a, int64_t start, int64_t rows, int64_t pairs) {
+    int64_t all = up(pairs, 16);
+    int32_t *out = scratch(15, 32 * all * 4);
+    for (int64_t m = 0; m < 32; m++)
+        for (int64_t p = 0; p < all; p += 16)
+            _mm512_storeu_si512(out + m / 16 * 16 * all + m % 16 * 16 + p * 16,
+                                m < rows ? _mm512_maskz_loadu_epi32(first(pairs - p), a.at + (start + m) * a.row + p) : _mm512_setzero_si512());
+    return (Left){out, 16, 256, 16 * all};
+}
+
+/* A block of C: two tiles of A and two of B at most, times 16 pairs at a time. */
+TILES static inline __attribute__((always_inline)) void block(int two_rows, int two_columns, int64_t tiles, const int32_t *a, Left left,
+                                                              const int32_t *b, float *c, int64_t stride, int add) {
+    if (add) {
+        _tile_loadd(0, c, stride * 4);
+        if (two_columns) _tile_loadd(1, c + 16, stride * 4);
+        if (two_rows) _tile_loadd(2, c + 16 * stride, stride * 4);
+        if (two_rows && two_columns) _tile_loadd(3, c + 16 * stride + 16, stride * 4);
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (int64_t p = 0; p < tiles; p++, a += left.step, b += 16 * NR) {
+        _tile_loadd(6, b, NR * 4);
+        _tile_loadd(4, a, left.row * 4);
+        _tile_dpbf16ps(0, 4, 6);
+        if (two_columns) _tile_loadd(7, b + 16, NR * 4);
+        if (two_columns) _tile_dpbf16ps(1, 4, 7);
+        if (two_rows) _tile_loadd(5, a + left.block, left.row * 4);
+        if (two_rows) _tile_dpbf16ps(2, 5, 6);
+        if (two_rows && two_columns) _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, c, stride * 4);
+    if (two_columns) _tile_stored(1, c + 16, stride * 4);
+    if (two_rows) _tile_stored(2, c + 16 * stride, stride * 4);
+    if (two_rows && two_columns) _tile_stored(3, c + 16 * stride + 16, stride * 4);
+}
+
+TILES static void multiply_tiles(int64_t M, int64_t N, int64_t pairs, Left a, const int32_t *b, int64_t panel, void *c, int64_t stride,
+                                 int kind, const bf16 *base, int64_t base_stride) {
+    float sums[32 * NR] __attribute__((aligned(64)));
+    int64_t size = kind == TO_BF16 ? 2 : 4;
+    int as_it_lies = a.step == 16; /* then tiles must not reach beyond rows or pairs that are there */
+    for (int64_t m = 0; m < M; m += 32) {
+        int64_t rows = M - m < 32 ? M - m : 32;
+        Left left = a;
+        left.at += m / 16 * a.block;
+        if (as_it_lies && (rows % 16 || pairs % 16)) left = copied(a, m, rows, pairs);
+        for (int64_t n = 0; n < N; n += NR) {
+            const int32_t *right = b + n / NR * panel;
+            int64_t columns = N - n < NR ? N - n : NR, tiles = (pairs + 15) / 16;
+            char *to = (char *)c + (m * stride + n) * size;
+            int direct = kind != TO_BF16 && !base && rows % 16 == 0 && columns % 16 == 0, add = direct && kind == ADD_F32;
+            float *out = direct ? (float *)to : sums;
+            int64_t out_stride = direct ? stride : NR;
+            if (rows > 16 && columns > 16)
+                block(1, 1, tiles, left.at, left, right, out, out_stride, add);
+            else if (rows > 16)
+                block(1, 0, tiles, left.at, left, right, out, out_stride, add);
+            else if (columns > 16)
+                block(0, 1, tiles, left.at, left, right, out, out_stride, add);
+            else
+                block(0, 0, tiles, left.at, left, right, out, out_stride, add);
+            if (direct) continue;
+            for (int64_t i = 0; i < rows; i++)
+                for (int64_t h = 0; h < columns; h += 16) {
+                    __mmask16 mask = first(columns - h);
+                    __m512 value = _mm512_load_ps(sums + i * NR + h);
+                    put_words(value, mask, to + (i * stride + h) * size, kind, base ? base + (m + i) * base_stride + n + h : 0);
+                }
+        }
+    }
+}
+#endif
+
 /* C (M, N) from A's words and packed B, whose panels are `panel` words apart; size: bytes of C's numbers. */
-static void multiply(int64_t M, int64_t N, int64_t pairs, const int32_t *a, int64_t a_row, int64_t a_pair, int64_t a_block, const int32_t *b,
-                     int64_t panel, void *c, int64_t stride, int kind, const bf16 *base, int64_t base_stride) {
+static void multiply(int64_t M, int64_t N, int64_t pairs, Left a, const int32_t *b, int64_t panel, void *c, int64_t stride, int kind,
+                     const bf16 *base, int64_t base_stride) {
+#ifdef TILES
+    if (tiles_on) {
+        multiply_tiles(M, N, pairs, a, b, panel, c, stride, kind, base, base_stride);
+        return;
+    }
+#endif
     int64_t size = kind == TO_BF16 ? 2 : 4;
     for (int64_t n = 0; n < N; n += NR)
         for (int64_t m = 0, rows; m < M; m += rows) {
-            const int32_t *block = a + m / MR * a_block + m % MR * a_row, *right = b + n / NR * panel;
+            const int32_t *words = a.at + m / MR * a.block + m % MR * a.row, *right = b + n / NR * panel;
             void *to = (char *)c + (m * stride + n) * size;
             const bf16 *from = base ? base + m * base_stride + n : 0;
             int64_t columns = N - n < NR ? N - n : NR;
-#define TILE(R, H) tile(R, H, pairs, block, a_row, a_pair, right, to, stride, kind, from, base_stride, columns)
+#define TILE(R, H) tile(R, H, pairs, words, a.row, a.step, right, to, stride, kind, from, base_stride, columns)
 #define ROWS(R) case R: if (columns > 16) TILE(R, 2); else TILE(R, 1); break
             switch (rows = tile_rows(M - m)) {
                 ROWS(1); ROWS(2); ROWS(4); ROWS(8);
@@ -112,31 +241,42 @@ static void multiply(int64_t M, int64_t N, int64_t pairs, const int32_t *a, int6
         }
 }
 
-static int32_t *panels(int slot, int64_t K, int64_t N) { return scratch(slot, up(N, NR) * ((K + 1) / 2) * 4); }
+static int32_t *panels(int slot, int64_t K, int64_t N) { return scratch(slot, up(N, NR) * filled((K + 1) / 2) * 4); }
+
+/* Of what `turn` makes. */
+static int32_t *left_words(int slot, int64_t K, int64_t M) { return scratch(slot, up(M, 16) * filled((K + 1) / 2) * 4); }
+
+/* Words from a panel to the next. */
+static inline int64_t apart(int64_t K) { return filled((K + 1) / 2) * NR; }
 
 /* c (M, N) = a (M, K) b (N, K)^T (+ base). */
 void nt(const bf16 *a, int64_t s_a, const void *b, int64_t f32, int64_t s_b, void *c, int64_t s_c, int64_t kind, const bf16 *base,
         int64_t s_base, int64_t M, int64_t N, int64_t K) {
     int32_t *packed = panels(0, K, N);
     pack_columns(b, f32, s_b, K, N, packed);
-    multiply(M, N, K / 2, (const int32_t *)a, s_a / 2, 1, MR * s_a / 2, packed, K / 2 * NR, c, s_c, kind, base, s_base);
+    begin();
+    multiply(M, N, K / 2, rows_of(a, s_a), packed, apart(K), c, s_c, kind, base, s_base);
+    end();
 }
 
 /* c (M, N) = a (M, K) b (K, N) (+ base). */
 void nn(const bf16 *a, int64_t s_a, const void *b, int64_t f32, int64_t s_b, void *c, int64_t s_c, int64_t kind, const bf16 *base,
         int64_t s_base, int64_t M, int64_t N, int64_t K) {
     int32_t *packed = panels(0, K, N);
-    pack_rows(b, f32, s_b, K, N, NR, packed);
-    multiply(M, N, K / 2, (const int32_t *)a, s_a / 2, 1, MR * s_a / 2, packed, K / 2 * NR, c, s_c, kind, base, s_base);
+    pack_rows(b, f32, s_b, K, N, packed);
+    begin();
+    multiply(M, N, K / 2, rows_of(a, s_a), packed, apart(K), c, s_c, kind, base, s_base);
+    end();
 }
 
 /* c (M, N) = a (K, M)^T b (K, N). */
 void tn(const bf16 *a, int64_t s_a, const bf16 *b, int64_t s_b, void *c, int64_t s_c, int64_t kind, int64_t M, int64_t N, int64_t K) {
-    int64_t pairs = (K + 1) / 2;
-    int32_t *packed = panels(0, K, N), *turned = scratch(1, up(M, 16) * pairs * 4);
-    pack_rows(b, 0, s_b, K, N, NR, packed);
-    pack_rows(a, 0, s_a, K, M, MR, turned);
-    multiply(M, N, pairs, turned, 1, MR, pairs * MR, packed, pairs * NR, c, s_c, kind, 0, 0);
+    int32_t *packed = panels(0, K, N);
+    pack_rows(b, 0, s_b, K, N, packed);
+    Left turned = turn(a, s_a, K, M, left_words(1, K, M));
+    begin();
+    multiply(M, N, (K + 1) / 2, turned, packed, apart(K), c, s_c, kind, 0, 0);
+    end();
 }
 
 /* Group e is rows ends[e - 1] to ends[e]. c (S, N) = a (S, K) b[e] (N, K)^T. */
@@ -163,17 +303,18 @@ enum { QUERIES = 64 };
  * even: G query heads share keys and values -> out (B, T, H, G, V), log_sum (B, H, T, G) of the exponentials. first: see softmax_forward. */
 void attention_forward(const bf16 *q, const bf16 *k, const bf16 *v, const int32_t *first_key, float scale, bf16 *out, float *log_sum, int64_t B,
                        int64_t H, int64_t T, int64_t G, int64_t K, int64_t V) {
-    int64_t width = up(T, NR), pairs = (T + 1) / 2;
+    int64_t width = up(T, NR);
     int32_t *keys = panels(0, K, T), *values = panels(1, T, V);
     float *scores = scratch(2, QUERIES * width * 4);
     bf16 *weights = scratch(3, QUERIES * width * 2);
+    begin();
     for (int64_t bh = 0; bh < B * H; bh++) {
         pack_columns(k + bh * T * K, 0, K, K, T, keys);
-        pack_rows(v + bh * T * V, 0, V, T, V, NR, values);
+        pack_rows(v + bh * T * V, 0, V, T, V, values);
         for (int64_t part = 0; part < up(T, QUERIES) / QUERIES * G; part++) {
             int64_t start = part / G * QUERIES, g = part % G, R = T - start < QUERIES ? T - start : QUERIES, S = start + R;
             const bf16 *qs = q + ((bh * T + start) * G + g) * K;
-            multiply(R, S, K / 2, (const int32_t *)qs, G * K / 2, 1, MR * G * K / 2, keys, K / 2 * NR, scores, width, TO_F32, 0, 0);
+            multiply(R, S, K / 2, rows_of(qs, G * K), keys, apart(K), scores, width, TO_F32, 0, 0);
             for (int64_t r = 0; r < R; r++) {
                 float *x = scores + r * width, most = -INFINITY, total = 0.0f;
                 bf16 *w = weights + r * width;
@@ -189,34 +330,36 @@ void attention_forward(const bf16 *q, const bf16 *k, const bf16 *v, const int32_
                 SIMD for (int64_t j = low; j < high; j++) w[j] = put_bf16(x[j] * total);
                 memset(w + high, 0, (width - high) * 2);
             }
-            multiply(R, V, (S + 1) / 2, (const int32_t *)weights, width / 2, 1, MR * width / 2, values, pairs * NR,
-                     out + (((bh / H * T + start) * H + bh % H) * G + g) * V, H * G * V, TO_BF16, 0, 0);
+            multiply(R, V, (S + 1) / 2, rows_of(weights, width), values, apart(T), out + (((bh / H * T + start) * H + bh % H) * G + g) * V,
+                     H * G * V, TO_BF16, 0, 0);
         }
     }
+    end();
 }
 
 /* Gradients of q, k, v from that of out (B, T, H, G, V); the probabilities are computed again from log_sum. */
 void attention_backward(const bf16 *q, const bf16 *k, const bf16 *v, const int32_t *first_key, float scale, const bf16 *out,
                         const float *log_sum, const bf16 *grad, bf16 *grad_q, bf16 *grad_k, bf16 *grad_v, int64_t B, int64_t H, int64_t T,
                         int64_t G, int64_t K, int64_t V) {
-    int64_t width = up(T, NR), pairs = (T + 1) / 2, s_q = G * K, s_out = H * G * V;
+    int64_t width = up(T, NR), s_q = G * K, s_out = H * G * V;
     int32_t *keys = panels(0, K, T), *values = panels(1, V, T), *key_rows = panels(4, T, K);
     float *scores = scratch(2, QUERIES * width * 4), *upper = scratch(5, QUERIES * width * 4);
     bf16 *weights = scratch(3, QUERIES * width * 2), *slopes = scratch(6, QUERIES * width * 2);
     float *sum_k = scratch(7, T * K * 4), *sum_v = scratch(8, T * V * 4);
-    int32_t *turned = scratch(9, up(T, 16) * QUERIES * 2), *right = panels(10, QUERIES, K > V ? K : V);
+    int32_t *words = left_words(9, QUERIES, T), *right = panels(10, QUERIES, K > V ? K : V);
+    begin();
     for (int64_t bh = 0; bh < B * H; bh++) {
         pack_columns(k + bh * T * K, 0, K, K, T, keys);
         pack_columns(v + bh * T * V, 0, V, V, T, values);
-        pack_rows(k + bh * T * K, 0, K, T, K, NR, key_rows);
+        pack_rows(k + bh * T * K, 0, K, T, K, key_rows);
         memset(sum_k, 0, T * K * 4);
         memset(sum_v, 0, T * V * 4);
         for (int64_t part = 0; part < up(T, QUERIES) / QUERIES * G; part++) {
             int64_t start = part / G * QUERIES, R = T - start < QUERIES ? T - start : QUERIES, S = start + R, some = (R + 1) / 2;
             int64_t place = (bh * T + start) * G + part % G;
             const bf16 *qs = q + place * K, *o = out + (((bh / H * T + start) * H + bh % H) * G + part % G) * V, *g = grad + (o - out);
-            multiply(R, S, K / 2, (const int32_t *)qs, s_q / 2, 1, MR * s_q / 2, keys, K / 2 * NR, scores, width, TO_F32, 0, 0);
-            multiply(R, S, V / 2, (const int32_t *)g, s_out / 2, 1, MR * s_out / 2, values, V / 2 * NR, upper, width, TO_F32, 0, 0);
+            multiply(R, S, K / 2, rows_of(qs, s_q), keys, apart(K), scores, width, TO_F32, 0, 0);
+            multiply(R, S, V / 2, rows_of(g, s_out), values, apart(V), upper, width, TO_F32, 0, 0);
             for (int64_t r = 0; r < R; r++) {
                 const float *x = scores + r * width, *y = upper + r * width;
                 bf16 *w = weights + r * width, *d = slopes + r * width;
@@ -233,18 +376,16 @@ void attention_backward(const bf16 *q, const bf16 *k, const bf16 *v, const int32
                 memset(w + high, 0, (width - high) * 2);
                 memset(d + high, 0, (width - high) * 2);
             }
-            multiply(R, K, (S + 1) / 2, (const int32_t *)slopes, width / 2, 1, MR * width / 2, key_rows, pairs * NR,
-                     grad_q + place * K, s_q, TO_BF16, 0, 0);
-            pack_rows(slopes, 0, width, R, S, MR, turned);
-            pack_rows(qs, 0, s_q, R, K, NR, right);
-            multiply(S, K, some, turned, 1, MR, some * MR, right, some * NR, sum_k, K, ADD_F32, 0, 0);
-            pack_rows(weights, 0, width, R, S, MR, turned);
-            pack_rows(g, 0, s_out, R, V, NR, right);
-            multiply(S, V, some, turned, 1, MR, some * MR, right, some * NR, sum_v, V, ADD_F32, 0, 0);
+            multiply(R, K, (S + 1) / 2, rows_of(slopes, width), key_rows, apart(T), grad_q + place * K, s_q, TO_BF16, 0, 0);
+            pack_rows(qs, 0, s_q, R, K, right);
+            multiply(S, K, some, turn(slopes, width, R, S, words), right, apart(R), sum_k, K, ADD_F32, 0, 0);
+            pack_rows(g, 0, s_out, R, V, right);
+            multiply(S, V, some, turn(weights, width, R, S, words), right, apart(R), sum_v, V, ADD_F32, 0, 0);
         }
         SIMD for (int64_t i = 0; i < T * K; i++) grad_k[bh * T * K + i] = put_bf16(sum_k[i]);
         SIMD for (int64_t i = 0; i < T * V; i++) grad_v[bh * T * V + i] = put_bf16(sum_v[i]);
     }
+    end();
 }
 
 enum { TOKENS = 256 };
@@ -253,31 +394,32 @@ enum { TOKENS = 256 };
  * scale * sum(nll): grad_x (N, D), grad_w (W, D) float32, or NULL where w is frozen. */
 void head_loss(const bf16 *x, const void *w, int64_t f32, const int64_t *target, const float *weight, float scale, float *nll, bf16 *grad_x, float *grad_w, int64_t N,
                int64_t D, int64_t W) {
-    int32_t *words = panels(0, D, W), *back = panels(1, W, D), *turned = scratch(3, up(W, 16) * TOKENS * 2), *right = panels(4, TOKENS, D);
+    int32_t *words = panels(0, D, W), *back = panels(1, W, D), *turned = left_words(3, TOKENS, W), *right = panels(4, TOKENS, D);
     bf16 *logits = scratch(2, TOKENS * W * 2);
     pack_columns(w, f32, D, D, W, words);
-    pack_rows(w, f32, D, W, D, NR, back);
+    pack_rows(w, f32, D, W, D, back);
+    begin();
     for (int64_t n = 0; n < N; n += TOKENS) {
         int64_t R = N - n < TOKENS ? N - n : TOKENS, some = (R + 1) / 2;
         const bf16 *rows = x + n * D;
-        multiply(R, W, D / 2, (const int32_t *)rows, D / 2, 1, MR * D / 2, words, D / 2 * NR, logits, W, TO_BF16, 0, 0);
+        multiply(R, W, D / 2, rows_of(rows, D), words, apart(D), logits, W, TO_BF16, 0, 0);
         cross_entropy_bf16(logits, target + n, weight ? weight + n : 0, scale, nll + n, R, W);
-        multiply(R, D, W / 2, (const int32_t *)logits, W / 2, 1, MR * W / 2, back, W / 2 * NR, grad_x + n * D, D, TO_BF16, 0, 0);
+        multiply(R, D, W / 2, rows_of(logits, W), back, apart(W), grad_x + n * D, D, TO_BF16, 0, 0);
         if (!grad_w) continue;
-        pack_rows(logits, 0, W, R, W, MR, turned);
-        pack_rows(rows, 0, D, R, D, NR, right);
-        multiply(W, D, some, turned, 1, MR, some * MR, right, some * NR, grad_w, D, n ? ADD_F32 : TO_F32, 0, 0);
+        pack_rows(rows, 0, D, R, D, right);
+        multiply(W, D, some, turn(logits, W, R, W, turned), right, apart(R), grad_w, D, n ? ADD_F32 : TO_F32, 0, 0);
     }
+    end();
 }
 
 /* c (R, R) = a (R, C) a^T, contiguous: half of it multiplied, the other half its mirror image, to the bit. */
 static void own_product(const bf16 *a, int64_t R, int64_t C, void *c, int kind) {
     int32_t *packed = panels(0, C, R);
     pack_columns(a, 0, C, C, R, packed);
+    begin();
     for (int64_t n = 0; n < R; n += NR) {
         int64_t last = n + NR < R ? n + NR : R;
-        multiply(last, last - n, C / 2, (const int32_t *)a, C / 2, 1, MR * C / 2, packed + n / NR * (C / 2 * NR), 0,
-                 (char *)c + n * (kind == TO_BF16 ? 2 : 4), R, kind, 0, 0);
+        multiply(last, last - n, C / 2, rows_of(a, C), packed + n / NR * apart(C), 0, (char *)c + n * (kind == TO_BF16 ? 2 : 4), R, kind, 0, 0);
         for (int64_t i = n; i < last; i++) /* to the left of the diagonal: what the panels before have above it */
             for (int64_t j = 0; j < n; j++)
                 if (kind == TO_BF16)
@@ -285,6 +427,7 @@ static void own_product(const bf16 *a, int64_t R, int64_t C, void *c, int kind) 
                 else
                     ((float *)c)[i * R + j] = ((float *)c)[j * R + i];
     }
+    end();
 }
 
 /* direction (rows x columns, both even; `square`: the sum of its squares) -> the nearest orthogonal matrix: `steps` quintic Newton-Schulz

@@ -24,7 +24,11 @@ def _compiled() -> bool:
         flags = Path("/proc/cpuinfo").read_text()
     except OSError:
         flags = ""
-    return "amx_bf16" not in flags and native.passes() is not None and hasattr(native.passes(), "grouped_nt")
+    library = native.passes()
+    if library is None or not hasattr(library, "grouped_nt"):
+        return False
+    import os
+    return "amx_bf16" not in flags or (os.environ.get("TRY_TILES") == "1" and library.use_tiles(1) == 1)
 
 
 def usable(x: Tensor) -> bool:
