@@ -27,7 +27,7 @@ from sparing.kernels import decode, native
 from sparing.kernels.formats import warning
 from sparing.model.init import init_weights
 from sparing.model.transformer import Transformer
-from sparing.precision.linear import speed_note
+from sparing.precision.eight_bit import speed_note
 from sparing.train.calibrate import KERNELS, choose, choose_products
 from sparing.train.log import TrainResult
 from sparing.train.objective import NextToken, Objective

@@ -159,7 +159,7 @@ class _GroupedExperts(torch.autograd.Function):
         narrow = gates.to(rows.dtype).unsqueeze(-1)
         ctx.save_for_backward(rows, h, narrow, ends)
         ctx.gate_up, ctx.down, ctx.dtype = gate_up, down, gates.dtype
-        return down.cast(rows.dtype).swiglu_grouped_nt(h, narrow, ends)
+        return down.cast(rows.dtype).grouped_nt(swiglu_reference(h).mul_(narrow), ends)
 
     @staticmethod
     def backward(ctx, grad_y: Tensor):

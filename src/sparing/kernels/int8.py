@@ -1,6 +1,6 @@
 """8-bit integer products for processors with AVX512_VNNI: bfloat16 in, quantised on the way, sums in int32, result as kernels.products'.
 
-What they compute is `precision.products`'s plain form; int8.c has the layout. Measured against the bfloat16 products: LAB.md, 2026-11-22.
+What they compute is `precision.eight_bit`'s plain form; int8.c has the layout. Measured against the bfloat16 products: LAB.md, 2026-11-22.
 Every function adds (blocks with an infinity or NaN, blocks too small to scale) to `faults`, int64 (2,).
 """
 

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparing.kernels import products as sixteen
-from sparing.kernels.experts import swiglu_reference
 from sparing.kernels.pool import new
 
 PIECE = 1 << 20
@@ -66,10 +65,6 @@ class Operand:
         """The gradients of `tensors`, from grad (S, out) and x (S, in)."""
         raise NotImplementedError
 
-    def swiglu_grouped_nt(self, h: Tensor, gates: Tensor, ends: Tensor) -> Tensor:
-        """swiglu(h (S, 2 in)) · gates (S, 1) by each group's expert -> (S, out)."""
-        return self.grouped_nt(swiglu_reference(h).mul_(gates), ends)
-
     def cast(self, dtype: torch.dtype) -> Operand:
         """For `grouped_nt` and `grouped_nn`: the same with its numbers in `dtype`, where that is one copy instead of one a product."""
         return self
@@ -110,10 +105,6 @@ class Weight(Operand):
 
     def grouped_tn(self, grad: Tensor, x: Tensor, ends: Tensor) -> tuple[Tensor | None]:
         return (self.products.grouped_tn(grad, x, ends, dtype=self.weight.dtype) if self.weight.requires_grad else None,)
-
-    def swiglu_grouped_nt(self, h: Tensor, gates: Tensor, ends: Tensor) -> Tensor:
-        fused = getattr(self.products, "swiglu_grouped_nt", None)  # of 8-bit products, some of which do both at once
-        return fused(h, gates, self.weight, ends) if fused else super().swiglu_grouped_nt(h, gates, ends)
 
     def cast(self, dtype: torch.dtype) -> Weight:
         return Weight(self.weight.to(dtype), self.products)

@@ -13,7 +13,7 @@ from sparing.kernels.feed_forward import dense_feed_forward, mixture_feed_forwar
 from sparing.kernels.operands import Operand
 from sparing.model.linear import Adaptable, Linear, RMSNorm, side_by_side
 from sparing.model.router import Router, Routing, sequence_balance_loss
-from sparing.precision.linear import EightBit
+from sparing.precision.eight_bit import EightBit
 
 
 class MLP(nn.Module):

@@ -12,8 +12,8 @@ from sparing.kernels import products
 from sparing.kernels.norm import rms_norm
 from sparing.kernels.operands import Frozen, LowRank, Operand, Weight
 from sparing.precision.compensation import slices
+from sparing.precision.eight_bit import EightBit
 from sparing.precision.formats import INT8
-from sparing.precision.linear import EightBit
 from sparing.precision.quantise import quantise
 
 
@@ -95,7 +95,7 @@ class Linear(Adaptable):
     """y = x Wᵀ, weight (out, in), no bias (DeepSeek-V3 has none)."""
 
     eight_bit: EightBit | None = None
-    """Set by `precision.linear.install`; used in training, so that evaluations show the model as it is saved."""
+    """Set by `precision.eight_bit.install`; used in training, so that evaluations show the model as it is saved."""
     active = 1.0
     """Share of the weights that a token meets."""
 

@@ -22,7 +22,7 @@ from sparing.budget.flops import train_flops
 from sparing.data.loader import Batch
 from sparing.kernels import native, pool
 from sparing.model.transformer import Transformer
-from sparing.precision.linear import fastest_kind, install
+from sparing.precision.eight_bit import fastest_kind, install
 from sparing.precision.policy import Policy
 from sparing.train.objective import NextToken
 from sparing.train.peak import wait

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from sparing.base.config import UserError
 from sparing.base.files import disk_errors, read_lines, write_atomic
 from sparing.base.run import RunFolder
-from sparing.precision.linear import LEVELS
+from sparing.precision.eight_bit import LEVELS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
