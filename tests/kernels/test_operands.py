@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from sparing.kernels import native, operands, products
-from sparing.kernels.operands import Frozen, LowRank, Operand, Weight
+from sparing.kernels import native, products
+from sparing.kernels.products import Frozen, LowRank, Operand, Weight
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
@@ -64,7 +64,7 @@ def reference_gradients(operand: Operand, product) -> list[torch.Tensor | None]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_products_of_a_matrix(kind, dtype, path, monkeypatch):
-    monkeypatch.setattr(operands, "PIECE", 1 << 16)
+    monkeypatch.setattr(products, "PIECE", 1 << 16)
     operand = make(kind, 700, 900)  # in several pieces
     generator = torch.Generator().manual_seed(1)
     x, grad, base, base_x = (torch.randn(50, size, generator=generator).to(dtype) for size in (900, 700, 700, 900))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparing.kernels import native
-from sparing.kernels.pool import new, new_like
+from sparing.kernels.native import new, new_like
 from sparing.kernels.products import TO_BF16, _out, kind_of
 
 LONGEST = 32768

@@ -20,7 +20,7 @@ from sparing.base.config import Config, PrecisionConfig, TrainConfig
 from sparing.base.hardware import Machine
 from sparing.budget.flops import train_flops
 from sparing.data.loader import Batch
-from sparing.kernels import native, pool
+from sparing.kernels import native
 from sparing.model.transformer import Transformer
 from sparing.precision.eight_bit import fastest_kind, install
 from sparing.precision.policy import Policy
@@ -238,6 +238,6 @@ def _speed(
 
 def _give_back() -> None:
     """Memory that the probes used and training will not, to the system: glibc keeps it otherwise, an arena for each thread."""
-    pool.trim()
+    native.trim()
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from sparing.base.config import Config, OptimConfig, PrecisionConfig
 from sparing.base.files import DamagedError
 from sparing.budget.memory import gives_back
+from sparing.kernels.native import give_back
 from sparing.model.transformer import Transformer
-from sparing.precision.allocator import give_back
 from sparing.precision.compensation import rows_of, slices
 from sparing.train.muon import Muon
 from sparing.train.stored import StoredAdamW, StoredMuon

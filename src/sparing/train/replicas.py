@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sparing.data.loader import Batch
 from sparing.kernels import native
-from sparing.model.router import routers
+from sparing.model.experts import routers
 from sparing.model.transformer import Transformer
 from sparing.train.objective import Loss, Objective, weight_of
 

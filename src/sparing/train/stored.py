@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sparing.kernels import native, products
-from sparing.kernels.pool import new
+from sparing.kernels.native import new
 from sparing.precision.compensation import Master, rows_of, slices
 from sparing.precision.moments import Average
 from sparing.train.muon import orthogonalise

@@ -22,8 +22,8 @@ from sparing.base.run import RunFolder
 from sparing.budget.flops import train_flops
 from sparing.data.loader import Batch
 from sparing.data.stop import Stopped
-from sparing.kernels import native, pool
-from sparing.model.router import routers, update_biases
+from sparing.kernels import native
+from sparing.model.experts import routers, update_biases
 from sparing.model.transformer import Transformer
 from sparing.precision.policy import Move, Policy
 from sparing.train.checkpoint import Checkpoints, TrainState
@@ -271,7 +271,7 @@ class Trainer:
 
     def _evaluate(self) -> dict:
         before = time.monotonic()
-        pool.trim()  # the last step's tensors; a sample loads the model a second time
+        native.trim()  # the last step's tensors; a sample loads the model a second time
         self.replicas.train(False)
         try:
             with self.meter.stage("evaluate"), self.signals.interruptible():
