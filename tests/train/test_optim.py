@@ -10,10 +10,10 @@ from tiny import MODEL, Counting, config, steps
 from sparing.base.config import Config, OptimConfig, PrecisionConfig
 from sparing.base.files import DamagedError
 from sparing.kernels import native
+from sparing.kernels.products import orthogonalise
 from sparing.model.init import init_weights
 from sparing.model.transformer import Transformer
-from sparing.train.muon import Muon, orthogonalise
-from sparing.train.optim import Optimizer, group_of, keep_as
+from sparing.train.optim import Muon, Optimizer, group_of, keep_as
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@
 #endif
 #include "decode_products.inc"
 
-enum { BLOCK = 32 };
+enum { BLOCK = CACHE_BLOCK };
 
 typedef struct {
     const float *input_norm, *q_norm, *kv_norm, *post_norm;

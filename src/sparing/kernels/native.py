@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from sparing.base.hardware import cpu_flags, cpu_name, home
+from sparing.kernels.sizes import CACHE_BLOCK, MOMENT_BLOCK, NEWTON_SCHULZ
 
 Path = Literal["compiled", "plain"]
 SOURCES = {
@@ -39,7 +40,10 @@ SOURCES = {
 All but the passes are for `[precision]`, and compiled when asked for."""
 UNUSED_S = 30 * 86400
 """Builds that nobody has used for so long are deleted when another is made."""
-FLAGS = ("-O3", "-fopenmp-simd", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
+FLAGS = (
+    "-O3", "-fopenmp-simd", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared",
+    f"-DMOMENT_BLOCK={MOMENT_BLOCK}", f"-DCACHE_BLOCK={CACHE_BLOCK}", "-DNEWTON_SCHULZ=" + ",".join(f"{x}f" for x in NEWTON_SCHULZ),
+)  # fmt: skip
 SUFFIXES = {torch.bfloat16: "_bf16", torch.float32: "_f32"}
 
 

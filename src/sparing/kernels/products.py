@@ -23,6 +23,7 @@ from torch import Tensor
 from sparing.base.hardware import cpu_flags
 from sparing.kernels import native
 from sparing.kernels.native import new
+from sparing.kernels.sizes import NEWTON_SCHULZ
 
 TO_BF16, TO_F32 = 0, 1
 
@@ -159,6 +160,21 @@ def grouped_tn(a: Tensor, b: Tensor, ends: Tensor, dtype: torch.dtype = torch.fl
 
 FLOATS = SimpleNamespace(nt=nt, nn=nn, tn=tn, grouped_nt=grouped_nt, grouped_nn=grouped_nn, grouped_tn=grouped_tn)
 """The six functions above, as a `Weight` takes them."""
+
+
+def orthogonalise(x_NRC: Tensor, steps: int) -> Tensor:
+    """U V^T (approximately) of each matrix U S V^T in the batch, in the batch's own dtype; a zero matrix stays zero. The quintic
+    Newton-Schulz iteration of Muon (kellerjordan.github.io/posts/muon, 2024)."""
+    a, b, c = NEWTON_SCHULZ
+    tall = x_NRC.shape[-2] > x_NRC.shape[-1]
+    x = x_NRC.mT if tall else x_NRC  # the Gram matrix is that of the shorter side
+    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float32)
+    x = x / norm.clamp(min=1e-7).to(x.dtype)  # Frobenius >= spectral norm: the iteration needs singular values <= 1
+    for _ in range(steps):
+        gram = torch.bmm(x, x.mT)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return x.mT if tall else x
 
 
 # Weights with their products
