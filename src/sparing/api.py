@@ -30,11 +30,11 @@ from sparing.interop.gguf import export_gguf
 from sparing.interop.huggingface import export_hf, import_hf
 from sparing.job.begin import begin, reasons_of, resolved
 from sparing.job.learn import EVAL_TOKENS, learn
-from sparing.kernels import native
+from sparing.kernels.products import fitting
 from sparing.model.transformer import Transformer
 from sparing.planning.plan import plan as plan
-from sparing.train.clock import Clock
 from sparing.train.extend import rewind
+from sparing.train.pace import Clock
 from sparing.train.replicas import Replicas
 
 # train and resume
@@ -132,7 +132,7 @@ def _bpb(run: str, data: Sequence[str], context: int | None, meter: Meter) -> di
         raise UserError(f"{', '.join(data)}: no usable text")
     texts = (document.text for document in documents(data, model.config.data.text_key))
     cores = meter.machine.cores_physical
-    nll = Replicas(model.network, None, cores, kernels=native.fitting(cores, cores, "cpu")).nll
+    nll = Replicas(model.network, None, cores, kernels=fitting(cores, cores, "cpu", "float32")[0]).nll
     result = bpb(nll, model.tokenizer, texts, context, batch=max(1, EVAL_TOKENS // context))
     meter.add(result["tokens"], result["tokens"] * sum(forward_flops(model.config.model, context, mtp=False).values()))
     return result

@@ -9,19 +9,18 @@ from tests.losses import loss_of
 from tests.model.shapes import SHAPES
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import sparing.model.block as block_module
+import sparing.model.transformer as block_module
 import sparing.precision.activations as activations_module
 from sparing.base.config import Config, ModelConfig, OptimConfig, PrecisionConfig, TrainConfig
 from sparing.base.layers import layers
 from sparing.budget.memory import activations, optimizer_bytes, path_of, saved_per_token, serving_memory, training_memory, weight_bytes
 from sparing.kernels import native, products
-from sparing.kernels.cross_entropy import linear_cross_entropy
 from sparing.kernels.norm import recomputed
 from sparing.kernels.sizes import EXPERT_ROWS, HEAD_TOKENS, MOMENT_BLOCK
-from sparing.model.block import Block
+from sparing.kernels.vocabulary import linear_cross_entropy
 from sparing.model.init import init_weights
 from sparing.model.rope import rotary_table
-from sparing.model.transformer import Transformer
+from sparing.model.transformer import Block, Transformer
 from sparing.precision.moments import Average
 from sparing.resolve import LADDER, shaped
 from sparing.train.optim import Optimizer, keep_as
@@ -120,15 +119,14 @@ KINDS = {"mla": ONE, "queries not compressed": replace(ONE, q_lora_rank=None), "
     ("path", "dtype"),
     [("plain", "float32"), ("plain", "bfloat16"), ("passes", "float32"), ("passes", "bfloat16"), ("products", "bfloat16")],
 )
-def test_a_layer_keeps_what_is_counted(path, dtype, kind, mixture, monkeypatch):
+def test_a_layer_keeps_what_is_counted(path, dtype, kind, mixture):
     """The plan may be off by half of the narrowest activation (64 numbers of a token): a kernel that keeps one more, or one less, fails.
 
     That leaves room for what the plan does not count: statistics, a number of a token for each norm, head or expert.
     """
-    library = native.passes()
-    if path != "plain" and (library is None or (path == "products" and not hasattr(library, "grouped_nt"))):
-        pytest.skip("these kernels are not built on this machine")
-    monkeypatch.setattr(products, "_compiled", lambda: path == "products")  # wherever they can run: what is fastest is not asked
+    kernels = {"plain": "plain", "passes": "compiled", "products": "vectors"}[path]
+    if not native.can(kernels):
+        pytest.skip("this machine cannot run these kernels")
     c, T = KINDS[kind], 320
     layer = layers(c)[int(mixture)]
     assert layer.mixture == mixture and not T % EXPERT_ROWS and layer.feed_forward.chosen == layer.feed_forward.experts  # no filler rows
@@ -139,7 +137,7 @@ def test_a_layer_keeps_what_is_counted(path, dtype, kind, mixture, monkeypatch):
     def kept(rows: int) -> int:
         x = torch.randn(rows, T, c.hidden_size, dtype=getattr(torch, dtype)).requires_grad_()
         counted = Kept(block)
-        with native.path("plain" if path == "plain" else "compiled"), counted.counting():
+        with native.path(kernels), counted.counting():
             block(x + x, rotary_table(c, T), want_balance=True)
         return counted.bytes
 

@@ -8,9 +8,9 @@ from tests.losses import loss_of
 from tests.model.shapes import TINY
 
 from sparing.base.config import YarnConfig
-from sparing.kernels import native, products
+from sparing.kernels import native
+from sparing.model.experts import routers, update_biases
 from sparing.model.init import init_weights
-from sparing.model.router import routers, update_biases
 from sparing.model.transformer import Transformer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -46,22 +46,16 @@ def results(model, batch, dtype) -> dict[str, torch.Tensor]:
 DENSE = ("dense", "gqa", "gqa, groups of one", "gqa, groups of three", "odd widths")
 
 
-def our_products(monkeypatch):
-    """The compiled products, also where the processor has a matrix unit and they are not chosen."""
-    if not hasattr(native.passes(), "grouped_nt"):
-        pytest.skip("no AVX512_BF16 here")
-    monkeypatch.setattr(products, "_compiled", lambda: True)
-
-
 @pytest.mark.skipif(native.passes() is None, reason="no C compiler here")
 @pytest.mark.parametrize(
-    "case, dtype, tolerance, own",
-    [(case, torch.float32, 2e-5, False) for case in CASES] + [(case, torch.bfloat16, 6e-2, own) for case in DENSE for own in (False, True)],
+    "case, dtype, tolerance, kernels",
+    [(case, torch.float32, 2e-5, "compiled") for case in CASES]
+    + [(case, torch.bfloat16, 6e-2, kernels) for case in DENSE for kernels in ("compiled", "vectors", "tiles")],
 )
 @pytest.mark.parametrize("length", [7, 150])
-def test_compiled_equals_plain(case, dtype, tolerance, own, length, monkeypatch):
-    if own:
-        our_products(monkeypatch)
+def test_compiled_equals_plain(case, dtype, tolerance, kernels, length):
+    if not native.can(kernels):
+        pytest.skip("this machine cannot run these kernels")
     config = replace(TINY, **CASES[case])
     model = Transformer(config)
     init_weights(model, 0)
@@ -75,7 +69,8 @@ def test_compiled_equals_plain(case, dtype, tolerance, own, length, monkeypatch)
     targets = torch.randint(config.vocab_size, (*shape, 1 + config.mtp_depth), generator=generator)
     targets[:, ::5] = -100
     documents = (torch.arange(length) // 40).to(torch.int32).expand(shape).contiguous()
-    ours = results(model, (tokens, targets, documents), dtype)
+    with native.path(kernels):
+        ours = results(model, (tokens, targets, documents), dtype)
     with native.path("plain"):
         plain = results(model, (tokens, targets, documents), torch.float32)
     assert ours.keys() == plain.keys()

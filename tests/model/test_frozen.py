@@ -46,13 +46,11 @@ def gradients(model) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.fixture(params=["compiled", "plain", "compiled products"])
-def path(request, monkeypatch):
-    if request.param == "compiled products":
-        if not hasattr(native.passes(), "grouped_nt"):
-            pytest.skip("no AVX512_BF16 or no compiler here")
-        monkeypatch.setattr(products, "_compiled", lambda: True)
-    with native.path("plain" if request.param == "plain" else "compiled"):
+@pytest.fixture(params=["compiled", "plain", "vectors", "tiles"])
+def path(request):
+    if not native.can(request.param):
+        pytest.skip("this machine cannot run these kernels")
+    with native.path(request.param):
         yield request.param
 
 
@@ -77,8 +75,8 @@ def test_no_gradient_is_computed_for_what_is_frozen(monkeypatch):
     model = filled(SHAPES["mixture"])
     made = []
     for name in ("tn", "grouped_tn"):
-        function = getattr(products, name)
-        monkeypatch.setattr(products, name, lambda *a, f=function, n=name, **o: made.append(n) or f(*a, **o))
+        function = getattr(products.FLOATS, name)
+        monkeypatch.setattr(products.FLOATS, name, lambda *a, f=function, n=name, **o: made.append(n) or f(*a, **o))
     gradients(model)
     assert "tn" in made and "grouped_tn" in made
     made.clear()

@@ -9,7 +9,7 @@ from tests.losses import loss_of
 from tests.model.shapes import SHAPES, TINY
 
 from sparing.base.config import ModelConfig
-from sparing.kernels.cross_entropy import IGNORE
+from sparing.kernels.vocabulary import IGNORE
 from sparing.model.init import init_weights
 from sparing.model.transformer import Transformer
 

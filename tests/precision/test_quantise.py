@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sparing.precision.eight_bit import SCHEMES, scaled_product
 from sparing.precision.formats import E4M3, E5M6, INT8, Format
-from sparing.precision.products import row_product
 from sparing.precision.quantise import dequantise, faults, quantise, spread
 
 BLOCKS = [(1, 128), (128, 128), (128, 1), (1, None), (None, 1), (None, None), (32, 32)]
@@ -176,9 +176,8 @@ def test_row_wise_products_are_those_of_the_rounded_numbers(shape):
     a, b = (torch.randn(rows, K, generator=generator) * torch.logspace(-3, 3, rows)[:, None] for rows in (M, N))
     found = torch.zeros(2, dtype=torch.int64)
     left, right = (dequantise(quantise(x, E4M3, (1, None))).double() for x in (a, b))
-    torch.testing.assert_close(
-        row_product(a, b, found).double(), left @ right.t(), rtol=1e-5, atol=1e-5 * float((left @ right.t()).abs().max())
-    )
+    y = scaled_product(a, b, SCHEMES["fp8_row"][0], found)
+    torch.testing.assert_close(y.double(), left @ right.t(), rtol=1e-5, atol=1e-5 * float((left @ right.t()).abs().max()))
     assert found.tolist() == [0, 0]
     a[0, 0] = torch.inf
-    assert row_product(a, b, found)[0].isnan().all() and found.tolist() == [1, 0]
+    assert scaled_product(a, b, SCHEMES["fp8_row"][0], found)[0].isnan().all() and found.tolist() == [1, 0]

@@ -20,7 +20,7 @@ from sparing.base.run import RunFolder, verify_folder
 from sparing.model.init import init_weights
 from sparing.model.transformer import Transformer
 from sparing.train.extend import rewind
-from sparing.train.schedule import decay_start
+from sparing.train.optim import decay_start
 
 
 def fresh(chosen) -> Transformer:

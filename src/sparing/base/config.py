@@ -138,8 +138,9 @@ class TrainConfig:
     """Compute type; master weights are float32."""
     device: Literal["cpu", "cuda"] | None = None
     """None: the GPU where there is one."""
-    kernels: Literal["compiled", "plain"] | None = None
-    """What computes on a CPU: our compiled kernels, or PyTorch's own operations."""
+    kernels: Literal["tiles", "vectors", "compiled", "plain"] | None = None
+    """What computes on a CPU: PyTorch's own operations (plain), our compiled kernels with PyTorch's matrix products (compiled), or with our
+    own, by AVX512_BF16 (vectors) or AMX (tiles); None: measured."""
     threads: int | None = None
     """CPU threads; None: measured."""
     replicas: int | None = None

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from sparing.base.config import ModelConfig
 from sparing.base.config_file import build
 from sparing.data.loader import Batch
-from sparing.kernels import native
+from sparing.kernels.products import fitting
 from sparing.model.init import init_weights
 from sparing.model.transformer import Transformer
 from sparing.train.objective import NextToken
@@ -40,7 +40,7 @@ class OursSide:
         self.model.load_state_dict(load_file(weights))
         self.model.train()
         self.model.compute_dtype = getattr(torch, setting.precision)
-        kernels = native.fitting(setting.replicas, torch.get_num_threads(), "cpu")
+        kernels = fitting(setting.replicas, torch.get_num_threads(), "cpu", setting.precision)[0]
         self.replicas = Replicas(self.model, NextToken(model), setting.replicas, setting.compile, kernels)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True, **optimizer)
 

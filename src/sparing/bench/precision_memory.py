@@ -33,7 +33,7 @@ def measure(config: dict, steps: int, pages: bool = False) -> dict:
     after its update. pages: see `precision.allocator`."""
     import torch
 
-    from sparing.precision.allocator import give_back
+    from sparing.kernels.native import give_back
     from sparing.train.practice import LR_SCALE, MOMENTUM, trainer_of
 
     before = resident_bytes("VmRSS")

@@ -18,7 +18,7 @@ from sparing.base.layers import layers, mixtures
 from sparing.budget.flops import forward_products, parameters, train_flops
 from sparing.budget.memory import matrix_weights, path_of, saved_per_token
 
-DESCRIPTION = 4
+DESCRIPTION = 5
 """Raise it when the features or the kernels change: steps that were timed before tell nothing any more."""
 FEATURES = ("products", "experts", "scores", "head", "traffic", "optimizer", "muon", "launches")
 DEFAULTS = {

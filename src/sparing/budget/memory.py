@@ -85,13 +85,15 @@ Path = Literal["plain", "passes", "products", "cuda"]
 
 
 def path_of(config: Config, compiled: bool = True, bf16: bool = True) -> Path:
-    """compiled: there is a C compiler; bf16: the processor multiplies bfloat16. The compiled kernels want one thread an operation."""
+    """compiled: there is a C compiler. bf16: whether our own products of bfloat16 will be chosen, where `train.kernels` is open. Compiled
+    kernels want one thread an operation."""
     t = config.train
     if t.device == "cuda":
         return "cuda"
     if not compiled or t.kernels == "plain" or not (t.threads == 1 or (t.replicas or 1) > 1):
         return "plain"
-    return "products" if bf16 and t.dtype == "bfloat16" else "passes"
+    own = bf16 if t.kernels is None else t.kernels in ("tiles", "vectors")
+    return "products" if own and t.dtype == "bfloat16" else "passes"
 
 
 def saved_per_token(layer: Layer, seq_len: int, size: int, path: Path = "plain", balance: bool = True, eight_bit: bool = False) -> float:

@@ -11,7 +11,7 @@ from array import array
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 
-BLOCK = 32
+from sparing.kernels.sizes import CACHE_BLOCK as BLOCK
 
 
 def chain(key: bytes, tokens: Sequence[int]) -> bytes:

@@ -23,8 +23,8 @@ from sparing.data.stop import Stopped
 from sparing.planning.places import Given, with_vocabulary
 from sparing.planning.plan import foresee
 from sparing.resolve import resolve
-from sparing.train.clock import Clock
 from sparing.train.log import check_log
+from sparing.train.pace import Clock
 from sparing.train.peak import peak_flops, peak_seconds
 
 SOME_BYTES, SOME_FLOPS = 1e8, 1e11

@@ -25,10 +25,11 @@ from sparing.job.begin import Job, reasons_of
 from sparing.job.finish import SAMPLE_TOKENS, finish
 from sparing.kernels import decode, native
 from sparing.kernels.formats import warning
+from sparing.kernels.products import fitting
 from sparing.model.init import init_weights
 from sparing.model.transformer import Transformer
-from sparing.precision.linear import speed_note
-from sparing.train.calibrate import KERNELS, choose, choose_products
+from sparing.precision.eight_bit import speed_note
+from sparing.train.calibrate import choose, choose_products
 from sparing.train.log import TrainResult
 from sparing.train.objective import NextToken, Objective
 from sparing.train.optim import keep_as
@@ -89,8 +90,9 @@ def learn(job: Job, config: Config, samples: int, start: Start | None = None, ob
         with job.meter.stage("calibrate"):
             peak = peak_flops(machine, device.type, t.dtype, peak_seconds(job.lasts(config.budget)))
             config = _calibrated(job, config, model, feed, peak)
-    if config.train.kernels == "compiled" and native.passes() is None:
-        say("no C compiler here: PyTorch's own operations do what the run's compiled kernels did, slower and with other last bits")
+    if config.train.kernels and not native.can(config.train.kernels):
+        instead = next(kernels for kernels in ("vectors", "compiled", "plain") if native.can(kernels))
+        say(f"train.kernels = {config.train.kernels} cannot run here: {instead} ones do, slower and with other last bits")
     if samples:
         decode.library()  # is compiled at its first use: seconds, which would be missing at the end
     session = Session(
@@ -140,8 +142,8 @@ def _calibrated(job: Job, config: Config, model: Transformer, feed: Loader, peak
         precision, reasons["precision.linear"] = choose_products(model, config, feed.batch(0), left, job.cut_short)
         config = replace(config, precision=precision)
     if config.train.kernels is None:
-        kernels = native.fitting(t.replicas or 1, t.threads, model.head_weight.device.type)
-        config, reasons["train.kernels"] = replace(config, train=replace(config.train, kernels=kernels)), KERNELS[kernels]
+        kernels, reasons["train.kernels"] = fitting(t.replicas or 1, t.threads, model.head_weight.device.type, t.dtype)
+        config = replace(config, train=replace(config.train, kernels=kernels))
     for name, reason in reasons.items():
         section, field = name.split(".")
         say(f"  {name} = {getattr(getattr(config, section), field)}  # {reason}")

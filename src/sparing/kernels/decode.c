@@ -21,7 +21,7 @@
 #endif
 #include "decode_products.inc"
 
-enum { BLOCK = 32 };
+enum { BLOCK = CACHE_BLOCK };
 
 typedef struct {
     const float *input_norm, *q_norm, *kv_norm, *post_norm;
@@ -293,7 +293,7 @@ static void attention(const Model *m, const Batch *b, int64_t layer, const float
     }
 }
 
-/* Routing: model/router.py */
+/* Routing: model/experts.py, Router */
 
 static void route(const Model *m, const Layer *l, const float *logits, float *weights, int32_t *experts) {
     int64_t E = m->experts, K = m->chosen, size = E / m->groups;
@@ -631,7 +631,7 @@ static void step(Model *m, const Batch *b, int t, int T) {
     int64_t N = b->rows, D = m->hidden;
     float *x = m->scratch[X], *joined = m->scratch[JOINED];
     const float *last = m->final_norm;
-    if (b->mtp) { /* model/block.py, MTPBlock */
+    if (b->mtp) { /* model/transformer.py, MTPBlock */
         int64_t layer = m->layers + b->mtp - 1;
         const Layer *l = m->layer + layer;
         Input in = input(m, joined, 2 * D, 2 * D);
@@ -735,16 +735,17 @@ double probe(int64_t format, int64_t rows) {
     return best;
 }
 
-/* Use the matrix unit for prompts in int8 if it is there, allowed (`on`) and faster, which takes milliseconds to find out; -> whether it is used.
- * A processor without one must not be asked. */
+/* Switch the matrix unit for prompts in int8 on or off; -> whether it is on. The processor must have it (amx_int8). */
 int64_t use_tiles(int64_t on) {
 #ifdef TILES
-    tiles_on = 0;
-    if (on && tiles_allowed()) {
-        double before = probe(INT8, 32);
-        tiles_on = 1;
-        tiles_on = probe(INT8, 32) < before;
-    }
+    tiles_on = on && tiles_allowed();
 #endif
     return tiles_on;
+}
+
+/* Switch it on where it is faster, which takes milliseconds to find out. */
+void choose_tiles(void) {
+    use_tiles(0);
+    double before = probe(INT8, 32);
+    if (use_tiles(1) && probe(INT8, 32) > before) use_tiles(0);
 }

@@ -11,22 +11,13 @@ from functools import cache
 
 import numpy as np
 
+from sparing.base.hardware import cpu_flags
 from sparing.kernels import native
 
 SOURCES = ("decode.c", "decode_products.inc", "tiles.inc", "numbers.inc")
-FLAGS = (
-    "-O3",
-    "-fopenmp-simd",
-    "-ffp-contract=fast",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-fPIC",
-    "-shared",
-    "-pthread",
-    "-Wno-psabi",
-)
+FLAGS = (*native.FLAGS, "-pthread", "-Wno-psabi")
 FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
-PANEL, GROUP, BLOCK = 16, 32, 32
+PANEL, GROUP = 16, 32
 SCORING = {"sigmoid": 0, "softmax": 1, "sqrtsoftplus": 2}
 
 
@@ -100,8 +91,8 @@ def library(processor: str | None = None) -> ctypes.CDLL | None:
         found.draw.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_uint32, ctypes.c_uint32]
         found.probe.restype, found.probe.argtypes = ctypes.c_double, [ctypes.c_int64, ctypes.c_int64]
         found.use_tiles.restype, found.use_tiles.argtypes = ctypes.c_int64, [ctypes.c_int64]
-        if "amx_int8" in open("/proc/cpuinfo").read() and __import__("os").environ.get("TRY_TILES")=="1":
-            print("tiles", found.use_tiles(1))
-        for function in (found.pool_close, found.forward, found.release):
+        for function in (found.pool_close, found.forward, found.release, found.choose_tiles):
             function.restype = None
+        if "amx_int8" in cpu_flags():
+            found.choose_tiles()
     return found

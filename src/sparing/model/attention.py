@@ -12,9 +12,7 @@ from torch import Tensor, nn
 from sparing.base.config import ModelConfig
 from sparing.base.layers import Shapes
 from sparing.kernels import native, products
-from sparing.kernels.attention import DocumentMask, causal_attention
-from sparing.kernels.grouped_attention import grouped_attention
-from sparing.kernels.latent_attention import latent_attention
+from sparing.kernels.attention import DocumentMask, causal_attention, grouped_attention, latent_attention
 from sparing.model.linear import Linear, RMSNorm, side_by_side
 from sparing.model.rope import rotate, softmax_scale
 

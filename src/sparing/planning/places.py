@@ -119,7 +119,8 @@ def run_from(config: Config, corpus: Corpus, place: Place, budget_s: float | Non
             config, train=replace(config.train, replicas=min(config.train.threads or place.machine.cores_physical, config.train.batch_size))
         )
     compiled = any(shutil.which(name) for name in ("cc", "gcc", "clang"))
-    path = path_of(config, compiled, place.machine.fast("bfloat16"))
+    own = place.machine.fast("bfloat16") and (place.name is not None or "avx512_bf16" in hardware.cpu_flags())
+    path = path_of(config, compiled, own)
     if config.train.micro_batch_size is None:
         micro = config.train.batch_size
         while micro > 1 and place.memory_limit and _needs(config, micro, path) > place.memory_limit:

@@ -20,9 +20,10 @@ from sparing.base.config import Config, PrecisionConfig, TrainConfig
 from sparing.base.hardware import Machine
 from sparing.budget.flops import train_flops
 from sparing.data.loader import Batch
-from sparing.kernels import native, pool
+from sparing.kernels import native
+from sparing.kernels.products import fitting
 from sparing.model.transformer import Transformer
-from sparing.precision.linear import fastest_kind, install
+from sparing.precision.eight_bit import fastest_kind, install
 from sparing.precision.policy import Policy
 from sparing.train.objective import NextToken
 from sparing.train.peak import wait
@@ -38,11 +39,6 @@ MORE = 1.05
 """How much faster another setting must look: two passes on a shared machine differ by less without any reason."""
 EIGHT_BIT_PASSES = 10
 """What trying 8-bit products takes, in passes in 16 bits: two more probes, and two passes that measure errors, which are slower."""
-KERNELS = {
-    "compiled": "each operation has one thread: what our compiled kernels are for",
-    "plain": "operations have several threads, or there is no C compiler",
-}
-"""The reasons for `train.kernels`."""
 COMPILE_S = 90.0
 """A compilation of the training step takes about this long on two cores (LAB.md)."""
 
@@ -149,9 +145,10 @@ def choose(
     replicas = 1 if compiled else replicas
     threads = threads if device == "cpu" else t.threads
     _give_back()
-    kernels = t.kernels or ("plain" if compiled else native.fitting(replicas, threads, device))
-    if t.kernels is None:
-        reasons["train.kernels"] = KERNELS[kernels]
+    kernels = t.kernels
+    if kernels is None:
+        why = "plain", "what torch.compile compiles"
+        kernels, reasons["train.kernels"] = why if compiled else fitting(replicas, threads, device, t.dtype)
     return replace(t, micro_batch_size=micro, threads=threads, replicas=replicas, compile=compiled, kernels=kernels), reasons
 
 
@@ -217,7 +214,7 @@ def _speed(
 ) -> float:
     """Tokens per second of the best forward and backward pass over `micro` rows but the first of several."""
     t = config.train
-    kernels = t.kernels or native.fitting(replicas, torch.get_num_threads(), device)
+    kernels = t.kernels or fitting(replicas, torch.get_num_threads(), device, t.dtype)[0]
     divided = Replicas(model, NextToken.of(config), replicas, compiled, kernels)
     part = batch[:micro].to(device)
     part = part.cut(t.short_seq_len) if t.short_seq_len else part
@@ -238,6 +235,6 @@ def _speed(
 
 def _give_back() -> None:
     """Memory that the probes used and training will not, to the system: glibc keeps it otherwise, an arena for each thread."""
-    pool.trim()
+    native.trim()
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from sparing.kernels import native, products
-from sparing.kernels.pool import new
+from sparing.kernels.native import new
 from sparing.precision.compensation import Master, rows_of, slices
 from sparing.precision.moments import Average
-from sparing.train.muon import orthogonalise
 
 
 def _divide(jobs: list[Callable[[], None]]) -> None:
@@ -29,7 +28,7 @@ def _divide(jobs: list[Callable[[], None]]) -> None:
         for job in jobs:
             job()
         return
-    with ThreadPoolExecutor(count, "sparing-optimizer", native.choose, ("compiled",)) as pool:
+    with ThreadPoolExecutor(count, "sparing-optimizer", native.choose, (native.chosen(),)) as pool:
         list(pool.map(lambda job: job(), jobs))
 
 
@@ -88,7 +87,7 @@ class StoredAdamW:
 
 
 class StoredMuon:
-    """Muon (see `train/muon.py`), matrix by matrix."""
+    """Muon (see `train/optim.py`), matrix by matrix."""
 
     def __init__(
         self, parameters: dict[str, Tensor], *, steps: int, weight_decay: float, dtype: torch.dtype, compensation: str, eight_bit: bool,
@@ -119,7 +118,8 @@ class StoredMuon:
     def _update(self, name: str, gradient: Tensor, rows: slice, lr: float, momentum: float, number: int) -> None:
         (master, average), height = self.kept[name], rows.stop - rows.start
         scale, decay = lr * max(1.0, height / gradient.shape[1]) ** 0.5, 1.0 - lr * self.weight_decay
-        if self.dtype == torch.bfloat16 and height % 4 == 0 and gradient.shape[1] % 2 == 0 and _compiled(gradient) and products.available():
+        even = height % 4 == 0 and gradient.shape[1] % 2 == 0
+        if self.dtype == torch.bfloat16 and even and _compiled(gradient) and native.own_products():
             weight, mean = master.address(self.seed, number), average.address(self.seed, number)
             where, direction = (rows.start, height, gradient.shape[1]), new(average.value, height, gradient.shape[1], dtype=torch.float32)
             found, wide = torch.empty(1), int(gradient.dtype == torch.float32)
@@ -130,7 +130,7 @@ class StoredMuon:
         g = gradient[rows].float()
         m = average.read(rows).lerp_(g, 1.0 - momentum)
         average.write(rows, m, self.seed, number)
-        update, w = orthogonalise(g.lerp(m, momentum).to(self.dtype)[None], self.steps)[0].float(), master.read(rows)
+        update, w = products.orthogonalise(g.lerp(m, momentum).to(self.dtype)[None], self.steps)[0].float(), master.read(rows)
         w.mul_(torch.where(update * w > 0, decay, 1.0))
         master.write(rows, w.sub_(update, alpha=scale), self.seed, number)
 
