@@ -14,9 +14,7 @@ from torch import Tensor, nn
 
 from sparing.base.config import Config, OptimConfig, PrecisionConfig
 from sparing.base.files import DamagedError
-from sparing.budget.memory import gives_back
 from sparing.kernels import native, products
-from sparing.kernels.native import give_back
 from sparing.model.transformer import Transformer
 from sparing.precision.compensation import rows_of, slices
 from sparing.train.stored import StoredAdamW, StoredMuon
@@ -42,10 +40,8 @@ def group_of(name: str, parameter: Tensor) -> str:
 def keep_as(model: Transformer, config: Config) -> None:
     """Keep a model's numbers as `config.precision` says: weights (routers, norms and low-rank factors stay float32) and activations.
 
-    With fewer bits memory goes back to the system when a tensor dies. In place, before anything shares the weights."""
+    In place, before anything shares the weights."""
     precision = config.precision
-    if gives_back(precision) and model.model.norm.weight.device.type == "cpu":
-        give_back()
     model.set_int8_activations(precision.activations == "int8")
     for name, parameter in model.named_parameters():
         if group_of(name, parameter) not in ("router", "norm", "factor"):

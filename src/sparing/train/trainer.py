@@ -177,7 +177,7 @@ class Trainer:
         return update_biases(self.model, self.config.train.bias_update_rate)
 
     def step(self, total: int) -> tuple[dict, str | None]:
-        """One whole optimizer step of a run of `total`. -> (its metrics, None), or ({}, why) where the batch was bad and nothing changed."""
+        """One whole optimizer step of a run of `total`. -> (its metrics, None), or ({}, why) where a bad batch changed nothing."""
         state, optim, t = self.state, self.config.optim, self.config.train
         # A signal may end the passes: nothing changes yet that a checkpoint would hold. But an exception inside the compiler would get lost
         # in its callbacks, and one rank must not leave the others waiting.
