@@ -33,7 +33,7 @@ from sparing.job.learn import EVAL_TOKENS, learn
 from sparing.kernels.products import fitting
 from sparing.model.transformer import Transformer
 from sparing.planning.plan import plan as plan
-from sparing.train.extend import rewind
+from sparing.train.checkpoint import rewind
 from sparing.train.pace import Clock
 from sparing.train.replicas import Replicas
 

@@ -30,9 +30,10 @@ MIB = 2.0**20
 def measure(config: dict, steps: int, pages: bool = False) -> dict:
     """Resident bytes of whole optimizer steps on random tokens in this process, over what was resident after importing (`imported`, of
     which `compiler` is what torch's AdamW imports): the `peak`, and how much was there `built`, at the end of the last backward pass and
-    after its update. pages: see `precision.allocator`."""
+    after its update. pages: see `native.give_back`."""
     import torch
 
+    from sparing.budget.memory import gives_back
     from sparing.kernels.native import give_back
     from sparing.train.practice import LR_SCALE, MOMENTUM, trainer_of
 
@@ -41,7 +42,7 @@ def measure(config: dict, steps: int, pages: bool = False) -> dict:
     chosen = build(Config, config)
     imported = resident_bytes("VmRSS")
     found = {"compiler": imported - before}
-    if pages:
+    if pages or gives_back(chosen.precision):
         give_back()
     trainer = trainer_of(chosen)
     found["built"] = resident_bytes("VmRSS") - imported

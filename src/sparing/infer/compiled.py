@@ -11,7 +11,8 @@ from sparing.base.config import ModelConfig, UserError
 from sparing.base.layers import layers, mixtures
 from sparing.infer.network import Rows, cache_width
 from sparing.infer.pack import Pack
-from sparing.kernels.decode import BLOCK, FORMATS, SCORING, Batch, Layer, Matrix, Model, Residency, address, library
+from sparing.kernels.decode import FORMATS, SCORING, Batch, Layer, Matrix, Model, Residency, address, library
+from sparing.kernels.sizes import CACHE_BLOCK as BLOCK
 from sparing.model.rope import rotary_table, softmax_scale
 
 

@@ -243,7 +243,8 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
 def give_back() -> bool:
-    """From here on, in this process. False where malloc is not glibc's: nothing was changed."""
+    """From here on in this process, memory of large tensors goes back to the system when they die. No number changes. A job that wants
+    little memory calls it at its beginning (`budget.memory.gives_back`). False where malloc is not glibc's: nothing was changed."""
     if platform.libc_ver()[0] != "glibc":
         return False
     open_pool()

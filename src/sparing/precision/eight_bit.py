@@ -153,14 +153,21 @@ def scaled_mm(left: Quantised, right: Quantised, dtype: torch.dtype) -> Tensor:
     return F.scaled_mm(x, y.t(), s, by_tile, t, by_block, output_dtype=dtype)
 
 
+def _by_weight(kind: Kind, blocks: Blocks, faults: Tensor, a: Tensor, b: Tensor) -> Tensor | None:
+    """a (M, K) by a weight b (N, K)ᵀ; None where rounded numbers are multiplied in 16 bits instead."""
+    if kind == "int8":
+        return int8_product(a, b, blocks.inner, faults)
+    if blocks.inner is None or _takes_blocks(blocks, a, b):
+        return scaled_product(a, b, blocks, faults, weight=True)
+    return None
+
+
 def nt(kind: Kind, blocks: Blocks, faults: Tensor, a: Tensor, b: Tensor, out: Tensor | None = None, base: Tensor | None = None) -> Tensor:
     """`kernels.products.nt` in 8 bits: a activations, b a weight."""
-    if kind == "int8":
-        if int8.usable(a):
-            return int8.nt(a, b, blocks.inner, faults, out, base)
-        return _finish(int8_product(a, b, blocks.inner, faults), a.dtype, out, base)
-    if blocks.inner is None or _takes_blocks(blocks, a, b):
-        return _finish(scaled_product(a, b, blocks, faults, weight=True), a.dtype, out, base)
+    if kind == "int8" and int8.usable(a):
+        return int8.nt(a, b, blocks.inner, faults, out, base)
+    if (y := _by_weight(kind, blocks, faults, a, b)) is not None:
+        return _finish(y, a.dtype, out, base)
     left = e4m3(a, blocks, faults, inner_first=False).to(_emulation_dtype(a))
     right = e4m3(b, blocks, faults, inner_first=False, weight=True)
     if left.dtype == a.dtype:
@@ -170,12 +177,10 @@ def nt(kind: Kind, blocks: Blocks, faults: Tensor, a: Tensor, b: Tensor, out: Te
 
 def nn(kind: Kind, blocks: Blocks, faults: Tensor, a: Tensor, b: Tensor, base: Tensor | None = None) -> Tensor:
     """`kernels.products.nn` in 8 bits: a a gradient, b a weight."""
-    if kind == "int8":
-        if int8.usable(a):
-            return int8.nn(a, b, blocks.inner, faults, base)
-        return _finish(int8_product(a, b.t(), blocks.inner, faults), a.dtype, None, base)
-    if blocks.inner is None or _takes_blocks(blocks, a, b.t()):
-        return _finish(scaled_product(a, b.t(), blocks, faults, weight=True), a.dtype, None, base)
+    if kind == "int8" and int8.usable(a):
+        return int8.nn(a, b, blocks.inner, faults, base)
+    if (y := _by_weight(kind, blocks, faults, a, b.t())) is not None:
+        return _finish(y, a.dtype, None, base)
     left = e4m3(a, blocks, faults, inner_first=False).to(_emulation_dtype(a))
     right = e4m3(b, blocks, faults, inner_first=True, weight=True)
     if left.dtype == a.dtype:

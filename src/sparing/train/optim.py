@@ -1,8 +1,8 @@
 """One optimizer for what learns of a model, driven by OptimConfig: Muon (or AdamW) for hidden matrices, AdamW for everything else.
 
 AdamW (arXiv 1711.05101) is torch's fused implementation, or `stored`'s where weights or averages are not float32. Learning rates are peaks;
-`schedule` scales all of them alike. Which group a parameter is in follows from its name and rank alone, so a checkpoint needs no groups.
-A parameter that requires no gradient when the optimizer is made is in no group: it has no state and does not decay.
+`lr_scale` scales all of them alike, over the run. Which group a parameter is in follows from its name and rank alone, so a checkpoint needs
+no groups. A parameter that requires no gradient when the optimizer is made is in no group: it has no state and does not decay.
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ from torch import Tensor, nn
 
 from sparing.base.config import Config, OptimConfig, PrecisionConfig
 from sparing.base.files import DamagedError
-from sparing.budget.memory import gives_back
 from sparing.kernels import native, products
-from sparing.kernels.native import give_back
 from sparing.model.transformer import Transformer
 from sparing.precision.compensation import rows_of, slices
 from sparing.train.stored import StoredAdamW, StoredMuon
@@ -42,10 +40,8 @@ def group_of(name: str, parameter: Tensor) -> str:
 def keep_as(model: Transformer, config: Config) -> None:
     """Keep a model's numbers as `config.precision` says: weights (routers, norms and low-rank factors stay float32) and activations.
 
-    With fewer bits memory goes back to the system when a tensor dies. In place, before anything shares the weights."""
+    In place, before anything shares the weights."""
     precision = config.precision
-    if gives_back(precision) and model.model.norm.weight.device.type == "cpu":
-        give_back()
     model.set_int8_activations(precision.activations == "int8")
     for name, parameter in model.named_parameters():
         if group_of(name, parameter) not in ("router", "norm", "factor"):
@@ -169,9 +165,15 @@ def split(name: str, tensor: Tensor) -> list[Tensor]:
 
 
 class Muon:
-    """Muon over named parameters of 2 or 3 dimensions. State: one float32 momentum of the parameter's shape each."""
+    """Muon over named parameters of 2 or 3 dimensions: momentum whose every matrix is replaced by the nearest (semi-)orthogonal one.
 
-    def __init__(self, parameters: dict[str, Tensor], *, steps: int = 5, weight_decay: float = 0.0, dtype: torch.dtype = torch.bfloat16):
+    Keller Jordan, "Muon: an optimizer for hidden layers" (kellerjordan.github.io/posts/muon, 2024), with its scale
+    sqrt(max(1, rows/columns)). Weight decay is cautious: only weights that the update shrinks anyway (arXiv 2510.12402). Matrices of one
+    shape, whichever layer or expert they belong to, are one batch of products: small ones are far from filling a machine alone. State: one
+    float32 momentum of the parameter's shape each.
+    """
+
+    def __init__(self, parameters: dict[str, Tensor], *, steps: int, weight_decay: float, dtype: torch.dtype = torch.bfloat16):
         self.parameters, self.steps, self.weight_decay, self.dtype = parameters, steps, weight_decay, dtype
         self.momentum = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
         # The compiled products take pairs of numbers, and neither other devices nor other types.
@@ -235,6 +237,10 @@ class Muon:
                     weight.mul_(torch.where(update * weight > 0, 1.0 - lr * self.weight_decay, 1.0))
                 weight.sub_(update, alpha=scale)
 
+
+# Learning rate and momentum as pure functions of (step, total steps, OptimConfig). Warm-up, stable, decay (WSD): MiniCPM, arXiv 2404.06395
+# §4; a long linear decay, to (nearly) zero: arXiv 2502.15938. A step is the 0-based number of the update about to be made; the last one,
+# total - 1, is made at exactly `final_lr` of the peak.
 
 MOMENTUM_START = 0.85
 MOMENTUM_WARMUP = 0.15

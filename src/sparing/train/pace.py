@@ -15,9 +15,8 @@ from pathlib import Path
 
 from sparing.base.files import append_durably, read_lines, write_atomic
 from sparing.base.run import RunFolder
+from sparing.budget.plan import AIM
 
-AIM = 0.99
-"""Share of a time budget that plans aim at. The issue asks for 95-102 %: misses are more often late than early."""
 LATEST = 1.012
 """Share at which training stops whatever the plan says."""
 TOLERANCE = 0.005
@@ -231,7 +230,9 @@ _BEFORE: dict[tuple[str, float], float] = {}
 
 
 class Clock:
-    """`seconds()` = what earlier attempts used + the time since `started` (a `time.monotonic()` reading of the caller's start).
+    """Seconds of the budget used so far, over all attempts of a run: work lost to a kill counts, the time it lay dead does not.
+
+    `seconds()` = what earlier attempts used + the time since `started` (a `time.monotonic()` reading of the caller's start).
 
     What earlier attempts used is the largest figure they left behind: the metrics' last line, a checkpoint's state (the caller passes
     it to `at_least`), or clock.json. Clocks of one attempt (the same run and `started`) agree, whenever they are made.

@@ -178,12 +178,13 @@ class Trainer:
         return update_biases(self.model, self.config.train.bias_update_rate)
 
     def step(self, total: int) -> tuple[dict, str | None]:
-        """One whole optimizer step of a run of `total`. -> (its metrics, None), or ({}, why) where the batch was bad and nothing changed."""
+        """One whole optimizer step of a run of `total`. -> (its metrics, None), or ({}, why) where a bad batch changed nothing."""
         state, optim, t = self.state, self.config.optim, self.config.train
         # A signal may end the passes: nothing changes yet that a checkpoint would hold. But an exception inside the compiler would get lost
         # in its callbacks, and one rank must not leave the others waiting.
-        may_stop = self.world.size == 1 and not (t.compile and not self.log.steps)
-        with self.signals.interruptible() if may_stop else self.signals.finishing("finishing the step"):
+        compiling, signals = t.compile and not self.log.steps, self.signals
+        alone = nullcontext() if compiling else signals.interruptible()
+        with alone if self.world.size == 1 else signals.finishing("finishing the step"):
             batch = self.feed.batch(state.cursor, self.world.rank, self.world.size)
             if t.short_seq_len and state.step < t.short_until * total:
                 batch = batch.cut(t.short_seq_len)
@@ -386,10 +387,12 @@ class Trainer:
         self._save()
 
     def _load_newest(self, before: int | None = None) -> TrainState | None:
-        """`Checkpoints.load_newest`, rank 0 first: it sets damaged ones aside."""
+        """`Checkpoints.load_newest`, rank 0 first, which sets damaged ones aside; it goes on, and saves, when all have loaded."""
         loaded = self.checkpoints.load_newest(before) if self.writes else None
         self.world.agree([0.0])
-        return loaded if self.writes else self.checkpoints.load_newest(before)
+        loaded = loaded if self.writes else self.checkpoints.load_newest(before)
+        self.world.agree([0.0])
+        return loaded
 
     def _forget_batch(self) -> None:
         for parameter in self.model.parameters():
