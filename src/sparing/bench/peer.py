@@ -14,7 +14,8 @@ import torch
 
 from sparing.base.config import ModelConfig, UserError
 from sparing.base.layers import mixtures
-from sparing.interop.hf_config import hf_type, to_hf
+from sparing.interop.families import family_of
+from sparing.interop.hf_config import to_hf
 
 PRECISIONS = ("float32", "bfloat16", "autocast")
 
@@ -57,7 +58,7 @@ def import_transformers():
 
 def peer_config(model: ModelConfig):
     """The DeepseekV3Config that computes what `model` computes without its MTP modules; UserError for what that type cannot express."""
-    if hf_type(model) != "deepseek_v3" or not mixtures(model):
+    if family_of(model) != "deepseek_v3" or not mixtures(model):
         raise UserError("the peer DeepseekV3ForCausalLM needs attention mla, scoring_func sigmoid and at least one MoE layer")
     raw, _ = to_hf(replace(model, mtp_depth=0), dtype="float32", eos=None)
     return import_transformers().DeepseekV3Config.from_dict(raw)
