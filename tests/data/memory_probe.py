@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from sparing.base.config import DataConfig
-from sparing.data import pool
+from sparing.data import workers
 from sparing.data.prepare import prepare
 
 
@@ -27,14 +27,14 @@ def main(corpus: str, root: str, max_tokens: str, limit_mb: str) -> None:
     limit = int(limit_mb) << 20
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))  # the workers inherit it
     pids, peak, done = [os.getpid()], 0, threading.Event()
-    popen = pool.subprocess.Popen
+    popen = workers.subprocess.Popen
 
     def start(*args, **kwargs):
         process = popen(*args, **kwargs)
         pids.append(process.pid)
         return process
 
-    pool.subprocess.Popen = start
+    workers.subprocess.Popen = start
 
     def watch() -> None:
         nonlocal peak

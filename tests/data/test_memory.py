@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sparing.data.pool import _python_path
+from sparing.data.workers import _python_path
 
 LIMIT_MB = 1500
 

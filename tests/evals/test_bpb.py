@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sparing.base.config import UserError
-from sparing.data.stop import Stopped
+from sparing.data.progress import Stopped
 from sparing.data.tokenizer import train_tokenizer
 from sparing.evals.bpb import bpb, nll_from_logits
 

@@ -15,12 +15,11 @@ from sparing.base.config import DataConfig, UserError
 from sparing.base.files import file_sha256, write_atomic
 from sparing.base.hardware import cores
 from sparing.data.files import find_files, fingerprint
-from sparing.data.pool import encode_chunks
+from sparing.data.progress import Progress, check
 from sparing.data.scan import (
     FORMAT,
     SAMPLE_BYTES,
     CorpusFacts,
-    Progress,
     data_home,
     load_sample,
     quarantine_path,
@@ -30,9 +29,9 @@ from sparing.data.scan import (
 )
 from sparing.data.sources import documents, pieces
 from sparing.data.split import SECTION_BYTES, content_hash, held_out_bound, threshold
-from sparing.data.stop import check
-from sparing.data.store import ShardWriter, TokenStore
+from sparing.data.store import StoreWriter, TokenStore
 from sparing.data.tokenizer import Tokenizer, train_tokenizer
+from sparing.data.workers import encode_chunks
 
 CHUNK_BYTES = 1 << 20
 HELD_OUT_BYTES = 8 << 20
@@ -128,13 +127,13 @@ def _selection(config, facts, tokenizer, root) -> tuple[int | None, int]:
     return threshold(facts.section_sizes, wanted / facts.train_bytes * facts.bytes), int(wanted)
 
 
-def _tokenise(config, files, facts, tokenizer, folder, root, progress, should_stop) -> ShardWriter:
+def _tokenise(config, files, facts, tokenizer, folder, root, progress, should_stop) -> StoreWriter:
     """Write shards and held_out.jsonl into `folder`."""
     split = facts.split
     bound, wanted = _selection(config, facts, tokenizer, root)
     held_bound = held_out_bound(facts.hash_sizes, split, HELD_OUT_BYTES)
     held_out: list[tuple[int, str]] = []
-    writer = ShardWriter(folder, tokenizer.dtype, tokenizer.eot_id)
+    writer = StoreWriter(folder, tokenizer.dtype, tokenizer.eot_id)
 
     def chunks() -> Iterator[tuple[list[tuple[int, int]], list[str]]]:
         entry, keys, texts, size = 0, [], [], 0
@@ -180,7 +179,7 @@ def _tokenise(config, files, facts, tokenizer, folder, root, progress, should_st
     return writer
 
 
-def _seal(folder: Path, key: str, facts: CorpusFacts, tokenizer: Tokenizer, writer: ShardWriter) -> None:
+def _seal(folder: Path, key: str, facts: CorpusFacts, tokenizer: Tokenizer, writer: StoreWriter) -> None:
     """manifest.json: what is in the store, with sizes and checksums. Its presence means: complete."""
     (folder / "journal.json").unlink(missing_ok=True)
     known = {shard["tokens"]: shard["sha256"] for shard in writer.shards}

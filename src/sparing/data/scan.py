@@ -18,15 +18,13 @@ from sparing.base.config import DataConfig, UserError
 from sparing.base.files import FULL
 from sparing.base.hardware import home
 from sparing.data.files import SourceFile, find_files, fingerprint, kind_of
+from sparing.data.progress import Progress, check
 from sparing.data.sources import Rejected, documents, pieces
-from sparing.data.split import SECTION_BYTES, HashTable, Split, choose_split, content_hash, mix
-from sparing.data.stop import check
+from sparing.data.split import SECTION_BYTES, HashHistogram, Split, choose_split, content_hash, mix
 
 FORMAT = 1
 """Part of every fingerprint: raise it when the same input would be read, split or sampled differently."""
 SAMPLE_BYTES = 10_000_000
-Progress = Callable[[str, int, int], None]
-"""progress(stage, done, total): stages `scan`, `tokenizer`, `tokenise`; done and total in bytes."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +45,9 @@ class CorpusFacts:
     """Changes when a file, the text key or the held-out fraction does."""
     split: Split = field(repr=False)
     hash_sizes: tuple[np.ndarray, ...] = field(repr=False, compare=False)
-    """`HashTable.entries` of the documents."""
+    """`HashHistogram.entries` of the documents."""
     section_sizes: tuple[np.ndarray, ...] = field(repr=False, compare=False)
-    """`HashTable.entries` of the sections that sampling works on, by `section_hash`."""
+    """`HashHistogram.entries` of the sections that sampling works on, by `section_hash`."""
 
     @property
     def train_bytes(self) -> int:
@@ -135,7 +133,7 @@ def _pass(config, files, folder, fingerprint, progress, should_stop) -> CorpusFa
     total, done = max(1, sum(file.bytes for file in files)), 0
     documents_seen = text_bytes = 0
     kinds, reasons = Counter(), Counter()
-    table, sections = HashTable(), HashTable()
+    table, sections = HashHistogram(), HashHistogram()
     largest, largest_hash = b"", 0
     last = kind = ""
     sample = _Sample()

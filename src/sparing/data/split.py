@@ -22,15 +22,15 @@ def content_hash(raw: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little")
 
 
-def mix(value: int) -> int:
-    """A fixed permutation of 64-bit integers (the finaliser of splitmix64, Steele et al. 2014): sampling independent of holding out."""
-    value = (value + 0x9E3779B97F4A7C15) & _MASK
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
-    return value ^ (value >> 31)
+def mix(x):
+    """A fixed permutation of 64-bit integers (splitmix64, Steele et al. 2014), of an int or a uint64 array."""
+    x = (x + 0x9E3779B97F4A7C15) & _MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    return x ^ (x >> 31)
 
 
-class HashTable:
+class HashHistogram:
     """How many bytes and documents lie below each hash, in bounded memory, whatever the order of arrival."""
 
     def __init__(self):

@@ -25,7 +25,7 @@ SHARD_TOKENS = 1 << 24
 
 
 class TokenStore:
-    """A prepared corpus. Opening checks that every file is there with its size; `verify` reads everything.
+    """A prepared corpus. Opening it checks that every file is there and has its size.
 
     `starts`, `lengths` (documents,) int64: where each document's leading end-of-text token is, in positions that `take` understands, and
     how many inputs it has (its tokens and that one); `tokens` is their sum.
@@ -71,10 +71,6 @@ class TokenStore:
             result[mask] = self._shards[shard][positions[mask] - self._bases[shard]]
         return result
 
-    def hashes(self) -> np.ndarray:
-        """Content hash of the document that each entry comes from, (documents,) uint64."""
-        return np.concatenate([np.load(self.path / shard["index"], allow_pickle=False)[:, 1] for shard in self.manifest["shards"]])
-
     def held_out(self) -> Iterator[str]:
         """Held-out documents as text, in the order of their hashes; at most about `prepare.HELD_OUT_BYTES` were kept."""
         with open(self.path / "held_out.jsonl", encoding="utf-8") as file:
@@ -86,7 +82,7 @@ class TokenStore:
         return Tokenizer.load(self.path)
 
 
-class ShardWriter:
+class StoreWriter:
     """Writes shards into a folder and remembers, in journal.json, which are whole, so that building can go on after a kill."""
 
     def __init__(self, folder: Path, dtype: np.dtype, eot_id: int):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from sparing.base.config import UserError
-from sparing.data.stop import check
+from sparing.data.progress import check
 from sparing.evals.select import select
 
 NllFn = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

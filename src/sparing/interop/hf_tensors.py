@@ -223,7 +223,7 @@ def read_tensor(stored: Stored) -> torch.Tensor:
     return buffer.view(stored.dtype).view(stored.shape)
 
 
-class ShardWriter:
+class SafetensorsWriter:
     """Writes tensors, whose types and shapes are known beforehand, into shards; they may come in any order."""
 
     def __init__(self, folder: Path, tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]], shard_bytes: int):

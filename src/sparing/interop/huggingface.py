@@ -23,7 +23,7 @@ from sparing.base.layers import EMBED, HEAD, shapes
 from sparing.interop.families import FAMILIES
 from sparing.interop.fp8_blocks import BLOCK, dequantise, quantise, scale_shape
 from sparing.interop.hf_config import from_hf, read_json, to_hf
-from sparing.interop.hf_tensors import LAYER, PublishedTensor, ShardWriter, published_tensors, read_folder, read_tensor
+from sparing.interop.hf_tensors import LAYER, PublishedTensor, SafetensorsWriter, published_tensors, read_folder, read_tensor
 
 END_OF_TEXT = "<|endoftext|>"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8": torch.bfloat16}
@@ -99,7 +99,7 @@ def _write_tensors(
         else:
             stored[one.name] = torch.float32 if one.float32 else DTYPES[dtype], one.shape
     ours = shapes(config)
-    writer = ShardWriter(folder, stored, shard_bytes)
+    writer = SafetensorsWriter(folder, stored, shard_bytes)
     for name, tensor in tensors.items() if isinstance(tensors, Mapping) else tensors:
         if name not in by_ours:
             match = LAYER.fullmatch(name)

@@ -17,9 +17,8 @@ from sparing.base.preempt import Interrupted, Preempt
 from sparing.base.run import RunFolder
 from sparing.budget.plan import in_seconds
 from sparing.budget.units import format_budget
-from sparing.data.progress import Bars
+from sparing.data.progress import Bars, Stopped
 from sparing.data.scan import scan
-from sparing.data.stop import Stopped
 from sparing.planning.places import Given, with_vocabulary
 from sparing.planning.plan import foresee
 from sparing.resolve import resolve

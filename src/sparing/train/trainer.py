@@ -21,7 +21,7 @@ from sparing.base.preempt import Interrupted, Preempt
 from sparing.base.run import RunFolder
 from sparing.budget.flops import train_flops
 from sparing.data.loader import Batch
-from sparing.data.stop import Stopped
+from sparing.data.progress import Stopped
 from sparing.kernels import native, pool
 from sparing.model.router import routers, update_biases
 from sparing.model.transformer import Transformer

@@ -7,9 +7,9 @@ import time
 import numpy as np
 import pytest
 
-from sparing.data import pool
-from sparing.data.pool import encode_chunks
-from sparing.data.stop import Stopped
+from sparing.data import workers
+from sparing.data.progress import Stopped
+from sparing.data.workers import encode_chunks
 
 
 def chunks(texts, size=4):
@@ -44,7 +44,7 @@ def started(monkeypatch):
         processes.append(popen(*args, **kwargs))
         return processes[-1]
 
-    monkeypatch.setattr(pool.subprocess, "Popen", start)
+    monkeypatch.setattr(workers.subprocess, "Popen", start)
     return processes
 
 
@@ -78,18 +78,20 @@ def test_workers_die_with_their_parent(trained, tmp_path):
     trained.save(tmp_path / "tokenizer.json")
     script = f"""
 import subprocess
-from sparing.data import pool
+from sparing.data import workers
 from sparing.data.tokenizer import Tokenizer
 popen = subprocess.Popen
 def start(*args, **kwargs):
     process = popen(*args, **kwargs)
     print(process.pid, flush=True)
     return process
-pool.subprocess.Popen = start
-for _ in pool.encode_chunks(Tokenizer.load({str(tmp_path)!r}), ((n, ["some text " * 1000]) for n in range(10**9)), 2):
+workers.subprocess.Popen = start
+for _ in workers.encode_chunks(Tokenizer.load({str(tmp_path)!r}), ((n, ["some text " * 1000]) for n in range(10**9)), 2):
     pass
 """
-    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env=dict(os.environ, PYTHONPATH=pool._python_path()))
+    parent = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, env=dict(os.environ, PYTHONPATH=workers._python_path())
+    )
     pids = [int(parent.stdout.readline()) for _ in range(2)]
     time.sleep(0.5)
     assert all(map(alive, pids))

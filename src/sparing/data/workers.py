@@ -1,4 +1,4 @@
-"""Tokenising in worker processes: texts in, arrays of ids out, in order. Also the worker's own main: `python -m sparing.data.pool`.
+"""Tokenises in worker processes: texts in, arrays of ids out, in order. A worker runs this file: `python -m sparing.data.workers`.
 
 Plain child processes with pipes, not `multiprocessing`: they never import the user's main script, share nothing, and end by themselves
 when the parent does, because their input ends. Messages are a uint64 length and that many bytes; nothing is pickled.
@@ -11,16 +11,14 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, TimeoutError
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from sparing.data.stop import check
+from sparing.data.progress import check, result_of
 from sparing.data.tokenizer import Tokenizer
-
-POLL_S = 0.2
 
 
 def encode_chunks(
@@ -45,7 +43,7 @@ def encode_chunks(
         yield from encode_chunks(tokenizer, head, 1, should_stop)
         return
     processes: list[_Worker] = []
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="tokenise")
+    threads = ThreadPoolExecutor(workers, thread_name_prefix="tokenise")
     idle: deque[_Worker] = deque()
     pending: deque[tuple[Any, Future]] = deque()
 
@@ -56,41 +54,32 @@ def encode_chunks(
         finally:
             idle.append(worker)
 
-    def result(future: Future) -> list[np.ndarray]:
-        while True:
-            check(should_stop)
-            try:
-                return future.result(timeout=POLL_S)
-            except TimeoutError:
-                if future.done():
-                    raise
-
     try:
         for _ in range(workers):
             processes.append(_Worker(tokenizer))
             idle.append(processes[-1])
         for stream in (head, source):
             for key, texts in stream:
-                pending.append((key, pool.submit(encode, texts)))
+                pending.append((key, threads.submit(encode, texts)))
                 if len(pending) >= 2 * workers:
                     key, future = pending.popleft()
-                    yield key, result(future)
+                    yield key, result_of(future, should_stop)
         while pending:
             key, future = pending.popleft()
-            yield key, result(future)
+            yield key, result_of(future, should_stop)
     finally:
         for _, future in pending:
             future.cancel()
         for process in processes:
             process.end()
-        pool.shutdown(wait=True, cancel_futures=True)
+        threads.shutdown(wait=True, cancel_futures=True)
 
 
 class _Worker:
     def __init__(self, tokenizer: Tokenizer):
         # Its own session: an interrupt at the keyboard is for the parent, which ends the worker itself.
         environment = dict(os.environ, TOKENIZERS_PARALLELISM="false", PYTHONPATH=_python_path())
-        command = [sys.executable, "-P", "-m", "sparing.data.pool"]  # -P: a numpy.py in the working folder is not meant
+        command = [sys.executable, "-P", "-m", "sparing.data.workers"]  # -P: a numpy.py in the working folder is not meant
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True)
         self.tokenizer: Tokenizer | None = tokenizer
 

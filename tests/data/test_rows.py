@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sparing.base.config import UserError
 from sparing.data.loader import IGNORED, Loader
-from sparing.data.pack import permutation
+from sparing.data.rows import permutation
 
 bounded = settings(deadline=None, max_examples=80, derandomize=True)
 EOT = 0
