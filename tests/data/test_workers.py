@@ -18,8 +18,8 @@ def chunks(texts, size=4):
 
 def test_same_order_and_ids_whatever_the_number_of_workers(trained, texts):
     texts = [*texts, "", "日本", "a<|endoftext|>b"]
-    for workers in (1, 2, 3):
-        results = list(encode_chunks(trained, chunks(texts), workers))
+    for count in (1, 2, 3):
+        results = list(encode_chunks(trained, chunks(texts), count))
         assert [key for key, _ in results] == [key for key, _ in chunks(texts)]
         ids = [array for _, arrays in results for array in arrays]
         assert all(array.dtype == trained.dtype for array in ids)

@@ -1,4 +1,4 @@
-"""Chat templates: messages to the one text that a model was taught to answer. Templates are Jinja, run in its sandbox.
+"""Chat templates: they turn messages into the text that a model was taught to answer. Templates are Jinja, run in its sandbox.
 
 A run folder holds one as chat_template.jinja or inside tokenizer_config.json (Hugging Face's places). A run without one gets PLAIN.
 """
@@ -42,10 +42,10 @@ def template_text(run: RunFolder) -> str | None:
         if alone.exists():
             return _small(alone)
         if settings.exists():
-            found = json.loads(_small(settings)).get("chat_template")
-            if isinstance(found, list):  # several under names
-                found = next((entry["template"] for entry in found if entry.get("name") == "default"), None)
-            return found if isinstance(found, str) else None
+            template = json.loads(_small(settings)).get("chat_template")
+            if isinstance(template, list):  # several under names
+                template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
+            return template if isinstance(template, str) else None
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{run}: its chat template cannot be read: {error}") from None
     return None

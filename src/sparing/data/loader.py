@@ -1,4 +1,4 @@
-"""Batches by number: step -> rows, with no state at all, so that any machine can make any batch at any time."""
+"""Makes the batch of any step. It has no state, so any machine can make any batch at any time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Batch:
-    """B rows of T tokens, K = 1 + MTP depth targets each."""
+    """B rows of T tokens, with K = 1 + MTP depth targets for each token."""
 
     tokens: torch.Tensor
     """(B, T) int64."""
@@ -49,7 +49,10 @@ class Batch:
 
 
 class Loader:
-    """Rows of `store` in an order given by `seed`: row r of the run is row r mod `rows_per_epoch` of epoch r // `rows_per_epoch`."""
+    """Batches of rows of `store`, in an order given by `seed`.
+
+    Row r of the run is row r mod `rows_per_epoch` of epoch r // `rows_per_epoch`.
+    """
 
     def __init__(self, store: TokenStore, seq_len: int, batch_size: int, mtp_depth: int = 0, seed: int = 0):
         """`batch_size` counts rows over all ranks."""

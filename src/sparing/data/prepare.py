@@ -1,4 +1,4 @@
-"""A corpus -> a TokenStore, once: scan, train the tokenizer, tokenise as much as will be used. Interrupted, it goes on where it was."""
+"""Makes a TokenStore of a corpus: scan it, train the tokenizer, tokenise as much as will be used. An interrupted call is gone on with."""
 
 from __future__ import annotations
 
@@ -60,6 +60,7 @@ def prepare(
     """
     files = find_files(config.paths)
     root = root or data_home()
+    progress = progress or (lambda *_: None)
     if config.max_tokens is not None and config.max_tokens < 1:
         raise UserError(f"data.max_tokens must be at least 1, not {config.max_tokens}")
     given = Tokenizer.load(config.tokenizer) if config.tokenizer else None
@@ -106,13 +107,11 @@ def _trained(config, files, facts, vocab_size, root, progress, should_stop) -> T
     if path.is_file():
         return Tokenizer.load(path)
     total = min(SAMPLE_BYTES, facts.train_bytes)
-    if progress:
-        progress("tokenizer", 0, total)
+    progress("tokenizer", 0, total)
     tokenizer = train_tokenizer(load_sample(facts.fingerprint, root), vocab_size, should_stop)
     path.parent.mkdir(parents=True, exist_ok=True)
     tokenizer.save(path)
-    if progress:
-        progress("tokenizer", total, total)
+    progress("tokenizer", total, total)
     return tokenizer
 
 
@@ -165,8 +164,7 @@ def _tokenise(config, files, facts, tokenizer, folder, root, progress, should_st
             for keys, arrays in results:
                 writer.add([(hash, ids) for (hash, _), ids in zip(keys, arrays, strict=True)])
                 done += sum(size for _, size in keys)
-                if progress:
-                    progress("tokenise", min(done, wanted), wanted)
+                progress("tokenise", min(done, wanted), wanted)
         writer.end_shard()
     finally:
         writer.close()

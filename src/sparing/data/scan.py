@@ -1,4 +1,4 @@
-"""One pass over the corpus: how much there is, of what kind, what is unusable, and how it splits. Kept, so that it is done once."""
+"""Reads a corpus once to measure it: how much there is, of what kind, what is unusable, what is held out. The result is kept on disk."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def scan(
     should_stop: Callable[[], bool] | None = None,
     files: list[SourceFile] | None = None,
 ) -> CorpusFacts:
-    """Facts about the corpus `config` names; from `root` (default: `data_home()`) when nothing has changed since the last time.
+    """Measure the corpus that `config` names, or read what `root` (default: `data_home()`) has of it when nothing has changed since.
 
     Raises UserError when nothing is usable, Stopped when asked to.
     """
@@ -91,7 +91,7 @@ def scan(
     with room_in(root or data_home()):
         try:
             partial.mkdir(parents=True, exist_ok=True)
-            facts = _pass(config, files, partial, folder.name, progress, should_stop)
+            facts = _pass(config, files, partial, folder.name, progress or (lambda *_: None), should_stop)
             _save(facts, partial)
             try:
                 os.rename(partial, folder)
@@ -105,7 +105,7 @@ def scan(
 
 @contextlib.contextmanager
 def room_in(root: Path) -> Iterator[None]:
-    """Turns a full or read-only disk into the user's one line."""
+    """Turn a full or read-only disk into one line for the user. Raises UserError."""
     try:
         yield
     except OSError as error:
@@ -142,8 +142,7 @@ def _pass(config, files, folder, fingerprint, progress, should_stop) -> CorpusFa
         nonlocal done
         check(should_stop)
         done += size
-        if progress:
-            progress("scan", done, total)
+        progress("scan", done, total)
 
     with open(folder / "quarantine.jsonl", "w", encoding="utf-8") as quarantine:
 

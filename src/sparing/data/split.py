@@ -1,4 +1,4 @@
-"""Which documents are held out and which are sampled: decided by a hash of the content, so that order and file names do not matter."""
+"""Decides which documents are held out and which are sampled, by a hash of their content, so that order and file names do not matter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokens on disk: shards of raw integers, memory-mapped, with an index of their documents.
+"""Tokens of a corpus on disk: shards of raw integers, memory-mapped, with an index of their documents.
 
 A shard is EOT t1 .. tn EOT t1 .. tn EOT: each document begins with the end-of-text token, and the token after its last, the next
 document's first or the shard's last, is again end-of-text. A document's inputs and targets are therefore slices that differ by one.
@@ -83,7 +83,7 @@ class TokenStore:
 
 
 class StoreWriter:
-    """Writes shards into a folder and remembers, in journal.json, which are whole, so that building can go on after a kill."""
+    """Writes shards into a folder. journal.json names the finished ones, so that writing can go on after a kill."""
 
     def __init__(self, folder: Path, dtype: np.dtype, eot_id: int):
         self.folder, self.dtype = folder, dtype
@@ -102,7 +102,7 @@ class StoreWriter:
                 path.unlink()
 
     def add(self, parts: list[tuple[int, np.ndarray]]) -> None:
-        """Append (content hash, ids) entries; a shard ends only between calls."""
+        """Append entries (hash of the document, token ids). A shard ends only between calls."""
         if self._file is None:
             self._name = f"shard-{len(self.shards):05d}"
             self._file = open(self.folder / f"{self._name}.bin", "wb")
@@ -117,6 +117,7 @@ class StoreWriter:
             self.end_shard()
 
     def end_shard(self) -> None:
+        """Finish the shard in hand, sync it and write it into the journal."""
         if self._file is None:
             return
         self._file.write(self.eot.tobytes())
@@ -134,6 +135,6 @@ class StoreWriter:
         write_atomic(self.folder / "journal.json", json.dumps({"shards": self.shards, "written": self.written, "sizes": sizes}))
 
     def close(self) -> None:
-        """Let go of an unfinished shard's file (an error or a stop is on its way)."""
+        """Close the file of an unfinished shard, after an error or a stop."""
         if self._file is not None:
             self._file.close()

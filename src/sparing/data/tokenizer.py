@@ -1,4 +1,4 @@
-"""Byte-level BPE: trained on a sample of the corpus, fast on ordinary text, the `tokenizers` library's own format on disk."""
+"""The byte-level BPE tokenizer: trained on a sample of the corpus, fast on ordinary text, saved as the `tokenizers` library's JSON."""
 
 from __future__ import annotations
 

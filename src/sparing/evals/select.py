@@ -1,4 +1,4 @@
-"""Which text an evaluation reads when it may not read all of it."""
+"""Selects the text that an evaluation reads when it may not read all of it."""
 
 from __future__ import annotations
 
