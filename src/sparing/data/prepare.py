@@ -25,10 +25,10 @@ from sparing.data.scan import (
     quarantine_path,
     room_in,
     scan,
-    section_hash,
+    sections,
 )
-from sparing.data.sources import documents, pieces
-from sparing.data.split import SECTION_BYTES, content_hash, held_out_bound, threshold
+from sparing.data.sources import documents
+from sparing.data.split import content_hash, held_out_bound, threshold
 from sparing.data.store import StoreWriter, TokenStore
 from sparing.data.tokenizer import Tokenizer, train_tokenizer
 from sparing.data.workers import encode_chunks
@@ -37,7 +37,7 @@ CHUNK_BYTES = 1 << 20
 HELD_OUT_BYTES = 8 << 20
 """Of the held-out text this much is kept, whole documents in the order of their hashes."""
 MAX_WORKERS = 8
-"""Unless asked for more: beyond, this process, which reads, is what bounds; each takes some 100 MB."""
+"""By default. With more, this process, which reads, would be the bottleneck; each takes some 100 MB."""
 try:
     import fcntl
 except ImportError:  # Windows: two runs that prepare the same corpus at once are not kept apart there
@@ -89,16 +89,12 @@ def prepare(
 
 
 def training_parts(raw: bytes, hash: int, facts: CorpusFacts, whole: bool) -> Iterator[tuple[int, bytes]]:
-    """(sampling hash, text) of what a document gives to training: itself when `whole`, else its sections; nothing when it is held out."""
+    """What a document gives to training: itself if `whole`, with order 0, else its `sections`; nothing if it is held out."""
     if facts.split.holds_out(hash):
         return
     if hash == facts.split.tail_hash:
         raw = raw[: facts.split.cut(raw)]
-    if whole:
-        yield 0, raw
-    else:
-        for index, piece in enumerate(pieces(raw, SECTION_BYTES)):
-            yield section_hash(hash, index), piece
+    yield from [(0, raw)] if whole else sections(raw, hash)
 
 
 def _trained(config, files, facts, vocab_size, root, progress, should_stop) -> Tokenizer:
@@ -180,9 +176,8 @@ def _tokenise(config, files, facts, tokenizer, folder, root, progress, should_st
 def _seal(folder: Path, key: str, facts: CorpusFacts, tokenizer: Tokenizer, writer: StoreWriter) -> None:
     """manifest.json: what is in the store, with sizes and checksums. Its presence means: complete."""
     (folder / "journal.json").unlink(missing_ok=True)
-    known = {shard["tokens"]: shard["sha256"] for shard in writer.shards}
     files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": known.get(path.name) or file_sha256(path)}
+        path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
         for path in sorted(folder.iterdir())
         if path.name != "manifest.json"
     }

@@ -47,16 +47,20 @@ class CorpusFacts:
     hash_sizes: tuple[np.ndarray, ...] = field(repr=False, compare=False)
     """`HashHistogram.entries` of the documents."""
     section_sizes: tuple[np.ndarray, ...] = field(repr=False, compare=False)
-    """`HashHistogram.entries` of the sections that sampling works on, by `section_hash`."""
+    """`HashHistogram.entries` of the `sections`, by their order of sampling."""
 
     @property
     def train_bytes(self) -> int:
         return self.bytes - self.held_out_bytes
 
 
-def section_hash(document_hash: int, index: int) -> int:
-    """Order in which the parts of documents are sampled; independent of the hash that decides what is held out."""
-    return mix((document_hash + index) % (1 << 64))
+def sections(raw: bytes, hash: int) -> Iterator[tuple[int, bytes]]:
+    """The parts of a document that are sampled one by one: (their place in the order of sampling, text of up to 64 kB).
+
+    hash: the document's. It is scrambled, so that sampling is independent of what is held out.
+    """
+    for index, piece in enumerate(pieces(raw, SECTION_BYTES)):
+        yield mix((hash + index) % (1 << 64)), piece
 
 
 def data_home() -> Path:
@@ -118,7 +122,7 @@ def room_in(root: Path) -> Iterator[None]:
 
 
 def load_sample(fingerprint: str, root: Path | None = None) -> list[str]:
-    """About SAMPLE_BYTES of training text in sections of up to 64 kB, smallest `section_hash` first (all of a smaller corpus)."""
+    """About SAMPLE_BYTES of training text in the order of sampling of its `sections` (all of a smaller corpus)."""
     path = (root or data_home()) / "scans" / fingerprint / "sample.jsonl"
     with open(path, encoding="utf-8") as file:
         return [json.loads(line) for line in file]
@@ -133,7 +137,7 @@ def _pass(config, files, folder, fingerprint, progress, should_stop) -> CorpusFa
     total, done = max(1, sum(file.bytes for file in files)), 0
     documents_seen = text_bytes = 0
     kinds, reasons = Counter(), Counter()
-    table, sections = HashHistogram(), HashHistogram()
+    table, section_table = HashHistogram(), HashHistogram()
     largest, largest_hash = b"", 0
     last = kind = ""
     sample = _Sample()
@@ -160,9 +164,8 @@ def _pass(config, files, folder, fingerprint, progress, should_stop) -> CorpusFa
             kinds[kind] += size
             table.add(hash, size)
             offset = 0
-            for index, piece in enumerate(pieces(raw, SECTION_BYTES)):
-                order = section_hash(hash, index)
-                sections.add(order, len(piece))
+            for order, piece in sections(raw, hash):
+                section_table.add(order, len(piece))
                 sample.add(order, hash, offset, piece)
                 offset += len(piece)
             if size > len(largest) or (size == len(largest) and hash < largest_hash):
@@ -178,7 +181,7 @@ def _pass(config, files, folder, fingerprint, progress, should_stop) -> CorpusFa
             file.write(json.dumps(text, ensure_ascii=False) + "\n")
     return CorpusFacts(
         documents_seen, text_bytes, split.documents, split.bytes, len(files), dict(sorted(kinds.items())),
-        sum(reasons.values()), dict(reasons.most_common()), fingerprint, split, entries, sections.entries(),
+        sum(reasons.values()), dict(reasons.most_common()), fingerprint, split, entries, section_table.entries(),
     )  # fmt: skip
 
 

@@ -6,7 +6,6 @@ document's first or the shard's last, is again end-of-text. A document's inputs 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from array import array
@@ -106,11 +105,9 @@ class StoreWriter:
         if self._file is None:
             self._name = f"shard-{len(self.shards):05d}"
             self._file = open(self.folder / f"{self._name}.bin", "wb")
-            self._digest, self._index, self._tokens = hashlib.sha256(), array("Q"), 0
-        raw = b"".join(piece for _, ids in parts for piece in (self.eot.tobytes(), ids.astype(self.dtype, copy=False).tobytes()))
-        self._file.write(raw)
-        self._digest.update(raw)
+            self._index, self._tokens = array("Q"), 0
         for hash, ids in parts:
+            self._file.write(self.eot.tobytes() + ids.astype(self.dtype, copy=False).tobytes())
             self._index.extend((len(ids) + 1, hash))
             self._tokens += len(ids) + 1
         if self._tokens >= SHARD_TOKENS:
@@ -121,15 +118,13 @@ class StoreWriter:
         if self._file is None:
             return
         self._file.write(self.eot.tobytes())
-        self._digest.update(self.eot.tobytes())
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
         self._file = None
         index = np.array(self._index, np.uint64).reshape(-1, 2)
         np.save(self.folder / f"{self._name}.npy", index)
-        shard = {"tokens": f"{self._name}.bin", "index": f"{self._name}.npy", "count": self._tokens, "documents": len(index)}
-        self.shards.append({**shard, "sha256": self._digest.hexdigest()})
+        self.shards.append({"tokens": f"{self._name}.bin", "index": f"{self._name}.npy", "count": self._tokens, "documents": len(index)})
         self.written += len(index)
         sizes = {name: (self.folder / name).stat().st_size for shard in self.shards for name in (shard["tokens"], shard["index"])}
         write_atomic(self.folder / "journal.json", json.dumps({"shards": self.shards, "written": self.written, "sizes": sizes}))
