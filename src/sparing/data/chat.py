@@ -21,7 +21,7 @@ from sparing.data.tokenizer import Tokenizer
 
 MAX_BYTES = 1 << 20
 MARK = "\ufdd0"
-"""A code point that is no character (Unicode 23.7): set into the names of special tokens inside messages, and taken out again."""
+"""A code point that is no character (Unicode 23.7). It splits names of special tokens inside messages, and is taken out again."""
 PLAIN = r"""{%- if tools %}System: Functions that you can call, as JSON:
 {%- for tool in tools %}
 {{ tool | tojson }}
@@ -32,7 +32,7 @@ To call one, write <tool_call>{"name": ..., "arguments": {...}}</tool_call>{{ "\
 {%- endfor %}
 {%- if add_generation_prompt %}Assistant:{% endif %}"""
 PLAIN_STOPS = ("\nUser:", "\nSystem:")
-"""A model that knows no chat goes on with the next speaker's words: these end its answer."""
+"""Stop strings for the plain template: a model that was never taught to chat would go on with the next speaker's words."""
 
 
 def template_text(run: RunFolder) -> str | None:

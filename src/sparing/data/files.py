@@ -73,26 +73,26 @@ def _default_corpus() -> Iterator[str]:
 
 
 def _expand(paths: Sequence[str]) -> Iterator[str]:
-    for given in paths:
-        path = os.path.expanduser(str(given))
+    for argument in paths:
+        path = os.path.expanduser(str(argument))
         if os.path.lexists(path):
             matches = [path]
         elif glob.has_magic(path):
             matches = sorted(glob.glob(path, recursive=True))
             if not matches:
-                raise UserError(f"no file matches {given!r}: {_nearest(path)}")
+                raise UserError(f"no file matches {argument!r}: {_nearest(path)}")
         else:
-            raise UserError(f"no such file or folder: {given} ({_nearest(path)})")
+            raise UserError(f"no such file or folder: {argument} ({_nearest(path)})")
         for match in matches:
             if os.path.isdir(match):
                 inside = list(_walk(match))
                 if not inside and len(matches) == 1:
-                    raise UserError(f"no files of text in the folder {given} (hidden files and binaries do not count)")
+                    raise UserError(f"no files of text in the folder {argument} (hidden files and binaries do not count)")
                 yield from inside
             elif os.path.isfile(match):
                 yield match
             elif len(matches) == 1:
-                raise UserError(f"{given} is neither a file nor a folder (a broken link or a device): name a regular file")
+                raise UserError(f"{argument} is neither a file nor a folder (a broken link or a device): name a regular file")
 
 
 def _walk(root: str, leave_out: Iterable[str] = ()) -> Iterator[str]:

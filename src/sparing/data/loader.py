@@ -81,9 +81,9 @@ class Loader:
         tokens[padding] = self.store.eot_id
         targets = np.empty((*position.shape, 1 + self.mtp_depth), np.int64)
         for ahead in range(1 + self.mtp_depth):
-            wanted = position + 1 + ahead
-            valid = ~padding & (wanted <= last)
-            targets[..., ahead] = np.where(valid, self.store.take(np.where(valid, wanted, 0)), IGNORED)
+            ahead_position = position + 1 + ahead
+            valid = ~padding & (ahead_position <= last)
+            targets[..., ahead] = np.where(valid, self.store.take(np.where(valid, ahead_position, 0)), IGNORED)
         return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), torch.from_numpy(piece))
 
     def epoch(self, step: int) -> float:

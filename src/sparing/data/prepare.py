@@ -1,4 +1,4 @@
-"""Makes a TokenStore of a corpus: scan it, train the tokenizer, tokenise as much as will be used. An interrupted call is gone on with."""
+"""Makes a TokenStore of a corpus: scan it, train the tokenizer, tokenise as much as will be used. The next call goes on after a kill."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from sparing.data.workers import encode_chunks
 
 CHUNK_BYTES = 1 << 20
 HELD_OUT_BYTES = 8 << 20
-"""Of the held-out text this much is kept, whole documents in the order of their hashes."""
+"""How much of the held-out text is kept: whole documents, in the order of their hashes."""
 MAX_WORKERS = 8
 """By default. With more, this process, which reads, would be the bottleneck; each takes some 100 MB."""
 try:
@@ -54,17 +54,17 @@ def prepare(
 ) -> TokenStore:
     """Tokenise the corpus `config` names into `root`/<fingerprint> (default root: `data_home()`), or open what is already there.
 
-    `vocab_size` is for the tokenizer to be trained and without effect when `config.tokenizer` names one. With `config.max_tokens`, parts
-    of about 64 kB are sampled, by hash, until there are about that many tokens. Equal input gives equal bytes, whatever the number of
-    workers. Raises UserError (bad paths, nothing usable, disk full) and Stopped.
+    vocab_size: of the tokenizer that is trained, unless `config.tokenizer` names one. With `config.max_tokens`, parts of up to 64 kB are
+    sampled, by hash, until there are about that many tokens. Equal input gives equal bytes, whatever the number of workers. Raises
+    UserError (bad paths, nothing usable, disk full) and Stopped.
     """
     files = find_files(config.paths)
     root = root or data_home()
     progress = progress or (lambda *_: None)
     if config.max_tokens is not None and config.max_tokens < 1:
         raise UserError(f"data.max_tokens must be at least 1, not {config.max_tokens}")
-    given = Tokenizer.load(config.tokenizer) if config.tokenizer else None
-    settings = (FORMAT, config.text_key, config.holdout_fraction, config.max_tokens, given.to_json() if given else vocab_size)
+    loaded = Tokenizer.load(config.tokenizer) if config.tokenizer else None
+    settings = (FORMAT, config.text_key, config.holdout_fraction, config.max_tokens, loaded.to_json() if loaded else vocab_size)
     key = fingerprint(files, *settings)
     target, partial = root / key, root / f"{key}.partial"
     with contextlib.suppress(UserError):  # not there, or not whole: build it
@@ -76,7 +76,7 @@ def prepare(
         partial.mkdir(parents=True, exist_ok=True)
         try:
             facts = scan(config, root, progress=progress, should_stop=should_stop, files=files)
-            tokenizer = given or _trained(config, files, facts, vocab_size, root, progress, should_stop)
+            tokenizer = loaded or _trained(config, files, facts, vocab_size, root, progress, should_stop)
             tokenizer.save(partial / "tokenizer.json")
             shutil.copyfile(quarantine_path(facts.fingerprint, root), partial / "quarantine.jsonl")
             writer = _tokenise(config, files, facts, tokenizer, partial, root, progress, should_stop)
@@ -98,7 +98,7 @@ def training_parts(raw: bytes, hash: int, facts: CorpusFacts, whole: bool) -> It
 
 
 def _trained(config, files, facts, vocab_size, root, progress, should_stop) -> Tokenizer:
-    """The tokenizer of this corpus, kept beside the stores: it serves every `max_tokens`."""
+    """The tokenizer of this corpus. It is kept beside the stores and serves every `max_tokens`."""
     path = root / "tokenizers" / f"{fingerprint(files, FORMAT, config.text_key, config.holdout_fraction, vocab_size)}.json"
     if path.is_file():
         return Tokenizer.load(path)
@@ -112,14 +112,14 @@ def _trained(config, files, facts, vocab_size, root, progress, should_stop) -> T
 
 
 def _selection(config, facts, tokenizer, root) -> tuple[int | None, int]:
-    """(sections with a smaller hash are taken, None: whole documents, all of them; bytes of text that makes)."""
+    """-> (bound, bytes of text). Sections whose order is below the bound are taken; None: all documents, whole."""
     if config.max_tokens is None:
         return None, facts.train_bytes
-    wanted = config.max_tokens * tokenizer.bytes_per_token(load_sample(facts.fingerprint, root)[:64])
-    if wanted >= facts.train_bytes:
+    target = config.max_tokens * tokenizer.bytes_per_token(load_sample(facts.fingerprint, root)[:64])
+    if target >= facts.train_bytes:
         return None, facts.train_bytes
     # The table counts held-out sections too; they are as frequent below any bound as over all.
-    return threshold(facts.section_sizes, wanted / facts.train_bytes * facts.bytes), int(wanted)
+    return threshold(facts.section_sizes, target / facts.train_bytes * facts.bytes), int(target)
 
 
 def _tokenise(config, files, facts, tokenizer, folder, root, progress, should_stop) -> StoreWriter:
@@ -174,7 +174,7 @@ def _tokenise(config, files, facts, tokenizer, folder, root, progress, should_st
 
 
 def _seal(folder: Path, key: str, facts: CorpusFacts, tokenizer: Tokenizer, writer: StoreWriter) -> None:
-    """manifest.json: what is in the store, with sizes and checksums. Its presence means: complete."""
+    """Write manifest.json: what is in the store, with sizes and checksums. A store that has one is complete."""
     (folder / "journal.json").unlink(missing_ok=True)
     files = {
         path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)}

@@ -189,30 +189,30 @@ class _Sample:
     """The sections with the smallest hashes, about SAMPLE_BYTES of them, whatever the order of arrival."""
 
     def __init__(self):
-        self._kept: list[tuple[int, int, int, bytes]] = []
+        self._sections: list[tuple[int, int, int, bytes]] = []
         self._bytes, self._bound = 0, 1 << 64
 
     def add(self, order: int, hash: int, offset: int, raw: bytes) -> None:
         if order < self._bound:
-            self._kept.append((order, hash, offset, raw))
+            self._sections.append((order, hash, offset, raw))
             self._bytes += len(raw)
             if self._bytes > 2 * SAMPLE_BYTES:
                 self._trim()
 
     def _trim(self) -> None:
-        self._kept.sort()
+        self._sections.sort()
         size = 0
-        for index, entry in enumerate(self._kept):
+        for index, entry in enumerate(self._sections):
             size += len(entry[3])
             if size >= SAMPLE_BYTES:
                 self._bound, self._bytes = entry[0] + 1, size
-                del self._kept[index + 1 :]
+                del self._sections[index + 1 :]
                 return
 
     def texts(self, split: Split, cut: int) -> Iterator[str]:
         """Without what is held out; `cut`: where the held-out end of the document `split.tail_hash` begins."""
         self._trim()
-        for _, hash, offset, raw in self._kept:
+        for _, hash, offset, raw in self._sections:
             if hash == split.tail_hash:
                 raw = raw[: max(0, cut - offset)]
             if raw and not split.holds_out(hash):

@@ -39,9 +39,9 @@ class TokenStore:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self.path} is not a prepared corpus: {error}") from None
         for name, size in sizes.items():
-            wanted = self.manifest["files"][name]["bytes"]
-            if size != wanted:
-                raise UserError(f"{self.path / name} has {size} bytes instead of {wanted}: delete the folder to build it anew")
+            expected = self.manifest["files"][name]["bytes"]
+            if size != expected:
+                raise UserError(f"{self.path / name} has {size} bytes instead of {expected}: delete the folder to build it anew")
         self.vocab_size: int = self.manifest["vocab_size"]
         self.eot_id: int = self.manifest["eot_id"]
         self.tokens: int = self.manifest["tokens"]

@@ -67,9 +67,9 @@ class HarnessModel(TemplateLM):
         return scores
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        return list(self._write(self._asked(*request.args) for request in requests))
+        return list(self._write(self._prompt(*request.args) for request in requests))
 
-    def _asked(self, text: str, settings: dict) -> tuple[list[int], dict]:
+    def _prompt(self, text: str, settings: dict) -> tuple[list[int], dict]:
         settings = {"temperature": 0, "seed": SEED, **settings}
         settings.pop("do_sample", None)
         until, default = settings.pop("until", None) or [], settings.pop("max_gen_toks", MADE_TOKENS)

@@ -40,10 +40,10 @@ def read(path: str | Path) -> tuple[str, list[dict]]:
     """-> (a key of FORMS, the rows' fields). Raises UserError for a file that cannot be read, naming the first row in no known shape."""
     try:
         text = Path(path).read_text(encoding="utf-8")
-        given = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.split("\n") if line.strip()]
+        rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.split("\n") if line.strip()]
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: {getattr(error, 'strerror', None) or f'not JSON ({error})'}") from None
-    fields = [_fields(row, f"{path}, row {number}") for number, row in enumerate(given, 1)]
+    fields = [_fields(row, f"{path}, row {number}") for number, row in enumerate(rows, 1)]
     if len({form for form, _ in fields}) != 1:
         raise UserError(f"{path}: " + ("has rows of different shapes" if fields else "has no rows"))
     return fields[0][0], [row for _, row in fields]
@@ -76,5 +76,5 @@ def task(path: str | Path) -> dict:
     import datasets  # lm-eval's own
 
     form, rows = read(path)
-    made = {"test": datasets.Dataset.from_list(rows)}
-    return {"task": Path(path).stem, "test_split": "test", "custom_dataset": lambda **_: made, **FORMS[form]}
+    splits = {"test": datasets.Dataset.from_list(rows)}
+    return {"task": Path(path).stem, "test_split": "test", "custom_dataset": lambda **_: splits, **FORMS[form]}

@@ -152,7 +152,7 @@ def _write_tensors(
 
 
 def _exportable(config: ModelConfig) -> tuple[ModelConfig, list[str]]:
-    """-> (the model as the file will have it, notes). UserError for what `deepseek2` does not compute."""
+    """-> (the model as the file will have it, notes). Raises UserError for what `deepseek2` does not compute."""
     c, notes = config, []
     if c.attention != "mla":
         raise UserError("--format gguf is for latent attention (mla); a grouped-query model: --format hf, then llama.cpp's own converter")
@@ -216,7 +216,7 @@ def _add_shape(writer: GGUFWriter, c: ModelConfig) -> None:
 
 
 def _add_tokenizer(writer: GGUFWriter, path: Path, vocab_size: int, chat_template: str | None) -> None:
-    """Byte-level BPE. UserError for another kind, and for a pre-tokeniser whose name in llama.cpp is not known here."""
+    """Byte-level BPE. Raises UserError for another kind, and for a pre-tokeniser whose name in llama.cpp is not known here."""
     from gguf import TokenType
 
     tokenizer, raw = Tokenizer.load(path), read_json(path)
@@ -247,7 +247,7 @@ def _add_tokenizer(writer: GGUFWriter, path: Path, vocab_size: int, chat_templat
 
 
 def _pre_tokenizer(raw: dict, path: Path) -> str:
-    """llama.cpp's name for how text is cut into words before merging: the wrong one gives other tokens without a word of warning."""
+    """llama.cpp's name for how text is cut into words before merging. A wrong name would give other tokens without any warning."""
     steps = raw.get("pre_tokenizer") or {}
     steps = steps.get("pretokenizers", [steps])
     if raw.get("normalizer") is None and steps and steps[-1].get("type") == "ByteLevel" and not steps[-1].get("add_prefix_space"):
@@ -306,6 +306,6 @@ def _absorbed(a: Attention, block: str, ours: str) -> list[GgufTensor]:
 
 
 def _no_shared_expert(block: str, ours: str, width: int, hidden: int) -> list[GgufTensor]:
-    """llama.cpp always adds a shared expert: one of zeros adds nothing."""
+    """llama.cpp always adds a shared expert, so a model without one gets one of zeros."""
     shapes = {"gate": (width, hidden), "up": (width, hidden), "down": (hidden, width)}
     return [GgufTensor(f"{block}ffn_{name}_shexp.weight", ours, shape, lambda t, s=shape: t.new_zeros(s)) for name, shape in shapes.items()]

@@ -155,7 +155,7 @@ class Stored:
 
 
 def read_header(path: Path) -> dict[str, Stored]:
-    """The tensors of one safetensors file; UserError when the file is missing, truncated or inconsistent."""
+    """The tensors of one safetensors file. Raises UserError when the file is missing, truncated or inconsistent."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -191,7 +191,7 @@ def read_header(path: Path) -> dict[str, Stored]:
 
 
 def read_folder(folder: Path) -> dict[str, Stored]:
-    """All tensors of a Hugging Face folder: the files of its index, or its single file. Pickled weights are refused."""
+    """All tensors of a Hugging Face folder: of the files in its index, or of its single file. Raises UserError, also for pickles."""
     if (folder / INDEX).exists():
         weight_map = read_json(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
@@ -214,7 +214,7 @@ def read_folder(folder: Path) -> dict[str, Stored]:
 
 
 def read_tensor(stored: Stored) -> torch.Tensor:
-    """One tensor, in memory of its own; UserError if the file ends early."""
+    """One tensor, in memory of its own. Raises UserError if the file ends early."""
     buffer = torch.empty(stored.nbytes, dtype=torch.uint8)
     with stored.path.open("rb") as file:
         file.seek(stored.offset)

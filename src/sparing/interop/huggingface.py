@@ -176,7 +176,7 @@ class Checkpoint:
             self.notes.append("the folder has no tokenizer.json: logits work, whatever needs text does not")
 
     def _switch_absent_mtp_off(self) -> None:
-        """transformers announces MTP modules in config.json and leaves them out of the weights."""
+        """Import without MTP where the weights have none: transformers announces MTP modules in config.json even then."""
         first, depth = self.config.num_layers, self.config.mtp_depth
         layers = {int(match[1]) for name in self.stored if (match := LAYER.fullmatch(name))}
         if depth and not any(first <= layer < first + depth for layer in layers):
