@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 import traceback
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from sparing.infer.network import CompiledNetwork, Rows, TorchNetwork, choose_ba
 from sparing.infer.packed_weights import open_packed
 from sparing.infer.request import Busy, Piece, Request, Sampling, TextStream
 from sparing.infer.sample import choose, logprob, propose
-from sparing.infer.scheduler import BlockManager, Scheduler, Span, TokenSequence, TunerBySize
+from sparing.infer.scheduler import BlockManager, Scheduler, Span, SpeedTuner, TokenSequence
 from sparing.kernels.decode import BLOCK
 from sparing.model.transformer import Transformer
 
@@ -102,9 +102,11 @@ class Engine:
         self.approximate = ApproximateTier(approximate, folder, self._network, self.tokenizer) if approximate else None
         self._scheduler = Scheduler(self._manager, self.max_batch, CHUNK[1])
         self._rows_per_s = 0.0  # of steps with a prompt in them
-        self._draft_tuners, self._draft_length = TunerBySize(range(MAX_DRAFT + 1) if self.speculates else [0]), 0
+        draft_lengths = range(MAX_DRAFT + 1) if self.speculates else [0]
+        self._draft_tuners, self._draft_length = defaultdict(lambda: SpeedTuner(draft_lengths)), 0
         self.threads: int = self._network.threads
-        self._thread_tuners = TunerBySize(sorted({self.threads, max(1, self.threads // 2), 1}, reverse=True))
+        thread_counts = sorted({self.threads, max(1, self.threads // 2), 1}, reverse=True)
+        self._thread_tuners = defaultdict(lambda: SpeedTuner(thread_counts))  # both by the bits of a step's size
         ends = (self.tokenizer.token_id(name) for name in END_NAMES)
         self._ends = {self.tokenizer.eot_id, *(i for i in ends if i is not None)}
         self._counts: Counter[str] = Counter()
@@ -216,9 +218,9 @@ class Engine:
     def _step(self, rows: Rows, spans: list[Span]) -> None:
         """Compute a step, sample the next tokens, and draft those after them."""
         start, decoding = time.perf_counter(), [span.seq for span in spans if not span.seq.prefilling]
-        draft_tuner = self._draft_tuners.of(max(1, len(self._scheduler.running)))
+        draft_tuner = self._draft_tuners[max(1, len(self._scheduler.running)).bit_length()]
         drafted = any(seq.draft for seq in decoding)
-        thread_tuner = self._thread_tuners.of(len(rows.tokens))
+        thread_tuner = self._thread_tuners[len(rows.tokens).bit_length()]
         self._network.threads = threads = thread_tuner.pick()
         logits = iter(self._network.forward(rows))
         took = time.perf_counter() - start

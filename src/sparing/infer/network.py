@@ -25,7 +25,6 @@ from sparing.infer.packed_weights import PackedWeights
 from sparing.kernels import decode
 from sparing.kernels.decode import BLOCK, Matrix, address, library
 from sparing.kernels.formats import this_machine, warning
-from sparing.model.experts import MoE
 from sparing.model.rope import rotary_table, rotate, softmax_scale
 from sparing.model.transformer import Transformer
 
@@ -128,8 +127,8 @@ class Rows:
     first: list[int] = field(default_factory=list)
     """First position that each row attends to; empty: 0 for all."""
     shares: dict[int, np.ndarray] = field(default_factory=dict)
-    """Of approximate sequences, by index into `tables`: (layers,) float32, for each layer (MTP's too) the share of a token's gate weight
-    that its experts must carry (`kept_experts`)."""
+    """Of approximate sequences, by index into `tables`: (layers,) float32. In each layer (MTP's too) a token's heaviest experts are
+    computed until they carry this share of its gate weight. `CompiledNetwork` only."""
 
     def add(self, table: list[int], tokens: list[int], start: int, wanted: int, shares: np.ndarray | None = None) -> None:
         """Add `tokens` of a sequence from position `start`; the last `wanted` of them need logits."""
@@ -143,23 +142,10 @@ class Rows:
         self.wanted += range(first + count - wanted, first + count)
 
 
-def kept_experts(weights_NK: Tensor, share_N: Tensor, min_experts: int) -> Tensor:
-    """Gate weights with 0 for skipped experts: a row keeps its heaviest experts until they carry its share of the row's weight, and at
-    least `min_experts`. A share of 1 keeps all."""
-    ranked, order = weights_NK.sort(dim=-1, descending=True, stable=True)
-    carried = ranked.cumsum(-1) - ranked  # by the heavier ones
-    kept = carried < share_N[:, None] * ranked.sum(-1, keepdim=True)
-    kept[:, :min_experts] = True
-    kept[share_N >= 1] = True
-    return weights_NK * torch.zeros_like(weights_NK).scatter_(-1, order, kept.float())
-
-
 class TorchNetwork:
     """`forward` and `draft` in plain PyTorch, on the weights' device. A row's last bits may depend on the other rows of its step."""
 
     threads = 1
-    min_experts = 1
-    """Experts that every token uses in each layer, whatever `Rows.shares` says."""
 
     def __init__(self, model: Transformer, blocks: int):
         self.model, self.c, self.device = model.eval(), model.config, model.head_weight.device
@@ -211,16 +197,8 @@ class TorchNetwork:
         for i in layers:
             layer = self.model.model.layers[i]
             x = x + attention(layer.self_attn, layer.input_layernorm(x), self.cache[i], where, positions, spans)
-            x = x + self._feed_forward(layer.mlp, layer.post_attention_layernorm(x), [rows.shares.get(o) for o in rows.owners], i)
+            x = x + layer.mlp(layer.post_attention_layernorm(x)[None])[0]
         return x
-
-    def _feed_forward(self, m, x_ND: Tensor, shares: list[np.ndarray | None], i: int) -> Tensor:
-        if not isinstance(m, MoE) or all(share is None for share in shares):
-            return m(x_ND[None])[0]
-        routing = m.gate(x_ND)
-        share_N = torch.tensor([1.0 if share is None else float(share[i]) for share in shares], device=self.device)
-        y = m.experts(x_ND, kept_experts(routing.weights_NK, share_N, self.min_experts), routing.experts_NK)
-        return y if m.shared_experts is None else y + m.shared_experts(x_ND)
 
     def _latent(self, m, x_ND: Tensor, cache: Tensor, where, positions: Tensor, spans) -> Tensor:
         c = self.c

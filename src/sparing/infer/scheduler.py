@@ -262,17 +262,3 @@ class SpeedTuner:
         self._interval = min(2 * self._interval, MAX_INTERVAL) if stays else MIN_INTERVAL
         self.best = self.best if stays else fastest
         self._steps = 0
-
-
-class TunerBySize:
-    """A `SpeedTuner` for each power of two of a step's size."""
-
-    def __init__(self, options: Iterable[int]):
-        self.options = list(options)
-        self._by_size: dict[int, SpeedTuner] = {}
-
-    def of(self, size: int) -> SpeedTuner:
-        key = size.bit_length()
-        if key not in self._by_size:
-            self._by_size[key] = SpeedTuner(self.options)
-        return self._by_size[key]

@@ -8,7 +8,7 @@ import json
 import math
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -18,31 +18,34 @@ from sparing.base.config import UserError
 from sparing.infer.engine import Engine
 from sparing.infer.request import Busy, Piece, Sampling
 from sparing.infer.request import Request as EngineRequest
-from sparing.serve.completions import ChatCompletion, TextCompletion
+from sparing.serve.completions import Completion
 from sparing.serve.errors import ApiError, bad
 from sparing.serve.service import Service
 
 
-async def respond(service: Service, request: Request, form: ChatCompletion | TextCompletion) -> Response:
+async def respond(service: Service, request: Request, completion: Completion) -> Response:
     """Answer a request. Raises ApiError before the first byte; a stream sends later errors as an event."""
-    answer = Answer(service, request, form)
-    if form.body.get("stream"):
+    answer = Answer(service, request, completion)
+    if completion.body.get("stream"):
         return EventStream(answer)
-    work = asyncio.ensure_future(answer.whole())
-    gone = asyncio.ensure_future(_gone(request.receive))
+    return await _until_gone(answer, answer.whole(), request.receive) or Response(status_code=499)  # nobody reads it
+
+
+async def _until_gone(answer: Answer, sending: Coroutine, receive: Receive):
+    """Run `sending` until its end or until the client hangs up, then end the answer; -> its result, None if the client hung up."""
+
+    async def gone() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = asyncio.ensure_future(sending), asyncio.ensure_future(gone())
     try:
-        await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
-        return work.result() if work.done() else Response(status_code=499)  # nobody reads it
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return tasks[0].result() if tasks[0].done() else None
     finally:
-        for task in (work, gone):
+        for task in tasks:
             task.cancel()
         answer.end()
-
-
-async def _gone(receive: Receive) -> None:
-    """Wait until the client hangs up."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 class Choices:
@@ -97,11 +100,11 @@ class Choices:
 class Answer:
     """A running answer: its choices, its usage, and its line in the audit log."""
 
-    def __init__(self, service: Service, request: Request, form: ChatCompletion | TextCompletion):
-        self.service, self.form, self.scope = service, form, request.scope
-        self.id, self.created, self._clock = form.prefix + uuid.uuid4().hex[:24], int(time.time()), time.monotonic()
-        self.choices = Choices(service.engine, form.prompts)
-        form.requests = self.choices.requests
+    def __init__(self, service: Service, request: Request, completion: Completion):
+        self.service, self.completion, self.scope = service, completion, request.scope
+        self.id, self.created, self._clock = completion.prefix + uuid.uuid4().hex[:24], int(time.time()), time.monotonic()
+        self.choices = Choices(service.engine, completion.prompts)
+        completion.requests = self.choices.requests
         self._energy_mark: float | None = service.energy.begin()
         self._joules: float | None = None
         self.problem: str | None = None
@@ -116,7 +119,7 @@ class Answer:
                     finish = None if piece else self.choices.requests[index].finish_reason
                     if finish in ("error", "cancelled"):
                         raise ApiError(503 if finish == "cancelled" else 500, "The server stopped this answer.", code=finish)
-                    yield index, self.form.push(index, piece, finish)
+                    yield index, self.completion.push(index, piece, finish)
         except TimeoutError:
             raise ApiError(504, f"The answer took longer than {self.service.settings.answer_s:g} s.", code="timeout") from None
 
@@ -128,14 +131,14 @@ class Answer:
             self.problem = error.code
             raise
         requests = self.choices.requests
-        choices = [self.form.choice(i, request.finish_reason) for i, request in enumerate(requests)]
+        choices = [self.completion.choice(i, request.finish_reason) for i, request in enumerate(requests)]
         headers = {"openai-processing-ms": str(round(1000 * (time.monotonic() - self._clock)))}
-        return JSONResponse(self._frame(self.form.whole_object) | {"choices": choices, "usage": self._usage()}, headers=headers)
+        return JSONResponse(self._frame(self.completion.whole_object) | {"choices": choices, "usage": self._usage()}, headers=headers)
 
     async def events(self) -> AsyncIterator[bytes]:
         """Server-sent events (html.spec.whatwg.org/multipage/server-sent-events.html), ended by [DONE]."""
-        with_usage = (self.form.body.get("stream_options") or {}).get("include_usage", False)
-        frame = self._frame(self.form.chunk_object) | ({"usage": None} if with_usage else {})
+        with_usage = (self.completion.body.get("stream_options") or {}).get("include_usage", False)
+        frame = self._frame(self.completion.chunk_object) | ({"usage": None} if with_usage else {})
         try:
             async for _, chunks in self._pieces():
                 for choice in chunks:
@@ -175,7 +178,7 @@ class Answer:
                 "request": state.get("request_id"),
                 "key": state.get("key"),
                 "client": (self.scope.get("client") or ("", 0))[0],
-                "path": self.form.path,
+                "path": self.completion.path,
                 "model": self.service.name,
                 "choices": len(self.choices.requests),
                 "prompt_tokens": usage["prompt_tokens"],
@@ -185,7 +188,7 @@ class Answer:
                 "joules": self._energy(),
                 "energy": self.service.energy.how,
             },
-            {"prompt": self.form.prompt_text, "answers": self.form.texts},
+            {"prompt": self.completion.prompt_text, "answers": self.completion.texts},
         )
 
 
@@ -202,16 +205,7 @@ class EventStream(Response):
         self.raw_headers = [pair for pair in self.raw_headers if pair[0] != b"content-length"]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        sending = asyncio.ensure_future(self._send(send))
-        gone = asyncio.ensure_future(_gone(receive))
-        try:
-            await asyncio.wait((sending, gone), return_when=asyncio.FIRST_COMPLETED)
-            if sending.done():
-                sending.result()
-        finally:
-            for task in (sending, gone):
-                task.cancel()
-            self.answer.end()
+        await _until_gone(self.answer, self._send(send), receive)
 
     async def _send(self, send: Send) -> None:
         async def within(message: dict) -> None:

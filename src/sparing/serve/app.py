@@ -82,7 +82,7 @@ class Gate:
         if not settings.keys:
             # A web page may make its own host name resolve to 127.0.0.1 (DNS rebinding); the host header shows that name.
             host = re.sub(r":\d*$", "", headers.get("host", "")).strip("[]")
-            if settings.local and host not in LOCAL:
+            if settings.host in LOCAL and host not in LOCAL:
                 raise ApiError(403, f"This server answers to localhost only; for the name {host[:100]!r} it needs --api-key-file.")
         elif scope["path"] not in OPEN and scope["method"] != "OPTIONS":
             scheme, _, given = headers.get("authorization", "").partition(" ")
