@@ -99,8 +99,8 @@ class Ours:
         self.decoding = 0.0
         """Seconds between the first tokens of texts and their last."""
         if expert_share:
-            weights_file = open_packed(RunFolder.open(path), read_config(RunFolder.open(path).config_file).model, weights)
-            self.experts = sum(part.bytes for name, part in weights_file.parts.items() if name.endswith("expert_gate_up"))
+            packed = open_packed(RunFolder.open(path), read_config(RunFolder.open(path).config_file).model, weights)
+            self.experts = sum(part.bytes for name, part in packed.parts.items() if name.endswith("expert_gate_up"))
             self.limit = more["expert_bytes"] = int(self.experts * expert_share)
         self.engine = Engine(path, weights=weights, speculate=speculate, threads=threads, **more)
         self.format = self.engine.weights

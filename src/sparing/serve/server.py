@@ -91,7 +91,7 @@ def serve(run: str, settings: Settings, audit: Audit, started: float | None = No
             keyed = f", {len(settings.keys)} keys" if settings.keys else ""
             if engine.plain and engine.config.mtp_depth:
                 what = "on as you asked, and can change" if engine.speculates else "off, because they could change"
-                say(f"drafts are {what} a text in plain PyTorch ({engine.plain}), whose rows differ in their last bits with their company")
+                say(f"drafts are {what} a text in plain PyTorch ({engine.plain}): a row's last bits depend on the other rows")
             where = (
                 f"{engine.weights} on {engine.device}, {engine.context} tokens of context, drafts {'on' if engine.speculates else 'off'}"
             )
