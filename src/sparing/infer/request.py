@@ -220,6 +220,8 @@ class TextStream:
 
     def _stop_prefix(self) -> int:
         """Characters at the end of `_held` that may begin a stop string."""
+        if not self.stop:
+            return 0
         held = self._held
         sizes = (size for stop in self.stop for size in range(1, min(len(stop), len(held) + 1)) if held.endswith(stop[:size]))
         return max(sizes, default=0)
