@@ -22,9 +22,8 @@ from sparing.budget.units import format_budget, parse_budget, parse_extension
 from sparing.data.chat import template_text
 from sparing.data.sources import documents
 from sparing.evals.bpb import bpb
-from sparing.infer.answers import continued, score, write
 from sparing.infer.engine import Engine
-from sparing.infer.loaded import load
+from sparing.infer.generate import complete, generate_texts, load, score_tokens
 from sparing.infer.request import Sampling
 from sparing.interop.gguf import export_gguf
 from sparing.interop.huggingface import export_hf, import_hf
@@ -118,7 +117,7 @@ def evaluate(
             from sparing.evals.harness import HarnessModel, run_tasks
 
             with Engine(run, weights=weights, speculate=False) as engine:
-                model = HarnessModel(engine.tokenizer, engine.context, partial(score, engine), partial(write, engine))
+                model = HarnessModel(engine.tokenizer, engine.context, partial(score_tokens, engine), partial(generate_texts, engine))
                 result |= {"weights": engine.weights, "rows": run_tasks(model, tasks, limit)}
                 rows = int(engine.metrics()["rows_total"])
                 meter.add(rows, rows * sum(forward_flops(engine.config, engine.context // 2, mtp=False).values()))
@@ -154,7 +153,7 @@ def generate(
     sampling = Sampling(max_tokens, temperature, top_p, top_k, seed=seed)
     with metered("generate", RunFolder.open(run), "generate", started) as meter, Engine(run, weights=weights, max_batch=1) as engine:
         start = time.monotonic()
-        text, tokens = continued(engine, prompt, sampling, stream)
+        text, tokens = complete(engine, prompt, sampling, stream)
         seconds = time.monotonic() - start
         meter.add(tokens, tokens * sum(forward_flops(engine.config, max(1, tokens), mtp=False).values()))
     return {"prompt": prompt, "text": text, "tokens": tokens, "seconds": seconds}

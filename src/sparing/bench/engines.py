@@ -64,16 +64,16 @@ def forecast() -> dict:
 
     assert isinstance(_side, Ours)
     engine = _side.engine
-    made = asdict(predict.forecast(engine.config, engine.pack, _side.limit, engine.threads))
-    return made | {"experts": _side.experts, "cap": engine.pack.bytes - _side.experts + _side.limit + engine.cache_bytes + SLACK}
+    made = asdict(predict.forecast(engine.config, engine.packed_weights, _side.limit, engine.threads))
+    return made | {"experts": _side.experts, "cap": engine.packed_weights.bytes - _side.experts + _side.limit + engine.cache_bytes + SLACK}
 
 
 def measure_cold(prompt: Sequence[int], tokens: int) -> dict:
     """`measure` of one text, experts read from the disk."""
-    from sparing.infer.predict import forget
+    from sparing.infer.predict import drop_cached
 
     assert isinstance(_side, Ours)
-    forget(_side.engine.pack)
+    drop_cached(_side.engine.packed_weights)
     return measure([prompt], tokens)
 
 
@@ -93,14 +93,14 @@ class Ours:
         from sparing.base.config_file import read_config
         from sparing.base.run import RunFolder
         from sparing.infer.engine import Engine
-        from sparing.infer.pack import open_pack
+        from sparing.infer.packed_weights import open_packed
 
         self.temperature = temperature
         self.decoding = 0.0
         """Seconds between the first tokens of texts and their last."""
         if expert_share:
-            pack = open_pack(RunFolder.open(path), read_config(RunFolder.open(path).config_file).model, weights)
-            self.experts = sum(part.bytes for name, part in pack.parts.items() if name.endswith("expert_gate_up"))
+            packed = open_packed(RunFolder.open(path), read_config(RunFolder.open(path).config_file).model, weights)
+            self.experts = sum(part.bytes for name, part in packed.parts.items() if name.endswith("expert_gate_up"))
             self.limit = more["expert_bytes"] = int(self.experts * expert_share)
         self.engine = Engine(path, weights=weights, speculate=speculate, threads=threads, **more)
         self.format = self.engine.weights

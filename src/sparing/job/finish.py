@@ -15,7 +15,7 @@ from sparing.base.messages import say
 from sparing.budget.flops import kv_cache_bytes, parameters
 from sparing.budget.units import format_budget
 from sparing.data.store import TokenStore
-from sparing.infer.loaded import Model
+from sparing.infer.generate import Model
 from sparing.job.begin import Job
 from sparing.model.transformer import Transformer
 from sparing.train.log import TrainResult

@@ -1,4 +1,4 @@
-from sparing.infer.text import TextStream
+from sparing.infer.request import TextStream
 
 
 def stream(tokenizer, text, stop=()):

@@ -1,7 +1,8 @@
-"""Weights as the compiled step reads them: packed into panels, in one file that is mapped into memory.
+"""Weights packed for the compiled network: quantised, in the order its products read them, in one memory-mapped file.
 
-The file is made once per run and format, in the run folder (or under $SPARING_HOME where that is read-only), and made anew when the
-weights change. Layout: 8 bytes of length, a JSON header, then the parts, each on a page of its own. Panels: kernels/decode_products.inc.
+The file is written once per run and format, in the run folder or, if that is read-only, under $SPARING_HOME; and again when the weights
+change. It has the header's length in 8 bytes, a JSON header, then the parts, each from a page boundary. kernels/decode_products.inc
+describes the panels.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ VERSION = 1
 PAGE = 4096
 
 
-def pack(w_NK: Tensor, format: str) -> Tensor:
-    """(N, K) float -> bytes of its panels; N is padded with zeros to 16. K: a multiple of 16 (int4: 32)."""
+def pack_matrix(w_NK: Tensor, format: str) -> Tensor:
+    """(N, K) floats -> (bytes,) uint8 in panels of 16 outputs; N is padded with zeros. K: a multiple of 16 (int4: 32)."""
     w = torch.nn.functional.pad(w_NK.float(), (0, 0, 0, -len(w_NK) % PANEL))
     N, K = w.shape
     if format == "float32":
@@ -52,26 +53,9 @@ def pack(w_NK: Tensor, format: str) -> Tensor:
     return torch.cat((halves.contiguous(), scale.squeeze(-1).transpose(1, 2).contiguous().view(torch.uint8)), -1).flatten()
 
 
-def unpack(data: Tensor, format: str, N: int, K: int) -> Tensor:
-    """The (N, K) float32 matrix that `pack`'s bytes stand for."""
-    panels = -(-N // PANEL)
-    if format == "float32":
-        return data.view(torch.float32).view(panels, K, PANEL).transpose(1, 2).flatten(0, 1)[:N]
-    if format == "bfloat16":
-        return data.view(torch.bfloat16).view(panels, K // 2, PANEL, 2).transpose(1, 2).flatten(0, 1).flatten(1)[:N].float()
-    if format == "int8":
-        q, scale = data[: panels * PANEL * K], data[panels * PANEL * K :].view(torch.float32)
-        return ((q.view(panels, K // 4, PANEL, 4).transpose(1, 2).flatten(0, 1).flatten(1).float() - 128) * scale[:, None])[:N]
-    blocks = data.view(panels, K // GROUP, -1)
-    halves = blocks[..., : 8 * GROUP].reshape(panels, K // GROUP, 4, PANEL, 4)
-    q = torch.stack((halves & 15, halves >> 4), 2).permute(0, 4, 1, 2, 3, 5).flatten(3).float() - 8
-    scale = blocks[..., 8 * GROUP :].contiguous().view(torch.bfloat16).float().transpose(1, 2)
-    return (q * scale[..., None]).flatten(2).flatten(0, 1)[:N]
-
-
 @dataclass
 class Part:
-    """Bytes of the file: a packed matrix (or a stack of `count`, `stride` bytes apart), or `inner` plain numbers (`outputs` 0)."""
+    """A part of the file: a packed matrix, a stack of `count` matrices `stride` bytes apart, or `inner` plain numbers (`outputs` is 0)."""
 
     format: str
     outputs: int
@@ -80,7 +64,7 @@ class Part:
     stride: int
     offset: int = 0
     make: Callable[[], Iterator[Tensor]] | None = None
-    """For a file to be written; None: the part lies inside the one before it."""
+    """Yields the bytes to write; None: the part lies inside the one before it, or the file exists."""
 
     @property
     def bytes(self) -> int:
@@ -96,7 +80,7 @@ def _bytes(format: str, N: int, K: int) -> int:
 
 
 class _Writer:
-    """The parts of a model, and where they come from."""
+    """Lists a model's parts and how to make them. get: a weight by name."""
 
     def __init__(self, c: ModelConfig, format: str, get: Callable[[str], Tensor]):
         self.format, self.get, self.shapes = format, get, shapes(c)
@@ -108,26 +92,27 @@ class _Writer:
             self.layer(layer)
 
     def numbers(self, name: str, source: str, format: str = "float32") -> None:
-        """A tensor as it is."""
+        """A tensor that is not packed."""
         dtype = getattr(torch, format)
         make = lambda: iter([self.get(source).to(dtype).contiguous().flatten().view(torch.uint8)])  # noqa: E731
         self.parts[name] = Part(format, 0, math.prod(self.shapes[source]), 1, 0, make=make)
 
     def matrix(self, name: str, sources: list[str], fine: bool = False, format: str | None = None) -> None:
-        """Matrices of the same input one below the other. `fine`: int4 would cost more than it saves."""
+        """Matrices with the same input, stacked along their outputs. fine: int8 instead of int4, which would cost more than it saves."""
         rows, columns = sum(self.shapes[source][0] for source in sources), self.shapes[sources[0]][1]
         format = format or self.format
         format = "int8" if format == "int4" and (fine or columns % GROUP) else format
 
         def make() -> Iterator[Tensor]:
             whole = self.get(sources[0]) if len(sources) == 1 else torch.cat([self.get(source) for source in sources])
-            yield pack(whole, format)
+            yield pack_matrix(whole, format)
 
         self.parts[name] = Part(format, rows, columns, 1, 0, make=make)
 
     def heads(self, name: str, count: int, get: Callable[[], Tensor], shape: tuple[int, int]) -> None:
+        """A matrix for each head."""
         format = "int8" if self.format == "int4" else self.format
-        self.parts[name] = Part(format, *shape, count, _bytes(format, *shape), make=lambda: (pack(w, format) for w in get()))
+        self.parts[name] = Part(format, *shape, count, _bytes(format, *shape), make=lambda: (pack_matrix(w, format) for w in get()))
 
     def layer(self, layer: Layer) -> None:
         i, at, attention = layer.index, f"model.layers.{layer.index}.", layer.attention
@@ -159,7 +144,7 @@ class _Writer:
             self.matrix(f"{i}.join", [at + "eh_proj.weight"])
 
     def experts(self, i: int, at: str) -> None:
-        """Expert after expert, whole pages each: both its matrices."""
+        """Both matrices of each expert together, in whole pages, so that experts can be read from disk one by one."""
         (count, *up), (_, *down) = (self.shapes[at + name] for name in ("gate_up_proj", "down_proj"))
         formats = ["int8" if self.format == "int4" and shape[1] % GROUP else self.format for shape in (up, down)]
         sizes = [-(-_bytes(f, *shape) // 64) * 64 for f, shape in zip(formats, (up, down), strict=True)]
@@ -169,7 +154,7 @@ class _Writer:
             for up, down in zip(self.get(at + "gate_up_proj"), self.get(at + "down_proj"), strict=True):
                 whole = torch.zeros(stride, dtype=torch.uint8)
                 for start, w, f in ((0, up, formats[0]), (sizes[0], down, formats[1])):
-                    data = pack(w, f)
+                    data = pack_matrix(w, f)
                     whole[start : start + len(data)] = data
                 yield whole
 
@@ -177,15 +162,15 @@ class _Writer:
         self.parts[f"{i}.expert_down"] = Part(formats[1], *down, count, stride, offset=sizes[0])
 
 
-class Pack:
-    """A packed model, mapped into memory. `at(name)`: address of a part; `parts`: what they are."""
+class PackedWeights:
+    """A file of packed weights, mapped into memory."""
 
     def __init__(self, path: Path):
         with open(path, "rb") as file:
             header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
             self.bytes = os.fstat(file.fileno()).st_size
-            self.file = os.dup(file.fileno())  # for reading parts past the mapping
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # torch wants to be able to write; nobody does
+            self.file = os.dup(file.fileno())  # reads experts without mapping them
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # torch asks for a writable map
         self.source = header["source"]
         self.parts = {name: Part(**part) for name, part in header["parts"].items()}
         self.data = torch.frombuffer(self._map, dtype=torch.uint8)
@@ -194,18 +179,12 @@ class Pack:
         if hasattr(self, "file"):
             os.close(self.file)
 
-    def at(self, name: str) -> int:
+    def address(self, name: str) -> int:
         return self.data.data_ptr() + self.parts[name].offset
-
-    def matrix(self, name: str, index: int = 0) -> Tensor:
-        """The float32 matrix that a part stands for: for comparisons."""
-        part = self.parts[name]
-        start = part.offset + index * part.stride
-        return unpack(self.data[start : start + _bytes(part.format, part.outputs, part.inner)], part.format, part.outputs, part.inner)
 
 
 def fingerprint(weights: Path) -> str:
-    """Of the file's size and of 64 samples of 4 KiB: the same after copying, another after training."""
+    """Hash of the file's size and of 64 samples of 4 KiB: the same after copying, another after training."""
     size, digest = weights.stat().st_size, hashlib.blake2b(digest_size=16)
     digest.update(size.to_bytes(8, "little"))
     with open(weights, "rb") as file:
@@ -215,34 +194,35 @@ def fingerprint(weights: Path) -> str:
     return digest.hexdigest()
 
 
-def places(run: RunFolder, source: str, name: str) -> tuple[Path, Path]:
-    """Where what is derived from weights lies: in the run folder, and where that is read-only."""
+def derived_paths(run: RunFolder, source: str, name: str) -> tuple[Path, Path]:
+    """Where a file derived from weights may be: in the run folder, or under $SPARING_HOME if that is read-only."""
     return run.path / "packed" / name, home() / "packed" / source.split()[1] / name
 
 
-def open_pack(run: RunFolder, c: ModelConfig, format: str) -> Pack:
-    """The run's weights in a format, packed first where they are not. Raises UserError for weights that are missing or damaged."""
+def open_packed(run: RunFolder, c: ModelConfig, format: str) -> PackedWeights:
+    """The run's weights in a format, packed first if need be. Raises UserError for weights that are missing or damaged."""
     if not run.weights_file.exists():
         raise UserError(f"{run} has no usable weights: {run.weights_file} is missing")
     source = f"{VERSION} {fingerprint(run.weights_file)}"
-    inside, outside = places(run, source, f"{format}.bin")
-    for path in (inside, outside):
+    paths = derived_paths(run, source, f"{format}.bin")
+    for path in paths:
         try:
-            found = Pack(path)
+            packed = PackedWeights(path)
         except (OSError, ValueError, KeyError, TypeError, struct.error):
             continue
-        if found.source == source:
-            return found
-    for path in (inside, outside):
+        if packed.source == source:
+            return packed
+    for path in paths:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             _write(path, run, c, format, source)
-            return Pack(path)
+            return PackedWeights(path)
         except DiskFullError:
             raise
         except OSError as error:  # read-only
             problem = error
-    raise UserError(f"no place for the packed weights: neither {inside.parent} nor {outside.parent} can be written ({problem.strerror})")
+    folders = f"neither {paths[0].parent} nor {paths[1].parent} can be written"
+    raise UserError(f"no place for the packed weights: {folders} ({problem.strerror})")
 
 
 def _write(path: Path, run: RunFolder, c: ModelConfig, format: str, source: str) -> None:
