@@ -32,8 +32,8 @@ from sparing.job.learn import EVAL_TOKENS, learn
 from sparing.kernels import native
 from sparing.model.transformer import Transformer
 from sparing.planning.plan import plan as plan
-from sparing.train.clock import Clock
-from sparing.train.extend import rewind
+from sparing.train.checkpoint import rewind
+from sparing.train.pace import Clock
 from sparing.train.replicas import Replicas
 
 # train and resume

@@ -48,7 +48,7 @@ def test_parameters_of_the_module(name, mtp):
 @pytest.mark.parametrize("name", ["mla", "dense", "gqa", "no q compression"])
 def test_forward_flops_agree_with_torch(name, monkeypatch):
     """Torch counts whole score squares of a row block; we count causally: the difference is taken out by hand."""
-    monkeypatch.setattr("sparing.kernels.experts.ROWS", 1)  # no filler rows: they are work, but not the model's
+    monkeypatch.setattr("sparing.kernels.feed_forward.ROWS", 1)  # no filler rows: they are work, but not the model's
     config = replace(SHAPES[name], num_experts_per_tok=2)
     model = Transformer(config)
     init_weights(model, 0)

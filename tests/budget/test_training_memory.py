@@ -9,19 +9,18 @@ from tests.losses import loss_of
 from tests.model.shapes import SHAPES
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import sparing.model.block as block_module
+import sparing.model.transformer as block_module
 import sparing.precision.activations as activations_module
 from sparing.base.config import Config, ModelConfig, OptimConfig, PrecisionConfig, TrainConfig
 from sparing.base.layers import layers
 from sparing.budget.memory import activations, optimizer_bytes, path_of, saved_per_token, serving_memory, training_memory, weight_bytes
 from sparing.kernels import native, products
-from sparing.kernels.cross_entropy import linear_cross_entropy
 from sparing.kernels.norm import recomputed
 from sparing.kernels.sizes import EXPERT_ROWS, HEAD_TOKENS, MOMENT_BLOCK
-from sparing.model.block import Block
+from sparing.kernels.vocabulary import linear_cross_entropy
 from sparing.model.init import init_weights
 from sparing.model.rope import rotary_table
-from sparing.model.transformer import Transformer
+from sparing.model.transformer import Block, Transformer
 from sparing.precision.moments import Average
 from sparing.resolve import LADDER, shaped
 from sparing.train.optim import Optimizer, keep_as

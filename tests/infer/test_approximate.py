@@ -22,8 +22,8 @@ from sparing.infer.network import CompiledNetwork, Rows
 from sparing.infer.packed_weights import open_packed
 from sparing.infer.request import Sampling
 from sparing.kernels.decode import library
+from sparing.model.experts import update_biases
 from sparing.model.init import init_weights
-from sparing.model.router import update_biases
 from sparing.model.transformer import Transformer
 
 pytestmark = pytest.mark.skipif(library() is None, reason="there is no C compiler")

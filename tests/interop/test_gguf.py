@@ -68,16 +68,15 @@ def written(random_model, tokenizer, tmp_path):
 @torch.no_grad()
 def greedy(model: Transformer, prompt: list[int], count: int) -> tuple[list[int], list[float], float]:
     """-> (tokens, their log-probabilities, the smallest distance between first and second best), without what ends texts (`llama_cpp`)."""
-    cache, unread, made, logprobs, margin = model.new_cache(), prompt, [], [], float("inf")
+    made, logprobs, margin = [], [], float("inf")
     model.eval()
     for _ in range(count):
-        z = model(torch.tensor([unread]), cache=cache)[0, -1]
+        z = model(torch.tensor([prompt + made]))[0, -1]
         allowed = z.index_fill(0, torch.tensor([0, 4]), -torch.inf)
         best = (allowed - z.logsumexp(-1)).topk(2)
         made.append(int(best.indices[0]))
         logprobs.append(float(best.values[0]))
         margin = min(margin, float(best.values[0] - best.values[1]))
-        unread = made[-1:]
     return made, logprobs, margin
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparing.kernels import int8
-from sparing.precision import products as plain
+from sparing.precision import eight_bit as plain
 from sparing.precision.formats import E4M3, E5M6
 from sparing.precision.quantise import dequantise, quantise
 
@@ -31,15 +31,15 @@ def test_products(M, N, K, block, wide):
     found = torch.zeros(2, dtype=torch.int64)
     weight = random(generator, N, K).to(torch.float32 if wide else torch.bfloat16)
     a, g = random(generator, M, K), random(generator, M, N)
-    want = plain.int8_product(a, weight, block)
+    want = plain.int8_product(a, weight, block, torch.zeros(2, dtype=torch.int64))
     got = int8.nt(a, weight, block, found)
     assert torch.equal(got, want.bfloat16()) or relative(got, want) < 3e-3
     base = random(generator, M, N)
     out = torch.zeros(M, N + 3, dtype=torch.bfloat16)
     int8.nt(a, weight, block, found, out=out[:, 1 : N + 1], base=base)
     assert relative(out[:, 1 : N + 1], want + base) < 3e-3 and not out[:, 0].any() and not out[:, N + 1 :].any()
-    assert relative(int8.nn(g, weight, block, found), plain.int8_product(g, weight.t(), block)) < 3e-3
-    grad, want = int8.tn(g, a, block, found), plain.int8_product(g.t(), a.t(), block)
+    assert relative(int8.nn(g, weight, block, found), plain.int8_product(g, weight.t(), block, torch.zeros(2, dtype=torch.int64))) < 3e-3
+    grad, want = int8.tn(g, a, block, found), plain.int8_product(g.t(), a.t(), block, torch.zeros(2, dtype=torch.int64))
     assert torch.equal(grad, want) or (block and relative(grad, want) < 1e-6)  # float32 out: nothing hides but the blocks' order
     assert torch.equal(int8.tn(g, a, block, found, torch.bfloat16), grad.bfloat16())
     assert found.tolist() == [0, 0]
@@ -58,9 +58,9 @@ def test_groups(block):
     assert not grad[1].any()
     assert torch.equal(int8.grouped_tn(g, a, ends, block, found, torch.bfloat16), grad.bfloat16())
     for e, rows in [(0, slice(0, 5)), (2, slice(5, 40)), (3, slice(40, 41))]:
-        assert relative(y[rows], plain.int8_product(a[rows], weight[e], block)) < 3e-3
-        assert relative(back[rows], plain.int8_product(g[rows], weight[e].t(), block)) < 3e-3
-        assert relative(grad[e], plain.int8_product(g[rows].t(), a[rows].t(), block)) < 1e-6
+        assert relative(y[rows], plain.int8_product(a[rows], weight[e], block, torch.zeros(2, dtype=torch.int64))) < 3e-3
+        assert relative(back[rows], plain.int8_product(g[rows], weight[e].t(), block, torch.zeros(2, dtype=torch.int64))) < 3e-3
+        assert relative(grad[e], plain.int8_product(g[rows].t(), a[rows].t(), block, torch.zeros(2, dtype=torch.int64))) < 1e-6
 
 
 def test_long_sums_do_not_overflow():

@@ -5,11 +5,10 @@ import torch
 
 from sparing.kernels import native
 from sparing.kernels.attention import DocumentMask, attention_reference, causal_attention
-from sparing.kernels.cross_entropy import IGNORE, linear_cross_entropy, linear_cross_entropy_reference, token_nll
-from sparing.kernels.experts import mixture, mixture_reference, swiglu, swiglu_reference
+from sparing.kernels.feed_forward import mixture, mixture_reference, swiglu, swiglu_reference
 from sparing.kernels.norm import rms_norm, rms_norm_reference
-from sparing.kernels.operands import Weight
-from sparing.kernels.products import Plain
+from sparing.kernels.products import Plain, Weight
+from sparing.kernels.vocabulary import IGNORE, linear_cross_entropy, linear_cross_entropy_reference, token_nll
 
 
 @pytest.fixture(autouse=True, params=["compiled", "plain"])

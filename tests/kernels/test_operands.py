@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from sparing.kernels import native, operands, products
-from sparing.kernels.operands import Frozen, LowRank, Operand, Weight
+from sparing.kernels import native, products
+from sparing.kernels.products import Frozen, LowRank, Operand, Weight
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
@@ -65,7 +64,7 @@ def reference_gradients(operand: Operand, product) -> list[torch.Tensor | None]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_products_of_a_matrix(kind, dtype, path, monkeypatch):
-    monkeypatch.setattr(operands, "PIECE", 1 << 16)
+    monkeypatch.setattr(products, "PIECE", 1 << 16)
     operand = make(kind, 700, 900)  # in several pieces
     generator = torch.Generator().manual_seed(1)
     x, grad, base, base_x = (torch.randn(50, size, generator=generator).to(dtype) for size in (900, 700, 700, 900))
@@ -90,8 +89,7 @@ def test_products_of_experts(kind, dtype, path):
     operand = make(kind, 4, 24, 32)
     ends = torch.tensor([10, 10, 31, 40])  # the second has no rows
     generator = torch.Generator().manual_seed(1)
-    x, grad, h = (torch.randn(40, size, generator=generator).to(dtype) for size in (32, 24, 64))
-    gates = torch.rand(40, 1, generator=generator).to(dtype)
+    x, grad = (torch.randn(40, size, generator=generator).to(dtype) for size in (32, 24))
 
     def product(w: torch.Tensor, rows: torch.Tensor, transposed: bool = True) -> torch.Tensor:
         parts = rows.double().tensor_split(ends[:-1].tolist())
@@ -101,8 +99,6 @@ def test_products_of_experts(kind, dtype, path):
         w, mine = operand.whole(torch.float64), operand.cast(dtype)
         assert close(operand.grouped_nt(x, ends), product(w, x), dtype) and close(mine.grouped_nt(x, ends), product(w, x), dtype)
         assert close(operand.grouped_nn(grad, ends), product(w, grad, False), dtype)
-        gate, up = h.double().chunk(2, -1)
-        assert close(operand.swiglu_grouped_nt(h, gates, ends), product(w, F.silu(gate) * up * gates.double()), dtype)
         found = operand.grouped_tn(grad, x, ends)
     expected = reference_gradients(operand, lambda w: product(w, x) * grad.double())
     assert len(found) == len(operand.tensors)

@@ -9,8 +9,8 @@ import torch
 from tests.losses import loss_of
 from tests.model.shapes import TINY
 
-from sparing.kernels import native, pool
-from sparing.kernels.pool import held, new, new_like, trim
+from sparing.kernels import native
+from sparing.kernels.native import held, new, new_like, trim
 from sparing.model.init import init_weights
 from sparing.model.transformer import Transformer
 
@@ -21,7 +21,7 @@ LIKE = torch.empty(0, dtype=torch.bfloat16)
 @pytest.fixture
 def opened(monkeypatch):
     """-> `held` without the tensors of other tests."""
-    monkeypatch.setattr(pool, "_open", True)
+    monkeypatch.setattr(native, "_open", True)
     gc.collect()
     trim()
     others = held()[0]
@@ -91,10 +91,10 @@ def test_threads_share_it(opened):
 
 
 def test_no_number_changes(opened, monkeypatch):
-    monkeypatch.setattr(pool, "LEAST", 1)
+    monkeypatch.setattr(native, "POOLED_BYTES", 1)
 
     def gradients(wanted: bool) -> list[torch.Tensor]:
-        monkeypatch.setattr(pool, "_open", wanted)
+        monkeypatch.setattr(native, "_open", wanted)
         model = Transformer(TINY)
         init_weights(model, 0)
         model.compute_dtype = torch.bfloat16
@@ -113,5 +113,5 @@ def test_no_number_changes(opened, monkeypatch):
         assert opened()[2] > 0
     finally:
         torch.set_num_threads(threads)
-        monkeypatch.setattr(pool, "_open", True)
+        monkeypatch.setattr(native, "_open", True)
     assert len(plain) == len(pooled) > 0 and all(map(torch.equal, plain, pooled))

@@ -9,8 +9,8 @@ from tests.model.shapes import TINY
 
 from sparing.base.config import YarnConfig
 from sparing.kernels import native, products
+from sparing.model.experts import routers, update_biases
 from sparing.model.init import init_weights
-from sparing.model.router import routers, update_biases
 from sparing.model.transformer import Transformer
 
 pytestmark = pytest.mark.usefixtures("one_thread")

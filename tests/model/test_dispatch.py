@@ -11,7 +11,7 @@ from tests.model.test_frozen import filled
 
 from sparing.base.layers import layers
 from sparing.kernels import native
-from sparing.kernels.experts import LOCAL, Dispatched
+from sparing.kernels.feed_forward import LOCAL, Dispatched
 from sparing.model.experts import Experts
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -77,8 +77,8 @@ def test_no_gradient_is_computed_for_what_is_frozen(monkeypatch):
     model = filled(SHAPES["mixture"])
     made = []
     for name in ("tn", "grouped_tn"):
-        function = getattr(products, name)
-        monkeypatch.setattr(products, name, lambda *a, f=function, n=name, **o: made.append(n) or f(*a, **o))
+        function = getattr(products.FLOATS, name)
+        monkeypatch.setattr(products.FLOATS, name, lambda *a, f=function, n=name, **o: made.append(n) or f(*a, **o))
     gradients(model)
     assert "tn" in made and "grouped_tn" in made
     made.clear()

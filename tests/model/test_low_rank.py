@@ -16,7 +16,7 @@ from sparing.model.experts import Experts
 from sparing.model.linear import Adaptable, Linear
 from sparing.model.transformer import Transformer
 from sparing.precision.activations import kept_in_int8
-from sparing.precision.linear import install
+from sparing.precision.eight_bit import install
 from sparing.train.objective import NextToken
 from sparing.train.optim import FACTORS, Optimizer, group_of
 from sparing.train.replicas import Replicas

@@ -12,7 +12,7 @@ from tests.losses import loss_of
 
 from sparing.base.config import ModelConfig, YarnConfig
 from sparing.interop.huggingface import export_hf, import_hf
-from sparing.model.router import Router, Routing, routers
+from sparing.model.experts import Router, Routing, routers
 from sparing.model.transformer import Transformer
 
 transformers = pytest.importorskip("transformers")

@@ -8,8 +8,8 @@ from tests.losses import loss_of
 from tests.model.shapes import TINY
 
 from sparing.base.config import ModelConfig
+from sparing.model.experts import Router, routers, sequence_balance_loss, update_biases
 from sparing.model.init import init_weights
-from sparing.model.router import Router, routers, sequence_balance_loss, update_biases
 from sparing.model.transformer import Transformer
 
 

@@ -12,7 +12,7 @@ from sparing.base.hardware import machine
 from sparing.kernels import int8
 from sparing.model.init import init_weights
 from sparing.model.transformer import Transformer
-from sparing.precision.linear import install
+from sparing.precision.eight_bit import install
 from sparing.train import calibrate
 
 

@@ -10,7 +10,7 @@ from tests.model.shapes import SHAPES, TINY
 from sparing.kernels import int8, native
 from sparing.model.init import init_weights
 from sparing.model.transformer import Transformer
-from sparing.precision.linear import DIRECTIONS, SIXTEEN, install
+from sparing.precision.eight_bit import DIRECTIONS, SIXTEEN, install
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -13,7 +13,7 @@ from sparing.base.files import read_lines
 from sparing.base.run import RunFolder
 from sparing.model.init import init_weights
 from sparing.model.transformer import Transformer
-from sparing.precision.linear import COARSE, FINE, SIXTEEN, EightBit
+from sparing.precision.eight_bit import COARSE, FINE, SIXTEEN, EightBit
 from sparing.precision.policy import PENALTY, Policy
 
 CONFIG = PrecisionConfig(linear="int8", error_budget=0.1, measure_every=10)

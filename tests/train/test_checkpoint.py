@@ -19,8 +19,8 @@ from sparing.base.files import read_lines
 from sparing.base.run import RunFolder, verify_folder
 from sparing.model.init import init_weights
 from sparing.model.transformer import Transformer
-from sparing.train.extend import rewind
-from sparing.train.schedule import decay_start
+from sparing.train.checkpoint import rewind
+from sparing.train.optim import decay_start
 
 
 def fresh(chosen) -> Transformer:

@@ -6,7 +6,7 @@ import time
 import pytest
 from tiny import new_run
 
-from sparing.train.clock import Clock
+from sparing.train.pace import Clock
 
 
 def test_attempts_add_up_and_one_attempt_counts_once(tmp_path):

@@ -9,7 +9,7 @@ from tests.model.shapes import TINY
 
 from sparing.data.loader import Batch
 from sparing.kernels import native
-from sparing.kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from sparing.kernels.vocabulary import linear_cross_entropy, linear_cross_entropy_reference
 from sparing.model.init import init_weights
 from sparing.model.transformer import Transformer
 from sparing.train.objective import NextToken, weight_of

@@ -10,10 +10,10 @@ from tiny import MODEL, Counting, config, steps
 from sparing.base.config import Config, OptimConfig, PrecisionConfig
 from sparing.base.files import DamagedError
 from sparing.kernels import native
+from sparing.kernels.products import orthogonalise
 from sparing.model.init import init_weights
 from sparing.model.transformer import Transformer
-from sparing.train.muon import Muon, orthogonalise
-from sparing.train.optim import Optimizer, group_of, keep_as
+from sparing.train.optim import Muon, Optimizer, group_of, keep_as
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_muon_equals_torch(shape, dtype, tolerance):
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(shape, generator=generator)
     ours, theirs = (torch.nn.Parameter(weight.clone()) for _ in range(2))
-    muon = Muon({"w": ours}, dtype=dtype)
+    muon = Muon({"w": ours}, steps=5, weight_decay=0.0, dtype=dtype)
     reference = torch.optim.Muon([theirs], lr=0.02, momentum=0.9, weight_decay=0.0)
     for _ in range(4):
         grad = torch.randn(shape, generator=generator)
@@ -72,7 +72,10 @@ def test_each_expert_is_its_own_matrix():
         f"{half}{e}": torch.nn.Parameter(fused[e, i * F : (i + 1) * F].clone()) for e in range(E) for i, half in enumerate(("gate", "up"))
     }
     alone |= {f"down{e}": torch.nn.Parameter(down[e].clone()) for e in range(E)}
-    together, separate = Muon(batched, weight_decay=0.1, dtype=torch.float32), Muon(alone, weight_decay=0.1, dtype=torch.float32)
+    together, separate = (
+        Muon(batched, steps=5, weight_decay=0.1, dtype=torch.float32),
+        Muon(alone, steps=5, weight_decay=0.1, dtype=torch.float32),
+    )
     for _ in range(3):
         grads = {name: torch.randn(p.shape, generator=generator) for name, p in batched.items()}
         for name, p in batched.items():
@@ -98,7 +101,7 @@ def test_scale_and_cautious_decay():
     plain, decayed = weight.detach().clone().requires_grad_(), weight.detach().clone().requires_grad_()
     for parameter, decay in ((plain, 0.0), (decayed, 0.5)):
         parameter.grad = grad.clone()
-        Muon({"w": parameter}, weight_decay=decay, dtype=torch.float32).step(0.1, 0.9)
+        Muon({"w": parameter}, steps=5, weight_decay=decay, dtype=torch.float32).step(0.1, 0.9)
     step = weight.detach() - plain.detach()
     assert torch.linalg.svdvals(step) == pytest.approx(torch.full((16,), 0.1 * 2.0), rel=0.35)  # sqrt(64/16) = 2
     shrinks = step * weight.detach() > 0
@@ -213,7 +216,7 @@ def test_compiled_muon_is_the_batched_one(decay):
             "experts.down_proj": (3, 48, 16),
         }
         parameters = {name: torch.nn.Parameter(torch.randn(shape)) for name, shape in shapes.items()}
-        muon = Muon(parameters, weight_decay=decay)
+        muon = Muon(parameters, steps=5, weight_decay=decay)
         with native.path("compiled" if compiled else "plain"):
             for _ in range(3):
                 for p in parameters.values():

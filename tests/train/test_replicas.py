@@ -7,8 +7,8 @@ import torch
 from tests.model.shapes import TINY
 
 from sparing.data.loader import Batch
+from sparing.model.experts import routers, update_biases
 from sparing.model.init import init_weights
-from sparing.model.router import routers, update_biases
 from sparing.model.transformer import Transformer
 from sparing.train.objective import NextToken
 from sparing.train.replicas import Replicas

@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from sparing.base.config import OptimConfig
-from sparing.train.schedule import decay_start, lr_scale, momentum
+from sparing.train.optim import decay_start, lr_scale, momentum
 
 OPTIM = OptimConfig(warmup=0.1, decay=0.4, final_lr=0.05)
 

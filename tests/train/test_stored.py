@@ -12,7 +12,7 @@ from sparing.base.config import Config, OptimConfig, PrecisionConfig, TrainConfi
 from sparing.base.config_limits import checked
 from sparing.base.files import DamagedError, read_lines
 from sparing.kernels import native
-from sparing.kernels.embedding import embedding
+from sparing.kernels.vocabulary import embedding
 from sparing.model.init import init_weights
 from sparing.model.transformer import Transformer
 from sparing.precision.compensation import join

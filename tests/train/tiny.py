@@ -24,8 +24,8 @@ from sparing.data.store import TokenStore  # noqa: E402
 from sparing.evals.bpb import bpb  # noqa: E402
 from sparing.model.init import init_weights  # noqa: E402
 from sparing.model.transformer import Transformer  # noqa: E402
-from sparing.train.clock import Clock  # noqa: E402
 from sparing.train.objective import NextToken  # noqa: E402
+from sparing.train.pace import Clock  # noqa: E402
 from sparing.train.trainer import Session, Trainer  # noqa: E402
 
 MODEL = ModelConfig(

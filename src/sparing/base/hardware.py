@@ -169,6 +169,15 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def cpu_flags() -> frozenset[str]:
+    """The instruction sets that Linux says the processor has, as "avx512_bf16"; empty on other systems."""
+    for line in _read("/proc/cpuinfo").splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() in ("flags", "Features"):
+            return frozenset(value.split())
+    return frozenset()
+
+
 def home() -> Path:
     """$SPARING_HOME, by default ~/.local/share/sparing: calibrations, fitted laws, the workspace ledger."""
     return Path(os.environ.get("SPARING_HOME") or Path.home() / ".local" / "share" / "sparing").expanduser()

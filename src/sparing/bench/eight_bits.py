@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from sparing.base.config import PrecisionConfig
 from sparing.kernels.formats import this_machine, warning
-from sparing.precision.linear import fastest_kind, speed_note
+from sparing.precision.eight_bit import fastest_kind, speed_note
 
 SMALL = PrecisionConfig(weights="bfloat16", moments="int8", activations="int8")
 

@@ -30,10 +30,11 @@ MIB = 2.0**20
 def measure(config: dict, steps: int, pages: bool = False) -> dict:
     """Resident bytes of whole optimizer steps on random tokens in this process, over what was resident after importing (`imported`, of
     which `compiler` is what torch's AdamW imports): the `peak`, and how much was there `built`, at the end of the last backward pass and
-    after its update. pages: see `precision.allocator`."""
+    after its update. pages: see `native.give_back`."""
     import torch
 
-    from sparing.precision.allocator import give_back
+    from sparing.budget.memory import gives_back
+    from sparing.kernels.native import give_back
     from sparing.train.practice import LR_SCALE, MOMENTUM, trainer_of
 
     before = resident_bytes("VmRSS")
@@ -41,7 +42,7 @@ def measure(config: dict, steps: int, pages: bool = False) -> dict:
     chosen = build(Config, config)
     imported = resident_bytes("VmRSS")
     found = {"compiler": imported - before}
-    if pages:
+    if pages or gives_back(chosen.precision):
         give_back()
     trainer = trainer_of(chosen)
     found["built"] = resident_bytes("VmRSS") - imported
@@ -63,7 +64,7 @@ def precision_memory(
     Both sides compute in what training multiplies in on this machine: the question is what few bits save of the memory that training takes
     here. In float32 activations stay full on our side too: only 16-bit ones are kept in int8. linear: arithmetic of our side (none, int8,
     fp8); default: int8 where the processor has it, else none. The full side runs twice: as it is by default, and with our side's pages
-    (`precision.allocator`). recompute: every layer's activations, on both sides; without it ours makes norms again, which is below 0.1 %
+    (`kernels.native.give_back`). recompute: every layer's activations, on both sides; without it ours makes norms again, which is below 0.1 %
     of the FLOPs. limit: of all that in time.
     """
     lines, until, dtype = [], Limit.of(limit), this_machine().training_dtype("cpu")

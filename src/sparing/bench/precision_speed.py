@@ -15,7 +15,7 @@ from sparing.bench.limit import LIMIT, Limit, Rounds
 from sparing.bench.report import row, say
 from sparing.bench.worker import Worker
 from sparing.kernels.formats import this_machine
-from sparing.precision.linear import speed_note
+from sparing.precision.eight_bit import speed_note
 
 REQUIRED = {"cpu": {512: 1.15, 1024: 1.15}, "cuda": {2048: 1.15, 4096: 1.3}}
 """8 bits against 16, by width."""
@@ -147,8 +147,8 @@ def products_alone(width: int, kind: str, dtype: str, rounds: int) -> dict[str, 
     import torch
 
     from sparing.kernels import native, products
-    from sparing.precision import products as eight
-    from sparing.precision.products import SCHEMES
+    from sparing.precision import eight_bit as eight
+    from sparing.precision.eight_bit import SCHEMES
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     threads = torch.get_num_threads()

@@ -1,7 +1,7 @@
 """Bytes that training needs, by part, from the configuration alone: what the code of `model/` and `kernels/` keeps, part by part.
 
 Weights, gradients and moments are float32, activations the compute type, unless `[precision]` keeps them in fewer bits. Gradients appear
-while activations go, but in pieces of other sizes: the allocator holds part of both, or little (`precision/allocator.py`).
+while activations go, but in pieces of other sizes: the allocator holds part of both, or little (`kernels/native.py`).
 N tokens of a micro-batch, D hidden size, H heads, K and V their widths, E experts, F their width, S rows that reach experts.
 """
 
@@ -207,7 +207,7 @@ def training_memory(config: Config, measured: bool = False, path: Path | None = 
 
 
 def gives_back(p: PrecisionConfig) -> bool:
-    """Whether training in this precision gives the memory of dead tensors back to the system (`precision/allocator.py`)."""
+    """Whether training in this precision gives the memory of dead tensors back to the system (`kernels/native.py`)."""
     return (p.weights, p.moments, p.activations) != (FULL.weights, FULL.moments, FULL.activations)
 
 

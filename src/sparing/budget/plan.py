@@ -25,6 +25,7 @@ CALIBRATION = (0.02, 10.0)
 CALIBRATION_STEPS = 10
 """It takes at least about as long as this many steps."""
 AIM = 0.99
+"""Share of a time budget that plans, and the run itself, aim at: misses are more often late than early."""
 FEWEST_STEPS = 20
 WATTS_SPREAD = 0.4
 """Power is a model of the processor, not a measurement."""

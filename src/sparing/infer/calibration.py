@@ -27,7 +27,7 @@ from sparing.base.run import RunFolder
 from sparing.data.tokenizer import Tokenizer
 from sparing.infer.network import CompiledNetwork, Rows
 from sparing.infer.packed_weights import derived_paths
-from sparing.kernels.decode import BLOCK
+from sparing.kernels.sizes import CACHE_BLOCK as BLOCK
 
 TOKENS, FEWEST, WINDOW, PIECE = 32_768, 4_096, 512, 256
 """Most and fewest tokens to calibrate on, tokens of a window, rows of a step."""

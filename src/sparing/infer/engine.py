@@ -25,7 +25,7 @@ from sparing.infer.packed_weights import open_packed
 from sparing.infer.request import Busy, Piece, Request, Sampling, TextStream
 from sparing.infer.sample import choose, logprob, propose
 from sparing.infer.scheduler import BlockManager, Scheduler, Span, SpeedTuner, TokenSequence
-from sparing.kernels.decode import BLOCK
+from sparing.kernels.sizes import CACHE_BLOCK as BLOCK
 from sparing.model.transformer import Transformer
 
 MAX_DRAFT = 3

@@ -23,8 +23,9 @@ from sparing.base.layers import layers, mixtures
 from sparing.base.run import RunFolder, fill, read_tensors
 from sparing.infer.packed_weights import PackedWeights
 from sparing.kernels import decode
-from sparing.kernels.decode import BLOCK, Matrix, address, library
+from sparing.kernels.decode import Matrix, address, library
 from sparing.kernels.formats import this_machine, warning
+from sparing.kernels.sizes import CACHE_BLOCK as BLOCK
 from sparing.model.rope import rotary_table, rotate, softmax_scale
 from sparing.model.transformer import Transformer
 

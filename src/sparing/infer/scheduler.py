@@ -16,7 +16,7 @@ import numpy as np
 
 from sparing.infer.network import Rows
 from sparing.infer.request import Request, TextStream, TokenLogprob
-from sparing.kernels.decode import BLOCK
+from sparing.kernels.sizes import CACHE_BLOCK as BLOCK
 
 BURST, ROUNDS = 8, 6
 """Steps of one trial of an option, and trials of each option: options take turns, because the machine's speed drifts."""

@@ -22,8 +22,8 @@ from sparing.data.scan import scan
 from sparing.planning.places import Given, with_vocabulary
 from sparing.planning.plan import foresee
 from sparing.resolve import resolve
-from sparing.train.clock import Clock
 from sparing.train.log import check_log
+from sparing.train.pace import Clock
 from sparing.train.peak import peak_flops, peak_seconds
 
 SOME_BYTES, SOME_FLOPS = 1e8, 1e11

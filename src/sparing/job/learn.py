@@ -15,6 +15,7 @@ from sparing.base.config import Config
 from sparing.base.files import atomic_path
 from sparing.base.messages import say
 from sparing.budget.flops import parameters
+from sparing.budget.memory import gives_back
 from sparing.budget.scaling import Point, add_point, effective_bytes
 from sparing.data.loader import Loader
 from sparing.data.prepare import prepare
@@ -27,7 +28,7 @@ from sparing.kernels import decode, native
 from sparing.kernels.formats import warning
 from sparing.model.init import init_weights
 from sparing.model.transformer import Transformer
-from sparing.precision.linear import speed_note
+from sparing.precision.eight_bit import speed_note
 from sparing.train.calibrate import KERNELS, choose, choose_products
 from sparing.train.log import TrainResult
 from sparing.train.objective import NextToken, Objective
@@ -81,6 +82,8 @@ def learn(job: Job, config: Config, samples: int, start: Start | None = None, ob
         say(f"train.dtype {slow}")
     if config.precision.linear not in ("none", "auto"):
         say(f"precision.linear: {speed_note(config.precision.linear, device.type)}")
+    if device.type == "cpu" and gives_back(config.precision):
+        native.give_back()
     with signals.interruptible():
         model = (start or Noise()).model(config)
         keep_as(model, config)  # here already, for what is measured

@@ -21,7 +21,7 @@
 #endif
 #include "decode_products.inc"
 
-enum { BLOCK = 32 };
+enum { BLOCK = CACHE_BLOCK };
 
 typedef struct {
     const float *input_norm, *q_norm, *kv_norm, *post_norm;
@@ -292,7 +292,7 @@ static void attention(const Model *m, const Batch *b, int64_t layer, const float
     }
 }
 
-/* Routing: model/router.py */
+/* Routing: model/experts.py, Router */
 
 static void route(const Model *m, const Layer *l, const float *logits, float *weights, int32_t *experts) {
     int64_t E = m->experts, K = m->chosen, size = E / m->groups;
@@ -627,7 +627,7 @@ static void step(Model *m, const Batch *b, int t, int T) {
     int64_t N = b->rows, D = m->hidden;
     float *x = m->scratch[X], *joined = m->scratch[JOINED];
     const float *last = m->final_norm;
-    if (b->mtp) { /* model/block.py, MTPBlock */
+    if (b->mtp) { /* model/transformer.py, MTPBlock */
         int64_t layer = m->layers + b->mtp - 1;
         const Layer *l = m->layer + layer;
         Input in = input(m, joined, 2 * D, 2 * D);

@@ -14,19 +14,9 @@ import numpy as np
 from sparing.kernels import native
 
 SOURCES = ("decode.c", "decode_products.inc", "numbers.inc")
-FLAGS = (
-    "-O3",
-    "-fopenmp-simd",
-    "-ffp-contract=fast",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-fPIC",
-    "-shared",
-    "-pthread",
-    "-Wno-psabi",
-)
+FLAGS = (*native.FLAGS, "-pthread", "-Wno-psabi")
 FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
-PANEL, GROUP, BLOCK = 16, 32, 32
+PANEL, GROUP = 16, 32
 SCORING = {"sigmoid": 0, "softmax": 1, "sqrtsoftplus": 2}
 
 

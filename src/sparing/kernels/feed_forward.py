@@ -1,18 +1,205 @@
-"""Whole feed-forward sub-layers over the compiled passes: x + down(swiglu(up(norm(x)))), dense and as a mixture of experts.
+"""Feed-forward layers: SwiGLU, and a mixture of SwiGLU experts, tokens grouped by expert, one product per expert, activations recomputed.
 
-The plain paths are `model/experts.py` and `kernels/experts.py` under autograd; these are chosen where `native.usable`.
+`F.grouped_mm` computes the same products; on a CPU its backward was measured far slower than one product per expert, so it is chosen
+on CUDA only. Gates scale the expert's hidden activation (F wide) rather than its output (D wide): same function, fewer numbers.
 """
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple, Protocol
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sparing.kernels import native, products
-from sparing.kernels.experts import ROWS, group_rows
+from sparing.kernels.native import new, new_like
 from sparing.kernels.norm import kept_rows, norm_gradient_into, norm_into, normed_again
-from sparing.kernels.operands import Operand, tensors_of
-from sparing.kernels.pool import new, new_like
+from sparing.kernels.products import Operand, tensors_of
+from sparing.kernels.sizes import EXPERT_ROWS as ROWS
+
+
+def swiglu_reference(h: Tensor) -> Tensor:
+    """(..., 2F) with the gate's half first -> (..., F): silu(gate) * up (arXiv 2002.05202). Plain autograd."""
+    gate, up = h.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+def _swiglu_gradient(h: Tensor, grad_hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """(hidden recomputed, gradient of h), from h (..., 2F) and the gradient of hidden (..., F)."""
+    gate, up = h.chunk(2, -1)
+    act = F.silu(gate)
+    grad_gate = torch.ops.aten.silu_backward(grad_hidden * up, gate)
+    return act * up, torch.cat((grad_gate, grad_hidden * act), -1)
+
+
+class _SwiGLU(torch.autograd.Function):
+    """Keeps its input only."""
+
+    @staticmethod
+    def forward(ctx, h: Tensor) -> Tensor:
+        ctx.save_for_backward(h)
+        return swiglu_reference(h)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return _swiglu_gradient(ctx.saved_tensors[0], grad)[1]
+
+
+def swiglu(h: Tensor) -> Tensor:
+    """(..., 2F) -> (..., F); see the reference."""
+    return _SwiGLU.apply(h)
+
+
+def mixture_reference(x_ND: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, weights_NK: Tensor, experts_NK: Tensor) -> Tensor:
+    """Sum over each token's K experts of weight * expert(x): (N, D). Plain autograd, expert by expert."""
+    out = torch.zeros_like(x_ND)
+    for expert in range(len(gate_up_E2FD)):
+        tokens, slot = (experts_NK == expert).nonzero(as_tuple=True)
+        hidden = swiglu_reference(F.linear(x_ND[tokens], gate_up_E2FD[expert].to(x_ND.dtype)))
+        y = F.linear(hidden, down_EDF[expert].to(x_ND.dtype))
+        out = out.index_add(0, tokens, y * weights_NK[tokens, slot, None].to(x_ND.dtype))
+    return out
+
+
+def group_rows(experts_NK: Tensor, num_experts: int, multiple: int) -> tuple[Tensor, Tensor, list[int]]:
+    """Where each choice goes when rows are grouped by expert and every group is filled up to a multiple of rows.
+
+    -> (source (S,): the choice that fills each row, N*K for filler; place (N, K): the row of each choice; rows of each group).
+    """
+    flat = experts_NK.flatten()
+    order = flat.argsort(stable=True)
+    counts = torch.bincount(flat, minlength=num_experts)
+    sizes = (counts + multiple - 1) // multiple * multiple
+    # A sorted row moves down by the filler of all groups before its own.
+    shift = (sizes - counts).cumsum(0) - (sizes - counts)
+    rows = torch.arange(len(flat), device=flat.device) + shift.index_select(0, flat.index_select(0, order))
+    place = torch.empty_like(order).scatter_(0, order, rows)
+    groups = sizes.tolist()
+    source = torch.full((sum(groups),), len(flat), dtype=order.dtype, device=flat.device).scatter_(0, rows, order)
+    return source, place.view_as(experts_NK), groups
+
+
+def _sum_rows(rows_SD: Tensor, places_NK: Tensor) -> Tensor:
+    """Sum of each token's K rows."""
+    out = rows_SD.index_select(0, places_NK[:, 0])
+    for k in range(1, places_NK.shape[1]):
+        out += rows_SD.index_select(0, places_NK[:, k])
+    return out
+
+
+class Dispatched(NamedTuple):
+    """Rows that reached the experts of this rank, grouped by expert."""
+
+    rows_SD: Tensor
+    gates_S: Tensor
+    """Gate weight of each row, float32; 0 where a row only fills its group up."""
+    ends_E: Tensor
+    """Where the rows of each expert that is held here end, int64, on the CPU."""
+    back: Any
+    """What the dispatcher's `combine` needs."""
+
+
+class Dispatcher(Protocol):
+    """Takes tokens to the experts that were chosen for them, on whichever rank those are, and brings the results back. Differentiable."""
+
+    def dispatch(self, x_ND: Tensor, weights_NK: Tensor, experts_NK: Tensor, held: int) -> Dispatched:
+        """This rank's tokens, their gate weights (float32) and choices among all experts -> what this rank's `held` experts work on."""
+
+    def combine(self, y_SD: Tensor, sent: Dispatched) -> Tensor:
+        """The experts' outputs for `sent.rows_SD`, gates applied -> each of this rank's tokens' sum, (N, D)."""
+
+
+class _Send(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weights: Tensor, source: Tensor, tokens: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(places)
+        # Filler rows have gate 0: they reach neither the output nor a gradient.
+        return x.index_select(0, tokens), torch.cat((weights.flatten(), weights.new_zeros(1))).index_select(0, source)
+
+    @staticmethod
+    def backward(ctx, grad_rows: Tensor, grad_gates: Tensor):
+        (places,) = ctx.saved_tensors
+        return _sum_rows(grad_rows, places), grad_gates.index_select(0, places.flatten()).view_as(places), None, None, None
+
+
+class _Return(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y: Tensor, tokens: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens)
+        return _sum_rows(y, places)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad.index_select(0, ctx.saved_tensors[0]), None, None
+
+
+class Local:
+    """The dispatcher of a rank that holds all experts; one that does not can group what it has received by this one."""
+
+    def dispatch(self, x_ND: Tensor, weights_NK: Tensor, experts_NK: Tensor, held: int) -> Dispatched:
+        source, places, groups = group_rows(experts_NK, held, ROWS)
+        tokens = (source // experts_NK.shape[1]).clamp_(max=len(x_ND) - 1)
+        rows, gates = _Send.apply(x_ND, weights_NK, source, tokens, places)
+        ends = torch.tensor(groups, device="cpu").cumsum(0)  # read as numbers by every product
+        return Dispatched(rows, gates, ends, (tokens, places))
+
+    def combine(self, y_SD: Tensor, sent: Dispatched) -> Tensor:
+        return _Return.apply(y_SD, *sent.back)
+
+
+LOCAL = Local()
+
+
+class _GroupedExperts(torch.autograd.Function):
+    """Grouped rows through their experts, activations recomputed."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, gates: Tensor, ends: Tensor, gate_up: Operand, down: Operand, *tensors: Tensor) -> Tensor:
+        h = gate_up.cast(rows.dtype).grouped_nt(rows, ends)
+        narrow = gates.to(rows.dtype).unsqueeze(-1)
+        ctx.save_for_backward(rows, h, narrow, ends)
+        ctx.gate_up, ctx.down, ctx.dtype = gate_up, down, gates.dtype
+        return down.cast(rows.dtype).grouped_nt(swiglu_reference(h).mul_(narrow), ends)
+
+    @staticmethod
+    def backward(ctx, grad_y: Tensor):
+        rows, h, gates, ends = ctx.saved_tensors
+        gate_up, down = ctx.gate_up, ctx.down
+        # Cast again: kept, the copies would be half of the weights' memory.
+        grad_gated = down.cast(rows.dtype).grouped_nn(grad_y, ends)
+        hidden, grad_h = _swiglu_gradient(h, grad_gated * gates)
+        grad_gates = (grad_gated * hidden).sum(-1, dtype=ctx.dtype)
+        hidden *= gates
+        grads = (*gate_up.grouped_tn(grad_h, rows, ends), *down.grouped_tn(grad_y, hidden, ends))
+        return gate_up.cast(rows.dtype).grouped_nn(grad_h, ends), grad_gates, None, None, None, *grads
+
+
+def _mixture_grouped(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+    """The same by `F.grouped_mm` and autograd."""
+    source, places, groups = group_rows(experts, len(gate_up), 1)
+    ends = torch.tensor(groups, device=x.device).cumsum(0).to(torch.int32)
+    h = F.grouped_mm(x.index_select(0, source // experts.shape[1]), gate_up.to(x.dtype).transpose(1, 2), offs=ends)
+    gates = weights.flatten().index_select(0, source).to(x.dtype).unsqueeze(-1)
+    y = F.grouped_mm(swiglu(h) * gates, down.to(x.dtype).transpose(1, 2), offs=ends)
+    return y.index_select(0, places.flatten()).unflatten(0, places.shape).sum(1)
+
+
+def mixture(
+    x_ND: Tensor, gate_up: Operand, down: Operand, weights_NK: Tensor, experts_NK: Tensor, dispatcher: Dispatcher = LOCAL
+) -> Tensor:
+    """(N, D) tokens through their K experts, weighted by their gates and summed: (N, D). See `mixture_reference`. gate_up (E, 2F, D) and
+    down (E, D, F): the experts that are held here."""
+    everything = isinstance(dispatcher, Local) and gate_up.joins and down.joins
+    if everything and x_ND.is_cuda and x_ND.dtype == torch.bfloat16 and hasattr(F, "grouped_mm"):
+        return _mixture_grouped(x_ND, gate_up.weight, down.weight, weights_NK, experts_NK)
+    sent = dispatcher.dispatch(x_ND, weights_NK, experts_NK, gate_up.shape[0])
+    y = _GroupedExperts.apply(sent.rows_SD, sent.gates_S, sent.ends_E, gate_up, down, *gate_up.tensors, *down.tensors)
+    return dispatcher.combine(y, sent)
+
+
+# Whole sub-layers over the compiled passes: x + down(swiglu(up(norm(x)))), dense and as a mixture. The plain paths are above and in
+# model/experts.py, under autograd.
 
 
 def _swiglu(h: Tensor, scale: Tensor | None = None) -> Tensor:
@@ -129,6 +316,6 @@ class _Mixture(torch.autograd.Function):
 def mixture_feed_forward(
     residual_ND: Tensor, normed_ND: Tensor, weights_NK: Tensor, experts_NK: Tensor, operands: tuple[Operand, ...]
 ) -> Tensor:
-    """residual + routed experts (`kernels.experts.mixture_reference`) + shared expert of the normed rows: (N, D). operands: the experts'
+    """residual + routed experts (`mixture_reference`) + shared expert of the normed rows: (N, D). operands: the experts'
     gate_up (E, 2F, D) and down (E, D, F), and gate, up and down of the shared expert where there is one."""
     return _Mixture.apply(residual_ND, normed_ND, weights_NK, experts_NK, operands, *tensors_of(*operands))

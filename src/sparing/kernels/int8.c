@@ -4,7 +4,7 @@
  * of B has its own scale, amax / 127; blocks add up in float32. A's numbers are stored with 128 added, which the start of each column's sum
  * takes off again. B lies in panels of 32 columns, four rows to a word; A in rows of words, or in panels of 8 where it is transposed.
  * A block with an infinity or NaN makes its row or column NaN, one too small to scale counts as zeros; both are counted.
- * precision/products.py is the plain form.
+ * precision/eight_bit.py is the plain form.
  */
 #include "numbers.inc"
 

@@ -1,6 +1,6 @@
 """8-bit integer products for processors with AVX512_VNNI: bfloat16 in, quantised on the way, sums in int32, result as kernels.products'.
 
-What they compute is `precision.products`'s plain form; int8.c has the layout. Measured against the bfloat16 products: LAB.md, 2026-11-22.
+What they compute is `precision.eight_bit`'s plain form; int8.c has the layout. Measured against the bfloat16 products: LAB.md, 2026-11-22.
 Every function adds (blocks with an infinity or NaN, blocks too small to scale) to `faults`, int64 (2,).
 """
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparing.kernels import native
-from sparing.kernels.pool import new, new_like
+from sparing.kernels.native import new, new_like
 from sparing.kernels.products import TO_BF16, _out, kind_of
 
 LONGEST = 32768

@@ -1,4 +1,4 @@
-"""Compiled element-wise passes (native.c, passes.inc): built once per machine with the system's C compiler, called through ctypes.
+"""Our C: libraries built once per machine with the system's compiler and called through ctypes, and the memory of their results.
 
 Which kernels run is an explicit choice, thread by thread: `path("compiled")`, or PyTorch's own operations ("plain", the default). A run
 keeps it in `train.kernels`. Where there is no compiler `passes()` is None and every kernel takes its plain path. The passes are serial:
@@ -19,13 +19,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import cache
+from math import prod
 from pathlib import Path as FilePath
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from sparing.base.hardware import cpu_name, home
+from sparing.base.hardware import cpu_flags, cpu_name, home
+from sparing.kernels.sizes import CACHE_BLOCK, MOMENT_BLOCK, NEWTON_SCHULZ
 
 Path = Literal["compiled", "plain"]
 SOURCES = {
@@ -38,7 +40,10 @@ SOURCES = {
 All but the passes are for `[precision]`, and compiled when asked for."""
 UNUSED_S = 30 * 86400
 """Builds that nobody has used for so long are deleted when another is made."""
-FLAGS = ("-O3", "-fopenmp-simd", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
+FLAGS = (
+    "-O3", "-fopenmp-simd", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared",
+    f"-DMOMENT_BLOCK={MOMENT_BLOCK}", f"-DCACHE_BLOCK={CACHE_BLOCK}", "-DNEWTON_SCHULZ=" + ",".join(f"{x}f" for x in NEWTON_SCHULZ),
+)  # fmt: skip
 SUFFIXES = {torch.bfloat16: "_bf16", torch.float32: "_f32"}
 
 
@@ -58,9 +63,8 @@ def build(stem: str, sources: tuple[str, ...], flags: tuple[str, ...]) -> FilePa
     if compiler is None or os.name == "nt":  # the sources use POSIX threads and files
         return None
     here = FilePath(__file__).parent
-    cpu = FilePath("/proc/cpuinfo").read_text().split("\n\n")[0] if FilePath("/proc/cpuinfo").exists() else platform.processor()
-    can = "\n".join(line for line in cpu.splitlines() if line.startswith(("model", "flags", "Features"))) or cpu
-    key = hashlib.sha256("\0".join([compiler, *flags, can, *((here / name).read_text() for name in sources)]).encode()).hexdigest()[:16]
+    cpu = [cpu_name(), *sorted(cpu_flags())]
+    key = hashlib.sha256("\0".join([compiler, *flags, *cpu, *((here / name).read_text() for name in sources)]).encode()).hexdigest()[:16]
     target = home() / "native" / f"{stem}-{key}.so"
     try:
         if target.exists():
@@ -159,3 +163,71 @@ def call(name: str, dtype: torch.dtype | None, *arguments: Tensor | float | int 
             kinds.append("f" if isinstance(a, float) else "i")
             values.append(a)
     _function(of, name + SUFFIXES.get(dtype, ""), "".join(kinds))(*values)
+
+
+# Memory of large intermediates
+#
+# glibc keeps freed blocks of up to 32 MB in its heap, among blocks that live on: the resident peak is then nearer the sum of activations
+# and gradients than the larger of them. Where each tensor has pages of its own, mapping and clearing them is a fifth of a small step. The
+# pool (pool.c) hands a dead tensor's memory to the next of that size and never holds more than tensors alone have held at once.
+
+POOLED_BYTES = 1 << 18
+"""Bytes of a tensor that is taken from the pool."""
+DLPACK_CODES = {torch.bfloat16: (4, 16), torch.float32: (2, 32), torch.int8: (0, 8)}
+"""dlpack.h: DLDataTypeCode, bits."""
+DLPACK_NAME = b"dltensor"
+_capsule = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)(("PyCapsule_New", ctypes.pythonapi))
+_open = False
+
+
+def open_pool() -> None:
+    """From here on, in this process; without a C compiler it stays closed."""
+    global _open
+    _open = library("pool") is not None
+
+
+def new(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """(shape) uninitialised, contiguous, in the type of `like` (or dtype) and on its device; handed over by DLPack (dmlc/dlpack, dlpack.h)
+    where it is the pool's."""
+    dtype = dtype or like.dtype
+    if _open and like.device.type == "cpu" and dtype in DLPACK_CODES and prod(shape) * dtype.itemsize >= POOLED_BYTES:
+        out, sizes = ctypes.c_void_p(), (ctypes.c_int64 * len(shape))(*shape)
+        call("pool_take", None, ctypes.addressof(out), ctypes.addressof(sizes), len(shape), *DLPACK_CODES[dtype], of="pool")
+        if out.value:
+            return torch.from_dlpack(_capsule(out.value, DLPACK_NAME, None))
+    return like.new_empty(shape, dtype=dtype)
+
+
+def new_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """`new` of x's shape."""
+    return new(x, *x.shape, dtype=dtype)
+
+
+def trim() -> None:
+    """What the pool keeps for later tensors, to the system: a part of the work ends here whose tensors the next has not."""
+    if _open:
+        call("pool_trim", None, of="pool")
+
+
+def held() -> tuple[int, int, int]:
+    """Bytes (of live tensors, kept for later ones, the most that tensors had at once)."""
+    found = (ctypes.c_int64 * 3)()
+    if _open:
+        call("pool_bytes", None, ctypes.addressof(found), of="pool")
+    return tuple(found)
+
+
+PAGES_BYTES = 1 << 20
+"""Bytes of a tensor that gets pages of its own."""
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Of glibc's malloc.h (man 3 mallopt)."""
+
+
+def give_back() -> bool:
+    """From here on in this process, memory of large tensors goes back to the system when they die. No number changes. A job that wants
+    little memory calls it at its beginning (`budget.memory.gives_back`). False where malloc is not glibc's: nothing was changed."""
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    open_pool()
+    mallopt = ctypes.CDLL(None).mallopt
+    return bool(mallopt(M_MMAP_THRESHOLD, PAGES_BYTES) and mallopt(M_TRIM_THRESHOLD, PAGES_BYTES))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparing.kernels import native
-from sparing.kernels.pool import new_like
+from sparing.kernels.native import new_like
 
 recomputed = ContextVar("sparing_norms_recomputed", default=False)
 """Whether sub-layers make normed rows again in the backward pass instead of keeping them beside what was normed."""

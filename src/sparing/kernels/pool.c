@@ -1,4 +1,4 @@
-/* Memory of large tensors, handed from one that died to the next of about its size (kernels/pool.py). A block is a DLManagedTensor of
+/* Memory of large tensors, handed from one that died to the next of about its size (kernels/native.py). A block is a DLManagedTensor of
  * github.com/dmlc/dlpack, whose deleter gives it back; torch calls that from whichever thread drops the last reference. */
 #define _GNU_SOURCE
 #include <pthread.h>

@@ -288,9 +288,9 @@ static void own_product(const bf16 *a, int64_t R, int64_t C, void *c, int kind) 
 }
 
 /* direction (rows x columns, both even; `square`: the sum of its squares) -> the nearest orthogonal matrix: `steps` quintic Newton-Schulz
- * iterations in bfloat16 on the wide side. See train/muon.py. */
+ * iterations in bfloat16 on the wide side. See products.py. */
 void orthogonalise(float *direction, float square, int64_t rows, int64_t columns, int64_t steps) {
-    static const float a = 3.4445f, b = -4.7750f, c = 2.0315f;
+    const float abc[] = {NEWTON_SCHULZ}, a = abc[0], b = abc[1], c = abc[2];
     int64_t size = rows * columns, tall = rows > columns, R = tall ? columns : rows, C = tall ? rows : columns;
     float *sums = scratch(6, (C > R ? C : R) * R * 4);
     bf16 *x = scratch(7, size * 2), *gram = scratch(8, R * R * 2), *polynomial = scratch(9, R * R * 2);

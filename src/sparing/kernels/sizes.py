@@ -1,4 +1,7 @@
-"""Block sizes of the kernels. The memory model (`sparing.budget.memory`) reads them too, so this file does not import torch."""
+"""Block sizes of the kernels, and constants that Python and C share: `native` hands them to the C compiler.
+
+The memory model (`sparing.budget.memory`) reads them too, so this file does not import torch.
+"""
 
 ATTENTION_ROWS = 128
 """Query rows of a block in plain attention: small enough to skip most of the upper triangle, large enough for efficient products."""
@@ -8,4 +11,8 @@ filler rows."""
 HEAD_TOKENS = 512
 """Tokens of a chunk in the output head: only their logits exist at once."""
 MOMENT_BLOCK = 256
-"""Numbers of an optimizer's 8-bit moments that share one float32 scale, at most. storage.c has the same constant."""
+"""Numbers of an optimizer's 8-bit moments that share one float32 scale, at most."""
+CACHE_BLOCK = 32
+"""Tokens of a block of the inference cache."""
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+"""Coefficients of Muon's quintic: the largest slope at zero that still lands singular values in about [0.7, 1.2]."""

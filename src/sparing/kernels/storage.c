@@ -25,7 +25,7 @@ void unpack_int8(const int8_t *code, const float *scale, bf16 *x, int64_t N, int
 /* An optimizer's weights and averages: rows of C numbers, of a tensor whose first number counts as position 0 of its random bits. A block is
  * up to BLOCK numbers of a row, brought to float32, updated, and put back. Definitions: precision/compensation.py, precision/moments.py. */
 
-enum { BLOCK = 256 };
+enum { BLOCK = MOMENT_BLOCK };
 
 static inline uint32_t random16(uint32_t key, int64_t position) {
     uint32_t x = (uint32_t)position * 0x9E3779B9u + key;

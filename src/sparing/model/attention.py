@@ -1,8 +1,4 @@
-"""Multi-head latent attention (DeepSeek-V2 §2.1, arXiv 2405.04434) and grouped-query attention (arXiv 2305.13245).
-
-A cache holds what a decoder must keep: for MLA the normed latent and the rotated shared key, (kv_lora_rank + rope) numbers a token;
-for GQA keys and values.
-"""
+"""Multi-head latent attention (DeepSeek-V2 §2.1, arXiv 2405.04434) and grouped-query attention (arXiv 2305.13245)."""
 
 from __future__ import annotations
 
@@ -12,26 +8,9 @@ from torch import Tensor, nn
 from sparing.base.config import ModelConfig
 from sparing.base.layers import Shapes
 from sparing.kernels import native, products
-from sparing.kernels.attention import DocumentMask, causal_attention
-from sparing.kernels.grouped_attention import grouped_attention
-from sparing.kernels.latent_attention import latent_attention
+from sparing.kernels.attention import DocumentMask, causal_attention, grouped_attention, latent_attention
 from sparing.model.linear import Linear, RMSNorm, side_by_side
 from sparing.model.rope import rotate, softmax_scale
-
-
-class LayerCache:
-    """Tensors of one layer, grown along dimension 1 (positions)."""
-
-    def __init__(self):
-        self.parts: tuple[Tensor, ...] = ()
-
-    def append(self, *parts: Tensor) -> tuple[Tensor, ...]:
-        self.parts = tuple(torch.cat(pair, 1) for pair in zip(self.parts, parts, strict=True)) if self.parts else parts
-        return self.parts
-
-    @property
-    def length(self) -> int:
-        return self.parts[0].shape[1] if self.parts else 0
 
 
 class MLA(nn.Module):
@@ -53,12 +32,12 @@ class MLA(nn.Module):
         self.kv_b_proj = Linear.shaped(shapes["kv_b_proj.weight"])
         self.o_proj = Linear.shaped(shapes["o_proj.weight"])
 
-    def residual(self, x_BTD: Tensor, norm: RMSNorm, table: Tensor, mask: DocumentMask | None, cache: LayerCache | None) -> Tensor:
+    def residual(self, x_BTD: Tensor, norm: RMSNorm, table: Tensor, mask: DocumentMask | None) -> Tensor:
         """x + attention(norm(x))."""
         c = self.c
         even = products.even(c.hidden_size, c.q_lora_rank, c.kv_lora_rank, c.qk_nope_head_dim, c.v_head_dim)
-        if cache is not None or not even or not native.usable(x_BTD):
-            return x_BTD + self(norm(x_BTD), table, mask, cache)
+        if not even or not native.usable(x_BTD):
+            return x_BTD + self(norm(x_BTD), table, mask)
         if c.q_lora_rank is None:
             q = (self.q_proj.operand, None, None)
         else:
@@ -67,7 +46,7 @@ class MLA(nn.Module):
         widths = (c.num_heads, c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim)
         return latent_attention(x_BTD, norm.weight, q, kv, self.o_proj.operand, table, c.rms_norm_eps, widths, self.scale, mask)
 
-    def forward(self, x_BTD: Tensor, table: Tensor, mask: DocumentMask | None, cache: LayerCache | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, table: Tensor, mask: DocumentMask | None) -> Tensor:
         c = self.c
         B, T, _ = x_BTD.shape
         first = self.q_proj if c.q_lora_rank is None else self.q_a_proj
@@ -78,14 +57,11 @@ class MLA(nn.Module):
         q_nope, q_rope = q.unflatten(-1, (c.num_heads, -1)).split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
         latent = self.kv_a_layernorm(latent)
         k_rope = rotate(k_rope.unsqueeze(2), table).squeeze(2)
-        if cache is not None:
-            latent, k_rope = cache.append(latent, k_rope)
-        S = latent.shape[1]
-        k_nope, v = self.kv_b_proj(latent).view(B, S, c.num_heads, -1).split([c.qk_nope_head_dim, c.v_head_dim], -1)
+        k_nope, v = self.kv_b_proj(latent).view(B, T, c.num_heads, -1).split([c.qk_nope_head_dim, c.v_head_dim], -1)
         # Heads move to dimension 1 in the concatenation itself, so that q and k are laid out once, as attention wants them.
         q_BHTK = torch.cat((q_nope.transpose(1, 2), rotate(q_rope, table).transpose(1, 2)), -1)
-        k_BHSK = torch.cat((k_nope.transpose(1, 2), k_rope.unsqueeze(1).expand(B, c.num_heads, S, -1)), -1)
-        o = causal_attention(q_BHTK, k_BHSK, v.transpose(1, 2), self.scale, mask)
+        k_BHTK = torch.cat((k_nope.transpose(1, 2), k_rope.unsqueeze(1).expand(B, c.num_heads, T, -1)), -1)
+        o = causal_attention(q_BHTK, k_BHTK, v.transpose(1, 2), self.scale, mask)
         return self.o_proj(o.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -102,23 +78,21 @@ class GQA(nn.Module):
         self.v_proj = Linear.shaped(shapes["v_proj.weight"])
         self.o_proj = Linear.shaped(shapes["o_proj.weight"])
 
-    def residual(self, x_BTD: Tensor, norm: RMSNorm, table: Tensor, mask: DocumentMask | None, cache: LayerCache | None) -> Tensor:
+    def residual(self, x_BTD: Tensor, norm: RMSNorm, table: Tensor, mask: DocumentMask | None) -> Tensor:
         """x + attention(norm(x))."""
         c = self.c
-        if cache is not None or not products.even(c.hidden_size, c.head_dim) or not native.usable(x_BTD):
-            return x_BTD + self(norm(x_BTD), table, mask, cache)
+        if not products.even(c.hidden_size, c.head_dim) or not native.usable(x_BTD):
+            return x_BTD + self(norm(x_BTD), table, mask)
         operands = (self.q_proj.operand, self.k_proj.operand, self.v_proj.operand, self.o_proj.operand)
         widths = (c.num_kv_heads, c.num_heads // c.num_kv_heads, c.head_dim)
         return grouped_attention(x_BTD, norm.weight, operands, table, c.rms_norm_eps, widths, self.scale, mask)
 
-    def forward(self, x_BTD: Tensor, table: Tensor, mask: DocumentMask | None, cache: LayerCache | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, table: Tensor, mask: DocumentMask | None) -> Tensor:
         c = self.c
         B, T, _ = x_BTD.shape
         q = rotate(self.q_proj(x_BTD).view(B, T, c.num_heads, c.head_dim), table)
         k = rotate(self.k_proj(x_BTD).view(B, T, c.num_kv_heads, c.head_dim), table)
         v = self.v_proj(x_BTD).view(B, T, c.num_kv_heads, c.head_dim)
-        if cache is not None:
-            k, v = cache.append(k, v)
         groups = c.num_heads // c.num_kv_heads
         k, v = (t.transpose(1, 2).repeat_interleave(groups, 1) for t in (k, v))
         o = causal_attention(q.transpose(1, 2), k, v, self.scale, mask)

@@ -1,19 +1,139 @@
-"""Feed-forward blocks: dense SwiGLU, and the mixture of fine-grained routed experts beside shared ones (DeepSeekMoE, arXiv 2401.06066)."""
+"""Feed-forward blocks: dense SwiGLU, and the mixture of fine-grained routed experts beside shared ones (DeepSeekMoE, arXiv 2401.06066).
+
+The router scores the experts, chooses by group-limited top-k, and is balanced without a loss (DeepSeek-V3 §2.1.2; arXiv 2408.15664). Its
+selection bias decides which experts are used and never how much: gate weights come from the unbiased scores.
+"""
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparing.base.config import ModelConfig
 from sparing.base.layers import FeedForward
 from sparing.kernels import native, products
-from sparing.kernels.experts import LOCAL, Dispatcher, Local, mixture, swiglu
-from sparing.kernels.feed_forward import dense_feed_forward, mixture_feed_forward
-from sparing.kernels.operands import Operand
+from sparing.kernels.feed_forward import LOCAL, Dispatcher, Local, dense_feed_forward, mixture, mixture_feed_forward, swiglu
+from sparing.kernels.products import Operand
 from sparing.model.linear import Adaptable, Linear, RMSNorm, side_by_side
-from sparing.model.router import Router, Routing, sequence_balance_loss
-from sparing.precision.linear import EightBit
+from sparing.precision.eight_bit import EightBit
+
+
+class Routing(NamedTuple):
+    weights_NK: Tensor
+    """Gate weights, float32."""
+    experts_NK: Tensor
+    """Chosen experts, int64."""
+    scores_NE: Tensor
+    """Unbiased scores, float32."""
+
+
+class Router(nn.Module):
+    """Scores and choice in float32, whatever the compute type."""
+
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.c = c
+        self.weight = nn.Parameter(torch.empty(c.n_routed_experts, c.hidden_size))
+        self.register_buffer("e_score_correction_bias", torch.zeros(c.n_routed_experts))
+        self.register_buffer("tokens_per_expert", torch.zeros(c.n_routed_experts), persistent=False)
+        self.counting = True
+
+    def scores(self, x_ND: Tensor) -> Tensor:
+        """(N, E) float32 scores in the gate's own function."""
+        logits = F.linear(x_ND.float(), self.weight.float())
+        match self.c.scoring_func:
+            case "sigmoid":
+                return logits.sigmoid()
+            case "softmax":
+                return logits.softmax(-1)
+            case "sqrtsoftplus":
+                return F.softplus(logits).sqrt()
+        raise AssertionError(self.c.scoring_func)
+
+    def select(self, scores_NE: Tensor) -> Tensor:
+        """(N, K) experts with the highest biased score, among the topk_group groups whose two best experts score highest."""
+        c = self.c
+        choice = scores_NE.detach() + self.e_score_correction_bias
+        if c.n_group > 1:
+            grouped = choice.unflatten(-1, (c.n_group, -1))
+            best = grouped.topk(min(2, grouped.shape[-1]), -1).values.sum(-1).topk(c.topk_group, -1).indices
+            closed = torch.ones_like(choice[:, : c.n_group], dtype=torch.bool).scatter_(-1, best, False)
+            choice = grouped.masked_fill(closed.unsqueeze(-1), float("-inf")).flatten(-2)
+        return choice.topk(c.num_experts_per_tok, -1, sorted=False).indices
+
+    def forward(self, x_ND: Tensor) -> Routing:
+        scores = self.scores(x_ND)
+        experts = self.select(scores)
+        weights = scores.gather(-1, experts)
+        if self.c.norm_topk_prob:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        if self.training and self.counting:
+            with torch.no_grad():
+                self.tokens_per_expert += torch.bincount(experts.flatten(), minlength=self.c.n_routed_experts)
+        return Routing(weights * self.c.routed_scaling_factor, experts, scores)
+
+
+def sequence_balance_loss(scores_NE: Tensor, c: ModelConfig, sequences: int) -> Tensor:
+    """Sum_i f_i P_i of each sequence, averaged over sequences (DeepSeek-V3 eq. 17-20); f counts the top-k of the unbiased scores."""
+    scores_BTE = scores_NE.unflatten(0, (sequences, -1))
+    chosen = scores_BTE.detach().topk(c.num_experts_per_tok, -1).indices
+    length = scores_BTE.shape[1]
+    hits = torch.zeros(sequences, c.n_routed_experts, device=scores_NE.device).scatter_add_(
+        1, chosen.flatten(1), torch.ones((), device=scores_NE.device).expand(sequences, chosen[0].numel())
+    )
+    f = hits * (c.n_routed_experts / (c.num_experts_per_tok * length))
+    p = (scores_BTE / scores_BTE.sum(-1, keepdim=True)).mean(1)
+    return (f * p).sum(-1).mean()
+
+
+_known: WeakKeyDictionary[nn.Module, list[Router]] = WeakKeyDictionary()
+
+
+def routers(model: nn.Module) -> list[Router]:
+    """The routers of a model in layer order, those of MTP modules last. Remembered: a walk over all modules takes milliseconds."""
+    if model not in _known:
+        _known[model] = [m for m in model.modules() if isinstance(m, Router)]
+    return _known[model]
+
+
+@contextmanager
+def not_counting(model: nn.Module):
+    """Forward passes that must not count towards the balance: recomputation, evaluation in training mode."""
+    mine = routers(model)
+    before = [r.counting for r in mine]
+    for router in mine:
+        router.counting = False
+    try:
+        yield
+    finally:
+        for router, value in zip(mine, before, strict=True):
+            router.counting = value
+
+
+@torch.no_grad()
+def update_biases(model: nn.Module, rate: float) -> list[float]:
+    """One loss-free step: b += rate * sign(mean load - load), centred so that the biases' sum stays 0; the counts start anew.
+
+    Call once per optimizer step, with the counts summed over ranks where there are several. Returns each layer's MaxVio = max load / mean
+    load - 1 (arXiv 2408.15664 §3). Layers that saw no token keep their bias.
+    """
+    violations = []
+    for router in routers(model):
+        load = router.tokens_per_expert
+        mean = load.mean()
+        if mean > 0:
+            delta = torch.sign(mean - load) * rate
+            router.e_score_correction_bias += delta - delta.mean()
+            violations.append(float(load.max() / mean - 1.0))
+        else:
+            violations.append(0.0)
+        router.tokens_per_expert.zero_()
+    return violations
 
 
 class MLP(nn.Module):
@@ -61,7 +181,7 @@ class Experts(Adaptable):
     def forward(self, x_ND: Tensor, weights_NK: Tensor, experts_NK: Tensor) -> Tensor:
         return mixture(x_ND, *self.operands(products.Plain), weights_NK, experts_NK, self.dispatcher)
 
-    def operands(self, by=products) -> tuple[Operand, Operand]:
+    def operands(self, by=products.FLOATS) -> tuple[Operand, Operand]:
         """The gate and up projections (E, 2F, D) and the down projections (E, D, F). by: products of what is not in 8 bits."""
         gate_up, down = self.eight_bit if self.eight_bit and self.training else (by, by)
         return self._operand("gate_up_proj", gate_up), self._operand("down_proj", down)

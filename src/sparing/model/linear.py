@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from sparing.kernels import products
 from sparing.kernels.norm import rms_norm
-from sparing.kernels.operands import Frozen, LowRank, Operand, Weight
+from sparing.kernels.products import Frozen, LowRank, Operand, Weight
 from sparing.precision.compensation import slices
+from sparing.precision.eight_bit import EightBit
 from sparing.precision.formats import INT8
-from sparing.precision.linear import EightBit
 from sparing.precision.quantise import quantise
 
 
@@ -95,7 +95,7 @@ class Linear(Adaptable):
     """y = x Wᵀ, weight (out, in), no bias (DeepSeek-V3 has none)."""
 
     eight_bit: EightBit | None = None
-    """Set by `precision.linear.install`; used in training, so that evaluations show the model as it is saved."""
+    """Set by `precision.eight_bit.install`; used in training, so that evaluations show the model as it is saved."""
     active = 1.0
     """Share of the weights that a token meets."""
 
@@ -111,7 +111,7 @@ class Linear(Adaptable):
     @property
     def operand(self) -> Operand:
         """The weight with its products."""
-        return self._operand("weight", self.eight_bit if self.eight_bit and self.training else products)
+        return self._operand("weight", self.eight_bit if self.eight_bit and self.training else products.FLOATS)
 
     def floats(self, dtype: torch.dtype) -> Tensor:
         """The weight for what has a product of its own, as the head's cross-entropy: as it is where it is floats alone, otherwise as one

@@ -1,22 +1,81 @@
-"""The whole model: embedding, layers, norm, head, and the multi-token-prediction modules behind them."""
+"""The whole model: embedding, layers, norm, head, and the multi-token-prediction modules behind them (DeepSeek-V3 §2.2)."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from sparing.base.config import ModelConfig
-from sparing.base.layers import layers
+from sparing.base.layers import Layer, layers
 from sparing.kernels.attention import DocumentMask
-from sparing.kernels.cross_entropy import token_nll
-from sparing.kernels.embedding import embedding
-from sparing.model.attention import LayerCache
-from sparing.model.block import Block, MTPBlock
+from sparing.kernels.vocabulary import embedding, token_nll
+from sparing.model.attention import GQA, MLA
+from sparing.model.experts import MLP, MoE, not_counting
 from sparing.model.linear import Linear, RMSNorm
 from sparing.model.rope import rotary_table
+from sparing.precision.activations import kept_in_int8
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed-forward(norm(x))."""
+
+    def __init__(self, c: ModelConfig, layer: Layer):
+        super().__init__()
+        attention, feed_forward = layer.attention, layer.feed_forward
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.self_attn = (MLA if attention.kind == "mla" else GQA)(c, attention.shapes)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.mlp = MoE(c, feed_forward) if layer.mixture else MLP(feed_forward.hidden, feed_forward.width)
+        self.recompute = self.int8_activations = False
+
+    def _forward(self, x: Tensor, table: Tensor, mask: DocumentMask | None, want_balance: bool):
+        x = self.self_attn.residual(x, self.input_layernorm, table, mask)
+        losses: list[Tensor] | None = [] if want_balance else None
+        x = self.mlp.residual(x, self.post_attention_layernorm, losses)
+        return x, (losses[0] if losses else None)
+
+    def forward(
+        self, x_BTD: Tensor, table: Tensor, mask: DocumentMask | None = None, want_balance: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """-> (x (B,T,D), the sequence-wise balance loss of a MoE layer where wanted)."""
+        if self.recompute and torch.is_grad_enabled():
+            # The second pass must not count tokens for the balance again.
+            return checkpoint(
+                self._forward, x_BTD, table, mask, want_balance,
+                use_reentrant=False, context_fn=lambda: (torch.enable_grad(), not_counting(self)),
+            )  # fmt: skip
+        with kept_in_int8() if self.int8_activations and torch.is_grad_enabled() else nullcontext():
+            return self._forward(x_BTD, table, mask, want_balance)
+
+
+class SharedHead(nn.Module):
+    """The norm before the output head, which itself is the main model's."""
+
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+
+
+class MTPBlock(Block):
+    """Predicts one token further from the previous depth's hidden state and the embedding of the token in between.
+
+    The projection takes [enorm(embedding); hnorm(hidden)], the published checkpoints' order, which is not the paper's.
+    """
+
+    def __init__(self, c: ModelConfig, layer: Layer):
+        super().__init__(c, layer)
+        self.enorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.hnorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.eh_proj = Linear.shaped(layer.shapes["eh_proj.weight"])
+        self.shared_head = SharedHead(c)
+
+    def join(self, embedded_BTD: Tensor, hidden_BTD: Tensor) -> Tensor:
+        return self.eh_proj(torch.cat((self.enorm(embedded_BTD), self.hnorm(hidden_BTD)), -1))
 
 
 class States(NamedTuple):
@@ -58,10 +117,6 @@ class Transformer(nn.Module):
         """(V, D) weights of the output head."""
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.floats(self.compute_dtype)
 
-    def new_cache(self) -> list[LayerCache]:
-        """An empty cache for `forward`, one entry per main layer."""
-        return [LayerCache() for _ in range(self.config.num_layers)]
-
     def set_recompute(self, on: bool) -> None:
         """Recompute each layer's activations in the backward pass instead of keeping them."""
         for block in self.model.layers:
@@ -80,29 +135,21 @@ class Transformer(nn.Module):
     def _embed(self, tokens_BT: Tensor) -> Tensor:
         return embedding(tokens_BT, self.model.embed_tokens.weight).to(self.compute_dtype)
 
-    def hidden(
-        self,
-        tokens_BT: Tensor,
-        documents_BT: Tensor | None = None,
-        positions: Tensor | None = None,
-        cache: list[LayerCache] | None = None,
-    ) -> Tensor:
+    def hidden(self, tokens_BT: Tensor, documents_BT: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         """(B, T) token ids -> (B, T, D) hidden states after the last norm."""
-        return self.states(tokens_BT, documents_BT, positions, cache).hidden
+        return self.states(tokens_BT, documents_BT, positions).hidden
 
     def states(
-        self,
-        tokens_BT: Tensor,
-        documents_BT: Tensor | None = None,
-        positions: Tensor | None = None,
-        cache: list[LayerCache] | None = None,
-        want_balance: bool = False,
+        self, tokens_BT: Tensor, documents_BT: Tensor | None = None, positions: Tensor | None = None, want_balance: bool = False
     ) -> States:
-        """(B, T) token ids through the main layers. documents_BT: pieces with different numbers do not see each other."""
-        table, mask = self._context(tokens_BT, documents_BT, positions, cache)
+        """(B, T) token ids through the main layers. documents_BT: pieces with different numbers do not see each other. positions: (T,) or
+        (B, T), default 0, 1, 2, ..."""
+        T = tokens_BT.shape[1]
+        table = self._table(T)[:T] if positions is None else self._table(int(positions.max()) + 1)[positions]
+        mask = DocumentMask.of(documents_BT, self.compute_dtype)
         x, balances = self._embed(tokens_BT), []
         for i in range(self.config.num_layers):
-            x, balance = self.model.layers[i](x, table, mask, cache[i] if cache else None, want_balance)
+            x, balance = self.model.layers[i](x, table, mask, want_balance)
             if balance is not None:
                 balances.append(balance)
         return States(self.model.norm(x), balances, table, mask, want_balance)
@@ -111,29 +158,14 @@ class Transformer(nn.Module):
         """One token further by MTP module `k`, from the depth before it. tokens_BT: the token after each position of that depth."""
         block: MTPBlock = self.model.layers[self.config.num_layers + k]
         x = block.join(self._embed(tokens_BT), before.hidden)
-        x, balance = block(x, before.table, before.mask, None, before.want_balance)
+        x, balance = block(x, before.table, before.mask, before.want_balance)
         balances = before.balances if balance is None else [*before.balances, balance]
         # The next depth gets it normed, as the first gets the main model's.
         return before._replace(hidden=block.shared_head.norm(x), balances=balances)
 
-    def _context(self, tokens_BT, documents_BT, positions, cache) -> tuple[Tensor, DocumentMask | None]:
-        start = cache[0].length if cache else 0
-        T = tokens_BT.shape[1]
-        if positions is None:
-            table = self._table(start + T)[start : start + T]
-        else:
-            table = self._table(int(positions.max()) + 1)[positions]
-        return table, DocumentMask.of(documents_BT, self.compute_dtype)
-
-    def forward(
-        self,
-        tokens_BT: Tensor,
-        documents_BT: Tensor | None = None,
-        positions: Tensor | None = None,
-        cache: list[LayerCache] | None = None,
-    ) -> Tensor:
-        """(B, T) token ids -> (B, T, V) float32 logits. positions: (T,) or (B, T), default 0.. (continuing the cache)."""
-        x = self.hidden(tokens_BT, documents_BT, positions, cache)
+    def forward(self, tokens_BT: Tensor, documents_BT: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        """(B, T) token ids -> (B, T, V) float32 logits."""
+        x = self.hidden(tokens_BT, documents_BT, positions)
         return F.linear(x, self.head_weight.to(x.dtype)).float()
 
     @torch.no_grad()

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from sparing.kernels import native
+from sparing.kernels.native import new_like
 from sparing.kernels.norm import recomputed
-from sparing.kernels.pool import new_like
 
 LEAST = 4096
 """Numbers of a tensor that is worth packing."""

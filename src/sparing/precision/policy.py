@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from sparing.base.config import Config, PrecisionConfig, UserError
-from sparing.precision.linear import COARSE, DIRECTIONS, LEVELS, SIXTEEN, EightBit, install
+from sparing.precision.eight_bit import COARSE, DIRECTIONS, LEVELS, SIXTEEN, EightBit, install
 
 DOWN = 0.5
 """Share of the budget that the lower level must stay under to be gone back to."""

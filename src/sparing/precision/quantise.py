@@ -4,7 +4,7 @@ One function for every scheme: a block is (rows, columns), None for all of them.
 (128, 128) (arXiv 2412.19437 §3.3.2); per token (1, None), per channel (None, 1), a whole tensor (None, None).
 
 A scale also reports: NaN, the block held an infinity or NaN; 0, a block of numbers too small for float32 to scale ("dead"). Nothing is
-clamped: the first turns the block into NaN, and `faults` counts both.
+clamped: the first turns the block into NaN, and `eight_bit.count` counts both.
 """
 
 from __future__ import annotations
@@ -31,13 +31,6 @@ class Quantised(NamedTuple):
     scale: Tensor
     """float32, one a block: (ceil(M / rows), ceil(N / columns))."""
     block: Block
-
-
-class Faults(NamedTuple):
-    overflow: int
-    """Blocks with an infinity or NaN."""
-    dead: int
-    """Blocks whose numbers are all lost."""
 
 
 def quantise(x: Tensor, format: Format, block: Block, powers: bool = False) -> Quantised:
@@ -73,10 +66,6 @@ def spread(q: Quantised) -> Tensor:
     M, N = q.values.shape
     rows, columns = _sizes(q.values, q.block)
     return q.scale.repeat_interleave(rows, 0)[:M].repeat_interleave(columns, 1)[:, :N]
-
-
-def faults(q: Quantised) -> Faults:
-    return Faults(int(q.scale.isnan().sum()), int((q.scale == 0).sum()))
 
 
 def _sizes(x: Tensor, block: Block) -> tuple[int, int]:

@@ -20,9 +20,9 @@ from sparing.base.config import Config, PrecisionConfig, TrainConfig
 from sparing.base.hardware import Machine
 from sparing.budget.flops import train_flops
 from sparing.data.loader import Batch
-from sparing.kernels import native, pool
+from sparing.kernels import native
 from sparing.model.transformer import Transformer
-from sparing.precision.linear import fastest_kind, install
+from sparing.precision.eight_bit import fastest_kind, install
 from sparing.precision.policy import Policy
 from sparing.train.objective import NextToken
 from sparing.train.peak import wait
@@ -97,8 +97,8 @@ def choose(
         guess = FIRST_GUESS * peak / train_flops(config.model, t.seq_len) if peak else math.inf
         return micro * t.seq_len / max(timed.values(), default=guess)
 
-    def fits(micro: int, share: float = 1.0) -> bool:
-        return time.monotonic() - start + PASSES * pass_s(micro) <= share * seconds
+    def fits(micro: int) -> bool:
+        return time.monotonic() - start + PASSES * pass_s(micro) <= seconds
 
     if device == "cpu" and native.passes() is None:
         say("no C compiler found: training with PyTorch's own operations, without compiled passes and torch.compile, which is slower")
@@ -148,7 +148,7 @@ def choose(
         compiled, reasons["train.compile"] = _worth_compiling(model, config, batch, micro, device, speed, seconds, check, say)
     replicas = 1 if compiled else replicas
     threads = threads if device == "cpu" else t.threads
-    _give_back()
+    _trim()
     kernels = t.kernels or ("plain" if compiled else native.fitting(replicas, threads, device))
     if t.kernels is None:
         reasons["train.kernels"] = KERNELS[kernels]
@@ -236,8 +236,8 @@ def _speed(
     return part.tokens.numel() / min(took[1:] or took)
 
 
-def _give_back() -> None:
+def _trim() -> None:
     """Memory that the probes used and training will not, to the system: glibc keeps it otherwise, an arena for each thread."""
-    pool.trim()
+    native.trim()
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)

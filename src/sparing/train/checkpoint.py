@@ -158,3 +158,26 @@ class Checkpoints:
         if missing := self.optimizer.state().keys() - names:
             raise DamagedError(f"{folder.name}: no tensor {min(missing)}")
         return state
+
+
+def rewind(run: RunFolder) -> int:
+    """Make the checkpoint before the decay the newest, so that a finished run goes on with more budget; -> its step.
+
+    The learning rate is still at its peak there: the longer run is the one that the larger budget would have made from the start. What the
+    first decay cost counts as spent. The caller holds the run's lock. Raises UserError where there is no such checkpoint."""
+    kept = run.state / "pre-decay"
+    try:
+        step = int(json.loads((kept / STATE).read_text())["step"])
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{run}: cannot be extended, its checkpoint before the decay is missing or damaged ({error})") from None
+    target, beside = run.state / f"step-{step:08d}", run.state / ".extend.tmp"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    for file in kept.iterdir():
+        link_or_copy(file, beside / file.name)
+    replace_folder(beside, target)
+    for folder in run.state.glob("step-*"):
+        if folder.name > target.name:
+            shutil.rmtree(folder)
+    (run.state / "plan.jsonl").unlink(missing_ok=True)  # the old plan's total was the old budget's
+    return step

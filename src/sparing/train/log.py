@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from sparing.base.config import UserError
 from sparing.base.files import disk_errors, read_lines, write_atomic
 from sparing.base.run import RunFolder
-from sparing.precision.linear import LEVELS
+from sparing.precision.eight_bit import LEVELS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,24 +46,28 @@ class TrainResult:
 
 class Metrics:
     """metrics.jsonl: one object a step, and one an evaluation. `keep_until(step)`, called before the first `add`, drops what a resumed
-    run will do again."""
+    run will do again. Where `writes` is False the lines are in memory only."""
 
-    def __init__(self, run: RunFolder, kind: str):
-        self.path = run.metrics_file
+    def __init__(self, run: RunFolder, kind: str, writes: bool = True):
+        self.path, self.writes = run.metrics_file, writes
         self.lines = read_lines(self.path)
         self._file = None
-        self._sink = open_sink(kind, run)
+        self._sink = open_sink(kind, run) if writes else None
 
     def keep_until(self, step: int) -> None:
         """Keep the lines of the first `step` steps (a step appears once), and open the file for more."""
         self.close_file()
         self.lines = [line for line in self.lines if line.get("step", 0) <= step]
+        if not self.writes:
+            return
         write_atomic(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
         self._file = open(self.path, "a", encoding="utf-8")
 
     def add(self, line: dict) -> None:
         """Append one object: in the kernel's hands at once, so a killed process loses nothing."""
         self.lines.append(line)
+        if not self._file:
+            return
         with disk_errors(self.path):
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
@@ -74,6 +78,7 @@ class Metrics:
         return [line for line in self.lines if "eval_bpb" in line]
 
     def sync(self) -> None:
+        """Everything added is on the disk. For whoever writes."""
         with disk_errors(self.path):
             os.fsync(self._file.fileno())
 
@@ -124,9 +129,12 @@ def open_sink(kind: str, run: RunFolder) -> Callable[[dict | None, int], None] |
 class Log:
     """All that is told about one run: metrics, progress line, sinks. Speeds are in trained tokens per second."""
 
-    def __init__(self, run: RunFolder, kind: str, *, tokens_per_step: int, flops_per_token: float, peak_flops: float | None):
-        self.metrics, self.progress = Metrics(run, kind), Progress()
-        self.loads_file = run.state / "loads.jsonl"
+    def __init__(
+        self, run: RunFolder, kind: str, *, tokens_per_step: int, flops_per_token: float, peak_flops: float | None, writes: bool = True
+    ):
+        """writes: False for ranks that leave files and messages to rank 0."""
+        self.metrics, self.progress = Metrics(run, kind, writes), Progress(silent=not writes)
+        self.writes, self.loads_file = writes, run.state / "loads.jsonl"
         self.tokens_per_step, self.flops_per_token, self.peak_flops = tokens_per_step, flops_per_token, peak_flops
         self.steps, self.training_s = 0, 0.0
         self.last: dict = {}
@@ -143,7 +151,7 @@ class Log:
     def keep_until(self, step: int) -> None:
         self.metrics.keep_until(step)
         kept = [line for line in read_lines(self.loads_file) if line.get("step", 0) <= step]
-        if self.loads_file.exists():
+        if self.writes and self.loads_file.exists():
             write_atomic(self.loads_file, "".join(json.dumps(line) + "\n" for line in kept))
         self.bpb = next((line["eval_bpb"] for line in reversed(self.metrics.evals())), None)
 
@@ -172,7 +180,7 @@ class Log:
 
     def loads(self, step: int, by_layer: list[list[int]]) -> None:
         """Append to state/loads.jsonl how many tokens each expert of each layer was given in this step."""
-        if not by_layer:  # a dense model
+        if not by_layer or not self.writes:  # a dense model
             return
         with disk_errors(self.loads_file), open(self.loads_file, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "loads": by_layer}) + "\n")
@@ -202,11 +210,11 @@ class Log:
 class Progress:
     """One line on standard error: redrawn in place on a terminal, printed now and then elsewhere (logs, pipes)."""
 
-    def __init__(self, every_s: float = PLAIN_EVERY_S):
-        self.every_s = every_s
+    def __init__(self, every_s: float = PLAIN_EVERY_S, silent: bool = False):
+        self.every_s, self.silent = every_s, silent
         self._last = 0.0
         self._live = None
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not silent:
             from rich.console import Console
             from rich.live import Live
 
@@ -216,7 +224,7 @@ class Progress:
     def show(self, values: dict, *, now: bool = False) -> None:
         """values: step total loss tokens_per_s, and bpb mfu max_violation seconds_left where known."""
         wait = 0.25 if self._live else self.every_s
-        if not now and time.monotonic() - self._last < wait:
+        if self.silent or (not now and time.monotonic() - self._last < wait):
             return
         self._last = time.monotonic()
         line = render(values)
@@ -227,6 +235,8 @@ class Progress:
 
     def say(self, message: str) -> None:
         """A line that stays."""
+        if self.silent:
+            return
         if self._live:
             self._live.console.print(message, markup=False, highlight=False)
         else:

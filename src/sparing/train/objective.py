@@ -13,7 +13,7 @@ from torch import Tensor
 from sparing.base.config import Config, ModelConfig
 from sparing.base.layers import mixtures
 from sparing.data.loader import Batch
-from sparing.kernels.cross_entropy import IGNORE, linear_cross_entropy
+from sparing.kernels.vocabulary import IGNORE, linear_cross_entropy
 from sparing.model.transformer import Transformer
 
 

@@ -1,22 +1,22 @@
 """One optimizer for what learns of a model, driven by OptimConfig: Muon (or AdamW) for hidden matrices, AdamW for everything else.
 
 AdamW (arXiv 1711.05101) is torch's fused implementation, or `stored`'s where weights or averages are not float32. Learning rates are peaks;
-`schedule` scales all of them alike. Which group a parameter is in follows from its name and rank alone, so a checkpoint needs no groups.
-A parameter that requires no gradient when the optimizer is made is in no group: it has no state and does not decay.
+`lr_scale` scales all of them alike, over the run. Which group a parameter is in follows from its name and rank alone, so a checkpoint needs
+no groups. A parameter that requires no gradient when the optimizer is made is in no group: it has no state and does not decay.
 """
 
 from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
 
 from sparing.base.config import Config, OptimConfig, PrecisionConfig
 from sparing.base.files import DamagedError
-from sparing.budget.memory import gives_back
+from sparing.kernels import native, products
 from sparing.model.transformer import Transformer
-from sparing.precision.allocator import give_back
 from sparing.precision.compensation import rows_of, slices
-from sparing.train.muon import Muon
 from sparing.train.stored import StoredAdamW, StoredMuon
 
 FACTORS = 0.05
@@ -40,10 +40,8 @@ def group_of(name: str, parameter: Tensor) -> str:
 def keep_as(model: Transformer, config: Config) -> None:
     """Keep a model's numbers as `config.precision` says: weights (routers, norms and low-rank factors stay float32) and activations.
 
-    With fewer bits memory goes back to the system when a tensor dies. In place, before anything shares the weights."""
+    In place, before anything shares the weights."""
     precision = config.precision
-    if gives_back(precision) and model.model.norm.weight.device.type == "cpu":
-        give_back()
     model.set_int8_activations(precision.activations == "int8")
     for name, parameter in model.named_parameters():
         if group_of(name, parameter) not in ("router", "norm", "factor"):
@@ -153,3 +151,119 @@ class Optimizer:
         self.adamw.state.clear()
         for tensor in self.muon.momentum.values() if self.muon else ():
             tensor.zero_()
+
+
+def split(name: str, tensor: Tensor) -> list[Tensor]:
+    """The matrices inside a parameter, as views, each (n, R, C): the experts' fused (E, 2F, D) holds two, gate and up.
+
+    Orthogonalised together, gate and up would have to share F directions of the input; they are different matrices.
+    """
+    if tensor.ndim == 2:
+        return [tensor.unsqueeze(0)]
+    assert tensor.ndim == 3, name
+    return list(tensor.chunk(2, dim=1)) if name.endswith("gate_up_proj") else [tensor]
+
+
+class Muon:
+    """Muon over named parameters of 2 or 3 dimensions: momentum whose every matrix is replaced by the nearest (semi-)orthogonal one.
+
+    Keller Jordan, "Muon: an optimizer for hidden layers" (kellerjordan.github.io/posts/muon, 2024), with its scale
+    sqrt(max(1, rows/columns)). Weight decay is cautious: only weights that the update shrinks anyway (arXiv 2510.12402). Matrices of one
+    shape, whichever layer or expert they belong to, are one batch of products: small ones are far from filling a machine alone. State: one
+    float32 momentum of the parameter's shape each.
+    """
+
+    def __init__(self, parameters: dict[str, Tensor], *, steps: int, weight_decay: float, dtype: torch.dtype = torch.bfloat16):
+        self.parameters, self.steps, self.weight_decay, self.dtype = parameters, steps, weight_decay, dtype
+        self.momentum = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+        # The compiled products take pairs of numbers, and neither other devices nor other types.
+        self._compiled = dtype == torch.bfloat16 and all(
+            p.device.type == "cpu" and p.shape[-1] % 2 == 0 and p.shape[-2] % 4 == 0 for p in parameters.values()
+        )
+        self._pool: ThreadPoolExecutor | None = None
+        self.groups: dict[tuple[int, int], list[tuple[str, int]]] = {}
+        for name, parameter in parameters.items():
+            for part, matrix in enumerate(split(name, parameter)):
+                self.groups.setdefault(tuple(matrix.shape[-2:]), []).append((name, part))
+
+    @torch.no_grad()
+    def step(self, lr: float, momentum: float) -> None:
+        """One update from the parameters' `.grad` (which may be overwritten). lr: peak x schedule."""
+        if self._compiled and products.available():
+            self._compiled_step(lr, momentum)
+        else:
+            self._batched_step(lr, momentum)
+
+    def _compiled_step(self, lr: float, momentum: float) -> None:
+        """Matrix by matrix, divided among as many threads as PyTorch would use inside its operations."""
+        matrices = []
+        for name, parameter in self.parameters.items():
+            grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.contiguous()
+            views = (split(name, tensor) for tensor in (parameter, grad, self.momentum[name]))
+            matrices += [matrix for part in zip(*views, strict=True) for matrix in zip(*(t.unbind(0) for t in part), strict=True)]
+        count = torch.get_num_threads()
+        if self._pool is None and count > 1:
+            self._pool = ThreadPoolExecutor(count, "sparing-muon")
+
+        def update(share: int) -> None:
+            for weight, grad, average in matrices[share::count]:
+                rows, columns = weight.shape
+                scale = lr * max(1.0, rows / columns) ** 0.5
+                sizes = (rows, columns, float(momentum), self.steps, float(scale), 1.0 - lr * self.weight_decay)
+                native.call("muon", None, weight, grad, average, *sizes)
+
+        if self._pool is None:
+            update(0)
+        else:
+            list(self._pool.map(update, range(count)))
+
+    def _batched_step(self, lr: float, momentum: float) -> None:
+        names = list(self.parameters)
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters.values()]
+        averages = [self.momentum[name] for name in names]
+        torch._foreach_lerp_(averages, grads, 1.0 - momentum)
+        torch._foreach_lerp_(grads, averages, momentum)  # Nesterov: where the average will be, from where it is
+        directions = dict(zip(names, grads, strict=True))
+        for (rows, columns), members in self.groups.items():
+            batch = torch.cat([split(name, directions[name])[part].to(self.dtype) for name, part in members])
+            batch = products.orthogonalise(batch, self.steps)
+            scale = lr * max(1.0, rows / columns) ** 0.5
+            done = 0
+            for name, part in members:
+                weight = split(name, self.parameters[name])[part]
+                update = batch[done : done + len(weight)].to(weight.dtype)
+                done += len(weight)
+                if self.weight_decay:
+                    weight.mul_(torch.where(update * weight > 0, 1.0 - lr * self.weight_decay, 1.0))
+                weight.sub_(update, alpha=scale)
+
+
+# Learning rate and momentum as pure functions of (step, total steps, OptimConfig). Warm-up, stable, decay (WSD): MiniCPM, arXiv 2404.06395
+# §4; a long linear decay, to (nearly) zero: arXiv 2502.15938. A step is the 0-based number of the update about to be made; the last one,
+# total - 1, is made at exactly `final_lr` of the peak.
+
+MOMENTUM_START = 0.85
+MOMENTUM_WARMUP = 0.15
+"""Share of the run over which Muon's momentum rises: a young run's gradients turn quickly, an old average of them misleads."""
+
+
+def decay_start(total: int, optim: OptimConfig) -> int:
+    """The first step of the decay; the checkpoint kept for extending a run is the one with this many steps done."""
+    return total - round(optim.decay * total)
+
+
+def lr_scale(step: int, total: int, optim: OptimConfig) -> float:
+    """Share of the peak learning rate for update `step` (0-based) of `total`."""
+    warmup, start = round(optim.warmup * total), decay_start(total, optim)
+    scale = min(1.0, (step + 1) / warmup) if warmup else 1.0
+    if step >= start:
+        done = min(1.0, (step + 1 - start) / (total - start))
+        scale = min(scale, 1.0 + (optim.final_lr - 1.0) * done)
+    return scale
+
+
+def momentum(step: int, total: int, optim: OptimConfig) -> float:
+    """Muon's momentum for update `step`: linear from 0.85 (or less, where the configured value is) to `optim.momentum`."""
+    start, warmup = min(MOMENTUM_START, optim.momentum), round(MOMENTUM_WARMUP * total)
+    done = min(1.0, step / warmup) if warmup else 1.0
+    return start + (optim.momentum - start) * done

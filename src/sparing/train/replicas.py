@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sparing.data.loader import Batch
 from sparing.kernels import native
-from sparing.model.router import routers
+from sparing.model.experts import routers
 from sparing.model.transformer import Transformer
 from sparing.train.objective import Loss, Objective, weight_of
 
@@ -46,15 +46,15 @@ class Replicas:
         torch.set_num_threads(1)
         native.choose(self.kernels)
 
-    def gradients(self, batch: Batch, micro: int | None = None, denominator: float | None = None) -> Tensor:
+    def gradients(self, batch: Batch, micro: int | None = None, denominator: float | None = None, share: float = 1.0) -> Tensor:
         """Gradients of `batch` into the first model's parameters, `micro` rows at a time (default: all); -> (P,) the objective's parts.
 
-        denominator: what the loss is divided by (default: `weight_of` the batch)."""
+        denominator: what the loss is divided by (default: `weight_of` the batch). share: of the step's sequences, how many are here."""
         micro, denominator = micro or len(batch), weight_of(batch) if denominator is None else denominator
         parts = []
         for start in range(0, len(batch), micro):
             rows = batch[start : start + micro]
-            parts.append(self._divided(rows, len(rows) / len(batch), denominator))
+            parts.append(self._divided(rows, share * len(rows) / len(batch), denominator))
         return torch.stack(parts).sum(0)
 
     def _divided(self, batch: Batch, share: float, denominator: float) -> Tensor:

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from sparing.kernels import native, products
-from sparing.kernels.pool import new
+from sparing.kernels.native import new
 from sparing.precision.compensation import Master, rows_of, slices
 from sparing.precision.moments import Average
-from sparing.train.muon import orthogonalise
 
 
 def _divide(jobs: list[Callable[[], None]]) -> None:
@@ -88,7 +87,7 @@ class StoredAdamW:
 
 
 class StoredMuon:
-    """Muon (see `train/muon.py`), matrix by matrix."""
+    """Muon (see `train/optim.py`), matrix by matrix."""
 
     def __init__(
         self, parameters: dict[str, Tensor], *, steps: int, weight_decay: float, dtype: torch.dtype, compensation: str, eight_bit: bool,
@@ -130,7 +129,7 @@ class StoredMuon:
         g = gradient[rows].float()
         m = average.read(rows).lerp_(g, 1.0 - momentum)
         average.write(rows, m, self.seed, number)
-        update, w = orthogonalise(g.lerp(m, momentum).to(self.dtype)[None], self.steps)[0].float(), master.read(rows)
+        update, w = products.orthogonalise(g.lerp(m, momentum).to(self.dtype)[None], self.steps)[0].float(), master.read(rows)
         w.mul_(torch.where(update * w > 0, decay, 1.0))
         master.write(rows, w.sub_(update, alpha=scale), self.seed, number)
 

@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from statistics import median
 from typing import Protocol
 
 import torch
@@ -22,19 +24,27 @@ from sparing.base.run import RunFolder
 from sparing.budget.flops import train_flops
 from sparing.data.loader import Batch
 from sparing.data.progress import Stopped
-from sparing.kernels import native, pool
-from sparing.model.router import routers, update_biases
+from sparing.kernels import native
+from sparing.model.experts import routers, update_biases
 from sparing.model.transformer import Transformer
 from sparing.precision.policy import Move, Policy
 from sparing.train.checkpoint import Checkpoints, TrainState
-from sparing.train.clock import Clock
-from sparing.train.guard import MAX_ROLLBACKS, Guard
 from sparing.train.log import Log, TrainResult
 from sparing.train.objective import Objective, weight_of
-from sparing.train.optim import Optimizer, keep_as
-from sparing.train.pace import Pace, PlanLog, fixed_steps
+from sparing.train.optim import Optimizer, decay_start, keep_as, lr_scale, momentum
+from sparing.train.pace import Clock, Pace, PlanLog, fixed_steps
 from sparing.train.replicas import Replicas
-from sparing.train.schedule import decay_start, lr_scale, momentum
+from sparing.train.world import ALONE, World
+
+WINDOW = 64
+"""Losses that the guard remembers."""
+FLOOR_NATS = 1.0
+"""A spike is at least this far above the median: below it, ordinary noise of tiny batches would be mistaken for one."""
+DEVIATIONS = 10.0
+"""... and at least this many robust standard deviations (1.4826 x median absolute deviation)."""
+PATIENCE = 3
+"""Bad batches in a row before the weights are blamed."""
+MAX_ROLLBACKS = 3
 
 Evaluate = Callable[[Callable[[Tensor, Tensor], Tensor]], dict]
 """Scores `nll(tokens, targets)` (see `evals.bpb.NllFn`) -> {"bpb": ..., ...}."""
@@ -44,14 +54,6 @@ class Feed(Protocol):
     """Batches by number: a pure function of the step, so that any machine can make any batch at any time."""
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch: ...
-
-
-@dataclass(frozen=True)
-class World:
-    """The processes that train together; this one alone by default."""
-
-    rank: int = 0
-    size: int = 1
 
 
 @dataclass
@@ -71,6 +73,49 @@ class Session:
     on_progress: Callable[[dict], None] | None = None
 
 
+class Guard:
+    """Finds batches that must not be learnt from: loss or gradients not finite, or a loss far above what this run is used to.
+
+    Both are known before the update is made: the batch is dropped, the weights stay as they are, and killed and resumed runs stay the
+    same. Only when batch after batch is bad are the weights themselves to blame (a bad update slipped through): then the trainer goes back
+    to a checkpoint and on with fresh batches, as PaLM's authors did by hand (arXiv 2204.02311 §5.1). The state is saved in checkpoints.
+    """
+
+    def __init__(self):
+        self.losses: deque[float] = deque(maxlen=WINDOW)
+        self.bad_in_a_row = 0
+        self.rollbacks = 0
+
+    def state(self) -> dict:
+        return {"losses": list(self.losses), "bad_in_a_row": self.bad_in_a_row, "rollbacks": self.rollbacks}
+
+    def load(self, state: dict) -> None:
+        self.losses = deque(state["losses"], maxlen=WINDOW)
+        self.bad_in_a_row, self.rollbacks = state["bad_in_a_row"], state["rollbacks"]
+
+    def verdict(self, loss: float, grad_norm: float, warm: bool) -> str | None:
+        """Why this batch must not be learnt from, or None. warm: the learning-rate warm-up is over (before it, losses leap)."""
+        if not math.isfinite(loss):
+            return f"loss is {loss}"
+        if not math.isfinite(grad_norm):
+            return f"gradient norm is {grad_norm}"
+        if warm and len(self.losses) == WINDOW:
+            usual = median(self.losses)
+            spread = 1.4826 * median(abs(other - usual) for other in self.losses)
+            if loss > usual + max(FLOOR_NATS, DEVIATIONS * spread):
+                return f"loss {loss:.3f} where {usual:.3f} is usual"
+        return None
+
+    def accept(self, loss: float) -> None:
+        self.losses.append(loss)
+        self.bad_in_a_row = 0
+
+    def reject(self) -> bool:
+        """Count a bad batch. True: it is time to go back to a checkpoint."""
+        self.bad_in_a_row += 1
+        return self.bad_in_a_row >= PATIENCE
+
+
 class Diverged(CannotGoOn):
     """Batch after batch is bad, and going back did not help."""
 
@@ -78,8 +123,9 @@ class Diverged(CannotGoOn):
 class Trainer:
     """Teaches `model` what `objective` asks, batch by batch of `feed`."""
 
-    def __init__(self, model: Transformer, feed: Feed, objective: Objective, world: World = World(), *, config: Config):
+    def __init__(self, model: Transformer, feed: Feed, objective: Objective, world: World = ALONE, *, config: Config):
         """Makes the model ready to learn as `config` says: number formats, recomputation, replicas, optimizer. Reads and writes nothing.
+        config: of all ranks together, the batch size above all.
 
         Raises UserError for settings that exclude each other."""
         t = checked(config).train
@@ -95,6 +141,8 @@ class Trainer:
         self.policy = Policy.of(model, config)
         self.moves: list[Move] = []
         """Linears that the last step's errors moved to another precision."""
+        self.loads: list[Tensor] = []
+        """Tokens that each expert of each mixture was given in the last step."""
         self.kernels = t.kernels or native.fitting(t.replicas or 1, t.threads, self.device.type)
         self.replicas = Replicas(model, objective, t.replicas or 1, bool(t.compile), self.kernels)
         self.optimizer = Optimizer(model, config.optim, model.compute_dtype, config.precision, t.seed)
@@ -104,16 +152,20 @@ class Trainer:
     # one step
 
     def gradients(self, batch: Batch, step: int = 1) -> dict[str, float]:
-        """Forward and backward passes over `batch`, micro-batch by micro-batch; -> the objective's parts, and grad_norm. step: steps done,
-        which decides whether the errors of 8-bit products are measured."""
+        """Forward and backward passes over `batch`, this rank's rows, micro-batch by micro-batch; -> all ranks' parts of the objective, and
+        grad_norm. step: steps done, which decides whether the errors of 8-bit products are measured."""
         t = self.config.train
-        self.policy.begin(step)
-        denominator = weight_of(batch)
+        if self.policy.sites:
+            self.policy.begin(step)
+        weight = torch.tensor([weight_of(batch)], dtype=torch.float64, device=self.device)
+        self.world.sum([weight])
         batch = batch.to(self.device) if t.document_mask else replace(batch, documents=None).to(self.device)
         micro = (t.micro_batch_size or t.batch_size) * t.seq_len // batch.tokens.shape[1]
-        parts = self.replicas.gradients(batch, micro, denominator)
+        parts = self.replicas.gradients(batch, micro, float(weight), 1.0 / self.world.size)
+        counts = [router.tokens_per_expert for router in routers(self.model)]
+        self.world.sum([parts, *counts, *(p.grad for p in self.optimizer.parameters.values() if p.grad is not None)])
         values = torch.cat([parts, self.optimizer.grad_norm().reshape(1)]).tolist()
-        self.moves = self.policy.end()
+        self.moves = self.policy.end() if self.policy.sites else []
         return dict(zip((*self.objective.parts, "grad_norm"), values, strict=True))
 
     def update(self, grad_norm: float, lr_scale: float, momentum: float) -> list[float]:
@@ -121,34 +173,35 @@ class Trainer:
         with native.path(self.kernels):
             self.optimizer.clip(grad_norm)
             self.optimizer.step(lr_scale, momentum)
+        self.loads = [router.tokens_per_expert.clone() for router in routers(self.model)]
         return update_biases(self.model, self.config.train.bias_update_rate)
 
-    def step(self, total: int) -> dict | None:
-        """One whole optimizer step of a run of `total`. -> its metrics, or None when the batch was bad and the weights are as before."""
+    def step(self, total: int) -> tuple[dict, str | None]:
+        """One whole optimizer step of a run of `total`. -> (its metrics, None), or ({}, why) where a bad batch changed nothing."""
         state, optim, t = self.state, self.config.optim, self.config.train
-        compiling = t.compile and not self.log.steps  # an exception inside the compiler would get lost in its callbacks
-        with nullcontext() if compiling else self.signals.interruptible():  # nothing changes yet that a checkpoint would hold
+        # A signal may end the passes: nothing changes yet that a checkpoint would hold. But an exception inside the compiler would get lost
+        # in its callbacks, and one rank must not leave the others waiting.
+        compiling, signals = t.compile and not self.log.steps, self.signals
+        alone = nullcontext() if compiling else signals.interruptible()
+        with alone if self.world.size == 1 else signals.finishing("finishing the step"):
             batch = self.feed.batch(state.cursor, self.world.rank, self.world.size)
             if t.short_seq_len and state.step < t.short_until * total:
                 batch = batch.cut(t.short_seq_len)
             losses = self.gradients(batch, state.step)
-        self.log.moves(state.step + 1, self.moves)
         bad = self.guard.verdict(losses["loss"], losses["grad_norm"], warm=state.step >= optim.warmup * total)
-        if bad:
-            self._skip(bad)
-            return None
+        if any(self.world.agree([float(bad is not None)])):
+            return {}, bad or "a bad batch on another rank"
         self.guard.accept(losses["loss"])
         scale = lr_scale(state.step, total, optim)
-        if self.log.loads_due(state.step + 1, total):
-            self.log.loads(state.step + 1, [router.tokens_per_expert.int().tolist() for router in routers(self.model)])
         with self.signals.finishing("finishing the step and saving"):
             violations = self.update(losses["grad_norm"], scale, momentum(state.step, total, optim))
-            state.step, state.cursor, state.tokens = state.step + 1, state.cursor + 1, state.tokens + batch.tokens.numel()
+            state.step, state.cursor = state.step + 1, state.cursor + 1
+            state.tokens += batch.tokens.numel() * self.world.size
         values = {"step": state.step, "tokens": state.tokens, "loss": losses.pop("loss"), "lr": optim.lr * scale}
-        values |= {"grad_norm": losses.pop("grad_norm"), **self.policy.values(), **losses}
+        values |= {"grad_norm": losses.pop("grad_norm")} | (self.policy.values() if self.policy.sites else {}) | losses
         if violations:
             values["max_violation"] = sum(violations) / len(violations)
-        return values
+        return values, None
 
     # a run
 
@@ -156,13 +209,14 @@ class Trainer:
         """Train (or go on training) the session's run until its budget is used.
 
         Where the run has a checkpoint, that is loaded over the model. Raises Interrupted on a signal (the state is saved),
-        DiskFullError and Diverged.
+        DiskFullError and Diverged. With several ranks each has a session; what `evaluate` calls must not stop on one of them alone.
         """
         self.session, self.evaluate = session, evaluate
         self.run, self.signals, self.clock, self.meter = session.run, session.signals, session.clock, session.meter
         t = self.config.train
         speed = {"tokens_per_step": self.tokens_per_step, "flops_per_token": self.flops_per_token, "peak_flops": session.peak_flops}
-        self.log = Log(self.run, t.log, **speed)
+        self.writes = self.world.rank == 0
+        self.log = Log(self.run, t.log, writes=self.writes, **speed)
         self.guard = Guard()
         self.checkpoints = Checkpoints(self.run, self.model, self.optimizer, self.config, self.log.progress.say, self.kernels)
         # Recomputing is work, though not in MFU.
@@ -183,22 +237,33 @@ class Trainer:
         """Step after step, with what comes between steps: plan, evaluation, checkpoints."""
         state, pace = self.state, self.pace
         saved, stable = time.monotonic(), state.step <= decay_start(pace.total, self.config.optim)
-        while state.step < (total := pace.advance(state.step, self.clock.seconds(), self._limit())):
-            self.signals.check()
-            if self.evaluate and pace.eval_due(state.step):  # asked before a step, so that a resumed run makes up for a missed one
+        while state.step < (total := self._decided(pace.advance(state.step, self.clock.seconds(), self._limit()))):
+            if any(self.world.agree([float(self.signals.requested)])):
+                raise Interrupted(self.signals.message)
+            # Asked before a step, so that a resumed run makes up for a missed one.
+            if self.evaluate and self._decided(pace.eval_due(state.step)):
                 self._evaluate()
             decaying = state.step >= decay_start(total, self.config.optim)
-            if (stable and decaying) or pace.checkpoint_due(state.step, time.monotonic() - saved):
+            if self._decided((stable and decaying) or pace.checkpoint_due(state.step, time.monotonic() - saved)):
                 self._save(keep_as_pre_decay=stable and decaying)
                 saved = time.monotonic()
             stable = not decaying
-            before = time.monotonic()
-            values = self.step(total)
+            before, step = time.monotonic(), state.step + 1
+            values, bad = self.step(total)
+            self.log.moves(step, self.moves)
+            if bad:
+                self._skip(bad)
+            elif self.log.loads_due(step, total):
+                self.log.loads(step, [load.int().tolist() for load in self.loads])
             self.meter.add(self.tokens_per_step, self.work)
-            if values is not None:
+            if not bad:
                 self._show(self.log.step(values | self.meter.now(), time.monotonic() - before, self.clock.seconds()))
                 pace.step_took(time.monotonic() - before)  # with what telling about it takes
         return self._finish()
+
+    def _decided(self, value: float) -> int:
+        """Rank 0's value."""
+        return int(self.world.agree([value if self.writes else 0])[0])
 
     def _limit(self) -> float | None:
         """Seconds that a budget in money or energy lasts, as things are now; None for other budgets."""
@@ -208,7 +273,7 @@ class Trainer:
     def _begin(self) -> None:
         """Load the newest checkpoint (or save step 0), drop the metrics of steps to be done again, make the plan."""
         config, t = self.config, self.config.train
-        loaded = self.checkpoints.load_newest()
+        loaded = self._load_newest()
         self.state = loaded or TrainState()
         self._forget_batch()  # whoever measured the model before may have left gradients and counts
         if loaded:
@@ -216,7 +281,8 @@ class Trainer:
             self.guard.load(loaded.guard)
             self.policy.load(loaded.precision)
             self.log.progress.say(f"going on from step {loaded.step:,}")
-        self.clock.record()  # before the lines that it was read from are dropped
+        if self.writes:
+            self.clock.record()  # before the lines that it was read from are dropped
         self.log.keep_until(self.state.step)
         if loaded is None:
             self._save()
@@ -228,7 +294,7 @@ class Trainer:
                 raise UserError(f"budget in {budget.unit}: how long that lasts here is not known; give one in s, tok or flop")
             fixed = fixed_steps(budget.amount, budget.unit, tokens, flops)
         self.pace = Pace(
-            PlanLog(self.run.state / "plan.jsonl"),
+            PlanLog(self.run.state / "plan.jsonl" if self.writes else None),
             step=self.state.step,
             seconds=self.clock.seconds(),
             budget_s=budget_s,
@@ -245,8 +311,10 @@ class Trainer:
     def _finish(self) -> TrainResult:
         """Save first: a kill during the last evaluation then costs only the evaluation."""
         self._save()
-        evaluation = self.log.evaluated(self.state.step) or (self._evaluate() if self.evaluate else {})
-        self.clock.record()
+        if self.evaluate and not self._decided(self.log.evaluated(self.state.step) is not None):
+            self._evaluate()
+        if self.writes:
+            self.clock.record()
         if self.log.last:
             self._show(self.log.last, now=True)
         losses = list(self.guard.losses) or [math.nan]
@@ -255,7 +323,7 @@ class Trainer:
             steps=self.state.step,
             tokens=self.state.tokens,
             loss=sum(losses) / len(losses),
-            evaluation=evaluation,
+            evaluation=self.log.evaluated(self.state.step) or {},
             seconds=self.clock.seconds(),
             tokens_per_s=speed,
             mfu=self.log.mfu(speed) if speed else None,
@@ -271,10 +339,11 @@ class Trainer:
 
     def _evaluate(self) -> dict:
         before = time.monotonic()
-        pool.trim()  # the last step's tensors; a sample loads the model a second time
+        native.trim()  # the last step's tensors; a sample loads the model a second time
         self.replicas.train(False)
         try:
-            with self.meter.stage("evaluate"), self.signals.interruptible():
+            alone = self.world.size == 1
+            with self.meter.stage("evaluate"), self.signals.interruptible() if alone else nullcontext():
                 result = self.evaluate(self.replicas.nll)
         finally:
             self.replicas.train(True)
@@ -284,6 +353,8 @@ class Trainer:
         return result
 
     def _save(self, *, keep_as_pre_decay: bool = False) -> None:
+        if not self.writes:
+            return
         before = time.monotonic()
         state = self.state
         state.seconds, state.guard, state.precision = self.clock.seconds(), self.guard.state(), self.policy.state()
@@ -304,7 +375,7 @@ class Trainer:
         if not self.guard.reject():
             return
         rollbacks, cursor, skipped = self.guard.rollbacks + 1, state.cursor, state.skipped
-        back = self.checkpoints.load_newest(before=state.step) if rollbacks <= MAX_ROLLBACKS else None
+        back = self._load_newest(before=state.step) if rollbacks <= MAX_ROLLBACKS else None
         if back is None:
             gentler = f"--optim.lr {self.config.optim.lr / 2:g}"
             raise Diverged(f"training diverged at step {state.step + 1} ({why}): try lower learning rates, e.g. {gentler}")
@@ -313,6 +384,14 @@ class Trainer:
         state.__dict__.update(back.__dict__ | {"cursor": cursor, "skipped": skipped})
         log.keep_until(state.step)
         self._save()
+
+    def _load_newest(self, before: int | None = None) -> TrainState | None:
+        """`Checkpoints.load_newest`, rank 0 first, which sets damaged ones aside; it goes on, and saves, when all have loaded."""
+        loaded = self.checkpoints.load_newest(before) if self.writes else None
+        self.world.agree([0.0])
+        loaded = loaded if self.writes else self.checkpoints.load_newest(before)
+        self.world.agree([0.0])
+        return loaded
 
     def _forget_batch(self) -> None:
         for parameter in self.model.parameters():

@@ -1,7 +1,8 @@
-"""Output head and cross-entropy in chunks of tokens: the logits (N, W) never exist as a whole.
+"""What reads and what predicts words: rows of the embedding, and the output head with its cross-entropy.
 
-The gradients of hidden states and head are computed during the forward pass, chunk by chunk, so that a chunk of logits is read while
-it is in cache and nothing of it is kept (the idea of Liger Kernel's fused linear cross-entropy, arXiv 2410.10989).
+Head and cross-entropy go through chunks of tokens: the logits (N, W) never exist as a whole. The gradients of hidden states and head are
+computed during the forward pass, chunk by chunk, so that a chunk of logits is read while it is in cache and nothing of it is kept (the idea
+of Liger Kernel's fused linear cross-entropy, arXiv 2410.10989).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparing.kernels import native, products
-from sparing.kernels.pool import new_like
+from sparing.kernels.native import new, new_like
 from sparing.kernels.sizes import HEAD_TOKENS
 
 IGNORE = -100
@@ -137,3 +138,27 @@ def token_nll(x_ND: Tensor, weight_WD: Tensor, targets_N: Tensor) -> Tensor:
             logits = F.linear(x_ND[part], weight).float()
             out[part] = F.cross_entropy(logits, targets_N[part], ignore_index=IGNORE, reduction="none")
         return out
+
+
+class _Embedding(torch.autograd.Function):
+    """Of bfloat16 weights, with a gradient whose sums are float32: in bfloat16 those of a frequent word stop growing after a few hundred.
+    Only rows that were read exist in float32."""
+
+    @staticmethod
+    def forward(ctx, words: Tensor, weight_WD: Tensor) -> Tensor:
+        ctx.save_for_backward(words)
+        ctx.shape, ctx.dtype = weight_WD.shape, weight_WD.dtype
+        return F.embedding(words, weight_WD)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        read, place = ctx.saved_tensors[0].flatten().unique(return_inverse=True)
+        grad = grad.flatten(0, -2)
+        rows = new(grad, len(read), ctx.shape[1], dtype=torch.float32).zero_()
+        rows.index_add_(0, place, new_like(grad, torch.float32).copy_(grad))
+        return None, new(grad, *ctx.shape, dtype=ctx.dtype).zero_().index_copy_(0, read, rows.to(ctx.dtype))
+
+
+def embedding(words: Tensor, weight_WD: Tensor) -> Tensor:
+    """(...,) integers -> (..., D) rows of the weight, in its type."""
+    return F.embedding(words, weight_WD) if weight_WD.dtype == torch.float32 else _Embedding.apply(words, weight_WD)
