@@ -13,16 +13,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import psutil
 
 from sparing.account.ledger import WAIT_S, Ancestor, Entry, Ledger, complain, workspace_file
 from sparing.base.config import UserError
 from sparing.base.run import RunFolder
-
-if TYPE_CHECKING:  # the meter asks this file for a run's name
-    from sparing.account.meter import Meter
 
 STALE_S = 60.0
 """A row that says it is running and was not written for so long belongs to a process that died."""
@@ -136,9 +132,8 @@ def _last_id(path: str) -> str:
     return ""
 
 
-def bill(run: RunFolder, meter: Meter) -> dict:
-    """What training `run` has cost until now, all attempts: cost_usd, energy_kwh, energy_how, co2e_g. meter: of the one under way."""
-    rows = [row for row in entries_of(run) if row.verb in TRAINING and not meter.owns(row)] + meter.rows()
+def bill(rows: list[Entry]) -> dict:
+    """What these rows add up to: cost_usd, energy_kwh, energy_how, co2e_g."""
     return {
         "cost_usd": sum(row.usd for row in rows),
         "energy_kwh": sum(row.kwh for row in rows),

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 
-from sparing.account.history import books
+from sparing.account.history import TRAINING, books, entries_of
 from sparing.account.ledger import Entry, complain
 from sparing.account.power import Model, cpu_seconds, cuda_memory, peak_memory, reset_peak_memory, resident_memory, sources
 from sparing.account.tariff import Tariff
@@ -153,9 +153,10 @@ class Meter(NoMeter):
             self._look()
             return [replace(entry) for entry in self._entries.values()]
 
-    def owns(self, row: Entry) -> bool:
-        """Is this one of this attempt's rows?"""
-        return row.uid.startswith(self._attempt)
+    def earlier(self) -> list[Entry]:
+        """Rows of earlier attempts at training this run."""
+        rows = entries_of(self.run) if self.run else []
+        return [row for row in rows if row.verb in TRAINING and not row.uid.startswith(self._attempt)]
 
     def latest(self) -> tuple[float, float, float]:
         """(`time.monotonic()` of the last sample, US dollars, kWh of this attempt until then)."""

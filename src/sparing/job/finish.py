@@ -14,9 +14,9 @@ from sparing.base.files import write_atomic
 from sparing.base.messages import say
 from sparing.budget.flops import kv_cache_bytes, parameters
 from sparing.budget.units import format_budget
-from sparing.data.store import TokenStore
 from sparing.infer.loaded import Model
 from sparing.job.begin import Job
+from sparing.job.corpus import TrainingData
 from sparing.model.transformer import Transformer
 from sparing.train.log import TrainResult
 
@@ -27,7 +27,7 @@ class _BudgetSpent(Exception):
     """Ends a completion."""
 
 
-def finish(job: Job, config: Config, model: Transformer, store: TokenStore, result: TrainResult, samples: int) -> dict:
+def finish(job: Job, config: Config, model: Transformer, data: TrainingData, result: TrainResult, samples: int) -> dict:
     """Write completions of `samples` held-out beginnings, MODEL_CARD.md and state/summary.json; -> the summary. Completions end with the
     budget."""
     run, counts = job.run, parameters(config.model)
@@ -48,10 +48,10 @@ def finish(job: Job, config: Config, model: Transformer, store: TokenStore, resu
         "skipped": result.skipped,
         "seconds": 0.0,
         "budget": format_budget(config.budget),
-        "samples": _completions(job, config, Model(run, config, model, store.tokenizer), list(store.held_out())[:samples]),
+        "samples": _completions(job, config, Model(run, config, model, data.tokenizer), data.held_out[:samples]),
     }
     write_atomic(run.model_card_file, model_card(config, summary, kv_cache_bytes(config.model)))
-    summary |= {"seconds": job.clock.seconds()} | bill(run, job.meter)
+    summary |= {"seconds": job.clock.seconds()} | bill(job.meter.earlier() + job.meter.rows())
     write_atomic(run.state / "summary.json", json.dumps(summary, indent=1))
     cost = f"${summary['cost_usd']:.3g}, {1000 * summary['energy_kwh']:.3g} Wh ({summary['energy_how']}), {summary['co2e_g']:.3g} gCO2e"
     say(f"\nspent: {summary['seconds']:,.0f} s, {cost}; sparing receipt {run} has the details")

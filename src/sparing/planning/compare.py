@@ -8,7 +8,7 @@ from typing import Any
 
 from sparing.account.prices import rates_for, tables
 from sparing.base.config import Budget, UserError
-from sparing.base.config_file import merge_wishes
+from sparing.base.config_file import Wishes
 from sparing.budget.plan import Corpus, check, predict
 from sparing.budget.units import format_budget
 from sparing.planning.places import Place, elsewhere, run_of
@@ -18,7 +18,7 @@ TIE = 0.003
 OTHERS = ("4090", "l40s", "a100", "h100", "h200", "b200", "mi300x")
 
 
-def alternatives(wishes: dict, budget: Budget, corpus: Corpus, place: Place) -> dict[str, Any]:
+def alternatives(wishes: Wishes, budget: Budget, corpus: Corpus, place: Place) -> dict[str, Any]:
     """{"alternatives": [...], "buy": the one that the budget should buy, "why"}; options that cannot work say why not."""
     base, _ = run_of(wishes, budget, corpus, place)
     dense = {"model": {"num_dense_layers": base.config.model.num_layers, "num_layers": base.config.model.num_layers}}
@@ -36,11 +36,11 @@ def alternatives(wishes: dict, budget: Budget, corpus: Corpus, place: Place) -> 
         ]
     for name in OTHERS:
         options += [(f"{name} {rent.replace('_', '-')}", {}, (name, rent)) for rent in ("on_demand", "spot", "own")]
-    rows = [_row(label, merge_wishes(wishes, more), budget, corpus, where) for label, more, where in options]
+    rows = [_row(label, Wishes.of(wishes, more), budget, corpus, where) for label, more, where in options]
     return {"alternatives": rows, **_advice(rows, budget)}
 
 
-def _row(label: str, wishes: dict, budget: Budget, corpus: Corpus, where: Place | tuple) -> dict[str, Any]:
+def _row(label: str, wishes: Wishes, budget: Budget, corpus: Corpus, where: Place | tuple) -> dict[str, Any]:
     try:
         place = where if isinstance(where, Place) else elsewhere(where[0], where[1])
         run, _ = run_of(wishes, budget, corpus, place)

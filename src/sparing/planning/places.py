@@ -10,7 +10,7 @@ from pathlib import Path
 from sparing.account.prices import Rent, device, device_of, rates_for
 from sparing.base import hardware
 from sparing.base.config import Budget, Config, UserError
-from sparing.base.config_file import merge_wishes
+from sparing.base.config_file import Wishes
 from sparing.base.hardware import Gpu, Machine, load_calibration
 from sparing.budget.estimate import DESCRIPTION, Estimate, StepModel, fit, profile_model
 from sparing.budget.memory import Path as KernelPath
@@ -92,18 +92,19 @@ def elsewhere(name: str, rent: Rent, country: str | None = None) -> Place:
     return Place(machine, row.name, rent, country, None, row.peak[SHORT[machine.training_dtype("cuda" if machine.gpus else "cpu")]])
 
 
-def with_vocabulary(wishes: dict) -> dict:
-    """Wishes for a model that a tokenizer of the user's own fits. Raises UserError where the model wished for is too small for it."""
-    path = wishes.get("data", {}).get("tokenizer")
+def with_vocabulary(wishes: Wishes) -> Wishes:
+    """Wishes with `model.vocab_size`, where the user brings a tokenizer. Raises UserError for a smaller one that is asked for."""
+    path = wishes.value("data.tokenizer")
     if not path:
         return wishes
-    size = -(-Tokenizer.load(path).vocab_size // 64) * 64
-    if wishes.get("model", {}).get("vocab_size", size) < size - 63:
-        raise UserError(f"model.vocab_size {wishes['model']['vocab_size']}: the tokenizer {path} needs at least {size}")
-    return merge_wishes({"model": {"vocab_size": size}}, wishes)
+    words = Tokenizer.load(path).vocab_size
+    size = -(-words // 64) * 64
+    if (wished := wishes.value("model.vocab_size", size)) < words:
+        raise UserError(f"model.vocab_size {wished}: the tokenizer {path} needs at least {size}")
+    return Wishes.of({"model": {"vocab_size": size}}, wishes)
 
 
-def run_of(wishes: dict, budget: Budget, corpus: Corpus, place: Place) -> tuple[Run, Resolved]:
+def run_of(wishes: Wishes, budget: Budget, corpus: Corpus, place: Place) -> tuple[Run, Resolved]:
     """The resolved run and all that predicting it takes."""
     rates = rates_for(place.machine, place.name, place.country, place.rent)
     seconds = in_seconds(budget, rates)
