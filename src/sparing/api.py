@@ -123,7 +123,7 @@ def evaluate(
                 model = HarnessModel(engine.tokenizer, engine.context, partial(score, engine), partial(write, engine))
                 result |= {"weights": engine.weights, "rows": run_tasks(model, tasks, limit)}
                 rows = int(engine.metrics()["rows_total"])
-                meter.add(rows, rows * sum(forward_flops(engine.config, engine.context // 2, mtp=False).values()))
+                meter.add(rows, rows * forward_flops(engine.config, engine.context // 2, mtp=False))
     return result
 
 
@@ -136,7 +136,7 @@ def _bpb(run: str, data: Sequence[str], context: int | None, meter: Meter) -> di
     cores = meter.machine.cores_physical
     nll = Replicas(model.network, None, cores, kernels=native.fitting(cores, cores, "cpu")).nll
     result = bpb(nll, model.tokenizer, texts, context, batch=max(1, EVAL_TOKENS // context))
-    meter.add(result["tokens"], result["tokens"] * sum(forward_flops(model.config.model, context, mtp=False).values()))
+    meter.add(result["tokens"], result["tokens"] * forward_flops(model.config.model, context, mtp=False))
     return result
 
 
@@ -158,7 +158,7 @@ def generate(
         start = time.monotonic()
         text, tokens = continued(engine, prompt, sampling, stream)
         seconds = time.monotonic() - start
-        meter.add(tokens, tokens * sum(forward_flops(engine.config, max(1, tokens), mtp=False).values()))
+        meter.add(tokens, tokens * forward_flops(engine.config, max(1, tokens), mtp=False))
     return {"prompt": prompt, "text": text, "tokens": tokens, "seconds": seconds}
 
 

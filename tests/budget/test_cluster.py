@@ -6,9 +6,20 @@ import pytest
 
 from sparing.base.config import ModelConfig, UserError
 from sparing.base.config_file import build, presets, read_recipe
-from sparing.budget.cluster import EFFICIENCY, Layout, all_to_all, bubble_time, device_hours, kernels, layer_time, step_time
+from sparing.budget.cluster import (
+    EFFICIENCY,
+    Layout,
+    all_to_all,
+    bubble_time,
+    device_hours,
+    kernels,
+    layer_time,
+    layout_of,
+    memory_of,
+    plan_stages,
+    step_time,
+)
 from sparing.budget.flops import train_flops
-from sparing.budget.stages import layout_of, memory_of, plan_stages
 
 
 def published(name):

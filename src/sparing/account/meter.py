@@ -19,7 +19,7 @@ from dataclasses import asdict, replace
 
 from sparing.account.history import TRAINING, books, entries_of
 from sparing.account.ledger import Entry, complain
-from sparing.account.power import Model, cpu_seconds, cuda_memory, peak_memory, reset_peak_memory, resident_memory, sources
+from sparing.account.power import PowerModel, cpu_seconds, cuda_memory, peak_memory, reset_peak_memory, resident_memory, sources
 from sparing.account.tariff import Tariff
 from sparing.base.hardware import Machine
 from sparing.base.messages import say
@@ -291,7 +291,7 @@ class Meter(NoMeter):
             if not self.tariff.reload(self.say):
                 return
             for source in self._sources:
-                if isinstance(source, Model):
+                if isinstance(source, PowerModel):
                     source.change(self.tariff.processor.watts_idle, self.tariff.processor.watts_busy, self.machine.cores_physical)
             self._recent.clear()
             self._recent.append(self._total())

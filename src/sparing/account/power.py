@@ -112,7 +112,7 @@ class Nvml:
         return self._added + self._counters() - self._start
 
 
-class Model:
+class PowerModel:
     """idle + utilisation · (busy − idle) watts; utilisation: the CPU time of this process and of its finished children over that of all
     cores. Linear, so it holds for any span: joules = idle · seconds + (busy − idle) · CPU seconds / cores."""
 
@@ -167,7 +167,7 @@ def sources(machine: Machine, rates: Rates, processor: Rates) -> list[Source]:
     try:
         found.append(Rapl())
     except (OSError, ValueError):
-        found.append(Model(processor.watts_idle, processor.watts_busy, machine.cores_physical))
+        found.append(PowerModel(processor.watts_idle, processor.watts_busy, machine.cores_physical))
     return found
 
 

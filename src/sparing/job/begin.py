@@ -15,7 +15,7 @@ from sparing.base.hardware import Machine
 from sparing.base.messages import say
 from sparing.base.preempt import Interrupted, Preempt
 from sparing.base.run import RunFolder
-from sparing.budget.plan import in_seconds
+from sparing.budget.predict import in_seconds
 from sparing.budget.units import format_budget
 from sparing.data.progress import Bars
 from sparing.data.scan import scan

@@ -9,9 +9,9 @@ from typing import Any
 from sparing.account.prices import rates_for, tables
 from sparing.base.config import Budget, UserError
 from sparing.base.config_file import Wishes
-from sparing.budget.plan import Corpus, check, predict
+from sparing.budget.predict import Corpus, check, predict
 from sparing.budget.units import format_budget
-from sparing.planning.places import Place, elsewhere, run_of
+from sparing.planning.places import Place, elsewhere, resolve_run
 
 TIE = 0.003
 """Options whose bits per byte are closer than this share count as equal; the cheaper one is recommended."""
@@ -20,7 +20,7 @@ OTHERS = ("4090", "l40s", "a100", "h100", "h200", "b200", "mi300x")
 
 def alternatives(wishes: Wishes, budget: Budget, corpus: Corpus, place: Place) -> dict[str, Any]:
     """{"alternatives": [...], "buy": the one that the budget should buy, "why"}; options that cannot work say why not."""
-    base, _ = run_of(wishes, budget, corpus, place)
+    base, _ = resolve_run(wishes, budget, corpus, place)
     dense = {"model": {"num_dense_layers": base.config.model.num_layers, "num_layers": base.config.model.num_layers}}
     mixture = {"model": {"num_dense_layers": 1, "n_routed_experts": 16}}
     options: list[tuple[str, dict, Place]] = [
@@ -43,7 +43,7 @@ def alternatives(wishes: Wishes, budget: Budget, corpus: Corpus, place: Place) -
 def _row(label: str, wishes: Wishes, budget: Budget, corpus: Corpus, where: Place | tuple) -> dict[str, Any]:
     try:
         place = where if isinstance(where, Place) else elsewhere(where[0], where[1])
-        run, _ = run_of(wishes, budget, corpus, place)
+        run, _ = resolve_run(wishes, budget, corpus, place)
         check(run)
         numbers = predict(run)
     except UserError as error:

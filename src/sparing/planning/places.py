@@ -13,9 +13,8 @@ from sparing.base.config import Budget, Config, UserError
 from sparing.base.config_file import Wishes
 from sparing.base.hardware import Gpu, Machine, load_calibration
 from sparing.budget.estimate import DESCRIPTION, Estimate, StepModel, fit, profile_model
-from sparing.budget.memory import Path as KernelPath
-from sparing.budget.memory import path_of, training_memory
-from sparing.budget.plan import Corpus, Run, in_seconds
+from sparing.budget.memory import KernelPath, path_of, training_memory
+from sparing.budget.predict import Corpus, PlannedRun, in_seconds
 from sparing.budget.scaling import kind_of, law_of
 from sparing.data.tokenizer import Tokenizer
 from sparing.resolve import BYTES_PER_TOKEN, Resolved, resolve
@@ -104,16 +103,16 @@ def with_vocabulary(wishes: Wishes) -> Wishes:
     return Wishes.of({"model": {"vocab_size": size}}, wishes)
 
 
-def run_of(wishes: Wishes, budget: Budget, corpus: Corpus, place: Place) -> tuple[Run, Resolved]:
+def resolve_run(wishes: Wishes, budget: Budget, corpus: Corpus, place: Place) -> tuple[PlannedRun, Resolved]:
     """The resolved run and all that predicting it takes."""
     rates = rates_for(place.machine, place.name, place.country, place.rent)
     seconds = in_seconds(budget, rates)
     found = resolve(wishes, budget if seconds is None else Budget(seconds, "s"), place.machine, corpus, place.peak_flops)
     config = replace(found.config, budget=budget)
-    return run_from(config, corpus, place, seconds), Resolved(config, found.reasons)
+    return planned_run(config, corpus, place, seconds), Resolved(config, found.reasons)
 
 
-def run_from(config: Config, corpus: Corpus, place: Place, budget_s: float | None) -> Run:
+def planned_run(config: Config, corpus: Corpus, place: Place, budget_s: float | None) -> PlannedRun:
     """For a configuration that is resolved already; replicas and micro-batch left open: one a core, the largest that fits."""
     if config.train.replicas is None and config.train.device == "cpu":
         config = replace(
@@ -129,7 +128,7 @@ def run_from(config: Config, corpus: Corpus, place: Place, budget_s: float | Non
             config = replace(config, train=replace(config.train, micro_batch_size=micro))
     vocab = min(BYTES_PER_TOKEN, key=lambda size: abs(size - config.model.vocab_size))
     speed = _speed(config, place)
-    return Run(
+    return PlannedRun(
         config=config,
         corpus=corpus,
         law=law_of(kind_of(corpus.kinds)),

@@ -10,18 +10,18 @@ from sparing.base.config import Budget, Config, UserError
 from sparing.base.config_file import Wishes, nearest, read_recipe, write_config
 from sparing.base.hardware import Machine
 from sparing.base.messages import say
+from sparing.budget.cluster import plan_stages
 from sparing.budget.flops import parameters
 from sparing.budget.memory import serving_memory
-from sparing.budget.plan import Corpus, Run, check, predict
-from sparing.budget.stages import plan_stages
+from sparing.budget.predict import Corpus, PlannedRun, check, predict
 from sparing.budget.units import format_budget, parse_budget, parse_size
 from sparing.data.scan import CorpusFacts, scan
 from sparing.planning.compare import alternatives
-from sparing.planning.places import Given, Place, elsewhere, here, run_from, run_of, with_vocabulary
+from sparing.planning.places import Given, Place, elsewhere, here, planned_run, resolve_run, with_vocabulary
 from sparing.resolve import LADDER, Resolved, shaped
 
 PLAN_FIELDS = {"data_bytes", "machine", "rent", "country"}
-"""What [plan] of a recipe may say besides a cluster's fields (`budget.stages`)."""
+"""What [plan] of a recipe may say besides a cluster's fields (`budget.cluster`)."""
 TOKENS_PER_PARAMETER = 20.0
 """For `--fits` without a budget: Hoffmann et al., arXiv 2203.15556 §3."""
 
@@ -70,7 +70,7 @@ def plan(
         parsed = cheapest(wishes, target_bpb, corpus, place)
     else:
         parsed = parse_budget(budget)
-    run, resolved = run_of(wishes, parsed, corpus, place)
+    run, resolved = resolve_run(wishes, parsed, corpus, place)
     check(run)
     result = shown(run, resolved, place)
     if fits is not None:
@@ -88,7 +88,7 @@ def plan(
 
 def foresee(config: Config, corpus: Corpus, machine: Machine, budget_s: float | None) -> dict[str, Any]:
     """The prediction for a run that is about to start here: `plan --json`'s keys, and the size and kind of its corpus."""
-    run = run_from(config, corpus, here(home_rent(), machine=machine), budget_s)
+    run = planned_run(config, corpus, here(home_rent(), machine=machine), budget_s)
     numbers = predict(run)
     if config.start is not None:
         numbers["bpb"] = {"value": None, "low": None, "high": None, "source": "the law is of runs that begin with noise"}
@@ -104,7 +104,7 @@ def _corpus(wishes: Wishes, section: dict) -> CorpusFacts | Given:
         return scan(wishes.config().data, progress=bars)
 
 
-def shown(run: Run, resolved: Resolved, place: Place) -> dict[str, Any]:
+def shown(run: PlannedRun, resolved: Resolved, place: Place) -> dict[str, Any]:
     """A prediction with what was decided and why."""
     return {
         **predict(run),
@@ -126,7 +126,7 @@ def cheapest(wishes: Wishes, target: float, corpus: Corpus, place: Place) -> Bud
         raise UserError(f"--target-bpb {target}: bits per byte lie between 0 and 8 or so")
 
     def reached(seconds: float) -> float:
-        run, _ = run_of(wishes, Budget(seconds, "s"), corpus, place)
+        run, _ = resolve_run(wishes, Budget(seconds, "s"), corpus, place)
         return predict(run)["bpb"]["value"]
 
     low, high = 10.0, 10 * 365 * 86400.0
@@ -136,7 +136,7 @@ def cheapest(wishes: Wishes, target: float, corpus: Corpus, place: Place) -> Bud
         middle = (low * high) ** 0.5
         low, high = (low, middle) if reached(middle) <= target else (middle, high)
     for _ in range(40):  # a budget below what starting takes is no answer
-        run, _ = run_of(wishes, Budget(high, "s"), corpus, place)
+        run, _ = resolve_run(wishes, Budget(high, "s"), corpus, place)
         try:
             check(run)
             break
@@ -155,7 +155,7 @@ def _that_serves(wishes: Wishes, size: int, budget: Budget | None, corpus: Corpu
         least = serving_memory(models[0], seq_len)
         raise UserError(f"--fits {size / 1e6:.0f}MB: the smallest model serves in {least / 1e6:.0f}MB")
     if budget is not None:
-        run, _ = run_of(wishes, budget, corpus, place)
+        run, _ = resolve_run(wishes, budget, corpus, place)
         if serving_memory(run.config.model, seq_len) <= size:
             return wishes, budget  # what the budget buys fits anyway
     model = fitting[-1]
