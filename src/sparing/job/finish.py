@@ -7,10 +7,10 @@ from contextlib import suppress
 
 import torch
 
-from sparing.account.card import model_card
 from sparing.account.history import bill
 from sparing.base.config import Config
 from sparing.base.files import write_atomic
+from sparing.base.layers import mixtures
 from sparing.base.messages import say
 from sparing.budget.flops import kv_cache_bytes, parameters
 from sparing.budget.units import format_budget
@@ -50,7 +50,7 @@ def finish(job: Job, config: Config, model: Transformer, data: TrainingData, res
         "budget": format_budget(config.budget),
         "samples": _completions(job, config, Model(run, config, model, data.tokenizer), data.held_out[:samples]),
     }
-    write_atomic(run.model_card_file, model_card(config, summary, kv_cache_bytes(config.model)))
+    write_atomic(run.model_card_file, _model_card(config, summary))
     summary |= {"seconds": job.clock.seconds()} | bill(job.meter.earlier() + job.meter.rows())
     write_atomic(run.state / "summary.json", json.dumps(summary, indent=1))
     cost = f"${summary['cost_usd']:.3g}, {1000 * summary['energy_kwh']:.3g} Wh ({summary['energy_how']}), {summary['co2e_g']:.3g} gCO2e"
@@ -88,3 +88,21 @@ def _prompt(document: str) -> str:
     """The beginning of a document: up to its third line or 120 characters, not ending inside a word."""
     start = "\n".join(document.splitlines()[:3])[:120]
     return start if len(start) < 120 or " " not in start else start.rsplit(" ", 1)[0]
+
+
+def _model_card(config: Config, summary: dict) -> str:
+    """MODEL_CARD.md as model hubs read it. summary: what `train` returns."""
+    m, bits = config.model, summary["bpb"]
+    kind = f"mixture of {m.n_routed_experts} experts, {m.num_experts_per_tok} a token" if mixtures(m) else "dense"
+    score = "not evaluated" if bits is None else f"{bits:.4f} bits per byte"
+    return f"""# Model card
+
+A {kind} language model of {summary["parameters"]:,} parameters ({summary["active_parameters"]:,} active), trained with Sparing.
+
+- Data: {", ".join(config.data.paths) or "the Python standard library's source"}; {summary["tokens"]:,} tokens in {summary["steps"]:,} steps
+- Held-out text: {score} (context {config.train.seq_len} tokens)
+- Vocabulary {m.vocab_size:,}, {m.num_layers} layers of width {m.hidden_size}, {kv_cache_bytes(m):,} bytes of cache per token (16 bit)
+- Budget {summary["budget"]}; the whole recipe is in config.toml
+
+It continues text. It was not taught to follow instructions, and what it says may be false.
+"""

@@ -6,7 +6,7 @@ from html import escape
 
 from sparing.account.receipt import COMPARED, at
 from sparing.account.report.story import Story
-from sparing.account.wording import COMPARED_HEAD, LABEL, STAGE_HEAD, amount, compared, digits, quality_text, scaled, staged
+from sparing.account.wording import COMPARED_HEAD, LABEL, STAGE_HEAD, amount, ancestry, compared, digits, quality_text, scaled, staged
 
 TILES = ("bpb", "time_s", "cost_usd", "energy_kwh", "co2e_g", "tokens")
 
@@ -74,11 +74,7 @@ def bill(story: Story) -> str:
         return ""
     parts = [table("Training, by stage", STAGE_HEAD, staged(found["stages"]))]
     parts.append(table("Since then, not in the figures above", STAGE_HEAD, staged(found["later"])))
-    ancestors = [
-        (row["name"], row["relation"], amount("time_s", row["wall_s"]), amount("cost_usd", row["usd"]), f"{100 * row['share']:.0f} %")
-        for row in found["ancestors"]
-    ]
-    parts.append(table("Derived from", ("run", "as", "time", "cost", "share of the whole line"), ancestors))
+    parts.append(table("Derived from", ("run", "as", "time", "cost", "share of the whole line"), ancestry(found["ancestors"])))
     if bought := quality_text(found["quality"]):
         parts.append(f"<p>{escape(bought)}.</p>")
     energy, rates = found["actual"]["energy_kwh"], found["rates"]
