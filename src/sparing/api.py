@@ -1,4 +1,4 @@
-"""Each verb as one function: joins planning, data, calibration, training, evaluation and sampling."""
+"""The library: one function for each verb that makes or reads a run."""
 
 from __future__ import annotations
 

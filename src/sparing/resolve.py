@@ -1,4 +1,4 @@
-"""(wishes, budget, machine, corpus facts) -> Config: what nobody set is derived, and every derived value carries its reason.
+"""Derives a complete configuration from the user's wishes, budget, machine and corpus. Every derived value carries its reason.
 
 Pure: nothing is measured or read here. The rules are fitted to the experiments in LAB.md.
 """

@@ -1,4 +1,4 @@
-"""Ledgers as CodeCarbon writes them: the columns of its emissions.csv, so that tools made for those read ours.
+"""Exports ledgers with the columns of CodeCarbon's emissions.csv, for the tools that read those.
 
 Columns and units: github.com/mlco2/codecarbon, codecarbon/output_methods/emissions_data.py, release 3.3.2: seconds, kg CO2e, kg/s, W, kWh;
 its PUE multiplies power and energy, and so it does here. What is not measured (memory's power, water) is 0; longitude and the like, empty.

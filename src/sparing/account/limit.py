@@ -1,4 +1,4 @@
-"""A budget in money or energy, as a time limit that follows what is metered: the watts drawn and the prices in force."""
+"""Turns a budget in money or energy into seconds, by the power that is drawn and the prices in force."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The meter: what each stage of a verb takes, written to the ledgers while it runs.
+"""The meter counts the time, energy, money, tokens and memory of each stage of a verb, and writes them to the ledgers while it runs.
 
 A thread looks once a second (process times, counters, memory) and writes what has changed every two; the main thread is only asked
 for a reading where a stage begins or ends. Stages nest, and each second belongs to the innermost: an attempt's stages add up to it.

@@ -1,4 +1,4 @@
-"""The receipt: what a run cost and reached, beside what was predicted, stage by stage, with its ancestors; and the whole workspace's."""
+"""Receipts: what a run cost and reached beside what was predicted, by stage, with its ancestors; and all that a workspace spent."""
 
 from __future__ import annotations
 
@@ -116,14 +116,14 @@ def at(figures: dict | None, dotted: str) -> dict | None:
 
 def difference(predicted: dict | None, actual: dict) -> dict:
     """name -> {"relative": actual / predicted - 1, "inside": was it in the predicted interval? (None without one)}."""
-    found = {}
+    differences = {}
     for name in COMPARED:
         before, after = at(predicted, name), at(actual, name)
         if before and after and before["value"]:
             low, high = before.get("low"), before.get("high")
             inside = low <= after["value"] <= high if low is not None and high is not None else None
-            found[name] = {"relative": after["value"] / before["value"] - 1, "inside": inside}
-    return found
+            differences[name] = {"relative": after["value"] / before["value"] - 1, "inside": inside}
+    return differences
 
 
 def quality(actual: dict) -> dict:

@@ -163,7 +163,7 @@ def quality_text(quality: dict) -> str:
     return f"{quality['bits_saved_per_byte']:.3f} bits saved per byte of text" + (f": {', '.join(each)}" if each else "")
 
 
-def workspace_text(found: dict) -> str:
+def workspace_text(workspace: dict) -> str:
     """`receipt --all` for a terminal."""
     head = ("", "attempts", "time", "energy", "cost", "CO2e")
 
@@ -173,13 +173,13 @@ def workspace_text(found: dict) -> str:
             amount("cost_usd", sums["cost_usd"]), amount("co2e_g", sums["co2e_g"]),
         )  # fmt: skip
 
-    runs = [row(f"{item['run']}{'' if item['exists'] else ' (gone)'}: {item['status']}", item) for item in found["runs"]]
+    runs = [row(f"{item['run']}{'' if item['exists'] else ' (gone)'}: {item['status']}", item) for item in workspace["runs"]]
     return "\n\n".join(
         [
-            found["ledger"],
+            workspace["ledger"],
             table(("run", *head[1:]), runs),
-            table(("verb", *head[1:]), [row(name, sums) for name, sums in found["by_verb"].items()]),
-            table(("how it ended", *head[1:]), [row(name, sums) for name, sums in found["by_status"].items()]),
-            table(head, [row("all", found["total"])]) + f"\nenergy {found['total']['energy_how']}",
+            table(("verb", *head[1:]), [row(name, sums) for name, sums in workspace["by_verb"].items()]),
+            table(("how it ended", *head[1:]), [row(name, sums) for name, sums in workspace["by_status"].items()]),
+            table(head, [row("all", workspace["total"])]) + f"\nenergy {workspace['total']['energy_how']}",
         ]
     )

@@ -1,4 +1,4 @@
-"""The whole vocabulary of a run: frozen dataclasses, nothing computed, nothing read from disk.
+"""The configuration of a run, as frozen dataclasses. Nothing is computed or read from disk here.
 
 `ModelConfig` speaks DeepSeek-V3's language (`config.json` of the published checkpoints, in brackets where our name differs);
 dense feed-forward, grouped-query attention and other gates are values of the same fields. `None` in a field that `resolve`

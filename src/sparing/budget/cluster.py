@@ -1,4 +1,4 @@
-"""Step time of training on many devices, from published kernel figures: pipeline bubbles, expert all-to-all, tensor parallelism, ZeRO-1.
+"""Predicts training on many devices from published kernel figures: pipeline bubbles, expert all-to-all, tensor parallelism, ZeRO-1.
 
 Times are device-seconds of one token unless said otherwise: what one device would need if it did all of the token's work. Assumed: stages
 of a pipeline are balanced, every micro-batch has 4,096 tokens (longer sequences are divided), nothing fails. Bubbles: DeepSeek-V3 (arXiv
@@ -225,13 +225,13 @@ def stages(c: ModelConfig, seq_len: int, batch: int, section: dict, layout: Layo
             raise UserError(f"[[plan.stage]]: unknown key {field}; nearest: {nearest(field, STAGE_FIELDS)}")
     carved = sum(row["tokens"] for row in section.get("stage", []) if not row.get("extra"))
     rows = [{"name": "pre-training", "tokens": section["tokens"] - carved}, *section.get("stage", [])]
-    found = []
+    result = []
     for row in rows:
         hours = device_hours(c, row["tokens"], row.get("seq_len", seq_len), row.get("batch_size", batch), layout, EFFICIENCY)
-        found.append(Stage(row["name"], row["tokens"], around(hours, SPREAD, SOURCE)))
+        result.append(Stage(row["name"], row["tokens"], around(hours, SPREAD, SOURCE)))
     if "hours" in section:
-        found.append(Stage(section.get("hours_of", "other"), 0.0, exactly(section["hours"], "an input of the preset")))
-    return found
+        result.append(Stage(section.get("hours_of", "other"), 0.0, exactly(section["hours"], "an input of the preset")))
+    return result
 
 
 def memory_of(c: ModelConfig, seq_len: int, layout: Layout) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Parameters and floating-point operations of a model, from its configuration alone.
+"""Counts parameters and floating-point operations of a model from its configuration.
 
 A multiply-add counts as two operations. Attention is counted causally: position t attends to t + 1 keys. Norms, softmax, rotary
 embedding, gates' activations and the embedding look-up are not counted, as in the papers' figures.

@@ -1,4 +1,4 @@
-"""Bytes that training needs, by part, from the configuration alone: what the code of `model/` and `kernels/` keeps, part by part.
+"""Predicts the memory of training from the configuration: what `model/` and `kernels/` keep, part by part.
 
 Weights, gradients and moments are float32, activations the compute type, unless `[precision]` keeps them in fewer bits. Gradients appear
 while activations go, but in pieces of other sizes: the allocator holds part of both, or little (`precision/allocator.py`).

@@ -1,4 +1,4 @@
-"""A verb's command line -> its dataclass and the overrides behind it. Belongs to cli.py; builds the parser of one verb only.
+"""Parses a verb's command line into its dataclass and the overrides behind it. Builds the parser of that verb only.
 
 Own options are the dataclass's fields, parsed by tyro. Overrides are every field of a recipe by its dotted name (`--model.num-layers 8`)
 for verbs whose class says `takes = "recipe"`, and any name at all for `takes = "anything"`. Every mistake is a one-line `UserError`.

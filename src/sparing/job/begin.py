@@ -1,4 +1,4 @@
-"""The beginning of a metered job on a run folder, and the configuration of a new run."""
+"""Begins a metered job on a run folder, and resolves the configuration of a new run."""
 
 from __future__ import annotations
 

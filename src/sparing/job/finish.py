@@ -1,4 +1,4 @@
-"""The end of a training job: completions, the model card, the summary."""
+"""Ends a training job: writes completions, the model card and the summary."""
 
 from __future__ import annotations
 

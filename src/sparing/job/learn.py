@@ -1,4 +1,4 @@
-"""Training a run from its configuration on disk: tokenise, make the model, calibrate, train. What is done already is not done again."""
+"""Trains a run from its configuration: tokenises, makes the model, calibrates, trains. What is done already is not done again."""
 
 from __future__ import annotations
 

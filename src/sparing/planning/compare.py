@@ -1,4 +1,4 @@
-"""Alternatives side by side for one budget, and which of them it should buy."""
+"""`sparing plan --compare`: alternatives for one budget side by side, and which of them to buy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a run would happen, this machine or one of the hardware table, and the run resolved for it."""
+"""Resolves a run for a place: this machine, or one of the hardware table."""
 
 from __future__ import annotations
 
@@ -107,9 +107,9 @@ def resolve_run(wishes: Wishes, budget: Budget, corpus: Corpus, place: Place) ->
     """The resolved run and all that predicting it takes."""
     rates = rates_for(place.machine, place.name, place.country, place.rent)
     seconds = in_seconds(budget, rates)
-    found = resolve(wishes, budget if seconds is None else Budget(seconds, "s"), place.machine, corpus, place.peak_flops)
-    config = replace(found.config, budget=budget)
-    return planned_run(config, corpus, place, seconds), Resolved(config, found.reasons)
+    config, reasons = resolve(wishes, budget if seconds is None else Budget(seconds, "s"), place.machine, corpus, place.peak_flops)
+    config = replace(config, budget=budget)
+    return planned_run(config, corpus, place, seconds), Resolved(config, reasons)
 
 
 def planned_run(config: Config, corpus: Corpus, place: Place, budget_s: float | None) -> PlannedRun:

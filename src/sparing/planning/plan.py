@@ -1,4 +1,4 @@
-"""The verb: a recipe, data and a budget become a prediction; or a target becomes a budget."""
+"""`sparing plan`: predicts what a recipe, data and a budget give, or finds the budget that reaches a target."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the page tells of one run, read from its folder."""
+"""Reads from a run folder what the report shows of it."""
 
 from __future__ import annotations
 
@@ -66,9 +66,9 @@ def _json(path) -> dict:
 
 def curve(story: Story, key: str, scale: float = 1.0) -> tuple[list[float], list[float]]:
     """(millions of tokens, mean of `key` times scale) in at most `POINTS` spans of steps; steps without it are left out."""
-    found = [(line["tokens"], line[key]) for line in story.steps if isinstance(line.get(key), int | float)]
-    size = -(-len(found) // POINTS) or 1
-    spans = [found[i : i + size] for i in range(0, len(found), size)]
+    points = [(line["tokens"], line[key]) for line in story.steps if isinstance(line.get(key), int | float)]
+    size = -(-len(points) // POINTS) or 1
+    spans = [points[i : i + size] for i in range(0, len(points), size)]
     return [span[-1][0] / 1e6 for span in spans], [_short(scale * sum(value for _, value in span) / len(span)) for span in spans]
 
 
