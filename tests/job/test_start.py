@@ -56,6 +56,8 @@ def test_a_run_goes_on_from_another_one(workplace, tmp_path):
     (row,) = api.receipt(str(run))["ancestors"]
     assert row["name"] == "base" and row["relation"] == "first weights" and 0 < row["share"] < 1 and row["tokens"] > 50_000
     assert api.receipt(str(run))["predicted"]["bpb"]["value"] is None
+    again = api.plan(str(run / "config.toml"), budget="30s")  # a run's configuration is a recipe
+    assert again["bpb"]["value"] is None and again["config"]["start"]["run"] == str(base)
     shutil.rmtree(base)
     longer = api.resume(str(run), "+10ktok", samples=0)  # which needs nothing of it any more
     assert longer["tokens"] > 20_000

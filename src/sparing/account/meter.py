@@ -262,8 +262,7 @@ class Meter(NoMeter):
             now = time.monotonic()
             if now - looked >= RELOAD_S:
                 looked = now
-                if self.tariff.changed():
-                    self._reload()
+                self._reload()
             if now - written >= WRITE_S:
                 self._write()
                 written = now

@@ -31,7 +31,7 @@ def receipt(run: RunFolder) -> dict:
     if not rows:
         raise UserError(f"{run}: nothing was metered (the run is older than its ledger, or was imported)")
     training = [row for row in rows if row.verb in TRAINING] or rows
-    predicted = _kept(run, "prediction", dict)
+    predicted = read_state(run, "prediction", dict)
     actual = _actual(run, training)
     status, missing = _status(training), []
     if predicted is None:
@@ -53,12 +53,12 @@ def receipt(run: RunFolder) -> dict:
         "rates": json.loads(training[-1].rates),
         "machine": training[-1].machine,
         "missing": missing,
-        "cut_short": [str(line) for line in _kept(run, "cut_short", list) or []],
+        "cut_short": [str(line) for line in read_state(run, "cut_short", list) or []],
     }
 
 
-def _kept(run: RunFolder, name: str, kind: type) -> dict | list | None:
-    """What state/NAME.json holds, where that is of this kind."""
+def read_state(run: RunFolder, name: str, kind: type) -> dict | list | None:
+    """What state/NAME.json of a run holds; None where that is missing, damaged or of another kind (dict, list)."""
     try:
         content = json.loads((run.state / f"{name}.json").read_text())
     except (OSError, ValueError):
@@ -99,7 +99,7 @@ def _actual(run: RunFolder, rows: list[Entry]) -> dict:
     bits = [line["eval_bpb"] for line in lines if line.get("eval_bpb") is not None]
     if bits:
         actual["bpb"] = _figure(bits[-1], "measured", "the run's held-out documents, last evaluation")
-    summary = _kept(run, "summary", dict) or {}
+    summary = read_state(run, "summary", dict) or {}
     if {"parameters", "active_parameters"} <= summary.keys():
         counts = {"total": summary["parameters"], "active": summary["active_parameters"]}
         actual["parameters"] = {name: _figure(count, "measured", "counted") for name, count in counts.items()}

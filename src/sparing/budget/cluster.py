@@ -206,20 +206,13 @@ def device_hours(c: ModelConfig, tokens: float, seq_len: int, batch_sequences: f
 # the plan of a published run: a model, a layout and its stages, as a preset states them
 
 
-@dataclass(frozen=True)
-class Stage:
-    name: str
-    tokens: float
-    hours: Estimate
-
-
 def layout_of(section: dict, where: str) -> Layout:
     """Raises UserError for a field or value that a layout does not have."""
     return Layout(**check_section(section, Layout, where))
 
 
-def stages(c: ModelConfig, seq_len: int, batch: int, section: dict, layout: Layout) -> list[Stage]:
-    """Pre-training (less the stages carved out of it), the named stages, and hours that are given."""
+def stages(c: ModelConfig, seq_len: int, batch: int, section: dict, layout: Layout) -> list[tuple[str, float, Estimate]]:
+    """(name, tokens, device hours): pre-training (less the stages carved out of it), the named stages, and hours that are given."""
     for row in section.get("stage", []):
         for field in row.keys() - STAGE_FIELDS:
             raise UserError(f"[[plan.stage]]: unknown key {field}; nearest: {nearest(field, STAGE_FIELDS)}")
@@ -228,9 +221,9 @@ def stages(c: ModelConfig, seq_len: int, batch: int, section: dict, layout: Layo
     result = []
     for row in rows:
         hours = device_hours(c, row["tokens"], row.get("seq_len", seq_len), row.get("batch_size", batch), layout, EFFICIENCY)
-        result.append(Stage(row["name"], row["tokens"], around(hours, SPREAD, SOURCE)))
+        result.append((row["name"], row["tokens"], around(hours, SPREAD, SOURCE)))
     if "hours" in section:
-        result.append(Stage(section.get("hours_of", "other"), 0.0, exactly(section["hours"], "an input of the preset")))
+        result.append((section.get("hours_of", "other"), 0.0, exactly(section["hours"], "an input of the preset")))
     return result
 
 
@@ -277,8 +270,8 @@ def plan_stages(c: ModelConfig, seq_len: int, batch: int, section: dict, country
         more = layout.devices * 2 ** max(1, round(total / limit) - 1)
         raise UserError(f"{total / 1e9:.0f} GB on a device of {limit / 1e9:.0f} GB; nearest: twice the pipeline stages on {more} devices")
     rows = stages(c, seq_len, batch, section, layout)
-    hours = Estimate(*(sum(getattr(row.hours, bound) for row in rows) for bound in ("value", "low", "high")), SOURCE)
-    tokens = sum(row.tokens for row in rows)
+    hours = Estimate(*(sum(getattr(each, bound) for _, _, each in rows) for bound in ("value", "low", "high")), SOURCE)
+    tokens = sum(tokens for _, tokens, _ in rows)
     time_s = hours.times(3600 / layout.devices)
     unknown = {"value": None, "low": None, "high": None, "source": "no law of ours reaches models of this size"}
     numbers = as_json(
@@ -295,7 +288,7 @@ def plan_stages(c: ModelConfig, seq_len: int, batch: int, section: dict, country
             **spent(hours, rates, WATTS_SPREAD, rates.sources["usd_per_hour"]),
         }
     )
-    shown = {row.name: {"tokens": row.tokens, "device_hours": row.hours.to_dict()} for row in rows}
+    shown = {name: {"tokens": tokens, "device_hours": hours.to_dict()} for name, tokens, hours in rows}
     return {**numbers, "bpb": unknown, "machine": f"{layout.devices} x {layout.machine}", "stages": shown}
 
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from sparing.account.meter import Meter, metered
+from sparing.account.receipt import read_state
 from sparing.base.config import Budget, Config, UserError
 from sparing.base.config_file import Wishes, write_config
 from sparing.base.files import write_atomic
@@ -33,10 +34,7 @@ SOME_BYTES, SOME_FLOPS = 1e8, 1e11
 
 def reasons_of(run: RunFolder) -> dict[str, str]:
     """Why each derived value of the run's configuration is what it is, by dotted name."""
-    try:
-        return json.loads((run.state / "reasons.json").read_text())
-    except (OSError, ValueError):
-        return {}
+    return read_state(run, "reasons", dict) or {}
 
 
 @dataclass
@@ -59,9 +57,8 @@ class Job:
     def cut_short(self, message: str) -> None:
         """Tell the user what a limit in seconds left undone, and keep it for the receipt."""
         say(message)
-        file = self.run.state / "cut_short.json"
-        before = json.loads(file.read_text()) if file.exists() else []
-        write_atomic(file, json.dumps([*before, message]))
+        before = read_state(self.run, "cut_short", list) or []
+        write_atomic(self.run.state / "cut_short.json", json.dumps([*before, message]))
 
     def write(self, config: Config, reasons: dict[str, str]) -> None:
         """Keep a configuration and its reasons in the run folder."""

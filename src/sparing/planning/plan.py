@@ -86,13 +86,18 @@ def plan(
     return result
 
 
+def predicted(run: PlannedRun) -> dict[str, Any]:
+    """`predict`, without bits per byte where the law does not hold."""
+    numbers = predict(run)
+    if run.config.start is not None:
+        numbers["bpb"] = {"value": None, "low": None, "high": None, "source": "the law is of runs that begin with noise"}
+    return numbers
+
+
 def foresee(config: Config, corpus: Corpus, machine: Machine, budget_s: float | None) -> dict[str, Any]:
     """The prediction for a run that is about to start here: `plan --json`'s keys, and the size and kind of its corpus."""
     run = planned_run(config, corpus, here(home_rent(), machine=machine), budget_s)
-    numbers = predict(run)
-    if config.start is not None:
-        numbers["bpb"] = {"value": None, "low": None, "high": None, "source": "the law is of runs that begin with noise"}
-    return {**numbers, "budget": format_budget(config.budget), "kind": run.law.kind, "train_bytes": corpus.train_bytes}
+    return {**predicted(run), "budget": format_budget(config.budget), "kind": run.law.kind, "train_bytes": corpus.train_bytes}
 
 
 def _corpus(wishes: Wishes, section: dict) -> CorpusFacts | Given:
@@ -107,11 +112,11 @@ def _corpus(wishes: Wishes, section: dict) -> CorpusFacts | Given:
 def shown(run: PlannedRun, resolved: Resolved, place: Place) -> dict[str, Any]:
     """A prediction with what was decided and why."""
     return {
-        **predict(run),
+        **predicted(run),
         "machine": place.label,
         "budget": format_budget(run.config.budget),
         "kind": run.law.kind,
-        "config": asdict(resolved.config),
+        "config": {name: section for name, section in asdict(resolved.config).items() if section is not None},
         "reasons": resolved.reasons,
         "recipe": write_config(resolved.config, resolved.reasons),
     }

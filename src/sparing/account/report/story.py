@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 
-from sparing.account.receipt import receipt
+from sparing.account.receipt import read_state, receipt
 from sparing.base.config import UserError
 from sparing.base.files import read_lines
 from sparing.base.run import RunFolder
@@ -37,7 +36,7 @@ def story(run: RunFolder) -> Story:
     steps = [line for line in lines if line.get("loss") is not None and "eval_bpb" not in line]
     if not steps:
         raise UserError(f"{run} has no training steps to report on yet")
-    summary = _json(run.state / "summary.json")
+    summary = read_state(run, "summary", dict) or {}
     try:
         bill, notes = receipt(run), []
     except UserError as error:
@@ -55,13 +54,6 @@ def story(run: RunFolder) -> Story:
         receipt=bill,
         notes=notes if summary else [*notes, "This run is not finished: the page shows it as far as it is."],
     )
-
-
-def _json(path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
 
 
 def curve(story: Story, key: str, scale: float = 1.0) -> tuple[list[float], list[float]]:
