@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from sparing.base.config import UserError
-from sparing.base.config_file import read_wishes
+from sparing.base.config_file import read_recipe
 from sparing.base.files import write_atomic
 from sparing.bench.eight_bits import slow_kind
 from sparing.bench.limit import Limit, in_parallel, run_seconds
@@ -73,7 +73,7 @@ def precision_loss(
             say(f"--sides {slow}")
     if not 2 <= seeds <= len(T_975):
         raise UserError(f"bench precision loss: --seeds {seeds}: give 2 to {len(T_975)}")
-    wishes = read_wishes(recipe) if recipe else {}
+    wishes = read_recipe(recipe).wishes
     sides_of_a_pair, dtype = ("none", *wanted), this_machine().training_dtype(device)
     with ExitStack() as stack:
         folder = Path(out or stack.enter_context(tempfile.TemporaryDirectory(prefix="sparing-bench-")))
@@ -116,7 +116,7 @@ def train_side(
 ) -> dict:
     """`sparing train` with one precision over `dtype`, then its loss on `val`. A run that was interrupted goes on."""
     from sparing.api import load, resume, train
-    from sparing.base.config_file import merge_wishes
+    from sparing.base.config_file import Wishes
     from sparing.base.files import read_lines
     from sparing.base.run import RunFolder
     from sparing.data.sources import documents
@@ -130,7 +130,7 @@ def train_side(
         summary = resume(out, samples=0)
     else:
         shutil.rmtree(out, ignore_errors=True)
-        summary = train(list(data), budget, out, merge_wishes(base, wishes), seed=seed, samples=0)
+        summary = train(list(data), budget, out, Wishes.of(base, wishes), seed=seed, samples=0)
     model = load(out)
     texts = (document.text for document in documents(val))
     score = bpb(model.network.nll, model.tokenizer, texts, model.config.train.seq_len, batch=32, max_bytes=val_bytes)

@@ -64,7 +64,7 @@ def precision_memory(
     Both sides compute in what training multiplies in on this machine: the question is what few bits save of the memory that training takes
     here. In float32 activations stay full on our side too: only 16-bit ones are kept in int8. linear: arithmetic of our side (none, int8,
     fp8); default: int8 where the processor has it, else none. The full side runs twice: as it is by default, and with our side's pages
-    (`kernels.native.give_back`). recompute: every layer's activations, on both sides; without it ours makes norms again, which is below 0.1 %
+    (`native.give_back`). recompute: every layer's activations, on both sides; without it ours makes norms again, which is below 0.1 %
     of the FLOPs. limit: of all that in time.
     """
     lines, until, dtype = [], Limit.of(limit), this_machine().training_dtype("cpu")

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from sparing.base.config import UserError
-from sparing.base.config_file import read_wishes
+from sparing.base.config_file import read_recipe
 from sparing.base.files import write_atomic
 from sparing.bench.limit import Limit, run_seconds
 from sparing.bench.report import paths_of, row, say
@@ -61,7 +61,7 @@ def quality(
     plan = parse_runs(runs)
     shape = asdict(parse_yardstick(yardstick, yardstick_batch))
     paths = {"data": paths_of(data), "val": paths_of(val)}
-    wishes = read_wishes(recipe) if recipe else {}
+    wishes = read_recipe(recipe).wishes
     until = Limit.of_runs(limit, (budget for _, budget in plan))
     dtype = this_machine().training_dtype("cpu")
     results = []

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 from sparing.base.config import UserError
-from sparing.base.config_file import read_wishes, set_dotted
+from sparing.base.config_file import Wishes, nested, read_recipe
 from sparing.budget.units import parse_budget, parse_extension
 from sparing.cli.output import show_plan
 
@@ -46,15 +46,13 @@ class Plan:
         from sparing.planning.places import this_machine
         from sparing.planning.plan import plan  # not through api: torch would take longer to load than planning
 
-        wishes: dict = {}
-        for name, value in call.overrides.items():
-            set_dotted(wishes, name, value)
         if self.budget is not None:
             parse_budget(self.budget)
         with Meter("plan", this_machine(), first="plan", started=call.started):  # measuring a new machine takes its time too
             result = plan(
-                self.recipe, self.data, self.budget, self.target_bpb, self.fits, self.machine, self.compare, wishes, self.rent, self.country
-            )
+                self.recipe, self.data, self.budget, self.target_bpb, self.fits, self.machine, self.compare, nested(call.overrides),
+                self.rent, self.country,
+            )  # fmt: skip
         if self.json:
             return result
         show_plan(result)
@@ -83,27 +81,16 @@ class Train:
     """Print one JSON object on standard output, and nothing else there."""
 
     def __call__(self, call: Call) -> dict:
-        wishes = read_wishes(self.recipe) if self.recipe else {}
-        for name, value in call.overrides.items():
-            set_dotted(wishes, name, value)
-        if self.text_key is not None:
-            set_dotted(wishes, "data.text_key", self.text_key)
-        if self.data:
-            set_dotted(wishes, "data.paths", tuple(self.data))
-        if self.seed is not None:
-            set_dotted(wishes, "train.seed", self.seed)
-        budget = wishes.pop("budget", None)
-        if isinstance(budget, dict):
-            if set(budget) != {"amount", "unit"}:
-                raise UserError(f'{self.recipe}: a [budget] section needs amount and unit; or write budget = "20m"')
-            budget = f"{budget['amount']!r}{budget['unit']}"
-        budget = self.budget or budget
+        recipe = read_recipe(self.recipe)
+        own = {"data.text_key": self.text_key, "data.paths": tuple(self.data) or None, "train.seed": self.seed}
+        own = {name: value for name, value in own.items() if value is not None}
+        budget = self.budget or recipe.budget
         call.need(budget=budget, out=self.out)
         if self.samples < 0:
             raise UserError(f"--samples {self.samples}: must be 0 or more")
         parse_budget(budget)  # a slip is told before torch is loaded
-        data, seed = wishes.get("data", {}).get("paths", ()), wishes.get("train", {}).get("seed")
-        return call.api.train(list(data), budget, self.out, wishes, seed, call.started, self.samples)
+        wishes = Wishes.of(recipe.wishes, nested(call.overrides | own))
+        return call.api.train([], budget, self.out, wishes, started=call.started, samples=self.samples)
 
 
 @dataclass

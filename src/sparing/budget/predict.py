@@ -1,4 +1,4 @@
-"""What a run would take and reach: a resolved configuration through the models of memory, time, money and loss."""
+"""Predicts what a run takes and reaches: applies the models of memory, time, money and loss to a resolved configuration."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from sparing.account.prices import Rates
-from sparing.base.config import Budget, Config, UserError
+from sparing.base.config import Budget, Config, ModelConfig, UserError
 from sparing.budget.estimate import Estimate, around, exactly
 from sparing.budget.flops import kv_cache_bytes, parameters, train_flops
-from sparing.budget.memory import SPREAD, Memory, Path, training_memory
+from sparing.budget.memory import SPREAD, KernelPath, Memory, training_memory
 from sparing.budget.scaling import Law, effective_bytes
 from sparing.budget.units import format_budget
 
@@ -39,7 +39,7 @@ class Corpus(Protocol):
 
 
 @dataclass(frozen=True)
-class Run:
+class PlannedRun:
     """Everything a prediction is made of."""
 
     config: Config
@@ -53,10 +53,9 @@ class Run:
     """Bytes that the device may fill; 0: unknown."""
     budget_s: float | None
     """Of a budget in time, money or energy."""
-    devices: float = 1.0
     cores: int = 2
     """Of the processor: they tokenise."""
-    path: Path | None = None
+    path: KernelPath | None = None
     """Which kernels run; None: as the configuration says, with a C compiler and bfloat16."""
 
     def memory(self) -> Memory:
@@ -80,19 +79,19 @@ def in_seconds(budget: Budget, rates: Rates) -> float | None:
     return seconds
 
 
-def tokenising_s(run: Run) -> float:
+def tokenising_s(run: PlannedRun) -> float:
     data = run.config.data
     needed = math.inf if data.max_tokens is None else data.max_tokens * run.bytes_per_token
     return TOKENISER_S + min(run.corpus.train_bytes, needed) / (run.cores * TOKENISE_BYTES_PER_S)
 
 
-def _choosing_s(run: Run, tokens_per_s: float) -> float:
+def _choosing_s(run: PlannedRun, tokens_per_s: float) -> float:
     share = CALIBRATION[1] if run.config.budget.unit != "s" else CALIBRATION[0] * run.config.budget.amount
     t = run.config.train
     return max(share, CALIBRATION_STEPS * t.batch_size * t.seq_len / tokens_per_s)
 
 
-def _evaluating_s(run: Run, tokens_per_s: float) -> float:
+def _evaluating_s(run: PlannedRun, tokens_per_s: float) -> float:
     """All evaluations: a forward pass is a third of a training step; at most a twentieth of a time budget."""
     t = run.config.train
     once = min(t.eval_bytes, 0.05 * run.corpus.train_bytes) / run.bytes_per_token / (3 * tokens_per_s)
@@ -100,7 +99,7 @@ def _evaluating_s(run: Run, tokens_per_s: float) -> float:
     return every if run.budget_s is None else min(every, 0.05 * run.budget_s + once)
 
 
-def tokens_and_time(run: Run) -> tuple[Estimate, Estimate]:
+def tokens_and_time(run: PlannedRun) -> tuple[Estimate, Estimate]:
     """(tokens trained on, seconds of everything)."""
     budget, tokenising = run.config.budget, tokenising_s(run)
     per_token = train_flops(run.config.model, run.config.train.seq_len)
@@ -122,7 +121,7 @@ def tokens_and_time(run: Run) -> tuple[Estimate, Estimate]:
     )
 
 
-def check(run: Run) -> None:
+def check(run: PlannedRun) -> None:
     """Raises UserError, with the nearest budget or change that works, for what cannot work."""
     t = run.config.train
     batch = t.batch_size * t.seq_len
@@ -151,7 +150,7 @@ def check(run: Run) -> None:
         )  # fmt: skip
 
 
-def _smaller(run: Run) -> str:
+def _smaller(run: PlannedRun) -> str:
     """The first change that makes it fit."""
     t = run.config.train
     micro = t.micro_batch_size or t.batch_size
@@ -173,34 +172,39 @@ def _smaller(run: Run) -> str:
     return "a machine with more memory"
 
 
-def predict(run: Run) -> dict[str, Any]:
+def counted(c: ModelConfig) -> dict[str, Any]:
+    """The keys of `plan --json` that the model's configuration alone decides."""
+    counts, source = parameters(c), "counted from the configuration"
+    return {
+        "parameters": {name: exactly(getattr(counts, name), source) for name in ("total", "active", "mtp")},
+        "kv_cache_bytes_per_token": exactly(kv_cache_bytes(c), source),
+    }
+
+
+def spent(hours: Estimate, rates: Rates, watts_spread: float, price_source: str) -> dict[str, Estimate]:
+    """energy_kwh, co2e_g and cost_usd of so many hours of what `rates` are for, at full power give or take `watts_spread`."""
+    watts = around(rates.watts_busy, watts_spread, f"estimated: {rates.sources['watts']}")
+    bounds = ("value", "low", "high")
+    energy = Estimate(*(getattr(hours, b) * getattr(watts, b) / 1000 * rates.pue for b in bounds), watts.source)
+    cost = Estimate(*(getattr(hours, b) * rates.usd_per_hour + getattr(energy, b) * rates.usd_per_kwh for b in bounds), price_source)
+    co2e = energy.times(rates.gco2e_per_kwh, rates.sources["gco2e_per_kwh"])
+    return {"energy_kwh": energy, "co2e_g": co2e, "cost_usd": cost}
+
+
+def predict(run: PlannedRun) -> dict[str, Any]:
     """The keys of `plan --json`; every number as {"value", "low", "high", "source"}."""
     c, t = run.config.model, run.config.train
-    counts = parameters(c)
     tokens, time_s = tokens_and_time(run)
     flops = tokens.times(train_flops(c, t.seq_len, t.recompute), "counted, times tokens")
     memory = run.memory()
-    hours = time_s.times(run.devices / 3600)
-    watts = around(run.rates.watts_busy, WATTS_SPREAD, f"estimated: {run.rates.sources['watts']}")
-    energy = Estimate(
-        time_s.value / 3.6e6 * watts.value * run.rates.pue,
-        time_s.low / 3.6e6 * watts.low * run.rates.pue,
-        time_s.high / 3.6e6 * watts.high * run.rates.pue,
-        watts.source,
-    )
-    hourly, kwh = run.rates.usd_per_hour / 3600, run.rates.usd_per_kwh
-    cost = Estimate(
-        *(s * hourly + e * kwh for s, e in ((time_s.value, energy.value), (time_s.low, energy.low), (time_s.high, energy.high))),
-        f"{run.rates.sources['usd_per_hour']}; {run.rates.sources['usd_per_kwh']}",
-    )
-    counted = "counted from the configuration"
+    hours = time_s.times(1 / 3600)
+    price_source = f"{run.rates.sources['usd_per_hour']}; {run.rates.sources['usd_per_kwh']}"
 
     def size(value: float) -> Estimate:
         return around(value, SPREAD, "memory model (budget/memory.py)")
 
     numbers: dict[str, Any] = {
-        "parameters": {name: exactly(getattr(counts, name), counted) for name in ("total", "active", "mtp")},
-        "kv_cache_bytes_per_token": exactly(kv_cache_bytes(c), counted),
+        **counted(c),
         "flops": flops,
         "tokens": tokens,
         "tokens_per_s": run.speed,
@@ -210,16 +214,14 @@ def predict(run: Run) -> dict[str, Any]:
         },
         "time_s": time_s,
         "device_hours": hours,
-        "energy_kwh": energy,
-        "co2e_g": energy.times(run.rates.gco2e_per_kwh, run.rates.sources["gco2e_per_kwh"]),
-        "cost_usd": cost,
+        **spent(hours, run.rates, WATTS_SPREAD, price_source),
         "bpb": _reached(run, tokens),
         "stages": {name: {"time_s": seconds} for name, seconds in _stages(run, tokens).items()},
     }
     return as_json(numbers)
 
 
-def _stages(run: Run, tokens: Estimate) -> dict[str, Estimate]:
+def _stages(run: PlannedRun, tokens: Estimate) -> dict[str, Estimate]:
     """Seconds by stage, named as in the ledger. Training's are those of its steps."""
     speed, rough = run.speed, "rule of thumb"
     # A time budget fixes the time whatever the speed is: then the tokens follow, not the seconds.
@@ -234,7 +236,7 @@ def _stages(run: Run, tokens: Estimate) -> dict[str, Estimate]:
     }
 
 
-def _reached(run: Run, tokens: Estimate) -> Estimate:
+def _reached(run: PlannedRun, tokens: Estimate) -> Estimate:
     counts = parameters(run.config.model)
 
     def bpb(count: float) -> Estimate:
