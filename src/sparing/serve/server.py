@@ -9,51 +9,22 @@ import os
 import signal
 import socket
 import sys
-from pathlib import Path
 
 from sparing.account.meter import metered
 from sparing.account.power import sources
 from sparing.base.config import UserError
-from sparing.base.hardware import home
 from sparing.base.layers import mixtures
 from sparing.base.messages import say
 from sparing.base.run import RunFolder
 from sparing.data.chat import ChatTemplate, template_text
-from sparing.data.sources import documents
-from sparing.evals.select import select
-from sparing.infer.approximate import Approximate
 from sparing.infer.engine import Engine
 from sparing.infer.predict import forecast
 from sparing.serve.audit import Audit
 from sparing.serve.energy import Energy
 from sparing.serve.service import Service
-from sparing.serve.settings import Settings, read_keys
+from sparing.serve.settings import Settings
 
-CALIBRATION_BYTES = 200_000
-"""Of text, for the approximate tier."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-
-def start(wished, started: float | None = None) -> None:
-    """Serve as the verb's options say (`verbs.Serve`). Raises UserError."""
-    settings = Settings(
-        host=wished.host, port=wished.port, name=wished.name, origins=tuple(wished.cors), answer_s=wished.answer_s, drain_s=wished.drain_s,
-        keys=read_keys(Path(wished.api_key_file)) if wished.api_key_file else (),
-    )  # fmt: skip
-    weights = {"none": "float32"}.get(wished.quantize, wished.quantize)
-    audit = Audit(audit_file(wished.audit_log), wished.audit_text)
-    cache, experts = (None if size is None else size << 20 for size in (wished.cache_mb, wished.expert_mb))
-    options = {"weights": weights, "cache_bytes": cache, "expert_bytes": experts, "max_batch": wished.batch, "max_queue": wished.queue}
-    options |= {"threads": wished.threads, "device": wished.device, "speculate": {"on": True, "off": False}.get(wished.speculate)}
-    if wished.approximate or wished.approximate_data:
-        options["approximate"] = allowed(wished.approximate_data, wished.approximate_limit / 100, wished.approximate_floor)
-    serve(wished.run, settings, audit, started, **options)
-
-
-def allowed(paths: list[str], limit: float, floor: int) -> Approximate:
-    """What the approximate tier may do; of the text behind `paths` a part is read. Raises UserError for paths that name nothing."""
-    texts = select((document.text for document in documents(paths)), CALIBRATION_BYTES) if paths else ()
-    return Approximate(texts, limit, floor)
 
 
 def expected(engine: Engine, expert_bytes: int) -> str:
@@ -67,7 +38,7 @@ def expected(engine: Engine, expert_bytes: int) -> str:
     )
 
 
-def serve(run: str, settings: Settings, audit: Audit, started: float | None = None, **engine_options) -> None:
+def run_server(run: str, settings: Settings, audit: Audit, started: float | None = None, **engine_options) -> None:
     """Serve until a signal. engine_options: those of `Engine`. Raises UserError: no such run, port taken, packages missing."""
     try:
         import pydantic  # noqa: F401
@@ -155,10 +126,3 @@ async def _run(service: Service, listener: socket.socket) -> None:
         signal.set_wakeup_fd(wakeup)
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def audit_file(given: str | None) -> Path | None:
-    """Where the audit log goes: --audit-log, "none", or $SPARING_HOME/audit.jsonl."""
-    if given is not None:
-        return None if given == "none" else Path(given)
-    return home() / "audit.jsonl"
