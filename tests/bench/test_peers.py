@@ -21,10 +21,10 @@ def installed(tmp_path, monkeypatch):
 
 
 def test_benchmarks_are_found_in_the_source_tree_alone(tmp_path):
-    assert peers.found() and (peers.SOURCE_TREE / "src" / "sparing").is_dir()
+    assert peers.exist() and (peers.SOURCE_TREE / "src" / "sparing").is_dir()
     packages = tmp_path / "python3" / "site-packages"
     shutil.copytree(peers.SOURCE_TREE / "src" / "sparing", packages / "sparing")
-    command = [sys.executable, "-c", "import sparing.bench.peers as p; print(p.SOURCE_TREE, p.found())"]
+    command = [sys.executable, "-c", "import sparing.bench.peers as p; print(p.SOURCE_TREE, p.exist())"]
     shown = subprocess.run(command, env={"PYTHONPATH": str(packages)}, capture_output=True, text=True, check=True).stdout
     assert shown.split() == [str(packages.parent), "False"]
 

@@ -15,7 +15,7 @@ from sparing.base.config import UserError
 from sparing.base.hardware import home
 from sparing.base.messages import say
 from sparing.bench.limit import Limit, run_seconds
-from sparing.bench.results import kept, paths_of, results_folder, row
+from sparing.bench.results import paths_of, results_folder, row, stored_result
 from sparing.bench.worker import Worker
 from sparing.budget.units import parse_budget
 
@@ -45,23 +45,23 @@ def forecast(
             _copy_knowledge(home(), folder / "home")
             return {"runs": runs, "plans": plans}
 
-        predicted = kept(folder / "predictions.json", plan_all)
+        predicted = stored_result(folder / "predictions.json", plan_all)
         if predicted["runs"] != runs:
             raise UserError(f"--out {out}: its predictions are of other runs ({predicted['runs']}); choose another folder")
         results = []
         for number, ((side, budget), plan) in enumerate(zip(sides, predicted["plans"], strict=True)):
             file = folder / f"{number:02d}-{side}-{budget}.json"
 
-            def made(budget=budget, plan=plan, file=file) -> dict:
+            def measure(budget=budget, plan=plan, file=file) -> dict:
                 shutil.rmtree(file.with_suffix(""), ignore_errors=True)  # of an attempt that did not end
                 with tempfile.TemporaryDirectory(prefix="sparing-home-") as fresh:
                     _copy_knowledge(folder / "home", Path(fresh))
-                    asked = {"data": paths_of(data), "budget": budget, "out": str(file.with_suffix("")), "seed": seed, "plan": plan}
+                    arguments = {"data": paths_of(data), "budget": budget, "out": str(file.with_suffix("")), "seed": seed, "plan": plan}
                     started = time.monotonic()
                     with Worker(threads, until.within(run_seconds(budget)), {"SPARING_HOME": fresh}) as worker:
-                        return worker.run(train_as_planned, started=started, **asked)
+                        return worker.run(train_as_planned, started=started, **arguments)
 
-            results.append(kept(file, made))
+            results.append(stored_result(file, measure))
             misses = ", ".join(f"{name} {miss['relative']:+.1%}" for name, miss in results[-1]["difference"].items() if name in FIGURES)
             say(f"{side}, {budget}: {misses}")
     return _rows([f"{side}, {budget}" for side, budget in sides], predicted["plans"], results)
@@ -121,12 +121,12 @@ def _rows(names: list[str], plans: list[dict], results: list[dict]) -> list[dict
     for name, unit in FIGURES.items():
         errors, inside, widths = [], [], []
         for what, plan, result in zip(names, plans, results, strict=True):
-            before, after, found = at(plan, name), at(result["actual"], name), result["difference"][name]
-            more = {"low": before["low"], "high": before["high"], "inside": found["inside"]}
+            before, after, miss = at(plan, name), at(result["actual"], name), result["difference"][name]
+            more = {"low": before["low"], "high": before["high"], "inside": miss["inside"]}
             more["formats"] = dict.fromkeys(("ours", "peer"), plan["config"]["train"]["dtype"])
             rows.append(row(f"{what}, {unit}", before["value"], unit, after["value"], "the run", **more))
-            errors.append(abs(found["relative"]))
-            inside.append(found["inside"])
+            errors.append(abs(miss["relative"]))
+            inside.append(miss["inside"])
             widths.append((before["high"] - before["low"]) / 2 / before["value"])
         rest = {"half_width_percent": 100 * median(widths), "intervals_hold_percent": 100 * sum(inside) / len(inside)}
         rows.append(row(f"median error, {unit}", 100 * median(errors), "%", runs=len(errors), **rest))

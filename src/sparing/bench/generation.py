@@ -51,8 +51,8 @@ def generate(run: str, rounds: int = 5, prompt_tokens: int = 32, tokens: int = 1
             exported = str(Path(scratch, "hf"))
             with Worker(threads, until) as worker:
                 worker.run(export_main, run=run, out=exported)
-                asked = {"path": exported, "threads": threads, "prompts": prompts[:2], "tokens": tokens, "compile": compile}
-                best = worker.run(f"{PEER}.best", **asked, seconds=until.left())
+                arguments = {"path": exported, "threads": threads, "prompts": prompts[:2], "tokens": tokens, "compile": compile}
+                best = worker.run(f"{PEER}.best", **arguments, seconds=until.left())
             sides["peer"] = (f"{PEER}.Transformers", exported, best["setting"])
             more["settings"], peer = best["trials"], f"transformers, {best['name']}"
         measured = _in_turn(sides, threads, [[p] for p in prompts[2:]], tokens, until)

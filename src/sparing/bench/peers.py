@@ -12,7 +12,7 @@ from sparing.base.messages import say
 SOURCE_TREE = Path(sparing.__file__).resolve().parents[2]
 
 
-def found() -> bool:
+def exist() -> bool:
     """Whether `benchmarks/` is there. Its modules can be imported from then on, here and in workers."""
     if not (SOURCE_TREE / "benchmarks" / "__init__.py").exists():
         return False
@@ -22,13 +22,13 @@ def found() -> bool:
 
 
 def available(program: str) -> bool:
-    """`found`, for a figure that can do without; where it isn't, one line says that `program` is left out."""
-    if not found():
+    """`exist`, for a figure that can do without; where it isn't, one line says that `program` is left out."""
+    if not exist():
         say(f"{program} is left out: comparisons need benchmarks/ of Sparing's source tree, which is not installed")
-    return found()
+    return exist()
 
 
 def require(figure: str) -> None:
     """Raises UserError where there is no `benchmarks/`."""
-    if not found():
+    if not exist():
         raise UserError(f"{figure} measures another program only: it needs benchmarks/ of Sparing's source tree, which is not installed")

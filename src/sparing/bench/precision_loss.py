@@ -17,7 +17,7 @@ from sparing.base.config_file import read_wishes
 from sparing.base.messages import say
 from sparing.bench.eight_bits import slow_kind
 from sparing.bench.limit import Limit, in_parallel, run_seconds
-from sparing.bench.results import kept, paths_of, results_folder, row
+from sparing.bench.results import paths_of, results_folder, row, stored_result
 from sparing.bench.worker import Worker
 from sparing.kernels.formats import this_machine
 
@@ -104,7 +104,7 @@ def _run(folder: Path, until: Limit, arguments: dict) -> dict:
         with Worker(1, limit, {"SPARING_HOME": str(folder / "home")}) as worker:
             return worker.run(train_side, out=str(file.with_suffix("")), **arguments)
 
-    result = kept(file, measure)
+    result = stored_result(file, measure)
     say(f"{side}, seed {seed}: loss {result['loss']:.5f}, {result['tokens_per_s']:,.0f} tokens/s")
     return result
 

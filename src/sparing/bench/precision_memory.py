@@ -44,18 +44,18 @@ def measure(config: dict, steps: int, pages: bool = False) -> dict:
     torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], fused=True)  # imports torch's compiler: on one side alone it would count
     chosen = build(Config, config)
     imported = resident_memory()
-    found = {"compiler": imported - before}
+    bytes_at = {"compiler": imported - before}
     if pages:
         give_back()
     trainer = trainer_of(chosen)
-    found["built"] = resident_memory() - imported
+    bytes_at["built"] = resident_memory() - imported
     reset_peak_memory()
     for step in range(steps):
         losses = trainer.gradients(trainer.feed.batch(step), step)
-        found["backward"] = resident_memory() - imported
+        bytes_at["backward"] = resident_memory() - imported
         trainer.update(losses["grad_norm"], LR_SCALE, MOMENTUM)
-        found["updated"] = resident_memory() - imported
-    return {"peak": peak_memory()[0] - imported, "imported": imported, **found}
+        bytes_at["updated"] = resident_memory() - imported
+    return {"peak": peak_memory()[0] - imported, "imported": imported, **bytes_at}
 
 
 def precision_memory(
@@ -81,18 +81,18 @@ def precision_memory(
         train = TrainConfig(**size, dtype=dtype, replicas=1, threads=1, device="cpu", recompute=recompute, document_mask=False)
         full = Config(model=MODELS[name], train=train)
         small = replace(full, precision=few_bits(linear, dtype))
-        found = {}
+        memory_of = {}
         for side, config, pages in (("full", full, False), ("ours", small, True), ("full, pages", full, True)):
             with Worker(1, until) as worker:
-                found[side] = worker.run(measure, config=asdict(config), steps=steps, pages=pages)
-            say(f"{name}, {side}: {found[side]['peak'] / MIB:,.0f} MiB")
+                memory_of[side] = worker.run(measure, config=asdict(config), steps=steps, pages=pages)
+            say(f"{name}, {side}: {memory_of[side]['peak'] / MIB:,.0f} MiB")
         size = parameters(full.model).total
         formats = {"formats": {"ours": dtype, "peer": dtype}, "linear": linear}
-        more = {**formats, "parameters": size, "required": 0.5, "tokens": batch_size * seq_len, "recompute": recompute, "found": found}
-        title, ours = f"{name}, {size / 1e6:.0f}M", found["ours"]["peak"] / MIB
+        more = {**formats, "parameters": size, "required": 0.5, "tokens": batch_size * seq_len, "recompute": recompute, "found": memory_of}
+        title, ours = f"{name}, {size / 1e6:.0f}M", memory_of["ours"]["peak"] / MIB
         peer = "float32 weights, gradients, averages"
-        lines.append(row(f"{title}: peak", ours, "MiB", found["full"]["peak"] / MIB, peer, **more))
-        lines.append(row(f"{title}: peak", ours, "MiB", found["full, pages"]["peak"] / MIB, f"{peer}; our allocation", **more))
+        lines.append(row(f"{title}: peak", ours, "MiB", memory_of["full"]["peak"] / MIB, peer, **more))
+        lines.append(row(f"{title}: peak", ours, "MiB", memory_of["full, pages"]["peak"] / MIB, f"{peer}; our allocation", **more))
         planned = [training_memory(config) for config in (small, full)]
         for part in ("weights", "gradients", "optimizer", "activations"):
             lines.append(row(f"{title}: {part}, counted", *_of(planned, part), peer, **formats))
@@ -100,7 +100,7 @@ def precision_memory(
         lines.append(row(f"{title}: all four, counted", sums[0], "MiB", sums[1], peer, required=0.5, **formats))
         for side, memory in zip(("ours", "full"), planned, strict=True):
             # Our updates do without torch's, and a run of them without that import.
-            measured = (found[side]["peak"] + found[side]["imported"] - (side == "ours") * found[side]["compiler"]) / MIB
+            measured = (memory_of[side]["peak"] + memory_of[side]["imported"] - (side == "ours") * memory_of[side]["compiler"]) / MIB
             plan = f"{title}: plan of the process, {side}"
             lines.append(row(plan, memory.total / MIB, "MiB", measured, "measured", required=0.1, **formats))
     return lines

@@ -16,7 +16,7 @@ from sparing.base.config_file import read_wishes
 from sparing.base.messages import say
 from sparing.bench.limit import Limit, run_seconds
 from sparing.bench.peers import available
-from sparing.bench.results import kept, paths_of, results_folder, row
+from sparing.bench.results import paths_of, results_folder, row, stored_result
 from sparing.bench.worker import Worker
 from sparing.budget.units import parse_budget
 from sparing.kernels.formats import this_machine
@@ -69,26 +69,26 @@ def quality(
     results = []
     with results_folder(out) as folder:
         for side, budget in plan:
-            asked = {"data": paths_of(data), "val": paths_of(val), "budget": budget, "contexts": [context], "val_bytes": val_bytes}
+            arguments = {"data": paths_of(data), "val": paths_of(val), "budget": budget, "contexts": [context], "val_bytes": val_bytes}
             if side == "yardstick":
-                train, asked = f"{PEER}.train_yardstick", asked | {"yardstick": shape | {"seed": seed}, "dtype": dtype}
+                train, arguments = f"{PEER}.train_yardstick", arguments | {"yardstick": shape | {"seed": seed}, "dtype": dtype}
             else:
-                train, asked = train_ours, asked | {"side": side, "wishes": wishes, "seed": seed}
+                train, arguments = train_ours, arguments | {"side": side, "wishes": wishes, "seed": seed}
             # The name holds all that shapes a result, so that one is found again only where it would come out alike.
-            digest = hashlib.sha256(json.dumps([asked, threads, dtype], sort_keys=True).encode()).hexdigest()[:8]
+            digest = hashlib.sha256(json.dumps([arguments, threads, dtype], sort_keys=True).encode()).hexdigest()[:8]
             file = folder / f"{side.replace('+', '-')}-{budget.replace('$', 'usd')}-{digest}.json"
             if side != "yardstick":
-                asked["out"] = str(file.with_suffix(""))
+                arguments["out"] = str(file.with_suffix(""))
 
-            def measure(budget=budget, file=file, train=train, asked=asked) -> dict:
+            def measure(budget=budget, file=file, train=train, arguments=arguments) -> dict:
                 """One run in a fresh process and a fresh $SPARING_HOME; its budget starts before the process does."""
                 shutil.rmtree(file.with_suffix(""), ignore_errors=True)  # of an attempt that did not end
                 with tempfile.TemporaryDirectory(prefix="sparing-home-") as home:
                     started = time.monotonic()
                     with Worker(threads, until.within(run_seconds(budget)), {"SPARING_HOME": home}) as worker:
-                        return worker.run(train, started=started, **asked)
+                        return worker.run(train, started=started, **arguments)
 
-            results.append(kept(file, measure))
+            results.append(stored_result(file, measure))
             score, tokens, seconds = (results[-1][key] for key in ("bpb", "tokens", "seconds"))
             say(f"{side}, {budget}: {score:.4f} bits per byte, {tokens:,} tokens in {seconds:.0f} s")
     return rows_of(plan, results)

@@ -51,7 +51,7 @@ def results_folder(out: str | None) -> Iterator[Path]:
         yield folder
 
 
-def kept(file: Path, measure: Callable[[], dict]) -> dict:
+def stored_result(file: Path, measure: Callable[[], dict]) -> dict:
     """The result that `file` holds. Where there is no such file, `measure` is called and its result is written there."""
     if not file.exists():
         write_atomic(file, json.dumps(measure(), indent=1))

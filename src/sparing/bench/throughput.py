@@ -175,16 +175,16 @@ def throughput(
     speed = {side: statistics.median(values) for side, values in speeds.items()}
     mfu = {side: value * flops / peak for side, value in speed.items()}
     losses = {side: measured[side]["losses"] for side in settings}
-    made = measured["rounds"]
+    turns = measured["rounds"]
     formats = {"formats": {side: setting["precision"] for side, setting in settings.items()} | {"peak": native}}
-    same = {"peer_name": f"transformers, {best['name']}" if best else None, "runs": made.made, **formats, **made.more()}
+    same = {"peer_name": f"transformers, {best['name']}" if best else None, "runs": turns.made, **formats, **turns.more()}
     detail = {"settings": best["trials"] if best else [], "parameters": parameters, "threads": threads, "compile": compile}
     detail |= {"spread": {side: [min(values), max(values)] for side, values in speeds.items()}}
     untried = {"cut_short": measured["peak_cut_short"]} if measured["peak_cut_short"] else {}
     rows = [
         row("training speed", speed["ours"], "tokens/s", speed.get("peer"), **same, **detail),
         row("MFU", mfu["ours"], "of the peak", mfu.get("peer"), **same, flops_per_token=flops),
-        row(f"peak: best square {SHORT[native]} product", peak / 1e9, "GFLOP/s", runs=made.made + 1, **formats, **untried),
+        row(f"peak: best square {SHORT[native]} product", peak / 1e9, "GFLOP/s", runs=turns.made + 1, **formats, **untried),
         row("peak memory", memory["ours"], "MiB", memory.get("peer"), **same),
     ]
     if best:
