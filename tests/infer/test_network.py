@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from sparing.account.power import resident_memory
 from sparing.base.config import ModelConfig, UserError
 from sparing.base.layers import layers
 from sparing.base.run import RunFolder, read_tensors, write_tensors
-from sparing.bench.worker import resident_bytes
 from sparing.infer.generate import load
 from sparing.infer.network import CompiledNetwork, Rows, TorchNetwork, cannot_compile
 from sparing.infer.packed_weights import open_packed, pack_matrix
@@ -184,13 +184,13 @@ def test_experts_stay_under_their_cap_and_change_nothing(make_run, threads):
     gc.collect()  # unmaps the file
     with open(run / "packed" / "int8.bin", "rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    before = resident_bytes("VmRSS")
+    before = resident_memory()
     network, most, out = compiled(run, "int8", threads, expert_bytes=experts // 4), 0, []
     for start, end in [(0, 100), *((i, i + 1) for i in range(100, 150))]:
         rows = Rows()
         rows.add(TABLE, ids[start:end], start, end - start)
         out.append(network.forward(rows).copy())
-        most = max(most, resident_bytes("VmRSS"))
+        most = max(most, resident_memory())
     assert (np.concatenate(out) == whole).all()
     counts = network.metrics()
     network.close()

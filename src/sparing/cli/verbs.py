@@ -264,25 +264,11 @@ class Serve:
     """Write prompts and answers to the audit log too."""
     json: bool = False
 
-    def __call__(self, call: Call) -> dict | None:
+    def __call__(self, call: Call) -> None:
         call.need(RUN=self.run)
-        call.choice("--quantize", self.quantize, ("auto", "none", "int8", "int4"))
-        call.choice("--device", self.device, ("auto", "cpu", "cuda"))
-        call.choice("--speculate", self.speculate, ("auto", "on", "off"))
-        from sparing.serve.settings import LOCAL
+        from sparing.serve.entry import serve
 
-        if not 0 <= self.port <= 65535:
-            raise UserError(f"--port {self.port}: must be from 0 to 65535")
-        limits = {"answer-s": self.answer_s, "drain-s": self.drain_s, "queue": self.queue, "threads": self.threads, "batch": self.batch}
-        for name, value in (limits | {"cache-mb": self.cache_mb, "expert-mb": self.expert_mb}).items():
-            if value is not None and not 0 < value < float("inf"):
-                raise UserError(f"--{name} {value}: must be more than 0")
-        if self.host not in LOCAL and not (self.api_key_file or self.without_key):
-            raise UserError(f"--host {self.host} lets others on the network in: give --api-key-file FILE, or say --without-key")
-        from sparing.serve.server import start
-
-        start(self, call.started)
-        return None
+        serve(**{name: value for name, value in vars(self).items() if name != "json"}, started=call.started)
 
 
 @dataclass
@@ -345,8 +331,8 @@ class Compare:
 
 @dataclass
 class Bench:
-    """Measure this code against its peers in one run. Further options belong to the figure: --rounds 3, --limit 10m (of the whole figure);
-    a wrong one lists them."""
+    """Measure this code on this machine, in a source tree beside its peers. Further options belong to the figure: --rounds 3, --limit 10m
+    (of the whole figure); a wrong one lists them."""
 
     takes: ClassVar[str] = "anything"
     name: tyro.conf.Positional[str | None] = None
@@ -357,15 +343,14 @@ class Bench:
 
     def __call__(self, call: Call) -> dict | None:
         call.need(NAME=self.name)
-        call.choice("bench", self.name, ("train", "precision", "infer"))
-        from importlib import import_module
+        from sparing.bench.figures import bench
+        from sparing.bench.results import print_table
 
-        from sparing.account.meter import metered
-
-        figure = self.figure or {"train": "throughput", "precision": "speed", "infer": "generate"}[self.name]
-        with metered("bench", first=f"{self.name} {figure}"):
-            result = import_module(f"sparing.bench.{self.name}").run(figure, json=self.json, **call.overrides)
-        return result if self.json else None  # the figure has drawn its table
+        result = bench(self.name, self.figure, **call.overrides)
+        if self.json:
+            return {"rows": result["rows"]}
+        print_table(result["title"], result["rows"])
+        return None
 
 
 VERBS = {

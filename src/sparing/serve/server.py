@@ -9,49 +9,22 @@ import os
 import signal
 import socket
 import sys
-from pathlib import Path
 
 from sparing.account.meter import metered
 from sparing.account.power import sources
 from sparing.base.config import UserError
-from sparing.base.hardware import home
 from sparing.base.layers import mixtures
 from sparing.base.messages import say
 from sparing.base.run import RunFolder
 from sparing.data.chat import ChatTemplate, template_text
-from sparing.data.sources import documents
-from sparing.evals.select import select
-from sparing.infer.approximate import Approximate
 from sparing.infer.engine import Engine
 from sparing.infer.predict import forecast
 from sparing.serve.audit import Audit
 from sparing.serve.energy import Energy
 from sparing.serve.service import Service
-from sparing.serve.settings import Settings, read_keys
+from sparing.serve.settings import Settings
 
-CALIBRATION_BYTES = 200_000
-"""Bytes of text to calibrate the approximate tier on."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-
-def start(options, started: float | None = None) -> None:
-    """Serve with the command line's options (`cli.verbs.Serve`). Raises UserError."""
-    settings = Settings(
-        host=options.host, port=options.port, name=options.name, origins=tuple(options.cors), answer_s=options.answer_s,
-        drain_s=options.drain_s, keys=read_keys(Path(options.api_key_file)) if options.api_key_file else (),
-    )  # fmt: skip
-    weights = {"none": "float32"}.get(options.quantize, options.quantize)
-    audit = Audit(audit_file(options.audit_log), options.audit_text)
-    cache, experts = (None if size is None else size << 20 for size in (options.cache_mb, options.expert_mb))
-    approximate, paths = None, options.approximate_data
-    if options.approximate or paths:
-        texts = select((document.text for document in documents(paths)), CALIBRATION_BYTES) if paths else ()
-        approximate = Approximate(texts, options.approximate_limit / 100, options.approximate_floor)
-    serve(
-        options.run, settings, audit, started, weights=weights, cache_bytes=cache, expert_bytes=experts, max_batch=options.batch,
-        max_queue=options.queue, threads=options.threads, device=options.device, approximate=approximate,
-        speculate={"on": True, "off": False}.get(options.speculate),
-    )  # fmt: skip
 
 
 def speed_message(engine: Engine, expert_bytes: int) -> str:
@@ -65,7 +38,7 @@ def speed_message(engine: Engine, expert_bytes: int) -> str:
     )
 
 
-def serve(run: str, settings: Settings, audit: Audit, started: float | None = None, **engine_options) -> None:
+def run_server(run: str, settings: Settings, audit: Audit, started: float | None = None, **engine_options) -> None:
     """Serve until a signal. engine_options: those of `Engine`. Raises UserError: no such run, port in use, missing packages."""
     try:
         import pydantic  # noqa: F401
@@ -153,10 +126,3 @@ async def _run(service: Service, listener: socket.socket) -> None:
         signal.set_wakeup_fd(wakeup)
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def audit_file(given: str | None) -> Path | None:
-    """The audit log's path: --audit-log, None for "none", by default $SPARING_HOME/audit.jsonl."""
-    if given is not None:
-        return None if given == "none" else Path(given)
-    return home() / "audit.jsonl"

@@ -1,13 +1,13 @@
-"""How a peer's settings are tried: slow formats, slow settings, failures; no process is started."""
+"""How another program's settings are tried: slow formats, slow settings, failures; no process is started."""
 
 import pytest
 
+from benchmarks import trials
+from benchmarks.transformers_training import PeerSetting, all_settings
+from benchmarks.trials import Task, fastest, try_settings
 from sparing.base.config import UserError
 from sparing.base.hardware import Machine
-from sparing.bench import trials
 from sparing.bench.limit import Limit
-from sparing.bench.peer import PeerSetting, all_settings
-from sparing.bench.trials import Task, fastest, try_settings
 from sparing.bench.worker import WorkerError
 
 SLOW = Machine("Linux", "AVX2", 2, 2, 0, formats={"float32": 100e9, "bfloat16": 1.5e9})
@@ -60,11 +60,6 @@ def test_a_format_that_is_far_slower_is_skipped_and_it_says_by_how_much(tried, c
     assert {trial["error"] for trial in found if not trial["tokens_per_s"]} == {line}
     said = " ".join(capsys.readouterr().err.split())
     assert said.count("skipped") == 1 and f"peer, 8 settings: skipped: {line}" in said
-
-
-def test_what_was_chosen_by_name_is_tried_all_the_same(tried):
-    found, _ = tried([PeerSetting(precision="bfloat16")], lambda setting: 1.0, machine=None)
-    assert found[0]["tokens_per_s"] == 100
 
 
 def test_a_little_slower_is_no_reason_to_skip(tried):

@@ -1,9 +1,8 @@
-"""Figure 2's yardstick: a dense Llama-style model, AdamW and a cosine, in plain transformers; our data stage, our bpb."""
+"""A dense Llama-style model trained by AdamW and a cosine in plain transformers, on our data stage and scored by our bits per byte."""
 
 from __future__ import annotations
 
 import math
-import os
 import tempfile
 import time
 from collections.abc import Sequence
@@ -13,10 +12,12 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.trials import import_transformers
 from sparing.base.config import DataConfig, UserError
+from sparing.base.hardware import cores
+from sparing.base.messages import say
 from sparing.bench.limit import Limit, in_parallel, run_seconds
-from sparing.bench.peer import import_transformers
-from sparing.bench.report import paths_of, row, say
+from sparing.bench.results import paths_of, row
 from sparing.bench.worker import Worker
 from sparing.budget.units import parse_budget
 from sparing.data.loader import Loader
@@ -161,7 +162,7 @@ def _optimizer(model: torch.nn.Module, y: Yardstick) -> torch.optim.Optimizer:
 
 
 def _scale(progress: float, y: Yardstick) -> float:
-    """Share of the peak learning rate: linear warm-up, then a cosine to `final_lr`."""
+    """Share of the peak learning rate: a linear warm-up, then a cosine to `final_lr`."""
     if progress < y.warmup:
         return (progress + 1e-3) / (y.warmup + 1e-3)
     angle = math.pi * min(1.0, (progress - y.warmup) / (1 - y.warmup))
@@ -192,7 +193,7 @@ def tune(
 ) -> list[dict]:
     """Losses of yardsticks after equal tokens, `parallel` at a time on one thread each (nothing is timed). grid: "WIDTHxLAYERS@LR, ...".
 
-    limit: of all that in time; default: what runs with this budget may take.
+    limit: time of the whole figure; default: what runs with this budget may take.
     """
     if parse_budget(budget).unit != "tok":
         raise UserError(f"bench train tune: runs at the same time cannot be timed; give a budget in tokens, such as 2Mtok, not {budget}")
@@ -202,11 +203,11 @@ def tune(
 
     def one(recipe: dict) -> dict:
         with Worker(1, until.within(run_seconds(budget))) as worker:
-            result = worker.ask("run", function="yardstick.train_yardstick", yardstick=recipe, **arguments)
+            result = worker.run(train_yardstick, yardstick=recipe, **arguments)
         say(f"{Yardstick(**recipe)}: {result['bpb']:.4f} bits per byte")
         return result
 
-    results = in_parallel(min(parallel, os.cpu_count() or 1), until, one, recipes)
+    results = in_parallel(min(parallel, cores()), until, one, recipes)
     rows = []
     for recipe, result in zip(recipes, results, strict=True):
         more = {"result": result, "formats": {"peer": result["dtype"]}}
@@ -222,3 +223,8 @@ def parse_yardstick(text: str, batch: int = 16) -> Yardstick:
         return Yardstick(hidden_size=int(width), layers=int(layers), lr=float(lr), batch=batch)
     except ValueError:
         raise UserError(f"{text.strip()!r} is not a yardstick; write WIDTHxLAYERS@LR, such as 256x6@2e-3") from None
+
+
+def shape_of(text: str, batch: int) -> dict:
+    """`parse_yardstick` for another process."""
+    return asdict(parse_yardstick(text, batch))

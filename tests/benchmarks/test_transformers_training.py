@@ -7,45 +7,47 @@ import torch
 
 pytest.importorskip("transformers")
 
-from bench_tiny import TINY
+from safetensors.torch import save_file
+from tests.bench.bench_tiny import TINY
 
+from benchmarks.transformers_training import Peer, all_settings, peer_config
 from sparing.base.config import UserError
-from sparing.bench.ours import OurSetting, OursSide, save_initial_weights, shifted
-from sparing.bench.peer import PeerSide, all_settings, peer_config
+from sparing.bench.throughput import Ours, next_tokens, save_initial_weights
 
 OPTIMIZER = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
 
 
-def losses(side, steps: int = 6) -> list[float]:
-    tokens = torch.randint(0, TINY.vocab_size, (steps, 2, 32), generator=torch.Generator().manual_seed(1))
-    return [side.step(batch) for batch in tokens]
+@pytest.fixture(scope="module")
+def losses(tmp_path_factory):
+    """A function (class of a side, setting, seed of the weights) -> losses of six steps."""
+    folder = tmp_path_factory.mktemp("weights")
+    tokens = torch.randint(0, TINY.vocab_size, (6, 2, 32), generator=torch.Generator().manual_seed(1))
+    save_file({"tokens": tokens.int()}, folder / "batches")
+    for seed in (0, 1):
+        save_initial_weights(asdict(TINY), seed, str(folder / str(seed)))
+
+    def train(kind, seed: int = 0, **setting) -> list[float]:
+        return kind(asdict(TINY), str(folder / str(seed)), str(folder / "batches"), OPTIMIZER, setting).steps(0, 6)["losses"]
+
+    return train
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    path = tmp_path_factory.mktemp("weights") / "weights.safetensors"
-    save_initial_weights(asdict(TINY), 0, str(path))
-    return path
-
-
-@pytest.fixture(scope="module")
-def ours(weights) -> list[float]:
-    return losses(OursSide(TINY, OurSetting("float32"), weights, OPTIMIZER))
+def ours(losses) -> list[float]:
+    return losses(Ours, precision="float32")
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "autocast"])
-def test_the_losses_agree(precision, weights, ours):
+def test_the_losses_agree(precision, losses, ours):
     """The settings that are timed: all of them train."""
     for setting in (setting for setting in all_settings(compile=False) if setting.precision == precision):
-        peer = losses(PeerSide(TINY, setting, weights, OPTIMIZER))
+        peer = losses(Peer, **asdict(setting))
         assert peer == pytest.approx(ours, rel=1e-4 if precision == "float32" else 2e-2)
         assert peer[-1] != pytest.approx(peer[0], rel=1e-3), "the optimizer moves nothing"
 
 
-def test_other_initial_weights_are_told_apart(tmp_path, ours):
-    save_initial_weights(asdict(TINY), 1, str(tmp_path / "other.safetensors"))
-    other = losses(OursSide(TINY, OurSetting("float32"), tmp_path / "other.safetensors", OPTIMIZER))
-    assert other[1:] != pytest.approx(ours[1:], rel=1e-4)
+def test_other_initial_weights_are_told_apart(losses, ours):
+    assert losses(Ours, seed=1, precision="float32")[1:] != pytest.approx(ours[1:], rel=1e-4)
 
 
 def test_the_grid_is_the_figures():
@@ -64,4 +66,4 @@ def test_what_the_peer_cannot_express_is_refused():
 
 def test_targets_are_shifted_and_end_with_the_row():
     tokens = torch.tensor([[5, 6, 7]])
-    assert shifted(tokens, 2).tolist() == [[[6, 7], [7, -100], [-100, -100]]]
+    assert next_tokens(tokens, 2).tolist() == [[[6, 7], [7, -100], [-100, -100]]]

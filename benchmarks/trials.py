@@ -1,4 +1,4 @@
-"""A peer's settings, tried one after another: the fastest goes on to be measured."""
+"""Finds the fastest setting of another program by trying one after another, each in a worker."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import Protocol
 
 from sparing.base.config import UserError
 from sparing.base.hardware import Machine
+from sparing.base.messages import say
 from sparing.bench.limit import Limit
-from sparing.bench.report import say
 from sparing.bench.worker import Worker, WorkerError
 from sparing.kernels.formats import warning
 
 FAR = 3.0
-"""So many times slower than float32, a number format is not tried; than the best so far, a setting is not timed further."""
+"""A number format that is so many times slower than float32 is not tried; a setting so many times slower than the best is timed once."""
 SHARE = 0.5
-"""Of a figure's limit, for all trials."""
+"""Share of the time limit for all trials."""
 EACH = 1 / 3
-"""Of what is left of that, for each of them."""
+"""Share of what is left of that for each trial."""
 
 
 class Setting(Protocol):
-    """A frozen dataclass whose text is what a reader needs to know of it."""
+    """A frozen dataclass; `str` of it tells readers how the program ran."""
 
     compile: bool
 
@@ -35,26 +35,26 @@ class Setting(Protocol):
 
 @dataclass(frozen=True)
 class Task:
-    """What a setting is timed at."""
+    """The work that settings are timed at."""
 
     build: Callable[[Worker, Setting], object]
     part: Callable[[Worker], float]
-    """Does a small part of it; -> the seconds that all of it would take by that."""
+    """Does a small part -> the seconds that the whole would take, judging by it."""
     whole: Callable[[Worker, int], float]
-    """Does it for the nth time; -> its seconds."""
+    """Does the whole for the nth time -> its seconds."""
     tokens: int
-    """Of the whole."""
+    """Tokens of the whole."""
 
 
 def try_settings(
-    peer: str, settings: Sequence[Setting], task: Task, repeats: int, threads: int, limit: Limit, machine: Machine | None
+    peer: str, settings: Sequence[Setting], task: Task, repeats: int, threads: int, limit: Limit, machine: Machine
 ) -> list[dict]:
-    """-> one {"setting", "tokens_per_s", "error"} each: over `repeats` after one that warms up, or None and why.
+    """-> {"setting", "tokens_per_s", "error"} of each: the speed over `repeats` after a warm-up, or None and the reason.
 
-    A setting in a format that `machine` multiplies far slower than float32 is skipped; machine None: they were chosen by name, none is.
-    Settings share a process, which is faster than starting one each, except after a failure and for those that are compiled.
+    A setting in a format that `machine` multiplies far slower than float32 is skipped. Settings share a process, which is faster than
+    starting one each, except after a failure and for compiled ones.
     """
-    slow = {setting.format for setting in settings if machine and machine.slowness(setting.format) > FAR}
+    slow = {setting.format for setting in settings if machine.slowness(setting.format) > FAR}
     for format in sorted(slow):
         say(f"{peer}, {sum(s.format == format for s in settings)} settings: skipped: {warning(format, machine)}")
     trials: list[dict] = []
@@ -86,7 +86,7 @@ def try_settings(
 
 
 def fastest(trials: list[dict], does: str) -> dict:
-    """Its setting. Raises UserError where none was timed."""
+    """The setting of the fastest trial. Raises UserError where none was timed."""
     best = max(trials, key=lambda trial: trial["tokens_per_s"] or 0.0)
     if best["tokens_per_s"] is None:
         raise UserError(f"no setting of transformers {does} here; the first one: {trials[0]['error']}")
@@ -94,7 +94,7 @@ def fastest(trials: list[dict], does: str) -> dict:
 
 
 def _timed(worker: Worker, setting: Setting, task: Task, repeats: int, best: float) -> float:
-    """Mean seconds."""
+    """Mean seconds of the whole."""
     task.build(worker, setting)
     if not setting.compile:  # a part has another shape, and would be compiled as well
         needs = (1 + repeats) * min(task.part(worker) for _ in range(2))
@@ -105,3 +105,13 @@ def _timed(worker: Worker, setting: Setting, task: Task, repeats: int, best: flo
     while len(took) < repeats and took[0] <= FAR * best:
         took.append(task.whole(worker, len(took) + 1))
     return mean(took)
+
+
+def import_transformers():
+    """The module, with its logging reduced to errors; UserError where it is not installed."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise UserError("this figure compares with transformers, which is not installed: pip install 'sparing[dev]'") from error
+    transformers.logging.set_verbosity_error()
+    return transformers
