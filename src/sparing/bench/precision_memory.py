@@ -37,6 +37,7 @@ def measure(config: dict, steps: int, pages: bool = False) -> dict:
     """
     import torch
 
+    from sparing.budget.memory import gives_back
     from sparing.kernels.native import give_back
     from sparing.train.practice import LR_SCALE, MOMENTUM, trainer_of
 
