@@ -71,7 +71,7 @@ def test_the_source_obeys_the_import_rule():
     ("file", "text", "bad"),
     [
         ("model/a.py", "from sparing.train.trainer import x", True),
-        ("model/a.py", "def f():\n    import sparing.data.pack", True),
+        ("model/a.py", "def f():\n    import sparing.data.rows", True),
         ("model/a.py", "from ..train import loop", True),
         ("train/a.py", "from sparing.infer.generate import generate", True),
         ("data/a.py", "from sparing import account", True),

@@ -1,7 +1,12 @@
-"""Sparing: say what you can spend, get the best language model that it buys."""
+"""Sparing: say what you can spend, get the best language model that it buys.
+
+Every verb of the command line is a function here: `sparing.train(...)`, `sparing.plan(...)`. What does the work is imported at the first
+call or look-up, so `import sparing` loads no torch.
+"""
 
 import importlib
 import os
+from types import ModuleType
 
 __version__ = "0.1.0"
 
@@ -10,15 +15,40 @@ __version__ = "0.1.0"
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
+VERBS = {
+    "plan": "sparing.planning.plan",
+    "receipt": "sparing.account.paper",
+    "report": "sparing.account.paper",
+    "compare": "sparing.account.paper",
+    "serve": "sparing.serve.entry",
+    "bench": "sparing.bench.figures",
+} | dict.fromkeys(("train", "resume", "evaluate", "generate", "export", "import_", "load"), "sparing.api")
+"""The module of each verb's function, and of `load`."""
+
+
+class _CallableFolder(ModuleType):
+    """A folder that has the name of a verb. Importing anything from it sets `sparing.train` to the folder, whatever that was before, so the
+    folder itself can be called as the verb."""
+
+    def __call__(self, *arguments, **options):
+        return _verb(self.__name__.removeprefix("sparing."))(*arguments, **options)
+
+
+def _verb(name: str):
+    return getattr(importlib.import_module(VERBS[name]), name)
+
 
 def __getattr__(name: str):
-    """Re-export `sparing.api` lazily, so that `sparing --help` and `import sparing` stay fast."""
-    if name.startswith("_"):
-        raise AttributeError(name)
-    api = importlib.import_module("sparing.api")
+    if name in VERBS:
+        return _verb(name)
     if name == "api":
-        return api
-    try:
-        return getattr(api, name)
-    except AttributeError:
-        raise AttributeError(f"module 'sparing' has no attribute {name!r}") from None
+        return importlib.import_module("sparing.api")
+    raise AttributeError(f"module 'sparing' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *VERBS})
+
+
+for _name in ("train", "serve", "bench"):  # their __init__ has a docstring alone
+    importlib.import_module(f"sparing.{_name}").__class__ = _CallableFolder

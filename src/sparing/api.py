@@ -1,4 +1,4 @@
-"""Each verb as one function: joins planning, data, calibration, training, evaluation and sampling."""
+"""The library: one function for each verb that makes or reads a run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sparing.account.paper import compare as compare
 from sparing.account.paper import receipt as receipt
 from sparing.account.paper import report as report
 from sparing.base.config import Budget, Config, UserError
-from sparing.base.config_file import check_section, merge_wishes, read_config, write_config
+from sparing.base.config_file import Wishes, nested, read_config, write_config
 from sparing.base.files import link_or_copy, write_atomic
 from sparing.base.messages import say
 from sparing.base.run import RunFolder, fill, read_tensors, write_tensors
@@ -22,14 +22,14 @@ from sparing.budget.units import format_budget, parse_budget, parse_extension
 from sparing.data.chat import template_text
 from sparing.data.sources import documents
 from sparing.evals.bpb import bpb
-from sparing.infer.answers import continued, score, write
 from sparing.infer.engine import Engine
-from sparing.infer.loaded import load
+from sparing.infer.generate import complete, generate_texts, load, score_tokens
 from sparing.infer.request import Sampling
 from sparing.interop.gguf import export_gguf
 from sparing.interop.huggingface import export_hf, import_hf
 from sparing.job.begin import begin, reasons_of, resolved
-from sparing.job.learn import EVAL_TOKENS, learn
+from sparing.job.corpus import EVAL_TOKENS
+from sparing.job.learn import learn
 from sparing.kernels.products import fitting
 from sparing.model.transformer import Transformer
 from sparing.planning.plan import plan as plan
@@ -41,24 +41,26 @@ from sparing.train.replicas import Replicas
 
 
 def train(
-    data: list[str],
+    data: Sequence[str],
     budget: str,
     out: str,
     wishes: dict | None = None,
     seed: int | None = None,
     started: float | None = None,
     samples: int = 3,
+    start: str | None = None,
 ) -> dict:
     """Train a model inside a budget into the new run folder `out`.
 
-    data: files, folders, globs; none: Python's own standard library. budget: "20m", "50Mtok", "3e17flop". wishes: nested dict of `Config`
-    fields that are not to be derived, {"model": {"num_layers": 8}}. started: `time.monotonic()` at which the budget began.
+    data: files, folders, globs; none: those of `wishes`, else Python's own standard library. budget: "20m", "50Mtok", "3e17flop".
+    wishes: nested dict of `Config` fields that are not to be derived, {"model": {"num_layers": 8}}. started: `time.monotonic()` at which
+    the budget began. start: a run (or an imported model) to go on from instead of noise; its model and tokenizer stay.
     -> run, bpb, loss, tokens, steps, seconds, parameters, samples, ...  Raises UserError; Interrupted on a signal (the run can be resumed).
     """
     started = time.monotonic() if started is None else started
     amount = parse_budget(budget)
-    wishes = merge_wishes(wishes, {"data": {"paths": tuple(data)}} if data else {}, {} if seed is None else {"train": {"seed": seed}})
-    wishes = check_section(wishes, Config, "")
+    arguments = {"data.paths": tuple(data) or None, "train.seed": seed, "start.run": start}
+    wishes = Wishes.of(wishes, nested({name: value for name, value in arguments.items() if value is not None}))
     run = RunFolder.create(out)
     with begin("train", run, started) as job:
         return learn(job, resolved(job, wishes, amount), samples)
@@ -68,18 +70,18 @@ def resume(run: str, budget: str | None = None, started: float | None = None, sa
     """Go on with an interrupted run; with `budget` ("+20m"), extend a finished one from its checkpoint before the decay."""
     started = time.monotonic() if started is None else started
     folder = RunFolder.open(run)
-    with folder.lock():
-        config = read_config(folder.config_file)
-        summary = folder.state / "summary.json"
-        if budget is None and summary.exists():
+    with begin("resume", folder, started, ready=partial(_make_ready, folder, budget)) as job:
+        return learn(job, read_config(folder.config_file), samples)
+
+
+def _make_ready(run: RunFolder, budget: str | None) -> None:
+    """Refuse a finished run, or, with `budget`, extend it. The caller holds the lock."""
+    config = read_config(run.config_file)
+    summary = run.state / "summary.json"
+    if budget is None:
+        if summary.exists():
             raise UserError(f"{run} is finished; to train it further: sparing resume {run} --budget +{format_budget(config.budget)}")
-        if budget is not None:
-            config = _extended(folder, config, budget, summary)
-        with begin("resume", folder, started) as job:
-            return learn(job, config, samples)
-
-
-def _extended(run: RunFolder, config: Config, budget: str, summary: Path) -> Config:
+        return
     more = parse_extension(budget)
     if not summary.exists():
         raise UserError(f"{run} is not finished: `sparing resume {run}` first, then extend it")
@@ -95,7 +97,6 @@ def _extended(run: RunFolder, config: Config, budget: str, summary: Path) -> Con
     write_atomic(run.config_file, write_config(config, reasons_of(run)))
     summary.unlink()
     say(f"extending to {format_budget(total)}, from step {step:,}, before the decay")
-    return config
 
 
 # a trained model
@@ -118,10 +119,10 @@ def evaluate(
             from sparing.evals.harness import HarnessModel, run_tasks
 
             with Engine(run, weights=weights, speculate=False) as engine:
-                model = HarnessModel(engine.tokenizer, engine.context, partial(score, engine), partial(write, engine))
+                model = HarnessModel(engine.tokenizer, engine.context, partial(score_tokens, engine), partial(generate_texts, engine))
                 result |= {"weights": engine.weights, "rows": run_tasks(model, tasks, limit)}
                 rows = int(engine.metrics()["rows_total"])
-                meter.add(rows, rows * sum(forward_flops(engine.config, engine.context // 2, mtp=False).values()))
+                meter.add(rows, rows * forward_flops(engine.config, engine.context // 2, mtp=False))
     return result
 
 
@@ -134,7 +135,7 @@ def _bpb(run: str, data: Sequence[str], context: int | None, meter: Meter) -> di
     cores = meter.machine.cores_physical
     nll = Replicas(model.network, None, cores, kernels=fitting(cores, cores, "cpu", "float32")[0]).nll
     result = bpb(nll, model.tokenizer, texts, context, batch=max(1, EVAL_TOKENS // context))
-    meter.add(result["tokens"], result["tokens"] * sum(forward_flops(model.config.model, context, mtp=False).values()))
+    meter.add(result["tokens"], result["tokens"] * forward_flops(model.config.model, context, mtp=False))
     return result
 
 
@@ -154,9 +155,9 @@ def generate(
     sampling = Sampling(max_tokens, temperature, top_p, top_k, seed=seed)
     with metered("generate", RunFolder.open(run), "generate", started) as meter, Engine(run, weights=weights, max_batch=1) as engine:
         start = time.monotonic()
-        text, tokens = continued(engine, prompt, sampling, stream)
+        text, tokens = complete(engine, prompt, sampling, stream)
         seconds = time.monotonic() - start
-        meter.add(tokens, tokens * sum(forward_flops(engine.config, max(1, tokens), mtp=False).values()))
+        meter.add(tokens, tokens * forward_flops(engine.config, max(1, tokens), mtp=False))
     return {"prompt": prompt, "text": text, "tokens": tokens, "seconds": seconds}
 
 

@@ -1,4 +1,4 @@
-"""(wishes, budget, machine, corpus facts) -> Config: what nobody set is derived, and every derived value carries its reason.
+"""Derives a complete configuration from the user's wishes, budget, machine and corpus. Every derived value carries its reason.
 
 Pure: nothing is measured or read here. The rules are fitted to the experiments in LAB.md.
 """
@@ -6,11 +6,13 @@ Pure: nothing is measured or read here. The rules are fitted to the experiments 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from sparing.base.config import Budget, Config, ModelConfig, UserError
-from sparing.base.config_file import build, check_section
+from sparing.base.config_file import Wishes, build
 from sparing.base.config_limits import checked, contradiction
 from sparing.base.hardware import Machine
+from sparing.base.layers import mixtures
 from sparing.budget.flops import parameters, train_flops
 from sparing.data.scan import CorpusFacts
 
@@ -19,15 +21,13 @@ UTILISATION = 0.42
 GPU_UTILISATION = 0.3
 TRAINING_SHARE = 0.88
 """Of the time that is left after tokenising."""
-TOKENISE_BYTES_PER_S = 4e6
 MARGIN = 1.2
 """Tokenise this many times what the plan can consume."""
 BYTES_PER_TOKEN = {1024: 2.7, 2048: 3.16, 4096: 3.58, 8192: 4.0, 16384: 4.3, 32768: 4.6}
 """Of English books; 2048 and 4096 words measured (LAB.md)."""
 
 
-@dataclass(frozen=True)
-class Resolved:
+class Resolved(NamedTuple):
     """A complete configuration (but for what is measured at the start: micro-batch, threads, compile), and why."""
 
     config: Config
@@ -60,6 +60,8 @@ LADDER = (
 )
 TOKENS_PER_PARAMETER = 2.0
 """Of active parameters, head included: below about this the next smaller size won at equal time (LAB.md, 2026-11-21)."""
+MOE_FROM_FLOPS: float | None = 2e13
+"""Training FLOPs from which a mixture beat our own dense model at equal minutes: the shortest runs compared (LAB.md); None: never."""
 LR_TOKENS, LR_PEAK, LR_EXPONENT = 1.2e6, 0.04, -0.3
 """The best of 0.01, 0.02, 0.04 at 1.2 M tokens; falling with the length of the run, slightly slower than Marin's tokens^-0.395."""
 
@@ -114,18 +116,17 @@ def vocabulary(train_bytes: float, tokens: float) -> int:
     return 1024
 
 
-def resolve(wishes: dict, budget: Budget, machine: Machine, facts: CorpusFacts, peak_flops: float) -> Resolved:
-    """Derive what `wishes` (nested {"model": {"num_layers": 8}}) leaves open. peak_flops: of the device that will train.
+def resolve(wishes: Wishes, budget: Budget, machine: Machine, facts: CorpusFacts, peak_flops: float) -> Resolved:
+    """Derive what `wishes` leaves open. peak_flops: of the device that will train.
 
     Raises UserError where the budget cannot work, and for wishes that contradict each other.
     """
     reasons: dict[str, str] = {}
-    wishes = check_section(wishes, Config, "")
-    model_wishes, train_wishes = wishes.get("model", {}), wishes.get("train", {})
-    device = train_wishes.get("device") or ("cuda" if machine.gpus else "cpu")
+    model_wishes = wishes.get("model", {})
+    device = wishes.value("train.device") or ("cuda" if machine.gpus else "cpu")
     if device == "cuda" and not machine.gpus:
         raise UserError("train.device cuda: torch sees no CUDA device here; use --train.device cpu")
-    seq_len = train_wishes.get("seq_len") or (1024 if device == "cuda" else 512)
+    seq_len = wishes.value("train.seq_len") or (1024 if device == "cuda" else 512)
     utilisation = GPU_UTILISATION if device == "cuda" else UTILISATION
     dtype = machine.training_dtype(device)
 
@@ -171,28 +172,27 @@ def resolve(wishes: dict, budget: Budget, machine: Machine, facts: CorpusFacts, 
     if "vocab_size" not in model_wishes:
         reasons["model.vocab_size"] = f"for about {tokens / 1e6:.1f} M tokens of training and {facts.train_bytes / 1e6:.1f} MB of text"
 
-    config = build(Config, {key: value for key, value in wishes.items() if key != "model"})
-    config = replace(config, model=model, budget=budget)
-    train = replace(config.train, device=device, seq_len=seq_len, dtype=train_wishes.get("dtype", dtype))
-    if "dtype" not in train_wishes:
+    config = replace(wishes.config(), model=model, budget=budget)
+    train = replace(config.train, device=device, seq_len=seq_len, dtype=wishes.value("train.dtype", dtype))
+    if not wishes.sets("train.dtype"):
         faster = "GPUs multiply it fastest" if device == "cuda" else "this processor multiplies it at least as fast as float32 (measured)"
         reasons["train.dtype"] = faster if dtype == "bfloat16" else "this processor multiplies bfloat16 slower than float32 (measured)"
-    if "batch_size" not in train_wishes:
+    if not wishes.sets("train.batch_size"):
         batch_tokens = 65536 if device == "cuda" else (4096 if tokens < 2e7 else 8192)
         train = replace(train, batch_size=max(1, batch_tokens // seq_len))
         reasons["train.batch_size"] = f"{batch_tokens} tokens: small budgets want many small steps"
-    if "bias_update_rate" not in train_wishes and moe:
+    if not wishes.sets("train.bias_update_rate") and moe and mixtures(model):
         steps = tokens / (train.batch_size * seq_len)
         train = replace(train, bias_update_rate=round(min(0.01, max(0.001, 10 / steps)), 5))
         reasons["train.bias_update_rate"] = f"about {steps:,.0f} steps: the published 0.001 would move a bias by no more than that times it"
     optim = config.optim
-    if "lr" not in wishes.get("optim", {}) and optim.matrix == "adamw":
+    if not wishes.sets("optim.lr") and optim.matrix == "adamw":
         optim = replace(optim, lr=0.004)
         reasons["optim.lr"] = "AdamW takes smaller steps than Muon"
-    elif "lr" not in wishes.get("optim", {}):
+    elif not wishes.sets("optim.lr"):
         optim = replace(optim, lr=round(min(0.05, max(0.005, LR_PEAK * (tokens / LR_TOKENS) ** LR_EXPONENT)), 4))
         reasons["optim.lr"] = f"{LR_PEAK} at {LR_TOKENS / 1e6} M tokens, falling as tokens^{LR_EXPONENT}"
-    if "short_seq_len" not in train_wishes and device == "cpu" and seq_len % 256 == 0 and seq_len > 256:
+    if not wishes.sets("train.short_seq_len") and device == "cpu" and seq_len % 256 == 0 and seq_len > 256:
         train = replace(train, short_seq_len=256)
         reasons["train.short_seq_len"] = "cheaper attention and faster learning at first; the last part is on whole rows"
     data = config.data
@@ -201,14 +201,5 @@ def resolve(wishes: dict, budget: Budget, machine: Machine, facts: CorpusFacts, 
         if facts.train_bytes > needed * BYTES_PER_TOKEN.get(model.vocab_size, 3.4):
             data = replace(data, max_tokens=needed)
             reasons["data.max_tokens"] = f"{MARGIN} times the {tokens / 1e6:.1f} M tokens that the budget can train on"
-    reasons = {name: reason for name, reason in reasons.items() if _not_set(wishes, name)}
+    reasons = {name: reason for name, reason in reasons.items() if not wishes.sets(name)}
     return Resolved(checked(replace(config, train=train, data=data, optim=optim)), reasons)
-
-
-MOE_FROM_FLOPS: float | None = 2e13
-"""Training FLOPs from which a mixture beat our own dense model at equal minutes: the shortest runs compared (LAB.md); None: never."""
-
-
-def _not_set(wishes: dict, dotted: str) -> bool:
-    section, name = dotted.split(".")
-    return name not in wishes.get(section, {})

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from sparing.account.power import Model, Rapl, peak_memory, reset_peak_memory, resident_memory, sources
+from sparing.account.power import PowerModel, Rapl, peak_memory, reset_peak_memory, resident_memory, sources
 from sparing.account.prices import Rates
 from sparing.base.hardware import Gpu, Machine
 
@@ -73,7 +73,7 @@ def test_a_gpu_that_nvml_does_not_show_is_estimated_never_nothing():
 
 
 def test_the_model_goes_from_idle_to_busy():
-    begun, model = time.monotonic(), Model(10.0, 50.0, cores=1)
+    begun, model = time.monotonic(), PowerModel(10.0, 50.0, cores=1)
     time.sleep(0.3)
     resting = model.joules()
     assert resting == pytest.approx(10 * (time.monotonic() - begun), rel=0.3)
@@ -89,7 +89,7 @@ def test_the_model_goes_from_idle_to_busy():
 
 
 def test_the_model_counts_children_that_have_ended():
-    model = Model(0.0, 10.0, cores=1)
+    model = PowerModel(0.0, 10.0, cores=1)
     time.sleep(0.5)  # more wall time than the child will use
     subprocess.run([sys.executable, "-c", "import time\nwhile time.process_time() < 0.3: pass"], check=True)
     assert model.joules() > 10 * 0.28

@@ -2,6 +2,7 @@ import dataclasses
 import math
 import sys
 import tomllib
+from dataclasses import replace
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparing.base.config import Config, DataConfig, ModelConfig, UserError, YarnConfig
-from sparing.base.config_file import build, nearest, options, parse_text, read_config, read_wishes, set_dotted, unwrap, write_config
+from sparing.base.config_file import Wishes, nearest, nested, options, parse_text, read_config, read_recipe, unwrap, write_config
 from sparing.base.config_limits import RANGES
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
@@ -44,7 +45,8 @@ def configs(kind):
 def test_every_config_survives_the_file(tmp_path_factory, config, reasons):
     path = tmp_path_factory.mktemp("config") / "config.toml"
     path.write_text(write_config(config, reasons), encoding="utf-8")
-    assert build(Config, read_wishes(path)) == config  # sizes drawn at random are no model: `read_config` would say so
+    read = read_recipe(path).wishes.config()
+    assert replace(read, budget=config.budget) == config  # sizes drawn at random are no model: `read_config` would say so
 
 
 def test_reasons_stand_behind_their_values():
@@ -60,14 +62,15 @@ def test_none_is_written_where_it_is_not_the_default(tmp_path):
     path.write_text(write_config(config), encoding="utf-8")
     assert 'q_lora_rank = "none"' in path.read_text(encoding="utf-8")
     assert read_config(path) == config
-    assert read_wishes(path)["model"]["q_lora_rank"] is None
+    assert read_recipe(path).wishes["model"]["q_lora_rank"] is None
 
 
 def test_wishes_are_what_was_set_and_nothing_else(tmp_path):
     path = tmp_path / "r.toml"
     path.write_text('budget = "20m"\n[model]\nnum_layers = 8\nyarn.factor = 4\n[optim]\nlr = 1\n[data]\npaths = ["x"]\n')
-    wishes = read_wishes(path)
-    assert wishes == {"budget": "20m", "model": {"num_layers": 8, "yarn": {"factor": 4.0}}, "optim": {"lr": 1.0}, "data": {"paths": ("x",)}}
+    wishes, budget, _ = read_recipe(path)
+    assert budget == "20m"
+    assert wishes == {"model": {"num_layers": 8, "yarn": {"factor": 4.0}}, "optim": {"lr": 1.0}, "data": {"paths": ("x",)}}
     assert type(wishes["optim"]["lr"]) is float
 
 
@@ -96,7 +99,7 @@ def test_a_bad_recipe_is_one_clear_line(tmp_path, text, says):
     if text is not None:
         path.write_text(text)
     with pytest.raises(UserError) as caught:
-        read_wishes(path)
+        read_recipe(path)
     assert says in str(caught.value)
     assert "r.toml" in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -105,7 +108,7 @@ def test_a_bad_recipe_is_one_clear_line(tmp_path, text, says):
 def test_a_recipe_that_is_not_utf8(tmp_path):
     (tmp_path / "r.toml").write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="not valid TOML"):
-        read_wishes(tmp_path / "r.toml")
+        read_recipe(tmp_path / "r.toml")
 
 
 def test_a_path_that_no_toml_can_hold_is_the_users_error():
@@ -145,10 +148,19 @@ def test_options_carry_the_explanations_of_config():
     assert "model" not in options()
 
 
-def test_set_dotted_replaces_what_is_no_section():
-    wishes = {"model": {"yarn": None}}
-    set_dotted(wishes, "model.yarn.factor", 2.0)
-    assert wishes == {"model": {"yarn": {"factor": 2.0}}}
+def test_dotted_names_replace_what_is_no_section():
+    assert nested({"model.yarn": None, "model.yarn.factor": 2.0}) == {"model": {"yarn": {"factor": 2.0}}}
+
+
+def test_wishes_are_merged_the_later_winning_and_checked_where_they_were_not():
+    recipe = Wishes.of({"model": {"num_layers": 3, "yarn": {"factor": 2}}, "train": {"seed": 1}}, where="r.toml: ")
+    wishes = Wishes.of(recipe, {"model": {"num_layers": 4, "yarn": {"beta_fast": 16.0}}}, None)
+    assert wishes == {"model": {"num_layers": 4, "yarn": {"factor": 2.0, "beta_fast": 16.0}}, "train": {"seed": 1}}
+    assert recipe.value("model.num_layers") == 3 and not recipe.sets("model.hidden_size") and recipe.value("optim.lr", 7) == 7
+    with pytest.raises(UserError, match=r"^train\.seq_len must be at least 1"):
+        Wishes.of(recipe, {"train": {"seq_len": 0}})
+    with pytest.raises(UserError, match=r"^modle: unknown key"):
+        Wishes.of({"modle": {}})
 
 
 def test_nearest():

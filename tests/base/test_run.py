@@ -60,7 +60,9 @@ def test_second_writer_gets_one_line_and_a_dead_one_leaves_no_lock(tmp_path):
     assert "\n" not in str(error.value)
     holder.kill()
     holder.communicate()
-    with run.lock(), run.lock():  # and again within one process
+    with run.lock():
+        with pytest.raises(UserError, match=f"is being written by process {os.getpid()}"), run.lock():  # nor again by this one
+            pass
         second = python(HOLD, run.path, stdin=subprocess.DEVNULL)
         assert "is being written by process" in second.communicate()[1]
     with run.lock():

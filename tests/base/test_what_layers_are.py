@@ -37,5 +37,5 @@ def test_dense_layers_come_first_and_modules_are_mixtures_unless_all_are_dense(l
 
 
 def test_what_a_plan_reads_comes_without_torch():
-    code = "import sys, sparing.base.layers, sparing.kernels.sizes, sparing.budget.stages; sys.exit('torch' in sys.modules)"
+    code = "import sys, sparing.base.layers, sparing.kernels.sizes, sparing.budget.cluster; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

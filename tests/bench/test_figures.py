@@ -4,17 +4,16 @@ import pytest
 import torch
 
 from sparing.base.config import UserError
-from sparing.bench.report import ROW_KEYS, row
-from sparing.bench.train import FIGURES, run
+from sparing.bench.figures import FIGURES, bench
+from sparing.bench.results import ROW_KEYS, print_table, row
 
 
 def test_rows_have_the_schema_and_a_table_goes_to_standard_error(capsys):
-    assert run("startup", runs=2)["rows"][0]["runs"] == 2
+    result = bench("train", "startup", runs=2)
+    assert set(ROW_KEYS) == set(result["rows"][0]) and result["rows"][0]["runs"] == 2 and 0 < result["rows"][0]["ours"] < 20
+    print_table(**result)
     shown = capsys.readouterr()
-    assert shown.out == "" and "sparing --help" in shown.err
-    result = run("startup", json=True, runs=1)
-    assert set(ROW_KEYS) == set(result["rows"][0]) and capsys.readouterr() == ("", "")
-    assert 0 < result["rows"][0]["ours"] < 20
+    assert shown.out == "" and "sparing --help" in shown.err and "Starting up" in shown.err
 
 
 def test_ratio_is_ours_over_the_peers():
@@ -31,12 +30,12 @@ def test_mistakes_are_one_line_with_the_nearest_choice():
         (("quality",), {"data": "x", "val": "x", "runs": "dense"}, "SIDE:BUDGET"),
     ):
         with pytest.raises(UserError, match=said) as caught:
-            run(*arguments, **options)
+            bench("train", *arguments, **options)
         assert "\n" not in str(caught.value)
-    assert set(FIGURES) == {"throughput", "quality", "tune", "gpu", "startup", "forecast"}
+    assert set(FIGURES["train"]) == {"throughput", "quality", "tune", "gpu", "startup", "forecast"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 def test_the_gpu_figure_needs_a_gpu():
     with pytest.raises(UserError, match="CUDA"):
-        run("gpu")
+        bench("train", "gpu")

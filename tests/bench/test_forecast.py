@@ -7,7 +7,7 @@ import pytest
 from sparing.account.receipt import at
 from sparing.base.config import UserError
 from sparing.bench.forecast import forecast, parse_sides, wishes_of
-from sparing.bench.report import ROW_KEYS
+from sparing.bench.results import ROW_KEYS
 from sparing.budget.estimate import DESCRIPTION
 from sparing.kernels.formats import this_machine
 

@@ -7,14 +7,14 @@ from sparing.base.config import UserError
 from sparing.base.config_file import read_config
 from sparing.base.run import RunFolder
 from sparing.bench.drafting import repeats
-from sparing.bench.infer import run
-from sparing.bench.report import ROW_KEYS
+from sparing.bench.figures import bench
+from sparing.bench.results import ROW_KEYS
 
 
 def test_generate(make_run):  # noqa: F811
     pytest.importorskip("transformers")
     path = str(make_run(mtp_depth=1))
-    rows = run("generate", json=True, run=path, rounds=2, prompt_tokens=8, tokens=12, threads=1, weights="float32", compile=False)["rows"]
+    rows = bench("infer", "generate", run=path, rounds=2, prompt_tokens=8, tokens=12, threads=1, weights="float32", compile=False)["rows"]
     assert all(set(ROW_KEYS) <= set(row) for row in rows)
     speed, memory, start = rows
     assert {trial["setting"]["dtype"] for trial in speed["settings"]} == {"float32", "bfloat16"} and len(speed["settings"]) == 8
@@ -28,31 +28,31 @@ def test_generate(make_run):  # noqa: F811
 def test_drafts(make_run, tmp_path):  # noqa: F811
     (tmp_path / "text.txt").write_text("def parse(self, text):\n    return json.loads(text)\n\n" * 40)
     options = {"data": str(tmp_path / "text.txt"), "prompts": 4, "prompt_tokens": 8, "tokens": 16, "threads": 1}
-    speed, accepted, repeated = run("drafts", json=True, run=str(make_run()), **options)["rows"]
+    speed, accepted, repeated = bench("infer", "drafts", run=str(make_run()), **options)["rows"]
     assert speed["ratio"] > 0 and 0 <= accepted["ours"] <= 1 and speed["counts"]["drafted_total"] > 0
     assert 0 <= repeated["ours"] <= 1
     with pytest.raises(UserError, match="no MTP module"):
-        run("drafts", json=True, run=str(make_run(mtp_depth=0)))
+        bench("infer", "drafts", run=str(make_run(mtp_depth=0)))
 
 
 def test_turns(make_run):  # noqa: F811
-    (row,) = run("turns", json=True, run=str(make_run(mtp_depth=0)), rounds=2, first=200, second=20, threads=1)["rows"]
+    (row,) = bench("infer", "turns", run=str(make_run(mtp_depth=0)), rounds=2, first=200, second=20, threads=1)["rows"]
     assert row["ratio"] > 0  # below 1 on a machine that does nothing else
 
 
 def test_cache(make_run):  # noqa: F811
     path = make_run(mtp_depth=1)
     c = read_config(RunFolder.open(path).config_file).model
-    (row,) = run("cache", json=True, run=str(path), context=c.max_position_embeddings)["rows"]
+    (row,) = bench("infer", "cache", run=str(path), context=c.max_position_embeddings)["rows"]
     heads = c.num_layers * c.num_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim)
     latents = (c.num_layers + 1) * (c.kv_lora_rank + c.qk_rope_head_dim)
     assert row["ratio"] == pytest.approx(latents / heads, rel=0.2)  # blocks are whole
     with pytest.raises(UserError, match="context"):
-        run("cache", json=True, run=str(path), context=c.max_position_embeddings + 1)
+        bench("infer", "cache", run=str(path), context=c.max_position_embeddings + 1)
 
 
 def test_experts(make_run):  # noqa: F811
-    speed, memory = run("experts", json=True, run=str(make_run(mtp_depth=0)), rounds=1, tokens=4, threads=1)["rows"]
+    speed, memory = bench("infer", "experts", run=str(make_run(mtp_depth=0)), rounds=1, tokens=4, threads=1)["rows"]
     assert speed["ours"] > 0 and speed["peer"] == speed["tokens_per_s"] > 0 and 0 < speed["reads"]
     assert 0 < memory["ours"] < memory["peer"]
 

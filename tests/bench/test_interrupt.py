@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from sparing.base.hardware import cores
+
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
 WITHIN_S = 2.0
 
@@ -63,7 +65,7 @@ def bench(text, tmp_path):
 def test_an_interruption_is_answered_at_once(bench):
     """In two threads that wait for a worker each."""
     words = ("--grid", "64x1@1e-2,64x1@2e-2", "--budget", "500Mtok", "--parallel", "2")
-    process, workers = bench("train", "tune", *words, workers=min(2, os.cpu_count()))
+    process, workers = bench("train", "tune", *words, workers=min(2, cores()))
     before = time.monotonic()
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=30) == 130

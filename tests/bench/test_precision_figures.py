@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from sparing.base.config import PrecisionConfig, UserError
-from sparing.bench import precision, precision_loss, precision_speed
+from sparing.bench import precision_loss, precision_speed
 from sparing.bench.eight_bits import SMALL
+from sparing.bench.figures import bench
 from sparing.bench.precision_loss import interval, rows_of
-from sparing.bench.precision_speed import Side
+from sparing.bench.precision_speed import PrecisionSide
 from sparing.kernels.formats import this_machine
 
 
@@ -48,7 +49,7 @@ def test_finished_runs_are_kept(tmp_path, monkeypatch):
         def __exit__(self, *_):
             pass
 
-        def ask(self, do, side, seed, **more):
+        def run(self, function, side, seed, **more):
             asked.append((side, seed))
             return result(4.0 + 0.01 * seed + (0.001 if side == "int8" else 0.0))
 
@@ -64,11 +65,11 @@ def test_finished_runs_are_kept(tmp_path, monkeypatch):
 def test_what_is_refused():
     for options, words in [({"sides": "int4"}, "int4"), ({"seeds": 1}, "--seeds 1")]:
         with pytest.raises(UserError, match=words):
-            precision.run("loss", data="x", val="y", **options)
+            bench("precision", "loss", data="x", val="y", **options)
     with pytest.raises(UserError, match="no figure 'lost'; did you mean loss"):
-        precision.run("lost")
+        bench("precision", "lost")
     with pytest.raises(UserError, match="bench precision loss needs --data"):
-        precision.run("loss")
+        bench("precision", "loss")
 
 
 def test_speed_takes_turns(monkeypatch):
@@ -92,7 +93,7 @@ def test_speed_takes_turns(monkeypatch):
 
 def test_a_side_is_kept_as_it_says():
     """What is timed is what the memory figure measures: the same products, weights, averages and activations."""
-    full, small = (Side(asdict(p), width=64, rows=2, length=32) for p in (PrecisionConfig(), replace(SMALL, linear="int8")))
+    full, small = (PrecisionSide(asdict(p), width=64, rows=2, length=32) for p in (PrecisionConfig(), replace(SMALL, linear="int8")))
     for side in (full, small):
         before = side.trainer.model.model.layers[1].mlp.experts.down_proj.detach().clone()
         assert side.step()["tokens_per_s"] > 0
@@ -116,10 +117,14 @@ def test_speed_without_8_bit_arithmetic_says_so_and_takes_a_small_model(slow_for
         def __exit__(self, *_):
             pass
 
-        def ask(self, do, **more):
-            if do == "make":
-                made.append((more["width"], more["rows"], more["precision"]["linear"], more["precision"]["activations"]))
-            return {"nt": 0.1} if do == "run" else {"tokens_per_s": 1.0, "passes_s": 1.0, "update_s": 1.0, "share": 1.0}
+        def make(self, function, width, rows, precision):
+            made.append((width, rows, precision["linear"], precision["activations"]))
+
+        def call(self, method, **more):
+            return {"tokens_per_s": 1.0, "passes_s": 1.0, "update_s": 1.0, "share": 1.0}
+
+        def run(self, function, **more):
+            return {"nt": 0.1}
 
     monkeypatch.setattr(precision_speed, "Worker", Fake)
     rows = precision_speed.precision_speed(rounds=2)

@@ -7,7 +7,7 @@ from bench_tiny import TINY
 
 from sparing.base.config import UserError
 from sparing.bench import precision_memory
-from sparing.bench.precision import run
+from sparing.bench.figures import bench
 from sparing.kernels.formats import this_machine
 
 WIDE = replace(TINY, vocab_size=4096, hidden_size=256, num_layers=6, num_heads=4, intermediate_size=1024, moe_intermediate_size=256)
@@ -18,7 +18,7 @@ DTYPE = this_machine().training_dtype("cpu")
 
 def test_few_bits_take_less(monkeypatch):
     monkeypatch.setattr(precision_memory, "MODELS", {"tiny": WIDE})
-    rows = run("memory", json=True, models="tiny", batch_size=4, seq_len=64, linear="none")["rows"]
+    rows = bench("precision", "memory", models="tiny", batch_size=4, seq_len=64, linear="none")["rows"]
     assert all(row["formats"] == {"ours": DTYPE, "peer": DTYPE} and row["linear"] == "none" for row in rows)
     peaks = [row for row in rows if row["name"].endswith(": peak")]
     assert len(peaks) == 2 and all(row["ratio"] == row["ours"] / row["peer"] and row["required"] == 0.5 for row in peaks)
@@ -33,4 +33,4 @@ def test_few_bits_take_less(monkeypatch):
 
 def test_a_wrong_model_is_one_line():
     with pytest.raises(UserError, match="choose from dense, mixture"):
-        run("memory", models="dens")
+        bench("precision", "memory", models="dens")

@@ -8,7 +8,7 @@ pytest.importorskip("transformers")
 
 from sparing.base.config import UserError
 from sparing.bench.quality import parse_runs, quality, rows_of
-from sparing.bench.report import ROW_KEYS
+from sparing.bench.results import ROW_KEYS
 from sparing.kernels.formats import this_machine
 
 RECIPE = """

@@ -10,24 +10,28 @@ from bench_tiny import TINY
 
 from sparing.base.config import UserError
 from sparing.bench.limit import Limit
-from sparing.bench.report import ROW_KEYS
+from sparing.bench.results import ROW_KEYS
 from sparing.bench.throughput import WARM_UP, take_turns, throughput
 
 LINE = "bfloat16: this processor multiplies it 100 times slower than float32 (measured)"
-SMALL = {"threads": 1, "batch_size": 2, "seq_len": 32, "model": TINY, "peak_sizes": (64, 128)}
+SMALL = {"threads": 1, "batch_size": 2, "seq_len": 32, "model": TINY}
 
 
 class Fake:
     """A worker whose steps take a tenth of a second."""
 
-    def ask(self, do, count=1, **more):
-        time.sleep(0.1 * count * (do == "steps"))
-        return {"seconds": 0.1 * count, "losses": [1.0] * count} if do == "steps" else {"flops": 1.0, "cut_short": None}
+    def call(self, method, count=1, **more):
+        time.sleep(0.1 * count)
+        return {"seconds": 0.1 * count, "losses": [1.0] * count}
+
+    def run(self, function, **more):
+        return {"flops": 1.0, "cut_short": None, "setting": {}}
 
 
-def test_figure_where_only_float32_is_fast(text, slow_formats, capfd):
+def test_figure_where_only_float32_is_fast(text, slow_formats, monkeypatch, capfd):
     """Both sides really train; of the peer's grid only what is far slower is skipped."""
-    rows = throughput(str(text / "train"), rounds=2, steps=2, trial_steps=1, **SMALL)
+    monkeypatch.setattr("sparing.bench.throughput.PEAK_S", 1.0)
+    rows = throughput(str(text / "train"), rounds=2, steps=2, **SMALL)
     assert all(set(ROW_KEYS) <= set(row) for row in rows)
     speed, mfu, peak, memory, gap = rows
     assert speed["ours"] > 0 and speed["ratio"] == pytest.approx(speed["ours"] / speed["peer"]) and speed["unit"] == "tokens/s"
@@ -60,15 +64,11 @@ def test_whoever_names_a_slow_format_gets_it_and_is_told(slow_formats, monkeypat
         def __exit__(self, *_):
             pass
 
-        def ask(self, do, **more):
-            return {"parameters": 0, **super().ask(do, **more)}
-
-        def build(self, side, setting, **more):
+        def make(self, function, setting, **more):
             asked.append(setting["precision"])
             raise Stop
 
     monkeypatch.setattr("sparing.bench.throughput.Worker", Recorder)
-    monkeypatch.setattr("sparing.bench.throughput.try_settings", lambda *_: [{"setting": {}, "tokens_per_s": 1.0}])
     with pytest.raises(Stop):
         throughput(precision="bfloat16", **SMALL)
     assert asked == ["bfloat16"] and f"--precision {LINE}" in " ".join(capfd.readouterr().err.split())
@@ -77,7 +77,7 @@ def test_whoever_names_a_slow_format_gets_it_and_is_told(slow_formats, monkeypat
 def test_the_limit_cuts_rounds(capfd):
     found = take_turns({"ours": Fake(), "peer": Fake()}, Fake(), 100, 1, {}, Limit(1.5))
     made = found["rounds"].made
-    assert 1 <= made < 8 and len(found["ours"]["seconds"]) == made and found["rounds"].said()
+    assert 1 <= made < 8 and len(found["ours"]["seconds"]) == made and found["rounds"].more()
     assert f"cut short: {made} of 100 rounds" in " ".join(capfd.readouterr().err.split())
     with pytest.raises(UserError, match="a round of 40 steps would take about 8 s"):
         take_turns({"ours": Fake(), "peer": Fake()}, Fake(), 100, 40, {}, Limit(1.0))

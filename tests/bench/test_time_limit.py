@@ -5,18 +5,18 @@ import time
 import pytest
 
 from sparing.base.config import UserError
+from sparing.bench.figures import bench
 from sparing.bench.limit import RUN_S, Limit, Rounds, run_seconds
-from sparing.bench.train import run
 
 
 def test_rounds_end_where_another_would_not_fit(capsys):
     rounds = Rounds(50, Limit(0.5))
     for _ in rounds:
         time.sleep(0.1)
-    assert 1 <= rounds.made < 5 and rounds.said()["cut_short"] == rounds.cut_short
+    assert 1 <= rounds.made < 5 and rounds.more()["cut_short"] == rounds.cut_short
     assert f"cut short: {rounds.made} of 50 rounds" in " ".join(capsys.readouterr().err.split())
     whole = Rounds(3, Limit(60))
-    assert list(whole) == [0, 1, 2] and whole.made == 3 and whole.said() == {}
+    assert list(whole) == [0, 1, 2] and whole.made == 3 and whole.more() == {}
 
 
 def test_one_round_is_always_tried():
@@ -36,7 +36,7 @@ def test_limits_are_times():
     assert Limit.of("90s").seconds == 90 and Limit.of_runs("2h", ["5Mtok"]).seconds == 7200
     for wrong in ("50Mtok", 300, "soon"):
         with pytest.raises(UserError, match=r"--limit .*must be a time"):
-            run("startup", runs=1, limit=wrong)
+            bench("train", "startup", runs=1, limit=wrong)
 
 
 def test_training_runs_have_theirs_from_their_budgets():
@@ -45,5 +45,5 @@ def test_training_runs_have_theirs_from_their_budgets():
 
 
 def test_a_figure_says_how_many_rounds_it_made():
-    (row,) = run("startup", json=True, runs=500, limit="2s")["rows"]
+    (row,) = bench("train", "startup", runs=500, limit="2s")["rows"]
     assert 1 <= row["runs"] < 100 and row["cut_short"].startswith(f"{row['runs']} of 500 rounds")

@@ -5,15 +5,26 @@ from dataclasses import replace
 import pytest
 
 from sparing.base.config import ModelConfig, UserError
-from sparing.base.config_file import build, presets, read_plan_section, read_wishes
-from sparing.budget.cluster import EFFICIENCY, Layout, all_to_all, bubble_time, device_hours, kernels, layer_time, step_time
+from sparing.base.config_file import build, presets, read_recipe
+from sparing.budget.cluster import (
+    EFFICIENCY,
+    Layout,
+    all_to_all,
+    bubble_time,
+    device_hours,
+    kernels,
+    layer_time,
+    layout_of,
+    memory_of,
+    plan_stages,
+    step_time,
+)
 from sparing.budget.flops import train_flops
-from sparing.budget.stages import layout_of, memory_of, plan_stages
 
 
 def published(name):
     """(model, sequence, batch, [plan] section, layout) of a preset."""
-    wishes, section = read_wishes(name), read_plan_section(name)
+    wishes, _, section = read_recipe(name)
     return (
         build(ModelConfig, wishes["model"]),
         wishes["train"]["seq_len"],
@@ -139,8 +150,7 @@ def test_plans_that_cannot_be():
 
 @pytest.mark.parametrize("name", presets())
 def test_every_preset_is_a_recipe(name):
-    assert isinstance(read_wishes(name), dict)
-    section = read_plan_section(name)
+    section = read_recipe(name).plan
     if "layout" in section:
         c, seq_len, batch, section, layout = published(name)
         plan = plan_stages(c, seq_len, batch, section)

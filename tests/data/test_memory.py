@@ -1,16 +1,19 @@
 """The data stage needs the same memory whatever the size of the corpus."""
 
+import contextlib
 import gzip
 import json
 import os
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
-from sparing.data.pool import _python_path
+from sparing.data.workers import _python_path
 
 LIMIT_MB = 1500
 
@@ -33,26 +36,41 @@ def write_corpus(folder: Path, megabytes: int) -> None:
                 text.write(f"{number} {index} {paragraph}\n")
 
 
-def probe(corpus: Path, root: Path, max_tokens: str) -> int:
-    """Peak of parent and workers together, MB."""
-    command = [sys.executable, str(Path(__file__).with_name("memory_probe.py")), str(corpus), str(root), max_tokens, str(LIMIT_MB)]
+PREPARE = """
+import resource, sys
+from pathlib import Path
+from sparing.base.config import DataConfig
+from sparing.data.prepare import prepare
+corpus, root, max_tokens, limit = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]) or None, int(sys.argv[4]) << 20
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))  # the workers inherit it
+assert prepare(DataConfig(paths=(corpus,), max_tokens=max_tokens, workers=2), 4096, root).tokens
+"""
+
+
+def peak_mb(corpus: Path, root: Path, max_tokens: int) -> int:
+    """The largest sum of resident memory, MB, of a process that prepares `corpus` under a limit on address space, and its workers."""
     environment = dict(os.environ, PYTHONPATH=_python_path(), OPENBLAS_NUM_THREADS="1")
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-2000:]
-    print(result.stdout)
-    peak, tokens, _, workers = result.stdout.split()
-    assert int(tokens) > 0 and int(workers) == 2
-    return int(peak)
+    command = [sys.executable, "-c", PREPARE, str(corpus), str(root), str(max_tokens), str(LIMIT_MB)]
+    process = psutil.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    peak, most = 0, 0
+    while process.poll() is None:
+        with contextlib.suppress(psutil.Error):  # one of them has just ended
+            family = [process, *process.children()]
+            peak, most = max(peak, sum(one.memory_info().rss for one in family)), max(most, len(family))
+        time.sleep(0.02)
+    assert process.returncode == 0, process.stderr.read()[-2000:]
+    assert most == 3
+    return peak >> 20
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
     write_corpus(tmp_path / "small", 20)
     write_corpus(tmp_path / "large", 50)
-    small, large = probe(tmp_path / "small", tmp_path / "1", "1000000"), probe(tmp_path / "large", tmp_path / "2", "1000000")
+    small, large = (peak_mb(tmp_path / name, tmp_path / f"home of {name}", 1_000_000) for name in ("small", "large"))
     assert large < small + 60 and large < LIMIT_MB / 2
 
 
 @pytest.mark.slow
 def test_a_gigabyte_passes_under_a_limit_of_one_and_a_half(tmp_path):
     write_corpus(tmp_path / "corpus", 1000)
-    assert probe(tmp_path / "corpus", tmp_path / "home", "all") < LIMIT_MB / 2
+    assert peak_mb(tmp_path / "corpus", tmp_path / "home", 0) < LIMIT_MB / 2

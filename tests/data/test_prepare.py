@@ -17,11 +17,11 @@ import pytest
 from sparing.base.config import DataConfig, UserError
 from sparing.data import prepare as module
 from sparing.data import scan, store
-from sparing.data.pool import _python_path
 from sparing.data.prepare import prepare
+from sparing.data.progress import Stopped
 from sparing.data.split import content_hash
-from sparing.data.stop import Stopped
 from sparing.data.store import TokenStore
+from sparing.data.workers import _python_path
 
 
 def digest(folder: Path) -> dict[str, str]:
@@ -32,6 +32,11 @@ def contents(made: TokenStore) -> list[str]:
     """The documents in a store, decoded."""
     spans = zip(made.starts.tolist(), made.lengths.tolist(), strict=True)
     return [made.tokenizer.decode(made.take(np.arange(start + 1, start + length))) for start, length in spans]
+
+
+def hashes(made: TokenStore) -> list[int]:
+    """Hash of the document that each entry comes from."""
+    return [number for shard in made.manifest["shards"] for number in np.load(made.path / shard["index"])[:, 1].tolist()]
 
 
 @pytest.fixture
@@ -48,7 +53,7 @@ def test_every_document_is_on_one_side_and_whole(corpus, texts, tmp_path, small_
     assert made.manifest["corpus"]["held_out_documents"] == len(held)
     assert made.tokens == sum(len(made.tokenizer.encode(text)) + 1 for text in contents(made)) == int(made.lengths.sum())
     assert len(made.manifest["shards"]) > 3 and made.vocab_size == made.tokenizer.vocab_size == 400
-    assert [content_hash(text.encode()) for text in contents(made)] == made.hashes().tolist()
+    assert [content_hash(text.encode()) for text in contents(made)] == hashes(made)
     ends = made.starts + made.lengths  # the target of the last input
     assert (made.take(made.starts) == made.eot_id).all() and (made.take(ends) == made.eot_id).all()
 
@@ -96,7 +101,7 @@ def test_long_documents_are_sampled_by_the_section(tmp_path):
     for index in range(6):
         (tmp_path / f"{index}.txt").write_text("".join(f"{index} {line} of a long book\n" for line in range(20_000)))
     made = prepare(DataConfig(paths=(str(tmp_path / "*.txt"),), max_tokens=300_000), 300, tmp_path)
-    assert 240_000 < made.tokens < 380_000 and len(set(made.hashes().tolist())) >= 4
+    assert 240_000 < made.tokens < 380_000 and len(set(hashes(made))) >= 4
     assert all(len(text.encode()) <= 64 << 10 for text in contents(made))
 
 

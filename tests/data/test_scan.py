@@ -4,9 +4,9 @@ import pytest
 
 from sparing.base.config import DataConfig, UserError
 from sparing.data import scan as module
+from sparing.data.progress import Stopped
 from sparing.data.scan import data_home, load_sample, quarantine_path, scan
 from sparing.data.split import content_hash
-from sparing.data.stop import Stopped
 
 
 def test_facts(corpus, texts, tmp_path):

@@ -5,13 +5,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparing.data.split import EXACT, SPACE, WHOLE_SHARE, HashTable, Split, choose_split, content_hash, held_out_bound, mix, threshold
+from sparing.data.split import EXACT, SPACE, WHOLE_SHARE, HashHistogram, Split, choose_split, content_hash, held_out_bound, mix, threshold
 
 bounded = settings(deadline=None, max_examples=150, derandomize=True)
 
 
 def table(raws: list[bytes]):
-    result = HashTable()
+    result = HashHistogram()
     for raw in raws:
         result.add(content_hash(raw), len(raw))
     return result.entries()
@@ -108,7 +108,7 @@ def test_large_tables_are_binned_and_do_not_depend_on_order():
     entries = [(rng.getrandbits(64), rng.randint(1, 1000)) for _ in range(3 * EXACT)]
     results = []
     for order in (entries, sorted(entries), entries[::-1]):
-        result = HashTable()
+        result = HashHistogram()
         for hash, size in order:
             result.add(hash, size)
         results.append(result.entries())
@@ -126,7 +126,7 @@ def test_large_tables_are_binned_and_do_not_depend_on_order():
 @bounded
 @given(st.lists(st.tuples(st.integers(0, 2**64 - 1), st.integers(1, 100)), min_size=1, max_size=50), st.floats(1, 3000))
 def test_threshold_is_the_smallest_bound_that_suffices(entries, target):
-    made = HashTable()
+    made = HashHistogram()
     for hash, size in entries:
         made.add(hash, size)
     bound = threshold(made.entries(), target)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sparing.base.config import UserError
 from sparing.data import tokenizer as module
-from sparing.data.stop import Stopped
+from sparing.data.progress import Stopped
 from sparing.data.tokenizer import END_OF_TEXT, MIN_VOCAB, SPECIAL_TOKENS, Tokenizer, train_tokenizer
 
 bounded = settings(deadline=None, max_examples=300, derandomize=True)
@@ -29,7 +29,7 @@ def test_round_trip(trained, text):
 @bounded
 @given(anything | usual)
 def test_looked_up_words_give_the_library_s_ids(trained, text):
-    assert trained.encode_array(text).tolist() == trained._plain.encode(text, add_special_tokens=False).ids
+    assert trained.encode_array(text).tolist() == trained._library.encode(text, add_special_tokens=False).ids
 
 
 def test_every_usual_character_is_classed_as_the_library_does(trained):
@@ -37,7 +37,7 @@ def test_every_usual_character_is_classed_as_the_library_does(trained):
     assert len(usual) > 600
     for character in usual:
         for text in (f"a{character}b", f" {character}1", f"'{character} {character}", f"\n{character}\n  {character}"):
-            assert trained.encode(text) == trained._plain.encode(text, add_special_tokens=False).ids, repr(text)
+            assert trained.encode(text) == trained._library.encode(text, add_special_tokens=False).ids, repr(text)
 
 
 def test_real_source_code_gives_the_library_s_ids(trained):
@@ -46,17 +46,16 @@ def test_real_source_code_gives_the_library_s_ids(trained):
         path = root / name
         if path.is_file():
             text = path.read_text(encoding="utf-8")
-            assert np.array_equal(trained.encode_array(text), trained._library(text))
+            assert np.array_equal(trained.encode_array(text), trained._by_library(text))
 
 
-def test_special_tokens_come_first_and_are_plain_text_unless_asked(trained):
+def test_special_tokens_come_first_and_are_plain_text_inside_text(trained):
     assert [trained.token_id(token) for token in SPECIAL_TOKENS] == [0, 1, 2, 3, 4] and trained.eot_id == 0
     for token in SPECIAL_TOKENS:
         text = f"a{token} b 漢{token}"
         assert min(trained.encode(text)) > 4 and trained.decode(trained.encode(text)) == text
-    asked = trained.encode("<|user|>hi<|end|>", special=True)
-    assert asked[0] == 2 and asked[-1] == 4
-    assert trained.decode(asked) == "<|user|>hi<|end|>" and trained.decode(asked, skip_special_tokens=True) == "hi"
+    ids = [2, *trained.encode("hi"), 4]
+    assert trained.decode(ids) == "<|user|>hi<|end|>" and trained.decode(ids, skip_special_tokens=True) == "hi"
 
 
 def test_digits_are_single(trained):

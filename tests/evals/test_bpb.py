@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sparing.base.config import UserError
-from sparing.data.stop import Stopped
+from sparing.data.progress import Stopped
 from sparing.data.tokenizer import train_tokenizer
 from sparing.evals.bpb import bpb, nll_from_logits
 
@@ -78,7 +78,7 @@ def test_a_uniform_model_costs_the_logarithm_of_the_vocabulary(tokenizer):
 
 def test_order_of_documents_and_pooling_do_not_matter(trigram, tokenizer, monkeypatch):
     wanted = bpb(nll_from_logits(trigram), tokenizer, DOCUMENTS, 16)
-    monkeypatch.setattr("sparing.evals.bpb.POOL_TOKENS", 50)
+    monkeypatch.setattr("sparing.evals.bpb.SORT_TOKENS", 50)
     shuffled = DOCUMENTS[:]
     random.Random(1).shuffle(shuffled)
     found = bpb(nll_from_logits(trigram), tokenizer, iter(shuffled), 16, batch=2)

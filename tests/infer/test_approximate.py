@@ -16,11 +16,10 @@ from sparing.base.config_file import read_config, write_config
 from sparing.base.run import RunFolder, write_tensors
 from sparing.infer import calibration
 from sparing.infer.approximate import Approximate
-from sparing.infer.calibration import Calibration, calibrate, milder, save, saved, score, windows
-from sparing.infer.compiled import CompiledNetwork
+from sparing.infer.calibration import Calibration, calibrate, milder, save, saved, token_losses, windows
 from sparing.infer.engine import Engine
-from sparing.infer.network import Rows
-from sparing.infer.pack import open_pack
+from sparing.infer.network import CompiledNetwork, Rows
+from sparing.infer.packed_weights import open_packed
 from sparing.infer.request import Sampling
 from sparing.kernels.decode import library
 from sparing.model.experts import update_biases
@@ -67,7 +66,7 @@ def trained(tokenizer, tmp_path_factory):
 @pytest.fixture
 def network(trained, tokenizer):
     c = replace(SMALL, vocab_size=tokenizer.vocab_size, num_experts_per_tok=3, mtp_depth=0)
-    found = CompiledNetwork(c, open_pack(trained, c, "int8"), "int8", 8, 1)
+    found = CompiledNetwork(c, open_packed(trained, c, "int8"), "int8", 8, 1)
     yield found
     found.close()
 
@@ -78,11 +77,11 @@ def test_calibration_keeps_its_limit_on_text_that_it_has_not_seen(trained, netwo
     shares = np.array(found.shares, np.float32)
     assert 1 <= found.experts < 2.95 and (shares < 1).any()
     held_out = windows(network, tokenizer, texts(2))
-    exact, all_of_them = score(network, held_out, None)
-    thin, experts = score(network, held_out, shares)
+    exact, all_of_them = token_losses(network, held_out, None)
+    thin, experts = token_losses(network, held_out, shares)
     assert all_of_them == 3 and experts == pytest.approx(found.experts, abs=0.1)
     assert thin.mean() - exact.mean() <= limit * exact.mean()
-    least, one = score(network, held_out, np.array([1, 0, 0], np.float32))
+    least, one = token_losses(network, held_out, np.array([1, 0, 0], np.float32))
     assert one == 1 and least.mean() - exact.mean() > limit * exact.mean(), "the limit must bind"
 
 
@@ -91,7 +90,7 @@ def allow(run, weights, shares, **more):
     run = RunFolder.open(run)
     c = read_config(run.config_file).model
     shares = (1.0,) * c.num_dense_layers + tuple(shares) + (1.0,) * c.mtp_depth
-    source = open_pack(run, c, weights).source
+    source = open_packed(run, c, weights).source
     found = Calibration(source, "", **{"limit": 0.001, "floor": 1, **more}, shares=shares, loss=3.0, increase=0.0, error=0.0, experts=1.5,
                         tokens=1, date="2026-11-22")  # fmt: skip
     assert save(run, weights, found) and saved(run, source, weights) == found
@@ -187,7 +186,7 @@ def test_calibrations_are_kept_and_made_anew_for_another_text(trained, tokenizer
     with Engine(trained.path, approximate=Approximate(), **options) as engine:
         assert engine.approximate.calibration == made[3][1]
     monkeypatch.setenv("SPARING_HOME", str(tmp_path))
-    monkeypatch.setattr("sparing.infer.calibration.places", lambda run, source, name: (path / "no folder" / name, tmp_path / name))
+    monkeypatch.setattr("sparing.infer.calibration.derived_paths", lambda run, source, name: (path / "no folder" / name, tmp_path / name))
     with Engine(trained.path, approximate=Approximate(texts(1, 20_000), 0.006), **options) as engine:
         assert replace(engine.approximate.calibration, date="") == replace(made[0][1], date="")
     assert (tmp_path / path.name).exists()
@@ -202,10 +201,10 @@ def test_what_cannot_be_approximated_says_so(make_run, changes):
 def test_calibrating_reads_less_text_where_reading_is_slow(monkeypatch, capsys):
     slow, now = iter(range(1000)), [0.0]
     monkeypatch.setattr(calibration.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(calibration, "score", lambda *_: now.__setitem__(0, now[0] + 5.0) or next(slow))
+    monkeypatch.setattr(calibration, "token_losses", lambda *_: now.__setitem__(0, now[0] + 5.0) or next(slow))
     network = SimpleNamespace(c=ModelConfig(num_layers=3, num_dense_layers=1))
     pieces = [[0] * 513 for _ in range(64)]
     assert len(calibration._affordable(network, pieces)) == 9  # FEWEST tokens, and one piece more
     assert "9 of 64 pieces of text: all of them would take 2,560 s" in capsys.readouterr().err
-    monkeypatch.setattr(calibration, "score", lambda *_: now.__setitem__(0, now[0] + 0.01))
+    monkeypatch.setattr(calibration, "token_losses", lambda *_: now.__setitem__(0, now[0] + 0.01))
     assert calibration._affordable(network, pieces) == pieces

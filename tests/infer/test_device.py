@@ -9,9 +9,8 @@ from torch.utils._device import _device_constructors
 
 from sparing.base.config import UserError
 from sparing.infer.engine import Engine
-from sparing.infer.loaded import load
-from sparing.infer.network import Rows, TorchNetwork
-from sparing.infer.place import settle
+from sparing.infer.generate import load
+from sparing.infer.network import Rows, TorchNetwork, choose_backend
 from sparing.infer.request import Sampling
 
 SHAPES = [{}, {"attention": "gqa"}, {"n_group": 4, "topk_group": 2, "q_lora_rank": None}]
@@ -76,11 +75,11 @@ def test_a_gpu_is_taken_where_there_is_one(make_run, monkeypatch):
     c = load(make_run()).config.model
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
-    assert settle(c, "auto", "auto") == ("cuda", "bfloat16", "on a GPU")
-    assert settle(c, "auto", "float32").device == "cuda"
-    assert settle(c, "auto", "int8").device == settle(c, "cpu", "float32").device == "cpu"
+    assert choose_backend(c, "auto", "auto") == ("cuda", "bfloat16", "on a GPU")
+    assert choose_backend(c, "auto", "float32").device == "cuda"
+    assert choose_backend(c, "auto", "int8").device == choose_backend(c, "cpu", "float32").device == "cpu"
     with pytest.raises(UserError, match="float32 and bfloat16 here"):
-        settle(c, "cuda", "int4")
+        choose_backend(c, "cuda", "int4")
 
 
 @pytest.mark.gpu

@@ -7,7 +7,7 @@ from tests.infer.conftest import TEXT
 
 from sparing.base.config import UserError
 from sparing.infer.engine import Engine
-from sparing.infer.loaded import load
+from sparing.infer.generate import load
 from sparing.infer.request import Busy, Sampling
 
 

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
+from sparing.account.power import resident_memory
 from sparing.base.config import ModelConfig, UserError
+from sparing.base.layers import layers
 from sparing.base.run import RunFolder, read_tensors, write_tensors
-from sparing.bench.worker import resident_bytes
-from sparing.infer.compiled import CompiledNetwork, fits
-from sparing.infer.loaded import load
-from sparing.infer.network import Rows, TorchNetwork, cache_width
-from sparing.infer.pack import open_pack, pack, unpack
+from sparing.infer.generate import load
+from sparing.infer.network import CompiledNetwork, Rows, TorchNetwork, cannot_compile
+from sparing.infer.packed_weights import open_packed, pack_matrix
 from sparing.interop.huggingface import export_hf
-from sparing.kernels.decode import library
+from sparing.kernels.decode import GROUP, PANEL, library
 
 pytestmark = pytest.mark.skipif(library() is None, reason="there is no C compiler")
 TABLE = [3, 1, 4, 5, 9]
@@ -35,7 +35,7 @@ SHAPES = [
 
 def compiled(run, weights="float32", threads=2, **more):
     c = load(run).config.model
-    return CompiledNetwork(c, open_pack(RunFolder.open(run), c, weights), weights, 16, threads, **more)
+    return CompiledNetwork(c, open_packed(RunFolder.open(run), c, weights), weights, 16, threads, **more)
 
 
 def in_pieces(network, ids, pieces, table=TABLE):
@@ -105,12 +105,35 @@ def test_integers_are_the_same_on_every_processor(make_run):
         a.close(), b.close()
 
 
+def unpack(data, format, N, K):
+    """The (N, K) float32 matrix that `pack_matrix`'s bytes stand for."""
+    panels = -(-N // PANEL)
+    if format == "float32":
+        return data.view(torch.float32).view(panels, K, PANEL).transpose(1, 2).flatten(0, 1)[:N]
+    if format == "bfloat16":
+        return data.view(torch.bfloat16).view(panels, K // 2, PANEL, 2).transpose(1, 2).flatten(0, 1).flatten(1)[:N].float()
+    if format == "int8":
+        q, scale = data[: panels * PANEL * K], data[panels * PANEL * K :].view(torch.float32)
+        return ((q.view(panels, K // 4, PANEL, 4).transpose(1, 2).flatten(0, 1).flatten(1).float() - 128) * scale[:, None])[:N]
+    blocks = data.view(panels, K // GROUP, -1)
+    halves = blocks[..., : 8 * GROUP].reshape(panels, K // GROUP, 4, PANEL, 4)
+    q = torch.stack((halves & 15, halves >> 4), 2).permute(0, 4, 1, 2, 3, 5).flatten(3).float() - 8
+    scale = blocks[..., 8 * GROUP :].contiguous().view(torch.bfloat16).float().transpose(1, 2)
+    return (q * scale[..., None]).flatten(2).flatten(0, 1)[:N]
+
+
+def head(weights):
+    """The float32 matrix that the packed head stands for."""
+    part = weights.parts["head"]
+    return unpack(weights.data[part.offset : part.offset + part.bytes], part.format, part.outputs, part.inner)
+
+
 @pytest.mark.parametrize("shape", [(16, 32), (50, 64), (33, 96)])
 @pytest.mark.parametrize(("weights", "error"), [("float32", 0), ("bfloat16", 0.004), ("int8", 0.004), ("int4", 0.09)])
 def test_packing_and_unpacking(shape, weights, error):
     w = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     w[3] = 0
-    back = unpack(pack(w, weights), weights, *shape)
+    back = unpack(pack_matrix(w, weights), weights, *shape)
     assert back.shape == w.shape and (back[3] == 0).all()
     assert float((back - w).abs().max()) <= error * float(w.abs().max())
     if weights == "int4":  # each group's largest number is exact up to bfloat16
@@ -121,7 +144,7 @@ def test_packing_and_unpacking(shape, weights, error):
 
 @pytest.mark.parametrize("weights", ["bfloat16", "int8", "int4"])
 def test_quantised_products_are_those_of_the_unpacked_weights(make_run, weights):
-    """Head and final norm, by the pack's own weights: what is left is the rounding of activations."""
+    """Head and final norm, by the packed weights: what is left is the rounding of activations."""
     network = compiled(make_run(), weights)
     rows = Rows()
     rows.add(TABLE, some_ids(network.c.vocab_size, 40), 0, 40)
@@ -130,7 +153,7 @@ def test_quantised_products_are_those_of_the_unpacked_weights(make_run, weights)
     if weights != "bfloat16":
         scale = x.abs().amax(1, keepdim=True) / 127
         x = (x / scale).round() * scale
-    expected = (x @ network.pack.matrix("head").T).numpy()
+    expected = (x @ head(network.packed_weights).T).numpy()
     network.close()
     assert np.abs(logits - expected).max() < 1e-3 * np.abs(expected).max()
 
@@ -155,19 +178,19 @@ def test_experts_stay_under_their_cap_and_change_nothing(make_run, threads):
     ids = some_ids(network.c.vocab_size)
     whole = in_pieces(network, ids, [100, *[1] * 50])
     network.close()
-    experts = sum(part.stride * part.count for name, part in network.pack.parts.items() if name.endswith("expert_gate_up"))
-    rest = network.pack.bytes - experts
+    experts = sum(part.stride * part.count for name, part in network.packed_weights.parts.items() if name.endswith("expert_gate_up"))
+    rest = network.packed_weights.bytes - experts
     del network
     gc.collect()  # unmaps the file
     with open(run / "packed" / "int8.bin", "rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    before = resident_bytes("VmRSS")
+    before = resident_memory()
     network, most, out = compiled(run, "int8", threads, expert_bytes=experts // 4), 0, []
     for start, end in [(0, 100), *((i, i + 1) for i in range(100, 150))]:
         rows = Rows()
         rows.add(TABLE, ids[start:end], start, end - start)
         out.append(network.forward(rows).copy())
-        most = max(most, resident_bytes("VmRSS"))
+        most = max(most, resident_memory())
     assert (np.concatenate(out) == whole).all()
     counts = network.metrics()
     network.close()
@@ -192,14 +215,14 @@ def test_float32_is_transformers(make_run, tmp_path):
 def test_the_cache_is_small():
     """Figure 5: latents of 16 heads (nope 128, rope 64, value 128, rank 256) against the keys and values of all heads."""
     c = ModelConfig(num_heads=16, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, kv_lora_rank=256)
-    assert cache_width(c) / (16 * (128 + 64 + 128)) <= 0.07
-    assert cache_width(replace(c, attention="gqa", num_kv_heads=2, head_dim=64)) == 256
+    assert layers(c)[0].attention.cache_width / (16 * (128 + 64 + 128)) <= 0.07
+    assert layers(replace(c, attention="gqa", num_kv_heads=2, head_dim=64))[0].attention.cache_width == 256
 
 
 def test_only_the_widths_that_a_model_has_must_be_multiples_of_16():
     c = ModelConfig(moe_intermediate_size=24, mtp_depth=1)
-    assert "moe_intermediate_size is 24" in fits(c)
-    assert fits(replace(c, num_dense_layers=c.num_layers)) is None
+    assert "moe_intermediate_size is 24" in cannot_compile(c)
+    assert cannot_compile(replace(c, num_dense_layers=c.num_layers)) is None
 
 
 def test_a_packed_model_is_opened_at_once_and_made_anew_when_it_changed(make_run, tmp_path, monkeypatch):
@@ -207,24 +230,24 @@ def test_a_packed_model_is_opened_at_once_and_made_anew_when_it_changed(make_run
     shutil.copytree(make_run(), run.path)
     shutil.rmtree(run.path / "packed", ignore_errors=True)
     c = load(run.path).config.model
-    first = open_pack(run, c, "int8")
+    first = open_packed(run, c, "int8")
     stamp = (run.path / "packed" / "int8.bin").stat().st_mtime_ns
     os.utime(run.weights_file)  # as copying the folder does
-    assert open_pack(run, c, "int8").source == first.source
+    assert open_packed(run, c, "int8").source == first.source
     assert (run.path / "packed" / "int8.bin").stat().st_mtime_ns == stamp
     tensors = dict(read_tensors(run.weights_file))
     write_tensors(run.weights_file, {name: tensor * 0.5 if tensor.is_floating_point() else tensor for name, tensor in tensors.items()})
-    again = open_pack(run, c, "int8")
+    again = open_packed(run, c, "int8")
     assert again.source != first.source
-    assert torch.allclose(again.matrix("head"), first.matrix("head") * 0.5)
+    assert torch.allclose(head(again), head(first) * 0.5)
     (run.path / "packed" / "int8.bin").write_bytes(b"\0" * 100)  # cut short
-    assert open_pack(run, c, "int8").source == again.source
+    assert open_packed(run, c, "int8").source == again.source
     write_tensors(run.weights_file, {**tensors, "model.norm.weight": torch.ones(8)})
     with pytest.raises(UserError, match=r"model\.norm\.weight does not belong to the model"):
-        open_pack(run, c, "int8")
+        open_packed(run, c, "int8")
     run.weights_file.unlink()
     with pytest.raises(UserError, match="no usable weights"):
-        open_pack(run, c, "float32")
+        open_packed(run, c, "float32")
 
 
 def random_shares(c, seed, low=0.4):
@@ -239,6 +262,30 @@ def thin_rows(ids, shares, start=0, table=TABLE):
     return rows
 
 
+def kept_experts(weights_NK, share, min_experts):
+    """Gate weights with 0 for skipped experts: a row keeps its heaviest experts until they carry this share of the row's weight, and at
+    least `min_experts`. A share of 1 keeps all."""
+    ranked, order = weights_NK.sort(dim=-1, descending=True, stable=True)
+    carried = ranked.cumsum(-1) - ranked  # by the heavier ones
+    kept = carried < share * ranked.sum(-1, keepdim=True)
+    kept[:, :min_experts] = True
+    kept |= share >= 1
+    return weights_NK * torch.zeros_like(weights_NK).scatter_(-1, order, kept.float())
+
+
+def plain_logits(network, rows, min_experts):
+    """TorchNetwork's logits with the only sequence's shares applied to its routers."""
+    hooks = []
+    for layer, share in zip(network.model.model.layers, rows.shares[0]):
+        if hasattr(layer.mlp, "gate"):
+            thin = lambda _, x, out, share=share: out._replace(weights_NK=kept_experts(out.weights_NK, float(share), min_experts))  # noqa: E731
+            hooks.append(layer.mlp.gate.register_forward_hook(thin))
+    logits = network.forward(rows)
+    for hook in hooks:
+        hook.remove()
+    return logits
+
+
 @pytest.mark.parametrize("floor", [1, 2])
 @pytest.mark.parametrize(
     "changes", [{}, {"num_experts_per_tok": 6, "scoring_func": "softmax", "norm_topk_prob": False}, {"n_group": 4, "topk_group": 2}]
@@ -246,14 +293,14 @@ def thin_rows(ids, shares, start=0, table=TABLE):
 def test_fewer_experts_are_those_of_plain_pytorch(make_run, changes, floor):
     run = make_run(**changes)
     network, plain = compiled(run), TorchNetwork(load(run).network, 16)
-    network.model.least = plain.floor = floor
+    network.min_experts = floor
     ids, moe = some_ids(network.c.vocab_size), network.c.num_layers - 1
     whole = network.forward(thin_rows(ids, None)).copy()
     seen = set()
     for seed in range(3):
         rows = thin_rows(ids, random_shares(network.c, seed))
         got = network.forward(rows)
-        assert np.abs(got - plain.forward(rows)).max() < 1e-4
+        assert np.abs(got - plain_logits(plain, rows, floor)).max() < 1e-4
         assert (np.abs(got - whole) > 1e-3).any(1).mean() > 0.3
         seen |= set(network.used.tolist())
         assert floor * moe <= network.used.min() and network.used.mean() < network.c.num_experts_per_tok * moe

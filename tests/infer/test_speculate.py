@@ -5,12 +5,12 @@ from tests.infer.test_network import TABLE
 from tests.infer.test_network import compiled as compiled_network
 
 from sparing.base.config import UserError
-from sparing.infer.adapt import BURST, ROUNDS, SELDOM, Chooser
 from sparing.infer.engine import Engine
-from sparing.infer.loaded import load
+from sparing.infer.generate import load
 from sparing.infer.network import Rows, TorchNetwork
 from sparing.infer.request import Sampling
 from sparing.infer.sample import choose, truncated
+from sparing.infer.scheduler import BURST, MIN_INTERVAL, ROUNDS, SpeedTuner
 from sparing.kernels.decode import library
 
 compiled = pytest.mark.skipif(library() is None, reason="there is no C compiler")
@@ -41,11 +41,11 @@ def test_good_drafts_are_accepted(make_run, tokenizer, monkeypatch):
     with Engine(make_run(), weights="int8", speculate=False) as engine:
         expected = tokens(engine.submit(prompt, s))
 
-    def propose(network, shares, length):
-        for share in shares:
-            made = len(share.text.tokens) - len(prompt)
+    def propose(network, spans, length):
+        for span in spans:
+            made = len(span.seq.tokens) - len(prompt)
             guess = expected[made : min(made + 3, 39)]
-            share.text.draft = [*guess[:2], (guess[2] + 1) % 300] if len(guess) == 3 else []
+            span.seq.draft = [*guess[:2], (guess[2] + 1) % 300] if len(guess) == 3 else []
 
     monkeypatch.setattr(module, "propose", propose)
     with Engine(make_run(), weights="int8", speculate=True) as engine:
@@ -112,7 +112,7 @@ def test_without_a_module_there_are_no_drafts(make_run):
 
 
 def test_a_chooser_finds_the_best_and_notices_a_change():
-    rates, chooser, spent = {0: 100.0, 1: 130.0, 2: 90.0}, Chooser([0, 1, 2]), {0: 0, 1: 0, 2: 0}
+    rates, chooser, spent = {0: 100.0, 1: 130.0, 2: 90.0}, SpeedTuner([0, 1, 2]), {0: 0, 1: 0, 2: 0}
 
     def run(steps):
         for option in spent:
@@ -124,8 +124,8 @@ def test_a_chooser_finds_the_best_and_notices_a_change():
 
     run(3 * BURST * ROUNDS)
     assert chooser.best == 1
-    run(4 * SELDOM)
-    assert spent[1] > 0.9 * 4 * SELDOM and spent[0] > 0
+    run(4 * MIN_INTERVAL)
+    assert spent[1] > 0.9 * 4 * MIN_INTERVAL and spent[0] > 0
     rates[1] = 50.0
-    run(16 * SELDOM)
+    run(16 * MIN_INTERVAL)
     assert chooser.best == 0

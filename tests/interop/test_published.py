@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sparing.base.config import YarnConfig
 from sparing.interop.hf_config import from_hf, to_hf
-from sparing.interop.hf_names import pieces
+from sparing.interop.hf_tensors import published_tensors
 
 PUBLISHED = {
     "architectures": ["DeepseekV3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "aux_loss_alpha": 0.001,
@@ -28,11 +28,11 @@ PUBLISHED = {
 
 
 def test_reading_and_writing_the_published_config():
-    config, layout = from_hf(PUBLISHED, Path("config.json"))
+    config, format = from_hf(PUBLISHED, Path("config.json"))
     assert (config.num_layers, config.num_dense_layers, config.mtp_depth) == (61, 3, 1)
     assert config.yarn == YarnConfig(40.0, 4096, 32.0, 1.0, 1.0, 1.0)
-    assert layout.block == (128, 128)
-    assert not layout.halves
+    assert format.block == (128, 128)
+    assert not format.halves
     written, notes = to_hf(config, "float8", 1)
     assert notes == []
     extra = {"aux_loss_alpha", "seq_aux", "pretraining_tp", "bos_token_id"}  # training's business, or the tokenizer's
@@ -45,6 +45,6 @@ def test_reading_and_writing_the_published_config():
 
 def test_the_checkpoint_has_91991_tensors():
     """As many as the published index of DeepSeek-R1 (same shape) lists, FP8 factors and the MTP module's copies included."""
-    plan = pieces(from_hf(PUBLISHED, Path("config.json"))[0])
-    assert len({piece.name for piece in plan}) == len(plan)
-    assert len(plan) + sum(piece.eight_bit for piece in plan) == 91_991
+    tensors = published_tensors(from_hf(PUBLISHED, Path("config.json"))[0])
+    assert len({one.name for one in tensors}) == len(tensors)
+    assert len(tensors) + sum(one.eight_bit for one in tensors) == 91_991

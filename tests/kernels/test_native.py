@@ -27,11 +27,11 @@ def test_builds_that_nobody_uses_are_deleted(tmp_path, monkeypatch):
     monkeypatch.setenv("SPARING_HOME", str(tmp_path))
     folder, days = tmp_path / "native", 86400.0
     folder.mkdir()
-    for name, age in (("storage-old", 40), ("storage-used", 20), ("decode-old", 40)):
+    for name, age in (("pool-old", 40), ("pool-used", 20), ("decode-old", 40)):
         (folder / f"{name}.so").touch()
         os.utime(folder / f"{name}.so", (time.time() - age * days,) * 2)
-    made = native.build("storage", native.SOURCES["storage"], ("-O0", "-fPIC", "-shared"))
-    assert {path.name for path in folder.glob("*.so")} == {"storage-used.so", "decode-old.so", made.name}
+    made = native.build("pool", native.SOURCES["pool"], ("-O0", "-fPIC", "-shared"))
+    assert {path.name for path in folder.glob("*.so")} == {"pool-used.so", "decode-old.so", made.name}
     os.utime(made, (time.time() - 40 * days,) * 2)
-    assert native.build("storage", native.SOURCES["storage"], ("-O0", "-fPIC", "-shared")) == made
+    assert native.build("pool", native.SOURCES["pool"], ("-O0", "-fPIC", "-shared")) == made
     assert time.time() - made.stat().st_mtime < days  # used

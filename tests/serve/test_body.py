@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 
 pytest.importorskip("starlette")
 
-from sparing.serve.body import MAX_ERRORS, check
 from sparing.serve.errors import ApiError
-from sparing.serve.requests import Chat, Completion
+from sparing.serve.requests import MAX_ERRORS, Chat, Completion, check
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-3, 3) | st.floats(-3, 3) | st.text("ab", max_size=2),
@@ -66,6 +65,9 @@ def test_the_rest_is_as_the_client_sent_it():
     [
         ({"stop": ["a", 5]}, "'stop[1]' must be a string, not 5.", "stop[1]"),
         ({"stop": 5}, "'stop' must be a string or an array, not 5.", "stop"),
+        ({"stop": ["a", None]}, "'stop[1]' must be a string, not null.", "stop[1]"),
+        ({"temperature": True}, "'temperature' must be a number, not true.", "temperature"),
+        ({"stop": False}, "'stop' must be a string or an array, not false.", "stop"),
         ({"stop": ["a"] * 17}, "'stop' must have at most 16 entries, not 17.", "stop"),
         ({"prompt": ["a", 5]}, "'prompt[1]' must be a string or an array, not 5.", "prompt[1]"),
         ({"prompt": [5, "a"]}, "'prompt[1]' must be an integer, not a.", "prompt[1]"),

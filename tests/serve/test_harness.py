@@ -17,8 +17,8 @@ from lm_eval.models.openai_completions import LocalCompletionsAPI
 from sparing import api
 from sparing.base.config import UserError
 from sparing.evals.harness import HarnessModel, run_tasks
-from sparing.infer.answers import score, write
 from sparing.infer.engine import Engine
+from sparing.infer.generate import generate_texts, score_tokens
 
 SOURCE = Path(json.__file__).read_text()
 LIMIT = 8
@@ -46,7 +46,7 @@ def in_process(server, run):
     """With the weights of the server, whatever measured fastest there."""
     weights = server.ask("GET", "/v1/models")[2]["data"][0]["weights"]
     with Engine(run, weights=weights, threads=1, speculate=False) as engine:
-        yield HarnessModel(engine.tokenizer, engine.context, partial(score, engine), partial(write, engine))
+        yield HarnessModel(engine.tokenizer, engine.context, partial(score_tokens, engine), partial(generate_texts, engine))
 
 
 @pytest.fixture(scope="module")

@@ -133,7 +133,7 @@ def test_the_prompt_is_scored_where_asked(client, server, run):
     """As lm-eval asks; the same numbers as the training forward."""
     import torch
 
-    from sparing.infer.loaded import load
+    from sparing.infer.generate import load
 
     ids = server.ask("POST", "/tokenize", {"prompt": "import json\n\nclass JSONDecoder:\n    pass"})[2]["tokens"]
     asked = {"model": "tiny", "max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 1, "seed": 1}

@@ -186,9 +186,9 @@ IMPATIENT = """
 import sys
 from pathlib import Path
 from sparing.serve.audit import Audit
-from sparing.serve.server import serve
+from sparing.serve.server import run_server
 from sparing.serve.settings import Settings
-serve(sys.argv[1], Settings(port=0, send_s=0.5), Audit(Path(sys.argv[2])), threads=1)
+run_server(sys.argv[1], Settings(port=0, send_s=0.5), Audit(Path(sys.argv[2])), threads=1)
 """
 
 

@@ -8,7 +8,7 @@ import re
 import pytest
 from tests.serve.chrome import Page
 
-from sparing.serve.page import page_and_policy
+from sparing.serve.app import page_and_policy
 
 WRITING = "!!document.querySelector('#stop') && !document.querySelector('#stop').hidden"
 EVIL = """Text <img src=x onerror="window.hit=1"> <script>window.hit=1</script>

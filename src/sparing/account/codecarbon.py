@@ -1,4 +1,4 @@
-"""Ledgers as CodeCarbon writes them: the columns of its emissions.csv, so that tools made for those read ours.
+"""Exports ledgers with the columns of CodeCarbon's emissions.csv, for the tools that read those.
 
 Columns and units: github.com/mlco2/codecarbon, codecarbon/output_methods/emissions_data.py, release 3.3.2: seconds, kg CO2e, kg/s, W, kWh;
 its PUE multiplies power and energy, and so it does here. What is not measured (memory's power, water) is 0; longitude and the like, empty.
@@ -22,6 +22,7 @@ COLUMNS = (
     "codecarbon_version cpu_count cpu_model gpu_count gpu_model longitude latitude ram_total_size tracking_mode cpu_utilization_percent "
     "gpu_utilization_percent ram_utilization_percent ram_used_gb on_cloud pue wue"
 ).split()
+UNMEASURED = ("ram_power", "ram_energy", "water_consumed", "gpu_utilization_percent", "ram_utilization_percent", "wue")
 
 
 def write_csv(path: str | Path, rows: list[Entry]) -> None:
@@ -47,7 +48,7 @@ def _line(rows: list[Entry]) -> dict:
     gpus, _, cpus = rows[-1].machine.rpartition(", ")
     cores, _, model = cpus.partition(" cores of ")
     cpu_s = sum(row.cpu_s for row in rows)
-    return {
+    return dict.fromkeys(UNMEASURED, 0.0) | {
         "timestamp": datetime.datetime.fromtimestamp(max(row.updated for row in rows)).isoformat(timespec="seconds"),
         "project_name": Path(rows[-1].run).name or "sparing",
         "run_id": rows[-1].uid.split("-")[0],
@@ -57,12 +58,9 @@ def _line(rows: list[Entry]) -> dict:
         "emissions_rate": kg / seconds if seconds else 0.0,
         "cpu_power": cpu * 3.6e6 / seconds if seconds else 0.0,
         "gpu_power": gpu * 3.6e6 / seconds if seconds else 0.0,
-        "ram_power": 0.0,
         "cpu_energy": cpu,
         "gpu_energy": gpu,
-        "ram_energy": 0.0,
         "energy_consumed": cpu + gpu,
-        "water_consumed": 0.0,
         "country_name": country,
         "country_iso_code": country if len(country) == 3 else "",
         "os": platform.platform(),
@@ -73,10 +71,7 @@ def _line(rows: list[Entry]) -> dict:
         "gpu_model": gpus.partition(" x ")[2],
         "tracking_mode": "process" if "model of the processor" in rows[-1].energy_source else "machine",
         "cpu_utilization_percent": min(100.0, 100 * cpu_s / seconds / int(cores)) if seconds and cores.isdigit() else 0.0,
-        "gpu_utilization_percent": 0.0,
-        "ram_utilization_percent": 0.0,
         "ram_used_gb": max(row.memory_bytes for row in rows) / 1e9,
         "on_cloud": "N",
         "pue": pue,
-        "wue": 0.0,
     }

@@ -1,4 +1,4 @@
-"""The ledgers, read: what a run has cost, in all its attempts and together with the runs that it was derived from."""
+"""Reads ledgers: what a run has cost in all its attempts, and what the runs cost that it was derived from."""
 
 from __future__ import annotations
 
@@ -13,16 +13,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import psutil
 
 from sparing.account.ledger import WAIT_S, Ancestor, Entry, Ledger, complain, workspace_file
 from sparing.base.config import UserError
 from sparing.base.run import RunFolder
-
-if TYPE_CHECKING:  # the meter asks this file for a run's name
-    from sparing.account.meter import Meter
 
 STALE_S = 60.0
 """A row that says it is running and was not written for so long belongs to a process that died."""
@@ -67,11 +63,11 @@ def _rows(path: Path, table: str, kind: type) -> list:
 
 def entries(path: Path) -> list[Entry]:
     """All rows of a ledger, those of dead processes marked killed."""
-    found = _rows(path, "stages", Entry)
-    for row in found:
+    rows = _rows(path, "stages", Entry)
+    for row in rows:
         if row.status == "running" and not _alive(row):
             row.status = "killed"
-    return found
+    return rows
 
 
 def _alive(row: Entry) -> bool:
@@ -89,11 +85,11 @@ def run_id_of(run: RunFolder) -> str:
 
 def books(run: RunFolder | None, say: Callable[[str], None]) -> tuple[list[Ledger], str]:
     """(the ledgers to write about `run`, its name in them): its own where its folder can be written, and the workspace's."""
-    found, name = [], ""
+    ledgers, name = [], ""
     if run and os.access(run.path, os.W_OK):
         here = str(run.path.resolve())
-        found.append(Ledger(run.ledger_file, say, lambda: _last_id(here)))
-        name = found[0].run_id
+        ledgers.append(Ledger(run.ledger_file, say, lambda: _last_id(here)))
+        name = ledgers[0].run_id
     elif run:
         name = run_id_of(run)
     workspace = workspace_file()
@@ -101,11 +97,11 @@ def books(run: RunFolder | None, say: Callable[[str], None]) -> tuple[list[Ledge
         workspace.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         say(f"{workspace.parent}: {error.strerror}: this is not in the workspace's ledger")
-        return found, name
+        return ledgers, name
     if os.access(workspace.parent, os.W_OK):
-        return [*found, Ledger(workspace, say)], name
+        return [*ledgers, Ledger(workspace, say)], name
     say(f"{workspace.parent} cannot be written: this is not in the workspace's ledger")
-    return found, name
+    return ledgers, name
 
 
 def entries_of(run: RunFolder) -> list[Entry]:
@@ -136,9 +132,8 @@ def _last_id(path: str) -> str:
     return ""
 
 
-def bill(run: RunFolder, meter: Meter) -> dict:
-    """What training `run` has cost until now, all attempts: cost_usd, energy_kwh, energy_how, co2e_g. meter: of the one under way."""
-    rows = [row for row in entries_of(run) if row.verb in TRAINING and not meter.owns(row)] + meter.rows()
+def bill(rows: list[Entry]) -> dict:
+    """What these rows add up to: cost_usd, energy_kwh, energy_how, co2e_g."""
     return {
         "cost_usd": sum(row.usd for row in rows),
         "energy_kwh": sum(row.kwh for row in rows),
@@ -155,12 +150,12 @@ def how(rows: list[Entry]) -> str:
 def ancestors_of(run: RunFolder) -> list[Ancestor]:
     """The runs that `run` was derived from, nearest first, each once."""
     try:
-        found, name = _rows(run.ledger_file, "ancestors", Ancestor), run_id_of(run)
+        rows, name = _rows(run.ledger_file, "ancestors", Ancestor), run_id_of(run)
     except UserError:  # `entries_of` says it
-        found, name = [], _last_id(str(run.path.resolve()))
-    found += [row for row in _rows(workspace_file(), "ancestors", Ancestor) if row.run_id == name]
+        rows, name = [], _last_id(str(run.path.resolve()))
+    rows += [row for row in _rows(workspace_file(), "ancestors", Ancestor) if row.run_id == name]
     nearest: dict[str, Ancestor] = {}
-    for row in sorted(found, key=lambda row: row.generation):
+    for row in sorted(rows, key=lambda row: row.generation):
         nearest.setdefault(row.ancestor_id, row)  # reached by two ways: counted once, as the nearer
     return list(nearest.values())
 

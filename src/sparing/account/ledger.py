@@ -1,4 +1,4 @@
-"""What was spent, in SQLite: one row per stage of each attempt, in the run's ledger.sqlite and in the workspace's ($SPARING_HOME).
+"""Writes ledgers: SQLite files with one row per stage of each attempt, the run's ledger.sqlite and the workspace's ($SPARING_HOME).
 
 Rows are replaced by their newer selves while a stage runs, so a kill loses the seconds since the last write, and nothing is counted
 twice: an attempt only ever writes rows of its own. What cannot be written now (no room, another writer) is kept and tried again; a

@@ -1,10 +1,9 @@
-"""A budget in money or energy, as a time limit that follows what is metered: the watts drawn and the prices in force."""
+"""Turns a budget in money or energy into seconds, by the power that is drawn and the prices in force."""
 
 from __future__ import annotations
 
 import time
 
-from sparing.account.history import TRAINING, entries_of
 from sparing.account.meter import Meter
 from sparing.base.config import Budget
 
@@ -16,8 +15,7 @@ class Limit:
         """budget: in usd or kwh, for all attempts at the run that `meter` meters; earlier ones count with what their rows say."""
         assert budget.unit in ("usd", "kwh"), budget
         self.budget, self.meter = budget, meter
-        earlier = [row for row in entries_of(meter.run) if row.verb in TRAINING and not meter.owns(row)] if meter.run else []
-        self.before = sum(row.usd if budget.unit == "usd" else row.kwh for row in earlier)
+        self.before = sum(row.usd if budget.unit == "usd" else row.kwh for row in meter.earlier())
 
     def rate(self) -> float:
         """US dollars or kWh a second: measured, or, in the first seconds, at full power."""

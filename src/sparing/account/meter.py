@@ -1,4 +1,4 @@
-"""The meter: what each stage of a verb takes, written to the ledgers while it runs.
+"""The meter counts the time, energy, money, tokens and memory of each stage of a verb, and writes them to the ledgers while it runs.
 
 A thread looks once a second (process times, counters, memory) and writes what has changed every two; the main thread is only asked
 for a reading where a stage begins or ends. Stages nest, and each second belongs to the innermost: an attempt's stages add up to it.
@@ -17,9 +17,9 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 
-from sparing.account.history import books
+from sparing.account.history import TRAINING, books, entries_of
 from sparing.account.ledger import Entry, complain
-from sparing.account.power import Model, cpu_seconds, cuda_memory, peak_memory, reset_peak_memory, resident_memory, sources
+from sparing.account.power import PowerModel, cpu_seconds, cuda_memory, peak_memory, reset_peak_memory, resident_memory, sources
 from sparing.account.tariff import Tariff
 from sparing.base.hardware import Machine
 from sparing.base.messages import say
@@ -153,9 +153,10 @@ class Meter(NoMeter):
             self._look()
             return [replace(entry) for entry in self._entries.values()]
 
-    def owns(self, row: Entry) -> bool:
-        """Is this one of this attempt's rows?"""
-        return row.uid.startswith(self._attempt)
+    def earlier(self) -> list[Entry]:
+        """Rows of earlier attempts at training this run."""
+        rows = entries_of(self.run) if self.run else []
+        return [row for row in rows if row.verb in TRAINING and not row.uid.startswith(self._attempt)]
 
     def latest(self) -> tuple[float, float, float]:
         """(`time.monotonic()` of the last sample, US dollars, kWh of this attempt until then)."""
@@ -261,8 +262,7 @@ class Meter(NoMeter):
             now = time.monotonic()
             if now - looked >= RELOAD_S:
                 looked = now
-                if self.tariff.changed():
-                    self._reload()
+                self._reload()
             if now - written >= WRITE_S:
                 self._write()
                 written = now
@@ -290,7 +290,7 @@ class Meter(NoMeter):
             if not self.tariff.reload(self.say):
                 return
             for source in self._sources:
-                if isinstance(source, Model):
+                if isinstance(source, PowerModel):
                     source.change(self.tariff.processor.watts_idle, self.tariff.processor.watts_busy, self.machine.cores_physical)
             self._recent.clear()
             self._recent.append(self._total())

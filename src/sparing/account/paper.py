@@ -1,4 +1,4 @@
-"""The verbs receipt, report and compare, by path. None of them loads torch."""
+"""The verbs `receipt`, `report` and `compare`. None of them loads torch."""
 
 from __future__ import annotations
 

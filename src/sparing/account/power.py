@@ -1,4 +1,4 @@
-"""Where joules come from: NVML (GPUs), RAPL (processors), or a labelled model of either where the system shows no counter.
+"""Sources of energy figures: NVML (GPUs), RAPL (processors), or an estimate, labelled as one, where the system shows no counter.
 
 A source counts joules from the moment it was made; `how` says whether it measures or estimates. Counters see the whole chip, other
 programs included; a model sees this process's CPU time and nothing else's.
@@ -112,7 +112,7 @@ class Nvml:
         return self._added + self._counters() - self._start
 
 
-class Model:
+class PowerModel:
     """idle + utilisation · (busy − idle) watts; utilisation: the CPU time of this process and of its finished children over that of all
     cores. Linear, so it holds for any span: joules = idle · seconds + (busy − idle) · CPU seconds / cores."""
 
@@ -158,17 +158,17 @@ def cpu_seconds() -> float:
 
 def sources(machine: Machine, rates: Rates, processor: Rates) -> list[Source]:
     """The best source for each part of `machine`. rates: of what it trains on; processor: of its processor alone."""
-    found: list[Source] = []
+    chosen: list[Source] = []
     if machine.gpus:
         try:
-            found.append(Nvml())
+            chosen.append(Nvml())
         except (ImportError, RuntimeError):
-            found.append(Constant(rates.watts_busy))
+            chosen.append(Constant(rates.watts_busy))
     try:
-        found.append(Rapl())
+        chosen.append(Rapl())
     except (OSError, ValueError):
-        found.append(Model(processor.watts_idle, processor.watts_busy, machine.cores_physical))
-    return found
+        chosen.append(PowerModel(processor.watts_idle, processor.watts_busy, machine.cores_physical))
+    return chosen
 
 
 def reset_peak_memory() -> None:

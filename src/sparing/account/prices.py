@@ -1,4 +1,4 @@
-"""What machines, electricity and its carbon cost: dated tables (`tables/*.toml`), and over them the user's $SPARING_HOME/prices.toml.
+"""Prices of machines and electricity, and its carbon: dated tables (`tables/*.toml`), which $SPARING_HOME/prices.toml overrides.
 
 An owned machine costs its purchase price spread over lifetime x utilisation, and its electricity besides, by the kilowatt hour; a rented
 one its hourly price, electricity included. Country: the argument, else $SPARING_COUNTRY, else [home] country of the user's file, else the
@@ -200,14 +200,14 @@ def device_of(machine: Machine) -> str:
     Raises UserError for an unknown GPU, naming the nearest row.
     """
     described = machine.gpus[0].name if machine.gpus else machine.cpu
-    found = [
+    matches = [
         (len(text), name)
         for name, row in tables()["machine"].items()
         for text in row["match"]
         if row["kind"] == ("gpu" if machine.gpus else "cpu") and re.search(rf"(?<!\w){re.escape(text)}(?!\w)", described, re.IGNORECASE)
     ]
-    if found:
-        return max(found)[1]
+    if matches:
+        return max(matches)[1]
     if machine.gpus:
         gpus = [name for name, row in tables()["machine"].items() if row["kind"] == "gpu"]
         raise UserError(

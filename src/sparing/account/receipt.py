@@ -1,11 +1,13 @@
-"""The receipt: what a run cost and reached, beside what was predicted, stage by stage, with its ancestors; and the whole workspace's."""
+"""Receipts: what a run cost and reached beside what was predicted, by stage, with its ancestors; and all that a workspace spent."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from sparing.account.history import ADDS_UP, TRAINING, ancestors_of, entries, entries_of, how
+from sparing.account.history import TRAINING, ancestors_of, bill, entries, entries_of
 from sparing.account.ledger import Entry, workspace_file
 from sparing.base.config import UserError
 from sparing.base.files import read_lines
@@ -14,7 +16,6 @@ from sparing.base.run import RunFolder
 RAW_BITS = 8.0
 """Bits per byte of text that nobody has compressed: what a model saves of these is what it has learnt."""
 COMPARED = ("time_s", "device_hours", "energy_kwh", "co2e_g", "cost_usd", "flops", "tokens", "tokens_per_s", "memory_bytes.total", "bpb")
-_COUNTED = "the configuration's operations per token, times tokens"
 
 
 def receipt(run: RunFolder) -> dict:
@@ -30,7 +31,7 @@ def receipt(run: RunFolder) -> dict:
     if not rows:
         raise UserError(f"{run}: nothing was metered (the run is older than its ledger, or was imported)")
     training = [row for row in rows if row.verb in TRAINING] or rows
-    predicted = _prediction(run)
+    predicted = read_state(run, "prediction", dict)
     actual = _actual(run, training)
     status, missing = _status(training), []
     if predicted is None:
@@ -52,24 +53,17 @@ def receipt(run: RunFolder) -> dict:
         "rates": json.loads(training[-1].rates),
         "machine": training[-1].machine,
         "missing": missing,
-        "cut_short": _cut_short(run),
+        "cut_short": [str(line) for line in read_state(run, "cut_short", list) or []],
     }
 
 
-def _cut_short(run: RunFolder) -> list[str]:
+def read_state(run: RunFolder, name: str, kind: type) -> dict | list | None:
+    """What state/NAME.json of a run holds; None where that is missing, damaged or of another kind (dict, list)."""
     try:
-        found = json.loads((run.state / "cut_short.json").read_text())
-    except (OSError, ValueError):
-        return []
-    return [str(line) for line in found] if isinstance(found, list) else []
-
-
-def _prediction(run: RunFolder) -> dict | None:
-    try:
-        found = json.loads((run.state / "prediction.json").read_text())
+        content = json.loads((run.state / f"{name}.json").read_text())
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    return content if isinstance(content, kind) else None
 
 
 def _figure(value: float | None, method: str, source: str) -> dict:
@@ -77,19 +71,18 @@ def _figure(value: float | None, method: str, source: str) -> dict:
 
 
 def _actual(run: RunFolder, rows: list[Entry]) -> dict:
-    total = {name: sum(getattr(row, name) for row in rows) for name in ADDS_UP}
-    energy, source = how(rows), "; ".join(sorted({row.energy_source for row in rows}))
+    total, source = _sum(rows), "; ".join(sorted({row.energy_source for row in rows}))
     train_s = sum(row.wall_s for row in rows if row.stage == "train")
     peak = max(rows, key=lambda row: row.gpu_memory_bytes or row.memory_bytes)
     on_gpu = peak.gpu_memory_bytes > 0
     rates = json.loads(rows[-1].rates).get("sources", {})
     actual = {
-        "time_s": _figure(total["wall_s"], "measured", "clock"),
-        "device_hours": _figure(total["device_s"] / 3600, "measured", "clock, times devices"),
-        "energy_kwh": _figure(total["kwh"], energy, source),
+        "time_s": _figure(total["time_s"], "measured", "clock"),
+        "device_hours": _figure(total["device_hours"], "measured", "clock, times devices"),
+        "energy_kwh": _figure(total["energy_kwh"], total["energy_how"], source),
         "co2e_g": _figure(total["co2e_g"], "estimated", f"kWh times {rates.get('gco2e_per_kwh', 'carbon intensity')}"),
-        "cost_usd": _figure(total["usd"], "estimated", f"time and kWh times prices: {rates.get('usd_per_hour', '')}"),
-        "flops": _figure(total["flops"], "estimated", _COUNTED),
+        "cost_usd": _figure(total["cost_usd"], "estimated", f"time and kWh times prices: {rates.get('usd_per_hour', '')}"),
+        "flops": _figure(sum(row.flops for row in rows), "estimated", "the configuration's operations per token, times tokens"),
         "memory_bytes": {
             "total": _figure(
                 peak.gpu_memory_bytes or peak.memory_bytes, "measured", "CUDA's allocator" if on_gpu else "resident, its highest (VmHWM)"
@@ -100,42 +93,37 @@ def _actual(run: RunFolder, rows: list[Entry]) -> dict:
     tokens = max((line.get("tokens", 0) for line in lines if "loss" in line), default=0)
     if tokens:
         actual["tokens"] = _figure(tokens, "measured", "steps that are in the model")
-    if total["tokens"] and train_s:
-        actual["tokens_per_s"] = _figure(sum(row.tokens for row in rows if row.stage == "train") / train_s, "measured", "train stage")
+    trained = sum(row.tokens for row in rows if row.stage == "train")
+    if trained and train_s:
+        actual["tokens_per_s"] = _figure(trained / train_s, "measured", "train stage")
     bits = [line["eval_bpb"] for line in lines if line.get("eval_bpb") is not None]
     if bits:
         actual["bpb"] = _figure(bits[-1], "measured", "the run's held-out documents, last evaluation")
-    try:
-        summary = json.loads((run.state / "summary.json").read_text())
-        counts = {
-            name: _figure(summary[key], "measured", "counted") for name, key in (("total", "parameters"), ("active", "active_parameters"))
-        }
-        actual["parameters"] = counts
-    except (OSError, ValueError, KeyError):
-        pass
+    summary = read_state(run, "summary", dict) or {}
+    if {"parameters", "active_parameters"} <= summary.keys():
+        counts = {"total": summary["parameters"], "active": summary["active_parameters"]}
+        actual["parameters"] = {name: _figure(count, "measured", "counted") for name, count in counts.items()}
     return actual
 
 
 def at(figures: dict | None, dotted: str) -> dict | None:
     """The figure `memory_bytes.total` of nested figures; None where it isn't one."""
-    found = figures
+    figure = figures
     for name in dotted.split("."):
-        found = found.get(name) if isinstance(found, dict) else None
-    if isinstance(found, int | float):
-        found = {"value": found}
-    return found if isinstance(found, dict) and isinstance(found.get("value"), int | float) else None
+        figure = figure.get(name) if isinstance(figure, dict) else None
+    return figure if isinstance(figure, dict) and isinstance(figure.get("value"), int | float) else None
 
 
 def difference(predicted: dict | None, actual: dict) -> dict:
     """name -> {"relative": actual / predicted - 1, "inside": was it in the predicted interval? (None without one)}."""
-    found = {}
+    differences = {}
     for name in COMPARED:
         before, after = at(predicted, name), at(actual, name)
         if before and after and before["value"]:
             low, high = before.get("low"), before.get("high")
             inside = low <= after["value"] <= high if low is not None and high is not None else None
-            found[name] = {"relative": after["value"] / before["value"] - 1, "inside": inside}
-    return found
+            differences[name] = {"relative": after["value"] / before["value"] - 1, "inside": inside}
+    return differences
 
 
 def quality(actual: dict) -> dict:
@@ -154,37 +142,31 @@ def quality(actual: dict) -> dict:
 
 def _status(rows: list[Entry]) -> str:
     """How the newest attempt ended: that of its outermost stage."""
-    newest = max(rows, key=lambda row: row.started).uid.split("-")[0]
-    mine = [row for row in rows if row.uid.startswith(newest)]
-    return min(mine, key=lambda row: row.started).status
+    newest = _attempt(max(rows, key=lambda row: row.started))
+    return min((row for row in rows if _attempt(row) == newest), key=lambda row: row.started).status
 
 
 def _stages(rows: list[Entry], predicted: dict) -> list[dict]:
-    stages = []
-    for name in dict.fromkeys(row.stage for row in rows):
-        mine = [row for row in rows if row.stage == name]
-        total = {key: sum(getattr(row, key) for row in mine) for key in ADDS_UP}
-        stages.append(
-            {
-                "stage": name,
-                "verbs": sorted({row.verb for row in mine}),
-                "attempts": len(mine),
-                "status": mine[-1].status,
-                "time_s": total["wall_s"],
-                "device_hours": total["device_s"] / 3600,
-                "cpu_s": sum(row.cpu_s for row in mine),
-                "tokens": total["tokens"],
-                "flops": total["flops"],
-                "memory_bytes": max(row.memory_bytes for row in mine),
-                "gpu_memory_bytes": max(row.gpu_memory_bytes for row in mine),
-                "energy_kwh": total["kwh"],
-                "energy_how": how(mine),
-                "co2e_g": total["co2e_g"],
-                "cost_usd": total["usd"],
-                "predicted": predicted.get(name),
-            }
-        )
-    return stages
+    return [
+        {
+            "stage": name,
+            "verbs": sorted({row.verb for row in mine}),
+            "status": mine[-1].status,
+            **_sum(mine),
+            **{key: sum(getattr(row, key) for row in mine) for key in ("cpu_s", "tokens", "flops")},
+            **{key: max(getattr(row, key) for row in mine) for key in ("memory_bytes", "gpu_memory_bytes")},
+            "predicted": predicted.get(name),
+        }
+        for name, mine in _groups(rows, lambda row: row.stage).items()
+    ]
+
+
+def _groups(rows: list[Entry], key: Callable[[Entry], Any]) -> dict[Any, list[Entry]]:
+    """Rows by key, in the order in which keys first appear."""
+    groups: dict[Any, list[Entry]] = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    return groups
 
 
 def _shares(ancestors: list[dict], actual: dict) -> None:
@@ -205,46 +187,25 @@ def workspace() -> dict:
     rows = entries(workspace_file())
     if not rows:
         raise UserError(f"{workspace_file()}: nothing was metered yet")
-    attempts: dict[str, list[Entry]] = {}
-    for row in rows:
-        attempts.setdefault(row.uid.split("-")[0], []).append(row)
-    status = {name: min(mine, key=lambda row: row.started).status for name, mine in attempts.items()}
-
-    def sums(key) -> dict[str, dict]:
-        groups: dict[str, list[Entry]] = {}
-        for row in rows:
-            groups.setdefault(key(row), []).append(row)
-        return {name: _sum(mine) for name, mine in groups.items()}
-
+    status = {name: min(mine, key=lambda row: row.started).status for name, mine in _groups(rows, _attempt).items()}
     runs = [
         _sum(mine)
         | {"run": mine[0].run, "status": _status(mine), "verbs": sorted({row.verb for row in mine}), "exists": Path(mine[0].run).exists()}
-        for mine in _by_run(rows).values()
+        for mine in _groups([row for row in rows if row.run], lambda row: (row.run_id, row.run)).values()
     ]
     return {
         "ledger": str(workspace_file()),
         "total": _sum(rows),
-        "by_verb": sums(lambda row: row.verb),
-        "by_status": sums(lambda row: status[row.uid.split("-")[0]]),
+        "by_verb": {name: _sum(mine) for name, mine in _groups(rows, lambda row: row.verb).items()},
+        "by_status": {name: _sum(mine) for name, mine in _groups(rows, lambda row: status[_attempt(row)]).items()},
         "runs": runs,
     }
 
 
-def _by_run(rows: list[Entry]) -> dict[tuple[str, str], list[Entry]]:
-    groups: dict[tuple[str, str], list[Entry]] = {}
-    for row in rows:
-        if row.run:
-            groups.setdefault((row.run_id, row.run), []).append(row)
-    return groups
+def _attempt(row: Entry) -> str:
+    return row.uid.split("-")[0]
 
 
 def _sum(rows: list[Entry]) -> dict:
-    return {
-        "attempts": len({row.uid.split("-")[0] for row in rows}),
-        "time_s": sum(row.wall_s for row in rows),
-        "device_hours": sum(row.device_s for row in rows) / 3600,
-        "energy_kwh": sum(row.kwh for row in rows),
-        "energy_how": how(rows),
-        "co2e_g": sum(row.co2e_g for row in rows),
-        "cost_usd": sum(row.usd for row in rows),
-    }
+    times = {"time_s": sum(row.wall_s for row in rows), "device_hours": sum(row.device_s for row in rows) / 3600}
+    return {"attempts": len(set(map(_attempt, rows)))} | times | bill(rows)

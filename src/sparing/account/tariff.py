@@ -19,11 +19,10 @@ class Tariff:
         self._stamp = _stamp()
         self.rates, self.processor = self._read(say)
 
-    def changed(self) -> bool:
-        return _stamp() != self._stamp
-
     def reload(self, say: Callable[[str], None]) -> bool:
         """Take up a changed file; -> whether that changed any rate. A file that cannot be used (being edited) changes nothing."""
+        if _stamp() == self._stamp:
+            return False
         self._stamp = _stamp()
         try:
             now = self._read(say)

@@ -63,21 +63,9 @@ def digits(value: float) -> str:
 
 def scaled(value: float, unit: str) -> str:
     """1.23 GB, 4.5 TFLOP, 35.0 mWh."""
-    for exponent, prefix in (
-        (-6, "µ"),
-        (-3, "m"),
-        (0, ""),
-        (3, "k"),
-        (6, "M"),
-        (9, "G"),
-        (12, "T"),
-        (15, "P"),
-        (18, "E"),
-        (21, "Z"),
-        (24, "Y"),
-    ):
-        if 0 < abs(value) < 999.5 * 10.0**exponent:
-            return f"{digits(value / 10.0**exponent)} {prefix}{unit}"
+    for thousands, prefix in enumerate(("µ", "m", "", "k", "M", "G", "T", "P", "E", "Z", "Y"), -2):
+        if 0 < abs(value) < 999.5 * 1000.0**thousands:
+            return f"{digits(value / 1000.0**thousands)} {prefix}{unit}"
     return f"{value:.3g} {unit}"
 
 
@@ -129,6 +117,14 @@ def staged(stages: list[dict]) -> list[tuple[str, ...]]:
     ]
 
 
+def ancestry(ancestors: list[dict]) -> list[tuple[str, ...]]:
+    """(run, as what, time, cost, share of the whole line) of each ancestor."""
+    return [
+        (row["name"], row["relation"], amount("time_s", row["wall_s"]), amount("cost_usd", row["usd"]), f"{100 * row['share']:.0f} %")
+        for row in ancestors
+    ]
+
+
 STAGE_HEAD = ("stage", "time", "predicted", "energy", "cost", "CO2e", "memory", "tokens", "status")
 COMPARED_HEAD = ("", "predicted", "actual", "difference")
 
@@ -150,11 +146,7 @@ def receipt_text(receipt: dict) -> str:
     if receipt["later"]:
         parts.append("since then (not in the figures above):\n" + table(STAGE_HEAD, staged(receipt["later"])))
     if receipt["ancestors"]:
-        rows = [
-            (row["name"], row["relation"], amount("time_s", row["wall_s"]), amount("cost_usd", row["usd"]), f"{100 * row['share']:.0f} %")
-            for row in receipt["ancestors"]
-        ]
-        parts.append(table(("derived from", "as", "time", "cost", "share"), rows))
+        parts.append(table(("derived from", "as", "time", "cost", "share"), ancestry(receipt["ancestors"])))
     if bought := quality_text(receipt["quality"]):
         parts.append(bought)
     energy = receipt["actual"]["energy_kwh"]
@@ -171,7 +163,7 @@ def quality_text(quality: dict) -> str:
     return f"{quality['bits_saved_per_byte']:.3f} bits saved per byte of text" + (f": {', '.join(each)}" if each else "")
 
 
-def workspace_text(found: dict) -> str:
+def workspace_text(workspace: dict) -> str:
     """`receipt --all` for a terminal."""
     head = ("", "attempts", "time", "energy", "cost", "CO2e")
 
@@ -181,13 +173,13 @@ def workspace_text(found: dict) -> str:
             amount("cost_usd", sums["cost_usd"]), amount("co2e_g", sums["co2e_g"]),
         )  # fmt: skip
 
-    runs = [row(f"{item['run']}{'' if item['exists'] else ' (gone)'}: {item['status']}", item) for item in found["runs"]]
+    runs = [row(f"{item['run']}{'' if item['exists'] else ' (gone)'}: {item['status']}", item) for item in workspace["runs"]]
     return "\n\n".join(
         [
-            found["ledger"],
+            workspace["ledger"],
             table(("run", *head[1:]), runs),
-            table(("verb", *head[1:]), [row(name, sums) for name, sums in found["by_verb"].items()]),
-            table(("how it ended", *head[1:]), [row(name, sums) for name, sums in found["by_status"].items()]),
-            table(head, [row("all", found["total"])]) + f"\nenergy {found['total']['energy_how']}",
+            table(("verb", *head[1:]), [row(name, sums) for name, sums in workspace["by_verb"].items()]),
+            table(("how it ended", *head[1:]), [row(name, sums) for name, sums in workspace["by_status"].items()]),
+            table(head, [row("all", workspace["total"])]) + f"\nenergy {workspace['total']['energy_how']}",
         ]
     )

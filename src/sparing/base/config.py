@@ -1,4 +1,4 @@
-"""The whole vocabulary of a run: frozen dataclasses, nothing computed, nothing read from disk.
+"""The configuration of a run, as frozen dataclasses. Nothing is computed or read from disk here.
 
 `ModelConfig` speaks DeepSeek-V3's language (`config.json` of the published checkpoints, in brackets where our name differs);
 dense feed-forward, grouped-query attention and other gates are values of the same fields. `None` in a field that `resolve`
@@ -198,6 +198,16 @@ class Budget:
 
 
 @dataclass(frozen=True)
+class StartConfig:
+    """The run whose weights, tokenizer and model shape a run begins with."""
+
+    run: str = ""
+    """Its folder."""
+    weights_sha256: str = ""
+    """SHA-256 of its weights/model.safetensors."""
+
+
+@dataclass(frozen=True)
 class Config:
     """One run, fully resolved."""
 
@@ -207,3 +217,5 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     budget: Budget = field(default_factory=lambda: Budget(300.0, "s"))
+    start: StartConfig | None = None
+    """None: random weights from train.seed."""

@@ -1,6 +1,5 @@
-"""TOML <-> `Config`, and the checks that a recipe and the command line share.
+"""Reads and writes configurations as TOML, and checks what a user sets: recipes, command-line options, arguments of the library.
 
-Wishes are what the user set, and nothing else: nested dicts of checked values, {"model": {"num_layers": 8}}. `resolve` derives the rest.
 TOML has no null: a field that is None by default is left out when it is None, any other says "none".
 """
 
@@ -16,7 +15,7 @@ import tomllib
 import types
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import sparing.base.config as vocabulary  # not `from sparing`: that would ask the package's lazy re-exports
 from sparing.base.config import Config, UserError
@@ -74,7 +73,7 @@ def check(value: Any, hint: Any, where: str) -> Any:
 
 
 def check_section(values: dict, kind: type, where: str) -> dict:
-    """`values` as wishes for dataclass `kind`; an unknown key is a `UserError` that names the nearest one."""
+    """`values`, checked as fields of the dataclass `kind`. An unknown key is a `UserError` that names the nearest one."""
     hints = get_type_hints(kind)
     prefix = where if where.endswith(": ") or not where else f"{where}."
     for key in values:
@@ -135,23 +134,55 @@ def _docstrings() -> dict[tuple[str, str], str]:
     return texts
 
 
-def set_dotted(wishes: dict, name: str, value: Any) -> None:
-    """wishes["model"]["yarn"]["factor"] = value for the name `model.yarn.factor`."""
-    *sections, key = name.split(".")
-    for section in sections:
-        if not isinstance(wishes.get(section), dict):
-            wishes[section] = {}
-        wishes = wishes[section]
-    wishes[key] = value
-
-
-def merge_wishes(*parts: dict | None) -> dict:
-    """Nested wishes in one, the later winning."""
+def nested(dotted: dict[str, Any]) -> dict:
+    """{"model": {"yarn": {"factor": 2.0}}} of {"model.yarn.factor": 2.0}."""
     result: dict = {}
-    for part in parts:
-        for key, value in (part or {}).items():
-            result[key] = merge_wishes(result.get(key, {}), value) if isinstance(value, dict) else value
+    for name, value in dotted.items():
+        *sections, key = name.split(".")
+        inner = result
+        for section in sections:
+            if not isinstance(inner.get(section), dict):
+                inner[section] = {}
+            inner = inner[section]
+        inner[key] = value
     return result
+
+
+class Wishes(dict):
+    """What the user set, checked, and nothing else: {"model": {"num_layers": 8}}. `resolve` derives the rest."""
+
+    @classmethod
+    def of(cls, *parts: dict | None, where: str = "") -> Wishes:
+        """Merge nested dicts, the later ones winning. Parts that are `Wishes` already are not checked again.
+
+        where: begins error lines. Raises UserError for an unknown key, a value of the wrong type, or one out of its range.
+        """
+        result = cls()
+        for part in parts:
+            _merge(result, part if isinstance(part, Wishes) else check_section(part or {}, Config, where))
+        return result
+
+    def value(self, name: str, default: Any = None) -> Any:
+        """The value of a field such as "train.device"; `default` where it was not set."""
+        section, _, field = name.partition(".")
+        return self.get(section, {}).get(field, default)
+
+    def sets(self, name: str) -> bool:
+        section, _, field = name.partition(".")
+        return field in self.get(section, {})
+
+    def config(self) -> Config:
+        """A configuration in which every other field has its default."""
+        return build(Config, self)
+
+
+def _merge(into: dict, part: dict) -> None:
+    for key, value in part.items():
+        if isinstance(value, dict):
+            into[key] = dict(into.get(key) or {})
+            _merge(into[key], value)
+        else:
+            into[key] = value
 
 
 def _load(path: str | Path) -> dict:
@@ -177,31 +208,42 @@ def recipe_path(name: str | Path) -> Path:
     return presets()[str(name)]
 
 
-def read_plan_section(path: str | Path) -> dict:
-    """What a recipe says to the planner alone: its [plan] section, as it is."""
-    section = _load(recipe_path(path)).get("plan", {})
-    if not isinstance(section, dict):
-        raise UserError(f"{path}: plan must be a section, [plan]")
-    return section
+class Recipe(NamedTuple):
+    """What a TOML file of wishes says."""
+
+    wishes: Wishes
+    budget: str | None
+    """As it is written ("20m"), or what a [budget] section says."""
+    plan: dict
+    """The section for `sparing plan` alone, as it is."""
 
 
-def read_wishes(path: str | Path) -> dict:
-    """The fields that a recipe (a file, or a preset by its name) sets, checked. `budget` may be a text such as "20m" instead of a section.
+def read_recipe(name: str | Path | None) -> Recipe:
+    """Read a recipe: a file, or a preset by its name. None: an empty one.
 
     Raises:
         UserError: unreadable, not TOML, an unknown key, a value of the wrong type.
     """
-    path = recipe_path(path)
+    if not name:
+        return Recipe(Wishes(), None, {})
+    path = recipe_path(name)
     values = _load(path)
-    values.pop("plan", None)
-    budget = values.pop("budget", None) if isinstance(values.get("budget"), str) else None
-    wishes = check_section(values, Config, f"{path}: ")
-    return wishes if budget is None else {**wishes, "budget": budget}
+    plan, budget = values.pop("plan", {}), values.get("budget")
+    if not isinstance(plan, dict):
+        raise UserError(f"{path}: plan must be a section, [plan]")
+    if isinstance(budget, str):
+        del values["budget"]
+    wishes = Wishes.of(values, where=f"{path}: ")
+    if section := wishes.pop("budget", None):
+        if set(section) != {"amount", "unit"}:
+            raise UserError(f'{path}: a [budget] section needs amount and unit; or write budget = "20m"')
+        budget = f"{section['amount']!r}{section['unit']}"
+    return Recipe(wishes, budget, plan)
 
 
 def read_config(path: str | Path) -> Config:
     """The resolved configuration that `write_config` wrote; fields that the file lacks have their defaults. Raises UserError, as
-    `read_wishes`, and for a model whose sizes contradict each other."""
+    `read_recipe`, and for a model whose sizes contradict each other."""
     config = build(Config, check_section(_load(path), Config, f"{path}: "))
     if wrong := contradiction(config.model, lambda name: f"model.{name}"):
         raise UserError(f"{path}: {wrong}")
@@ -209,7 +251,7 @@ def read_config(path: str | Path) -> Config:
 
 
 def build(kind: type, values: dict) -> Any:
-    """A dataclass from nested wishes; what they leave open has its default."""
+    """A dataclass from nested dicts of checked values; every other field has its default."""
     hints = get_type_hints(kind)
     return kind(**{key: build(unwrap(hints[key])[0], value) if isinstance(value, dict) else value for key, value in values.items()})
 

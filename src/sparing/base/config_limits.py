@@ -1,4 +1,4 @@
-"""What a configuration may say: ranges of single fields, sizes of a model that contradict each other, settings that exclude each other."""
+"""Checks configurations: ranges of single fields, sizes of a model that contradict each other, settings that exclude each other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that are never half written: beside their place first, synced, then renamed over it. Folders likewise."""
+"""Writes files and folders that are never half there: beside their place first, synced, then renamed over it."""
 
 from __future__ import annotations
 

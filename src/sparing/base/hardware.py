@@ -67,7 +67,7 @@ class Machine:
 
 def machine(with_gpus: bool = True) -> Machine:
     """Look at this machine. Looking for GPUs imports torch."""
-    found = Machine(
+    here = Machine(
         os=f"{platform.system()} {platform.release()}",
         cpu=cpu_name(),
         cores_physical=min(cores(), _physical(_affinity())),
@@ -75,7 +75,7 @@ def machine(with_gpus: bool = True) -> Machine:
         memory_bytes=_memory(),
         gpus=gpus() if with_gpus else (),
     )
-    return replace(found, formats=load_calibration(found).get("formats", {}))
+    return replace(here, formats=load_calibration(here).get("formats", {}))
 
 
 def cores() -> int:
@@ -96,8 +96,8 @@ def gpus() -> tuple[Gpu, ...]:
 
     if not torch.cuda.is_available():
         return ()
-    found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    return tuple(Gpu(p.name, p.total_memory, f"{p.major}.{p.minor}") for p in found)
+    devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return tuple(Gpu(p.name, p.total_memory, f"{p.major}.{p.minor}") for p in devices)
 
 
 def _read(path: str | Path) -> str:

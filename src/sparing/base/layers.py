@@ -1,4 +1,4 @@
-"""What each layer of a model is, said once: dense or mixture, heads and widths, names and shapes of its tensors. Without torch.
+"""Describes each layer of a model: dense or mixture, heads and widths, names and shapes of its tensors. Without torch.
 
 The model builds its modules from `layers(config)`; parameters, FLOPs, memory, the cluster model, packed weights and exports read it too.
 Names are those of the state dict. Shapes are PyTorch's: a weight is (out, in), a stack of experts (experts, out, in).
@@ -169,13 +169,13 @@ class Layer:
     def shapes(self) -> Shapes:
         """Shapes of the tensors below `model.layers.INDEX.`, in the module's order."""
         D = self.hidden
-        found: Shapes = {"input_layernorm.weight": (D,)}
-        found |= {f"self_attn.{name}": shape for name, shape in self.attention.shapes.items()}
-        found |= {"post_attention_layernorm.weight": (D,)}
-        found |= {f"mlp.{name}": shape for name, shape in self.feed_forward.shapes.items()}
+        shapes: Shapes = {"input_layernorm.weight": (D,)}
+        shapes |= {f"self_attn.{name}": shape for name, shape in self.attention.shapes.items()}
+        shapes |= {"post_attention_layernorm.weight": (D,)}
+        shapes |= {f"mlp.{name}": shape for name, shape in self.feed_forward.shapes.items()}
         if self.mtp:
-            found |= {"enorm.weight": (D,), "hnorm.weight": (D,), "eh_proj.weight": (D, 2 * D), "shared_head.norm.weight": (D,)}
-        return found
+            shapes |= {"enorm.weight": (D,), "hnorm.weight": (D,), "eh_proj.weight": (D, 2 * D), "shared_head.norm.weight": (D,)}
+        return shapes
 
     @cached_property
     def common(self) -> int:
@@ -219,8 +219,8 @@ def mixtures(c: ModelConfig) -> tuple[Layer, ...]:
 
 def shapes(c: ModelConfig) -> Shapes:
     """Shapes of the whole state dict by name, in the module's order."""
-    found: Shapes = {EMBED: (c.vocab_size, c.hidden_size)}
+    all_shapes: Shapes = {EMBED: (c.vocab_size, c.hidden_size)}
     for layer in layers(c):
-        found |= {f"model.layers.{layer.index}.{name}": shape for name, shape in layer.shapes.items()}
-    found["model.norm.weight"] = (c.hidden_size,)
-    return found if c.tie_word_embeddings else found | {HEAD: found[EMBED]}
+        all_shapes |= {f"model.layers.{layer.index}.{name}": shape for name, shape in layer.shapes.items()}
+    all_shapes["model.norm.weight"] = (c.hidden_size,)
+    return all_shapes if c.tie_word_embeddings else all_shapes | {HEAD: all_shapes[EMBED]}

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: an answer within two seconds, whatever is running, and nothing lost that is worth saving.
+"""Answers SIGTERM and SIGINT within two seconds, whatever is running, and loses nothing that is worth saving.
 
 Three layers. (1) The handler sets a flag, which the loop looks at between steps. (2) Inside `interruptible` code (forward and backward,
 evaluation, tokenising, any verb that has nothing to save) the handler raises at once. (3) Python runs handlers only between its own
@@ -107,7 +107,7 @@ class Preempt:
 
     def _watch(self) -> None:
         """The thread: waits for a signal's byte, then for the main thread to leave."""
-        receive, signals, told = self._receive, 0, False
+        receive, signals, announced = self._receive, 0, False
         wanted = {int(number) for number in SIGNALS}
         while not self._left.is_set():
             limit = SAVING_S if self._finishing else GRACE_S
@@ -124,8 +124,8 @@ class Preempt:
             if came and not signals:
                 self._since = time.monotonic()
             signals += came
-            if signals == 1 and self._finishing and not told and time.monotonic() - self._since >= TELL_S:
-                told = True
+            if signals == 1 and self._finishing and not announced and time.monotonic() - self._since >= TELL_S:
+                announced = True
                 print(f"\nsparing: interrupted: {self._finishing} first; again: at once", file=sys.stderr, flush=True)
             if signals >= 2 or (signals and time.monotonic() - self._since >= limit and not self._left.is_set()):
                 self._exit()

@@ -12,19 +12,18 @@ import os
 import shutil
 import struct
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparing.base.config import UserError
 from sparing.base.files import DamagedError, atomic_file, disk_errors, file_sha256, replace_folder, write_atomic
-from sparing.base.lock import take_lock
+from sparing.base.lock import folder_lock
 
 if TYPE_CHECKING:  # torch takes a second to import, and half of what opens a run folder never touches a tensor
     import torch
 
 CHECKSUMS = "checksums.json"
-_LOCKED: dict[str, list] = {}  # real path -> [open lock file, depth]: a process may lock its own run folder again
 
 
 class RunFolder:
@@ -76,23 +75,9 @@ class RunFolder:
             raise UserError(f"{path} is not a run folder: it has no config.toml{hint}")
         return run
 
-    @contextmanager
-    def lock(self) -> Iterator[None]:
-        """One writer at a time. Raises UserError, naming the other process, when the folder is being written.
-
-        A POSIX record lock (on Windows `msvcrt.locking`): it ends with the process, however it ends, and worker processes do not inherit
-        it, so a worker that outlives a killed trainer does not keep `resume` out. Re-entrant within a process.
-        """
-        key = str(self.path.resolve())
-        if key not in _LOCKED:
-            _LOCKED[key] = [take_lock(self.path), 0]
-        _LOCKED[key][1] += 1
-        try:
-            yield
-        finally:
-            _LOCKED[key][1] -= 1
-            if _LOCKED[key][1] == 0:
-                _LOCKED.pop(key)[0].close()
+    def lock(self) -> AbstractContextManager[None]:
+        """Keep other writers out: a context manager. Raises UserError where the folder is being written, naming the other process."""
+        return folder_lock(self.path)
 
 
 _DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",

@@ -12,17 +12,17 @@ SMALL = PrecisionConfig(weights="bfloat16", moments="int8", activations="int8")
 
 
 def few_bits(linear: str, dtype: str) -> PrecisionConfig:
-    """Storage in few bits beside compute in `dtype`: only bfloat16 activations are kept in int8, float32 ones stay as they are."""
+    """Storage in few bits, with products in `linear`. Where training computes in float32, activations stay as they are."""
     return replace(SMALL, linear=linear, activations=SMALL.activations if dtype == "bfloat16" else "full")
 
 
 def fast_kind(device: str) -> str | None:
-    """The 8-bit format that makes training faster here, if any: compiled products on a CPU take bfloat16."""
+    """The 8-bit format that makes training faster here, if any. On a CPU its compiled products need training in bfloat16."""
     return fastest_kind(device) if this_machine().training_dtype(device) == "bfloat16" else None
 
 
 def slow_kind(kind: str, device: str) -> str | None:
-    """A line for whoever asks for 8-bit products that are not fast here; None where they are."""
+    """A warning for users who ask for 8-bit products that are not fast here; None where they are."""
     if kind == "none" or kind == fast_kind(device):
         return None
     return (warning(kind, this_machine()) if device == "cpu" else None) or speed_note(kind, device)

@@ -1,25 +1,27 @@
-"""Figures of `sparing bench infer`: the engine against transformers.generate and against llama.cpp, in turn, on the same threads."""
+"""Our engine against transformers.generate and against llama.cpp, in turn, on the same threads."""
 
 from __future__ import annotations
 
-import itertools
+import argparse
+import inspect
 import random
 import statistics
 import tempfile
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from sparing.base.config import Config, ModelConfig
 from sparing.base.config_file import read_config, write_config
+from sparing.base.messages import say
 from sparing.base.run import RunFolder, read_tensors, write_tensors
+from sparing.bench.engines import Ours
 from sparing.bench.limit import LIMIT, Limit, Rounds
-from sparing.bench.report import row, say
-from sparing.bench.trials import Task, fastest, try_settings
+from sparing.bench.peers import available
+from sparing.bench.results import row
 from sparing.bench.worker import Worker
 from sparing.data.tokenizer import Tokenizer, train_tokenizer
 from sparing.interop.huggingface import export_hf
-from sparing.kernels.formats import this_machine
 
 BIG = ModelConfig(
     vocab_size=32768, hidden_size=1024, num_layers=12, num_dense_layers=1, intermediate_size=2816, num_heads=16, q_lora_rank=512,
@@ -27,169 +29,129 @@ BIG = ModelConfig(
     moe_intermediate_size=256, mtp_depth=1, max_position_embeddings=8192,
 )  # fmt: skip
 """About 1 B parameters, 150 M of them active: random weights serve to measure kernels and memory, not drafts or routing."""
-DTYPES = ("float32", "bfloat16")
-PART = 4
-"""Tokens that a setting of transformers writes before it is known to be fast enough for all."""
-
-
-@dataclass(frozen=True)
-class GenerateSetting:
-    """How transformers generates."""
-
-    dtype: str
-    cache: str
-    attention: str
-    compile: bool = False
-
-    @property
-    def format(self) -> str:
-        return self.dtype
-
-    def __str__(self) -> str:
-        return f"{self.dtype}, {self.cache} cache, {self.attention} attention" + (", compiled" if self.compile else "")
-
-
-def all_settings(compile: bool) -> list[GenerateSetting]:
-    """The grid that transformers' best is taken from, on every processor."""
-    grid = itertools.product(DTYPES, ("dynamic", "static"), ("sdpa", "eager"))
-    return [GenerateSetting(*point) for point in grid] + [GenerateSetting(d, "static", "sdpa", True) for d in DTYPES if compile]
+PEER = "benchmarks.transformers_generation"
 
 
 def generate(run: str, rounds: int = 5, prompt_tokens: int = 32, tokens: int = 128, threads: int = 2, weights: str = "auto",
              compile: bool = True, limit: str = LIMIT) -> list[dict]:  # fmt: skip
-    """Single-stream greedy decoding of a run's model, ours and transformers' in turn. run: a trained run folder.
+    """Greedy decoding of one text at a time by a run's model, ours and transformers' in turn; seconds include reading the prompt.
 
-    transformers: the fastest of its number formats, caches, attentions and (`compile`) compilation, tried first; formats that are far
-    slower than float32 here are left out. Prompts are pieces of the standard library's source. Seconds include reading the prompt, on
-    both sides. limit: of all that in time.
+    Prompts are pieces of the standard library's source. transformers: the fastest of its number formats, caches, attentions and (`compile`)
+    compilation, tried first; formats that are far slower than float32 here are left out. limit: time of the whole figure.
     """
     until, folder = Limit.of(limit), RunFolder.open(run)
-    prompts = _prompts(folder, rounds + 2, prompt_tokens)
+    tokenizer = Tokenizer.load(folder.tokenizer_file)
+    ids = tokenizer.encode(inspect.getsource(argparse))
+    prompts = [[tokenizer.eot_id, *ids[i * prompt_tokens : (i + 1) * prompt_tokens - 1]] for i in range(rounds + 2)]
+    sides: dict = {"ours": (Ours, run, {"weights": weights})}
+    more: dict = {"threads": threads, "settings": []}
+    peer = None
     with tempfile.TemporaryDirectory(prefix="sparing-bench-") as scratch:
-        exported = str(Path(scratch, "hf"))
-        with Worker(threads, until) as worker:
-            worker.ask("run", function="generation.export_main", run=run, out=exported)
-
-        def measure(worker: Worker, number: int, count: int) -> float:
-            return worker.ask("run", function="engines.measure", prompts=prompts[number : number + 1], tokens=count)["seconds"]
-
-        task = Task(
-            build=lambda worker, setting: worker.ask(
-                "run", function="engines.build", kind="transformers", path=exported, threads=threads, setting=asdict(setting)
-            ),
-            part=lambda worker: tokens / min(PART, tokens) * measure(worker, 0, min(PART, tokens)),
-            whole=lambda worker, number: measure(worker, number, tokens),
-            tokens=tokens,
-        )
-        trials = try_settings("transformers", all_settings(compile), task, 1, threads, until, this_machine())
-        best = fastest(trials, "generates")
-        sides = {"ours": ("ours", run, {"weights": weights}), "peer": ("transformers", exported, best)}
+        if available("transformers"):
+            exported = str(Path(scratch, "hf"))
+            with Worker(threads, until) as worker:
+                worker.run(export_main, run=run, out=exported)
+                arguments = {"path": exported, "threads": threads, "prompts": prompts[:2], "tokens": tokens, "compile": compile}
+                best = worker.run(f"{PEER}.best", **arguments, seconds=until.left())
+            sides["peer"] = (f"{PEER}.Transformers", exported, best["setting"])
+            more["settings"], peer = best["trials"], f"transformers, {best['name']}"
         measured = _in_turn(sides, threads, [[p] for p in prompts[2:]], tokens, until)
-    return _rows("single stream", measured, tokens, f"transformers, {GenerateSetting(**best)}", threads=threads, settings=trials)
+    return _rows("single stream", measured, tokens, peer, **more)
 
 
 def llamacpp(run: str = "", rounds: int = 5, prompt_tokens: int = 32, tokens: int = 64, prefill: int = 512, threads: int = 2,
              weights: str = "int8", type: str = "q8_0", texts: int = 8, speculate: bool = False,
              limit: str = LIMIT) -> list[dict]:  # fmt: skip
-    """The engine's `weights` against llama.cpp on the same model as GGUF of `type`: decoding alone and `texts` at once, prefill, memory.
+    """The engine's `weights` against llama.cpp on the same model as GGUF of `type`: decoding one text and `texts` at once, reading a
+    prompt of `prefill` tokens, memory.
 
-    run: a run folder; default: random weights of about 1 B parameters, 150 M active (made in a temporary folder of 5 GB). limit: of all
-    that in time; each of the three cases has a share of it.
+    run: a run folder; default: random weights of about 1 B parameters, 150 M active (a temporary folder of 5 GB). limit: time of the
+    whole figure; each of the three cases has a share of it.
     """
-    until = Limit.of(limit)
+    until, rows = Limit.of(limit), []
     with tempfile.TemporaryDirectory(prefix="sparing-bench-") as scratch:
-        file = Path(scratch, "model.gguf")
+        file = str(Path(scratch, "model.gguf"))
         path = run or random_run(Path(scratch, "run"), until)
-        with Worker(threads, until) as worker:
-            worker.ask("run", function="generation.export_file", run=path, out=str(file), type=type)
+        peer = available("llama.cpp")
+        if peer:
+            with Worker(threads, until) as worker:
+                worker.run(export_file, run=path, out=file, type=type)
         size = Tokenizer.load(RunFolder.open(path).tokenizer_file).vocab_size
-        context = prefill + tokens + 64
-        rows = []
         cases = (
             ("decode, 1 text", 1, prompt_tokens, tokens),
             (f"decode, {texts} texts at once", texts, prompt_tokens, tokens),
             (f"prefill of {prefill}", 1, prefill, 1),
         )
         for number, (name, count, length, made) in enumerate(cases):
-            sides = {
-                "ours": ("ours", path, {"weights": weights, "speculate": speculate, "max_batch": count}),
-                "peer": ("llamacpp", str(file), {"parallel": count, "context": context}),
-            }
+            sides: dict = {"ours": (Ours, path, {"weights": weights, "speculate": speculate, "max_batch": count})}
+            if peer:
+                setting = {"parallel": count, "context": prefill + tokens + 64, "type": type}
+                sides["peer"] = ("benchmarks.llamacpp.LlamaCpp", file, setting)
             generator = random.Random(0)
             groups = [[[generator.randrange(5, size) for _ in range(length)] for _ in range(count)] for _ in range(rounds)]
             share = until.within(until.left() / (len(cases) - number))
             measured = _in_turn(sides, threads, groups, made, share, together=count > 1)
-            measured["formats"]["peer"] = type
             per_round = length if made == 1 else count * made
-            rows += _rows(name, measured, per_round, f"llama.cpp, {type}", threads=threads, weights=weights)
+            rows += _rows(name, measured, per_round, f"llama.cpp, {type}" if peer else None, threads=threads, weights=weights)
     return rows
 
 
 def _in_turn(sides: dict, threads: int, groups: list, tokens: int, limit: Limit, together: bool = False) -> dict:
-    """Each group of prompts on each side, who goes first changing; the first group once more beforehand, untimed."""
+    """Each group of prompts on each side, (class, path, setting); who goes first changes. The first group once more beforehand, untimed."""
     result: dict = {"formats": {}}
     with ExitStack() as stack:
         workers = {name: stack.enter_context(Worker(threads, limit)) for name in sides}
         for name, (kind, path, setting) in sides.items():
-            asked = {"kind": kind, "path": path, "threads": threads, "setting": setting}
-            built = workers[name].ask("run", function="engines.build", **asked)
-            result[name], result["formats"][name] = {"seconds": [], "start": built["seconds"], "made": []}, built["format"]
+            workers[name].make(kind, path=path, threads=threads, setting=setting)
+            facts = workers[name].call("facts")
+            result[name], result["formats"][name] = {"seconds": [], "start": facts["seconds"], "made": []}, facts["format"]
             back = [prompt[::-1] for prompt in groups[0]]
-            workers[name].ask("run", function="engines.measure", prompts=back, tokens=tokens, together=together)
+            workers[name].call("measure", prompts=back, tokens=tokens, together=together)
         result["rounds"] = Rounds(len(groups), limit)
         for number in result["rounds"]:
             for name in list(workers)[:: 1 if number % 2 == 0 else -1]:
-                asked = {"prompts": groups[number], "tokens": tokens, "together": together}
-                answer = workers[name].ask("run", function="engines.measure", **asked)
+                answer = workers[name].call("measure", prompts=groups[number], tokens=tokens, together=together)
                 result[name]["seconds"].append(answer["seconds"])
                 result[name]["made"].append(answer["made"])
             last = ", ".join(f"{name} {result[name]['seconds'][-1]:.3f} s" for name in workers)
             say(f"round {number + 1} of {len(groups)}: {last}")
         for name, worker in workers.items():
-            result[name]["bytes"] = worker.ask("run", function="engines.memory")["bytes"]
-        result["counts"] = workers["ours"].ask("run", function="engines.counts")
+            result[name]["memory"] = worker.call("memory")
+        result["counts"] = workers["ours"].call("counts")
     return result
 
 
-def _rows(name: str, measured: dict, tokens: int, peer_name: str, **more) -> list[dict]:
-    ours, peer = ([tokens / seconds for seconds in measured[side]["seconds"]] for side in ("ours", "peer"))
-    pairs = list(zip(measured["ours"]["made"], measured["peer"]["made"], strict=True))
-    same = statistics.mean(a == b for one, two in pairs for x, y in zip(one, two, strict=True) for a, b in zip(x, y, strict=True))
-    runs = {"peer_name": peer_name, "runs": len(ours), "formats": measured["formats"], **measured["rounds"].said()}
-    spread = {"spread": {"ours": [min(ours), max(ours)], "peer": [min(peer), max(peer)]}, "same_tokens": same, "counts": measured["counts"]}
+def _rows(name: str, measured: dict, tokens: int, peer_name: str | None, **more) -> list[dict]:
+    sides = [side for side in ("ours", "peer") if side in measured]
+    rates = {side: [tokens / seconds for seconds in measured[side]["seconds"]] for side in sides}
+    same = {"peer_name": peer_name, "runs": len(rates["ours"]), "formats": measured["formats"], **measured["rounds"].more()}
+    more |= {"spread": {side: [min(values), max(values)] for side, values in rates.items()}, "counts": measured["counts"]}
+    if peer_name:
+        pairs = zip(measured["ours"]["made"], measured["peer"]["made"], strict=True)
+        ids = [(a, b) for one, two in pairs for x, y in zip(one, two, strict=True) for a, b in zip(x, y, strict=True)]
+        more["same_tokens"] = statistics.mean(a == b for a, b in ids)
+    values = {
+        ("speed", "tokens/s"): {side: statistics.median(rates[side]) for side in sides},
+        ("memory", "MiB"): {side: measured[side]["memory"] for side in sides},
+        ("start", "s"): {side: measured[side]["start"] for side in sides},
+    }
     return [
-        row(f"{name}, speed", statistics.median(ours), "tokens/s", statistics.median(peer), **runs, **spread, **more),
-        row(f"{name}, memory", measured["ours"]["bytes"] / 2**20, "MiB", measured["peer"]["bytes"] / 2**20, **runs),
-        row(f"{name}, start", measured["ours"]["start"], "s", measured["peer"]["start"], **runs),
+        row(f"{name}, {what}", of["ours"], unit, of.get("peer"), **same, **(more if what == "speed" else {}))
+        for (what, unit), of in values.items()
     ]
 
 
-def _prompts(folder: RunFolder, count: int, length: int) -> list[list[int]]:
-    import argparse
-    import inspect
-
-    tokenizer = Tokenizer.load(folder.tokenizer_file)
-    ids = tokenizer.encode(inspect.getsource(argparse))
-    return [[tokenizer.eot_id, *ids[i * length : (i + 1) * length - 1]] for i in range(count)]
-
-
-def read_main(folder: RunFolder, config: ModelConfig):
-    """A run's tensors without those of its MTP modules."""
-    for name, tensor in read_tensors(folder.weights_file):
-        parts = name.split(".")
-        if parts[1] != "layers" or int(parts[2]) < config.num_layers:
-            yield name, tensor
-
-
 def export_main(run: str, out: str) -> None:
-    """For transformers, without MTP modules, which it has none of."""
+    """Write a run's model for transformers, without MTP modules, which transformers doesn't have."""
     folder = RunFolder.open(run)
     config = replace(read_config(folder.config_file).model, mtp_depth=0)
-    export_hf(config, read_main(folder, config), folder.tokenizer_file, out)
+    main = ("model.embed_tokens.", "model.norm.", "lm_head.", *(f"model.layers.{i}." for i in range(config.num_layers)))
+    tensors = ((name, tensor) for name, tensor in read_tensors(folder.weights_file) if name.startswith(main))
+    export_hf(config, tensors, folder.tokenizer_file, out)
 
 
 def export_file(run: str, out: str, type: str) -> None:
-    """For llama.cpp."""
+    """Write a run's model for llama.cpp."""
     from sparing.interop.gguf import export_gguf
 
     folder = RunFolder.open(run)
@@ -197,16 +159,14 @@ def export_file(run: str, out: str, type: str) -> None:
 
 
 def random_run(path: Path, limit: Limit) -> str:
-    """A run folder of BIG, made by a process of its own: its memory is nobody's."""
+    """A run folder of BIG, made by a worker, so that its memory counts for no side."""
     with Worker(1, limit) as worker:
-        worker.ask("run", function="generation.make_random_run", path=str(path))
+        worker.run(make_random_run, path=str(path))
     return str(path)
 
 
 def make_random_run(path: str) -> None:
-    """Random weights at unit scale, with a small tokenizer."""
-    import inspect
-
+    """Write random weights at unit scale, and a small tokenizer."""
     import torch
 
     from sparing.model.transformer import Transformer

@@ -1,4 +1,4 @@
-"""How long a figure may take: every wait for a side ends with its limit, and rounds that no longer fit are left out and said to be."""
+"""The time limit of a figure. Every wait for a worker ends with it; rounds that no longer fit are left out, and a line says so."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from sparing.base.config import UserError
-from sparing.bench.report import say
+from sparing.base.messages import say
 from sparing.budget.units import parse_budget
 
 LIMIT = "30m"
-"""Of a figure that trains no run of its own."""
+"""Default of figures that train no whole run."""
 RUN_SLACK, RUN_EXTRA_S = 1.25, 1200.0
-"""What a run with a budget in time may take besides it: a busy machine, starting, being scored."""
+"""A run with a budget of S seconds may take S * RUN_SLACK + RUN_EXTRA_S: the machine is busy, the run starts and is scored."""
 RUN_S = 6 * 3600.0
-"""What a run with a budget in tokens or operations may take."""
+"""Seconds that a run with a budget in tokens or operations may take."""
 MARGIN = 1.5
-"""A round is begun if this many of the longest so far would fit."""
+"""A round starts if this many times the longest round so far would fit."""
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
 class Limit:
-    """Until when workers may answer. One that was made `within` another ends with it too."""
+    """A point in time until which workers may answer. A limit made `within` another ends with that one too."""
 
     def __init__(self, seconds: float, outer: Limit | None = None):
         self.seconds, self.outer = seconds, outer
@@ -31,7 +31,7 @@ class Limit:
 
     @classmethod
     def of(cls, text: str) -> Limit:
-        """`30m`. Raises UserError."""
+        """The limit that a text such as `30m` gives. Raises UserError."""
         try:
             amount = parse_budget(str(text))
         except UserError:
@@ -42,7 +42,7 @@ class Limit:
 
     @classmethod
     def of_runs(cls, text: str | None, budgets: Iterable[str]) -> Limit:
-        """`text`, or what runs with these budgets may take one after another."""
+        """`text`, or without one the time that runs with these budgets may take one after another."""
         return cls.of(text) if text else cls(sum(map(run_seconds, budgets)))
 
     def within(self, seconds: float) -> Limit:
@@ -52,25 +52,25 @@ class Limit:
         return f"{self.seconds:,.0f} s (--limit)"
 
     def left(self) -> float:
-        """Seconds; negative when it is over."""
+        """Seconds that are left; negative when it is over."""
         here = self.end - time.monotonic()
         return min(here, self.outer.left()) if self.outer else here
 
     def over(self) -> None:
-        """End it now, for whoever waits in another thread too."""
+        """End the limit now, in all threads that wait for it."""
         self.end = 0.0
 
 
 def run_seconds(budget: str) -> float:
-    """What a training run with this budget may take, from the start of its process to its score."""
+    """Seconds that a training run with this budget may take, from the start of its process to its score."""
     amount = parse_budget(budget)
     return RUN_SLACK * amount.amount + RUN_EXTRA_S if amount.unit == "s" else RUN_S
 
 
 class Rounds:
-    """0, 1, 2, ... up to `wanted`, as long as the next round is expected to fit into the limit.
+    """Iterates over 0, 1, 2, ... up to `wanted`, as long as the next round is expected to fit into the limit.
 
-    made: rounds that are complete. cut_short: why there are not more, which is also said at once.
+    made: how many rounds are complete. cut_short: why there are not more; a line says it at once.
     """
 
     def __init__(self, wanted: int, limit: Limit):
@@ -90,14 +90,14 @@ class Rounds:
             longest = max(longest, time.monotonic() - before)
             self.made += 1
 
-    def said(self) -> dict[str, str]:
-        """`cut_short`, for a row."""
+    def more(self) -> dict[str, str]:
+        """The key `cut_short` of a row, where rounds were left out."""
         return {"cut_short": self.cut_short} if self.cut_short else {}
 
 
 def in_parallel(jobs: int, limit: Limit, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    """`function` of every item, `jobs` at a time, begun in their order. If one fails, or the user interrupts, all workers with this limit
-    are ended at once."""
+    """`function` of every item, `jobs` at a time, started in order. If one fails, or the user interrupts, all workers with this limit are
+    killed at once."""
     pool = ThreadPoolExecutor(max(1, jobs))
     try:
         return [future.result() for future in [pool.submit(function, item) for item in items]]

@@ -1,4 +1,4 @@
-"""Loss after equal tokens in 8 bits and without them: paired seeds, the same batches, the same budget, one run after another."""
+"""Held-out loss after equal tokens in 8 bits and without: paired seeds, the same batches, the same budget, one run after another."""
 
 from __future__ import annotations
 
@@ -6,21 +6,18 @@ import hashlib
 import json
 import math
 import shutil
-import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from sparing.base.config import UserError
-from sparing.base.config_file import read_wishes
-from sparing.base.files import write_atomic
+from sparing.base.config_file import read_recipe
+from sparing.base.messages import say
 from sparing.bench.eight_bits import slow_kind
 from sparing.bench.limit import Limit, in_parallel, run_seconds
-from sparing.bench.report import paths_of, row, say
-from sparing.bench.trials import FAR
+from sparing.bench.results import paths_of, results_folder, row, stored_result
 from sparing.bench.worker import Worker
 from sparing.kernels.formats import this_machine
 
@@ -39,6 +36,8 @@ MODEL = {
 twice as far or more (LAB.md), which five pairs cannot see through."""
 TRAIN = {"seq_len": 256, "batch_size": 16, "micro_batch_size": 16, "replicas": 1, "compile": False, "evals": 0, "short_seq_len": None}
 REQUIRED, MOONSHOT = 0.0025, 0.001
+FAR = 3.0
+"""By default int8 is left out where the processor multiplies it so many times slower than float32."""
 T_975 = (0.0, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 """Student's t, 97.5 %, by degrees of freedom up to 10."""
 
@@ -55,14 +54,14 @@ def precision_loss(
     jobs: int = 1,
     limit: str | None = None,
 ) -> list[dict]:
-    """Rows: for each of `sides` the relative difference of the held-out loss to 16 bits, mean and 95 % interval over seeds, whose upper end
-    counts; and the least share of the linears' multiplications that was in 8 bits at any measurement.
+    """Rows for each of `sides`: the relative difference of the held-out loss to 16 bits, as the upper end of its 95 % interval over seeds,
+    which counts, and as its mean; and the least share of the linears' multiplications that was in 8 bits at any measurement.
 
-    The runs beside which 8 bits are put, and all that is not in 8 bits on their side, are in what training multiplies in on this machine:
-    the question is what 8 bits cost beside training as it would be done here. sides: default: int8 and fp8, of which int8 is left out
-    where the processor multiplies it far slower than float32. Every run is one thread in a process of its own, scored on `val` with the
-    weights as saved. recipe: a TOML file of wishes over the figure's model. out: a folder that keeps the runs: finished ones are not made
-    again, others go on. jobs: runs at a time. limit: of all that in time; default: what runs with this budget may take, each its own share.
+    The other side, and what is not in 8 bits on our side, computes in what training multiplies in on this machine. sides: default: int8 and
+    fp8, without int8 where the processor multiplies it far slower than float32. Every run is one thread in a process of its own, scored on
+    `val` with the weights as saved. recipe: a TOML file of wishes over the figure's model. out: a folder that keeps the runs: finished
+    ones are not made again, others go on. jobs: runs at a time. limit: time of the whole figure; default: what runs with this budget may
+    take, each its own share.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     wanted = [side.strip() for side in sides.split(",")] if sides else _sides_here(device)
@@ -73,11 +72,9 @@ def precision_loss(
             say(f"--sides {slow}")
     if not 2 <= seeds <= len(T_975):
         raise UserError(f"bench precision loss: --seeds {seeds}: give 2 to {len(T_975)}")
-    wishes = read_wishes(recipe) if recipe else {}
+    wishes = read_recipe(recipe).wishes
     sides_of_a_pair, dtype = ("none", *wanted), this_machine().training_dtype(device)
-    with ExitStack() as stack:
-        folder = Path(out or stack.enter_context(tempfile.TemporaryDirectory(prefix="sparing-bench-")))
-        folder.mkdir(parents=True, exist_ok=True)
+    with results_folder(out) as folder:
         arguments = {"data": paths_of(data), "val": paths_of(val), "budget": tokens, "wishes": wishes, "val_bytes": val_bytes}
         arguments["dtype"] = dtype
         # A pair is complete before the next begins: what is there can be looked at.
@@ -100,13 +97,14 @@ def _run(folder: Path, until: Limit, arguments: dict) -> dict:
     """`train_side` in a process with one thread, unless the folder has its result."""
     side, seed = arguments["side"], arguments["seed"]
     digest = hashlib.sha256(json.dumps([arguments, SIDES[side], MODEL, TRAIN], sort_keys=True).encode()).hexdigest()[:8]
-    kept = folder / f"{side}-{seed}-{digest}.json"
-    if not kept.exists():
+    file = folder / f"{side}-{seed}-{digest}.json"
+
+    def measure() -> dict:
         limit = until.within(run_seconds(arguments["budget"]))
         with Worker(1, limit, {"SPARING_HOME": str(folder / "home")}) as worker:
-            found = worker.ask("run", function="precision_loss.train_side", out=str(kept.with_suffix("")), **arguments)
-        write_atomic(kept, json.dumps(found))
-    result = json.loads(kept.read_text())
+            return worker.run(train_side, out=str(file.with_suffix("")), **arguments)
+
+    result = stored_result(file, measure)
     say(f"{side}, seed {seed}: loss {result['loss']:.5f}, {result['tokens_per_s']:,.0f} tokens/s")
     return result
 
@@ -116,7 +114,7 @@ def train_side(
 ) -> dict:
     """`sparing train` with one precision over `dtype`, then its loss on `val`. A run that was interrupted goes on."""
     from sparing.api import load, resume, train
-    from sparing.base.config_file import merge_wishes
+    from sparing.base.config_file import Wishes
     from sparing.base.files import read_lines
     from sparing.base.run import RunFolder
     from sparing.data.sources import documents
@@ -130,7 +128,7 @@ def train_side(
         summary = resume(out, samples=0)
     else:
         shutil.rmtree(out, ignore_errors=True)
-        summary = train(list(data), budget, out, merge_wishes(base, wishes), seed=seed, samples=0)
+        summary = train(list(data), budget, out, Wishes.of(base, wishes), seed=seed, samples=0)
     model = load(out)
     texts = (document.text for document in documents(val))
     score = bpb(model.network.nll, model.tokenizer, texts, model.config.train.seq_len, batch=32, max_bytes=val_bytes)

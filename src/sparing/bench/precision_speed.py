@@ -1,4 +1,4 @@
-"""Speed of training in 8 bits beside what this machine trains in: whole steps of one model on one batch, in turn; the products alone."""
+"""Speed of training in 8 bits beside what this machine trains in: whole steps of one model on one batch, and the products alone."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from statistics import median
 
 from sparing.base.config import Config, ModelConfig, PrecisionConfig, TrainConfig
 from sparing.base.config_file import build
+from sparing.base.messages import say
 from sparing.bench.eight_bits import fast_kind, few_bits, slow_kind
 from sparing.bench.limit import LIMIT, Limit, Rounds
-from sparing.bench.report import row, say
+from sparing.bench.results import row
 from sparing.bench.worker import Worker
 from sparing.kernels.formats import this_machine
 from sparing.precision.eight_bit import speed_note
@@ -36,14 +37,13 @@ def precision_speed(
     widths: str | None = None, kind: str | None = None, rounds: int = 7, rows: int | None = None, limit: str = LIMIT
 ) -> list[dict]:
     """Rows: tokens/s of whole optimizer steps (forward, backward, clipping, Muon and AdamW, router biases) with 8-bit products, and with
-    the memory figure's storage besides, each beside what training multiplies in on this machine over float32: median of the ratios of
-    `rounds` turns, every side in a process of its own; and the products' own ratio. kind: int8 or fp8; default: what this machine has.
-    Where it has none, the defaults are int8 on a small model; `--kind int8` has the widths of every other machine.
+    the memory figure's storage besides, each beside what training multiplies in on this machine; and the products' own ratio.
 
-    widths: default: 256, 512 and 1024. rows: sequences of 512 in a batch, default: 16, which are the 8,192 tokens that `resolve` chooses on
-    a CPU for runs of more than 20 M tokens, as these widths have, in one micro-batch, which calibration tries first: with smaller batches
-    the optimizer would weigh more than in a run. Steps that measure errors (one in a hundred) are not among those timed. limit: of all
-    that in time, a share for each width.
+    Every side is a process of its own; ratios are medians over `rounds` turns. kind: int8 or fp8; default: what this machine has. Where it
+    has none, the defaults are int8 and a small model; `--kind int8` gives the widths of other machines. widths: default: 256, 512, 1024.
+    rows: sequences of 512 in a batch; default: 16, the 8,192 tokens that `resolve` chooses on a CPU for runs of more than 20 M tokens, in
+    one micro-batch: with smaller batches the optimizer would weigh more than in a run. Steps that measure errors (one in a hundred) are
+    not timed. limit: time of the whole figure, a share for each width.
     """
     lines, until, threads = [], Limit.of(limit), this_machine().cores_physical
     fact = facts(kind)
@@ -66,8 +66,8 @@ def precision_speed(
             workers = [stack.enter_context(Worker(threads, share)) for _ in sides]
             needs = 0.0
             for worker, precision in zip(workers, sides.values(), strict=True):
-                worker.ask("make", function="precision_speed.Side", precision=asdict(precision), width=width, rows=rows)
-                part = [worker.ask("step", rows=1) for _ in range(2)][1]
+                worker.make(PrecisionSide, precision=asdict(precision), width=width, rows=rows)
+                part = [worker.call("step", rows=1) for _ in range(2)][1]
                 needs += 2 * (rows * part["passes_s"] + part["update_s"])
             if needs > share.left():
                 why = f"d {width}: a round would take about {needs:,.0f} s, of {share} {share.left():,.0f} s are left"
@@ -78,13 +78,12 @@ def precision_speed(
             turns = Rounds(rounds, share)
             for _ in turns:
                 for side, worker in zip(sides, workers, strict=True):
-                    worker.ask("step")  # another side's working memory has left the caches
-                    speeds[side].append(worker.ask("step")["tokens_per_s"])
-            least = workers[1].ask("step", rows=1)["share"]
-            asked = {"width": width, "kind": chosen, "dtype": plain, "rounds": turns.made}
-            products = workers[0].ask("run", function="precision_speed.products_alone", **asked)
+                    worker.call("step")  # another side's working memory has left the caches
+                    speeds[side].append(worker.call("step")["tokens_per_s"])
+            least = workers[1].call("step", rows=1)["share"]
+            products = workers[0].run(products_alone, width=width, kind=chosen, dtype=plain, rounds=turns.made)
         need = REQUIRED[fact["device"]].get(width)
-        formats = {"formats": {"ours": chosen, "peer": plain}, **turns.said()}
+        formats = {"formats": {"ours": chosen, "peer": plain}, **turns.more()}
         for side in list(sides)[1:]:
             ratios = [a / b for a, b in zip(speeds[side], speeds[plain], strict=True)]
             values = median(speeds[side]), "tokens/s", median(speeds[plain]), f"{plain}, the same model", turns.made
@@ -108,7 +107,7 @@ def facts(kind: str | None) -> dict[str, str | None]:
     return {"device": device, "dtype": dtype, "kind": kind, "how": speed_note(kind, device), "slow": slow_kind(kind, device)}
 
 
-class Side:
+class PrecisionSide:
     """A model in training on random tokens, its state kept and its products made as `precision` says; `step` is a whole optimizer step."""
 
     def __init__(self, precision: dict, width: int, rows: int, length: int = 512):

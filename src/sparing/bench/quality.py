@@ -1,4 +1,4 @@
-"""Figure 2: held-out bits per byte for a budget of minutes, everything counted; our models against the yardstick, one run after another."""
+"""Held-out bits per byte for a budget of minutes, everything counted: our models against the yardstick, one run after another."""
 
 from __future__ import annotations
 
@@ -9,17 +9,15 @@ import shutil
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import asdict
-from pathlib import Path
 
 from sparing.base.config import UserError
-from sparing.base.config_file import read_wishes
-from sparing.base.files import write_atomic
+from sparing.base.config_file import read_recipe
+from sparing.base.messages import say
 from sparing.bench.limit import Limit, run_seconds
-from sparing.bench.report import paths_of, row, say
+from sparing.bench.peers import available
+from sparing.bench.results import paths_of, results_folder, row, stored_result
 from sparing.bench.worker import Worker
-from sparing.bench.yardstick import parse_yardstick
 from sparing.budget.units import parse_budget
 from sparing.kernels.formats import this_machine
 
@@ -32,8 +30,9 @@ WISHES: dict[str, dict] = {
     "moe": {"n_routed_experts": 16, "mtp_depth": 0},
     "moe+mtp": {"n_routed_experts": 16, "mtp_depth": 1},
 }
-"""What each of our sides forces; all else is derived from the budget."""
+"""What each of our sides sets of the model; all else is derived from the budget."""
 SIDES = (*WISHES, "yardstick")
+PEER = "benchmarks.yardstick"
 
 
 def quality(
@@ -50,52 +49,49 @@ def quality(
     out: str | None = None,
     limit: str | None = None,
 ) -> list[dict]:
-    """Rows of the figure: one for each of `runs` ("SIDE:BUDGET, ...", sides: auto dense dense+mtp moe moe+mtp yardstick).
+    """One row for each of `runs` ("SIDE:BUDGET, ...", sides: auto dense dense+mtp moe moe+mtp yardstick).
 
     Each run is a process of its own with an empty $SPARING_HOME, so that its budget pays for tokenising and calibrating too. All are
     scored on the same documents in windows of `context` tokens, outside the budget; ours in windows of their own context too.
-    recipe: a TOML file of wishes for all of ours. out: a folder that keeps runs and results; results already there are not run again.
+    recipe: a TOML file of wishes for all of ours. out: a folder that keeps runs and results; results that are there are not measured again.
     Each side trains in its own fastest number format: ours as `resolve` chooses, the yardstick in what this machine trains in.
-    limit: of all that in time; default: what runs with these budgets may take, each its own share.
+    limit: time of the whole figure; default: what runs with these budgets may take, each its own share.
     """
     plan = parse_runs(runs)
-    shape = asdict(parse_yardstick(yardstick, yardstick_batch))
-    paths = {"data": paths_of(data), "val": paths_of(val)}
-    wishes = read_wishes(recipe) if recipe else {}
+    if not (yardsticks := "yardstick" in dict(plan) and available("the yardstick, which is trained in transformers,")):
+        plan = [(side, budget) for side, budget in plan if side != "yardstick"]
+    wishes = read_recipe(recipe).wishes
     until = Limit.of_runs(limit, (budget for _, budget in plan))
     dtype = this_machine().training_dtype("cpu")
+    if yardsticks:
+        with Worker(threads, until) as worker:
+            shape = worker.run(f"{PEER}.shape_of", text=yardstick, batch=yardstick_batch)
     results = []
-    with ExitStack() as stack:
-        folder = Path(out or stack.enter_context(tempfile.TemporaryDirectory(prefix="sparing-bench-")))
+    with results_folder(out) as folder:
         for side, budget in plan:
-            arguments = {**paths, "budget": budget, "contexts": [context], "val_bytes": val_bytes}
+            arguments = {"data": paths_of(data), "val": paths_of(val), "budget": budget, "contexts": [context], "val_bytes": val_bytes}
             if side == "yardstick":
-                arguments |= {"function": "yardstick.train_yardstick", "yardstick": shape | {"seed": seed}, "dtype": dtype}
+                train, arguments = f"{PEER}.train_yardstick", arguments | {"yardstick": shape | {"seed": seed}, "dtype": dtype}
             else:
-                arguments |= {"function": "quality.train_ours", "side": side, "wishes": wishes, "seed": seed}
+                train, arguments = train_ours, arguments | {"side": side, "wishes": wishes, "seed": seed}
             # The name holds all that shapes a result, so that one is found again only where it would come out alike.
             digest = hashlib.sha256(json.dumps([arguments, threads, dtype], sort_keys=True).encode()).hexdigest()[:8]
-            kept = folder / f"{side.replace('+', '-')}-{budget.replace('$', 'usd')}-{digest}.json"
-            if not kept.exists():
-                say(f"{side}, {budget} ...")
-                run = kept.with_suffix("")
-                shutil.rmtree(run, ignore_errors=True)  # of an attempt that did not end
-                folder.mkdir(parents=True, exist_ok=True)
-                asked = arguments if side == "yardstick" else arguments | {"out": str(run)}
-                result = _run(asked, threads, until.within(run_seconds(budget)))
-                write_atomic(kept, json.dumps(result, indent=1))
-            results.append(json.loads(kept.read_text()))
+            file = folder / f"{side.replace('+', '-')}-{budget.replace('$', 'usd')}-{digest}.json"
+            if side != "yardstick":
+                arguments["out"] = str(file.with_suffix(""))
+
+            def measure(budget=budget, file=file, train=train, arguments=arguments) -> dict:
+                """One run in a fresh process and a fresh $SPARING_HOME; its budget starts before the process does."""
+                shutil.rmtree(file.with_suffix(""), ignore_errors=True)  # of an attempt that did not end
+                with tempfile.TemporaryDirectory(prefix="sparing-home-") as home:
+                    started = time.monotonic()
+                    with Worker(threads, until.within(run_seconds(budget)), {"SPARING_HOME": home}) as worker:
+                        return worker.run(train, started=started, **arguments)
+
+            results.append(stored_result(file, measure))
             score, tokens, seconds = (results[-1][key] for key in ("bpb", "tokens", "seconds"))
             say(f"{side}, {budget}: {score:.4f} bits per byte, {tokens:,} tokens in {seconds:.0f} s")
     return rows_of(plan, results)
-
-
-def _run(arguments: dict, threads: int, limit: Limit) -> dict:
-    """One run in a fresh process and a fresh $SPARING_HOME; its budget starts before the process does."""
-    with tempfile.TemporaryDirectory(prefix="sparing-home-") as home:
-        started = time.monotonic()
-        with Worker(threads, limit, {"SPARING_HOME": home}) as worker:
-            return worker.ask("run", started=started, **arguments)
 
 
 def train_ours(
@@ -156,7 +152,7 @@ def parse_runs(text: str) -> list[tuple[str, str]]:
 
 
 def rows_of(plan: list[tuple[str, str]], results: list[dict]) -> list[dict]:
-    """Ours beside the yardstick's longest run, where there is one; and the least time in which one of ours was as good."""
+    """Each run of ours beside the yardstick's longest run, where there is one; and the least time in which one of ours was as good."""
     runs = list(zip(plan, results, strict=True))
     yardsticks = [(parse_budget(budget).amount, budget, result) for (side, budget), result in runs if side == "yardstick"]
     _, length, best = max(yardsticks, key=lambda entry: entry[0], default=(0.0, "", None))

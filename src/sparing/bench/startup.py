@@ -1,4 +1,4 @@
-"""Figure 4: how long `sparing --help` takes."""
+"""How long `sparing --help` takes."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import sys
 import time
 
 from sparing.bench.limit import LIMIT, Limit, Rounds
-from sparing.bench.report import row
+from sparing.bench.results import row
 from sparing.bench.worker import WorkerError
 
 
 def startup(runs: int = 10, limit: str = LIMIT) -> list[dict]:
-    """Median seconds of `sparing --help`, the start of the interpreter included. limit: of all runs in time."""
-    took, until = [], Limit.of(limit)
+    """One row: median seconds of `sparing --help`, the interpreter's start included. limit: time of all runs together."""
+    seconds, until = [], Limit.of(limit)
     rounds = Rounds(runs, until)
     for _ in rounds:
         before = time.perf_counter()
@@ -23,5 +23,5 @@ def startup(runs: int = 10, limit: str = LIMIT) -> list[dict]:
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=max(0.0, until.left()))
         except subprocess.TimeoutExpired:
             raise WorkerError(f"not done within {until}") from None
-        took.append(time.perf_counter() - before)
-    return [row("sparing --help", statistics.median(took), "s", 0.3, "allowed", runs=rounds.made, **rounds.said())]
+        seconds.append(time.perf_counter() - before)
+    return [row("sparing --help", statistics.median(seconds), "s", 0.3, "allowed", runs=rounds.made, **rounds.more())]

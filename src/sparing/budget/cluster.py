@@ -1,4 +1,4 @@
-"""Step time of training on many devices, from published kernel figures: pipeline bubbles, expert all-to-all, tensor parallelism, ZeRO-1.
+"""Predicts training on many devices from published kernel figures: pipeline bubbles, expert all-to-all, tensor parallelism, ZeRO-1.
 
 Times are device-seconds of one token unless said otherwise: what one device would need if it did all of the token's work. Assumed: stages
 of a pipeline are balanced, every micro-batch has 4,096 tokens (longer sequences are divided), nothing fails. Bubbles: DeepSeek-V3 (arXiv
@@ -7,13 +7,18 @@ of a pipeline are balanced, every micro-batch has 4,096 tokens (longer sequences
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
-from sparing.account.prices import Device, device, kernels
+from sparing.account.prices import Device, Rates, device, kernels, rates_for
 from sparing.base.config import ModelConfig, UserError
+from sparing.base.config_file import check_section, nearest
+from sparing.base.hardware import Machine
 from sparing.base.layers import layers, mixtures
-from sparing.budget.flops import forward_products, parameters
+from sparing.budget.estimate import Estimate, around, exactly
+from sparing.budget.flops import forward_products, parameters, train_flops
+from sparing.budget.memory import saved_per_token
+from sparing.budget.predict import as_json, counted, spent
 
 MICRO_TOKENS = 4096
 REFERENCE = "h800"
@@ -21,6 +26,12 @@ COMPUTING_SMS = 112 / 132
 """Share of the device that computes while an overlapped all-to-all takes the rest (V3 §3.2.2: 20 of 132 SMs)."""
 EFFICIENCY = 0.839
 """What this model says of V3's pre-training / what it took (2.664 M H800-hours). The only fitted number here."""
+SPREAD = 0.25
+"""Half-width of stated hours: what the published runs that were not fitted stay within (docs/planning.md)."""
+WATTS_SPREAD = 0.2
+SOURCE = f"kernel figures of the H800, efficiency {EFFICIENCY} fitted on DeepSeek-V3 (budget/cluster.py)"
+FIELDS = {"tokens", "usd_per_hour", "hours", "hours_of", "layout", "stage"}
+STAGE_FIELDS = {"name", "tokens", "extra", "seq_len", "batch_size"}
 
 
 @dataclass(frozen=True)
@@ -190,3 +201,101 @@ def device_hours(c: ModelConfig, tokens: float, seq_len: int, batch_sequences: f
     """Hours of one device times devices for `tokens`; efficiency 1: nothing fitted."""
     step = step_time(c, seq_len, batch_sequences, layout)
     return tokens / step.tokens * step.total * layout.devices / 3600 / efficiency
+
+
+# the plan of a published run: a model, a layout and its stages, as a preset states them
+
+
+def layout_of(section: dict, where: str) -> Layout:
+    """Raises UserError for a field or value that a layout does not have."""
+    return Layout(**check_section(section, Layout, where))
+
+
+def stages(c: ModelConfig, seq_len: int, batch: int, section: dict, layout: Layout) -> list[tuple[str, float, Estimate]]:
+    """(name, tokens, device hours): pre-training (less the stages carved out of it), the named stages, and hours that are given."""
+    for row in section.get("stage", []):
+        for field in row.keys() - STAGE_FIELDS:
+            raise UserError(f"[[plan.stage]]: unknown key {field}; nearest: {nearest(field, STAGE_FIELDS)}")
+    carved = sum(row["tokens"] for row in section.get("stage", []) if not row.get("extra"))
+    rows = [{"name": "pre-training", "tokens": section["tokens"] - carved}, *section.get("stage", [])]
+    result = []
+    for row in rows:
+        hours = device_hours(c, row["tokens"], row.get("seq_len", seq_len), row.get("batch_size", batch), layout, EFFICIENCY)
+        result.append((row["name"], row["tokens"], around(hours, SPREAD, SOURCE)))
+    if "hours" in section:
+        result.append((section.get("hours_of", "other"), 0.0, exactly(section["hours"], "an input of the preset")))
+    return result
+
+
+def memory_of(c: ModelConfig, seq_len: int, layout: Layout) -> dict[str, float]:
+    """Bytes on one device: 16-bit weights, float32 gradients, its part of masters and moments (ZeRO-1), micro-batches under way."""
+    held = sum(held_parameters(c, layout))
+    ranks = layout.devices / (layout.pipeline * layout.tensor)
+    experts, others = held_parameters(c, layout)
+    copies = max(1.0, layout.devices / (layout.pipeline * max(layout.expert, layout.tensor)))
+    in_flight = layout.pipeline + 1 if layout.schedule == "dualpipe" else layout.pipeline
+    size = 1 if layout.format == "fp8" else 2
+    if layout.recompute == "full":
+        kept = 2.0 * c.hidden_size * len(layers(c))
+    else:
+        kept = sum(saved_per_token(layer, seq_len, size, "cuda") for layer in layers(c))
+        if layout.recompute == "up":  # MLA's queries, keys and values are made again
+            heads = [layer.attention for layer in layers(c) if layer.attention.kind == "mla"]
+            kept -= size * sum(a.heads * 2 * (a.key + a.value / 2) for a in heads)
+    return {
+        "weights": 2.0 * held,
+        "gradients": 4.0 * held,
+        "optimizer": 12.0 * (experts / copies + others / ranks),
+        "activations": in_flight * MICRO_TOKENS * kept / layout.pipeline / layout.tensor,
+    }
+
+
+def plan_stages(c: ModelConfig, seq_len: int, batch: int, section: dict, country: str | None = None) -> dict[str, Any]:
+    """The keys of `plan --json` for a run over many devices, and `stages`.
+
+    Raises UserError for what the preset lacks, and where it does not fit the devices.
+    """
+    for field in section.keys() - FIELDS:
+        raise UserError(f"[plan]: unknown key {field}; nearest: {nearest(field, FIELDS)}")
+    for field in ("tokens", "layout"):
+        if field not in section:
+            raise UserError(f"[plan] lacks {field}")
+    layout = layout_of(section["layout"], "[plan.layout]: ")
+    layout.check()
+    rates = _rates(layout, section, country)
+    memory = memory_of(c, seq_len, layout)
+    total, limit = sum(memory.values()), device(layout.machine).memory_bytes
+    # The estimate is rough: only what is clearly too much is refused.
+    if total / (1 + SPREAD) > limit:
+        more = layout.devices * 2 ** max(1, round(total / limit) - 1)
+        raise UserError(f"{total / 1e9:.0f} GB on a device of {limit / 1e9:.0f} GB; nearest: twice the pipeline stages on {more} devices")
+    rows = stages(c, seq_len, batch, section, layout)
+    hours = Estimate(*(sum(getattr(each, bound) for _, _, each in rows) for bound in ("value", "low", "high")), SOURCE)
+    tokens = sum(tokens for _, tokens, _ in rows)
+    time_s = hours.times(3600 / layout.devices)
+    unknown = {"value": None, "low": None, "high": None, "source": "no law of ours reaches models of this size"}
+    numbers = as_json(
+        {
+            **counted(c),
+            "flops": exactly(tokens * train_flops(c, seq_len), "counted, times tokens"),
+            "tokens": exactly(tokens, "the preset"),
+            "memory_bytes": {
+                **{part: around(value, SPREAD, "a device's share") for part, value in memory.items()},
+                "total": around(total, SPREAD, "a device's share"),
+            },
+            "time_s": time_s,
+            "device_hours": hours,
+            **spent(hours, rates, WATTS_SPREAD, rates.sources["usd_per_hour"]),
+        }
+    )
+    shown = {name: {"tokens": tokens, "device_hours": hours.to_dict()} for name, tokens, hours in rows}
+    return {**numbers, "bpb": unknown, "machine": f"{layout.devices} x {layout.machine}", "stages": shown}
+
+
+def _rates(layout: Layout, section: dict, country: str | None) -> Rates:
+    anywhere = Machine("", "", 1, 1, 0, True)
+    rates = rates_for(anywhere, layout.machine, country, "on_demand")
+    if "usd_per_hour" in section:
+        sources = {**rates.sources, "usd_per_hour": "the preset"}
+        return replace(rates, usd_per_hour=section["usd_per_hour"], sources=sources)
+    return rates

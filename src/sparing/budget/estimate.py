@@ -1,4 +1,4 @@
-"""Seconds of a training step: from steps that were timed on this machine, or from a hardware table for a machine that is not here.
+"""Predicts the seconds of a training step: from steps timed on this machine, or, for another machine, from the hardware table.
 
 A step's time is a sum over what it does (products, attention scores, head, memory traffic, optimizer, launches), each at a rate of its own.
 The rates are fitted to timed steps of a few models (`train/profile.py`) as the most probable ones around defaults, so that two or three

@@ -1,4 +1,4 @@
-"""Parameters and floating-point operations of a model, from its configuration alone.
+"""Counts parameters and floating-point operations of a model from its configuration.
 
 A multiply-add counts as two operations. Attention is counted causally: position t attends to t + 1 keys. Norms, softmax, rotary
 embedding, gates' activations and the embedding look-up are not counted, as in the papers' figures.
@@ -40,21 +40,8 @@ def attention_flops(a: Attention, seq_len: int) -> float:
     return 2 * keys * a.heads * (a.key + a.value)
 
 
-def forward_flops(c: ModelConfig, seq_len: int, mtp: bool = True) -> dict[str, float]:
-    """Operations of a forward pass per token, by part: attention (projections), scores, feed_forward, head, mtp."""
-    main, modules = layers(c)[: c.num_layers], layers(c)[c.num_layers :] if mtp else ()
-    head = 2.0 * c.vocab_size * c.hidden_size
-    return {
-        "attention": 2.0 * sum(layer.attention.weights for layer in main),
-        "scores": sum(attention_flops(layer.attention, seq_len) for layer in main),
-        "feed_forward": 2.0 * sum(layer.feed_forward.common + layer.feed_forward.routed_active for layer in main),
-        "head": head,
-        "mtp": sum((2.0 * (m.common + m.feed_forward.routed_active) + head + attention_flops(m.attention, seq_len) for m in modules), 0.0),
-    }
-
-
 class ForwardProducts(NamedTuple):
-    """Operations of a token's forward pass, MTP modules included, by what is multiplied. The sum is that of `forward_flops`."""
+    """Operations of a token's forward pass, by what is multiplied."""
 
     common: float
     """Matrices that every token uses."""
@@ -66,15 +53,20 @@ class ForwardProducts(NamedTuple):
     """The output head, once for the decoder and once for each MTP module."""
 
 
-def forward_products(c: ModelConfig, seq_len: int) -> ForwardProducts:
-    """Count the operations of `forward_flops` by the kernels that do them."""
-    every = layers(c)
+def forward_products(c: ModelConfig, seq_len: int, mtp: bool = True) -> ForwardProducts:
+    """Operations of a forward pass per token, with or without the MTP modules."""
+    every = layers(c) if mtp else layers(c)[: c.num_layers]
     return ForwardProducts(
         2.0 * sum(layer.common for layer in every),
         2.0 * sum(layer.feed_forward.routed_active for layer in every),
         sum(attention_flops(layer.attention, seq_len) for layer in every),
-        2.0 * (1 + c.mtp_depth) * c.vocab_size * c.hidden_size,
+        2.0 * (1 + (c.mtp_depth if mtp else 0)) * c.vocab_size * c.hidden_size,
     )
+
+
+def forward_flops(c: ModelConfig, seq_len: int, mtp: bool = True) -> float:
+    """The sum of `forward_products`."""
+    return sum(forward_products(c, seq_len, mtp))
 
 
 def train_flops(c: ModelConfig, seq_len: int, recompute: bool = False) -> float:
@@ -82,11 +74,10 @@ def train_flops(c: ModelConfig, seq_len: int, recompute: bool = False) -> float:
 
     The recomputed pass is work, but not counted in MFU: pass recompute=False for that.
     """
-    parts = forward_flops(c, seq_len)
-    forward = sum(parts.values())
-    return 3.0 * forward + (forward - parts["head"] if recompute else 0.0)
+    forward = forward_flops(c, seq_len)
+    return 3.0 * forward + (forward - 2.0 * c.vocab_size * c.hidden_size if recompute else 0.0)
 
 
-def kv_cache_bytes(c: ModelConfig, bytes_per_number: int = 2) -> int:
-    """Bytes that a decoder keeps per token."""
-    return sum(layer.attention.cache_width for layer in layers(c)[: c.num_layers]) * bytes_per_number
+def kv_cache_bytes(c: ModelConfig) -> int:
+    """Bytes that a decoder keeps of each token, in 16 bits."""
+    return 2 * sum(layer.attention.cache_width for layer in layers(c)[: c.num_layers])

@@ -1,7 +1,7 @@
-"""Bytes that training needs, by part, from the configuration alone: what the code of `model/` and `kernels/` keeps, part by part.
+"""Predicts the memory of training from the configuration: what `model/` and `kernels/` keep, part by part.
 
 Weights, gradients and moments are float32, activations the compute type, unless `[precision]` keeps them in fewer bits. Gradients appear
-while activations go, but in pieces of other sizes: the allocator holds part of both, or little (`precision/allocator.py`).
+while activations go, but in pieces of other sizes: the allocator holds part of both, or little (`kernels/native.py`).
 N tokens of a micro-batch, D hidden size, H heads, K and V their widths, E experts, F their width, S rows that reach experts.
 """
 
@@ -80,11 +80,11 @@ def _largest_group(c: ModelConfig) -> float:
     return max(stacks, sum(2 * f.width * f.hidden for f in every if not f.mixture))
 
 
-Path = Literal["plain", "passes", "products", "cuda"]
+KernelPath = Literal["plain", "passes", "products", "cuda"]
 """Which kernels run: plain ones, our compiled passes (`kernels/native.py`), those with our own bf16 products, PyTorch's on a GPU."""
 
 
-def path_of(config: Config, compiled: bool = True, bf16: bool = True) -> Path:
+def path_of(config: Config, compiled: bool = True, bf16: bool = True) -> KernelPath:
     """compiled: there is a C compiler. bf16: whether our own products of bfloat16 will be chosen, where `train.kernels` is open. Compiled
     kernels want one thread an operation."""
     t = config.train
@@ -96,7 +96,9 @@ def path_of(config: Config, compiled: bool = True, bf16: bool = True) -> Path:
     return "products" if own and t.dtype == "bfloat16" else "passes"
 
 
-def saved_per_token(layer: Layer, seq_len: int, size: int, path: Path = "plain", balance: bool = True, eight_bit: bool = False) -> float:
+def saved_per_token(
+    layer: Layer, seq_len: int, size: int, path: KernelPath = "plain", balance: bool = True, eight_bit: bool = False
+) -> float:
     """Bytes that a layer keeps of one token for its backward pass. size: bytes of a number in the compute type."""
     a, f, D = layer.attention, layer.feed_forward, layer.hidden
     H, K, V = a.heads, a.key, a.value
@@ -131,7 +133,7 @@ def filler_bytes(f: FeedForward, size: int) -> float:
     return f.experts * EXPERT_ROWS / 2 * (size * (f.hidden + 2 * f.width + 1) + 8)
 
 
-def _copied(c: ModelConfig, path: Path, whole: bool) -> float:
+def _copied(c: ModelConfig, path: KernelPath, whole: bool) -> float:
     """Weights that the plain kernels keep in the compute type too: all but a CPU's experts; of 16-bit ones those that are joined."""
     if whole:
         return matrix_weights(c) - (sum(layer.feed_forward.routed for layer in layers(c)) if path == "plain" else 0)
@@ -148,7 +150,7 @@ def _ends(c: ModelConfig) -> tuple[Layer, Layer]:
     return layers(c)[0], layers(c)[c.num_layers - 1]
 
 
-def activations(config: Config, rows: int, seq_len: int, path: Path = "plain") -> float:
+def activations(config: Config, rows: int, seq_len: int, path: KernelPath = "plain") -> float:
     """Bytes kept of `rows` sequences, 16-bit copies of the weights included."""
     c, t = config.model, config.train
     size = 2 if t.dtype == "bfloat16" else 4
@@ -172,7 +174,7 @@ def activations(config: Config, rows: int, seq_len: int, path: Path = "plain") -
     return kept + copies + mask
 
 
-def training_memory(config: Config, measured: bool = False, path: Path | None = None) -> Memory:
+def training_memory(config: Config, measured: bool = False, path: KernelPath | None = None) -> Memory:
     """Peak of one training process. Micro-batch and replicas left open count as the whole batch and one.
 
     measured: by a run of `train`, with its corpus and evaluations; without compiled kernels it begins by timing steps with and without
@@ -209,11 +211,10 @@ def training_memory(config: Config, measured: bool = False, path: Path | None = 
 
 
 def gives_back(p: PrecisionConfig) -> bool:
-    """Whether training in this precision gives the memory of dead tensors back to the system (`precision/allocator.py`)."""
+    """Whether training in this precision gives the memory of dead tensors back to the system (`kernels/native.py`)."""
     return (p.weights, p.moments, p.activations) != (FULL.weights, FULL.moments, FULL.activations)
 
 
-def serving_memory(c: ModelConfig, context: int, bytes_per_weight: float = 2.0, sequences: int = 1) -> float:
-    """Bytes to serve a model: weights, the cache of `sequences` full contexts, and the process."""
-    counts = parameters(c)
-    return bytes_per_weight * counts.total + sequences * context * kv_cache_bytes(c) + SERVING_BYTES
+def serving_memory(c: ModelConfig, context: int) -> float:
+    """Bytes to serve a model: 16-bit weights, the cache of one full context, and the process."""
+    return 2.0 * parameters(c).total + context * kv_cache_bytes(c) + SERVING_BYTES

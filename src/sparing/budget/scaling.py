@@ -1,4 +1,4 @@
-"""The loss that a run should reach: L(N, D) = E + A/N^a + B/D^b in bits per byte, one law per kind of corpus, fitted to our own runs.
+"""Predicts the loss of a run: L(N, D) = E + A/N^a + B/D^b in bits per byte, one law per kind of corpus, fitted to our own runs.
 
 The form is Hoffmann et al.'s (arXiv 2203.15556 §3.3). N is active parameters times (total / active)^0.25, so that a mixture's idle experts
 count for something; D is bytes of text read, repetitions worth less (Muennighoff et al., arXiv 2305.16264 §4: R* = 15). The coefficients

@@ -1,4 +1,4 @@
-"""A verb's command line -> its dataclass and the overrides behind it. Belongs to cli.py; builds the parser of one verb only.
+"""Parses a verb's command line into its dataclass and the overrides behind it. Builds the parser of that verb only.
 
 Own options are the dataclass's fields, parsed by tyro. Overrides are every field of a recipe by its dotted name (`--model.num-layers 8`)
 for verbs whose class says `takes = "recipe"`, and any name at all for `takes = "anything"`. Every mistake is a one-line `UserError`.
@@ -48,8 +48,8 @@ def flag_of(name: str) -> str:
 
 
 def recipe_options() -> dict[str, tuple[Any, Any, str]]:
-    """The fields of a recipe that are options, by dotted name; the budget has an option of its own."""
-    return {name: row for name, row in options().items() if not name.startswith("budget.")}
+    """The fields of a recipe that are options, by dotted name; the budget has an option of its own, the start none yet."""
+    return {name: row for name, row in options().items() if name.partition(".")[0] not in ("budget", "start")}
 
 
 def parse(verb: str, kind: type, argv: list[str]) -> tuple[Any, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Results of verbs, for people and for programs. Belongs to cli.py."""
+"""Prints results of verbs, for people and for programs."""
 
 from __future__ import annotations
 

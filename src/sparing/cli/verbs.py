@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 from sparing.base.config import UserError
-from sparing.base.config_file import read_wishes, set_dotted
+from sparing.base.config_file import Wishes, nested, read_recipe
 from sparing.budget.units import parse_budget, parse_extension
 from sparing.cli.output import show_plan
 
@@ -46,15 +46,13 @@ class Plan:
         from sparing.planning.places import this_machine
         from sparing.planning.plan import plan  # not through api: torch would take longer to load than planning
 
-        wishes: dict = {}
-        for name, value in call.overrides.items():
-            set_dotted(wishes, name, value)
         if self.budget is not None:
             parse_budget(self.budget)
         with Meter("plan", this_machine(), first="plan", started=call.started):  # measuring a new machine takes its time too
             result = plan(
-                self.recipe, self.data, self.budget, self.target_bpb, self.fits, self.machine, self.compare, wishes, self.rent, self.country
-            )
+                self.recipe, self.data, self.budget, self.target_bpb, self.fits, self.machine, self.compare, nested(call.overrides),
+                self.rent, self.country,
+            )  # fmt: skip
         if self.json:
             return result
         show_plan(result)
@@ -83,27 +81,16 @@ class Train:
     """Print one JSON object on standard output, and nothing else there."""
 
     def __call__(self, call: Call) -> dict:
-        wishes = read_wishes(self.recipe) if self.recipe else {}
-        for name, value in call.overrides.items():
-            set_dotted(wishes, name, value)
-        if self.text_key is not None:
-            set_dotted(wishes, "data.text_key", self.text_key)
-        if self.data:
-            set_dotted(wishes, "data.paths", tuple(self.data))
-        if self.seed is not None:
-            set_dotted(wishes, "train.seed", self.seed)
-        budget = wishes.pop("budget", None)
-        if isinstance(budget, dict):
-            if set(budget) != {"amount", "unit"}:
-                raise UserError(f'{self.recipe}: a [budget] section needs amount and unit; or write budget = "20m"')
-            budget = f"{budget['amount']!r}{budget['unit']}"
-        budget = self.budget or budget
+        recipe = read_recipe(self.recipe)
+        own = {"data.text_key": self.text_key, "data.paths": tuple(self.data) or None, "train.seed": self.seed}
+        own = {name: value for name, value in own.items() if value is not None}
+        budget = self.budget or recipe.budget
         call.need(budget=budget, out=self.out)
         if self.samples < 0:
             raise UserError(f"--samples {self.samples}: must be 0 or more")
         parse_budget(budget)  # a slip is told before torch is loaded
-        data, seed = wishes.get("data", {}).get("paths", ()), wishes.get("train", {}).get("seed")
-        return call.api.train(list(data), budget, self.out, wishes, seed, call.started, self.samples)
+        wishes = Wishes.of(recipe.wishes, nested(call.overrides | own))
+        return call.api.train([], budget, self.out, wishes, started=call.started, samples=self.samples)
 
 
 @dataclass
@@ -277,25 +264,11 @@ class Serve:
     """Write prompts and answers to the audit log too."""
     json: bool = False
 
-    def __call__(self, call: Call) -> dict | None:
+    def __call__(self, call: Call) -> None:
         call.need(RUN=self.run)
-        call.choice("--quantize", self.quantize, ("auto", "none", "int8", "int4"))
-        call.choice("--device", self.device, ("auto", "cpu", "cuda"))
-        call.choice("--speculate", self.speculate, ("auto", "on", "off"))
-        from sparing.serve.settings import LOCAL
+        from sparing.serve.entry import serve
 
-        if not 0 <= self.port <= 65535:
-            raise UserError(f"--port {self.port}: must be from 0 to 65535")
-        limits = {"answer-s": self.answer_s, "drain-s": self.drain_s, "queue": self.queue, "threads": self.threads, "batch": self.batch}
-        for name, value in (limits | {"cache-mb": self.cache_mb, "expert-mb": self.expert_mb}).items():
-            if value is not None and not 0 < value < float("inf"):
-                raise UserError(f"--{name} {value}: must be more than 0")
-        if self.host not in LOCAL and not (self.api_key_file or self.without_key):
-            raise UserError(f"--host {self.host} lets others on the network in: give --api-key-file FILE, or say --without-key")
-        from sparing.serve.server import start
-
-        start(self, call.started)
-        return None
+        serve(**{name: value for name, value in vars(self).items() if name != "json"}, started=call.started)
 
 
 @dataclass
@@ -358,8 +331,8 @@ class Compare:
 
 @dataclass
 class Bench:
-    """Measure this code against its peers in one run. Further options belong to the figure: --rounds 3, --limit 10m (of the whole figure);
-    a wrong one lists them."""
+    """Measure this code on this machine, in a source tree beside its peers. Further options belong to the figure: --rounds 3, --limit 10m
+    (of the whole figure); a wrong one lists them."""
 
     takes: ClassVar[str] = "anything"
     name: tyro.conf.Positional[str | None] = None
@@ -370,15 +343,14 @@ class Bench:
 
     def __call__(self, call: Call) -> dict | None:
         call.need(NAME=self.name)
-        call.choice("bench", self.name, ("train", "precision", "infer"))
-        from importlib import import_module
+        from sparing.bench.figures import bench
+        from sparing.bench.results import print_table
 
-        from sparing.account.meter import metered
-
-        figure = self.figure or {"train": "throughput", "precision": "speed", "infer": "generate"}[self.name]
-        with metered("bench", first=f"{self.name} {figure}"):
-            result = import_module(f"sparing.bench.{self.name}").run(figure, json=self.json, **call.overrides)
-        return result if self.json else None  # the figure has drawn its table
+        result = bench(self.name, self.figure, **call.overrides)
+        if self.json:
+            return {"rows": result["rows"]}
+        print_table(result["title"], result["rows"])
+        return None
 
 
 VERBS = {

@@ -1,4 +1,4 @@
-"""Chat templates: messages to the one text that a model was taught to answer. Templates are Jinja, run in its sandbox.
+"""Chat templates: they turn messages into the text that a model was taught to answer. Templates are Jinja, run in its sandbox.
 
 A run folder holds one as chat_template.jinja or inside tokenizer_config.json (Hugging Face's places). A run without one gets PLAIN.
 """
@@ -21,7 +21,7 @@ from sparing.data.tokenizer import Tokenizer
 
 MAX_BYTES = 1 << 20
 MARK = "\ufdd0"
-"""A code point that is no character (Unicode 23.7): set into the names of special tokens inside messages, and taken out again."""
+"""A code point that is no character (Unicode 23.7). It splits names of special tokens inside messages, and is taken out again."""
 PLAIN = r"""{%- if tools %}System: Functions that you can call, as JSON:
 {%- for tool in tools %}
 {{ tool | tojson }}
@@ -32,7 +32,7 @@ To call one, write <tool_call>{"name": ..., "arguments": {...}}</tool_call>{{ "\
 {%- endfor %}
 {%- if add_generation_prompt %}Assistant:{% endif %}"""
 PLAIN_STOPS = ("\nUser:", "\nSystem:")
-"""A model that knows no chat goes on with the next speaker's words: these end its answer."""
+"""Stop strings for the plain template: a model that was never taught to chat would go on with the next speaker's words."""
 
 
 def template_text(run: RunFolder) -> str | None:
@@ -42,10 +42,10 @@ def template_text(run: RunFolder) -> str | None:
         if alone.exists():
             return _small(alone)
         if settings.exists():
-            found = json.loads(_small(settings)).get("chat_template")
-            if isinstance(found, list):  # several under names
-                found = next((entry["template"] for entry in found if entry.get("name") == "default"), None)
-            return found if isinstance(found, str) else None
+            template = json.loads(_small(settings)).get("chat_template")
+            if isinstance(template, list):  # several under names
+                template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
+            return template if isinstance(template, str) else None
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{run}: its chat template cannot be read: {error}") from None
     return None

@@ -1,4 +1,4 @@
-"""Paths as a user writes them -> the list of files they stand for, and a fingerprint that changes when one of them does."""
+"""Finds the files that a user's paths and globs stand for, and gives them a fingerprint that changes when one of them does."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ BINARY_SUFFIXES = frozenset(
 
 @dataclass(frozen=True)
 class SourceFile:
+    """A file of the corpus, as it was when it was found."""
+
     path: str
     bytes: int
     """Size on disk."""
@@ -35,13 +37,13 @@ def find_files(paths: Sequence[str]) -> list[SourceFile]:
     Sorted by path and free of repetitions, so that the order of the arguments does not matter. No paths: the default corpus.
     Raises UserError for a path that does not exist (naming the nearest one that does), a glob or folder without files.
     """
-    found: dict[str, SourceFile] = {}
+    files: dict[str, SourceFile] = {}
     for path in _default_corpus() if not paths else _expand(paths):
         path = os.path.abspath(path)
-        if path not in found:
+        if path not in files:
             status = os.stat(path)
-            found[path] = SourceFile(path, status.st_size, status.st_mtime_ns)
-    return [found[path] for path in sorted(found)]
+            files[path] = SourceFile(path, status.st_size, status.st_mtime_ns)
+    return [files[path] for path in sorted(files)]
 
 
 def fingerprint(files: Iterable[SourceFile], *settings: object) -> str:
@@ -71,26 +73,26 @@ def _default_corpus() -> Iterator[str]:
 
 
 def _expand(paths: Sequence[str]) -> Iterator[str]:
-    for given in paths:
-        path = os.path.expanduser(str(given))
+    for argument in paths:
+        path = os.path.expanduser(str(argument))
         if os.path.lexists(path):
             matches = [path]
         elif glob.has_magic(path):
             matches = sorted(glob.glob(path, recursive=True))
             if not matches:
-                raise UserError(f"no file matches {given!r}: {_nearest(path)}")
+                raise UserError(f"no file matches {argument!r}: {_nearest(path)}")
         else:
-            raise UserError(f"no such file or folder: {given} ({_nearest(path)})")
+            raise UserError(f"no such file or folder: {argument} ({_nearest(path)})")
         for match in matches:
             if os.path.isdir(match):
                 inside = list(_walk(match))
                 if not inside and len(matches) == 1:
-                    raise UserError(f"no files of text in the folder {given} (hidden files and binaries do not count)")
+                    raise UserError(f"no files of text in the folder {argument} (hidden files and binaries do not count)")
                 yield from inside
             elif os.path.isfile(match):
                 yield match
             elif len(matches) == 1:
-                raise UserError(f"{given} is neither a file nor a folder (a broken link or a device): name a regular file")
+                raise UserError(f"{argument} is neither a file nor a folder (a broken link or a device): name a regular file")
 
 
 def _walk(root: str, leave_out: Iterable[str] = ()) -> Iterator[str]:

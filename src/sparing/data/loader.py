@@ -1,4 +1,4 @@
-"""Batches by number: step -> rows, with no state at all, so that any machine can make any batch at any time."""
+"""Makes the batch of any step. It has no state, so any machine can make any batch at any time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from sparing.base.config import UserError
-from sparing.data.pack import Epoch, Plan
+from sparing.data.rows import EpochOrder, Rows
 from sparing.data.store import TokenStore
 
 IGNORED = -100
@@ -17,7 +17,7 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Batch:
-    """B rows of T tokens, K = 1 + MTP depth targets each."""
+    """B rows of T tokens, with K = 1 + MTP depth targets for each token."""
 
     tokens: torch.Tensor
     """(B, T) int64."""
@@ -49,7 +49,10 @@ class Batch:
 
 
 class Loader:
-    """Rows of `store` in an order given by `seed`: row r of the run is row r mod `rows_per_epoch` of epoch r // `rows_per_epoch`."""
+    """Batches of rows of `store`, in an order given by `seed`.
+
+    Row r of the run is row r mod `rows_per_epoch` of epoch r // `rows_per_epoch`.
+    """
 
     def __init__(self, store: TokenStore, seq_len: int, batch_size: int, mtp_depth: int = 0, seed: int = 0):
         """`batch_size` counts rows over all ranks."""
@@ -57,9 +60,9 @@ class Loader:
             if value < least:
                 raise UserError(f"{name} must be at least {least}, not {value}")
         self.store, self.seq_len, self.batch_size, self.mtp_depth, self.seed = store, seq_len, batch_size, mtp_depth, seed
-        self._plan = Plan(store.starts, store.lengths, seq_len)
-        self.rows_per_epoch = self._plan.rows
-        self._epochs: dict[int, Epoch] = {}
+        self._rows = Rows(store.starts, store.lengths, seq_len)
+        self.rows_per_epoch = self._rows.count
+        self._orders: dict[int, EpochOrder] = {}
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """This rank's part of step `step` (from 0): rows rank, rank + world, ... of its `batch_size`. Steps in any order."""
@@ -72,24 +75,24 @@ class Loader:
         piece = np.empty((len(rows), self.seq_len), np.int32)
         for epoch in np.unique(epochs):
             mask = epochs == epoch
-            position[mask], last[mask], piece[mask] = self._plan.positions(self._epoch(int(epoch)), rows[mask] % self.rows_per_epoch)
+            position[mask], last[mask], piece[mask] = self._rows.positions(self._order(int(epoch)), rows[mask] % self.rows_per_epoch)
         padding = position < 0
         tokens = self.store.take(np.maximum(position, 0))
         tokens[padding] = self.store.eot_id
         targets = np.empty((*position.shape, 1 + self.mtp_depth), np.int64)
         for ahead in range(1 + self.mtp_depth):
-            wanted = position + 1 + ahead
-            valid = ~padding & (wanted <= last)
-            targets[..., ahead] = np.where(valid, self.store.take(np.where(valid, wanted, 0)), IGNORED)
+            ahead_position = position + 1 + ahead
+            valid = ~padding & (ahead_position <= last)
+            targets[..., ahead] = np.where(valid, self.store.take(np.where(valid, ahead_position, 0)), IGNORED)
         return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), torch.from_numpy(piece))
 
     def epoch(self, step: int) -> float:
         """Epochs done before this step."""
         return step * self.batch_size / self.rows_per_epoch
 
-    def _epoch(self, epoch: int) -> Epoch:
-        if epoch not in self._epochs:
-            while len(self._epochs) >= 2:  # a batch may reach from one into the next
-                del self._epochs[next(iter(self._epochs))]
-            self._epochs[epoch] = self._plan.epoch(self.seed, epoch)
-        return self._epochs[epoch]
+    def _order(self, epoch: int) -> EpochOrder:
+        if epoch not in self._orders:
+            while len(self._orders) >= 2:  # a batch may reach from one epoch into the next
+                del self._orders[next(iter(self._orders))]
+            self._orders[epoch] = self._rows.order(self.seed, epoch)
+        return self._orders[epoch]

@@ -1,4 +1,4 @@
-"""A corpus -> a TokenStore, once: scan, train the tokenizer, tokenise as much as will be used. Interrupted, it goes on where it was."""
+"""Makes a TokenStore of a corpus: scan it, train the tokenizer, tokenise as much as will be used. The next call goes on after a kill."""
 
 from __future__ import annotations
 
@@ -15,30 +15,29 @@ from sparing.base.config import DataConfig, UserError
 from sparing.base.files import file_sha256, write_atomic
 from sparing.base.hardware import cores
 from sparing.data.files import find_files, fingerprint
-from sparing.data.pool import encode_chunks
+from sparing.data.progress import Progress, check
 from sparing.data.scan import (
     FORMAT,
     SAMPLE_BYTES,
     CorpusFacts,
-    Progress,
     data_home,
     load_sample,
     quarantine_path,
     room_in,
     scan,
-    section_hash,
+    sections,
 )
-from sparing.data.sources import documents, pieces
-from sparing.data.split import SECTION_BYTES, content_hash, held_out_bound, threshold
-from sparing.data.stop import check
-from sparing.data.store import ShardWriter, TokenStore
+from sparing.data.sources import documents
+from sparing.data.split import content_hash, held_out_bound, threshold
+from sparing.data.store import StoreWriter, TokenStore
 from sparing.data.tokenizer import Tokenizer, train_tokenizer
+from sparing.data.workers import encode_chunks
 
 CHUNK_BYTES = 1 << 20
 HELD_OUT_BYTES = 8 << 20
-"""Of the held-out text this much is kept, whole documents in the order of their hashes."""
+"""How much of the held-out text is kept: whole documents, in the order of their hashes."""
 MAX_WORKERS = 8
-"""Unless asked for more: beyond, this process, which reads, is what bounds; each takes some 100 MB."""
+"""By default. With more, this process, which reads, would be the bottleneck; each takes some 100 MB."""
 try:
     import fcntl
 except ImportError:  # Windows: two runs that prepare the same corpus at once are not kept apart there
@@ -55,16 +54,17 @@ def prepare(
 ) -> TokenStore:
     """Tokenise the corpus `config` names into `root`/<fingerprint> (default root: `data_home()`), or open what is already there.
 
-    `vocab_size` is for the tokenizer to be trained and without effect when `config.tokenizer` names one. With `config.max_tokens`, parts
-    of about 64 kB are sampled, by hash, until there are about that many tokens. Equal input gives equal bytes, whatever the number of
-    workers. Raises UserError (bad paths, nothing usable, disk full) and Stopped.
+    vocab_size: of the tokenizer that is trained, unless `config.tokenizer` names one. With `config.max_tokens`, parts of up to 64 kB are
+    sampled, by hash, until there are about that many tokens. Equal input gives equal bytes, whatever the number of workers. Raises
+    UserError (bad paths, nothing usable, disk full) and Stopped.
     """
     files = find_files(config.paths)
     root = root or data_home()
+    progress = progress or (lambda *_: None)
     if config.max_tokens is not None and config.max_tokens < 1:
         raise UserError(f"data.max_tokens must be at least 1, not {config.max_tokens}")
-    given = Tokenizer.load(config.tokenizer) if config.tokenizer else None
-    settings = (FORMAT, config.text_key, config.holdout_fraction, config.max_tokens, given.to_json() if given else vocab_size)
+    loaded = Tokenizer.load(config.tokenizer) if config.tokenizer else None
+    settings = (FORMAT, config.text_key, config.holdout_fraction, config.max_tokens, loaded.to_json() if loaded else vocab_size)
     key = fingerprint(files, *settings)
     target, partial = root / key, root / f"{key}.partial"
     with contextlib.suppress(UserError):  # not there, or not whole: build it
@@ -76,7 +76,7 @@ def prepare(
         partial.mkdir(parents=True, exist_ok=True)
         try:
             facts = scan(config, root, progress=progress, should_stop=should_stop, files=files)
-            tokenizer = given or _trained(config, files, facts, vocab_size, root, progress, should_stop)
+            tokenizer = loaded or _trained(config, files, facts, vocab_size, root, progress, should_stop)
             tokenizer.save(partial / "tokenizer.json")
             shutil.copyfile(quarantine_path(facts.fingerprint, root), partial / "quarantine.jsonl")
             writer = _tokenise(config, files, facts, tokenizer, partial, root, progress, should_stop)
@@ -89,52 +89,46 @@ def prepare(
 
 
 def training_parts(raw: bytes, hash: int, facts: CorpusFacts, whole: bool) -> Iterator[tuple[int, bytes]]:
-    """(sampling hash, text) of what a document gives to training: itself when `whole`, else its sections; nothing when it is held out."""
+    """What a document gives to training: itself if `whole`, with order 0, else its `sections`; nothing if it is held out."""
     if facts.split.holds_out(hash):
         return
     if hash == facts.split.tail_hash:
         raw = raw[: facts.split.cut(raw)]
-    if whole:
-        yield 0, raw
-    else:
-        for index, piece in enumerate(pieces(raw, SECTION_BYTES)):
-            yield section_hash(hash, index), piece
+    yield from [(0, raw)] if whole else sections(raw, hash)
 
 
 def _trained(config, files, facts, vocab_size, root, progress, should_stop) -> Tokenizer:
-    """The tokenizer of this corpus, kept beside the stores: it serves every `max_tokens`."""
+    """The tokenizer of this corpus. It is kept beside the stores and serves every `max_tokens`."""
     path = root / "tokenizers" / f"{fingerprint(files, FORMAT, config.text_key, config.holdout_fraction, vocab_size)}.json"
     if path.is_file():
         return Tokenizer.load(path)
     total = min(SAMPLE_BYTES, facts.train_bytes)
-    if progress:
-        progress("tokenizer", 0, total)
+    progress("tokenizer", 0, total)
     tokenizer = train_tokenizer(load_sample(facts.fingerprint, root), vocab_size, should_stop)
     path.parent.mkdir(parents=True, exist_ok=True)
     tokenizer.save(path)
-    if progress:
-        progress("tokenizer", total, total)
+    progress("tokenizer", total, total)
     return tokenizer
 
 
 def _selection(config, facts, tokenizer, root) -> tuple[int | None, int]:
-    """(sections with a smaller hash are taken, None: whole documents, all of them; bytes of text that makes)."""
+    """-> (bound, bytes of text). Sections whose order is below the bound are taken; None: all documents, whole."""
     if config.max_tokens is None:
         return None, facts.train_bytes
-    wanted = config.max_tokens * tokenizer.bytes_per_token(load_sample(facts.fingerprint, root)[:64])
-    if wanted >= facts.train_bytes:
+    target = config.max_tokens * tokenizer.bytes_per_token(load_sample(facts.fingerprint, root)[:64])
+    if target >= facts.train_bytes:
         return None, facts.train_bytes
     # The table counts held-out sections too; they are as frequent below any bound as over all.
-    return threshold(facts.section_sizes, wanted / facts.train_bytes * facts.bytes), int(wanted)
+    return threshold(facts.section_sizes, target / facts.train_bytes * facts.bytes), int(target)
 
 
-def _tokenise(config, files, facts, tokenizer, folder, root, progress, should_stop) -> ShardWriter:
+def _tokenise(config, files, facts, tokenizer, folder, root, progress, should_stop) -> StoreWriter:
     """Write shards and held_out.jsonl into `folder`."""
     split = facts.split
     bound, wanted = _selection(config, facts, tokenizer, root)
     held_bound = held_out_bound(facts.hash_sizes, split, HELD_OUT_BYTES)
     held_out: list[tuple[int, str]] = []
-    writer = ShardWriter(folder, tokenizer.dtype, tokenizer.eot_id)
+    writer = StoreWriter(folder, tokenizer.dtype, tokenizer.eot_id)
 
     def chunks() -> Iterator[tuple[list[tuple[int, int]], list[str]]]:
         entry, keys, texts, size = 0, [], [], 0
@@ -166,8 +160,7 @@ def _tokenise(config, files, facts, tokenizer, folder, root, progress, should_st
             for keys, arrays in results:
                 writer.add([(hash, ids) for (hash, _), ids in zip(keys, arrays, strict=True)])
                 done += sum(size for _, size in keys)
-                if progress:
-                    progress("tokenise", min(done, wanted), wanted)
+                progress("tokenise", min(done, wanted), wanted)
         writer.end_shard()
     finally:
         writer.close()
@@ -180,12 +173,11 @@ def _tokenise(config, files, facts, tokenizer, folder, root, progress, should_st
     return writer
 
 
-def _seal(folder: Path, key: str, facts: CorpusFacts, tokenizer: Tokenizer, writer: ShardWriter) -> None:
-    """manifest.json: what is in the store, with sizes and checksums. Its presence means: complete."""
+def _seal(folder: Path, key: str, facts: CorpusFacts, tokenizer: Tokenizer, writer: StoreWriter) -> None:
+    """Write manifest.json: what is in the store, with sizes and checksums. A store that has one is complete."""
     (folder / "journal.json").unlink(missing_ok=True)
-    known = {shard["tokens"]: shard["sha256"] for shard in writer.shards}
     files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": known.get(path.name) or file_sha256(path)}
+        path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
         for path in sorted(folder.iterdir())
         if path.name != "manifest.json"
     }

@@ -1,14 +1,38 @@
-"""Progress of the data stage on standard error: a bar on a terminal, a line a stage elsewhere."""
+"""Long work in the data stage: how it reports its progress, and how it is stopped."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from typing import Any
 
+Progress = Callable[[str, int, int], None]
+"""progress(stage, done, total): stages `scan`, `tokenizer`, `tokenise`; done and total in bytes."""
 NAMES = {"scan": "reading", "tokenizer": "training the tokenizer", "tokenise": "tokenising"}
+POLL_S = 0.1
+
+
+class Stopped(Exception):
+    """`should_stop()` returned true. Whatever was finished is kept; the same call later goes on from there."""
+
+
+def check(should_stop: Callable[[], bool] | None) -> None:
+    """Raise Stopped when `should_stop()` says so. Long loops call this often."""
+    if should_stop is not None and should_stop():
+        raise Stopped("stopped on request")
+
+
+def result_of(future: Future, should_stop: Callable[[], bool] | None) -> Any:
+    """A future's result, waited for. Raises Stopped meanwhile, and whatever the future raises."""
+    while not future.done():
+        check(should_stop)
+        wait([future], timeout=POLL_S)
+    return future.result()
 
 
 class Bars:
-    """Callable as `progress(stage, done, total)` in bytes; a context manager that leaves the terminal tidy."""
+    """Shows progress on standard error: a bar on a terminal, one line a stage elsewhere. A `Progress`, and a context manager."""
 
     def __init__(self):
         self._tasks: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""One pass over the corpus: how much there is, of what kind, what is unusable, and how it splits. Kept, so that it is done once."""
+"""Reads a corpus once to measure it: how much there is, of what kind, what is unusable, what is held out. The result is kept on disk."""
 
 from __future__ import annotations
 
@@ -18,15 +18,13 @@ from sparing.base.config import DataConfig, UserError
 from sparing.base.files import FULL
 from sparing.base.hardware import home
 from sparing.data.files import SourceFile, find_files, fingerprint, kind_of
+from sparing.data.progress import Progress, check
 from sparing.data.sources import Rejected, documents, pieces
-from sparing.data.split import SECTION_BYTES, HashTable, Split, choose_split, content_hash, mix
-from sparing.data.stop import check
+from sparing.data.split import SECTION_BYTES, HashHistogram, Split, choose_split, content_hash, mix
 
 FORMAT = 1
 """Part of every fingerprint: raise it when the same input would be read, split or sampled differently."""
 SAMPLE_BYTES = 10_000_000
-Progress = Callable[[str, int, int], None]
-"""progress(stage, done, total): stages `scan`, `tokenizer`, `tokenise`; done and total in bytes."""
 
 
 @dataclass(frozen=True)
@@ -47,18 +45,22 @@ class CorpusFacts:
     """Changes when a file, the text key or the held-out fraction does."""
     split: Split = field(repr=False)
     hash_sizes: tuple[np.ndarray, ...] = field(repr=False, compare=False)
-    """`HashTable.entries` of the documents."""
+    """`HashHistogram.entries` of the documents."""
     section_sizes: tuple[np.ndarray, ...] = field(repr=False, compare=False)
-    """`HashTable.entries` of the sections that sampling works on, by `section_hash`."""
+    """`HashHistogram.entries` of the `sections`, by their order of sampling."""
 
     @property
     def train_bytes(self) -> int:
         return self.bytes - self.held_out_bytes
 
 
-def section_hash(document_hash: int, index: int) -> int:
-    """Order in which the parts of documents are sampled; independent of the hash that decides what is held out."""
-    return mix((document_hash + index) % (1 << 64))
+def sections(raw: bytes, hash: int) -> Iterator[tuple[int, bytes]]:
+    """The parts of a document that are sampled one by one: (their place in the order of sampling, text of up to 64 kB).
+
+    hash: the document's. It is scrambled, so that sampling is independent of what is held out.
+    """
+    for index, piece in enumerate(pieces(raw, SECTION_BYTES)):
+        yield mix((hash + index) % (1 << 64)), piece
 
 
 def data_home() -> Path:
@@ -78,7 +80,7 @@ def scan(
     should_stop: Callable[[], bool] | None = None,
     files: list[SourceFile] | None = None,
 ) -> CorpusFacts:
-    """Facts about the corpus `config` names; from `root` (default: `data_home()`) when nothing has changed since the last time.
+    """Measure the corpus that `config` names, or read what `root` (default: `data_home()`) has of it when nothing has changed since.
 
     Raises UserError when nothing is usable, Stopped when asked to.
     """
@@ -93,7 +95,7 @@ def scan(
     with room_in(root or data_home()):
         try:
             partial.mkdir(parents=True, exist_ok=True)
-            facts = _pass(config, files, partial, folder.name, progress, should_stop)
+            facts = _pass(config, files, partial, folder.name, progress or (lambda *_: None), should_stop)
             _save(facts, partial)
             try:
                 os.rename(partial, folder)
@@ -107,7 +109,7 @@ def scan(
 
 @contextlib.contextmanager
 def room_in(root: Path) -> Iterator[None]:
-    """Turns a full or read-only disk into the user's one line."""
+    """Turn a full or read-only disk into one line for the user. Raises UserError."""
     try:
         yield
     except OSError as error:
@@ -120,7 +122,7 @@ def room_in(root: Path) -> Iterator[None]:
 
 
 def load_sample(fingerprint: str, root: Path | None = None) -> list[str]:
-    """About SAMPLE_BYTES of training text in sections of up to 64 kB, smallest `section_hash` first (all of a smaller corpus)."""
+    """About SAMPLE_BYTES of training text in the order of sampling of its `sections` (all of a smaller corpus)."""
     path = (root or data_home()) / "scans" / fingerprint / "sample.jsonl"
     with open(path, encoding="utf-8") as file:
         return [json.loads(line) for line in file]
@@ -135,7 +137,7 @@ def _pass(config, files, folder, fingerprint, progress, should_stop) -> CorpusFa
     total, done = max(1, sum(file.bytes for file in files)), 0
     documents_seen = text_bytes = 0
     kinds, reasons = Counter(), Counter()
-    table, sections = HashTable(), HashTable()
+    table, section_table = HashHistogram(), HashHistogram()
     largest, largest_hash = b"", 0
     last = kind = ""
     sample = _Sample()
@@ -144,8 +146,7 @@ def _pass(config, files, folder, fingerprint, progress, should_stop) -> CorpusFa
         nonlocal done
         check(should_stop)
         done += size
-        if progress:
-            progress("scan", done, total)
+        progress("scan", done, total)
 
     with open(folder / "quarantine.jsonl", "w", encoding="utf-8") as quarantine:
 
@@ -163,9 +164,8 @@ def _pass(config, files, folder, fingerprint, progress, should_stop) -> CorpusFa
             kinds[kind] += size
             table.add(hash, size)
             offset = 0
-            for index, piece in enumerate(pieces(raw, SECTION_BYTES)):
-                order = section_hash(hash, index)
-                sections.add(order, len(piece))
+            for order, piece in sections(raw, hash):
+                section_table.add(order, len(piece))
                 sample.add(order, hash, offset, piece)
                 offset += len(piece)
             if size > len(largest) or (size == len(largest) and hash < largest_hash):
@@ -181,7 +181,7 @@ def _pass(config, files, folder, fingerprint, progress, should_stop) -> CorpusFa
             file.write(json.dumps(text, ensure_ascii=False) + "\n")
     return CorpusFacts(
         documents_seen, text_bytes, split.documents, split.bytes, len(files), dict(sorted(kinds.items())),
-        sum(reasons.values()), dict(reasons.most_common()), fingerprint, split, entries, sections.entries(),
+        sum(reasons.values()), dict(reasons.most_common()), fingerprint, split, entries, section_table.entries(),
     )  # fmt: skip
 
 
@@ -189,30 +189,30 @@ class _Sample:
     """The sections with the smallest hashes, about SAMPLE_BYTES of them, whatever the order of arrival."""
 
     def __init__(self):
-        self._kept: list[tuple[int, int, int, bytes]] = []
+        self._sections: list[tuple[int, int, int, bytes]] = []
         self._bytes, self._bound = 0, 1 << 64
 
     def add(self, order: int, hash: int, offset: int, raw: bytes) -> None:
         if order < self._bound:
-            self._kept.append((order, hash, offset, raw))
+            self._sections.append((order, hash, offset, raw))
             self._bytes += len(raw)
             if self._bytes > 2 * SAMPLE_BYTES:
                 self._trim()
 
     def _trim(self) -> None:
-        self._kept.sort()
+        self._sections.sort()
         size = 0
-        for index, entry in enumerate(self._kept):
+        for index, entry in enumerate(self._sections):
             size += len(entry[3])
             if size >= SAMPLE_BYTES:
                 self._bound, self._bytes = entry[0] + 1, size
-                del self._kept[index + 1 :]
+                del self._sections[index + 1 :]
                 return
 
     def texts(self, split: Split, cut: int) -> Iterator[str]:
         """Without what is held out; `cut`: where the held-out end of the document `split.tail_hash` begins."""
         self._trim()
-        for _, hash, offset, raw in self._kept:
+        for _, hash, offset, raw in self._sections:
             if hash == split.tail_hash:
                 raw = raw[: max(0, cut - offset)]
             if raw and not split.holds_out(hash):

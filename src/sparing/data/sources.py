@@ -1,16 +1,22 @@
-"""Files -> documents. What cannot be used is reported with file, line and reason, and never stops the rest."""
+"""Reads documents from files. What cannot be used is reported with file, line and reason, and never stops the rest."""
 
 from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from sparing.data.files import SourceFile, find_files, kind_of
-from sparing.data.streams import Damaged, blocks, lines
+import zstandard
 
+from sparing.data.files import SourceFile, find_files, kind_of
+
+BLOCK = 1 << 20
+"""Bytes of text at a time."""
+ZSTD_READ = 4096
+"""Compressed bytes at a time: zstandard's decompressor cannot bound its output, and one byte can become tens of kilobytes."""
 WHOLE_BYTES = 2 << 20
 """A text up to this size is one document; a longer one is read as consecutive documents of about a megabyte, cut at line ends."""
 PIECE_BYTES = 1 << 20
@@ -20,7 +26,13 @@ JSON_BYTES = 64 << 20
 """A `.json` file that is not JSON lines is read whole, up to this size."""
 
 
+class Damaged(Exception):
+    """The rest of the file cannot be read; the message is the reason."""
+
+
 class Document(NamedTuple):
+    """A text, and where it was found."""
+
     text: str
     """Never empty; always encodable as UTF-8."""
     source: str
@@ -30,7 +42,7 @@ class Document(NamedTuple):
 
 @dataclass(frozen=True)
 class Rejected:
-    """One line of quarantine.jsonl."""
+    """A document that cannot be used: one line of quarantine.jsonl."""
 
     source: str
     line: int | None
@@ -85,7 +97,7 @@ def pieces(raw: bytes, size: int) -> Iterator[bytes]:
 def _text(path: str, text_key: str, reject: Reject, tick: Tick) -> Iterator[Document]:
     line, rest, whole = 1, b"", True
     try:
-        for block in blocks(path, tick):
+        for block in _blocks(path, tick):
             rest += block
             if len(rest) > WHOLE_BYTES:
                 whole = False
@@ -115,42 +127,39 @@ def _decoded(raw: bytes, path: str, line: int, reject: Reject) -> Iterator[Docum
 def _json(path: str, text_key: str, reject: Reject, tick: Tick) -> Iterator[Document]:
     number, first = 0, kind_of(path) == "json"  # JSON lines unless the first line says otherwise
     try:
-        for number, line in lines(blocks(path, tick), LINE_BYTES):
-            if line is None:
-                if first:
-                    yield from _json_whole(path, text_key, reject, lambda size: tick(0))
-                    return
-                reject(Rejected(path, number, f"line longer than {LINE_BYTES >> 20} MiB"))
+        for number, line in _lines(_blocks(path, tick), LINE_BYTES):
+            if line is not None and not line.strip():
                 continue
-            line = line.strip()
-            if not line:
-                continue
-            try:
-                value = json.loads(line.removeprefix(b"\xef\xbb\xbf").decode())
-            except UnicodeDecodeError as error:
-                reject(Rejected(path, number, f"not UTF-8 (byte 0x{line[error.start]:02x})"))
-            except (ValueError, RecursionError) as error:
-                if first:
-                    yield from _json_whole(path, text_key, reject, lambda size: tick(0))
-                    return
-                reject(Rejected(path, number, f"not JSON ({str(error).split(':')[0].lower()})"))
-            else:
-                if isinstance(value, list) and first:
-                    yield from _json_whole(path, text_key, reject, lambda size: tick(0))
-                    return
-                yield from _field(value, path, number, text_key, reject)
+            value, reason = (None, f"line longer than {LINE_BYTES >> 20} MiB") if line is None else _parsed(line.strip())
+            if first and (isinstance(value, list) or (reason and not reason.startswith("not UTF-8"))):
+                yield from _json_whole(path, text_key, reject, lambda size: tick(0))
+                return
             first = False
+            if reason:
+                reject(Rejected(path, number, reason))
+            else:
+                yield from _field(value, path, number, text_key, reject)
     except Damaged as damage:
         return reject(Rejected(path, number + 1, str(damage)))
     if number == 0:
         reject(Rejected(path, None, "empty"))
 
 
+def _parsed(line: bytes) -> tuple[object, str]:
+    """(value, "") of a JSON line, or (None, why there is none)."""
+    try:
+        return json.loads(line.removeprefix(b"\xef\xbb\xbf").decode()), ""
+    except UnicodeDecodeError as error:
+        return None, f"not UTF-8 (byte 0x{line[error.start]:02x})"
+    except (ValueError, RecursionError) as error:
+        return None, f"not JSON ({str(error).split(':')[0].lower()})"
+
+
 def _json_whole(path: str, text_key: str, reject: Reject, tick: Tick) -> Iterator[Document]:
     """One value over many lines: an object, or an array of objects."""
     raw = bytearray()
     try:
-        for block in blocks(path, tick):
+        for block in _blocks(path, tick):
             raw += block
             if len(raw) > JSON_BYTES:
                 return reject(Rejected(path, None, f"one JSON value larger than {JSON_BYTES >> 20} MiB: write it as one object a line"))
@@ -225,3 +234,71 @@ def _scalar(item) -> object:
         return item.as_py()
     except UnicodeDecodeError as error:
         return error
+
+
+def _blocks(path: str, tick: Tick) -> Iterator[bytes]:
+    """The content of a file in blocks of about a megabyte; `.gz` and `.zst` decompressed. Raises Damaged, after all that is good in
+    a damaged archive, and OSError."""
+    with open(path, "rb") as file:
+
+        def read(size: int) -> bytes:
+            data = file.read(size)
+            tick(len(data))
+            return data
+
+        suffix = path.lower().rsplit(".", 1)[-1]
+        if suffix == "gz":
+            yield from _decompress(lambda: read(BLOCK // 4), lambda: zlib.decompressobj(wbits=31), "gzip")
+        elif suffix == "zst":
+            window = zstandard.ZstdDecompressor(max_window_size=1 << 27)
+            yield from _decompress(lambda: read(ZSTD_READ), window.decompressobj, "zstd")
+        else:
+            while block := read(BLOCK):
+                yield block
+
+
+def _decompress(read, start, name: str) -> Iterator[bytes]:
+    """Any number of concatenated members; zero padding after the last is allowed."""
+    member = None  # a decompressor between members is None: the file may end here
+    first = True
+    while data := read():
+        while data:
+            if member is None:
+                if not first and not data.strip(b"\0"):
+                    break
+                member, first = start(), False
+            try:
+                out = member.decompress(data, BLOCK) if name == "gzip" else member.decompress(data)
+            except (zlib.error, zstandard.ZstdError) as error:
+                raise Damaged(f"damaged {name} data ({error})") from None
+            if out:
+                yield out
+            if member.eof:
+                data, member = member.unused_data, None
+            else:
+                data = getattr(member, "unconsumed_tail", b"")
+    while member is not None and name == "gzip" and not member.eof and (out := member.flush(BLOCK)):
+        yield out
+    if member is not None and not member.eof:
+        raise Damaged(f"truncated {name} file: it ends in the middle of its data")
+    if first:
+        raise Damaged(f"truncated {name} file: it is empty")
+
+
+def _lines(stream: Iterator[bytes], limit: int) -> Iterator[tuple[int, bytes | None]]:
+    """(number from 1, line without its newline); None in place of a line longer than `limit` bytes, which is never held whole.
+
+    What follows the last newline is a line too, unless the stream is Damaged: then nobody knows how it would have ended.
+    """
+    number, rest, too_long = 1, b"", False
+    for block in stream:
+        parts = block.split(b"\n")
+        for part in parts[:-1]:
+            line = rest + part if rest else part
+            yield number, None if too_long or len(line) > limit else line
+            number, rest, too_long = number + 1, b"", False
+        rest += parts[-1]
+        if len(rest) > limit:
+            rest, too_long = b"", True
+    if rest or too_long:
+        yield number, None if too_long else rest

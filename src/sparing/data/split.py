@@ -1,4 +1,4 @@
-"""Which documents are held out and which are sampled: decided by a hash of the content, so that order and file names do not matter."""
+"""Decides which documents are held out and which are sampled, by a hash of their content, so that order and file names do not matter."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def content_hash(raw: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little")
 
 
-def mix(value: int) -> int:
-    """A fixed permutation of 64-bit integers (the finaliser of splitmix64, Steele et al. 2014): sampling independent of holding out."""
-    value = (value + 0x9E3779B97F4A7C15) & _MASK
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
-    return value ^ (value >> 31)
+def mix(x):
+    """A fixed permutation of 64-bit integers (splitmix64, Steele et al. 2014), of an int or a uint64 array."""
+    x = (x + 0x9E3779B97F4A7C15) & _MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    return x ^ (x >> 31)
 
 
-class HashTable:
+class HashHistogram:
     """How many bytes and documents lie below each hash, in bounded memory, whatever the order of arrival."""
 
     def __init__(self):
@@ -130,25 +130,25 @@ def choose_split(entries: tuple[np.ndarray, ...], fraction: float, largest: byte
     bound = max(1, round(fraction * EXACT)) << 48
     reason = f"hash of the content < {fraction:g}"
     chosen = int(np.searchsorted(last, np.uint64(bound - 1), side="right"))  # entries wholly below the bound
-    held = int(below[chosen - 1]) if chosen else 0
-    if not fraction / 2 <= held / total <= min(2 * fraction, (1 + fraction) / 2):
+    held_out = int(below[chosen - 1]) if chosen else 0
+    if not fraction / 2 <= held_out / total <= min(2 * fraction, (1 + fraction) / 2):
         usable = np.flatnonzero(able)
         if len(usable):
             best = int(usable[np.argmin(np.abs(below[usable] - fraction * total))])
-            bound, chosen, held = int(able_last[best]) + 1, best + 1, int(below[best])
+            bound, chosen, held_out = int(able_last[best]) + 1, best + 1, int(below[best])
             reason = "few documents: those with the smallest hashes of the content"
         else:
-            bound = chosen = held = 0
+            bound = chosen = held_out = 0
     documents = int(count[:chosen][~heavy[:chosen]].sum()) if chosen else 0
-    split = Split(bound, never, None, 0, documents, held, reason)
+    split = Split(bound, never, None, 0, documents, held_out, reason)
     hash = content_hash(largest)
-    if held < fraction / 2 * total and len(largest.decode()) > 1 and not split.holds_out(hash):
+    if held_out < fraction / 2 * total and len(largest.decode()) > 1 and not split.holds_out(hash):
         copies = int(count[(first <= np.uint64(hash)) & (np.uint64(hash) <= last)].sum()) if len(first) < EXACT else 1
-        tail = min(len(largest) // 2, max(1, (round(fraction * total) - held) // copies))
+        tail = min(len(largest) // 2, max(1, (round(fraction * total) - held_out) // copies))
         whole = f", and {documents} whole" if documents else ""
         reason = f"the end of the largest document{whole}: there are too few to hold out more"
-        split = Split(bound, never, hash, tail, documents + copies, held, reason)
-        return replace(split, bytes=held + copies * (len(largest) - split.cut(largest)))
+        split = Split(bound, never, hash, tail, documents + copies, held_out, reason)
+        return replace(split, bytes=held_out + copies * (len(largest) - split.cut(largest)))
     present = np.flatnonzero(size)
     if documents == 0 and len(present) > 1:  # a handful of single characters: one of them must do
         one = present[0]

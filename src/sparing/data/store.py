@@ -1,4 +1,4 @@
-"""Tokens on disk: shards of raw integers, memory-mapped, with an index of their documents.
+"""Tokens of a corpus on disk: shards of raw integers, memory-mapped, with an index of their documents.
 
 A shard is EOT t1 .. tn EOT t1 .. tn EOT: each document begins with the end-of-text token, and the token after its last, the next
 document's first or the shard's last, is again end-of-text. A document's inputs and targets are therefore slices that differ by one.
@@ -6,7 +6,6 @@ document's first or the shard's last, is again end-of-text. A document's inputs 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from array import array
@@ -25,7 +24,7 @@ SHARD_TOKENS = 1 << 24
 
 
 class TokenStore:
-    """A prepared corpus. Opening checks that every file is there with its size; `verify` reads everything.
+    """A prepared corpus. Opening it checks that every file is there and has its size.
 
     `starts`, `lengths` (documents,) int64: where each document's leading end-of-text token is, in positions that `take` understands, and
     how many inputs it has (its tokens and that one); `tokens` is their sum.
@@ -40,9 +39,9 @@ class TokenStore:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self.path} is not a prepared corpus: {error}") from None
         for name, size in sizes.items():
-            wanted = self.manifest["files"][name]["bytes"]
-            if size != wanted:
-                raise UserError(f"{self.path / name} has {size} bytes instead of {wanted}: delete the folder to build it anew")
+            expected = self.manifest["files"][name]["bytes"]
+            if size != expected:
+                raise UserError(f"{self.path / name} has {size} bytes instead of {expected}: delete the folder to build it anew")
         self.vocab_size: int = self.manifest["vocab_size"]
         self.eot_id: int = self.manifest["eot_id"]
         self.tokens: int = self.manifest["tokens"]
@@ -71,10 +70,6 @@ class TokenStore:
             result[mask] = self._shards[shard][positions[mask] - self._bases[shard]]
         return result
 
-    def hashes(self) -> np.ndarray:
-        """Content hash of the document that each entry comes from, (documents,) uint64."""
-        return np.concatenate([np.load(self.path / shard["index"], allow_pickle=False)[:, 1] for shard in self.manifest["shards"]])
-
     def held_out(self) -> Iterator[str]:
         """Held-out documents as text, in the order of their hashes; at most about `prepare.HELD_OUT_BYTES` were kept."""
         with open(self.path / "held_out.jsonl", encoding="utf-8") as file:
@@ -86,8 +81,8 @@ class TokenStore:
         return Tokenizer.load(self.path)
 
 
-class ShardWriter:
-    """Writes shards into a folder and remembers, in journal.json, which are whole, so that building can go on after a kill."""
+class StoreWriter:
+    """Writes shards into a folder. journal.json names the finished ones, so that writing can go on after a kill."""
 
     def __init__(self, folder: Path, dtype: np.dtype, eot_id: int):
         self.folder, self.dtype = folder, dtype
@@ -106,38 +101,35 @@ class ShardWriter:
                 path.unlink()
 
     def add(self, parts: list[tuple[int, np.ndarray]]) -> None:
-        """Append (content hash, ids) entries; a shard ends only between calls."""
+        """Append entries (hash of the document, token ids). A shard ends only between calls."""
         if self._file is None:
             self._name = f"shard-{len(self.shards):05d}"
             self._file = open(self.folder / f"{self._name}.bin", "wb")
-            self._digest, self._index, self._tokens = hashlib.sha256(), array("Q"), 0
-        raw = b"".join(piece for _, ids in parts for piece in (self.eot.tobytes(), ids.astype(self.dtype, copy=False).tobytes()))
-        self._file.write(raw)
-        self._digest.update(raw)
+            self._index, self._tokens = array("Q"), 0
         for hash, ids in parts:
+            self._file.write(self.eot.tobytes() + ids.astype(self.dtype, copy=False).tobytes())
             self._index.extend((len(ids) + 1, hash))
             self._tokens += len(ids) + 1
         if self._tokens >= SHARD_TOKENS:
             self.end_shard()
 
     def end_shard(self) -> None:
+        """Finish the shard in hand, sync it and write it into the journal."""
         if self._file is None:
             return
         self._file.write(self.eot.tobytes())
-        self._digest.update(self.eot.tobytes())
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
         self._file = None
         index = np.array(self._index, np.uint64).reshape(-1, 2)
         np.save(self.folder / f"{self._name}.npy", index)
-        shard = {"tokens": f"{self._name}.bin", "index": f"{self._name}.npy", "count": self._tokens, "documents": len(index)}
-        self.shards.append({**shard, "sha256": self._digest.hexdigest()})
+        self.shards.append({"tokens": f"{self._name}.bin", "index": f"{self._name}.npy", "count": self._tokens, "documents": len(index)})
         self.written += len(index)
         sizes = {name: (self.folder / name).stat().st_size for shard in self.shards for name in (shard["tokens"], shard["index"])}
         write_atomic(self.folder / "journal.json", json.dumps({"shards": self.shards, "written": self.written, "sizes": sizes}))
 
     def close(self) -> None:
-        """Let go of an unfinished shard's file (an error or a stop is on its way)."""
+        """Close the file of an unfinished shard, after an error or a stop."""
         if self._file is not None:
             self._file.close()

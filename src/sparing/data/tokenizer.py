@@ -1,4 +1,4 @@
-"""Byte-level BPE: trained on a sample of the corpus, fast on ordinary text, the `tokenizers` library's own format on disk."""
+"""The byte-level BPE tokenizer: trained on a sample of the corpus, fast on ordinary text, saved as the `tokenizers` library's JSON."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import re
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +15,13 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from sparing.base.config import UserError
 from sparing.base.files import write_atomic
-from sparing.data.stop import check
+from sparing.data.progress import check, result_of
 
 END_OF_TEXT = "<|endoftext|>"
 SPECIAL_TOKENS = (END_OF_TEXT, "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 MIN_VOCAB = 256 + len(SPECIAL_TOKENS)
 MAX_FILE_BYTES = 64 << 20
 MAX_CACHED_WORDS = 200_000
-POLL_S = 0.1
 
 # Qwen2's pre-tokenisation (its tokenizer.json, Apache-2.0; llama.cpp knows it as "qwen2"): words with one leading character, digits singly,
 # punctuation, line ends, blanks.
@@ -48,69 +47,66 @@ _BYTES |= {chr(0x100 + i): byte for i, byte in enumerate(byte for byte in range(
 
 
 class Tokenizer:
-    """`tokenizer.json` with what training needs around it. `encode` never turns text into special tokens unless asked to."""
+    """A tokenizer.json of the `tokenizers` library, with what training and serving need around it."""
 
     def __init__(self, text: str):
         """`text`: the content of a tokenizer.json. Raises UserError when it is not one."""
         try:
-            self._plain, self._special = tokenizers.Tokenizer.from_str(text), tokenizers.Tokenizer.from_str(text)
+            self._library = tokenizers.Tokenizer.from_str(text)
             content = json.loads(text)
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"not a tokenizer.json of the `tokenizers` library: {str(error).splitlines()[0][:200]}") from None
         self._text = text
         self._byte_level = (content.get("decoder") or {}).get("type") == "ByteLevel"
-        for inner in (self._plain, self._special):
-            inner.no_padding()
-            inner.no_truncation()
-        self._plain.encode_special_tokens = True  # means: as ordinary text
-        self.vocab_size: int = 1 + max(self._plain.get_vocab(with_added_tokens=True).values(), default=-1)
+        self._library.no_padding()
+        self._library.no_truncation()
+        self._library.encode_special_tokens = True  # means: as ordinary text
+        self.vocab_size: int = 1 + max(self._library.get_vocab(with_added_tokens=True).values(), default=-1)
         """One more than the largest id; a model's vocabulary may be larger."""
-        name = next((name for name in _EOT_NAMES if self._plain.token_to_id(name) is not None), None)
+        name = next((name for name in _EOT_NAMES if self._library.token_to_id(name) is not None), None)
         if name is None:
             raise UserError(f"the tokenizer has no end-of-text token: none of {', '.join(_EOT_NAMES)}")
-        self.eot_id: int = self._plain.token_to_id(name)
+        self.eot_id: int = self._library.token_to_id(name)
         self.dtype = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
         """Smallest unsigned type that holds every id."""
         self.special: dict[str, int] = {token["content"]: token["id"] for token in content.get("added_tokens", []) if token.get("special")}
         """Names and ids of the tokens that stand for no text."""
-        self._words = _WordCache(self._plain, self.dtype) if _is_ours(content) else None
+        self._words = _WordCache(self._library, self.dtype) if _is_ours(content) else None
 
-    def encode(self, text: str, special: bool = False) -> list[int]:
-        """Token ids. `special`: names of special tokens in the text become those tokens (chat templates); else they are plain text."""
-        if special:
-            return self._special.encode(text, add_special_tokens=False).ids
+    def encode(self, text: str) -> list[int]:
+        """Token ids. Names of special tokens in the text are ordinary text."""
         return self.encode_array(text).tolist()
 
     def encode_array(self, text: str) -> np.ndarray:
         """Like `encode`, as an array of `dtype`. Ordinary words are looked up, the rest goes through the library; same ids."""
         if self._words is None:
-            return self._library(text)
+            return self._by_library(text)
         if _OTHER.search(text) is None:
             return self._lookup(text)
         parts, run, usual = [], [], True
         for line in _LINES.split(text):
             if (_OTHER.search(line) is None) != usual:
                 if run:
-                    parts.append(self._lookup("".join(run)) if usual else self._library("".join(run)))
+                    parts.append(self._lookup("".join(run)) if usual else self._by_library("".join(run)))
                 run, usual = [], not usual
             run.append(line)
-        parts.append(self._lookup("".join(run)) if usual else self._library("".join(run)))
+        parts.append(self._lookup("".join(run)) if usual else self._by_library("".join(run)))
         return np.concatenate(parts)
 
     def decode(self, ids: Sequence[int] | np.ndarray, skip_special_tokens: bool = False) -> str:
         """Text; bytes that are not UTF-8 (a token cut in the middle of a character) become U+FFFD."""
         ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
-        return self._special.decode(ids, skip_special_tokens=skip_special_tokens)
+        return self._library.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def token_bytes(self, number: int) -> bytes:
         """The bytes that one token stands for; its name where it is special, nothing where there is none."""
-        name = self._plain.id_to_token(number) or ""
+        name = self._library.id_to_token(number) or ""
         if name in self.special or not self._byte_level:
             return self.decode([number]).encode()
         return bytes(_BYTES[char] for char in name if char in _BYTES)
 
     def token_id(self, token: str) -> int | None:
-        return self._plain.token_to_id(token)
+        return self._library.token_to_id(token)
 
     def bytes_per_token(self, texts: Iterable[str]) -> float:
         """UTF-8 bytes per token over the texts, end-of-text tokens (one a text) counted."""
@@ -143,8 +139,8 @@ class Tokenizer:
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
 
-    def _library(self, text: str) -> np.ndarray:
-        return np.array(self._plain.encode(text, add_special_tokens=False).ids, self.dtype)
+    def _by_library(self, text: str) -> np.ndarray:
+        return np.array(self._library.encode(text, add_special_tokens=False).ids, self.dtype)
 
     def _lookup(self, text: str) -> np.ndarray:
         if len(self._words) > MAX_CACHED_WORDS:
@@ -197,10 +193,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, should_stop: Callable
             ended.set_exception(error)
 
     threading.Thread(target=work, daemon=True, name="tokenizer").start()
-    while not ended.done():
-        check(should_stop)
-        wait([ended], timeout=POLL_S)
-    ended.result()
+    result_of(ended, should_stop)
     return Tokenizer(inner.to_str())
 
 

@@ -1,4 +1,5 @@
-"""How good a model is, measured over callables, so that the trainer and the inference engine are scored by the same code.
-`bpb`: bits per byte of held-out text. `select`: which documents, when only some can be read. `tasks`: files of questions;
-`harness`: lm-eval over them.
+"""How good a model is, measured over callables, so that one code scores a model in training and a loaded one.
+
+`bpb` measures bits per byte of text, `select` chooses what of the text is read, `harness` runs lm-eval, and `tasks` makes its tasks from
+files of questions.
 """

@@ -1,37 +1,29 @@
-"""Bits per byte: the cross-entropy of held-out text by a model, per byte of UTF-8, so that models with different tokenizers compare."""
+"""Bits per byte: a model's cross-entropy on text, per byte of UTF-8, so that models with different tokenizers can be compared."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 
 from sparing.base.config import UserError
-from sparing.data.stop import check
+from sparing.data.progress import check
+from sparing.data.tokenizer import Tokenizer
 from sparing.evals.select import select
 
 NllFn = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""(tokens (B, T) int64, targets (B, T) int64, -100: not scored), on the CPU -> (B, T), nats of each target given its row so far."""
-POOL_TOKENS = 1 << 20
-"""Windows of about this many tokens are sorted by length at a time."""
+"""(tokens, targets), both (B, T) int64 on the CPU, target -100: not scored -> (B, T): nats of each target, given its row so far."""
+SORT_TOKENS = 1 << 20
+"""Windows of about this many tokens together are sorted by length at a time."""
 ROUND = 64
 """Short windows are padded to a multiple of this: few distinct shapes, little waste."""
 
 
-class HasTokens(Protocol):
-    """What is needed of a tokenizer."""
-
-    eot_id: int
-
-    def encode(self, text: str) -> list[int]: ...
-
-
 def bpb(
     nll_fn: NllFn,
-    tokenizer: HasTokens,
+    tokenizer: Tokenizer,
     documents: Iterable[str],
     context: int,
     *,
@@ -39,7 +31,7 @@ def bpb(
     max_bytes: int | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> dict:
-    """{"bpb", "loss" (nats per token), "bytes", "tokens" (scored), "documents", "context"}.
+    """Score documents -> {"bpb", "loss" (nats per token), "bytes", "tokens" (scored), "documents", "context"}.
 
     Each document is end-of-text, t1 .. tn; t1 .. tn are scored once each, in windows of `context` inputs that do not overlap and carry one
     token over: window w reads positions wC .. wC + C - 1 and is scored on wC + 1 .. wC + C. The end of the document is not scored, as it
@@ -50,15 +42,15 @@ def bpb(
         raise UserError(f"context and batch must be at least 1, not {context} and {batch}")
     counts = {"bytes": 0, "tokens": 0, "documents": 0}
     nats = 0.0
-    pool: list[list[int]] = []
-    pooled = 0
+    group: list[list[int]] = []
+    size = 0
     for window in _windows(tokenizer, documents if max_bytes is None else select(documents, max_bytes), context, counts):
-        pool.append(window)
-        pooled += len(window) - 1
-        if pooled >= POOL_TOKENS:
-            nats += _score(nll_fn, pool, context, batch, should_stop)
-            pool, pooled = [], 0
-    nats += _score(nll_fn, pool, context, batch, should_stop)
+        group.append(window)
+        size += len(window) - 1
+        if size >= SORT_TOKENS:
+            nats += _score(nll_fn, group, context, batch, should_stop)
+            group, size = [], 0
+    nats += _score(nll_fn, group, context, batch, should_stop)
     if not counts["tokens"]:
         raise UserError("nothing to evaluate on: the held-out text is empty")
     return {"bpb": nats / math.log(2) / counts["bytes"], "loss": nats / counts["tokens"], **counts, "context": context}
@@ -75,7 +67,7 @@ def nll_from_logits(logits_fn: Callable[[torch.Tensor], torch.Tensor]) -> NllFn:
     return nll
 
 
-def _windows(tokenizer: HasTokens, documents: Iterable[str], context: int, counts: dict[str, int]) -> Iterator[list[int]]:
+def _windows(tokenizer: Tokenizer, documents: Iterable[str], context: int, counts: dict[str, int]) -> Iterator[list[int]]:
     """Slices of context + 1 tokens, the last of a document shorter."""
     for text in documents:
         ids = tokenizer.encode(text)

@@ -1,4 +1,4 @@
-"""lm-eval (github.com/EleutherAI/lm-evaluation-harness) in this process, over two callables.
+"""Runs lm-eval (github.com/EleutherAI/lm-evaluation-harness) in this process, over two callables: one that scores, one that writes.
 
 The figures are those that its `local-completions` finds at our server: a context that is not empty begins without an end-of-text token.
 """
@@ -35,7 +35,7 @@ MADE_TOKENS = 256
 
 
 class HarnessModel(TemplateLM):
-    """context: the most tokens that the model reads; the last place is kept for a token to be made, as at a server."""
+    """Our model, as lm-eval sees it. context: the most tokens that it reads; as in a server, the last place is kept for a new token."""
 
     def __init__(self, tokenizer: Tokenizer, context: int, score: ScoreFn, write: WriteFn):
         super().__init__()
@@ -50,26 +50,26 @@ class HarnessModel(TemplateLM):
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **_) -> list[tuple[float, bool]]:
         """requests: (anything, context's ids, continuation's ids); what does not fit is cut off at the left."""
-        longest = max((len(asked) for _, _, asked in requests), default=0)
+        longest = max((len(continuation) for _, _, continuation in requests), default=0)
         if longest >= self.room:
             raise UserError(f"a text to be scored has {longest} tokens; the model reads {self.room} with what goes before it")
-        texts = ((before + asked)[-self.room :] for _, before, asked in requests)
-        counts = [len(asked) for _, _, asked in requests]
+        texts = ((context + continuation)[-self.room :] for _, context, continuation in requests)
+        counts = [len(continuation) for _, _, continuation in requests]
         return [_total(rows[len(rows) - count :]) for rows, count in zip(self._score(texts), counts, strict=True)]
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-        found = []
+        scores = []
         for request in requests:
             ids = self.tok_encode(request.args[0])
             windows = get_rolling_token_windows(ids, self.prefix_token_id, max_seq_len=self.room - 1, context_len=1)
             parts = self._loglikelihood_tokens([(None, *make_disjoint_window(window)) for window in windows])
-            found.append(sum(nats for nats, _ in parts))
-        return found
+            scores.append(sum(nats for nats, _ in parts))
+        return scores
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        return list(self._write(self._asked(*request.args) for request in requests))
+        return list(self._write(self._prompt(*request.args) for request in requests))
 
-    def _asked(self, text: str, settings: dict) -> tuple[list[int], dict]:
+    def _prompt(self, text: str, settings: dict) -> tuple[list[int], dict]:
         settings = {"temperature": 0, "seed": SEED, **settings}
         settings.pop("do_sample", None)
         until, default = settings.pop("until", None) or [], settings.pop("max_gen_toks", MADE_TOKENS)
@@ -98,10 +98,10 @@ def run_tasks(model: TemplateLM, tasks: Sequence[str], limit: int | None = None)
     for one in loaded["tasks"].values():
         one.set_fewshot_seed(seed=SEED)
     with contextlib.redirect_stdout(sys.stderr):
-        found = lm_eval.evaluate(model, loaded, limit=limit, bootstrap_iters=1000, log_samples=False)
+        results = lm_eval.evaluate(model, loaded, limit=limit, bootstrap_iters=1000, log_samples=False)
     return [
-        {"name": name, "items": found["n-samples"][name]["effective"]}
+        {"name": name, "items": results["n-samples"][name]["effective"]}
         | {key.split(",")[0]: value for key, value in values.items() if "," in key and value != "N/A"}
-        for name, values in found["results"].items()
-        if name in found["n-samples"]
+        for name, values in results["results"].items()
+        if name in results["n-samples"]
     ]

@@ -1,4 +1,4 @@
-"""Which text an evaluation reads when it may not read all of it."""
+"""Selects the text that an evaluation reads when it may not read all of it."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ def select(documents: Iterable[str], max_bytes: int) -> list[str]:
     """
     share = max(1, max_bytes // SHARES)
     heap: list[tuple[int, int, bytes]] = []  # largest hash on top
-    held = 0
+    size = 0
     for index, text in enumerate(documents):
         raw = text.encode()
         hash = content_hash(raw)
-        if held >= max_bytes and hash >= -heap[0][0]:
+        if size >= max_bytes and hash >= -heap[0][0]:
             continue
         heapq.heappush(heap, (-hash, index, raw[:max_bytes]))
-        held += min(len(raw), share)
-        while held - (top := min(len(heap[0][2]), share)) >= max_bytes:
-            held -= top
+        size += min(len(raw), share)
+        while size - (top := min(len(heap[0][2]), share)) >= max_bytes:
+            size -= top
             heapq.heappop(heap)
     chosen = [raw for _, _, raw in sorted(heap, key=lambda entry: -entry[0])]
     level = _level([len(raw) for raw in chosen], max_bytes)

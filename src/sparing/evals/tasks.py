@@ -1,4 +1,4 @@
-"""Questions in a file of the user's own, as a task of lm-eval: JSON or JSON lines, each row in one of these shapes.
+"""Makes an lm-eval task of a user's file of questions: JSON or JSON lines, each row in one of these shapes.
 
 - `question`, `choices` and `answer` (the right choice, its number from 0 or its letter): the likeliest choice should be the right one;
 - `instruction` and `answer` as LLM-Adapters writes them (arXiv 2304.01933, github.com/AGI-Edgerunners/LLM-Adapters): the same;
@@ -16,14 +16,14 @@ from sparing.base.config import UserError
 
 _INSTRUCTION = re.compile(r"question: (.*?)\s+((?:Answer|Solution)1:.*?)\s+Answer format:", re.S)
 _NUMBER = re.compile(r"\s*(?:Answer|Solution)\d+:\s*")
-ASKED = "Question: {{question}}\nAnswer:"
+QUESTION = "Question: {{question}}\nAnswer:"
 FORMS: dict[str, dict] = {
     "choices": {
-        "output_type": "multiple_choice", "doc_to_text": ASKED, "doc_to_target": "right", "doc_to_choice": "choices",
+        "output_type": "multiple_choice", "doc_to_text": QUESTION, "doc_to_target": "right", "doc_to_choice": "choices",
         "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
     },
     "answer": {
-        "output_type": "generate_until", "doc_to_text": ASKED, "doc_to_target": "{{answer}}",
+        "output_type": "generate_until", "doc_to_text": QUESTION, "doc_to_target": "{{answer}}",
         "generation_kwargs": {"until": ["\n"], "max_gen_toks": 64},
         "filter_list": [{"name": "line", "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}]}],
         "metric_list": [{"metric": "exact_match", "ignore_case": True, "ignore_punctuation": True}],
@@ -40,13 +40,13 @@ def read(path: str | Path) -> tuple[str, list[dict]]:
     """-> (a key of FORMS, the rows' fields). Raises UserError for a file that cannot be read, naming the first row in no known shape."""
     try:
         text = Path(path).read_text(encoding="utf-8")
-        given = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.split("\n") if line.strip()]
+        rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.split("\n") if line.strip()]
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: {getattr(error, 'strerror', None) or f'not JSON ({error})'}") from None
-    found = [_fields(row, f"{path}, row {number}") for number, row in enumerate(given, 1)]
-    if len({form for form, _ in found}) != 1:
-        raise UserError(f"{path}: " + ("has rows of different shapes" if found else "has no rows"))
-    return found[0][0], [row for _, row in found]
+    fields = [_fields(row, f"{path}, row {number}") for number, row in enumerate(rows, 1)]
+    if len({form for form, _ in fields}) != 1:
+        raise UserError(f"{path}: " + ("has rows of different shapes" if fields else "has no rows"))
+    return fields[0][0], [row for _, row in fields]
 
 
 def _fields(row, where: str) -> tuple[str, dict]:
@@ -76,5 +76,5 @@ def task(path: str | Path) -> dict:
     import datasets  # lm-eval's own
 
     form, rows = read(path)
-    made = {"test": datasets.Dataset.from_list(rows)}
-    return {"task": Path(path).stem, "test_split": "test", "custom_dataset": lambda **_: made, **FORMS[form]}
+    splits = {"test": datasets.Dataset.from_list(rows)}
+    return {"task": Path(path).stem, "test_split": "test", "custom_dataset": lambda **_: splits, **FORMS[form]}

@@ -1,7 +1,6 @@
-"""Using a trained model: `engine.Engine` continues many texts at once, `loaded.Model` computes logits.
+"""Inference: `generate` for Python callers, `engine` for many requests at once.
 
-`request` says what is asked and answered, `scheduler` who computes what, `cache` where it is kept. `network` is the model over that
-cache in plain PyTorch, `compiled` the same through kernels/decode.c, from weights that `pack` has packed. `sample` turns logits into
-tokens, `text` tokens into text; `speculate` drafts, and `adapt` chooses by measuring.
-`approximate` leaves experts out for requests that ask for it, as many as `calibration` has found that a text can spare.
+A request (`request`) becomes a token sequence; `scheduler` plans which sequences each step computes, `network` computes their logits from
+`packed_weights` or in plain PyTorch, and `sample` turns logits into tokens and drafts. `approximate` lets requests use fewer experts, as
+far as `calibration` allows; `predict` forecasts speed when experts stay on disk.
 """

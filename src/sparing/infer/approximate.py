@@ -1,9 +1,9 @@
-"""The approximate tier: requests that ask for it use fewer experts, and a guard watches what that costs.
+"""The approximate tier: requests that ask for it use fewer experts, and a guard measures what that costs.
 
-About 1 % of such texts are computed a second time with every expert when they have ended, as requests of the engine's own. What is compared
-is the log-probability of a token that the approximate model draws at every place at temperature 1, beside the one that it wrote:
-approximate minus exact, whose mean is the divergence of the two models, on trained models as large as the rise of the loss on real text.
-The tokens written would not do: the likeliest ones differ less, and in texts that repeat themselves the other way round (LAB.md).
+When such a request ends, 1 % of the time the engine computes its tokens again with all experts. At every position the approximate model
+also samples a token at temperature 1, besides the one it writes; the guard averages that token's log-probability, approximate minus exact.
+The mean is the divergence of the two models; on trained models it is as large as the rise of the loss on real text. The tokens written
+would underestimate it: likely tokens differ less, and in repetitive text the sign turns (LAB.md).
 """
 
 from __future__ import annotations
@@ -18,24 +18,22 @@ import numpy as np
 from sparing.base.config import UserError
 from sparing.base.run import RunFolder
 from sparing.data.tokenizer import Tokenizer
-from sparing.infer.calibration import calibrate, decoder_mixtures, digest, milder, room, save, saved, windows
-from sparing.infer.compiled import CompiledNetwork
-from sparing.infer.network import TorchNetwork
-from sparing.infer.request import Piece, Request, Sampling, TokenLogprob
+from sparing.infer.calibration import calibrate, decoder_mixtures, digest, max_tokens, milder, save, saved, windows
+from sparing.infer.network import CompiledNetwork, TorchNetwork
+from sparing.infer.request import Piece, Request, Sampling, TextStream, TokenLogprob
 from sparing.infer.sample import draw, logprob, noise_key
-from sparing.infer.scheduler import Share, Text
-from sparing.infer.text import TextStream
+from sparing.infer.scheduler import Span, TokenSequence
 
-MEMORY = 1 - 1e-4
-"""Weight of what was compared before, a token ago."""
-SOME, MANY = 200, 5000
-"""Tokens from which a rise of three standard errors over the limit is believed, and from which the mean itself is."""
+DECAY = 1 - 1e-4
+"""Weight of earlier comparisons, per token."""
+MIN_CHECKED, MANY_CHECKED = 200, 5000
+"""Compared tokens after which the tier backs off if the mean exceeds the limit: by three standard errors, or at all."""
 
 
 @dataclass(frozen=True)
 class Approximate:
-    """What an engine's operator allows. texts: the user's, to calibrate on; none: as it was calibrated before. limit: of the loss, how
-    much it may rise. floor: experts of a layer that every token keeps. checked: share of the texts that the guard computes again."""
+    """Settings of the tier. texts: text to calibrate on; none: use the saved calibration. limit: relative rise of the loss that is allowed.
+    floor: experts that every token uses in each layer. checked: share of requests that are computed again."""
 
     texts: Sequence[str] = ()
     limit: float = 0.001
@@ -43,11 +41,11 @@ class Approximate:
     checked: float = 0.01
 
 
-class Approximation:
-    """An engine's approximate tier; everything but `begin` and `metrics` is called on the engine's thread."""
+class ApproximateTier:
+    """An engine's approximate tier. All methods but `begin` and `metrics` run on the engine's thread."""
 
     def __init__(self, allowed: Approximate, run: RunFolder, network: CompiledNetwork | TorchNetwork, tokenizer: Tokenizer):
-        """Calibrates where texts are given and no earlier calibration was made on them. Raises UserError."""
+        """Calibrates on the given texts unless a saved calibration used them. Raises UserError."""
         if isinstance(network, TorchNetwork):
             raise UserError(f"{run} runs in plain PyTorch here, where approximate answers would save nothing")
         c, format = network.c, network.format
@@ -57,84 +55,82 @@ class Approximation:
             raise UserError(f"approximate floor {allowed.floor}: must be from 1 to {c.num_experts_per_tok}, the model's experts a token")
         if not 0 < allowed.limit < 1:
             raise UserError(f"approximate limit {100 * allowed.limit:g} %: must be above 0 and below 100")
-        found = saved(run, network.pack.source, format)
+        calibration = saved(run, network.packed_weights.source, format)
         if allowed.texts:
-            asked = (digest(windows(network, tokenizer, allowed.texts)), allowed.limit, allowed.floor)
-            if found is None or (found.text, found.limit, found.floor) != asked:
-                found = calibrate(network, tokenizer, allowed.texts, allowed.limit, allowed.floor)
-                save(run, format, found)
-        if found is None:
+            wanted = (digest(windows(network, tokenizer, allowed.texts)), allowed.limit, allowed.floor)
+            if calibration is None or (calibration.text, calibration.limit, calibration.floor) != wanted:
+                calibration = calibrate(network, tokenizer, allowed.texts, allowed.limit, allowed.floor)
+                save(run, format, calibration)
+        if calibration is None:
             raise UserError(f"{run} was not calibrated for approximate answers in {format}: give some of your text")
-        self.calibration, self.checked, self._room, self._tokenizer = found, allowed.checked, room(network), tokenizer
-        network.model.least = found.floor
-        shares = np.array(found.shares, np.float32)
+        self.calibration, self.checked = calibration, allowed.checked
+        self._max_tokens, self._tokenizer = max_tokens(network), tokenizer
+        network.min_experts = calibration.floor
+        shares = np.array(calibration.shares, np.float32)
         self.shares = None if (shares >= 1).all() else shares
-        """Of new requests; None: as exact as any."""
+        """`Rows.shares` of new requests; None: they use all experts."""
         self.back_offs = 0
         self._layers, self._counts = len(decoder_mixtures(c)), Counter()
-        self._forget()
+        self._reset()
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         self._weight = self._sum = self._squares = 0.0
 
     @property
     def rise(self) -> tuple[float, float]:
-        """What the guard sees, nats a token, and its standard error."""
+        """(mean, standard error) of the guard's comparisons, nats per token."""
         if not self._weight:
             return 0.0, 0.0
         mean = self._sum / self._weight
         return mean, (max(0.0, self._squares / self._weight - mean**2) / self._weight) ** 0.5
 
-    def begin(self, text: Text) -> None:
-        """A text that asked for it, before it waits."""
-        found = self.calibration
-        text.request.approximate = {
-            "loss_increase": found.increase / found.loss,
-            "limit": found.limit,
-            "back_offs": self.back_offs,
-        }
-        text.shares = self.shares
-        if self.shares is not None and noise_key(text.request.seed, len(text.tokens))[0] < self.checked * 2**32:
-            text.noted = []
+    def begin(self, seq: TokenSequence) -> None:
+        """Prepare an approximate request before it is queued."""
+        rise = self.calibration.increase / self.calibration.loss
+        seq.request.approximate = {"loss_increase": rise, "limit": self.calibration.limit, "back_offs": self.back_offs}
+        seq.shares = self.shares
+        if self.shares is not None and noise_key(seq.request.seed, len(seq.tokens))[0] < self.checked * 2**32:
+            seq.drawn = []
 
-    def count(self, shares: Sequence[Share], used: np.ndarray) -> None:
-        """After a step with approximate texts. used: (rows,) experts, of all layers."""
-        rows = [share.row for share in shares]
-        for share, end, experts in zip(shares, [*rows[1:], len(used)], np.add.reduceat(used, rows).tolist(), strict=True):
-            if share.text.shares is not None:
-                for counts, suffix in ((share.text.request.usage, ""), (self._counts, "_total")):
+    def count(self, spans: Sequence[Span], used: np.ndarray) -> None:
+        """Add a step's experts to the counters. used: (rows,) experts of each row, summed over layers."""
+        rows = [span.row for span in spans]
+        for span, end, experts in zip(spans, [*rows[1:], len(used)], np.add.reduceat(used, rows).tolist(), strict=True):
+            if span.seq.shares is not None:
+                for counts, suffix in ((span.seq.request.usage, ""), (self._counts, "_total")):
                     counts["approximate_experts" + suffix] += experts
-                    counts["approximate_layers" + suffix] += (end - share.row) * self._layers
+                    counts["approximate_layers" + suffix] += (end - span.row) * self._layers
 
-    def again(self, text: Text, reason: str) -> list[Text]:
-        """A text has ended: those that compute it again exactly, one or none."""
-        if not text.noted or reason not in ("stop", "length"):
+    def exact_check(self, seq: TokenSequence, reason: str) -> list[TokenSequence]:
+        """After the end of `seq`: the sequence that computes it again with all experts, if it was chosen for a check."""
+        if not seq.drawn or reason not in ("stop", "length"):
             return []
         request: Request
 
-        def hear(piece: Piece | None) -> None:
+        def finished(piece: Piece | None) -> None:
             if piece is None and request.finish_reason in ("stop", "length"):
-                self._compare(text, request.prompt_logprobs[len(text.request.prompt) - 1 :])
+                self._compare(seq, request.prompt_logprobs[len(seq.request.prompt) - 1 :])
 
-        request = Request(text.tokens[: self._room - 1], Sampling(max_tokens=1, temperature=0, prompt_logprobs=True), hear)
-        found = Text(request, TextStream(self._tokenizer), 1)
-        found.targets = [*text.request.prompt, *(row.token for row in text.noted)]
-        return [found]
+        request = Request(seq.tokens[: self._max_tokens - 1], Sampling(max_tokens=1, temperature=0, prompt_logprobs=True), finished)
+        check = TokenSequence(request, TextStream(self._tokenizer), 1)
+        check.targets = [*seq.request.prompt, *(row.token for row in seq.drawn)]
+        return [check]
 
-    def _compare(self, text: Text, exact: list[TokenLogprob]) -> None:
-        if text.shares is not self.shares:
-            return  # what came before a back-off says nothing about what follows it
-        for noted, row in zip(text.noted or (), exact, strict=False):
-            difference = noted.logprob - row.logprob
-            self._weight = MEMORY * self._weight + 1
-            self._sum = MEMORY * self._sum + difference
-            self._squares = MEMORY * self._squares + difference**2
+    def _compare(self, seq: TokenSequence, exact: list[TokenLogprob]) -> None:
+        """Add a checked sequence to the guard's mean, and back off if that exceeds the limit."""
+        if seq.shares is not self.shares:
+            return  # computed before the last back-off
+        for drawn, row in zip(seq.drawn or (), exact, strict=False):
+            difference = drawn.logprob - row.logprob
+            self._weight = DECAY * self._weight + 1
+            self._sum = DECAY * self._sum + difference
+            self._squares = DECAY * self._squares + difference**2
         self._counts["approximate_checked_total"] += len(exact)
         limit, (mean, error) = self.calibration.limit * self.calibration.loss, self.rise
-        if (self._weight >= SOME and mean - 3 * error > limit) or (self._weight >= MANY and mean > limit):
+        if (self._weight >= MIN_CHECKED and mean - 3 * error > limit) or (self._weight >= MANY_CHECKED and mean > limit):
             self.shares = milder(self.shares, 1 / 2)
             self.back_offs += 1
-            self._forget()
+            self._reset()
             what = "halfway back to all experts" if self.shares is not None else "all experts again"
             print(f"approximate answers lose {mean:.4f} nats a token, more than {limit:.4f}: {what}", file=sys.stderr, flush=True)
 
@@ -148,14 +144,7 @@ class Approximation:
         }  # fmt: skip
 
 
-def begin(tier: Approximation | None, text: Text) -> None:
-    """A text asks for the tier. Raises UserError where there is none."""
-    if tier is None:
-        raise UserError("this engine answers exactly only: its operator has not allowed `approximate`")
-    tier.begin(text)
-
-
-def note(text: Text, logits_V: np.ndarray) -> None:
-    """The approximate model's logits for the text's last token: what the guard will compare."""
-    token = draw(logits_V, 1.0, ~text.request.seed, len(text.tokens))
-    text.noted.append(logprob(logits_V, token, 0))
+def draw_for_check(seq: TokenSequence, logits_V: np.ndarray) -> None:
+    """Sample the token that the guard will compare at the position of the sequence's last token."""
+    token = draw(logits_V, 1.0, ~seq.request.seed, len(seq.tokens))
+    seq.drawn.append(logprob(logits_V, token, 0))

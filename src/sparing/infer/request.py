@@ -1,4 +1,4 @@
-"""What is asked of the engine, and what comes back: `Sampling`, `Request`, `Piece`."""
+"""Requests to the engine: sampling settings, the handle on a running request, and its text as it becomes final."""
 
 from __future__ import annotations
 
@@ -11,8 +11,12 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from sparing.base.config import UserError
+from sparing.data.tokenizer import Tokenizer
 
 MAX_LOGPROBS = 20
+BROKEN = "\ufffd"
+MAX_PENDING = 8
+"""An incomplete character is taken for broken bytes after so many tokens: a character has four bytes at most."""
 
 
 class Busy(RuntimeError):
@@ -20,23 +24,23 @@ class Busy(RuntimeError):
 
 
 class Grammar(Protocol):
-    """What restricts the next token: llguidance's matcher behind two methods."""
+    """Restricts the next token; the server's is `serve.grammar.Matcher`."""
 
     def mask(self):
-        """(V,) booleans, tensor or array: which tokens may come next. None allowed: the text is complete."""
+        """(V,) booleans, tensor or array: which tokens may come next. If all are False, the text is complete."""
 
     def advance(self, token: int) -> None:
-        """This token was chosen."""
+        """Tell the grammar which token was chosen."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a continuation is drawn. Raises UserError for a value out of its range.
+    """How tokens are sampled. Raises UserError for a value out of its range.
 
-    `seed`: the same seed gives the same text, alone or among other requests, with or without speculation; None: a different one each time.
-    `logprobs`: how many alternatives to report beside each chosen token (0: only the chosen one); they are the model's own, before
-    temperature, penalties and masks. Presence and frequency penalties count what was generated (OpenAI's definition), the repetition
-    penalty the prompt as well (CTRL, arXiv 1909.05858).
+    seed: the same seed gives the same text, whatever other requests run and whether or not tokens are drafted; None: a new seed each time.
+    logprobs: how many alternatives to report for each token (0: only the chosen one), from the model's distribution before temperature,
+    penalties and masks. Presence and frequency penalties count generated tokens (OpenAI's definition), the repetition penalty counts the
+    prompt too (CTRL, arXiv 1909.05858).
     """
 
     max_tokens: int
@@ -54,9 +58,9 @@ class Sampling:
     grammar: Grammar | None = None
     ignore_eos: bool = False
     prompt_logprobs: bool = False
-    """Score the prompt as well, as `logprobs` says: `Request.prompt_logprobs`. It is then read anew, whatever the cache holds."""
+    """Fill `Request.prompt_logprobs`, with `logprobs` alternatives. The whole prompt is then computed, even where it is cached."""
     approximate: bool = False
-    """Fewer experts for easy tokens, where the engine's operator allows it (`Engine.approximate`)."""
+    """Use fewer experts for easy tokens. Needs an engine with `approximate`."""
 
     def __post_init__(self) -> None:
         for name, good, allowed in (
@@ -77,7 +81,7 @@ class Sampling:
 
     @property
     def edits_logits(self) -> bool:
-        """Whether the choice depends on more than the logits: on what was written before, on a bias or a grammar."""
+        """Whether logits are changed before sampling: by a penalty, a bias or a grammar."""
         penalties = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0
         return bool(penalties or self.logit_bias or self.grammar is not None)
 
@@ -93,14 +97,14 @@ class TokenLogprob(NamedTuple):
 
 @dataclass
 class Piece:
-    """Text as it becomes final: whole characters, never part of a stop string; `tokens` are those whose text ends with it."""
+    """Text that is final: whole characters, no part of a stop string. `tokens` are those whose text ends in this piece."""
 
     text: str
     tokens: list[int]
     logprobs: list[TokenLogprob] | None = None
 
     def extend(self, more: Piece) -> None:
-        """Append what follows."""
+        """Append the piece that follows this one."""
         self.text += more.text
         self.tokens += more.tokens
         if self.logprobs is not None:
@@ -108,12 +112,12 @@ class Piece:
 
 
 class Request:
-    """One continuation under way. Iterate it for its pieces (blocking), or give `Engine.submit` an `on_piece`.
+    """A running request. Iterate it for its pieces (blocking), or give `Engine.submit` an `on_piece`.
 
-    `on_piece(piece)` is called on the engine's thread and must return at once; `on_piece(None)` says that it is finished. `finish_reason`
-    is None until then: "stop" (end of text, stop string, grammar complete), "length", "cancelled" or "error" (`error` says which).
-    `usage` has prompt_tokens, cached_tokens, completion_tokens, drafted and accepted; of approximate answers the experts that were used and
-    the mixture layers, summed over tokens, that used them.
+    `on_piece(piece)` is called on the engine's thread and must return at once; `on_piece(None)` ends the request. `finish_reason` is None
+    until the end, then "stop" (end-of-text token, stop string or complete grammar), "length", "cancelled" or "error" (see `error`).
+    `usage` counts prompt_tokens, cached_tokens, completion_tokens, drafted and accepted tokens; for an approximate request also the
+    experts that were computed and the (token, mixture layer) pairs that computed them.
     """
 
     def __init__(self, prompt: Sequence[int], sampling: Sampling, on_piece: Callable[[Piece | None], None] | None = None):
@@ -124,18 +128,18 @@ class Request:
         self.usage = {"prompt_tokens": len(prompt), "cached_tokens": 0, "completion_tokens": 0, "drafted": 0, "accepted": 0}
         self.usage |= {"approximate_experts": 0, "approximate_layers": 0}
         self.approximate: dict[str, float] | None = None
-        """Where it was asked for: how the tier was calibrated, and how often it has backed off since."""
+        """For an approximate request: how the tier was calibrated, and how often it has backed off since."""
         self.prompt_logprobs: list[TokenLogprob] = []
-        """Of the prompt's tokens but the first, where they were asked for."""
+        """With `Sampling.prompt_logprobs`: one for each prompt token but the first."""
         self.cancelled = False
         self._on_piece = on_piece
         self._pieces: deque[Piece] = deque()
-        self._whole = False  # nobody is to be woken for a piece
+        self._whole = False  # `text` waits for the end: pieces need not wake it
         self._news = threading.Condition()
         self._wake: Callable[[], None] = lambda: None
 
     def cancel(self) -> None:
-        """Stop generating; pieces that are already there can still be read."""
+        """Stop generating. Pieces that have already arrived can still be read."""
         self.cancelled = True
         self._wake()
 
@@ -149,14 +153,14 @@ class Request:
             yield piece
 
     def text(self) -> str:
-        """Everything, once it is finished."""
+        """Wait for the end; the text of all pieces."""
         with self._news:
             self._whole = True
             self._news.wait_for(lambda: self.finish_reason)
         return "".join(piece.text for piece in self)
 
     def give(self, piece: Piece) -> None:
-        """For the engine."""
+        """Called by the engine with the next piece."""
         if self._on_piece:
             self._on_piece(piece)
             return
@@ -166,9 +170,69 @@ class Request:
                 self._news.notify_all()
 
     def finish(self, reason: str, error: str | None = None) -> None:
-        """For the engine: no piece comes after this."""
+        """Called by the engine after the last piece."""
         with self._news:
             self.error, self.finish_reason = error, reason
             self._news.notify_all()
         if self._on_piece:
             self._on_piece(None)
+
+
+class TextStream:
+    """Turns a request's tokens into pieces of final text: whole characters, and nothing that may still become a stop string."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = ()):
+        self.tokenizer, self.stop = tokenizer, stop
+        self._ids: list[int] = []
+        self._context, self._decoded = 0, 0  # tokens before the decoding window, tokens whose text is in `_held`
+        self._held = ""
+        self._ends: deque[tuple[int, TokenLogprob | None, int]] = deque()  # token, its logprob, where its text ends (-1: unknown)
+        self._delivered = 0  # characters
+
+    def push(self, token: int, logprob: TokenLogprob | None = None) -> tuple[Piece | None, bool]:
+        """-> (text that has become final, whether a stop string was completed)."""
+        self._ids.append(token)
+        self._ends.append((token, logprob, -1))
+        self._decode(len(self._ids) - self._decoded >= MAX_PENDING)
+        cut = min((at for at in (self._held.find(s) for s in self.stop) if at >= 0), default=-1)
+        if cut >= 0:
+            self._held = self._held[:cut]
+            return self._piece(cut), True
+        return self._piece(len(self._held) - self._stop_prefix()), False
+
+    def finish(self) -> Piece | None:
+        """The rest of the text, when no token follows."""
+        self._decode(True)
+        return self._piece(len(self._held))
+
+    def _decode(self, broken: bool) -> None:
+        """Append the new tokens' text to `_held`; with `broken`, even if its last character is incomplete.
+
+        Tokens are decoded together with those before them, because some tokenizers strip a leading blank."""
+        context = self.tokenizer.decode(self._ids[self._context : self._decoded], skip_special_tokens=True)
+        text = self.tokenizer.decode(self._ids[self._context :], skip_special_tokens=True)
+        if text.endswith(BROKEN) and not broken:
+            return
+        self._held += text[len(context) :]
+        self._context, self._decoded = self._decoded, len(self._ids)
+        end = self._delivered + len(self._held)
+        self._ends = deque((token, logprob, end if at < 0 else at) for token, logprob, at in self._ends)
+
+    def _stop_prefix(self) -> int:
+        """Characters at the end of `_held` that may begin a stop string."""
+        if not self.stop:
+            return 0
+        held = self._held
+        sizes = (size for stop in self.stop for size in range(1, min(len(stop), len(held) + 1)) if held.endswith(stop[:size]))
+        return max(sizes, default=0)
+
+    def _piece(self, size: int) -> Piece | None:
+        text, self._held = self._held[:size], self._held[size:]
+        self._delivered += size
+        tokens, logprobs = [], []
+        while self._ends and 0 <= self._ends[0][2] <= self._delivered:
+            token, logprob, _ = self._ends.popleft()
+            tokens.append(token)
+            if logprob is not None:
+                logprobs.append(logprob)
+        return Piece(text, tokens, logprobs or None) if text or tokens else None

@@ -1,122 +1,264 @@
-"""Who computes what in the next step: continuous batching with chunked prefill, admission by bytes.
+"""Plans each step of the engine: which sequences run, in which cache blocks, with how many threads and draft tokens.
 
-A text is admitted when the cache has room for all that it may become, so nothing that has begun is ever thrown out. In a step every
-running text advances; what is left of the step's rows goes to prompts, first come, first served.
+Continuous batching with chunked prefill. A sequence is admitted once the cache has room for its prompt and its longest answer, so that no
+running sequence is ever evicted. In a step every sequence past its prompt advances; prompts share the remaining rows, in order of arrival.
 """
 
 from __future__ import annotations
 
-from collections import deque
+import hashlib
+from array import array
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from sparing.infer.cache import BLOCK, BlockPool, chain
 from sparing.infer.network import Rows
-from sparing.infer.request import Request, TokenLogprob
-from sparing.infer.text import TextStream
+from sparing.infer.request import Request, TextStream, TokenLogprob
+from sparing.kernels.sizes import CACHE_BLOCK as BLOCK
+
+BURST, ROUNDS = 8, 6
+"""Steps of one trial of an option, and trials of each option: options take turns, because the machine's speed drifts."""
+MIN_INTERVAL, MAX_INTERVAL = 1024, 16384
+"""Steps between rounds of trials; the interval doubles while the best option stays the same."""
+MIN_GAIN = 1.03
+"""A new best option must be this much faster over all trials, and faster in all but one: trials are short and noisy."""
 
 
-class Text:
-    """One request under way: its tokens, how many of them the cache holds, and where."""
+def block_key(key: bytes, tokens: Sequence[int]) -> bytes:
+    """Hash of a block's tokens and of the previous block's key (b"" for the first block)."""
+    return hashlib.blake2b(key + array("q", tokens).tobytes(), digest_size=16).digest()
+
+
+class BlockManager:
+    """Assigns the key-value cache's blocks: reference counts, reuse of equal prefixes, eviction of the least recently used.
+
+    A block holds BLOCK positions of every layer. Full blocks are found by their key, which depends on all tokens from the sequence's start
+    (as in vLLM's automatic prefix caching, docs.vllm.ai/en/latest/design/prefix_caching).
+    """
+
+    def __init__(self, count: int):
+        self.count = count
+        self._unused = deque(range(count))
+        self._users = [0] * count
+        self._key: list[bytes | None] = [None] * count
+        self._by_key: dict[bytes, int] = {}
+        self._idle: OrderedDict[int, None] = OrderedDict()  # full blocks without users, the least recently used first
+        self.evicted = 0
+
+    @property
+    def free(self) -> int:
+        """Blocks that `take` can give."""
+        return len(self._unused) + len(self._idle)
+
+    @property
+    def cached(self) -> int:
+        """Blocks without users that are kept for reuse."""
+        return len(self._idle)
+
+    def match(self, tokens: Sequence[int], key: bytes = b"") -> tuple[list[int], bytes]:
+        """-> (cached blocks that hold the longest prefix of `tokens` without its last token, the last one's key). Adds a user to each.
+        key: start of the chain; results computed in different ways must not share one."""
+        blocks = []
+        for start in range(0, (len(tokens) - 1) // BLOCK * BLOCK, BLOCK):
+            following = block_key(key, tokens[start : start + BLOCK])
+            block = self._by_key.get(following)
+            if block is None:
+                break
+            blocks.append(block)
+            key = following
+        for block in blocks:
+            self._users[block] += 1
+            self._idle.pop(block, None)
+        return blocks, key
+
+    def take(self, count: int) -> list[int] | None:
+        """`count` blocks to write into; None, and none taken, if fewer are free."""
+        if count > self.free:
+            return None
+        blocks = []
+        for _ in range(count):
+            if self._unused:
+                block = self._unused.popleft()
+            else:
+                block, _ = self._idle.popitem(last=False)
+                del self._by_key[self._key[block]]  # type: ignore[arg-type]
+                self._key[block] = None
+                self.evicted += 1
+            self._users[block] = 1
+            blocks.append(block)
+        return blocks
+
+    def seal(self, block: int, key: bytes) -> None:
+        """Mark `block` as full, so that `match` finds it, unless another block has that key."""
+        if key not in self._by_key and self._key[block] is None:
+            self._by_key[key], self._key[block] = block, key
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Remove a user from each block. The last blocks of a sequence are evicted before its first."""
+        for block in reversed(blocks):
+            self._users[block] -= 1
+            if self._users[block] == 0:
+                if self._key[block] is None:
+                    self._unused.append(block)
+                else:
+                    self._idle[block] = None
+
+
+class TokenSequence:
+    """The engine's state of one request: its tokens, how many of them are in the cache, and in which blocks."""
 
     def __init__(self, request: Request, stream: TextStream, max_tokens: int):
         self.request, self.stream, self.max_tokens = request, stream, max_tokens
-        self.tokens = self.targets = list(request.prompt)  # targets: what `prompt_logprobs` are of
+        self.tokens = list(request.prompt)
+        self.targets = self.tokens
+        """Tokens whose log-probabilities `Sampling.prompt_logprobs` asks for."""
         self.computed = 0
         self.draft: list[int] = []
         """Guesses at the tokens after the last one."""
-        self.module_first = self.module_end = -1  # positions for which the MTP module has run
+        self.mtp_start = self.mtp_end = -1
+        """Positions for which the MTP module has run."""
         self.blocks: list[int] = []
         self._sealed, self._key = 0, b""
         self.shares: np.ndarray | None = None
-        """How few experts compute it (`Rows.shares`)."""
-        self.noted: list[TokenLogprob] | None = None
-        """Where they will be compared (`approximate.note`): one for every token made."""
+        """`Rows.shares` of an approximate request."""
+        self.drawn: list[TokenLogprob] | None = None
+        """One for every generated token, if the sequence will be checked (`approximate.draw_for_check`)."""
 
     @property
-    def made(self) -> list[int]:
+    def generated(self) -> list[int]:
         return self.tokens[len(self.request.prompt) :]
 
     @property
     def prefilling(self) -> bool:
         return self.computed < len(self.request.prompt)
 
-    def reserve(self, pool: BlockPool) -> bool:
-        """Take the blocks for prompt and continuation, reusing those whose text is cached; False where there is no room yet."""
-        first = b"" if self.shares is None else self.shares.tobytes()  # what was computed with fewer experts is found by the like only
-        found, key = ([], first) if self.request.sampling.prompt_logprobs else pool.match(self.tokens, first)
+    def reserve(self, manager: BlockManager) -> bool:
+        """Take blocks for the prompt and the longest answer, reusing cached ones; False if there is no room yet."""
+        first = b"" if self.shares is None else self.shares.tobytes()  # approximate results are reused only under the same shares
+        cached, key = ([], first) if self.request.sampling.prompt_logprobs else manager.match(self.tokens, first)
         needed = -(-(len(self.tokens) + self.max_tokens) // BLOCK)
-        more = pool.take(needed - len(found))
+        more = manager.take(needed - len(cached))
         if more is None:
-            pool.release(found)
+            manager.release(cached)
             return False
-        self.blocks = found + more
-        self._sealed, self._key = len(found), key
-        self.computed = self.request.usage["cached_tokens"] = len(found) * BLOCK
+        self.blocks = cached + more
+        self._sealed, self._key = len(cached), key
+        self.computed = self.request.usage["cached_tokens"] = len(cached) * BLOCK
         return True
 
-    def seal(self, pool: BlockPool) -> None:
-        """Let others find the blocks that have become full."""
+    def seal(self, manager: BlockManager) -> None:
+        """Let other sequences reuse the blocks that have become full."""
         while (self._sealed + 1) * BLOCK <= self.computed:
             start = self._sealed * BLOCK
-            self._key = chain(self._key, self.tokens[start : start + BLOCK])
-            pool.seal(self.blocks[self._sealed], self._key)
+            self._key = block_key(self._key, self.tokens[start : start + BLOCK])
+            manager.seal(self.blocks[self._sealed], self._key)
             self._sealed += 1
 
 
-class Share(NamedTuple):
-    """A text's part of a step: `count` of its tokens from position `start`, and its draft, in rows from `row` on."""
+class Span(NamedTuple):
+    """A sequence's rows in a step, from `row` on: `count` of its tokens from position `start`, then its draft."""
 
-    text: Text
+    seq: TokenSequence
     row: int
     start: int
     count: int
 
     @property
     def scored(self) -> int:
-        """Logits that it has for scoring the prompt: of every token but the prompt's last, whose logits are for drawing."""
-        if not self.text.request.sampling.prompt_logprobs:
+        """Logits that score the prompt: those of every prompt token but the last, whose logits sample the first answer token."""
+        if not self.seq.request.sampling.prompt_logprobs:
             return 0
-        return max(0, min(self.start + self.count, len(self.text.request.prompt) - 1) - self.start)
+        return max(0, min(self.start + self.count, len(self.seq.request.prompt) - 1) - self.start)
 
 
 class Scheduler:
-    """Waiting and running texts over one block pool."""
+    """Waiting and running sequences that share one cache."""
 
-    def __init__(self, pool: BlockPool, max_batch: int, max_rows: int):
-        self.pool, self.max_batch, self.max_rows = pool, max_batch, max_rows
-        self.waiting: deque[Text] = deque()
-        self.running: list[Text] = []
+    def __init__(self, manager: BlockManager, max_batch: int, max_rows: int):
+        self.manager, self.max_batch, self.max_rows = manager, max_batch, max_rows
+        self.waiting: deque[TokenSequence] = deque()
+        self.running: list[TokenSequence] = []
 
     def admit(self) -> None:
-        """Move texts from waiting to running while there is room."""
-        while self.waiting and len(self.running) < self.max_batch and self.waiting[0].reserve(self.pool):
+        """Move sequences from waiting to running while there is room."""
+        while self.waiting and len(self.running) < self.max_batch and self.waiting[0].reserve(self.manager):
             self.running.append(self.waiting.popleft())
 
-    def drop(self, text: Text) -> None:
-        """The text is finished or cancelled."""
-        if text in self.running:
-            self.running.remove(text)
-            text.seal(self.pool)
-            self.pool.release(text.blocks)
-            text.blocks = []
+    def drop(self, seq: TokenSequence) -> None:
+        """Remove a finished or cancelled sequence."""
+        if seq in self.running:
+            self.running.remove(seq)
+            seq.seal(self.manager)
+            self.manager.release(seq.blocks)
+            seq.blocks = []
         else:
-            self.waiting.remove(text)
+            self.waiting.remove(seq)
 
-    def step(self) -> tuple[Rows, list[Share]]:
-        """-> (rows, whose they are); a text that is computed to its end has logits, in this order: of its last token and of its draft.
-        Before them come those that score a prompt."""
-        rows, shares = Rows(), []
+    def step(self) -> tuple[Rows, list[Span]]:
+        """-> (the next step's rows, whose they are). Each span asks for logits in this order: those that score its prompt; if all its
+        tokens are computed, those of its last token and of its draft."""
+        rows, spans = Rows(), []
         left = self.max_rows
-        for text in sorted(self.running, key=lambda text: text.prefilling):
-            start, count = text.computed, min(len(text.tokens) - text.computed, left if text.prefilling else 1)
+        for seq in sorted(self.running, key=lambda seq: seq.prefilling):
+            start, count = seq.computed, min(len(seq.tokens) - seq.computed, left if seq.prefilling else 1)
             if count <= 0:
                 continue
-            complete = start + count == len(text.tokens)
-            draft = text.draft if complete else []
-            shares.append(Share(text, len(rows.tokens), start, count))
-            wanted = complete * (1 + len(draft)) + shares[-1].scored
-            rows.add(text.blocks, text.tokens[start : start + count] + draft, start, wanted, text.shares)
+            complete = start + count == len(seq.tokens)
+            draft = seq.draft if complete else []
+            spans.append(Span(seq, len(rows.tokens), start, count))
+            wanted = complete * (1 + len(draft)) + spans[-1].scored
+            rows.add(seq.blocks, seq.tokens[start : start + count] + draft, start, wanted, seq.shares)
             left -= count + len(draft)
-        return rows, shares
+        return rows, spans
+
+
+class SpeedTuner:
+    """Keeps one of several options while the engine runs: the one with the highest measured speed. Every option gives the same text.
+
+    options: in order; later trials compare the best one with a neighbour. At first all are tried. For draft lengths this is the
+    test-and-set control of Cascade (arXiv 2506.20675) with tokens per second as the utility, which covers acceptance and verification.
+    """
+
+    def __init__(self, options: Iterable[int]):
+        self.options = list(options)
+        self.best = self.options[0]
+        self._steps, self._interval, self._side = 0, MIN_INTERVAL, 1
+        self._try(self.options)
+
+    def _try(self, options: Sequence[int]) -> None:
+        self._totals = {o: [(0.0, 0.0)] * ROUNDS for o in options}  # work and seconds of each round
+        self._trials = [(o, n) for n in range(ROUNDS) for o in options for _ in range(BURST)] if len(options) > 1 else []
+
+    def pick(self) -> int:
+        """The option for the next step."""
+        return self._trials[0][0] if self._trials else self.best
+
+    def report(self, option: int, work: float, seconds: float) -> None:
+        """Record a step with `option`: what it achieved and how long it took."""
+        self._steps += 1
+        if self._trials:
+            tried, n = self._trials[0]
+            if tried != option:
+                return
+            self._trials.pop(0)
+            before_work, before_seconds = self._totals[option][n]
+            self._totals[option][n] = (before_work + work, before_seconds + seconds)
+            if not self._trials:
+                self._decide()
+        elif self._steps >= self._interval and len(self.options) > 1:
+            self._side = -self._side
+            at = self.options.index(self.best)
+            near = at + self._side if 0 <= at + self._side < len(self.options) else at - self._side
+            self._try([self.best, self.options[near]])
+
+    def _decide(self) -> None:
+        speeds = {o: [work / seconds for work, seconds in rounds] for o, rounds in self._totals.items()}
+        mean = {o: sum(work for work, _ in rounds) / sum(seconds for _, seconds in rounds) for o, rounds in self._totals.items()}
+        fastest = max(mean, key=mean.__getitem__)
+        wins = sum(a > b for a, b in zip(speeds[fastest], speeds[self.best], strict=True))
+        stays = wins < ROUNDS - 1 or mean[fastest] < MIN_GAIN * mean[self.best]
+        self._interval = min(2 * self._interval, MAX_INTERVAL) if stays else MIN_INTERVAL
+        self.best = self.best if stays else fastest
+        self._steps = 0

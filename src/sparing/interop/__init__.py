@@ -1,5 +1,5 @@
-"""Other people's file formats: Hugging Face folders in and out.
+"""Other programs' files: Hugging Face folders in and out, GGUF files out.
 
-`huggingface` exports and imports a whole folder. It stands on `hf_config` (config.json both ways), `hf_names` (where each
-published tensor lies in ours), `hf_files` (safetensors streamed tensor by tensor) and `fp8_blocks` (block-scaled 8-bit weights).
+`huggingface` writes and reads whole folders: config.json by `hf_config`, tensors by `hf_tensors`, 8-bit weights by `fp8_blocks`.
+`families` has a table for each model family; `gguf` writes llama.cpp's format.
 """

@@ -29,12 +29,9 @@ def quantise(weight_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def dequantise(weight_OI: torch.Tensor, scale: torch.Tensor, block: tuple[int, int] = (BLOCK, BLOCK)) -> torch.Tensor:
     """e4m3 weight (out, in) and its factors (one per block, or a single one) -> float32 weight."""
     scale = decode_scale(scale)
-    weight = weight_OI.float()
     if scale.numel() == 1:
-        return weight.mul_(scale.reshape(()))
-    for row, factors in enumerate(scale):  # a stripe of blocks at a time: the factors are never expanded to the weight's size
-        weight[row * block[0] : (row + 1) * block[0]] *= factors.repeat_interleave(block[1])[: weight.shape[1]]
-    return weight
+        return weight_OI.float().mul_(scale.reshape(()))
+    return blocks.dequantise(blocks.Quantised(weight_OI, scale, block))
 
 
 def decode_scale(scale: torch.Tensor) -> torch.Tensor:

@@ -1,25 +1,62 @@
-"""A GGUF file out: what llama.cpp and the programs built on it run. Written beside its place and renamed, one tensor at a time."""
+"""A GGUF file out, for llama.cpp and the programs built on it: metadata, tokenizer and tensors of the `deepseek2` architecture.
+
+Format and keys: github.com/ggml-org/ggml, docs/gguf.md. Names and shapes are what llama.cpp's loader asks for (llama.cpp's
+src/models/deepseek2.cpp, src/llama-vocab.cpp). Attention is in its absorbed form, so `kv_b_proj` is split into heads and its key half
+transposed. An MTP module is the block behind the last layer, and shares embedding and head.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from sparing.base.config import ModelConfig, UserError
 from sparing.base.files import atomic_path
-from sparing.base.layers import shapes
-from sparing.interop.gguf_fields import add_shape, add_tokenizer, exportable
-from sparing.interop.gguf_tensors import Piece, pieces
+from sparing.base.layers import EMBED, HEAD, Attention, layers, mixtures, shapes
+from sparing.data.tokenizer import PATTERN, Tokenizer
+from sparing.interop.hf_config import read_json
+from sparing.interop.hf_tensors import LAYER
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
 
-TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
+TYPES = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7, "q4_0": 2}
+"""Types of the matrices, and llama.cpp's number of a file of each (LLAMA_FTYPE_*)."""
+GATES = {"softmax": 1, "sigmoid": 2, "sqrtsoftplus": 4}
+"""llama.cpp's expert_gating_func; a file without the key is read as softmax."""
+TOP = {EMBED: "token_embd.weight", HEAD: "output.weight", "model.norm.weight": "output_norm.weight"}
+IN_LAYER = {
+    "input_layernorm.weight": "attn_norm.weight",
+    "self_attn.q_proj.weight": "attn_q.weight",
+    "self_attn.q_a_proj.weight": "attn_q_a.weight",
+    "self_attn.q_a_layernorm.weight": "attn_q_a_norm.weight",
+    "self_attn.q_b_proj.weight": "attn_q_b.weight",
+    "self_attn.kv_a_proj_with_mqa.weight": "attn_kv_a_mqa.weight",
+    "self_attn.kv_a_layernorm.weight": "attn_kv_a_norm.weight",
+    "self_attn.o_proj.weight": "attn_output.weight",
+    "post_attention_layernorm.weight": "ffn_norm.weight",
+    "mlp.gate_proj.weight": "ffn_gate.weight",
+    "mlp.up_proj.weight": "ffn_up.weight",
+    "mlp.down_proj.weight": "ffn_down.weight",
+    "mlp.gate.weight": "ffn_gate_inp.weight",
+    "mlp.gate.e_score_correction_bias": "exp_probs_b.bias",
+    "mlp.experts.down_proj": "ffn_down_exps.weight",
+    "mlp.shared_experts.gate_proj.weight": "ffn_gate_shexp.weight",
+    "mlp.shared_experts.up_proj.weight": "ffn_up_shexp.weight",
+    "mlp.shared_experts.down_proj.weight": "ffn_down_shexp.weight",
+    "eh_proj.weight": "nextn.eh_proj.weight",
+    "enorm.weight": "nextn.enorm.weight",
+    "hnorm.weight": "nextn.hnorm.weight",
+    "shared_head.norm.weight": "nextn.shared_head_norm.weight",
+}
 
 
 def export_gguf(
@@ -34,8 +71,8 @@ def export_gguf(
     """Write the model as one GGUF file of the `deepseek2` architecture, MTP module included; -> notes for the user.
 
     weights: a run's safetensors file. tokenizer: a tokenizer.json, or None. type: of the matrices; norms, routers and selection biases
-    stay float32. UserError: `out` exists, llama.cpp computes no such model, rows no multiple of 32 (q8_0, q4_0), the `gguf` package is
-    missing, weights are not this model's, disk full.
+    stay float32. Raises UserError: `out` exists, llama.cpp computes no such model, rows no multiple of 32 (q8_0, q4_0), the `gguf` package
+    is missing, weights are not this model's, disk full.
     """
     out = Path(out)
     if type not in TYPES:
@@ -48,26 +85,26 @@ def export_gguf(
         from gguf import GGMLQuantizationType, GGUFWriter
     except ImportError:
         raise UserError("--format gguf needs the gguf package: pip install 'sparing[gguf]'") from None
-    exported, notes = exportable(config)
-    plan = pieces(exported)
-    types = {piece.name: GGMLQuantizationType.F32 if piece.float32 else GGMLQuantizationType[type.upper()] for piece in plan}
-    for piece in plan:
-        if types[piece.name].name.startswith("Q") and piece.shape[-1] % 32:
-            raise UserError(f"--type {type} needs rows of a multiple of 32 numbers; {piece.name} has rows of {piece.shape[-1]}: use f16")
+    exported, notes = _exportable(config)
+    tensors = _tensors(exported)
+    types = {one.name: GGMLQuantizationType.F32 if one.float32 else GGMLQuantizationType[type.upper()] for one in tensors}
+    for one in tensors:
+        if types[one.name].name.startswith("Q") and one.shape[-1] % 32:
+            raise UserError(f"--type {type} needs rows of a multiple of 32 numbers; {one.name} has rows of {one.shape[-1]}: use f16")
 
     try:
         with atomic_path(out) as beside, _closing(GGUFWriter(beside, "deepseek2")) as writer:
             writer.add_type("model")
             writer.add_name(name or out.stem)
-            writer.add_file_type({"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7, "bf16": 32}[type])  # LLAMA_FTYPE_*
+            writer.add_file_type(TYPES[type])
             writer.add_quantization_version(2)
-            add_shape(writer, exported)
+            _add_shape(writer, exported)
             if tokenizer is None:
                 writer.add_tokenizer_model("none")
                 notes.append("there is no tokenizer: the file has weights only")
             else:
-                add_tokenizer(writer, Path(tokenizer), config.vocab_size, chat_template)
-            _write_tensors(writer, plan, types, config, Path(weights))
+                _add_tokenizer(writer, Path(tokenizer), config.vocab_size, chat_template)
+            _write_tensors(writer, tensors, types, config, Path(weights))
             writer.close()
     except PermissionError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror})") from None
@@ -84,18 +121,17 @@ def _closing(writer: GGUFWriter) -> Iterator[GGUFWriter]:
 
 
 def _write_tensors(
-    writer: GGUFWriter, plan: list[Piece], types: dict[str, GGMLQuantizationType], config: ModelConfig, weights: Path
+    writer: GGUFWriter, tensors: list[GgufTensor], types: dict[str, GGMLQuantizationType], config: ModelConfig, weights: Path
 ) -> None:
     import numpy as np
     from gguf.quants import quant_shape_to_byte_shape, quantize
 
-    for piece in plan:
-        shape, type = piece.shape, types[piece.name]
+    for one in tensors:
+        shape, type = one.shape, types[one.name]
         if type.name not in ("F32", "F16"):
             shape = quant_shape_to_byte_shape(shape, type)
-        dtype = {"F32": np.float32, "F16": np.float16}.get(type.name, np.uint8)
-        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        writer.add_tensor_info(piece.name, shape, np.dtype(dtype), size, type)
+        dtype = np.dtype({"F32": np.float32, "F16": np.float16}.get(type.name, np.uint8))
+        writer.add_tensor_info(one.name, shape, dtype, prod(shape) * dtype.itemsize, type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -103,13 +139,173 @@ def _write_tensors(
     ours, tensor = None, None
     try:
         with safe_open(weights, framework="pt") as file:
-            for piece in plan:
-                if piece.ours != ours:
-                    ours, tensor = piece.ours, file.get_tensor(piece.ours).float()
+            for one in tensors:
+                if one.ours != ours:
+                    ours, tensor = one.ours, file.get_tensor(one.ours).float()
                     if tuple(tensor.shape) != expected[ours]:
                         raise UserError(f"{weights}: {ours} has shape {list(tensor.shape)}, config.toml makes it {list(expected[ours])}")
-                writer.write_tensor_data(quantize(piece.make(tensor).contiguous().numpy(), types[piece.name]))
+                writer.write_tensor_data(quantize(one.make(tensor).contiguous().numpy(), types[one.name]))
     except SafetensorError as error:
         raise UserError(f"{weights}: {error}") from None
     except OSError as error:  # numpy's tofile tells a short write without its number
         raise error if error.errno else OSError(errno.ENOSPC, "a tensor was not written whole") from None
+
+
+def _exportable(config: ModelConfig) -> tuple[ModelConfig, list[str]]:
+    """-> (the model as the file will have it, notes). Raises UserError for what `deepseek2` does not compute."""
+    c, notes = config, []
+    if c.attention != "mla":
+        raise UserError("--format gguf is for latent attention (mla); a grouped-query model: --format hf, then llama.cpp's own converter")
+    if c.q_lora_rank and (c.num_layers in (26, 27) or (c.num_layers, c.vocab_size) == (48, 128256)):
+        raise UserError(
+            f"--format gguf: llama.cpp takes {c.num_layers} layers (with this vocabulary) for a model without q_lora_rank, this one has one"
+        )
+    if c.yarn and (not c.yarn.mscale or c.yarn.mscale != c.yarn.mscale_all_dim):
+        raise UserError(f"--format gguf: llama.cpp's YaRN needs mscale = mscale_all_dim, not {c.yarn.mscale} and {c.yarn.mscale_all_dim}")
+    if c.mtp_depth and (not mixtures(c) or c.q_lora_rank is None):
+        reason = "MTP modules without q_lora_rank" if mixtures(c) else "dense MTP modules"
+        notes.append(f"llama.cpp has no {reason}: they are left out, the logits do not change")
+        c = replace(c, mtp_depth=0)
+    if c.mtp_depth > 1:
+        notes.append(f"llama.cpp drafts with one MTP module: the first of {c.mtp_depth} is written")
+        c = replace(c, mtp_depth=1)
+    return c, notes
+
+
+def _add_shape(writer: GGUFWriter, c: ModelConfig) -> None:
+    writer.add_vocab_size(c.vocab_size)
+    writer.add_context_length(c.max_position_embeddings)
+    writer.add_embedding_length(c.hidden_size)
+    writer.add_feed_forward_length(c.intermediate_size)
+    writer.add_block_count(len(layers(c)))
+    writer.add_leading_dense_block_count(sum(not layer.mixture for layer in layers(c)))
+    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
+    a = layers(c)[0].attention
+    writer.add_head_count(a.heads)
+    writer.add_head_count_kv(1)  # absorbed: every head reads the one latent
+    writer.add_q_lora_rank(a.query_rank or 0)
+    writer.add_kv_lora_rank(a.latent)
+    writer.add_key_length(a.cache_width)
+    writer.add_value_length(a.latent)
+    writer.add_key_length_mla(a.key)
+    writer.add_value_length_mla(a.value)
+    writer.add_rope_dimension_count(a.rope)
+    writer.add_rope_freq_base(c.rope_theta)
+    if c.yarn:
+        from gguf import RopeScalingType
+
+        writer.add_rope_scaling_type(RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(c.yarn.factor)
+        writer.add_rope_scaling_orig_ctx_len(c.yarn.original_max_position_embeddings)
+        writer.add_rope_scaling_yarn_beta_fast(c.yarn.beta_fast)
+        writer.add_rope_scaling_yarn_beta_slow(c.yarn.beta_slow)
+        writer.add_rope_scaling_yarn_log_mul(0.1 * c.yarn.mscale_all_dim)  # the loader divides by 0.1 again
+    # llama.cpp asks for these two of dense models too.
+    writer.add_expert_feed_forward_length(c.moe_intermediate_size)
+    writer.add_expert_shared_count(max(1, c.n_shared_experts))
+    if mixtures(c):
+        writer.add_expert_count(c.n_routed_experts)
+        writer.add_expert_used_count(c.num_experts_per_tok)
+        writer.add_expert_group_count(c.n_group)
+        writer.add_expert_group_used_count(c.topk_group)
+        writer.add_expert_weights_scale(c.routed_scaling_factor)
+        writer.add_expert_weights_norm(c.norm_topk_prob)
+        writer.add_uint32(f"{writer.arch}.expert_gating_func", GATES[c.scoring_func])
+    if c.mtp_depth:
+        writer.add_nextn_predict_layers(c.mtp_depth)
+
+
+def _add_tokenizer(writer: GGUFWriter, path: Path, vocab_size: int, chat_template: str | None) -> None:
+    """Byte-level BPE. Raises UserError for another kind, and for a pre-tokeniser whose name in llama.cpp is not known here."""
+    from gguf import TokenType
+
+    tokenizer, raw = Tokenizer.load(path), read_json(path)
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(f"{path}: has a token with id {tokenizer.vocab_size - 1}, the model's vocabulary ends at {vocab_size - 1}")
+    if raw["model"].get("type") != "BPE" or raw["model"].get("byte_fallback"):
+        raise UserError(f"{path}: --format gguf takes byte-level BPE tokenizers, this is {raw['model'].get('type')}")
+    words = {number: word for word, number in raw["model"]["vocab"].items()}
+    added = {token["id"]: token for token in raw.get("added_tokens", [])}
+    names, kinds = [], []
+    for number in range(vocab_size):
+        if number in added:
+            names.append(added[number]["content"])
+            kinds.append(TokenType.CONTROL if added[number].get("special") else TokenType.USER_DEFINED)
+        else:
+            names.append(words.get(number, f"[PAD{number}]"))
+            kinds.append(TokenType.NORMAL if number in words else TokenType.UNUSED)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(_pre_tokenizer(raw, path))
+    writer.add_token_list(names)
+    writer.add_token_types(kinds)
+    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in raw["model"]["merges"]])
+    writer.add_bos_token_id(tokenizer.eot_id)  # every document begins with the end-of-text token
+    writer.add_eos_token_id(tokenizer.eot_id)
+    writer.add_add_bos_token(True)
+    if chat_template:
+        writer.add_chat_template(chat_template)
+
+
+def _pre_tokenizer(raw: dict, path: Path) -> str:
+    """llama.cpp's name for how text is cut into words before merging. A wrong name would give other tokens without any warning."""
+    steps = raw.get("pre_tokenizer") or {}
+    steps = steps.get("pretokenizers", [steps])
+    if raw.get("normalizer") is None and steps and steps[-1].get("type") == "ByteLevel" and not steps[-1].get("add_prefix_space"):
+        patterns = [step.get("pattern", {}).get("Regex") for step in steps[:-1]]
+        if patterns == [PATTERN] and not steps[-1].get("use_regex", True):
+            return "qwen2"
+        if not patterns and steps[-1].get("use_regex", True):
+            return "gpt-2"
+    raise UserError(f"{path}: --format gguf knows llama.cpp's names for this program's own pre-tokeniser and GPT-2's; this is another")
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """One tensor of the file. `make` gets our tensor `ours` and returns it in `shape` (row length last; GGUF itself counts backwards)."""
+
+    name: str
+    ours: str
+    shape: tuple[int, ...]
+    make: Callable[[Tensor], Tensor] = lambda tensor: tensor
+
+    @property
+    def float32(self) -> bool:
+        """Norms, routers and selection biases stay float32 in every file: llama.cpp multiplies them in float32."""
+        return len(self.shape) == 1 or self.name.endswith("ffn_gate_inp.weight")
+
+
+def _tensors(config: ModelConfig) -> list[GgufTensor]:
+    """All tensors of the file, in our order."""
+    tensors = []
+    for ours, shape in shapes(config).items():
+        if ours in TOP:
+            tensors.append(GgufTensor(TOP[ours], ours, shape))
+            continue
+        match = LAYER.fullmatch(ours)
+        block, inner = f"blk.{match[1]}.", match[2]
+        if inner == "self_attn.kv_b_proj.weight":
+            tensors += _absorbed(layers(config)[int(match[1])].attention, block, ours)
+        elif inner == "mlp.experts.gate_up_proj":
+            E, width, D = shape[0], shape[1] // 2, shape[2]
+            tensors.append(GgufTensor(block + "ffn_gate_exps.weight", ours, (E, width, D), lambda t, w=width: t[:, :w]))
+            tensors.append(GgufTensor(block + "ffn_up_exps.weight", ours, (E, width, D), lambda t, w=width: t[:, w:]))
+            if not config.n_shared_experts:
+                tensors += _no_shared_expert(block, ours, width, D)
+        else:
+            tensors.append(GgufTensor(block + IN_LAYER[inner], ours, shape))
+    return tensors
+
+
+def _absorbed(a: Attention, block: str, ours: str) -> list[GgufTensor]:
+    """attn_k_b (H, latent, nope) takes a query into the latent's space, attn_v_b (H, v, latent) takes the latent out of it."""
+    H, nope, v, latent = a.heads, a.nope, a.value, a.latent
+    return [
+        GgufTensor(block + "attn_k_b.weight", ours, (H, latent, nope), lambda t: t.view(H, nope + v, latent)[:, :nope].transpose(1, 2)),
+        GgufTensor(block + "attn_v_b.weight", ours, (H, v, latent), lambda t: t.view(H, nope + v, latent)[:, nope:]),
+    ]
+
+
+def _no_shared_expert(block: str, ours: str, width: int, hidden: int) -> list[GgufTensor]:
+    """llama.cpp always adds a shared expert, so a model without one gets one of zeros."""
+    shapes = {"gate": (width, hidden), "up": (width, hidden), "down": (hidden, width)}
+    return [GgufTensor(f"{block}ffn_{name}_shexp.weight", ours, shape, lambda t, s=shape: t.new_zeros(s)) for name, shape in shapes.items()]

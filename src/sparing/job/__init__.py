@@ -1,3 +1,3 @@
-"""Beginning and finishing whatever learns: `begin` enters lock, meter and signals, resolves and calibrates; `learn` trains; `finish` writes
-completions, model card and summary. Every stage can be killed and done again.
+"""Whatever learns is a job: `begin` takes lock, meter and signals and resolves the configuration; `start` says where weights come from;
+`corpus` says what is learnt; `learn` trains; `finish` writes completions, model card and summary. Every stage can be killed and repeated.
 """

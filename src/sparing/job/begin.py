@@ -1,25 +1,26 @@
-"""The beginning of a metered job on a run folder, and the configuration of a new run."""
+"""Begins a metered job on a run folder, and resolves the configuration of a new run."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from sparing.account.meter import Meter, metered
-from sparing.base.config import Budget, Config, DataConfig, UserError
-from sparing.base.config_file import write_config
+from sparing.account.receipt import read_state
+from sparing.base.config import Budget, Config, UserError
+from sparing.base.config_file import Wishes, write_config
 from sparing.base.files import write_atomic
 from sparing.base.hardware import Machine
 from sparing.base.messages import say
 from sparing.base.preempt import Interrupted, Preempt
 from sparing.base.run import RunFolder
-from sparing.budget.plan import in_seconds
+from sparing.budget.predict import in_seconds
 from sparing.budget.units import format_budget
-from sparing.data.progress import Bars
+from sparing.data.progress import Bars, Stopped
 from sparing.data.scan import scan
-from sparing.data.stop import Stopped
+from sparing.job.start import SETTLED, with_start
 from sparing.planning.places import Given, with_vocabulary
 from sparing.planning.plan import foresee
 from sparing.resolve import resolve
@@ -32,10 +33,7 @@ SOME_BYTES, SOME_FLOPS = 1e8, 1e11
 
 def reasons_of(run: RunFolder) -> dict[str, str]:
     """Why each derived value of the run's configuration is what it is, by dotted name."""
-    try:
-        return json.loads((run.state / "reasons.json").read_text())
-    except (OSError, ValueError):
-        return {}
+    return read_state(run, "reasons", dict) or {}
 
 
 @dataclass
@@ -58,9 +56,8 @@ class Job:
     def cut_short(self, message: str) -> None:
         """Tell the user what a limit in seconds left undone, and keep it for the receipt."""
         say(message)
-        file = self.run.state / "cut_short.json"
-        before = json.loads(file.read_text()) if file.exists() else []
-        write_atomic(file, json.dumps([*before, message]))
+        before = read_state(self.run, "cut_short", list) or []
+        write_atomic(self.run.state / "cut_short.json", json.dumps([*before, message]))
 
     def write(self, config: Config, reasons: dict[str, str]) -> None:
         """Keep a configuration and its reasons in the run folder."""
@@ -68,48 +65,57 @@ class Job:
         write_atomic(self.run.config_file, write_config(config, reasons))
 
 
-@contextmanager
-def begin(verb: str, run: RunFolder, started: float | None = None) -> Iterator[Job]:
-    """Take the run's lock, start the meter and own the signals, until the job is left. started: `time.monotonic()` when the verb began.
+def show(config: Config, reasons: dict[str, str]) -> None:
+    """Tell the user what was chosen, and why. reasons: by dotted name."""
+    for name, reason in reasons.items():
+        section, field = name.split(".")
+        say(f"  {name} = {getattr(getattr(config, section), field)}  # {reason}")
 
+
+@contextmanager
+def begin(verb: str, run: RunFolder, started: float | None = None, ready: Callable[[], None] = lambda: None) -> Iterator[Job]:
+    """Take the run's lock, start the meter and own the signals, until the job is left.
+
+    started: `time.monotonic()` when the verb began. ready: called under the lock; what it refuses is not metered.
     Raises UserError where another process holds the lock, Interrupted (from inside) on a signal.
     """
-    with run.lock(), metered(verb, run, started=started) as meter, Preempt(f"sparing resume {run}") as signals:
-        try:
-            yield Job(run, meter, signals, Clock(run, meter.started))
-        except Stopped:
-            raise Interrupted(signals.message) from None
+    with run.lock():
+        ready()
+        with metered(verb, run, started=started) as meter, Preempt(f"sparing resume {run}") as signals:
+            try:
+                yield Job(run, meter, signals, Clock(run, meter.started))
+            except Stopped:
+                raise Interrupted(signals.message) from None
 
 
-def resolved(job: Job, wishes: dict, budget: Budget) -> Config:
+def resolved(job: Job, wishes: Wishes, budget: Budget) -> Config:
     """The configuration of a new run, written into its folder and shown with its reasons. Raises UserError for what cannot be, before any
     text is read."""
     machine, signals, run = job.machine, job.signals, job.run
-    wishes = with_vocabulary(wishes)
+    wishes = with_vocabulary(with_start(wishes))
     lasts = job.lasts(budget)
     spends = budget if lasts is None else Budget(lasts, "s")
-    check_log(wishes.get("train", {}).get("log", "none"))
+    check_log(wishes.value("train.log", "none"))
     resolve(wishes, spends, machine, Given(SOME_BYTES), SOME_FLOPS)  # for its checks alone: they hold for any text and any speed
-    data_config = DataConfig(**wishes.get("data", {}))
     with job.meter.stage("scan"), Bars() as bars:
-        facts = scan(data_config, progress=bars, should_stop=lambda: signals.requested)
+        facts = scan(wishes.config().data, progress=bars, should_stop=signals.should_stop)
     if facts.quarantined:
         say(f"{facts.quarantined} documents cannot be used ({', '.join(facts.reasons)}): see quarantine.jsonl in the run folder")
-    device = wishes.get("train", {}).get("device") or ("cuda" if machine.gpus else "cpu")
+    device = wishes.value("train.device") or ("cuda" if machine.gpus else "cpu")
     with job.meter.stage("calibrate"), signals.interruptible():
-        dtype = wishes.get("train", {}).get("dtype")
+        dtype = wishes.value("train.dtype")
         peak = peak_flops(machine, device if machine.gpus else "cpu", dtype, peak_seconds(lasts), job.cut_short)
-    result = resolve(wishes, spends, machine, facts, peak)
+    config, reasons = resolve(wishes, spends, machine, facts, peak)
     if budget.unit in ("usd", "kwh"):
-        reasons = {**result.reasons, "budget.amount": f"lasts about {lasts:,.0f} s at the prices and the power of this machine"}
-        result = replace(result, config=replace(result.config, budget=budget), reasons=reasons)
+        reasons["budget.amount"] = f"lasts about {lasts:,.0f} s at the prices and the power of this machine"
+        config = replace(config, budget=budget)
+    if config.start is not None:
+        reasons |= dict.fromkeys(SETTLED, f"as in {config.start.run}")
     say(f"{facts.documents:,} documents, {facts.bytes / 1e6:.1f} MB; budget {format_budget(budget)}; peak {peak / 1e9:,.0f} GFLOP/s")
-    for name, reason in result.reasons.items():
-        section, field = name.split(".")
-        say(f"  {name} = {getattr(getattr(result.config, section), field)}  # {reason}")
-    job.write(result.config, result.reasons)
+    show(config, reasons)
+    job.write(config, reasons)
     try:
-        write_atomic(run.state / "prediction.json", json.dumps(foresee(result.config, facts, machine, lasts), indent=1))
+        write_atomic(run.state / "prediction.json", json.dumps(foresee(config, facts, machine, lasts), indent=1))
     except UserError as error:  # a forecast that cannot be made is no reason not to train
         say(f"no prediction: {error}")
-    return result.config
+    return config

@@ -1,4 +1,4 @@
-"""The end of a training job: completions, the model card, the summary."""
+"""Ends a training job: writes completions, the model card and the summary."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from contextlib import suppress
 
 import torch
 
-from sparing.account.card import model_card
 from sparing.account.history import bill
 from sparing.base.config import Config
 from sparing.base.files import write_atomic
+from sparing.base.layers import mixtures
 from sparing.base.messages import say
 from sparing.budget.flops import kv_cache_bytes, parameters
 from sparing.budget.units import format_budget
-from sparing.data.store import TokenStore
-from sparing.infer.loaded import Model
+from sparing.infer.generate import Model
 from sparing.job.begin import Job
+from sparing.job.corpus import TrainingData
 from sparing.model.transformer import Transformer
 from sparing.train.log import TrainResult
 
@@ -27,7 +27,7 @@ class _BudgetSpent(Exception):
     """Ends a completion."""
 
 
-def finish(job: Job, config: Config, model: Transformer, store: TokenStore, result: TrainResult, samples: int) -> dict:
+def finish(job: Job, config: Config, model: Transformer, data: TrainingData, result: TrainResult, samples: int) -> dict:
     """Write completions of `samples` held-out beginnings, MODEL_CARD.md and state/summary.json; -> the summary. Completions end with the
     budget."""
     run, counts = job.run, parameters(config.model)
@@ -48,10 +48,10 @@ def finish(job: Job, config: Config, model: Transformer, store: TokenStore, resu
         "skipped": result.skipped,
         "seconds": 0.0,
         "budget": format_budget(config.budget),
-        "samples": _completions(job, config, Model(run, config, model, store.tokenizer), list(store.held_out())[:samples]),
+        "samples": _completions(job, config, Model(run, config, model, data.tokenizer), data.held_out[:samples]),
     }
-    write_atomic(run.model_card_file, model_card(config, summary, kv_cache_bytes(config.model)))
-    summary |= {"seconds": job.clock.seconds()} | bill(run, job.meter)
+    write_atomic(run.model_card_file, _model_card(config, summary))
+    summary |= {"seconds": job.clock.seconds()} | bill(job.meter.earlier() + job.meter.rows())
     write_atomic(run.state / "summary.json", json.dumps(summary, indent=1))
     cost = f"${summary['cost_usd']:.3g}, {1000 * summary['energy_kwh']:.3g} Wh ({summary['energy_how']}), {summary['co2e_g']:.3g} gCO2e"
     say(f"\nspent: {summary['seconds']:,.0f} s, {cost}; sparing receipt {run} has the details")
@@ -88,3 +88,21 @@ def _prompt(document: str) -> str:
     """The beginning of a document: up to its third line or 120 characters, not ending inside a word."""
     start = "\n".join(document.splitlines()[:3])[:120]
     return start if len(start) < 120 or " " not in start else start.rsplit(" ", 1)[0]
+
+
+def _model_card(config: Config, summary: dict) -> str:
+    """MODEL_CARD.md as model hubs read it. summary: what `train` returns."""
+    m, bits = config.model, summary["bpb"]
+    kind = f"mixture of {m.n_routed_experts} experts, {m.num_experts_per_tok} a token" if mixtures(m) else "dense"
+    score = "not evaluated" if bits is None else f"{bits:.4f} bits per byte"
+    return f"""# Model card
+
+A {kind} language model of {summary["parameters"]:,} parameters ({summary["active_parameters"]:,} active), trained with Sparing.
+
+- Data: {", ".join(config.data.paths) or "the Python standard library's source"}; {summary["tokens"]:,} tokens in {summary["steps"]:,} steps
+- Held-out text: {score} (context {config.train.seq_len} tokens)
+- Vocabulary {m.vocab_size:,}, {m.num_layers} layers of width {m.hidden_size}, {kv_cache_bytes(m):,} bytes of cache per token (16 bit)
+- Budget {summary["budget"]}; the whole recipe is in config.toml
+
+It continues text. It was not taught to follow instructions, and what it says may be false.
+"""

@@ -1,33 +1,27 @@
-"""Training a run from its configuration on disk: tokenise, make the model, calibrate, train. What is done already is not done again."""
+"""Trains a run from its configuration: tokenises, makes the model, calibrates, trains. What is done already is not done again."""
 
 from __future__ import annotations
 
 import json
-import shutil
 import time
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Protocol
 
 import torch
 
 from sparing.account.limit import Limit
 from sparing.base.config import Config
-from sparing.base.files import atomic_path
 from sparing.base.messages import say
 from sparing.budget.flops import parameters
 from sparing.budget.memory import gives_back
 from sparing.budget.scaling import Point, add_point, effective_bytes
-from sparing.data.loader import Loader
-from sparing.data.prepare import prepare
-from sparing.data.progress import Bars
-from sparing.data.store import TokenStore
-from sparing.evals.bpb import NllFn, bpb
 from sparing.job.begin import Job, reasons_of
+from sparing.job.corpus import TrainingData, text
 from sparing.job.finish import SAMPLE_TOKENS, finish
+from sparing.job.start import Start, keep_origin, start_of
 from sparing.kernels import decode, native
 from sparing.kernels.formats import warning
 from sparing.kernels.products import fitting
-from sparing.model.init import init_weights
 from sparing.model.transformer import Transformer
 from sparing.precision.eight_bit import speed_note
 from sparing.train.calibrate import choose, choose_products
@@ -35,7 +29,7 @@ from sparing.train.log import TrainResult
 from sparing.train.objective import NextToken, Objective
 from sparing.train.optim import keep_as
 from sparing.train.peak import peak_flops, peak_seconds
-from sparing.train.trainer import Session, Trainer
+from sparing.train.trainer import Feed, Session, Trainer
 
 CALIBRATION_SHARE = 0.02
 """Of a time budget, for choosing micro-batch, threads and compiler."""
@@ -43,38 +37,25 @@ CALIBRATION_S = 10.0
 """The same where the budget is not a time."""
 FEWEST_STEPS = 100
 """A run of fewer tells the loss law nothing: it is all warm-up and decay."""
-EVAL_TOKENS = 8192
-"""Tokens of a forward pass in evaluations."""
 
 
-class Start(Protocol):
-    """Where a run's weights come from."""
+def learn(
+    job: Job,
+    config: Config,
+    samples: int,
+    start: Start | None = None,
+    data: Callable[[Job, Config], TrainingData] = text,
+    objective: Objective | None = None,
+) -> dict:
+    """Train (or go on training) the job's run; -> the summary.
 
-    def model(self, config: Config) -> Transformer:
-        """The model before the first step. A checkpoint of the run is loaded over it."""
-        ...
-
-
-class Noise:
-    """Random weights from the run's seed."""
-
-    def model(self, config: Config) -> Transformer:
-        model = Transformer(config.model)
-        init_weights(model, config.train.seed)
-        return model
-
-
-def learn(job: Job, config: Config, samples: int, start: Start | None = None, objective: Objective | None = None) -> dict:
-    """Train (or go on training) the job's run on its corpus; -> the summary. start: default `Noise`. objective: default `NextToken`.
-
-    Raises Interrupted on a signal (the run can be resumed), UserError, Diverged."""
+    samples: completions to write at the end. start: default what `config.start` names. data: makes (or opens) what the run learns from.
+    objective: default `NextToken`. Raises Interrupted on a signal (the run can be resumed), UserError, Diverged.
+    """
     run, signals, machine = job.run, job.signals, job.machine
-    with job.meter.stage("tokenise"), Bars() as bars:
-        store = prepare(config.data, config.model.vocab_size, progress=bars, should_stop=lambda: signals.requested)
-    for name in ("tokenizer.json", "quarantine.jsonl"):
-        if not (run.path / name).exists():
-            with atomic_path(run.path / name) as beside:
-                shutil.copyfile(store.path / name, beside)
+    keep_origin(run, config)
+    with job.meter.stage("tokenise"):
+        material = data(job, config)
     job.clock.record()
     signals.check()
     t = config.train
@@ -86,13 +67,13 @@ def learn(job: Job, config: Config, samples: int, start: Start | None = None, ob
     if device.type == "cpu" and gives_back(config.precision):
         native.give_back()
     with signals.interruptible():
-        model = (start or Noise()).model(config)
+        begun = any(run.state.glob("step-*"))  # the checkpoint will be loaded over whatever the weights are
+        model = Transformer(config.model) if begun else (start or start_of(config)).model(config)
         keep_as(model, config)  # here already, for what is measured
         model.to(device)
-        feed = Loader(store, t.seq_len, t.batch_size, config.model.mtp_depth, t.seed)
         with job.meter.stage("calibrate"):
             peak = peak_flops(machine, device.type, t.dtype, peak_seconds(job.lasts(config.budget)))
-            config = _calibrated(job, config, model, feed, peak)
+            config = _calibrated(job, config, model, material.feed, peak)
     if config.train.kernels and not native.can(config.train.kernels):
         instead = next(kernels for kernels in ("vectors", "compiled", "plain") if native.can(kernels))
         say(f"train.kernels = {config.train.kernels} cannot run here: {instead} ones do, slower and with other last bits")
@@ -108,25 +89,15 @@ def learn(job: Job, config: Config, samples: int, start: Start | None = None, ob
         reserve_s=0.5 + samples * SAMPLE_TOKENS * 0.004,
     )
     with job.meter.stage("train"):
-        trainer = Trainer(model, feed, objective or NextToken.of(config), config=config)
-        result = trainer.fit(session, _scorer(job, config, store))
-    _add_point(job, config, result)
+        trainer = Trainer(model, material.feed, objective or NextToken.of(config), config=config)
+        result = trainer.fit(session, material.scorer(config, signals.should_stop))
+    if config.start is None:  # the law is of runs that began with noise
+        _add_point(job, config, result)
     with job.meter.stage("sample"), signals.interruptible():
-        return finish(job, config, model, store, result, samples)
+        return finish(job, config, model, material, result, samples)
 
 
-def _scorer(job: Job, config: Config, store: TokenStore):
-    """evaluate: bits per byte of the run's held-out documents."""
-    held_out, context = list(store.held_out()), config.train.seq_len
-
-    def evaluate(nll: NllFn) -> dict:
-        rows, stop = max(1, EVAL_TOKENS // context), job.signals.should_stop
-        return bpb(nll, store.tokenizer, held_out, context, batch=rows, max_bytes=config.train.eval_bytes, should_stop=stop)
-
-    return evaluate
-
-
-def _calibrated(job: Job, config: Config, model: Transformer, feed: Loader, peak: float) -> Config:
+def _calibrated(job: Job, config: Config, model: Transformer, feed: Feed, peak: float) -> Config:
     """Choose what is left open by measuring, and write it down before it takes effect."""
     t = config.train
     open_ = None in (t.micro_batch_size, t.compile, t.replicas) or (t.threads is None and t.device != "cuda")
@@ -137,8 +108,8 @@ def _calibrated(job: Job, config: Config, model: Transformer, feed: Loader, peak
     seconds = CALIBRATION_S if lasts is None else CALIBRATION_SHARE * lasts
     reasons, started = {}, time.monotonic()
     if open_:
-        told = {"check": job.signals.check, "say": say, "cut_short": job.cut_short}
-        train_config, reasons = choose(model, config, job.machine, feed.batch(0), seconds, peak, **told)
+        ways_out = {"check": job.signals.check, "say": say, "cut_short": job.cut_short}
+        train_config, reasons = choose(model, config, job.machine, feed.batch(0), seconds, peak, **ways_out)
         config = replace(config, train=train_config)
     if auto:
         left = seconds - (time.monotonic() - started)

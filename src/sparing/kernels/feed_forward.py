@@ -316,6 +316,6 @@ class _Mixture(torch.autograd.Function):
 def mixture_feed_forward(
     residual_ND: Tensor, normed_ND: Tensor, weights_NK: Tensor, experts_NK: Tensor, operands: tuple[Operand, ...]
 ) -> Tensor:
-    """residual + routed experts (`kernels.experts.mixture_reference`) + shared expert of the normed rows: (N, D). operands: the experts'
+    """residual + routed experts (`mixture_reference`) + shared expert of the normed rows: (N, D). operands: the experts'
     gate_up (E, 2F, D) and down (E, D, F), and gate, up and down of the shared expert where there is one."""
     return _Mixture.apply(residual_ND, normed_ND, weights_NK, experts_NK, operands, *tensors_of(*operands))

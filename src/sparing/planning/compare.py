@@ -1,4 +1,4 @@
-"""Alternatives side by side for one budget, and which of them it should buy."""
+"""`sparing plan --compare`: alternatives for one budget side by side, and which of them to buy."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any
 
 from sparing.account.prices import rates_for, tables
 from sparing.base.config import Budget, UserError
-from sparing.base.config_file import merge_wishes
-from sparing.budget.plan import Corpus, check, predict
+from sparing.base.config_file import Wishes
+from sparing.budget.predict import Corpus, check, predict
 from sparing.budget.units import format_budget
-from sparing.planning.places import Place, elsewhere, run_of
+from sparing.planning.places import Place, elsewhere, resolve_run
 
 TIE = 0.003
 """Options whose bits per byte are closer than this share count as equal; the cheaper one is recommended."""
 OTHERS = ("4090", "l40s", "a100", "h100", "h200", "b200", "mi300x")
 
 
-def alternatives(wishes: dict, budget: Budget, corpus: Corpus, place: Place) -> dict[str, Any]:
+def alternatives(wishes: Wishes, budget: Budget, corpus: Corpus, place: Place) -> dict[str, Any]:
     """{"alternatives": [...], "buy": the one that the budget should buy, "why"}; options that cannot work say why not."""
-    base, _ = run_of(wishes, budget, corpus, place)
+    base, _ = resolve_run(wishes, budget, corpus, place)
     dense = {"model": {"num_dense_layers": base.config.model.num_layers, "num_layers": base.config.model.num_layers}}
     mixture = {"model": {"num_dense_layers": 1, "n_routed_experts": 16}}
     options: list[tuple[str, dict, Place]] = [
@@ -36,14 +36,14 @@ def alternatives(wishes: dict, budget: Budget, corpus: Corpus, place: Place) -> 
         ]
     for name in OTHERS:
         options += [(f"{name} {rent.replace('_', '-')}", {}, (name, rent)) for rent in ("on_demand", "spot", "own")]
-    rows = [_row(label, merge_wishes(wishes, more), budget, corpus, where) for label, more, where in options]
+    rows = [_row(label, Wishes.of(wishes, more), budget, corpus, where) for label, more, where in options]
     return {"alternatives": rows, **_advice(rows, budget)}
 
 
-def _row(label: str, wishes: dict, budget: Budget, corpus: Corpus, where: Place | tuple) -> dict[str, Any]:
+def _row(label: str, wishes: Wishes, budget: Budget, corpus: Corpus, where: Place | tuple) -> dict[str, Any]:
     try:
         place = where if isinstance(where, Place) else elsewhere(where[0], where[1])
-        run, _ = run_of(wishes, budget, corpus, place)
+        run, _ = resolve_run(wishes, budget, corpus, place)
         check(run)
         numbers = predict(run)
     except UserError as error:

@@ -1,4 +1,4 @@
-"""Where a run would happen, this machine or one of the hardware table, and the run resolved for it."""
+"""Resolves a run for a place: this machine, or one of the hardware table."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from pathlib import Path
 from sparing.account.prices import Rent, device, device_of, rates_for
 from sparing.base import hardware
 from sparing.base.config import Budget, Config, UserError
-from sparing.base.config_file import merge_wishes
+from sparing.base.config_file import Wishes
 from sparing.base.hardware import Gpu, Machine, load_calibration
 from sparing.budget.estimate import DESCRIPTION, Estimate, StepModel, fit, profile_model
-from sparing.budget.memory import Path as KernelPath
-from sparing.budget.memory import path_of, training_memory
-from sparing.budget.plan import Corpus, Run, in_seconds
+from sparing.budget.memory import KernelPath, path_of, training_memory
+from sparing.budget.predict import Corpus, PlannedRun, in_seconds
 from sparing.budget.scaling import kind_of, law_of
 from sparing.data.tokenizer import Tokenizer
 from sparing.resolve import BYTES_PER_TOKEN, Resolved, resolve
@@ -92,27 +91,28 @@ def elsewhere(name: str, rent: Rent, country: str | None = None) -> Place:
     return Place(machine, row.name, rent, country, None, row.peak[SHORT[machine.training_dtype("cuda" if machine.gpus else "cpu")]])
 
 
-def with_vocabulary(wishes: dict) -> dict:
-    """Wishes for a model that a tokenizer of the user's own fits. Raises UserError where the model wished for is too small for it."""
-    path = wishes.get("data", {}).get("tokenizer")
+def with_vocabulary(wishes: Wishes) -> Wishes:
+    """Wishes with `model.vocab_size`, where the user brings a tokenizer. Raises UserError for a smaller one that is asked for."""
+    path = wishes.value("data.tokenizer")
     if not path:
         return wishes
-    size = -(-Tokenizer.load(path).vocab_size // 64) * 64
-    if wishes.get("model", {}).get("vocab_size", size) < size - 63:
-        raise UserError(f"model.vocab_size {wishes['model']['vocab_size']}: the tokenizer {path} needs at least {size}")
-    return merge_wishes({"model": {"vocab_size": size}}, wishes)
+    words = Tokenizer.load(path).vocab_size
+    size = -(-words // 64) * 64
+    if (wished := wishes.value("model.vocab_size", size)) < words:
+        raise UserError(f"model.vocab_size {wished}: the tokenizer {path} needs at least {size}")
+    return Wishes.of({"model": {"vocab_size": size}}, wishes)
 
 
-def run_of(wishes: dict, budget: Budget, corpus: Corpus, place: Place) -> tuple[Run, Resolved]:
+def resolve_run(wishes: Wishes, budget: Budget, corpus: Corpus, place: Place) -> tuple[PlannedRun, Resolved]:
     """The resolved run and all that predicting it takes."""
     rates = rates_for(place.machine, place.name, place.country, place.rent)
     seconds = in_seconds(budget, rates)
-    found = resolve(wishes, budget if seconds is None else Budget(seconds, "s"), place.machine, corpus, place.peak_flops)
-    config = replace(found.config, budget=budget)
-    return run_from(config, corpus, place, seconds), Resolved(config, found.reasons)
+    config, reasons = resolve(wishes, budget if seconds is None else Budget(seconds, "s"), place.machine, corpus, place.peak_flops)
+    config = replace(config, budget=budget)
+    return planned_run(config, corpus, place, seconds), Resolved(config, reasons)
 
 
-def run_from(config: Config, corpus: Corpus, place: Place, budget_s: float | None) -> Run:
+def planned_run(config: Config, corpus: Corpus, place: Place, budget_s: float | None) -> PlannedRun:
     """For a configuration that is resolved already; replicas and micro-batch left open: one a core, the largest that fits."""
     if config.train.replicas is None and config.train.device == "cpu":
         config = replace(
@@ -129,7 +129,7 @@ def run_from(config: Config, corpus: Corpus, place: Place, budget_s: float | Non
             config = replace(config, train=replace(config.train, micro_batch_size=micro))
     vocab = min(BYTES_PER_TOKEN, key=lambda size: abs(size - config.model.vocab_size))
     speed = _speed(config, place)
-    return Run(
+    return PlannedRun(
         config=config,
         corpus=corpus,
         law=law_of(kind_of(corpus.kinds)),

@@ -1,4 +1,4 @@
-"""The verb: a recipe, data and a budget become a prediction; or a target becomes a budget."""
+"""`sparing plan`: predicts what a recipe, data and a budget give, or finds the budget that reaches a target."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from dataclasses import asdict
 from typing import Any
 
 from sparing.account.prices import home_rent
-from sparing.base.config import Budget, Config, DataConfig, ModelConfig, UserError
-from sparing.base.config_file import build, merge_wishes, nearest, read_plan_section, read_wishes, write_config
+from sparing.base.config import Budget, Config, UserError
+from sparing.base.config_file import Wishes, nearest, read_recipe, write_config
 from sparing.base.hardware import Machine
 from sparing.base.messages import say
+from sparing.budget.cluster import plan_stages
 from sparing.budget.flops import parameters
 from sparing.budget.memory import serving_memory
-from sparing.budget.plan import Corpus, Run, check, predict
-from sparing.budget.stages import plan_stages
+from sparing.budget.predict import Corpus, PlannedRun, check, predict
 from sparing.budget.units import format_budget, parse_budget, parse_size
 from sparing.data.scan import CorpusFacts, scan
 from sparing.planning.compare import alternatives
-from sparing.planning.places import Given, Place, elsewhere, here, run_from, run_of, with_vocabulary
+from sparing.planning.places import Given, Place, elsewhere, here, planned_run, resolve_run, with_vocabulary
 from sparing.resolve import LADDER, Resolved, shaped
 
 PLAN_FIELDS = {"data_bytes", "machine", "rent", "country"}
-"""What [plan] of a recipe may say besides a cluster's fields (`budget.stages`)."""
+"""What [plan] of a recipe may say besides a cluster's fields (`budget.cluster`)."""
 TOKENS_PER_PARAMETER = 20.0
 """For `--fits` without a budget: Hoffmann et al., arXiv 2203.15556 §3."""
 
@@ -44,15 +44,11 @@ def plan(
     it), fits ("8GB": the best model that serves in it). machine: a name of the hardware table, default this machine. compare: alternatives,
     and what the budget should buy. Raises UserError for what cannot work, with the nearest budget or change that does.
     """
-    section = read_plan_section(recipe) if recipe else {}
-    wishes = merge_wishes(read_wishes(recipe) if recipe else {}, wishes, {"data": {"paths": tuple(data)}} if data else {})
-    stated = wishes.pop("budget", None)
-    if isinstance(stated, dict):  # a run's own config.toml is a recipe too
-        stated = format_budget(build(Budget, {"amount": 0.0, "unit": "s", **stated}))
+    read = read_recipe(recipe)
+    section, wishes = read.plan, Wishes.of(read.wishes, wishes, {"data": {"paths": tuple(data)}} if data else {})
     if "layout" in section and not (data or budget or fits or target_bpb):
-        c = build(ModelConfig, wishes.get("model", {}))
-        train = build(Config, {"train": wishes.get("train", {})}).train
-        return plan_stages(c, train.seq_len, train.batch_size, section, country)
+        config = wishes.config()
+        return plan_stages(config.model, config.train.seq_len, config.train.batch_size, section, country)
     for name in section.keys() - PLAN_FIELDS - {"tokens", "layout", "stage", "hours", "hours_of", "usd_per_hour"}:
         raise UserError(f"[plan]: unknown key {name}; nearest: {nearest(name, PLAN_FIELDS)}")
     rent = rent or section.get("rent") or ("on_demand" if machine or section.get("machine") else home_rent())
@@ -60,7 +56,7 @@ def plan(
         raise UserError(f"--rent {rent}: choose own, on_demand or spot")
     if sum(x is not None for x in (budget, target_bpb, fits)) > 1 and not (budget and fits):
         raise UserError("choose one of --budget, --target-bpb, --fits (--fits may go with --budget)")
-    budget = budget or (None if target_bpb or fits else stated)
+    budget = budget or (None if target_bpb or fits else read.budget)
     if budget is None and target_bpb is None and fits is None:
         raise UserError("plan needs --budget, --target-bpb or --fits")
     corpus = _corpus(wishes, section)
@@ -74,7 +70,7 @@ def plan(
         parsed = cheapest(wishes, target_bpb, corpus, place)
     else:
         parsed = parse_budget(budget)
-    run, resolved = run_of(wishes, parsed, corpus, place)
+    run, resolved = resolve_run(wishes, parsed, corpus, place)
     check(run)
     result = shown(run, resolved, place)
     if fits is not None:
@@ -90,29 +86,37 @@ def plan(
     return result
 
 
+def predicted(run: PlannedRun) -> dict[str, Any]:
+    """`predict`, without bits per byte where the law does not hold."""
+    numbers = predict(run)
+    if run.config.start is not None:
+        numbers["bpb"] = {"value": None, "low": None, "high": None, "source": "the law is of runs that begin with noise"}
+    return numbers
+
+
 def foresee(config: Config, corpus: Corpus, machine: Machine, budget_s: float | None) -> dict[str, Any]:
     """The prediction for a run that is about to start here: `plan --json`'s keys, and the size and kind of its corpus."""
-    run = run_from(config, corpus, here(home_rent(), machine=machine), budget_s)
-    return {**predict(run), "budget": format_budget(config.budget), "kind": run.law.kind, "train_bytes": corpus.train_bytes}
+    run = planned_run(config, corpus, here(home_rent(), machine=machine), budget_s)
+    return {**predicted(run), "budget": format_budget(config.budget), "kind": run.law.kind, "train_bytes": corpus.train_bytes}
 
 
-def _corpus(wishes: dict, section: dict) -> CorpusFacts | Given:
-    if "data_bytes" in section and not wishes.get("data", {}).get("paths"):
+def _corpus(wishes: Wishes, section: dict) -> CorpusFacts | Given:
+    if "data_bytes" in section and not wishes.value("data.paths"):
         return Given(section["data_bytes"])
     from sparing.data.progress import Bars
 
     with Bars() as bars:
-        return scan(DataConfig(**wishes.get("data", {})), progress=bars)
+        return scan(wishes.config().data, progress=bars)
 
 
-def shown(run: Run, resolved: Resolved, place: Place) -> dict[str, Any]:
+def shown(run: PlannedRun, resolved: Resolved, place: Place) -> dict[str, Any]:
     """A prediction with what was decided and why."""
     return {
-        **predict(run),
+        **predicted(run),
         "machine": place.label,
         "budget": format_budget(run.config.budget),
         "kind": run.law.kind,
-        "config": asdict(resolved.config),
+        "config": {name: section for name, section in asdict(resolved.config).items() if section is not None},
         "reasons": resolved.reasons,
         "recipe": write_config(resolved.config, resolved.reasons),
     }
@@ -121,13 +125,13 @@ def shown(run: Run, resolved: Resolved, place: Place) -> dict[str, Any]:
 # inverse questions
 
 
-def cheapest(wishes: dict, target: float, corpus: Corpus, place: Place) -> Budget:
+def cheapest(wishes: Wishes, target: float, corpus: Corpus, place: Place) -> Budget:
     """The shortest time budget that reaches `target` bits per byte. Raises UserError where none does, naming what can be reached."""
     if not 0 < target < 20:
         raise UserError(f"--target-bpb {target}: bits per byte lie between 0 and 8 or so")
 
     def reached(seconds: float) -> float:
-        run, _ = run_of(wishes, Budget(seconds, "s"), corpus, place)
+        run, _ = resolve_run(wishes, Budget(seconds, "s"), corpus, place)
         return predict(run)["bpb"]["value"]
 
     low, high = 10.0, 10 * 365 * 86400.0
@@ -137,7 +141,7 @@ def cheapest(wishes: dict, target: float, corpus: Corpus, place: Place) -> Budge
         middle = (low * high) ** 0.5
         low, high = (low, middle) if reached(middle) <= target else (middle, high)
     for _ in range(40):  # a budget below what starting takes is no answer
-        run, _ = run_of(wishes, Budget(high, "s"), corpus, place)
+        run, _ = resolve_run(wishes, Budget(high, "s"), corpus, place)
         try:
             check(run)
             break
@@ -146,20 +150,20 @@ def cheapest(wishes: dict, target: float, corpus: Corpus, place: Place) -> Budge
     return Budget(float(f"{high:.3g}"), "s")
 
 
-def _that_serves(wishes: dict, size: int, budget: Budget | None, corpus: Corpus, place: Place) -> tuple[dict, Budget]:
+def _that_serves(wishes: Wishes, size: int, budget: Budget | None, corpus: Corpus, place: Place) -> tuple[Wishes, Budget]:
     """(wishes with the largest model of the ladder that serves in `size` bytes, and which the budget can feed; its budget)."""
-    seq_len = wishes.get("train", {}).get("seq_len") or (1024 if place.machine.gpus else 512)
-    vocab = wishes.get("model", {}).get("vocab_size") or 32768
+    seq_len = wishes.value("train.seq_len") or (1024 if place.machine.gpus else 512)
+    vocab = wishes.value("model.vocab_size") or 32768
     models = [shaped(shape, vocab, seq_len, moe=True) for shape in LADDER]
     fitting = [c for c in models if serving_memory(c, seq_len) <= size]
     if not fitting:
         least = serving_memory(models[0], seq_len)
         raise UserError(f"--fits {size / 1e6:.0f}MB: the smallest model serves in {least / 1e6:.0f}MB")
     if budget is not None:
-        run, _ = run_of(wishes, budget, corpus, place)
+        run, _ = resolve_run(wishes, budget, corpus, place)
         if serving_memory(run.config.model, seq_len) <= size:
             return wishes, budget  # what the budget buys fits anyway
     model = fitting[-1]
     if budget is None:
         budget = Budget(float(f"{TOKENS_PER_PARAMETER * parameters(model).active:.2g}"), "tok")
-    return merge_wishes({"model": vars(model)}, wishes), budget
+    return Wishes.of({"model": vars(model)}, wishes), budget

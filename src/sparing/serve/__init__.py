@@ -1,5 +1,5 @@
-"""A run folder as a server: OpenAI's HTTP interface, a chat page, metrics.
+"""Serves a run over HTTP: OpenAI's interface, a chat page, metrics.
 
-`server` starts and drains it, `app` has the routes, `requests` what a request may say (the OpenAPI document is made from it), `body` checks
-it, `chat` and `completions` turn a request into prompts and pieces into answers, `streams` sits between the engine's thread and asyncio.
+`entry.serve` checks the options, `server` starts and stops, `app` has the routes. `requests` says what bodies may contain, `completions`
+turns a body into prompts and pieces into OpenAI's objects, `answer` carries pieces from the engine's thread to asyncio and the client.
 """

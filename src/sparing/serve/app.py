@@ -1,39 +1,104 @@
-"""The routes."""
+"""The HTTP application: the checks that every request passes, and the routes."""
 
 from __future__ import annotations
 
 import asyncio
-import functools
+import base64
+import hashlib
+import re
+import sys
+import traceback
+import uuid
 from collections.abc import Awaitable, Callable
+from functools import cache, partial
 from importlib.resources import files
 
 from starlette.applications import Starlette
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from sparing.account.power import resident_memory
 from sparing.serve import requests
-from sparing.serve.answer import answer
-from sparing.serve.body import parse
-from sparing.serve.chat import Chat
-from sparing.serve.completions import Completion
-from sparing.serve.errors import ApiError, bad
-from sparing.serve.gate import Gate
-from sparing.serve.metrics import prometheus
+from sparing.serve.answer import SlowReader, respond
+from sparing.serve.completions import ChatCompletion, TextCompletion
+from sparing.serve.errors import ApiError
 from sparing.serve.openapi import document
-from sparing.serve.page import page_and_policy
 from sparing.serve.service import Service
+from sparing.serve.settings import LOCAL
 
-Endpoint = Callable[[Service, Request], Awaitable[Response]]
+OPEN = ("/", "/health", "/favicon.ico", "/openapi.json")
+"""Paths that need no key: they show nothing that a user wrote."""
+PATHS = (*OPEN, "/metrics", "/v1/models", "/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize")
+"""Paths that are counted by name; all others count as "other"."""
+HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
+
+
+class Gate:
+    """ASGI middleware around the whole application: request ids, host and key checks, counts, errors without stack traces."""
+
+    def __init__(self, app: ASGIApp, service: Service):
+        self.app, self.service = app, service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        state = scope.setdefault("state", {})
+        state["request_id"] = f"req_{uuid.uuid4().hex[:24]}"
+        status = 0
+
+        async def sending(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(raw=message["headers"])
+                headers["x-request-id"] = state["request_id"]
+                for name, value in HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        try:
+            self._admit(scope, state)
+            await self.app(scope, receive, sending)
+        except ApiError as error:
+            await error.response()(scope, receive, sending)
+        except (ClientDisconnect, SlowReader):
+            pass  # nobody reads the answer
+        except Exception:
+            traceback.print_exc(file=sys.stderr)
+            if not status:
+                await ApiError(500, "The server failed; its log says how.").response()(scope, receive, sending)
+        finally:
+            self.service.counts[scope["path"] if scope["path"] in PATHS else "other", status or 499] += 1
+
+    def _admit(self, scope: Scope, state: dict) -> None:
+        settings, headers = self.service.settings, Headers(scope=scope)
+        if not settings.keys:
+            # A web page may make its own host name resolve to 127.0.0.1 (DNS rebinding); the host header shows that name.
+            host = re.sub(r":\d*$", "", headers.get("host", "")).strip("[]")
+            if settings.host in LOCAL and host not in LOCAL:
+                raise ApiError(403, f"This server answers to localhost only; for the name {host[:100]!r} it needs --api-key-file.")
+        elif scope["path"] not in OPEN and scope["method"] != "OPTIONS":
+            scheme, _, given = headers.get("authorization", "").partition(" ")
+            if scheme.lower() != "bearer" or not given:
+                raise ApiError(401, "You didn't provide an API key: send it as `Authorization: Bearer KEY`.", code="missing_api_key")
+            state["key"] = settings.key_of(given.strip())
+            if state["key"] is None:
+                raise ApiError(401, "Incorrect API key provided.", code="invalid_api_key")
+        if self.service.draining and scope["path"] != "/health":
+            raise ApiError(503, "The server is shutting down.", code="shutting_down", retry_after=10)
 
 
 async def read(service: Service, request: Request, model: type[requests.Body]) -> dict:
-    """The body, held to its model. Raises ApiError 408, 413, 415, 400, 404."""
+    """The request's body, checked. Raises ApiError 408, 413, 415, 400, 404."""
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
-    if kind != "application/json":  # also keeps forms of other web pages out, which browsers send without asking
+    if kind != "application/json":  # also stops forms of other web pages, which browsers send without CORS
         raise ApiError(415, f"The body must be JSON with `Content-Type: application/json`, not {kind[:50] or 'none'}.")
     limit, parts, size = service.settings.max_body, [], 0
     length = request.headers.get("content-length", "")
@@ -49,20 +114,20 @@ async def read(service: Service, request: Request, model: type[requests.Body]) -
                 parts.append(part)
     except TimeoutError:
         raise ApiError(408, f"The body did not arrive within {service.settings.body_s:g} s.") from None
-    body = await asyncio.to_thread(parse, b"".join(parts), model)
-    if body.get("model"):  # an empty name is none, as to vLLM: clients whose form has no model send it
-        service.known(body["model"])
+    body = await asyncio.to_thread(requests.parse, b"".join(parts), model)
+    if body.get("model"):  # an empty name means none, as in vLLM: some clients send it
+        service.check_model(body["model"])
     return body
 
 
 async def chat(service: Service, request: Request) -> Response:
     body = await read(service, request, requests.Chat)
-    return await answer(service, request, await asyncio.to_thread(Chat, service, body))
+    return await respond(service, request, await asyncio.to_thread(ChatCompletion, service, body))
 
 
 async def completions(service: Service, request: Request) -> Response:
     body = await read(service, request, requests.Completion)
-    return await answer(service, request, await asyncio.to_thread(Completion, service, body))
+    return await respond(service, request, await asyncio.to_thread(TextCompletion, service, body))
 
 
 async def models(service: Service, request: Request) -> Response:
@@ -70,7 +135,7 @@ async def models(service: Service, request: Request) -> Response:
 
 
 async def model(service: Service, request: Request) -> Response:
-    service.known(request.path_params["name"])
+    service.check_model(request.path_params["name"])
     return JSONResponse(_model(service))
 
 
@@ -98,9 +163,7 @@ async def tokenize(service: Service, request: Request) -> Response:
 
 async def detokenize(service: Service, request: Request) -> Response:
     body = await read(service, request, requests.Detokenize)
-    wrong = next((token for token in body["tokens"] if token >= service.vocab_size), None)
-    if wrong is not None:
-        raise bad(f"'tokens': {wrong} is no token; they end at {service.vocab_size - 1}.", "tokens")
+    service.check_tokens("tokens", body["tokens"], service.vocab_size)
     return JSONResponse({"prompt": await asyncio.to_thread(service.engine.tokenizer.decode, body["tokens"])})
 
 
@@ -109,11 +172,36 @@ async def health(service: Service, request: Request) -> Response:
 
 
 async def metrics(service: Service, request: Request) -> Response:
-    return PlainTextResponse(prometheus(service), media_type="text/plain; version=0.0.4")
+    """Prometheus' text format (prometheus.io/docs/instrumenting/exposition_formats)."""
+    lines = []
+    for name, value in sorted(service.engine.metrics().items()):
+        lines += [f"# TYPE sparing_{name} {'counter' if name.endswith('_total') else 'gauge'}", f"sparing_{name} {value:.10g}"]
+    lines.append("# TYPE sparing_http_requests_total counter")
+    for (path, status), count in sorted(service.counts.items()):
+        lines.append(f'sparing_http_requests_total{{path="{path}",status="{status}"}} {count}')
+    lines += ["# TYPE sparing_energy_joules_total counter", f"sparing_energy_joules_total {service.energy.total():.6g}"]
+    lines += ["# TYPE sparing_resident_bytes gauge", f"sparing_resident_bytes {resident_memory()}"]
+    return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
 
 
 async def openapi(service: Service, request: Request) -> Response:
     return JSONResponse(document())
+
+
+@cache
+def page_and_policy() -> tuple[str, str]:
+    """The chat page: (HTML, Content-Security-Policy). Only its own script and style run, by their hashes; it contacts no other host."""
+    text = files("sparing.serve").joinpath("chat.html").read_text(encoding="utf-8")
+
+    def hashes(tag: str) -> str:
+        parts = re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
+        return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()}'" for part in parts)
+
+    policy = (
+        f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; connect-src 'self'; img-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'self'; require-trusted-types-for 'script'; trusted-types 'none'"
+    )
+    return text, policy
 
 
 async def page(service: Service, request: Request) -> Response:
@@ -125,7 +213,7 @@ async def icon(service: Service, request: Request) -> Response:
     return Response(files("sparing.serve").joinpath("icon.svg").read_bytes(), media_type="image/svg+xml")
 
 
-ROUTES: list[tuple[str, str, Endpoint]] = [
+ROUTES: list[tuple[str, str, Callable[[Service, Request], Awaitable[Response]]]] = [
     ("GET", "/", page),
     ("GET", "/favicon.ico", icon),
     ("GET", "/health", health),
@@ -157,14 +245,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
 def application(service: Service) -> Gate:
     """The whole server as an ASGI application."""
 
-    def bound(endpoint: Endpoint):
-        @functools.wraps(endpoint)
-        async def call(request: Request) -> Response:
-            return await endpoint(service, request)
-
-        return call
-
-    routes = [Route(path, bound(endpoint), methods=[method]) for method, path, endpoint in ROUTES]
+    routes = [Route(path, partial(endpoint, service), methods=[method]) for method, path, endpoint in ROUTES]
     middleware = []
     if service.settings.origins:
         middleware.append(

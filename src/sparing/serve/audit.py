@@ -1,4 +1,4 @@
-"""Who asked for how much, and when: one JSON line a request. Prompts and answers are in it only where that was asked for."""
+"""The audit log: one JSON line a request, with client, time and token counts. It has prompts and answers only if the operator says so."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from sparing.base.config import UserError
 
 
 class Audit:
-    """Appends to a file; a line is one write, so that several servers may share it. None: keeps nothing."""
+    """Appends to `path` (None: keeps no log). Each line is one write, so several servers may share the file."""
 
     def __init__(self, path: Path | None, with_text: bool = False):
-        """Raises UserError where the file cannot be written."""
+        """Raises UserError if the file cannot be written."""
         self.path, self.with_text = path, with_text
         self._lock = threading.Lock()
         if path is not None:
@@ -26,7 +26,7 @@ class Audit:
                 raise UserError(f"--audit-log {path}: {error.strerror}; choose another file, or none") from None
 
     def write(self, entry: dict, text: dict) -> None:
-        """entry: what is always kept; text: what is kept only with `with_text`."""
+        """entry: fields that are always written; text: fields that are written only if `with_text`."""
         if self.path is None:
             return
         line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), **entry, **(text if self.with_text else {})}

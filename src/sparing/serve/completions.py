@@ -1,104 +1,184 @@
-"""/v1/completions: a text goes on. Several prompts and choices in one request, token ids as prompts, log-probabilities, echo."""
+"""Chats and text completions: from a request's body to prompts for the engine, from the engine's pieces to OpenAI's objects."""
 
 from __future__ import annotations
 
-from sparing.infer.request import Piece, Request, TokenLogprob
-from sparing.serve.chat import top_by_name
+import json
+
+from sparing.infer.request import Piece, Request, Sampling, TokenLogprob
 from sparing.serve.errors import bad
 from sparing.serve.requests import MAX_PROMPTS
 from sparing.serve.service import DEFAULT_TOKENS, Service
-from sparing.serve.streams import Ask
+from sparing.serve.tools import CallReader, forced
 
 
 class Completion:
-    """One request: `asks` for the engine; `push` and `choice` for the answer. Choice i·n + j is the j-th of prompt i."""
+    """What both kinds share: `prompts` for the engine. Then `push` turns each piece into `choices` of the chunks to send (the last piece is
+    None, with the reason why the answer ended), and `choice` gives the whole answer."""
+
+    def __init__(self, service: Service, body: dict, prompt_text: str, prompts: list[tuple[list[int], Sampling]]):
+        """prompt_text: for the audit log. prompts: one for each choice."""
+        self.service, self.body, self.prompt_text, self.prompts = service, body, prompt_text, prompts
+        self.requests: list[Request] = []
+        """Those of `prompts`, once they are submitted."""
+        self.texts = [""] * len(prompts)
+        """What each choice has written so far."""
+        self._begun = [False] * len(prompts)
+
+    def _token_text(self, token: int) -> str:
+        return self.service.engine.tokenizer.token_bytes(token).decode(errors="replace")
+
+
+class ChatCompletion(Completion):
+    """/v1/chat/completions: an answer to messages, with tool calls."""
+
+    path, prefix, whole_object, chunk_object = "/v1/chat/completions", "chatcmpl-", "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, service: Service, body: dict):
+        """Tokenises, which takes time: not on the event loop. Raises ApiError."""
+        limit = body.get("max_completion_tokens", body.get("max_tokens"))
+        if limit == 0:
+            raise bad("'max_tokens' must be at least 1.", "max_tokens")
+        top = body.get("top_logprobs")
+        if top is not None and not body.get("logprobs"):
+            raise bad("'top_logprobs' needs 'logprobs': true.", "top_logprobs")
+        prompt = service.chat_prompt(body)
+        logprobs = (top or 0) if body.get("logprobs") else None
+        prompts = [(prompt, s) for s in service.sampling(body, prompt, limit, logprobs, chat=True)]
+        super().__init__(service, body, json.dumps(body["messages"], ensure_ascii=False), prompts)
+        self._wants_logprobs = logprobs is not None
+        must_call = forced(body) is not None
+        may_call = must_call or (body.get("tools") and body.get("tool_choice") != "none")
+        self._readers = [CallReader(must_call) if may_call else None for _ in prompts]
+        self._calls: list[list[dict]] = [[] for _ in prompts]
+        self._logprobs: list[list[dict]] = [[] for _ in prompts]
+
+    def push(self, index: int, piece: Piece | None, finish: str | None) -> list[dict]:
+        text, new_calls, calls = piece.text if piece else "", [], self._calls[index]
+        if self._readers[index]:
+            text, new_calls = self._readers[index].push(text, last=piece is None)
+            if self.body.get("parallel_tool_calls") is False:
+                new_calls = new_calls[: max(0, 1 - len(calls))]
+        logprobs = [self._logprob(row) for row in piece.logprobs] if piece and piece.logprobs is not None else []
+        self.texts[index] += text
+        self._logprobs[index] += logprobs
+        chunks = []
+        if not self._begun[index]:
+            self._begun[index] = True
+            chunks.append(self._chunk(index, {"role": "assistant", "content": ""}))
+        if text or logprobs:
+            chunks.append(self._chunk(index, {"content": text}, logprobs))
+        for call in new_calls:
+            chunks.append(self._chunk(index, {"tool_calls": [{"index": len(calls), **call}]}))
+            calls.append(call)
+        if piece is None:
+            chunks.append(self._chunk(index, {}, finish=self._reason(index, finish)))
+        return chunks
+
+    def _reason(self, index: int, finish: str | None) -> str | None:
+        return "tool_calls" if self._calls[index] and finish == "stop" else finish
+
+    def _chunk(self, index: int, delta: dict, logprobs: list | None = None, finish: str | None = None) -> dict:
+        content = {"content": logprobs, "refusal": None} if logprobs else None
+        return {"index": index, "delta": delta, "logprobs": content, "finish_reason": finish}
+
+    def choice(self, index: int, finish: str) -> dict:
+        calls = self._calls[index]
+        message = {"role": "assistant", "content": self.texts[index] or (None if calls else ""), "refusal": None}
+        if calls:
+            message["tool_calls"] = calls
+        logprobs = {"content": self._logprobs[index], "refusal": None} if self._wants_logprobs else None
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": self._reason(index, finish)}
+
+    def _logprob(self, row: TokenLogprob) -> dict:
+        return {**self._token(row.token, row.logprob), "top_logprobs": [self._token(*pair) for pair in row.top]}
+
+    def _token(self, token: int, logprob: float) -> dict:
+        raw = self.service.engine.tokenizer.token_bytes(token)
+        return {"token": raw.decode(errors="replace"), "logprob": logprob, "bytes": list(raw)}
+
+
+class TextCompletion(Completion):
+    """/v1/completions: the continuation of one or more prompts, texts or token ids. Choice i·n + j is the j-th of prompt i."""
 
     path, prefix, whole_object, chunk_object = "/v1/completions", "cmpl-", "text_completion", "text_completion"
 
     def __init__(self, service: Service, body: dict):
-        """Tokenises: call it beside the event loop. Raises ApiError."""
-        self.service, self.body = service, body
-        self.requests: list[Request] = []
-        """Those of `asks`, once they are under way."""
+        """Tokenises, which takes time: not on the event loop. Raises ApiError."""
         given = body["prompt"]
-        prompts = [given] if isinstance(given, str) or isinstance(given[0], int) else given
+        inputs = [given] if isinstance(given, str) or isinstance(given[0], int) else given
         n, logprobs, limit = body.get("n", 1), body.get("logprobs"), body.get("max_tokens", DEFAULT_TOKENS)
-        if len(prompts) * n > MAX_PROMPTS:
-            raise bad(f"{len(prompts)} prompts with {n} choices each: at most {MAX_PROMPTS} answers in one request.", "n")
-        self.asks: list[Ask] = []
+        if len(inputs) * n > MAX_PROMPTS:
+            raise bad(f"{len(inputs)} prompts with {n} choices each: at most {MAX_PROMPTS} answers in one request.", "n")
+        echo, scored = bool(body.get("echo")), bool(body.get("echo")) and logprobs is not None
+        prompts: list[tuple[list[int], Sampling]] = []
         self._echo: list[str] = []
-        self.prompt_text = str(given)
-        for prompt in prompts:
-            ids = self._ids(prompt)
-            # No token wanted: the engine is asked for one all the same, and its answer left out.
-            scored = bool(body.get("echo")) and logprobs is not None
-            self.asks += [(ids, s) for s in service.sampling(body, ids, max(1, limit), logprobs, chat=False, scored=scored)]
-            text = prompt if isinstance(prompt, str) else service.engine.tokenizer.decode(prompt)
-            self._echo += [text if body.get("echo") else ""] * n
-        self._silent = limit == 0
-        self._content = list(self._echo)
-        self._begun = [False] * len(self.asks)
-        self._rows: list[dict] = [self._no_rows() for _ in self.asks]
-
-    def _ids(self, prompt: str | list[int]) -> list[int]:
-        if isinstance(prompt, str):
-            return self.service.text_prompt(prompt)
-        size = self.service.engine.config.vocab_size
-        wrong = next((token for token in prompt if token >= size), None)
-        if wrong is not None:
-            raise bad(f"'prompt': {wrong} is no token; they end at {size - 1}.", "prompt")
-        return prompt
+        for prompt in inputs:
+            is_text = isinstance(prompt, str)
+            if not is_text:
+                service.check_tokens("prompt", prompt)
+            ids = service.text_prompt(prompt) if is_text else prompt
+            prompts += [(ids, s) for s in service.sampling(body, ids, max(1, limit), logprobs, chat=False, scored=scored)]
+            self._echo += [(prompt if is_text else service.engine.tokenizer.decode(prompt)) if echo else ""] * n
+        super().__init__(service, body, str(given), prompts)
+        self.texts = list(self._echo)
+        self._silent = limit == 0  # the engine still generates one token, which is left out
+        self._rows: list[dict] = [self._no_rows() for _ in prompts]
 
     @staticmethod
     def _no_rows() -> dict:
         return {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
 
     def push(self, index: int, piece: Piece | None, finish: str | None) -> list[dict]:
-        """The chunks' choices that a piece makes; `finish`: why the answer ended, with a piece of None."""
         text, rows = "", []
         if not self._begun[index]:
             self._begun[index] = True
-            text, rows = self._echo[index], self._prompt_rows(index)
+            text, rows = self._echo[index], self._prompt_logprobs(index)
         if piece is not None and not self._silent:
             text += piece.text
-            rows += piece.logprobs or []
-            self._content[index] += piece.text
-        rows = self._logprobs(index, rows)
-        if not text and not rows and piece is not None:
+            rows = [*rows, *(piece.logprobs or [])]
+            self.texts[index] += piece.text
+        logprobs = self._logprobs(index, rows)
+        if not text and not logprobs and piece is not None:
             return []
         finish = "length" if self._silent and finish == "stop" else finish
-        return [{"index": index, "text": text, "logprobs": rows, "finish_reason": finish}]
+        return [{"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}]
 
     def choice(self, index: int, finish: str) -> dict:
-        """The whole answer, after every piece."""
         rows = self._rows[index] if self.body.get("logprobs") is not None else None
-        return {"index": index, "text": self._content[index], "logprobs": rows, "finish_reason": "length" if self._silent else finish}
+        return {"index": index, "text": self.texts[index], "logprobs": rows, "finish_reason": "length" if self._silent else finish}
 
-    def text(self) -> list[str]:
-        return self._content
-
-    def _prompt_rows(self, index: int) -> list[TokenLogprob]:
-        """The prompt's tokens, where its scores were asked for. Nothing comes before the first of token ids: it has none."""
-        prompt, found = self.asks[index][0], self.requests[index].prompt_logprobs
-        if not self.asks[index][1].prompt_logprobs:
+    def _prompt_logprobs(self, index: int) -> list[TokenLogprob]:
+        """Scores of the prompt's tokens, if they are wanted. A prompt of token ids has its first token too, without a score."""
+        prompt, sampling = self.prompts[index]
+        rows = self.requests[index].prompt_logprobs
+        if not sampling.prompt_logprobs:
             return []
-        ours = isinstance(self.body["prompt"], str) or isinstance(self.body["prompt"][index // self.body.get("n", 1)], str)
-        return found if ours else [TokenLogprob(prompt[0], None, ()), *found]
+        is_text = isinstance(self.body["prompt"], str) or isinstance(self.body["prompt"][index // self.body.get("n", 1)], str)
+        return rows if is_text else [TokenLogprob(prompt[0], None, ()), *rows]
 
-    def _logprobs(self, index: int, found: list[TokenLogprob]) -> dict | None:
-        """OpenAI's four lists, and the same kept for the whole answer."""
-        if not found:
+    def _logprobs(self, index: int, new_rows: list[TokenLogprob]) -> dict | None:
+        """OpenAI's four lists for new tokens; also appended to those of the whole answer."""
+        if not new_rows:
             return None
-        rows, kept = self._no_rows(), self._rows[index]
-        at = kept["text_offset"][-1] + len(kept["tokens"][-1]) if kept["tokens"] else len(self._echo[index])
-        at = 0 if not kept["tokens"] and self.asks[index][1].prompt_logprobs else at
-        for row in found:
-            text = self.service.engine.tokenizer.token_bytes(row.token).decode(errors="replace")
+        rows, whole = self._no_rows(), self._rows[index]
+        if whole["tokens"]:
+            offset = whole["text_offset"][-1] + len(whole["tokens"][-1])
+        else:
+            offset = 0 if self.prompts[index][1].prompt_logprobs else len(self._echo[index])
+        for row in new_rows:
+            text = self._token_text(row.token)
             rows["tokens"].append(text)
             rows["token_logprobs"].append(row.logprob)
-            rows["top_logprobs"].append(None if row.logprob is None else top_by_name(self.service, row))
-            rows["text_offset"].append(at)
-            at += len(text)
+            rows["top_logprobs"].append(None if row.logprob is None else self._top(row))
+            rows["text_offset"].append(offset)
+            offset += len(text)
         for name, values in rows.items():
-            kept[name] += values
+            whole[name] += values
         return rows
+
+    def _top(self, row: TokenLogprob) -> dict[str, float]:
+        """{token's text: logprob} of the likeliest tokens; of two with the same text, the likelier."""
+        top: dict[str, float] = {}
+        for token, logprob in row.top:
+            top.setdefault(self._token_text(token), logprob)
+        return top

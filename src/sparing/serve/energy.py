@@ -1,4 +1,4 @@
-"""Joules of each answer: what the machine uses while answers are under way, shared equally among them."""
+"""Energy of each answer: what the machine uses while answers run, shared equally among them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from sparing.account.power import Source
 
 
 class Energy:
-    """`begin` and `end` around each request; what all of them get adds up to what was used while there was any."""
+    """Call `begin` and `end` around each request. All shares add up to the energy used while any request ran."""
 
     def __init__(self, sources: Sequence[Source]):
         self._sources = sources
@@ -26,7 +26,7 @@ class Energy:
         self._last = now
 
     def begin(self) -> float:
-        """-> a mark to give to `end`."""
+        """-> a mark for `end`."""
         self._advance()
         self._active += 1
         return self._each

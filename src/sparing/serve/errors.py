@@ -1,27 +1,14 @@
-"""Errors as OpenAI's clients expect them: {"error": {"message", "type", "param", "code"}} with the status that their exceptions go by."""
+"""Errors in OpenAI's form: {"error": {"message", "type", "param", "code"}}, with the HTTP status that its clients map to exceptions."""
 
 from __future__ import annotations
 
 from starlette.responses import JSONResponse
 
-TYPES = {
-    400: "invalid_request_error",
-    401: "authentication_error",
-    403: "permission_error",
-    404: "invalid_request_error",
-    405: "invalid_request_error",
-    408: "timeout",
-    413: "invalid_request_error",
-    415: "invalid_request_error",
-    429: "rate_limit_error",
-    500: "server_error",
-    503: "server_error",
-    504: "timeout",
-}
+TYPES = {401: "authentication_error", 403: "permission_error", 408: "timeout", 429: "rate_limit_error", 504: "timeout"}
 
 
 class ApiError(Exception):
-    """Answered as JSON. retry_after: seconds after which the client may come again."""
+    """An error response. retry_after: seconds after which the client should try again."""
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None, retry_after: int | None = None):
         super().__init__(message)
@@ -39,5 +26,5 @@ class ApiError(Exception):
 
 
 def bad(message: str, param: str | None = None, code: str | None = None) -> ApiError:
-    """The client's mistake."""
+    """A 400: the client's mistake."""
     return ApiError(400, message, param, code)

@@ -1,4 +1,4 @@
-"""JSON, a JSON schema or a grammar as a restriction of the next token, by llguidance (github.com/guidance-ai/llguidance)."""
+"""Answers restricted to JSON, a JSON schema or a grammar, by llguidance (github.com/guidance-ai/llguidance)."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from sparing.data.tokenizer import Tokenizer
 from sparing.serve.errors import ApiError, bad
 
 MAX_SCHEMA = 100_000
-"""Characters; compiling takes time in proportion."""
+"""Characters; compiling takes time in proportion to them."""
 
 
 class Grammars:
-    """Compiles restrictions for one tokenizer, whose table is built at the first use."""
+    """Compiles schemas and grammars for one tokenizer, whose table is built at first use."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int):
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
@@ -30,21 +30,21 @@ class Grammars:
         return llguidance.LLTokenizer(self._tokenizer.to_json(), n_vocab=size, eos_token=self._tokenizer.eot_id)
 
     def json_schema(self, schema: dict) -> Matcher:
-        """Raises ApiError 400 for a schema that cannot be compiled."""
+        """Compile a JSON schema. Raises ApiError 400 if that is impossible."""
         from llguidance import LLMatcher
 
         text = json.dumps(schema)
         if len(text) > MAX_SCHEMA:
             raise bad(f"The schema is longer than {MAX_SCHEMA} characters.", "response_format")
         try:
-            # One blank at most: a model that has learnt little JSON would write blanks for ever.
+            # At most one blank: a weak model would write blanks for ever.
             grammar = LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": "[ \n]?"})
         except ValueError as error:
             raise bad(f"The schema cannot be used: {str(error)[:200]}", "response_format") from None
         return self._matcher(grammar)
 
     def lark(self, text: str) -> Matcher:
-        """A context-free grammar in llguidance's form of Lark."""
+        """Compile a grammar in llguidance's dialect of Lark. Raises ApiError 400."""
         from llguidance import LLMatcher
 
         if len(text) > MAX_SCHEMA:
@@ -58,17 +58,17 @@ class Grammars:
         matcher = LLMatcher(table, grammar, log_level=0)
         if matcher.is_error():
             raise bad(f"The grammar cannot be used: {matcher.get_error()[:200]}", "response_format")
-        return Matcher(matcher, self._vocab_size, self._tokenizer.eot_id)
+        return Matcher(matcher, self._vocab_size)
 
 
 class Matcher:
-    """The engine's side of a restriction: `mask` and `advance` of `infer.request.Grammar`."""
+    """A compiled grammar and its state in one answer: an `infer.request.Grammar`."""
 
-    def __init__(self, matcher, vocab_size: int, end: int):
-        self._matcher, self._vocab_size, self._end = matcher, vocab_size, end
+    def __init__(self, matcher, vocab_size: int):
+        self._matcher, self._vocab_size = matcher, vocab_size
 
     def mask(self) -> np.ndarray:
-        """(V,) booleans: which tokens may come next. The end-of-text token is among them where the text may end."""
+        """(V,) booleans: which tokens may come next, with the end-of-text token where the text may end."""
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         return np.unpackbits(bits, bitorder="little")[: self._vocab_size].astype(bool)
 
@@ -76,6 +76,5 @@ class Matcher:
         self._matcher.consume_token(token)
 
     def copy(self) -> Matcher:
-        """The same restriction from the start, for another choice of the same request."""
-        fresh = self._matcher.deep_copy()
-        return Matcher(fresh, self._vocab_size, self._end)
+        """The same grammar for another choice of the request."""
+        return Matcher(self._matcher.deep_copy(), self._vocab_size)

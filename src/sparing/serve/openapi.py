@@ -1,4 +1,4 @@
-"""The OpenAPI 3.1 document of this server, made from the models that bodies are held to."""
+"""The server's OpenAPI 3.1 document, made from the models in `requests`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sparing.serve import requests
 
 
 def answers(name: str, kind: str) -> type[BaseModel]:
-    """A whole answer; clients' own types say the rest."""
+    """A whole answer, without the details that clients have types for."""
     return create_model(name, id=str, object=Literal[kind], model=str, usage=dict[str, Any], choices=list[AnswerChoice])
 
 

@@ -1,34 +1,59 @@
-"""What a request may say, as pydantic models: bodies are held to them (`body.check`), and the OpenAPI document is made from them.
+"""Request bodies: pydantic models of what they may contain, and their errors in OpenAI's words. The OpenAPI document uses the models too.
 
 Names and ranges are OpenAI's (platform.openai.com/docs/api-reference/chat/create, .../completions/create); top_k, min_p,
-repetition_penalty and ignore_eos are the extensions that open servers share; tier is ours.
+repetition_penalty and ignore_eos are extensions that open servers share; tier is ours.
 """
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from sparing.serve.errors import ApiError, bad
 
 MAX_CHOICES = 16
 MAX_PROMPTS = 64
 MAX_STOPS = 16
-"""OpenAI takes 4; lm-eval's tasks end at up to six and the end of text."""
-MOST = 2**31 - 1
-"""Of counts and token ids: a signed 32-bit integer."""
+"""OpenAI allows 4; tasks of lm-eval have up to seven."""
+MAX_INT = 2**31 - 1
+"""Largest count or token id: a signed 32-bit integer."""
+MAX_ERRORS = 10_000
+"""Most errors to describe: pydantic lists 200,000 a second, and the server waits. Only objects have many: arrays fail fast."""
+MUST = {
+    "dict_type": "be an object",
+    "model_type": "be an object",
+    "model_attributes_type": "be an object",
+    "list_type": "be an array",
+    "string_type": "be a string",
+    "float_type": "be a number",
+    "int_type": "be an integer",
+    "bool_type": "be true or false",
+    "greater_than_equal": "be at least {ge}",
+    "greater_than": "be above {gt}",
+    "less_than_equal": "be at most {le}",
+    "literal_error": "be one of {expected}",
+    "union_tag_invalid": "be one of {expected_tags}",
+    "string_too_short": "not be empty",
+    "string_pattern_mismatch": "match {pattern}",
+    "too_short": "have at least {min_length} entries",
+    "too_long": "have at most {max_length} entries",
+}
+"""What a value must do, by pydantic's name of the error (docs.pydantic.dev/latest/errors/validation_errors)."""
 
 
 class Object(BaseModel):
-    """A JSON object; fields that it doesn't name are passed on. null means the same as absence."""
+    """A JSON object. Unknown fields are kept; null means the same as absence."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
     @model_validator(mode="wrap")
     @classmethod
     def _as_sent(cls, value: Any, check) -> dict[str, Any]:
-        """A plain dict without nulls, in the client's order: templates write messages and tools into the prompt as they came."""
-        found = dict(check(value))
-        return {name: found.get(name, sent) for name, sent in value.items() if sent is not None}
+        """A plain dict without nulls, in the client's order, because chat templates write messages and tools into the prompt."""
+        checked = dict(check(value))
+        return {name: checked.get(name, sent) for name, sent in value.items() if sent is not None}
 
 
 def _whole(value: Any) -> Any:
@@ -36,21 +61,21 @@ def _whole(value: Any) -> Any:
 
 
 def integer(low: int, high: int):
-    """A type: low to high; 3.0 is the integer 3, as in JSON Schema."""
+    """The type of integers from low to high; 3.0 is one too, as in JSON Schema."""
     return Annotated[int, Field(ge=low, le=high), BeforeValidator(_whole)]
 
 
 Stop = Annotated[str, Field(min_length=1)]
 Stops = Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True)]
-Token = integer(0, MOST)
+Token = integer(0, MAX_INT)
 Tokens = Annotated[list[Token], Field(min_length=1, fail_fast=True)]
 Prompts = Annotated[list[str | Tokens], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
 TokenName = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
-# JSON Schema lets keys that match no pattern pass, unless it is told otherwise.
+# By default JSON Schema allows keys that match no pattern.
 Biases = Annotated[dict[TokenName, Bias], Field(json_schema_extra={"additionalProperties": False})]
 Name = Annotated[str, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")]
-Model = Annotated[str | None, Field(description="the name of the served model; left out, null or empty it means the same")]
+ModelName = Annotated[str | None, Field(description="the name of the served model; left out, null or empty it means the same")]
 Ignored = Annotated[Any, Field(description="accepted and ignored")]
 
 
@@ -82,19 +107,19 @@ class StreamOptions(Object):
 
 
 class Body(Object):
-    """A whole request: other fields than those of its kind are refused."""
+    """A whole request body: unknown fields are refused."""
 
     model_config = ConfigDict(extra="forbid")
 
-    model: Model = None
+    model: ModelName = None
 
 
 class Sampled(Body):
-    """What chats and completions share."""
+    """Fields that chats and completions share."""
 
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: integer(-1, MOST) | None = None
+    top_k: integer(-1, MAX_INT) | None = None
     min_p: float | None = Field(None, ge=0, le=1)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
@@ -107,7 +132,7 @@ class Sampled(Body):
     tier: Literal["exact", "approximate"] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    max_tokens: integer(0, MOST) | None = None
+    max_tokens: integer(0, MAX_INT) | None = None
     response_format: Format | None = None
     user: Ignored = None
     metadata: Ignored = None
@@ -163,7 +188,7 @@ class Choice(Object):
 
 class Chat(Sampled):
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
-    max_completion_tokens: integer(1, MOST) | None = None
+    max_completion_tokens: integer(1, MAX_INT) | None = None
     logprobs: bool | None = None
     top_logprobs: integer(0, 20) | None = None
     tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
@@ -186,3 +211,78 @@ class Tokenize(Body):
 
 class Detokenize(Body):
     tokens: Annotated[list[Token], Field(fail_fast=True)]
+
+
+def parse(body: bytes, model: type[BaseModel]) -> dict:
+    """The JSON of a body, checked as by `check`. Raises ApiError 400."""
+    try:
+        value = json.loads(body.decode(), parse_constant=_no_constant)
+        if b"\\u" in body:  # may hide a lone surrogate, which neither answer nor log could encode
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise bad("The body is nested too deeply.") from None
+    except UnicodeEncodeError:
+        raise bad("The body has a lone surrogate, which is no Unicode text.") from None
+    except ValueError as error:  # also invalid UTF-8, and integers of thousands of digits
+        raise bad(f"The body is not JSON: {str(error)[:200]}") from None
+    return check(value, model)
+
+
+def _no_constant(name: str):
+    raise ValueError(f"{name} is no JSON")
+
+
+def check(value: Any, model: type[BaseModel]) -> dict:
+    """Validate `value`: a copy without null fields, whole floats as integers. Raises ApiError 400 that names the field."""
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        if error.error_count() > MAX_ERRORS:
+            raise bad(f"The body has {error.error_count()} mistakes.") from None
+        raise _api_error(error.errors(include_url=False), value) from None
+
+
+def _api_error(errors: list[dict], body: Any) -> ApiError:
+    """The most helpful of pydantic's errors, in OpenAI's words.
+
+    Each member of a union makes an error. Errors about a value come before errors about a type, then deeper ones, then later ones in an
+    array. Equally good errors at the same place are joined.
+    """
+    places = [_place(error, body) for error in errors]
+    place = max(places, key=lambda place: place[0])
+    same = [error for error, other in zip(errors, places) if other == place]
+    error, path = same[0], place[1]
+    where = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).removeprefix(".")
+    if error["type"] in ("missing", "union_tag_not_found"):
+        return bad(f"Missing required parameter: '{where}'.", where, "missing_required_parameter")
+    if error["type"] == "extra_forbidden":
+        return bad(f"Unrecognized request argument supplied: {_short(path[-1])}", where[:80], "unknown_parameter")
+    context = error.get("ctx", {})
+    got = _short(context.get("actual_length", context.get("tag", error["input"])))
+    what = ("A key of " if error["loc"][-1:] == ("[key]",) else "") + (f"'{where}'" if where else "The body")
+    must = " or ".join(dict.fromkeys(map(_must, same))).replace(" or be ", " or ")
+    return bad(f"{what} must {must}{got and ', not '}{got}.", where or None)
+
+
+def _place(error: dict, body: Any) -> tuple[tuple[bool, int, int], list[str | int]]:
+    """-> (rank, larger is more helpful; path of fields and indices: pydantic's `loc` without names of union members and wrong keys)."""
+    kind, loc, path = error["type"], error["loc"], []
+    for step in loc[:-2] if loc[-1:] == ("[key]",) else loc:
+        if step in body if isinstance(body, dict) else isinstance(body, list) and isinstance(step, int):
+            path.append(step)
+            body = body[step]
+    path += [loc[-1]] if kind == "missing" else ["type"] if kind.startswith("union_tag") else []
+    about_type = kind.endswith("_type") or kind == "missing" or (kind == "literal_error" and not isinstance(error["input"], str))
+    return (not about_type, len(path), path[-1] if path and isinstance(path[-1], int) else -1), path
+
+
+def _must(error: dict) -> str:
+    context = {name: str(value).removesuffix(".0").replace("'", "").replace(" or ", ", ") for name, value in error.get("ctx", {}).items()}
+    return MUST.get(error["type"], "be valid").format(**context)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict | list):
+        return "an object" if isinstance(value, dict) else "an array"
+    text = value.encode("unicode_escape").decode() if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

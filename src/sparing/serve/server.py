@@ -1,4 +1,4 @@
-"""`sparing serve`: opens the run, listens, and on SIGTERM or Ctrl-C lets the answers under way finish."""
+"""`sparing serve`: opens the run, listens, and on SIGTERM or Ctrl-C lets running answers finish."""
 
 from __future__ import annotations
 
@@ -9,66 +9,37 @@ import os
 import signal
 import socket
 import sys
-from pathlib import Path
 
 from sparing.account.meter import metered
 from sparing.account.power import sources
 from sparing.base.config import UserError
-from sparing.base.hardware import home
 from sparing.base.layers import mixtures
 from sparing.base.messages import say
 from sparing.base.run import RunFolder
 from sparing.data.chat import ChatTemplate, template_text
-from sparing.data.sources import documents
-from sparing.evals.select import select
-from sparing.infer.approximate import Approximate
 from sparing.infer.engine import Engine
 from sparing.infer.predict import forecast
 from sparing.serve.audit import Audit
 from sparing.serve.energy import Energy
 from sparing.serve.service import Service
-from sparing.serve.settings import Settings, read_keys
+from sparing.serve.settings import Settings
 
-CALIBRATION_BYTES = 200_000
-"""Of text, for the approximate tier."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-def start(wished, started: float | None = None) -> None:
-    """Serve as the verb's options say (`verbs.Serve`). Raises UserError."""
-    settings = Settings(
-        host=wished.host, port=wished.port, name=wished.name, origins=tuple(wished.cors), answer_s=wished.answer_s, drain_s=wished.drain_s,
-        keys=read_keys(Path(wished.api_key_file)) if wished.api_key_file else (),
-    )  # fmt: skip
-    weights = {"none": "float32"}.get(wished.quantize, wished.quantize)
-    audit = Audit(audit_file(wished.audit_log), wished.audit_text)
-    cache, experts = (None if size is None else size << 20 for size in (wished.cache_mb, wished.expert_mb))
-    options = {"weights": weights, "cache_bytes": cache, "expert_bytes": experts, "max_batch": wished.batch, "max_queue": wished.queue}
-    options |= {"threads": wished.threads, "device": wished.device, "speculate": {"on": True, "off": False}.get(wished.speculate)}
-    if wished.approximate or wished.approximate_data:
-        options["approximate"] = allowed(wished.approximate_data, wished.approximate_limit / 100, wished.approximate_floor)
-    serve(wished.run, settings, audit, started, **options)
-
-
-def allowed(paths: list[str], limit: float, floor: int) -> Approximate:
-    """What the approximate tier may do; of the text behind `paths` a part is read. Raises UserError for paths that name nothing."""
-    texts = select((document.text for document in documents(paths)), CALIBRATION_BYTES) if paths else ()
-    return Approximate(texts, limit, floor)
-
-
-def expected(engine: Engine, expert_bytes: int) -> str:
-    """What to expect of experts that do not all fit, in words."""
+def speed_message(engine: Engine, expert_bytes: int) -> str:
+    """The speed to expect with `expert_bytes` of experts in memory, in words."""
     if not mixtures(engine.config):
         return "the model has no experts: --expert-mb changes nothing"
-    found = forecast(engine.config, engine.pack, expert_bytes, engine.threads)
+    speed = forecast(engine.config, engine.packed_weights, expert_bytes, engine.threads)
     return (
-        f"with {expert_bytes >> 20} MB of experts in memory about {found.tokens_per_s:.0f} tokens/s are to be expected of one text: "
-        f"{found.reads:.1f} experts of {found.expert_bytes / 1e6:.2g} MB a token come from the disk, at {found.disk_rate / 1e6:,.0f} MB/s"
+        f"with {expert_bytes >> 20} MB of experts in memory about {speed.tokens_per_s:.0f} tokens/s are to be expected of one text: "
+        f"{speed.reads:.1f} experts of {speed.expert_bytes / 1e6:.2g} MB a token come from the disk, at {speed.disk_rate / 1e6:,.0f} MB/s"
     )
 
 
-def serve(run: str, settings: Settings, audit: Audit, started: float | None = None, **engine_options) -> None:
-    """Serve until a signal. engine_options: those of `Engine`. Raises UserError: no such run, port taken, packages missing."""
+def run_server(run: str, settings: Settings, audit: Audit, started: float | None = None, **engine_options) -> None:
+    """Serve until a signal. engine_options: those of `Engine`. Raises UserError: no such run, port in use, missing packages."""
     try:
         import pydantic  # noqa: F401
         import uvicorn  # noqa: F401
@@ -87,31 +58,31 @@ def serve(run: str, settings: Settings, audit: Audit, started: float | None = No
             host, port = listener.getsockname()[:2]
             shown = f"[{host}]" if ":" in host else host
             if engine.approximate:
-                found = engine.approximate.calibration
-                rise = f"{100 * found.increase / found.loss:.3f} % of the loss on {found.tokens} tokens of {found.date}"
-                say(f"approximate answers: {found.experts:.2f} of {engine.config.num_experts_per_tok} experts a token, {rise}")
+                tier = engine.approximate.calibration
+                rise = f"{100 * tier.increase / tier.loss:.3f} % of the loss on {tier.tokens} tokens of {tier.date}"
+                say(f"approximate answers: {tier.experts:.2f} of {engine.config.num_experts_per_tok} experts a token, {rise}")
             keyed = f", {len(settings.keys)} keys" if settings.keys else ""
             if engine.plain and engine.config.mtp_depth:
                 what = "on as you asked, and can change" if engine.speculates else "off, because they could change"
-                say(f"drafts are {what} a text in plain PyTorch ({engine.plain}), whose rows differ in their last bits with their company")
+                say(f"drafts are {what} a text in plain PyTorch ({engine.plain}): a row's last bits depend on the other rows")
             where = (
                 f"{engine.weights} on {engine.device}, {engine.context} tokens of context, drafts {'on' if engine.speculates else 'off'}"
             )
             say(f"{service.name} ({where}{keyed}) at http://{shown}:{port}")
             if limit := engine_options.get("expert_bytes"):
-                say(expected(engine, limit))
+                say(speed_message(engine, limit))
             asyncio.run(_run(service, listener))
             meter.add(int(engine.metrics().get("completion_tokens_total", 0)))
 
 
 @contextlib.contextmanager
 def _listening(settings: Settings):
-    """The socket, taken before the model is loaded: a port in use is told at once."""
+    """The socket, opened before the model is loaded: a port in use is reported at once."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as listener:
         if os.name == "posix":
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if hasattr(socket, "TCP_USER_TIMEOUT"):  # connections inherit it: what a client never takes is not kept for ever
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # inherited by connections: drops those that a client never reads from
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(2000 * settings.send_s))
         try:
             listener.bind((settings.host, settings.port))
@@ -130,7 +101,7 @@ async def _run(service: Service, listener: socket.socket) -> None:
     class Server(uvicorn.Server):
         @contextlib.contextmanager
         def capture_signals(self):
-            """Signals are ours: after a clean end nothing is raised again."""
+            """uvicorn would raise the signals again after a clean end."""
             yield
 
     config = uvicorn.Config(
@@ -148,17 +119,10 @@ async def _run(service: Service, listener: socket.socket) -> None:
         print(f"stopping: {running:.0f} answers may take {service.settings.drain_s:g} s more; again: at once", file=sys.stderr, flush=True)
 
     before = {number: signal.signal(number, stop) for number in SIGNALS}
-    wakeup = signal.set_wakeup_fd(-1)  # whoever listens there would end the process while answers are finished
+    wakeup = signal.set_wakeup_fd(-1)  # its listener would end the process before the answers
     try:
         await server.serve(sockets=[listener])
     finally:
         signal.set_wakeup_fd(wakeup)
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def audit_file(given: str | None) -> Path | None:
-    """Where the audit log goes: --audit-log, "none", or $SPARING_HOME/audit.jsonl."""
-    if given is not None:
-        return None if given == "none" else Path(given)
-    return home() / "audit.jsonl"

@@ -1,9 +1,10 @@
-"""What the routes share: the engine, the chat template, the books."""
+"""What all routes share: the engine and the chat template, prompts and sampling settings from bodies, usage, counters."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Iterable
 
 from sparing.base.config import UserError
 from sparing.data.chat import PLAIN_STOPS, ChatTemplate
@@ -35,10 +36,17 @@ class Service:
         self.grammars = Grammars(tokenizer, engine.config.vocab_size)
         self._longest = max(len(tokenizer.token_bytes(number)) for number in range(tokenizer.vocab_size))
 
-    def known(self, model: str) -> None:
+    def check_model(self, model: str) -> None:
         """Raises ApiError 404 for another model's name."""
         if model != self.name:
             raise ApiError(404, f"The model `{model[:100]}` does not exist; this server has `{self.name}`.", "model", "model_not_found")
+
+    def check_tokens(self, field: str, tokens: Iterable[int], size: int | None = None) -> None:
+        """Raises ApiError 400 for a token id that is not below `size` (default: the model's vocabulary)."""
+        size = size or self.engine.config.vocab_size
+        wrong = next((token for token in tokens if token >= size), None)
+        if wrong is not None:
+            raise bad(f"'{field}': {wrong} is no token; they end at {size - 1}.", field)
 
     # prompts
 
@@ -48,19 +56,18 @@ class Service:
         tools = None if body.get("tool_choice") == "none" else body.get("tools")
         self._not_too_long(sum(len(message["content"].encode()) for message in messages))
         try:
-            ids = self.template.encode(self.engine.tokenizer, messages, tools)
+            return self.template.encode(self.engine.tokenizer, messages, tools)
         except UserError as error:
             raise bad(str(error), "messages") from None
-        return ids
 
     def text_prompt(self, text: str) -> list[int]:
-        """A document begins with the end-of-text token."""
+        """Token ids of a text, after the end-of-text token that begins every document."""
         self._not_too_long(len(text.encode()))
         tokenizer = self.engine.tokenizer
         return [tokenizer.eot_id, *tokenizer.encode(text)]
 
     def _not_too_long(self, size: int) -> None:
-        """Before the tokenizer works for seconds on what cannot fit: no token is longer than the longest."""
+        """Refuse, before the tokenizer spends seconds on it, a text that cannot fit even if all its tokens were the longest one."""
         if size > self.engine.context * self._longest:
             raise self._too_long(f"your prompt has {size} bytes")
 
@@ -73,8 +80,8 @@ class Service:
     def sampling(
         self, body: dict, prompt: list[int], limit: int | None, logprobs: int | None, chat: bool, scored: bool = False
     ) -> list[Sampling]:
-        """One for each of the `n` choices. limit: `max_tokens`; None: to the end of the context. scored: with log-probabilities of the
-        prompt. Raises ApiError 400."""
+        """Settings of each of the `n` choices. limit: `max_tokens`; None: to the end of the context. scored: with log-probabilities of
+        the prompt. Raises ApiError 400."""
         room = self.engine.context - len(prompt)
         if room < 1:
             raise self._too_long(f"your prompt has {len(prompt)} tokens, and an answer needs one")
@@ -83,9 +90,7 @@ class Service:
         stop = body.get("stop") or ()
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
         bias = {int(token): value for token, value in body.get("logit_bias", {}).items()}
-        wrong = next((token for token in bias if token >= self.engine.config.vocab_size), None)
-        if wrong is not None:
-            raise bad(f"'logit_bias': {wrong} is no token; they end at {self.engine.config.vocab_size - 1}.", "logit_bias")
+        self.check_tokens("logit_bias", bias)
         if body.get("tier") == "approximate" and self.engine.approximate is None:
             message = "'tier': this server answers exactly only; its operator has not allowed `approximate`."
             raise bad(message, "tier", "tier_not_available")
@@ -97,7 +102,7 @@ class Service:
         common |= {"prompt_logprobs": scored, "approximate": body.get("tier") == "approximate"}
         try:
             return [
-                # Choice i of a seeded request has seed + i: n equal texts would be no choice.
+                # Choice i has seed + i: with one seed all n texts would be equal.
                 Sampling(seed=None if seed is None else (seed + i) % 2**63, grammar=grammar.copy() if grammar else None, **common)
                 for i in range(n)
             ]
@@ -117,8 +122,7 @@ class Service:
     # answers
 
     def usage(self, counted: dict[str, int], joules: float | None, approximate: dict | None = None) -> dict:
-        """OpenAI's `usage`, and beside it what the answer took: joules, and how exactly the model was computed (approximate: the engine's
-        word on that, where it was asked for)."""
+        """OpenAI's `usage`, with the energy and the tier besides. counted: `Choices.usage`. approximate: `Request.approximate`."""
         layers, most = counted["approximate_layers"], self.engine.config.num_experts_per_tok
         experts = {"experts_per_token": round(counted["approximate_experts"] / layers, 3) if layers else most, "experts_exact": most}
         prompt, completion = counted["prompt_tokens"], counted["completion_tokens"]
@@ -130,14 +134,14 @@ class Service:
             "prompt_tokens_details": {"cached_tokens": counted["cached_tokens"]},
             "completion_tokens_details": {"accepted_prediction_tokens": accepted, "rejected_prediction_tokens": drafted - accepted},
             "energy": {"joules": None if joules is None else round(joules, 3), "how": self.energy.how},
-            "tier": "approximate" if layers else "exact",  # exact: every expert that the router chose, every layer
+            "tier": "approximate" if layers else "exact",
             **({} if approximate is None else {"approximate": experts | approximate}),
             "weights": self.engine.weights,
         }
 
 
 def _flat(message: dict) -> dict:
-    """Content parts joined to one text, which is what templates expect."""
+    """Join content parts to one text, which is what templates expect."""
     content = message.get("content") or ""
     if isinstance(content, list):
         content = "".join(part["text"] for part in content)

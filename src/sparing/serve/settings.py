@@ -1,4 +1,4 @@
-"""What the operator of a server decides."""
+"""The server's settings: address, keys, limits."""
 
 from __future__ import annotations
 
@@ -19,35 +19,31 @@ class Settings:
     name: str | None = None
     """The model's name for clients; None: the run folder's."""
     keys: tuple[str, ...] = ()
-    """Bearer keys; none: everybody who reaches the port may ask."""
+    """Bearer keys; none: anyone who reaches the port is served."""
     origins: tuple[str, ...] = ()
     """Web origins that may call from a browser (CORS)."""
     max_body: int = 4 << 20
-    """Bytes."""
+    """Most bytes of a request's body."""
     body_s: float = 30.0
-    """A request's body must have arrived after this."""
+    """Seconds for a request's body to arrive."""
     send_s: float = 30.0
-    """A reader that takes nothing for this long is given up."""
+    """Seconds after which a client that reads nothing is dropped."""
     answer_s: float = 600.0
-    """An answer, waiting included, may take this long."""
+    """Seconds for an answer, its time in the queue included."""
     drain_s: float = 30.0
-    """After SIGTERM, answers under way may take this long."""
-
-    @property
-    def local(self) -> bool:
-        return self.host in LOCAL
+    """Seconds for running answers after SIGTERM."""
 
     def key_of(self, given: str) -> str | None:
-        """A name for the logs of the key that was given, None if it is none of ours. Takes equally long for every wrong key."""
-        found = None
+        """A name of the given key for the logs, None if it is wrong. Takes equally long for every wrong key."""
+        name = None
         for key in self.keys:
             if hmac.compare_digest(key.encode(), given.encode(errors="replace")):
-                found = hashlib.sha256(key.encode()).hexdigest()[:8]
-        return found
+                name = hashlib.sha256(key.encode()).hexdigest()[:8]
+        return name
 
 
 def read_keys(path: Path) -> tuple[str, ...]:
-    """One key a line; empty lines and lines that begin with # are left out. Raises UserError."""
+    """The keys in a file, one a line; empty lines and lines that begin with # are ignored. Raises UserError."""
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:

@@ -1,4 +1,4 @@
-"""Calls of functions: what a model may be made to write, and what is read out of its answer."""
+"""Tool calls: the JSON schema that forces one, and the reader that finds them in an answer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
 
 def forced(body: dict) -> list[dict] | None:
-    """The functions of which one must be called; None: none must. Raises ApiError 400 for a choice that is not among the tools."""
+    """The functions of which one must be called, None if no call is forced. Raises ApiError 400 for a choice that is not in `tools`."""
     choice, tools = body.get("tool_choice"), body.get("tools") or []
     if choice in (None, "none", "auto"):
         return None
@@ -24,7 +24,7 @@ def forced(body: dict) -> list[dict] | None:
 
 
 def call_schema(functions: list[dict]) -> dict:
-    """{"name": ..., "arguments": {...}} of any of the functions."""
+    """The JSON schema of {"name": ..., "arguments": {...}} for any of the functions."""
     calls = [
         {
             "type": "object",
@@ -38,10 +38,10 @@ def call_schema(functions: list[dict]) -> dict:
 
 
 def read_call(text: str) -> dict | None:
-    """One call as the API has it; None where the text is none (cut short, say)."""
+    """A call in OpenAI's form; None if the text is not one (cut short, for example)."""
     try:
-        found = json.loads(text)
-        name, arguments = found["name"], found.get("arguments", {})
+        call = json.loads(text)
+        name, arguments = call["name"], call.get("arguments", {})
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
     if not isinstance(name, str):
@@ -51,15 +51,15 @@ def read_call(text: str) -> dict | None:
 
 
 class CallReader:
-    """Separates an answer, as it comes, into text and calls between <tool_call> and </tool_call>."""
+    """Splits an answer, while it is written, into text and the calls between <tool_call> and </tool_call>."""
 
     def __init__(self, all_of_it: bool = False):
-        """all_of_it: the whole answer is one call, without the marks."""
+        """all_of_it: the whole answer is one call, without the tags."""
         self._held = ""
         self._inside = self._all = all_of_it
 
     def push(self, text: str, last: bool = False) -> tuple[str, list[dict]]:
-        """-> (text to show, calls that are complete). `last`: nothing follows; what was held back is shown or read."""
+        """-> (text to show, complete calls). last: no text follows, so what was held back is shown or read now."""
         self._held += text
         shown, calls = "", []
         while not self._all:

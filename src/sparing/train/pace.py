@@ -15,7 +15,7 @@ from pathlib import Path
 
 from sparing.base.files import append_durably, read_lines, write_atomic
 from sparing.base.run import RunFolder
-from sparing.budget.plan import AIM
+from sparing.budget.predict import AIM
 
 LATEST = 1.012
 """Share at which training stops whatever the plan says."""

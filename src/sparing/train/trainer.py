@@ -23,7 +23,7 @@ from sparing.base.preempt import Interrupted, Preempt
 from sparing.base.run import RunFolder
 from sparing.budget.flops import train_flops
 from sparing.data.loader import Batch
-from sparing.data.stop import Stopped
+from sparing.data.progress import Stopped
 from sparing.kernels import native
 from sparing.kernels.products import fitting
 from sparing.model.experts import routers, update_biases

@@ -1,4 +1,4 @@
-"""plotly's figures as plain dictionaries (plotly.js schema): one chart per quantity, one line per run, one heat map per run."""
+"""The report's charts, as dictionaries in plotly.js's schema: one chart a quantity with one line a run, one heat map a run."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ CURVES = (
 
 def charts(stories: list[Story]) -> list[Chart]:
     """All charts that the runs have figures for."""
-    found = []
+    drawn = []
     for key, title, unit, scale in CURVES:
         lines = [_points(story, key, scale) for story in stories]
         if any(x for x, _ in lines):
-            found.append(_lines(stories, lines, key, title, unit))
-    return found + [chart for story in stories if (chart := heat_map(story, len(stories) > 1))]
+            drawn.append(_lines(stories, lines, key, title, unit))
+    return drawn + [chart for story in stories if (chart := heat_map(story, len(stories) > 1))]
 
 
 def _points(story: Story, key: str, scale: float) -> tuple[list[float], list[float]]:

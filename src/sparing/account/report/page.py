@@ -1,4 +1,4 @@
-"""The page itself: sections in order, the style, plotly.js once."""
+"""Puts the report's page together: sections in order, the style, plotly.js once."""
 
 from __future__ import annotations
 
@@ -173,10 +173,10 @@ def _grid(drawn: list[Chart], first: int) -> str:
 
 def _each(stories: list[Story], part) -> str:
     """One run's part as it is, those of several behind headings to open."""
-    found = [(each, text) for each in stories if (text := part(each))]
+    shown = [(each, text) for each in stories if (text := part(each))]
     if len(stories) == 1:
-        return found[0][1] if found else ""
-    return "".join(f"<details><summary>{escape(each.name)}</summary>{text}</details>" for each, text in found)
+        return shown[0][1] if shown else ""
+    return "".join(f"<details><summary>{escape(each.name)}</summary>{text}</details>" for each, text in shown)
 
 
 def _data(chart: Chart, number: int) -> str:

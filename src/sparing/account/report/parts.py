@@ -6,7 +6,7 @@ from html import escape
 
 from sparing.account.receipt import COMPARED, at
 from sparing.account.report.story import Story
-from sparing.account.wording import COMPARED_HEAD, LABEL, STAGE_HEAD, amount, compared, digits, quality_text, scaled, staged
+from sparing.account.wording import COMPARED_HEAD, LABEL, STAGE_HEAD, amount, ancestry, compared, digits, quality_text, scaled, staged
 
 TILES = ("bpb", "time_s", "cost_usd", "energy_kwh", "co2e_g", "tokens")
 
@@ -14,12 +14,13 @@ TILES = ("bpb", "time_s", "cost_usd", "energy_kwh", "co2e_g", "tokens")
 def tiles(story: Story) -> str:
     """The handful of figures that matter, each saying whether it was measured."""
     actual = (story.receipt or {}).get("actual", {})
-    found = [(LABEL[name], amount(name, figure["value"]), figure["how"]) for name in TILES if (figure := at(actual, name))]
+    figures = [(LABEL[name], amount(name, figure["value"]), figure["how"]) for name in TILES if (figure := at(actual, name))]
     parts = story.summary.get("parameters")
     if parts:
-        found.append(("parameters", scaled(parts, ""), f"{scaled(story.summary['active_parameters'], '')} active"))
+        figures.append(("parameters", scaled(parts, ""), f"{scaled(story.summary['active_parameters'], '')} active"))
     cells = "".join(
-        f'<div class="tile"><dt>{escape(name)}</dt><dd>{escape(value)}<small>{escape(how)}</small></dd></div>' for name, value, how in found
+        f'<div class="tile"><dt>{escape(name)}</dt><dd>{escape(value)}<small>{escape(how)}</small></dd></div>'
+        for name, value, how in figures
     )
     return f'<dl class="tiles">{cells}</dl>' if cells else ""
 
@@ -69,20 +70,16 @@ def side_by_side(stories: list[Story]) -> str:
 
 def bill(story: Story) -> str:
     """The receipt: stages, what came later, ancestors, what it bought, where the figures come from."""
-    found = story.receipt
-    if found is None:
+    receipt = story.receipt
+    if receipt is None:
         return ""
-    parts = [table("Training, by stage", STAGE_HEAD, staged(found["stages"]))]
-    parts.append(table("Since then, not in the figures above", STAGE_HEAD, staged(found["later"])))
-    ancestors = [
-        (row["name"], row["relation"], amount("time_s", row["wall_s"]), amount("cost_usd", row["usd"]), f"{100 * row['share']:.0f} %")
-        for row in found["ancestors"]
-    ]
-    parts.append(table("Derived from", ("run", "as", "time", "cost", "share of the whole line"), ancestors))
-    if bought := quality_text(found["quality"]):
+    parts = [table("Training, by stage", STAGE_HEAD, staged(receipt["stages"]))]
+    parts.append(table("Since then, not in the figures above", STAGE_HEAD, staged(receipt["later"])))
+    parts.append(table("Derived from", ("run", "as", "time", "cost", "share of the whole line"), ancestry(receipt["ancestors"])))
+    if bought := quality_text(receipt["quality"]):
         parts.append(f"<p>{escape(bought)}.</p>")
-    energy, rates = found["actual"]["energy_kwh"], found["rates"]
-    items = [f"Machine: {found['machine']}", f"Energy {energy['how']}: {energy['source']}; PUE {rates.get('pue', 1):g}"]
+    energy, rates = receipt["actual"]["energy_kwh"], receipt["rates"]
+    items = [f"Machine: {receipt['machine']}", f"Energy {energy['how']}: {energy['source']}; PUE {rates.get('pue', 1):g}"]
     if rates:
         items.append(f"${rates['usd_per_hour']:.4g} an hour, ${rates['usd_per_kwh']:.4g} a kWh, {rates['gco2e_per_kwh']:.4g} gCO2e a kWh")
         items += [f"{name.replace('_', ' ')}: {source}" for name, source in rates.get("sources", {}).items()]

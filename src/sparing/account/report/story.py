@@ -1,11 +1,10 @@
-"""What the page tells of one run, read from its folder."""
+"""Reads from a run folder what the report shows of it."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 
-from sparing.account.receipt import receipt
+from sparing.account.receipt import read_state, receipt
 from sparing.base.config import UserError
 from sparing.base.files import read_lines
 from sparing.base.run import RunFolder
@@ -37,7 +36,7 @@ def story(run: RunFolder) -> Story:
     steps = [line for line in lines if line.get("loss") is not None and "eval_bpb" not in line]
     if not steps:
         raise UserError(f"{run} has no training steps to report on yet")
-    summary = _json(run.state / "summary.json")
+    summary = read_state(run, "summary", dict) or {}
     try:
         bill, notes = receipt(run), []
     except UserError as error:
@@ -57,18 +56,11 @@ def story(run: RunFolder) -> Story:
     )
 
 
-def _json(path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-
-
 def curve(story: Story, key: str, scale: float = 1.0) -> tuple[list[float], list[float]]:
     """(millions of tokens, mean of `key` times scale) in at most `POINTS` spans of steps; steps without it are left out."""
-    found = [(line["tokens"], line[key]) for line in story.steps if isinstance(line.get(key), int | float)]
-    size = -(-len(found) // POINTS) or 1
-    spans = [found[i : i + size] for i in range(0, len(found), size)]
+    points = [(line["tokens"], line[key]) for line in story.steps if isinstance(line.get(key), int | float)]
+    size = -(-len(points) // POINTS) or 1
+    spans = [points[i : i + size] for i in range(0, len(points), size)]
     return [span[-1][0] / 1e6 for span in spans], [_short(scale * sum(value for _, value in span) / len(span)) for span in spans]
 
 

@@ -1,0 +1,254 @@
+"""Predicts what a run takes and reaches: applies the models of memory, time, money and loss to a resolved configuration."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from sparing.account.prices import Rates
+from sparing.base.config import Budget, Config, ModelConfig, UserError
+from sparing.budget.estimate import Estimate, around, exactly
+from sparing.budget.flops import kv_cache_bytes, parameters, train_flops
+from sparing.budget.memory import SPREAD, KernelPath, Memory, training_memory
+from sparing.budget.scaling import Law, effective_bytes
+from sparing.budget.units import format_budget
+
+START_S = 4.0
+"""Starting, building the model, saving at the end."""
+TOKENISE_BYTES_PER_S = 2e6
+"""A core."""
+TOKENISER_S = 4.0
+"""Training the tokenizer and starting the processes that apply it."""
+CALIBRATION = (0.02, 10.0)
+"""Choosing micro-batch and threads: this share of a time budget, these seconds of any other."""
+CALIBRATION_STEPS = 10
+"""It takes at least about as long as this many steps."""
+AIM = 0.99
+"""Share of a time budget that plans, and the run itself, aim at: misses are more often late than early."""
+FEWEST_STEPS = 20
+WATTS_SPREAD = 0.4
+"""Power is a model of the processor, not a measurement."""
+
+
+class Corpus(Protocol):
+    """What is needed of `sparing.data.scan.CorpusFacts`."""
+
+    train_bytes: float
+    kinds: dict[str, int]
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """Everything a prediction is made of."""
+
+    config: Config
+    corpus: Corpus
+    law: Law
+    speed: Estimate
+    """Tokens per second while training."""
+    rates: Rates
+    bytes_per_token: float
+    memory_limit: float
+    """Bytes that the device may fill; 0: unknown."""
+    budget_s: float | None
+    """Of a budget in time, money or energy."""
+    cores: int = 2
+    """Of the processor: they tokenise."""
+    path: KernelPath | None = None
+    """Which kernels run; None: as the configuration says, with a C compiler and bfloat16."""
+
+    def memory(self) -> Memory:
+        return training_memory(self.config, True, self.path)
+
+
+def in_seconds(budget: Budget, rates: Rates) -> float | None:
+    """Seconds that a budget in time, money or energy lasts at full power; None for tokens and FLOP.
+
+    Raises UserError where money or energy would last less than a second or more than ten years.
+    """
+    if budget.unit == "s":
+        return budget.amount
+    if budget.unit in ("tok", "flop"):
+        return None
+    hourly = rates.per_hour() if budget.unit == "usd" else rates.watts_busy * rates.pue / 1000
+    seconds = 3600 * budget.amount / hourly
+    if not 1 <= seconds <= 10 * 365 * 86400:
+        least = format_budget(Budget(float(f"{hourly / 60:.2g}"), budget.unit))
+        raise UserError(f"budget {format_budget(budget)} lasts {seconds:.3g} s here; a minute costs {least}")
+    return seconds
+
+
+def tokenising_s(run: PlannedRun) -> float:
+    data = run.config.data
+    needed = math.inf if data.max_tokens is None else data.max_tokens * run.bytes_per_token
+    return TOKENISER_S + min(run.corpus.train_bytes, needed) / (run.cores * TOKENISE_BYTES_PER_S)
+
+
+def _choosing_s(run: PlannedRun, tokens_per_s: float) -> float:
+    share = CALIBRATION[1] if run.config.budget.unit != "s" else CALIBRATION[0] * run.config.budget.amount
+    t = run.config.train
+    return max(share, CALIBRATION_STEPS * t.batch_size * t.seq_len / tokens_per_s)
+
+
+def _evaluating_s(run: PlannedRun, tokens_per_s: float) -> float:
+    """All evaluations: a forward pass is a third of a training step; at most a twentieth of a time budget."""
+    t = run.config.train
+    once = min(t.eval_bytes, 0.05 * run.corpus.train_bytes) / run.bytes_per_token / (3 * tokens_per_s)
+    every = (t.evals + 1) * once
+    return every if run.budget_s is None else min(every, 0.05 * run.budget_s + once)
+
+
+def tokens_and_time(run: PlannedRun) -> tuple[Estimate, Estimate]:
+    """(tokens trained on, seconds of everything)."""
+    budget, tokenising = run.config.budget, tokenising_s(run)
+    per_token = train_flops(run.config.model, run.config.train.seq_len)
+    if run.budget_s is not None:
+
+        def trained(speed: float, slower: float) -> float:
+            rest = AIM * run.budget_s - START_S - slower * tokenising - _choosing_s(run, speed) - _evaluating_s(run, speed)
+            return max(0.0, rest) * speed
+
+        tokens = Estimate(trained(run.speed.value, 1), trained(run.speed.low, 1.5), trained(run.speed.high, 0.5), run.speed.source)
+        return tokens, Estimate(AIM * run.budget_s, 0.95 * run.budget_s, 1.02 * run.budget_s, "the budget: training ends on it")
+    tokens = budget.amount if budget.unit == "tok" else budget.amount / per_token
+
+    def seconds(speed: float, other: float) -> float:
+        return tokens / speed + other * (START_S + tokenising + _choosing_s(run, speed) + _evaluating_s(run, speed))
+
+    return exactly(tokens, "the budget"), Estimate(
+        seconds(run.speed.value, 1), seconds(run.speed.high, 0.6), seconds(run.speed.low, 1.5), run.speed.source
+    )
+
+
+def check(run: PlannedRun) -> None:
+    """Raises UserError, with the nearest budget or change that works, for what cannot work."""
+    t = run.config.train
+    batch = t.batch_size * t.seq_len
+    if run.corpus.train_bytes < batch * run.bytes_per_token:
+        need = batch * run.bytes_per_token
+        raise UserError(
+            f"the data have {run.corpus.train_bytes:,.0f} bytes to train on, less than one batch: give {need:,.0f} bytes or more"
+        )
+    if run.budget_s is not None:
+        least = (START_S + tokenising_s(run) + (FEWEST_STEPS + CALIBRATION_STEPS) * batch / run.speed.value) / (AIM - CALIBRATION[0] - 0.05)
+        if run.budget_s < least:
+            scale = run.config.budget.amount / run.budget_s
+            # More than needed here: what a longer budget resolves to may take longer to start.
+            works = format_budget(Budget(float(f"{1.2 * least * scale:.2g}"), run.config.budget.unit))
+            megabytes = run.corpus.train_bytes / 1e6
+            raise UserError(
+                f"budget {format_budget(run.config.budget)}: starting, tokenising {megabytes:.1f} MB and {FEWEST_STEPS} steps take about "
+                f"{least:.0f} s; nearest that works: {works}"
+            )
+    elif tokens_and_time(run)[0].value < batch:
+        raise UserError(f"budget {format_budget(run.config.budget)} is less than one batch; nearest that works: {batch}tok")
+    need = run.memory().total
+    if run.memory_limit and need > run.memory_limit:
+        raise UserError(
+            f"training needs {need / 1e9:.1f} GB, {run.memory_limit / 1e9:.1f} GB are there; what fits: {_smaller(run)}"
+        )  # fmt: skip
+
+
+def _smaller(run: PlannedRun) -> str:
+    """The first change that makes it fit."""
+    t = run.config.train
+    micro = t.micro_batch_size or t.batch_size
+    while micro > 1:
+        micro //= 2
+        for recompute in (False, True):
+            config = replace(run.config, train=replace(t, micro_batch_size=micro, recompute=recompute))
+            if training_memory(config).total <= run.memory_limit:
+                return f"--train.micro-batch-size {micro}" + (" --train.recompute true" if recompute else "")
+    c = run.config.model
+    for share in (0.75, 0.5, 0.25, 0.125):
+        width = max(32, int(c.hidden_size * share) // 32 * 32)
+        thinner = replace(
+            c, hidden_size=width, intermediate_size=int(c.intermediate_size * share), num_layers=max(2, int(c.num_layers * share))
+        )
+        config = replace(run.config, model=thinner, train=replace(t, micro_batch_size=1, recompute=True))
+        if training_memory(config).total <= run.memory_limit:
+            return f"--model.hidden-size {width} --model.num-layers {thinner.num_layers} --train.micro-batch-size 1"
+    return "a machine with more memory"
+
+
+def counted(c: ModelConfig) -> dict[str, Any]:
+    """The keys of `plan --json` that the model's configuration alone decides."""
+    counts, source = parameters(c), "counted from the configuration"
+    return {
+        "parameters": {name: exactly(getattr(counts, name), source) for name in ("total", "active", "mtp")},
+        "kv_cache_bytes_per_token": exactly(kv_cache_bytes(c), source),
+    }
+
+
+def spent(hours: Estimate, rates: Rates, watts_spread: float, price_source: str) -> dict[str, Estimate]:
+    """energy_kwh, co2e_g and cost_usd of so many hours of what `rates` are for, at full power give or take `watts_spread`."""
+    watts = around(rates.watts_busy, watts_spread, f"estimated: {rates.sources['watts']}")
+    bounds = ("value", "low", "high")
+    energy = Estimate(*(getattr(hours, b) * getattr(watts, b) / 1000 * rates.pue for b in bounds), watts.source)
+    cost = Estimate(*(getattr(hours, b) * rates.usd_per_hour + getattr(energy, b) * rates.usd_per_kwh for b in bounds), price_source)
+    co2e = energy.times(rates.gco2e_per_kwh, rates.sources["gco2e_per_kwh"])
+    return {"energy_kwh": energy, "co2e_g": co2e, "cost_usd": cost}
+
+
+def predict(run: PlannedRun) -> dict[str, Any]:
+    """The keys of `plan --json`; every number as {"value", "low", "high", "source"}."""
+    c, t = run.config.model, run.config.train
+    tokens, time_s = tokens_and_time(run)
+    flops = tokens.times(train_flops(c, t.seq_len, t.recompute), "counted, times tokens")
+    memory = run.memory()
+    hours = time_s.times(1 / 3600)
+    price_source = f"{run.rates.sources['usd_per_hour']}; {run.rates.sources['usd_per_kwh']}"
+
+    def size(value: float) -> Estimate:
+        return around(value, SPREAD, "memory model (budget/memory.py)")
+
+    numbers: dict[str, Any] = {
+        **counted(c),
+        "flops": flops,
+        "tokens": tokens,
+        "tokens_per_s": run.speed,
+        "memory_bytes": {
+            **{part: size(getattr(memory, part)) for part in vars(memory)},
+            "total": size(memory.total),
+        },
+        "time_s": time_s,
+        "device_hours": hours,
+        **spent(hours, run.rates, WATTS_SPREAD, price_source),
+        "bpb": _reached(run, tokens),
+        "stages": {name: {"time_s": seconds} for name, seconds in _stages(run, tokens).items()},
+    }
+    return as_json(numbers)
+
+
+def _stages(run: PlannedRun, tokens: Estimate) -> dict[str, Estimate]:
+    """Seconds by stage, named as in the ledger. Training's are those of its steps."""
+    speed, rough = run.speed, "rule of thumb"
+    # A time budget fixes the time whatever the speed is: then the tokens follow, not the seconds.
+    train = exactly(tokens.value / speed.value, speed.source) if run.budget_s else Estimate(
+        tokens.value / speed.value, tokens.value / speed.high, tokens.value / speed.low, speed.source
+    )  # fmt: skip
+    return {
+        "tokenise": around(tokenising_s(run), 1.0, rough),
+        "calibrate": around(_choosing_s(run, speed.value), 0.5, rough),
+        "train": around(train.value, 0.05, train.source) if run.budget_s else train,
+        "evaluate": around(_evaluating_s(run, speed.value), 0.5, rough),
+    }
+
+
+def _reached(run: PlannedRun, tokens: Estimate) -> Estimate:
+    counts = parameters(run.config.model)
+
+    def bpb(count: float) -> Estimate:
+        read = effective_bytes(max(1.0, count) * run.bytes_per_token, run.corpus.train_bytes)
+        return run.law.bpb(counts.active, counts.total, read)
+
+    middle, slow, fast = bpb(tokens.value), bpb(tokens.low), bpb(tokens.high)
+    # The two uncertainties are independent of each other.
+    worse = math.hypot(middle.high - middle.value, slow.value - middle.value)
+    better = math.hypot(middle.value - middle.low, middle.value - fast.value)
+    return Estimate(middle.value, middle.value - better, middle.value + worse, middle.source)
+
+
+def as_json(numbers: dict[str, Any]) -> dict[str, Any]:
+    return {key: as_json(value) if isinstance(value, dict) else value.to_dict() for key, value in numbers.items()}

@@ -1,0 +1,259 @@
+"""Weights packed for the compiled network: quantised, in the order its products read them, in one memory-mapped file.
+
+The file is written once per run and format, in the run folder or, if that is read-only, under $SPARING_HOME; and again when the weights
+change. It has the header's length in 8 bytes, a JSON header, then the parts, each from a page boundary. kernels/decode_products.inc
+describes the panels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import mmap
+import os
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sparing.base.config import ModelConfig, UserError
+from sparing.base.files import DamagedError, DiskFullError, atomic_file
+from sparing.base.hardware import home
+from sparing.base.layers import EMBED, HEAD, SELECTION_BIAS, Layer, layers, shapes
+from sparing.base.run import RunFolder
+from sparing.kernels.decode import GROUP, PANEL
+
+VERSION = 1
+PAGE = 4096
+
+
+def pack_matrix(w_NK: Tensor, format: str) -> Tensor:
+    """(N, K) floats -> (bytes,) uint8 in panels of 16 outputs; N is padded with zeros. K: a multiple of 16 (int4: 32)."""
+    w = torch.nn.functional.pad(w_NK.float(), (0, 0, 0, -len(w_NK) % PANEL))
+    N, K = w.shape
+    if format == "float32":
+        return w.view(N // PANEL, PANEL, K).transpose(1, 2).contiguous().view(torch.uint8).flatten()
+    if format == "bfloat16":
+        return w.bfloat16().view(N // PANEL, PANEL, K // 2, 2).transpose(1, 2).contiguous().view(torch.uint8).flatten()
+    if format == "int8":
+        scale = w.abs().amax(1) / 127
+        q = (w / scale.clamp(min=1e-30)[:, None]).round_().add_(128).to(torch.uint8)
+        panels = q.view(N // PANEL, PANEL, K // 4, 4).transpose(1, 2).contiguous().flatten()
+        return torch.cat((panels, scale.view(torch.uint8)))
+    groups = w.view(N // PANEL, PANEL, K // GROUP, GROUP)
+    extreme = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
+    scale = (extreme / -8).bfloat16()  # the largest number is exact at -8 (llama.cpp's Q4_0)
+    divisor = torch.where(scale == 0, torch.ones((), dtype=scale.dtype), scale).float()
+    q = (groups / divisor).round_().clamp_(-8, 7).add_(8).to(torch.uint8).unflatten(-1, (2, 4, 4))
+    halves = (q[..., 0, :, :] | q[..., 1, :, :] << 4).permute(0, 2, 3, 1, 4).flatten(2)  # panel, group, quad, output, number
+    return torch.cat((halves.contiguous(), scale.squeeze(-1).transpose(1, 2).contiguous().view(torch.uint8)), -1).flatten()
+
+
+@dataclass
+class Part:
+    """A part of the file: a packed matrix, a stack of `count` matrices `stride` bytes apart, or `inner` plain numbers (`outputs` is 0)."""
+
+    format: str
+    outputs: int
+    inner: int
+    count: int
+    stride: int
+    offset: int = 0
+    make: Callable[[], Iterator[Tensor]] | None = None
+    """Yields the bytes to write; None: the part lies inside the one before it, or the file exists."""
+
+    @property
+    def bytes(self) -> int:
+        return self.stride * self.count if self.stride else _bytes(self.format, self.outputs, self.inner)
+
+
+def _bytes(format: str, N: int, K: int) -> int:
+    per_number = {"float32": 4, "bfloat16": 2, "int8": 1}
+    if N == 0:
+        return K * per_number[format]
+    N = -(-N // PANEL) * PANEL
+    return N * K // GROUP * (GROUP // 2 + 2) if format == "int4" else N * K * per_number[format] + (4 * N if format == "int8" else 0)
+
+
+class _Writer:
+    """Lists a model's parts and how to make them. get: a weight by name."""
+
+    def __init__(self, c: ModelConfig, format: str, get: Callable[[str], Tensor]):
+        self.format, self.get, self.shapes = format, get, shapes(c)
+        self.parts: dict[str, Part] = {}
+        self.numbers("embed", EMBED, "float32" if format == "float32" else "bfloat16")
+        self.numbers("norm", "model.norm.weight")
+        self.matrix("head", [EMBED if c.tie_word_embeddings else HEAD], fine=True)
+        for layer in layers(c):
+            self.layer(layer)
+
+    def numbers(self, name: str, source: str, format: str = "float32") -> None:
+        """A tensor that is not packed."""
+        dtype = getattr(torch, format)
+        make = lambda: iter([self.get(source).to(dtype).contiguous().flatten().view(torch.uint8)])  # noqa: E731
+        self.parts[name] = Part(format, 0, math.prod(self.shapes[source]), 1, 0, make=make)
+
+    def matrix(self, name: str, sources: list[str], fine: bool = False, format: str | None = None) -> None:
+        """Matrices with the same input, stacked along their outputs. fine: int8 instead of int4, which would cost more than it saves."""
+        rows, columns = sum(self.shapes[source][0] for source in sources), self.shapes[sources[0]][1]
+        format = format or self.format
+        format = "int8" if format == "int4" and (fine or columns % GROUP) else format
+
+        def make() -> Iterator[Tensor]:
+            whole = self.get(sources[0]) if len(sources) == 1 else torch.cat([self.get(source) for source in sources])
+            yield pack_matrix(whole, format)
+
+        self.parts[name] = Part(format, rows, columns, 1, 0, make=make)
+
+    def heads(self, name: str, count: int, get: Callable[[], Tensor], shape: tuple[int, int]) -> None:
+        """A matrix for each head."""
+        format = "int8" if self.format == "int4" else self.format
+        self.parts[name] = Part(format, *shape, count, _bytes(format, *shape), make=lambda: (pack_matrix(w, format) for w in get()))
+
+    def layer(self, layer: Layer) -> None:
+        i, at, attention = layer.index, f"model.layers.{layer.index}.", layer.attention
+        a = at + "self_attn."
+        self.numbers(f"{i}.input_norm", at + "input_layernorm.weight")
+        self.numbers(f"{i}.post_norm", at + "post_attention_layernorm.weight")
+        if attention.kind == "mla":
+            H, N, V, C = attention.heads, attention.nope, attention.value, attention.latent
+            self.numbers(f"{i}.kv_norm", a + "kv_a_layernorm.weight")
+            if attention.query_rank is not None:
+                self.numbers(f"{i}.q_norm", a + "q_a_layernorm.weight")
+                self.matrix(f"{i}.q_b", [a + "q_b_proj.weight"])
+            kv_b = lambda: self.get(a + "kv_b_proj.weight").unflatten(0, (H, N + V))  # noqa: E731
+            self.heads(f"{i}.k_b", H, lambda: kv_b()[:, :N].transpose(1, 2), (C, N))
+            self.heads(f"{i}.v_b", H, lambda: kv_b()[:, N:], (V, C))
+        self.matrix(f"{i}.first", [a + name for name in attention.inputs], fine=True)
+        self.matrix(f"{i}.o", [a + "o_proj.weight"])
+        if layer.feed_forward.common_width:
+            mlp = at + ("mlp.shared_experts." if layer.mixture else "mlp.")
+            self.matrix(f"{i}.gate_up", [mlp + "gate_proj.weight", mlp + "up_proj.weight"])
+            self.matrix(f"{i}.down", [mlp + "down_proj.weight"])
+        if layer.mixture:
+            self.numbers(f"{i}.bias", f"{at}mlp.gate.{SELECTION_BIAS}")
+            self.matrix(f"{i}.router", [at + "mlp.gate.weight"], format="float32")
+            self.experts(i, at + "mlp.experts.")
+        if layer.mtp:
+            for name, source in (("enorm", "enorm"), ("hnorm", "hnorm"), ("head_norm", "shared_head.norm")):
+                self.numbers(f"{i}.{name}", f"{at}{source}.weight")
+            self.matrix(f"{i}.join", [at + "eh_proj.weight"])
+
+    def experts(self, i: int, at: str) -> None:
+        """Both matrices of each expert together, in whole pages, so that experts can be read from disk one by one."""
+        (count, *up), (_, *down) = (self.shapes[at + name] for name in ("gate_up_proj", "down_proj"))
+        formats = ["int8" if self.format == "int4" and shape[1] % GROUP else self.format for shape in (up, down)]
+        sizes = [-(-_bytes(f, *shape) // 64) * 64 for f, shape in zip(formats, (up, down), strict=True)]
+        stride = -(-sum(sizes) // PAGE) * PAGE
+
+        def make() -> Iterator[Tensor]:
+            for up, down in zip(self.get(at + "gate_up_proj"), self.get(at + "down_proj"), strict=True):
+                whole = torch.zeros(stride, dtype=torch.uint8)
+                for start, w, f in ((0, up, formats[0]), (sizes[0], down, formats[1])):
+                    data = pack_matrix(w, f)
+                    whole[start : start + len(data)] = data
+                yield whole
+
+        self.parts[f"{i}.expert_gate_up"] = Part(formats[0], *up, count, stride, make=make)
+        self.parts[f"{i}.expert_down"] = Part(formats[1], *down, count, stride, offset=sizes[0])
+
+
+class PackedWeights:
+    """A file of packed weights, mapped into memory."""
+
+    def __init__(self, path: Path):
+        with open(path, "rb") as file:
+            header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+            self.bytes = os.fstat(file.fileno()).st_size
+            self.file = os.dup(file.fileno())  # reads experts without mapping them
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # torch asks for a writable map
+        self.source = header["source"]
+        self.parts = {name: Part(**part) for name, part in header["parts"].items()}
+        self.data = torch.frombuffer(self._map, dtype=torch.uint8)
+
+    def __del__(self) -> None:
+        if hasattr(self, "file"):
+            os.close(self.file)
+
+    def address(self, name: str) -> int:
+        return self.data.data_ptr() + self.parts[name].offset
+
+
+def fingerprint(weights: Path) -> str:
+    """Hash of the file's size and of 64 samples of 4 KiB: the same after copying, another after training."""
+    size, digest = weights.stat().st_size, hashlib.blake2b(digest_size=16)
+    digest.update(size.to_bytes(8, "little"))
+    with open(weights, "rb") as file:
+        for i in range(64):
+            file.seek(max(0, size - PAGE) * i // 63)
+            digest.update(file.read(PAGE))
+    return digest.hexdigest()
+
+
+def derived_paths(run: RunFolder, source: str, name: str) -> tuple[Path, Path]:
+    """Where a file derived from weights may be: in the run folder, or under $SPARING_HOME if that is read-only."""
+    return run.path / "packed" / name, home() / "packed" / source.split()[1] / name
+
+
+def open_packed(run: RunFolder, c: ModelConfig, format: str) -> PackedWeights:
+    """The run's weights in a format, packed first if need be. Raises UserError for weights that are missing or damaged."""
+    if not run.weights_file.exists():
+        raise UserError(f"{run} has no usable weights: {run.weights_file} is missing")
+    source = f"{VERSION} {fingerprint(run.weights_file)}"
+    paths = derived_paths(run, source, f"{format}.bin")
+    for path in paths:
+        try:
+            packed = PackedWeights(path)
+        except (OSError, ValueError, KeyError, TypeError, struct.error):
+            continue
+        if packed.source == source:
+            return packed
+    for path in paths:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write(path, run, c, format, source)
+            return PackedWeights(path)
+        except DiskFullError:
+            raise
+        except OSError as error:  # read-only
+            problem = error
+    folders = f"neither {paths[0].parent} nor {paths[1].parent} can be written"
+    raise UserError(f"no place for the packed weights: {folders} ({problem.strerror})")
+
+
+def _write(path: Path, run: RunFolder, c: ModelConfig, format: str, source: str) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(run.weights_file, framework="pt") as file:
+            expected = shapes(c)
+
+            def get(name: str) -> Tensor:
+                tensor = file.get_tensor(name)
+                if tuple(tensor.shape) != expected[name]:
+                    raise UserError(f"{run.weights_file}: {name} does not belong to the model of config.toml")
+                return tensor
+
+            parts = _Writer(c, format, get).parts
+            room = end = -(-(300 * len(parts) + 300) // PAGE) * PAGE
+            start = room
+            for part in parts.values():
+                if part.make:
+                    start, end = end, end + -(-part.bytes // PAGE) * PAGE
+                part.offset += start
+            listed = {name: {k: v for k, v in vars(part).items() if k != "make"} for name, part in parts.items()}
+            header = json.dumps({"source": source, "parts": listed}).encode().ljust(room - 8)
+            assert len(header) == room - 8
+            with atomic_file(path) as out:
+                out.write(struct.pack("<Q", len(header)) + header)
+                for part in parts.values():
+                    if part.make:
+                        for data in part.make():
+                            out.write(data.numpy())
+                        out.write(b"\0" * (-part.bytes % PAGE))
+    except (SafetensorError, DamagedError) as error:
+        raise UserError(f"{run} has no usable weights: {error}") from None

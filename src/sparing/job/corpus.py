@@ -1,0 +1,50 @@
+"""What a run learns from and is scored on: by default the text that `[data]` names."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from sparing.base.config import Config
+from sparing.base.files import atomic_path
+from sparing.data.loader import Loader
+from sparing.data.prepare import prepare
+from sparing.data.progress import Bars
+from sparing.data.tokenizer import Tokenizer
+from sparing.evals.bpb import NllFn, bpb
+from sparing.job.begin import Job
+from sparing.train.trainer import Feed
+
+EVAL_TOKENS = 8192
+"""Tokens of a forward pass in evaluations."""
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Batches, and the held-out documents that a run is scored on and continues at its end."""
+
+    feed: Feed
+    tokenizer: Tokenizer
+    held_out: list[str]
+
+    def scorer(self, config: Config, should_stop: Callable[[], bool]) -> Callable[[NllFn], dict]:
+        """evaluate(nll) -> the loss and bits per byte of the held-out documents."""
+        context = config.train.seq_len
+        options = {"batch": max(1, EVAL_TOKENS // context), "max_bytes": config.train.eval_bytes, "should_stop": should_stop}
+        return lambda nll: bpb(nll, self.tokenizer, self.held_out, context, **options)
+
+
+def text(job: Job, config: Config) -> TrainingData:
+    """Tokenise the run's corpus, or open what is tokenised already. Raises UserError, and Stopped on a signal."""
+    run, t = job.run, config.train
+    data = config.data
+    if data.tokenizer and run.tokenizer_file.exists():  # the file that the user gave may be gone meanwhile
+        data = replace(data, tokenizer=str(run.tokenizer_file))
+    with Bars() as bars:
+        store = prepare(data, config.model.vocab_size, progress=bars, should_stop=lambda: job.signals.requested)
+    for name in ("tokenizer.json", "quarantine.jsonl"):
+        if not (run.path / name).exists():
+            with atomic_path(run.path / name) as beside:
+                shutil.copyfile(store.path / name, beside)
+    return TrainingData(Loader(store, t.seq_len, t.batch_size, config.model.mtp_depth, t.seed), store.tokenizer, list(store.held_out()))

@@ -1,0 +1,144 @@
+"""A run that starts from another one or from an imported model, and what else may be given to `learn`: data, objective."""
+
+import json
+import shutil
+
+import pytest
+
+from sparing import api
+from sparing.account.history import ancestors_of, entries
+from sparing.base.config import UserError
+from sparing.base.config_file import Wishes, read_config
+from sparing.base.files import file_sha256, read_lines
+from sparing.base.run import RunFolder
+from sparing.budget.units import parse_budget
+from sparing.job.begin import begin, resolved
+from sparing.job.corpus import TrainingData, text
+from sparing.job.learn import learn
+from sparing.train.objective import NextToken
+
+TRAIN = {"seq_len": 64, "batch_size": 8, "threads": 1, "replicas": 1, "compile": False, "micro_batch_size": 8, "evals": 0}
+SMALL = {
+    "model": {"hidden_size": 64, "num_layers": 2, "num_heads": 2, "vocab_size": 512, "num_dense_layers": 2},
+    "train": TRAIN,
+}
+CONTINUED = {"train": TRAIN, "optim": {"lr": 0.003}}
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    root = tmp_path_factory.mktemp("start")
+    (root / "text").mkdir()
+    for i in range(40):
+        lines = [f"The {word} number {j} of book {i} went to the sea and came back." for j, word in enumerate(["cat", "dog", "ship"] * 20)]
+        (root / "text" / f"{i:02d}.txt").write_text("\n".join(lines))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPARING_HOME", str(root / "home"))
+        api.train([str(root / "text")], "60ktok", str(root / "base"), SMALL, seed=3, samples=0)
+        yield root
+
+
+def losses(run):
+    return [line["loss"] for line in read_lines(RunFolder(run).metrics_file) if "grad_norm" in line]
+
+
+def test_a_run_goes_on_from_another_one(workplace, tmp_path):
+    base, run = tmp_path / "base", tmp_path / "run"
+    shutil.copytree(workplace / "base", base)
+    api.train([str(workplace / "text")], "20ktok", str(run), CONTINUED, samples=0, start=str(base))
+    before = losses(base)
+    assert losses(run)[0] < before[-1] + 0.3 < before[0] - 1, "from its loss, not from noise"
+    config, parent = read_config(run / "config.toml"), read_config(base / "config.toml")
+    assert config.model == parent.model and config.start.run == str(base)
+    assert config.start.weights_sha256 == file_sha256(base / "weights/model.safetensors")
+    assert json.loads((run / "state/start.json").read_text()) == {"run": str(base), "weights_sha256": config.start.weights_sha256}
+    assert (run / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
+    (row,) = api.receipt(str(run))["ancestors"]
+    assert row["name"] == "base" and row["relation"] == "first weights" and 0 < row["share"] < 1 and row["tokens"] > 50_000
+    assert api.receipt(str(run))["predicted"]["bpb"]["value"] is None
+    again = api.plan(str(run / "config.toml"), budget="30s")  # a run's configuration is a recipe
+    assert again["bpb"]["value"] is None and again["config"]["start"]["run"] == str(base)
+    shutil.rmtree(base)
+    longer = api.resume(str(run), "+10ktok", samples=0)  # which needs nothing of it any more
+    assert longer["tokens"] > 20_000
+    assert len(ancestors_of(RunFolder(run))) == 1
+
+
+def test_ancestors_are_handed_on(workplace, tmp_path):
+    for name, parent in (("second", workplace / "base"), ("third", tmp_path / "second")):
+        api.train([str(workplace / "text")], "4ktok", str(tmp_path / name), CONTINUED, samples=0, start=str(parent))
+    assert [(row.name, row.generation) for row in ancestors_of(RunFolder(tmp_path / "third"))] == [("second", 1), ("base", 2)]
+
+
+def test_an_imported_model_is_a_start_too(workplace, tmp_path):
+    api.export(str(workplace / "base"), "hf", str(tmp_path / "hf"))
+    api.import_(str(tmp_path / "hf"), str(tmp_path / "imported"))
+    api.train([str(workplace / "text")], "8ktok", str(tmp_path / "run"), CONTINUED, samples=0, start=str(tmp_path / "imported"))
+    assert losses(tmp_path / "run")[0] < losses(workplace / "base")[-1] + 0.3
+
+
+@pytest.mark.parametrize("start", [True, False])
+def test_data_and_objective_may_be_others(workplace, tmp_path, start):
+    """The same batch again and again, under half the loss, from noise and from a run."""
+
+    class Same:
+        def __init__(self, feed):
+            self.feed = feed
+
+        def batch(self, step, rank=0, world=1):
+            return self.feed.batch(0, rank, world)
+
+    def same(job, config):
+        usual = text(job, config)
+        return TrainingData(Same(usual.feed), usual.tokenizer, usual.held_out[:1])
+
+    class Halved(NextToken):
+        def __call__(self, *arguments):
+            loss = super().__call__(*arguments)
+            return loss._replace(total=loss.total / 2)
+
+    wishes = {**CONTINUED, "start": {"run": str(workplace / "base")}} if start else SMALL
+    wishes = Wishes.of(wishes, {"data": {"paths": [str(workplace / "text")]}, "optim": {"lr": 0.02}})
+    run = RunFolder.create(tmp_path / "run")
+    with begin("train", run) as job:
+        config = resolved(job, wishes, parse_budget("15ktok"))
+        learn(job, config, 0, data=same, objective=Halved.of(config))
+    assert losses(run.path)[-1] < 0.7 * losses(run.path)[0], "it knows that batch"
+
+
+@pytest.mark.parametrize(
+    ("wishes", "said"),
+    [
+        ({"model": {"num_layers": 3}}, "model.num_layers 3: .*base has 2, which stays"),
+        ({"data": {"tokenizer": "/elsewhere/tokenizer.json"}}, "data.tokenizer /elsewhere/tokenizer.json: .* keeps its tokenizer"),
+        ({"start": {"weights_sha256": "0"}}, "start.weights_sha256: .*base has other weights"),
+    ],
+)
+def test_what_a_start_settles_is_not_the_users_to_choose(workplace, tmp_path, wishes, said):
+    with pytest.raises(UserError, match=said):
+        api.train([str(workplace / "text")], "20ktok", str(tmp_path / "run"), wishes, start=str(workplace / "base"))
+    assert not (tmp_path / "run/config.toml").exists()
+
+
+def test_a_start_that_is_none_or_that_has_changed(workplace, tmp_path):
+    with pytest.raises(UserError, match="no such run folder"):
+        api.train([], "20ktok", str(tmp_path / "run"), start=str(tmp_path / "nowhere"))
+    base = tmp_path / "base"
+    shutil.copytree(workplace / "base", base)
+    with begin("train", RunFolder.create(tmp_path / "run")) as job:
+        wishes = Wishes.of(CONTINUED, {"data": {"paths": [str(workplace / "text")]}, "start": {"run": str(base)}})
+        config = resolved(job, wishes, parse_budget("15ktok"))
+    with open(base / "weights/model.safetensors", "r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x01")
+    with pytest.raises(UserError, match="its weights have changed"):
+        api.resume(str(tmp_path / "run"), samples=0)
+    assert config.start.run == str(base)
+
+
+def test_a_refused_resume_leaves_no_row(workplace):
+    rows = len(entries(RunFolder(workplace / "base").ledger_file))
+    for budget in (None, "+5m"):
+        with pytest.raises(UserError):
+            api.resume(str(workplace / "base"), budget)
+    assert len(entries(RunFolder(workplace / "base").ledger_file)) == rows
