@@ -7,7 +7,7 @@ import pytest
 from sparing.base.config import Budget, UserError
 from sparing.base.config_file import Wishes, options
 from sparing.base.hardware import Machine
-from sparing.budget.flops import parameters, train_flops
+from sparing.budget.flops import parameters, train_flops, train_flops
 from sparing.interop.hf_config import to_hf
 from sparing.resolve import resolve
 
@@ -19,7 +19,7 @@ PEAK = 6e11
 def derive(budget="300s", wishes=None, machine=LAPTOP, facts=BOOKS):
     from sparing.budget.units import parse_budget
 
-    return resolve(Wishes.of(wishes), parse_budget(budget), machine, facts, PEAK)
+    return resolve(Wishes.of(wishes), parse_budget(budget), machine, facts, lambda config: 0.42 * PEAK / train_flops(config.model, config.train.seq_len))
 
 
 def test_more_time_never_buys_a_smaller_model():
@@ -70,4 +70,4 @@ def test_hardware_decides_the_arithmetic():
 
 def test_money_is_refused_in_one_line():
     with pytest.raises(UserError, match="prices"):
-        resolve(Wishes(), Budget(5.0, "usd"), LAPTOP, BOOKS, PEAK)
+        resolve(Wishes(), Budget(5.0, "usd"), LAPTOP, BOOKS, lambda config: 1e4)

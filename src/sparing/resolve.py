@@ -5,6 +5,7 @@ Pure: nothing is measured or read here. The rules are fitted to the experiments 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -16,9 +17,6 @@ from sparing.base.layers import mixtures
 from sparing.budget.flops import parameters, train_flops
 from sparing.data.scan import CorpusFacts
 
-UTILISATION = 0.42
-"""Share of the peak that small models reach while they train on a CPU (LAB.md)."""
-GPU_UTILISATION = 0.3
 TRAINING_SHARE = 0.88
 """Of the time that is left after tokenising."""
 MARGIN = 1.2
@@ -62,6 +60,9 @@ TOKENS_PER_PARAMETER = 2.0
 """Of active parameters, head included: below about this the next smaller size won at equal time (LAB.md, 2026-11-21)."""
 MOE_FROM_FLOPS: float | None = 2e13
 """Training FLOPs from which a mixture beat our own dense model at equal minutes: the shortest runs compared (LAB.md); None: never."""
+MANY_TOKENS = 2e7
+BATCH_TOKENS = {"cpu": (4096, 8192), "cuda": (65536, 65536)}
+"""Tokens of a batch, in runs of fewer than MANY_TOKENS and of more."""
 LR_TOKENS, LR_PEAK, LR_EXPONENT = 1.2e6, 0.04, -0.3
 """The best of 0.01, 0.02, 0.04 at 1.2 M tokens; falling with the length of the run, slightly slower than Marin's tokens^-0.395."""
 
@@ -96,15 +97,14 @@ def shaped(shape: Shape, vocab_size: int, seq_len: int, moe: bool) -> ModelConfi
     )
 
 
-def _largest(vocab_size: int, seq_len: int, flops: float | None, tokens: float) -> tuple[Shape, float, float]:
-    """(the largest shape that the budget can feed, its tokens, its training FLOPs a token); from `flops`, or from `tokens` without them."""
+def _largest(vocab_size: int, seq_len: int, tokens_of: Callable[[ModelConfig], float]) -> tuple[Shape, float]:
+    """(the largest shape that the budget can feed, its training FLOPs). tokens_of: what the budget trains a model on."""
     best = None
     for shape in LADDER:
         candidate = shaped(shape, vocab_size, seq_len, moe=False)
-        each = train_flops(candidate, seq_len)
-        count = tokens if flops is None else flops / each
-        if best is None or count >= TOKENS_PER_PARAMETER * parameters(candidate).active:
-            best = (shape, count, each)
+        tokens = tokens_of(candidate)
+        if best is None or tokens >= TOKENS_PER_PARAMETER * parameters(candidate).active:
+            best = (shape, tokens * train_flops(candidate, seq_len))
     return best
 
 
@@ -116,8 +116,8 @@ def vocabulary(train_bytes: float, tokens: float) -> int:
     return 1024
 
 
-def resolve(wishes: Wishes, budget: Budget, machine: Machine, facts: CorpusFacts, peak_flops: float) -> Resolved:
-    """Derive what `wishes` leaves open. peak_flops: of the device that will train.
+def resolve(wishes: Wishes, budget: Budget, machine: Machine, facts: CorpusFacts, speed: Callable[[Config], float]) -> Resolved:
+    """Derive what `wishes` leaves open. speed: tokens per second that the device will train a configuration at (`planning.places.Place`).
 
     Raises UserError where the budget cannot work, and for wishes that contradict each other.
     """
@@ -127,32 +127,37 @@ def resolve(wishes: Wishes, budget: Budget, machine: Machine, facts: CorpusFacts
     if device == "cuda" and not machine.gpus:
         raise UserError("train.device cuda: torch sees no CUDA device here; use --train.device cpu")
     seq_len = wishes.value("train.seq_len") or (1024 if device == "cuda" else 512)
-    utilisation = GPU_UTILISATION if device == "cuda" else UTILISATION
     dtype = machine.training_dtype(device)
-
-    # What can be spent on training, in operations.
-    if budget.unit == "s":
-        seconds = TRAINING_SHARE * budget.amount
-        flops = seconds * peak_flops * utilisation
-    elif budget.unit == "flop":
-        flops = budget.amount
-    elif budget.unit == "tok":
-        flops = None
-    else:
+    if budget.unit not in ("s", "flop", "tok"):
         raise UserError(
             f"budget in {budget.unit}: prices and energy are not known to this version; give time, tokens or FLOPs, such as 20m"
         )
+    wished = wishes.config()
+    settings = replace(wished.train, device=device, seq_len=seq_len, dtype=wishes.value("train.dtype", dtype))
+    if not wishes.sets("train.batch_size"):
+        settings = replace(settings, batch_size=max(1, BATCH_TOKENS[device][0] // seq_len))
+    if not wishes.sets("train.short_seq_len") and device == "cpu" and seq_len % 256 == 0 and seq_len > 256:
+        settings = replace(settings, short_seq_len=256)
+        reasons["train.short_seq_len"] = "cheaper attention and faster learning at first; the last part is on whole rows"
 
-    shape, tokens, dense_flops = _largest(model_wishes.get("vocab_size") or 4096, seq_len, flops, budget.amount)
+    def tokens_of(model: ModelConfig) -> float:
+        """How many tokens the budget trains a model on."""
+        if budget.unit == "tok":
+            return budget.amount
+        if budget.unit == "flop":
+            return budget.amount / train_flops(model, seq_len)
+        return TRAINING_SHARE * budget.amount * speed(replace(wished, model=model, train=settings))
+
+    shape, dense_flops = _largest(model_wishes.get("vocab_size") or 4096, seq_len, tokens_of)
     if "hidden_size" in model_wishes:  # whatever else has a width follows it
         width = model_wishes["hidden_size"]
         near = min(LADDER, key=lambda rung: abs(rung.hidden_size - width))
         heads = max(1, round(width / near.head_dim))
         shape = replace(near, hidden_size=width, num_heads=heads)
-    moe = "num_dense_layers" not in model_wishes and MOE_FROM_FLOPS is not None and tokens * dense_flops >= MOE_FROM_FLOPS
+    moe = "num_dense_layers" not in model_wishes and MOE_FROM_FLOPS is not None and dense_flops >= MOE_FROM_FLOPS
     moe = moe or any(key in model_wishes for key in ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size"))
     moe = moe and model_wishes.get("n_routed_experts") != 0
-    vocab = model_wishes.get("vocab_size") or vocabulary(facts.train_bytes, tokens)
+    vocab = model_wishes.get("vocab_size") or vocabulary(facts.train_bytes, tokens_of(shaped(shape, 4096, seq_len, moe)))
     derived = shaped(shape, vocab, seq_len, moe)
     if moe and "num_dense_layers" not in model_wishes:
         reasons["model.num_dense_layers"] = f"a mixture beat a dense model at equal minutes from {MOE_FROM_FLOPS:g} FLOPs on (LAB.md)"
@@ -160,11 +165,8 @@ def resolve(wishes: Wishes, budget: Budget, machine: Machine, facts: CorpusFacts
     model = build(ModelConfig, {**fields, **model_wishes})
     if wrong := contradiction(model, lambda name: f"model.{name}"):
         raise UserError(wrong)
-    if flops is not None:
-        tokens = flops / train_flops(model, seq_len)
-    counts = parameters(model)
-
-    ratio = tokens / counts.active
+    tokens = tokens_of(model)
+    ratio = tokens / parameters(model).active
     for name in ("hidden_size", "num_layers", "num_heads"):
         if name not in model_wishes:
             enough = f"largest size with {TOKENS_PER_PARAMETER:g} tokens or more per active parameter"
@@ -172,13 +174,13 @@ def resolve(wishes: Wishes, budget: Budget, machine: Machine, facts: CorpusFacts
     if "vocab_size" not in model_wishes:
         reasons["model.vocab_size"] = f"for about {tokens / 1e6:.1f} M tokens of training and {facts.train_bytes / 1e6:.1f} MB of text"
 
-    config = replace(wishes.config(), model=model, budget=budget)
-    train = replace(config.train, device=device, seq_len=seq_len, dtype=wishes.value("train.dtype", dtype))
+    config, train = replace(wished, model=model, budget=budget), settings
     if not wishes.sets("train.dtype"):
         faster = "GPUs multiply it fastest" if device == "cuda" else "this processor multiplies it at least as fast as float32 (measured)"
         reasons["train.dtype"] = faster if dtype == "bfloat16" else "this processor multiplies bfloat16 slower than float32 (measured)"
     if not wishes.sets("train.batch_size"):
-        batch_tokens = 65536 if device == "cuda" else (4096 if tokens < 2e7 else 8192)
+        few, many = BATCH_TOKENS[device]
+        batch_tokens = few if tokens < MANY_TOKENS else many
         train = replace(train, batch_size=max(1, batch_tokens // seq_len))
         reasons["train.batch_size"] = f"{batch_tokens} tokens: small budgets want many small steps"
     if not wishes.sets("train.bias_update_rate") and moe and mixtures(model):
@@ -192,9 +194,6 @@ def resolve(wishes: Wishes, budget: Budget, machine: Machine, facts: CorpusFacts
     elif not wishes.sets("optim.lr"):
         optim = replace(optim, lr=round(min(0.05, max(0.005, LR_PEAK * (tokens / LR_TOKENS) ** LR_EXPONENT)), 4))
         reasons["optim.lr"] = f"{LR_PEAK} at {LR_TOKENS / 1e6} M tokens, falling as tokens^{LR_EXPONENT}"
-    if not wishes.sets("train.short_seq_len") and device == "cpu" and seq_len % 256 == 0 and seq_len > 256:
-        train = replace(train, short_seq_len=256)
-        reasons["train.short_seq_len"] = "cheaper attention and faster learning at first; the last part is on whole rows"
     data = config.data
     if data.max_tokens is None:
         needed = int(float(f"{MARGIN * tokens:.1e}"))  # two digits: a slightly different budget finds the corpus ready

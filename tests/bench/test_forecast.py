@@ -15,7 +15,7 @@ from sparing.kernels.formats import this_machine
 @pytest.fixture
 def calibrated(measured):
     """A machine that was measured before: no steps timed, a peak known."""
-    timings = {"description": DESCRIPTION, "peak_flops": 1e11, "rows": []}
+    timings = {"description": DESCRIPTION, "limit": 60.0, "peak_flops": 1e11, "rows": []}
     known = {f"peak_flops_cpu_{this_machine().training_dtype('cpu')}": 1e11, "step_timings_cpu": timings}
     measured(**known, formats=dict(this_machine().formats))
 

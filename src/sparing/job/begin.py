@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from sparing.account.meter import Meter, metered
+from sparing.account.prices import home_rent
 from sparing.account.receipt import read_state
 from sparing.base.config import Budget, Config, UserError
 from sparing.base.config_file import Wishes, write_config
@@ -21,14 +22,16 @@ from sparing.budget.units import format_budget
 from sparing.data.progress import Bars, Stopped
 from sparing.data.scan import scan
 from sparing.job.start import SETTLED, with_start
-from sparing.planning.places import Given, with_vocabulary
+from sparing.planning.places import MEASURE_S, Given, here, with_vocabulary
 from sparing.planning.plan import foresee
 from sparing.resolve import resolve
 from sparing.train.log import check_log
 from sparing.train.pace import Clock
 from sparing.train.peak import peak_flops, peak_seconds
 
-SOME_BYTES, SOME_FLOPS = 1e8, 1e11
+SOME_BYTES, SOME_SPEED = 1e8, 1e4
+MEASURE_SHARE = 0.05
+"""Of a time budget, for timing training steps on a machine that was not seen before."""
 
 
 def reasons_of(run: RunFolder) -> dict[str, str]:
@@ -96,7 +99,7 @@ def resolved(job: Job, wishes: Wishes, budget: Budget) -> Config:
     lasts = job.lasts(budget)
     spends = budget if lasts is None else Budget(lasts, "s")
     check_log(wishes.value("train.log", "none"))
-    resolve(wishes, spends, machine, Given(SOME_BYTES), SOME_FLOPS)  # for its checks alone: they hold for any text and any speed
+    resolve(wishes, spends, machine, Given(SOME_BYTES), lambda _: SOME_SPEED)  # for its checks alone: they hold for any text and any speed
     with job.meter.stage("scan"), Bars() as bars:
         facts = scan(wishes.config().data, progress=bars, should_stop=signals.should_stop)
     if facts.quarantined:
@@ -105,7 +108,9 @@ def resolved(job: Job, wishes: Wishes, budget: Budget) -> Config:
     with job.meter.stage("calibrate"), signals.interruptible():
         dtype = wishes.value("train.dtype")
         peak = peak_flops(machine, device if machine.gpus else "cpu", dtype, peak_seconds(lasts), job.cut_short)
-    config, reasons = resolve(wishes, spends, machine, facts, peak)
+        limit = MEASURE_S if lasts is None else min(MEASURE_S, MEASURE_SHARE * lasts)
+        place = here(home_rent(), say=say if budget.unit not in ("tok", "flop") else None, machine=machine, seconds=limit)
+    config, reasons = resolve(wishes, spends, machine, facts, place.tokens_per_second)
     if budget.unit in ("usd", "kwh"):
         reasons["budget.amount"] = f"lasts about {lasts:,.0f} s at the prices and the power of this machine"
         config = replace(config, budget=budget)

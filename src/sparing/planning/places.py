@@ -19,6 +19,8 @@ from sparing.budget.scaling import kind_of, law_of
 from sparing.data.tokenizer import Tokenizer
 from sparing.resolve import BYTES_PER_TOKEN, Resolved, resolve
 
+MEASURE_S = 5.5
+"""Seconds for timing training steps on a machine that was not seen before."""
 SHORT = {"float32": "fp32", "bfloat16": "bf16"}
 """The hardware table's names of number formats."""
 
@@ -47,6 +49,19 @@ class Place:
     def memory_limit(self) -> float:
         return self.machine.gpus[0].memory_bytes * 0.95 if self.machine.gpus else self.machine.memory_bytes * 0.95
 
+    def speed(self, config: Config) -> Estimate:
+        """Tokens per second; replicas left open: one a core."""
+        if config.train.replicas is None and config.train.device == "cpu":
+            replicas = min(config.train.threads or self.machine.cores_physical, config.train.batch_size)
+            config = replace(config, train=replace(config.train, replicas=replicas))
+        if self.step is not None:
+            return self.step.tokens_per_second(config)
+        return profile_model(config, self.peak_flops, "gpu" if self.machine.gpus else "cpu", self.name or "")
+
+    def tokens_per_second(self, config: Config) -> float:
+        """The middle of `speed`."""
+        return self.speed(config).value
+
     @property
     def label(self) -> str:
         what = self.name or (self.machine.gpus[0].name if self.machine.gpus else f"{self.machine.cpu}, {self.machine.cores_physical} cores")
@@ -58,18 +73,24 @@ def this_machine() -> Machine:
     return hardware.machine(with_gpus=Path("/dev/nvidiactl").exists() or Path("/dev/kfd").exists())
 
 
-def here(rent: Rent = "own", country: str | None = None, say: Callable[[str], None] | None = None, machine: Machine | None = None) -> Place:
-    """This machine by its calibration; without one, about ten seconds of measuring that `say` is told of (say None: default rates)."""
+def here(
+    rent: Rent = "own",
+    country: str | None = None,
+    say: Callable[[str], None] | None = None,
+    machine: Machine | None = None,
+    seconds: float = MEASURE_S,
+) -> Place:
+    """This machine by its calibration; without one, about `seconds` of measuring that `say` is told of (say None: default rates)."""
     machine = machine or this_machine()
     kind = "cuda" if machine.gpus else "cpu"
     timings = load_calibration(machine).get(f"step_timings_{kind}") or {}
     timings = timings if timings.get("description") == DESCRIPTION else None
-    if not timings and say is not None:
+    if (not timings or timings["limit"] < seconds) and say is not None:
         from sparing.kernels.formats import measured  # torch is loaded only to measure
         from sparing.train.profile import step_timings
 
         machine = measured(machine)
-        timings = step_timings(machine, kind, say=say)
+        timings = step_timings(machine, kind, seconds, say)
     known = load_calibration(machine)
     row = device(device_of(machine))
     dtype = machine.training_dtype(kind)
@@ -107,7 +128,7 @@ def resolve_run(wishes: Wishes, budget: Budget, corpus: Corpus, place: Place) ->
     """The resolved run and all that predicting it takes."""
     rates = rates_for(place.machine, place.name, place.country, place.rent)
     seconds = in_seconds(budget, rates)
-    config, reasons = resolve(wishes, budget if seconds is None else Budget(seconds, "s"), place.machine, corpus, place.peak_flops)
+    config, reasons = resolve(wishes, budget if seconds is None else Budget(seconds, "s"), place.machine, corpus, place.tokens_per_second)
     config = replace(config, budget=budget)
     return planned_run(config, corpus, place, seconds), Resolved(config, reasons)
 
@@ -128,12 +149,11 @@ def planned_run(config: Config, corpus: Corpus, place: Place, budget_s: float | 
         if _needs(config, micro, path) <= place.memory_limit:
             config = replace(config, train=replace(config.train, micro_batch_size=micro))
     vocab = min(BYTES_PER_TOKEN, key=lambda size: abs(size - config.model.vocab_size))
-    speed = _speed(config, place)
     return PlannedRun(
         config=config,
         corpus=corpus,
         law=law_of(kind_of(corpus.kinds)),
-        speed=speed,
+        speed=place.speed(config),
         rates=rates_for(place.machine, place.name, place.country, place.rent),
         bytes_per_token=BYTES_PER_TOKEN[vocab],
         memory_limit=place.memory_limit,
@@ -145,9 +165,3 @@ def planned_run(config: Config, corpus: Corpus, place: Place, budget_s: float | 
 
 def _needs(config: Config, micro: int, path: KernelPath) -> float:
     return training_memory(replace(config, train=replace(config.train, micro_batch_size=micro)), True, path).total
-
-
-def _speed(config: Config, place: Place) -> Estimate:
-    if place.step is not None:
-        return place.step.tokens_per_second(config)
-    return profile_model(config, place.peak_flops, "gpu" if place.machine.gpus else "cpu", place.name or "")
