@@ -32,7 +32,10 @@ def calibrated(tmp_path, monkeypatch):
     monkeypatch.delenv("SPARING_COUNTRY", raising=False)
     monkeypatch.setattr(prices, "_told", {"stale"})
     row = {"features": [0.1] * len(DEFAULTS["cpu"]), "seconds": 0.1 * sum(DEFAULTS["cpu"])}
-    known = {"step_timings_cpu": {"description": DESCRIPTION, "limit": 60.0, "peak_flops": PEAK, "rows": [row]}, "peak_flops_cpu_bfloat16": PEAK}
+    known = {
+        "step_timings_cpu": {"description": DESCRIPTION, "limit": 60.0, "peak_flops": PEAK, "rows": [row]},
+        "peak_flops_cpu_bfloat16": PEAK,
+    }
     assert save_calibration(this_machine(), known)  # for other processes
     monkeypatch.setattr(hardware, "_memory", lambda: 8 << 30)  # the answers must not depend on where the tests run
     monkeypatch.setattr(hardware, "_physical", lambda cpus: 2)

@@ -7,7 +7,7 @@ import pytest
 from sparing.base.config import Budget, UserError
 from sparing.base.config_file import Wishes, options
 from sparing.base.hardware import Machine
-from sparing.budget.flops import parameters, train_flops, train_flops
+from sparing.budget.flops import parameters, train_flops
 from sparing.interop.hf_config import to_hf
 from sparing.resolve import resolve
 
@@ -19,7 +19,13 @@ PEAK = 6e11
 def derive(budget="300s", wishes=None, machine=LAPTOP, facts=BOOKS):
     from sparing.budget.units import parse_budget
 
-    return resolve(Wishes.of(wishes), parse_budget(budget), machine, facts, lambda config: 0.42 * PEAK / train_flops(config.model, config.train.seq_len))
+    return resolve(
+        Wishes.of(wishes),
+        parse_budget(budget),
+        machine,
+        facts,
+        lambda config: 0.42 * PEAK / train_flops(config.model, config.train.seq_len),
+    )
 
 
 def test_more_time_never_buys_a_smaller_model():

@@ -15,6 +15,8 @@ from sparing.budget.scaling import Law, effective_bytes
 from sparing.budget.units import format_budget
 
 START_S = 4.0
+END_S = 1.5
+"""Sample texts, model card and summary."""
 """Starting, building the model, saving at the end."""
 TOKENISE_BYTES_PER_S = 2e6
 """A core."""
@@ -55,6 +57,8 @@ class PlannedRun:
     """Of a budget in time, money or energy."""
     cores: int = 2
     """Of the processor: they tokenise."""
+    start_s: float = START_S
+    """Seconds before tokenising: importing, reading the corpus, measuring a new machine."""
     path: KernelPath | None = None
     """Which kernels run; None: as the configuration says, with a C compiler and bfloat16."""
 
@@ -106,7 +110,7 @@ def tokens_and_time(run: PlannedRun) -> tuple[Estimate, Estimate]:
     if run.budget_s is not None:
 
         def trained(speed: float, slower: float) -> float:
-            rest = AIM * run.budget_s - START_S - slower * tokenising - _choosing_s(run, speed) - _evaluating_s(run, speed)
+            rest = AIM * run.budget_s - run.start_s - slower * tokenising - _choosing_s(run, speed) - _evaluating_s(run, speed) - END_S
             return max(0.0, rest) * speed
 
         tokens = Estimate(trained(run.speed.value, 1), trained(run.speed.low, 1.5), trained(run.speed.high, 0.5), run.speed.source)
@@ -114,7 +118,7 @@ def tokens_and_time(run: PlannedRun) -> tuple[Estimate, Estimate]:
     tokens = budget.amount if budget.unit == "tok" else budget.amount / per_token
 
     def seconds(speed: float, other: float) -> float:
-        return tokens / speed + other * (START_S + tokenising + _choosing_s(run, speed) + _evaluating_s(run, speed))
+        return tokens / speed + other * (run.start_s + tokenising + _choosing_s(run, speed) + _evaluating_s(run, speed) + END_S)
 
     return exactly(tokens, "the budget"), Estimate(
         seconds(run.speed.value, 1), seconds(run.speed.high, 0.6), seconds(run.speed.low, 1.5), run.speed.source
@@ -131,7 +135,9 @@ def check(run: PlannedRun) -> None:
             f"the data have {run.corpus.train_bytes:,.0f} bytes to train on, less than one batch: give {need:,.0f} bytes or more"
         )
     if run.budget_s is not None:
-        least = (START_S + tokenising_s(run) + (FEWEST_STEPS + CALIBRATION_STEPS) * batch / run.speed.value) / (AIM - CALIBRATION[0] - 0.05)
+        least = (run.start_s + END_S + tokenising_s(run) + (FEWEST_STEPS + CALIBRATION_STEPS) * batch / run.speed.value) / (
+            AIM - CALIBRATION[0] - 0.05
+        )
         if run.budget_s < least:
             scale = run.config.budget.amount / run.budget_s
             # More than needed here: what a longer budget resolves to may take longer to start.

@@ -110,17 +110,19 @@ def resolved(job: Job, wishes: Wishes, budget: Budget) -> Config:
         peak = peak_flops(machine, device if machine.gpus else "cpu", dtype, peak_seconds(lasts), job.cut_short)
         limit = MEASURE_S if lasts is None else min(MEASURE_S, MEASURE_SHARE * lasts)
         place = here(home_rent(), say=say if budget.unit not in ("tok", "flop") else None, machine=machine, seconds=limit)
-    config, reasons = resolve(wishes, spends, machine, facts, place.tokens_per_second)
+    start_s = job.clock.seconds()
+    left = spends if lasts is None else Budget(max(0.1, lasts - start_s), "s")
+    config, reasons = resolve(wishes, left, machine, facts, place.tokens_per_second)
+    config = replace(config, budget=budget)
     if budget.unit in ("usd", "kwh"):
         reasons["budget.amount"] = f"lasts about {lasts:,.0f} s at the prices and the power of this machine"
-        config = replace(config, budget=budget)
     if config.start is not None:
         reasons |= dict.fromkeys(SETTLED, f"as in {config.start.run}")
     say(f"{facts.documents:,} documents, {facts.bytes / 1e6:.1f} MB; budget {format_budget(budget)}; peak {peak / 1e9:,.0f} GFLOP/s")
     show(config, reasons)
     job.write(config, reasons)
     try:
-        write_atomic(run.state / "prediction.json", json.dumps(foresee(config, facts, machine, lasts), indent=1))
+        write_atomic(run.state / "prediction.json", json.dumps(foresee(config, facts, place, lasts, start_s), indent=1))
     except UserError as error:  # a forecast that cannot be made is no reason not to train
         say(f"no prediction: {error}")
     return config

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from sparing.account.prices import home_rent
 from sparing.base.config import Budget, Config, UserError
 from sparing.base.config_file import Wishes, nearest, read_recipe, write_config
-from sparing.base.hardware import Machine
 from sparing.base.messages import say
 from sparing.budget.cluster import plan_stages
 from sparing.budget.flops import parameters
@@ -94,9 +93,10 @@ def predicted(run: PlannedRun) -> dict[str, Any]:
     return numbers
 
 
-def foresee(config: Config, corpus: Corpus, machine: Machine, budget_s: float | None) -> dict[str, Any]:
-    """The prediction for a run that is about to start here: `plan --json`'s keys, and the size and kind of its corpus."""
-    run = planned_run(config, corpus, here(home_rent(), machine=machine), budget_s)
+def foresee(config: Config, corpus: Corpus, place: Place, budget_s: float | None, start_s: float) -> dict[str, Any]:
+    """The prediction for a run that is about to tokenise, `start_s` after its beginning: `plan --json`'s keys, and the size and kind of its
+    corpus."""
+    run = replace(planned_run(config, corpus, place, budget_s), start_s=start_s)
     return {**predicted(run), "budget": format_budget(config.budget), "kind": run.law.kind, "train_bytes": corpus.train_bytes}
 
 

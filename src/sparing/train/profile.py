@@ -6,16 +6,21 @@ written but the timings.
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from statistics import median
 from typing import Any
 
+import sparing
 from sparing.base.config import Config, TrainConfig
 from sparing.base.hardware import Machine, load_calibration, save_calibration
 from sparing.budget.estimate import DESCRIPTION, features
 from sparing.budget.flops import train_flops
-from sparing.kernels import native
+from sparing.kernels.formats import this_machine
+from sparing.kernels.products import fastest
 from sparing.resolve import LADDER, shaped
 from sparing.train.calibrate import FIRST_GUESS
 from sparing.train.peak import peak_flops, wait
@@ -38,14 +43,46 @@ def step_timings(
     machine: Machine, device: str = "cpu", seconds: float = 5.5, say: Callable[[str], None] = lambda _: None
 ) -> dict[str, Any]:
     """For `budget.estimate.fit`: {"description", "limit", "peak_flops", "rows": [{"features", "seconds"}]}; measured once, then remembered,
-    and measured again where more `seconds` are given than there were."""
-    known = load_calibration(machine).get(f"{KEY}_{device}")
-    if isinstance(known, dict) and known.get("description") == DESCRIPTION and known["limit"] >= seconds:
+    and measured again where more `seconds` are given than there were. In a process of its own: its memory is not the run's."""
+    if known := _known(machine, device, seconds):
         return known
     say(f"measuring training steps on this machine, once, for about {seconds:.0f} s")
+    source = str(Path(sparing.__file__).parent.parent)
+    code = f"import sys; sys.path.insert(0, {source!r}); from sparing.train.profile import main; main({device!r}, {seconds!r})"
+    child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    try:
+        _, told = child.communicate(timeout=10 * seconds + 60)
+    except subprocess.TimeoutExpired:
+        told = b"it did not end"
+    finally:
+        child.kill()
+        child.wait()
+    lines = told.decode(errors="replace").splitlines()
+    if found := _known(machine, device, seconds):
+        for line in lines:
+            say(line)
+        return found
+    say(f"training steps were not measured ({lines[-1] if lines else 'no message'}): default rates are used")
+    return {"description": DESCRIPTION, "limit": seconds, "peak_flops": peak_flops(machine, device, seconds=seconds / 3), "rows": []}
+
+
+def _known(machine: Machine, device: str, seconds: float) -> dict[str, Any] | None:
+    known = load_calibration(machine).get(f"{KEY}_{device}")
+    current = isinstance(known, dict) and known.get("description") == DESCRIPTION and known.get("limit", 0.0) >= seconds
+    return known if current else None
+
+
+def main(device: str, seconds: float) -> None:
+    """Measure and remember; what is to be said goes to standard error."""
+    measure(this_machine(), device, seconds, lambda message: print(message, file=sys.stderr))
+
+
+def measure(machine: Machine, device: str, seconds: float, say: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+    """As `step_timings`, in this process."""
     dtype = machine.training_dtype(device)
     peak = peak_flops(machine, device, dtype, seconds / 3, say)
-    native.passes()  # compiled now, where they never were: no part of a step
+    fastest()  # compiles what was never compiled, and measures products: no part of a step
+    trainer_of(next(_configs(machine, device, dtype)))  # imports what optimizers need, for seconds
     start, probes, speed, left_out = time.monotonic(), [], FIRST_GUESS * peak, 0
     for config in _configs(machine, device, dtype):
         flops = TOKENS * train_flops(config.model, config.train.seq_len)
