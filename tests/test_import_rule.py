@@ -67,6 +67,44 @@ def test_the_source_obeys_the_import_rule():
     assert violations(SOURCE) == []
 
 
+def circles(source: Path) -> list[tuple[str, ...]]:
+    """Groups of modules that import each other, directly or through others, wherever in the file."""
+    files = {
+        ".".join(("sparing", *path.relative_to(source).with_suffix("").parts)).removesuffix(".__init__"): path
+        for path in source.rglob("*.py")
+    }
+    uses = {}
+    for name, path in files.items():
+        named = list(imports(ast.parse(path.read_text(encoding="utf-8")), tuple(name.split("."))))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):  # from sparing.x import y: y may be a module
+            if isinstance(node, ast.ImportFrom) and node.module:
+                named += [f"{node.module}.{alias.name}" for alias in node.names]
+        uses[name] = {other for other in named if other in files and other != name} if name != "sparing" else set()
+
+    def reached(name: str) -> set[str]:
+        seen, todo = set(), [name]
+        while todo:
+            for other in uses[todo.pop()]:
+                if other not in seen:
+                    seen.add(other)
+                    todo.append(other)
+        return seen
+
+    reach = {name: reached(name) for name in files}
+    return sorted({tuple(sorted(other for other in reach[name] if name in reach[other])) for name in files if name in reach[name]})
+
+
+def test_no_files_import_each_other():
+    assert circles(SOURCE) == []
+
+
+def test_a_circle_is_found(tmp_path):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "a.py").write_text("def f():\n    from sparing.train import b\n")
+    (tmp_path / "train" / "b.py").write_text("from sparing.train.a import f")
+    assert circles(tmp_path) == [("sparing.train.a", "sparing.train.b")]
+
+
 @pytest.mark.parametrize(
     ("file", "text", "bad"),
     [

@@ -261,7 +261,7 @@ class CompiledNetwork:
         self._turns = torch.view_as_real(rotary_table(c, c.max_position_embeddings)).contiguous()
         self._layers = (decode.Layer * every)(*(self._layer(i) for i in range(every)))
         moe = bool(mixtures(c))
-        self._struct = decode.Model(
+        self._struct = decode.ModelStruct(
             hidden=c.hidden_size, heads=c.num_heads, nope=c.qk_nope_head_dim, rope=c.qk_rope_head_dim, value=c.v_head_dim,
             latent=c.kv_lora_rank, q_rank=c.q_lora_rank or 0, kv_heads=c.num_kv_heads, head_dim=c.head_dim, latent_attention=int(mla),
             experts=c.n_routed_experts if moe else 0, chosen=c.num_experts_per_tok, least=1, groups=c.n_group, chosen_groups=c.topk_group,

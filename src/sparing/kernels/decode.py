@@ -45,7 +45,7 @@ class Residency(ctypes.Structure):
     _fields_ = _fields(int="slots taken clock loads file", at="arena base place owner used")
 
 
-class Model(ctypes.Structure):
+class ModelStruct(ctypes.Structure):
     _fields_ = [
         *_fields(int="hidden heads nope rope value latent q_rank kv_heads head_dim latent_attention"),
         *_fields(int="experts chosen least groups chosen_groups scoring normalise expert_width shared_width"),
@@ -84,8 +84,8 @@ def library(processor: str | None = None) -> ctypes.CDLL | None:
     if found:
         found.pool_open.restype, found.pool_open.argtypes = ctypes.c_void_p, [ctypes.c_int64]
         found.pool_close.argtypes = [ctypes.c_void_p]
-        found.forward.argtypes = [ctypes.POINTER(Model), ctypes.POINTER(Batch), ctypes.c_int64, ctypes.c_int64]
-        found.release.argtypes = [ctypes.POINTER(Model)]
+        found.forward.argtypes = [ctypes.POINTER(ModelStruct), ctypes.POINTER(Batch), ctypes.c_int64, ctypes.c_int64]
+        found.release.argtypes = [ctypes.POINTER(ModelStruct)]
         found.draw = ctypes.PyDLL(str(path)).draw  # microseconds: to let go of the interpreter meanwhile would cost more
         found.draw.restype = ctypes.c_int64
         found.draw.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_uint32, ctypes.c_uint32]
