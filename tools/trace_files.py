@@ -11,7 +11,7 @@ import json
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections import Counter
 from pathlib import Path
 
 SOURCE = Path(__file__).resolve().parent.parent / "src" / "sparing"
@@ -19,13 +19,16 @@ sys.path.insert(0, str(SOURCE.parent))
 STEP_FILES, TOKEN_FILES = 15, 12
 """The most that we aim at."""
 WARM_STEPS = 4
-FIRST_TOKEN, LAST_TOKEN = 8, 16
-"""Tokens of the answer between which calls are recorded: several, because the engine's thread is ahead of the server's."""
+ANSWER_TOKENS = 1500
+OFTEN = 20
+"""Calls in an answer of so many tokens from which a function belongs to its tokens and not to the request: tokens may share a step of the
+engine, and an event of the server."""
 WISHES = {
     "model": {
         "hidden_size": 64, "num_layers": 3, "num_dense_layers": 1, "intermediate_size": 96, "num_heads": 2, "q_lora_rank": 32,
         "kv_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32, "n_routed_experts": 8,
         "num_experts_per_tok": 2, "moe_intermediate_size": 32, "mtp_depth": 1, "vocab_size": 512,
+        "max_position_embeddings": 2048,
     },
     "train": {"seq_len": 64, "batch_size": 8, "micro_batch_size": 8, "threads": 2, "replicas": 2, "compile": False, "evals": 0},
 }  # fmt: skip
@@ -39,22 +42,25 @@ class Recorder:
     """Collects what is called between `start` and `stop`."""
 
     def __init__(self) -> None:
-        self.called: set[tuple[str, str]] | None = None
+        self.called: Counter[tuple[str, str]] | None = None
 
     def __call__(self, frame, event: str, argument: object) -> None:
         if self.called is not None and event == "call":
-            self.called.add((frame.f_code.co_filename, frame.f_code.co_name))
+            self.called[frame.f_code.co_filename, frame.f_code.co_name] += 1
 
     def start(self) -> None:
-        self.called = set()
+        self.called = Counter()
 
-    def stop(self) -> Calls:
-        called, self.called = self.called or set(), None
-        calls: Calls = {}
-        for file, function in sorted(called):
+    def stop(self, least: int = 1) -> tuple[Calls, Calls]:
+        """(what was called at least so often, what was called less often)."""
+        called, self.called = self.called or Counter(), None
+        often: Calls = {}
+        seldom: Calls = {}
+        for (file, function), count in sorted(called.items()):
             if file.startswith(str(SOURCE)):
+                calls = often if count >= least else seldom
                 calls.setdefault(str(Path(file).relative_to(SOURCE)), []).append(function)
-        return calls
+        return often, seldom
 
 
 def training_step(recorder: Recorder, run: str) -> tuple[Calls, Calls]:
@@ -67,12 +73,12 @@ def training_step(recorder: Recorder, run: str) -> tuple[Calls, Calls]:
 
     def traced(trainer: Trainer, total: int):
         if trainer.state.step == WARM_STEPS + 1 and "between" not in found:
-            found["between"] = recorder.stop()
+            found["between"], _ = recorder.stop()
         if trainer.state.step != WARM_STEPS:
             return step(trainer, total)
         recorder.start()
         values = step(trainer, total)
-        found["step"] = recorder.stop()
+        found["step"], _ = recorder.stop()
         recorder.start()
         return values
 
@@ -85,7 +91,7 @@ def training_step(recorder: Recorder, run: str) -> tuple[Calls, Calls]:
 
 
 def served_token(recorder: Recorder, run: str) -> tuple[Calls, Calls]:
-    """-> (files between two tokens of a streamed completion; all from the request to the end of the answer)."""
+    """-> (files of the tokens of a streamed completion; of the rest of its request)."""
     from sparing.base.run import RunFolder
     from sparing.data.chat import ChatTemplate, template_text
     from sparing.infer.engine import Engine
@@ -102,22 +108,12 @@ def served_token(recorder: Recorder, run: str) -> tuple[Calls, Calls]:
         asyncio.run(_complete(app, service.name))  # a first answer, so that the second one is warm
         recorder.start()
         asyncio.run(_complete(app, service.name))
-        request = recorder.stop()
-        found: list[Calls] = []
-
-        def sent(number: int) -> None:
-            if number == FIRST_TOKEN:
-                recorder.start()
-            elif number == LAST_TOKEN:
-                found.append(recorder.stop())
-
-        asyncio.run(_complete(app, service.name, sent))
-    return found[0], request
+        return recorder.stop(OFTEN)
 
 
-async def _complete(app, model: str, sent: Callable[[int], None] | None = None) -> None:
-    """Ask `app`, an ASGI application, for a streamed completion. sent: called with the number of every piece that is sent."""
-    body = {"model": model, "prompt": "def ", "max_tokens": 3 * LAST_TOKEN, "stream": True, "temperature": 0, "ignore_eos": True}
+async def _complete(app, model: str) -> None:
+    """Ask `app`, an ASGI application, for a streamed completion."""
+    body = {"model": model, "prompt": "def ", "max_tokens": ANSWER_TOKENS, "stream": True, "temperature": 0, "ignore_eos": True}
     headers = [(b"content-type", b"application/json"), (b"host", b"127.0.0.1")]
     scope = {
         "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http", "path": "/v1/completions",
@@ -125,19 +121,14 @@ async def _complete(app, model: str, sent: Callable[[int], None] | None = None) 
     }  # fmt: skip
     requests: asyncio.Queue = asyncio.Queue()
     requests.put_nowait({"type": "http.request", "body": json.dumps(body).encode(), "more_body": False})
-    number, last = 0, b""
+    bodies: list[bytes] = []
 
     async def send(message: dict) -> None:
-        nonlocal number, last
-        last = message.get("body") or last
-        if b"data: {" in message.get("body", b""):
-            number += 1
-            if sent:
-                sent(number)
+        bodies.append(message.get("body", b""))
 
     await app(scope, requests.get, send)
-    if number <= LAST_TOKEN:
-        raise RuntimeError(f"{number} pieces, the last one: {last}")
+    if len(bodies) < OFTEN:
+        raise RuntimeError(f"{len(bodies)} pieces: {bodies[-1]!r}")
 
 
 def show(title: str, calls: Calls, aim: int | None = None) -> None:
