@@ -22,7 +22,7 @@ from sparing.data.tokenizer import Tokenizer
 from sparing.infer.approximate import Approximate, ApproximateTier, draw_for_check
 from sparing.infer.network import CompiledNetwork, Rows, TorchNetwork, choose_backend, load_transformer, slow_format
 from sparing.infer.packed_weights import open_packed
-from sparing.infer.request import Busy, Piece, Request, Sampling, TextStream
+from sparing.infer.request import Busy, GrammarFailed, Piece, Request, Sampling, TextStream
 from sparing.infer.sample import choose, logprob, propose
 from sparing.infer.scheduler import BlockManager, Scheduler, Span, SpeedTuner, TokenSequence
 from sparing.kernels.sizes import CACHE_BLOCK as BLOCK
@@ -252,9 +252,13 @@ class Engine:
         """Sample a sequence's next token, and further ones while they agree with its draft; end the sequence after its last token."""
         request, s = seq.request, seq.request.sampling
         final = Piece("", [], None if s.logprobs is None else [])
-        reason, flush = "", True
+        reason, error, flush = "", None, True
         for i, logits_V in enumerate(logits):
-            token = choose(logits_V, s, request.seed, len(seq.tokens), request.prompt, seq.generated if s.edits_logits else ())
+            try:
+                token = choose(logits_V, s, request.seed, len(seq.tokens), request.prompt, seq.generated if s.edits_logits else ())
+            except GrammarFailed as failure:
+                reason, error = "grammar", str(failure)
+                break
             if token is None or (token in self._ends and not s.ignore_eos):
                 reason = "stop"
                 break
@@ -283,7 +287,7 @@ class Engine:
         if final.text or final.tokens:
             request.give(final)
         if reason:
-            self._end(seq, reason, flush=flush)
+            self._end(seq, reason, error, flush)
 
     def _end(self, seq: TokenSequence, reason: str, error: str | None = None, flush: bool = True) -> None:
         """Finish a request. flush: give the text that was held back first."""

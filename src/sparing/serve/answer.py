@@ -117,6 +117,9 @@ class Answer:
                     if time.monotonic() - self._clock > self.service.settings.answer_s:
                         raise TimeoutError  # pieces that never have to wait give the timer no turn
                     finish = None if piece else self.choices.requests[index].finish_reason
+                    if finish == "grammar":
+                        reason = self.choices.requests[index].error
+                        raise bad(f"The answer was cut: its schema cannot be followed to the end ({reason}).", code="grammar_failed")
                     if finish in ("error", "cancelled"):
                         raise ApiError(503 if finish == "cancelled" else 500, "The server stopped this answer.", code=finish)
                     yield index, self.completion.push(index, piece, finish)

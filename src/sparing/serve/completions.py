@@ -55,7 +55,7 @@ class ChatCompletion(Completion):
     def push(self, index: int, piece: Piece | None, finish: str | None) -> list[dict]:
         text, new_calls, calls = piece.text if piece else "", [], self._calls[index]
         if self._readers[index]:
-            text, new_calls = self._readers[index].push(text, last=piece is None)
+            text, new_calls = self._readers[index].push(text, last=piece is None, cut=finish == "length")
             if self.body.get("parallel_tool_calls") is False:
                 new_calls = new_calls[: max(0, 1 - len(calls))]
         logprobs = [self._logprob(row) for row in piece.logprobs] if piece and piece.logprobs is not None else []
@@ -75,7 +75,8 @@ class ChatCompletion(Completion):
         return chunks
 
     def _reason(self, index: int, finish: str | None) -> str | None:
-        return "tool_calls" if self._calls[index] and finish == "stop" else finish
+        called = self._calls[index] and not self._readers[index].unfinished
+        return "tool_calls" if called and finish == "stop" else finish
 
     def _chunk(self, index: int, delta: dict, logprobs: list | None = None, finish: str | None = None) -> dict:
         content = {"content": logprobs, "refusal": None} if logprobs else None

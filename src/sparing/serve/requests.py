@@ -79,37 +79,47 @@ ModelName = Annotated[str | None, Field(description="the name of the served mode
 Ignored = Annotated[Any, Field(description="accepted and ignored")]
 
 
-class JsonSchema(Object):
+class Closed(Object):
+    """A JSON object whose unknown fields are refused: ignored, they would change an answer."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class JsonSchema(Closed):
     name: str = ""
+    description: str | None = None
     schema_: dict[str, Any] = Field(alias="schema")
     strict: bool | None = None
 
 
-class PlainFormat(Object):
-    type: Literal["text", "json_object"]
+class PlainFormat(Closed):
+    type: Literal["text"]
 
 
-class SchemaFormat(Object):
+class JsonFormat(Closed):
+    type: Literal["json_object"]
+    schema_: dict[str, Any] | None = Field(None, alias="schema", description="a JSON schema for the object; an extension of open servers")
+
+
+class SchemaFormat(Closed):
     type: Literal["json_schema"]
     json_schema: JsonSchema
 
 
-class GrammarFormat(Object):
+class GrammarFormat(Closed):
     type: Literal["grammar"]
     grammar: str
 
 
-Format = Annotated[PlainFormat | SchemaFormat | GrammarFormat, Field(discriminator="type")]
+Format = Annotated[PlainFormat | JsonFormat | SchemaFormat | GrammarFormat, Field(discriminator="type")]
 
 
 class StreamOptions(Object):
     include_usage: bool | None = None
 
 
-class Body(Object):
-    """A whole request body: unknown fields are refused."""
-
-    model_config = ConfigDict(extra="forbid")
+class Body(Closed):
+    """A whole request body."""
 
     model: ModelName = None
 
@@ -256,9 +266,10 @@ def _api_error(errors: list[dict], body: Any) -> ApiError:
     if error["type"] in ("missing", "union_tag_not_found"):
         return bad(f"Missing required parameter: '{where}'.", where, "missing_required_parameter")
     if error["type"] == "extra_forbidden":
-        return bad(f"Unrecognized request argument supplied: {_short(path[-1])}", where[:80], "unknown_parameter")
+        return bad(f"Unrecognized request argument supplied: {_short(path[-1])[1:-1]}", where[:80], "unknown_parameter")
     context = error.get("ctx", {})
-    got = _short(context.get("actual_length", context.get("tag", error["input"])))
+    sent = error["input"].get("type") if error["type"] == "union_tag_invalid" else error["input"]
+    got = "" if sent == "" else _short(context.get("actual_length", sent))
     what = ("A key of " if error["loc"][-1:] == ("[key]",) else "") + (f"'{where}'" if where else "The body")
     must = " or ".join(dict.fromkeys(map(_must, same))).replace(" or be ", " or ")
     return bad(f"{what} must {must}{got and ', not '}{got}.", where or None)
@@ -284,5 +295,5 @@ def _must(error: dict) -> str:
 def _short(value: Any) -> str:
     if isinstance(value, dict | list):
         return "an object" if isinstance(value, dict) else "an array"
-    text = value.encode("unicode_escape").decode() if isinstance(value, str) else json.dumps(value)
+    text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -15,7 +15,7 @@ from sparing.serve.energy import Energy
 from sparing.serve.errors import ApiError, bad
 from sparing.serve.grammar import Grammars, Matcher
 from sparing.serve.settings import Settings
-from sparing.serve.tools import call_schema, forced
+from sparing.serve.tools import forced
 
 DEFAULT_TOKENS = 16
 """`max_tokens` of a completion that doesn't say (OpenAI's); a chat's answer may fill the context."""
@@ -112,9 +112,9 @@ class Service:
     def _grammar(self, body: dict) -> Matcher | None:
         functions, form = forced(body), body.get("response_format", {"type": "text"})
         if functions is not None:
-            return self.grammars.json_schema(call_schema(functions))
+            return self.grammars.call(functions)
         if form["type"] == "json_object":
-            return self.grammars.json_schema({"type": "object"})
+            return self.grammars.json_schema({"type": "object"} | form.get("schema", {}))
         if form["type"] == "json_schema":
             return self.grammars.json_schema(form["json_schema"]["schema"])
         return self.grammars.lark(form["grammar"]) if form["type"] == "grammar" else None
