@@ -187,6 +187,18 @@ def test_a_schema_that_cannot_be_followed_is_refused_beforehand(client, schema):
         ask(client, tools=[tool], tool_choice="required")
 
 
+def test_a_schema_that_fails_on_the_way_is_an_error_and_no_answer(client):
+    """The beginning is forced, so that what cannot be followed is not met when the request comes."""
+    pytest.importorskip("llguidance")
+    many = {"type": "object", "properties": {f"p{i}": {"type": "null"} for i in range(1_300)}}
+    schema = {"properties": {"first": {"const": "x" * 40}, "many": many}, "required": ["first", "many"], "type": "object"}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    with pytest.raises(openai.BadRequestError, match="The answer was cut: its schema cannot be followed to the end"):
+        ask(client, response_format=form, max_tokens=200)
+    with pytest.raises(openai.APIError, match="The answer was cut"):
+        list(ask(client, response_format=form, max_tokens=200, stream=True))
+
+
 def test_hundreds_of_optional_properties(client):
     pytest.importorskip("llguidance")
     names = [f"p{i}" for i in range(600)]

@@ -22,6 +22,8 @@ SPECIAL_TOKENS = (END_OF_TEXT, "<|system|>", "<|user|>", "<|assistant|>", "<|end
 MIN_VOCAB = 256 + len(SPECIAL_TOKENS)
 MAX_FILE_BYTES = 64 << 20
 MAX_CACHED_WORDS = 200_000
+LONG = 1 << 16
+"""Characters, or tokens: more are left to those functions of the library that release Python's lock (those for batches)."""
 
 # Qwen2's pre-tokenisation (its tokenizer.json, Apache-2.0; llama.cpp knows it as "qwen2"): words with one leading character, digits singly,
 # punctuation, line ends, blanks.
@@ -74,7 +76,9 @@ class Tokenizer:
         self._words = _WordCache(self._library, self.dtype) if _is_ours(content) else None
 
     def encode(self, text: str) -> list[int]:
-        """Token ids. Names of special tokens in the text are ordinary text."""
+        """Token ids. Names of special tokens in the text are ordinary text. Meanwhile other threads go on."""
+        if len(text) > LONG:
+            return self._library.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return self.encode_array(text).tolist()
 
     def encode_array(self, text: str) -> np.ndarray:
@@ -96,6 +100,8 @@ class Tokenizer:
     def decode(self, ids: Sequence[int] | np.ndarray, skip_special_tokens: bool = False) -> str:
         """Text; bytes that are not UTF-8 (a token cut in the middle of a character) become U+FFFD."""
         ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+        if len(ids) > LONG:
+            return self._library.decode_batch([ids], skip_special_tokens=skip_special_tokens)[0]
         return self._library.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def token_bytes(self, number: int) -> bytes:

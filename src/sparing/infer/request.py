@@ -70,7 +70,7 @@ class Sampling:
         for name, good, allowed in (
             ("max_tokens", self.max_tokens >= 1, "1 or more"),
             ("temperature", 0 <= self.temperature < math.inf, "0 or more"),
-            ("top_p", 0 < self.top_p <= 1, "above 0, at most 1"),
+            ("top_p", 0 <= self.top_p <= 1, "from 0 to 1"),
             ("top_k", self.top_k >= 0, "0 (off) or more"),
             ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
             ("presence_penalty", -2 <= self.presence_penalty <= 2, "from -2 to 2"),

@@ -83,7 +83,7 @@ def truncated(z_V: np.ndarray, s: Sampling) -> np.ndarray:
         if s.top_p < 1:
             order = np.argsort(-p, kind="stable")
             before = np.cumsum(p[order]) - p[order]  # the token that crosses top_p stays
-            z[order[before >= s.top_p]] = -np.inf
+            z[order[1:][before[1:] >= s.top_p]] = -np.inf  # the likeliest stays, even with 0
         z[p < s.min_p * p.max()] = -np.inf
     return z
 

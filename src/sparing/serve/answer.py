@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 import json
 import math
+import sys
 import time
+import traceback
 import uuid
 from collections.abc import AsyncIterator, Coroutine
 
@@ -19,7 +21,7 @@ from sparing.infer.engine import Engine
 from sparing.infer.request import Busy, Piece, Sampling
 from sparing.infer.request import Request as EngineRequest
 from sparing.serve.completions import Completion
-from sparing.serve.errors import ApiError, bad
+from sparing.serve.errors import ApiError, bad, failed
 from sparing.serve.service import Service
 
 
@@ -130,8 +132,8 @@ class Answer:
         try:
             async for _ in self._pieces():
                 pass
-        except ApiError as error:
-            self.problem = error.code
+        except Exception as error:
+            self.problem = error.code if isinstance(error, ApiError) else failed().code
             raise
         requests = self.choices.requests
         choices = [self.completion.choice(i, request.finish_reason) for i, request in enumerate(requests)]
@@ -151,6 +153,10 @@ class Answer:
         except ApiError as error:
             self.problem = error.code
             yield _event(error.body())
+        except Exception:  # the status has been sent: only an event can tell
+            traceback.print_exc(file=sys.stderr)
+            self.problem = failed().code
+            yield _event(failed().body())
         yield b"data: [DONE]\n\n"
 
     def _frame(self, kind: str) -> dict:

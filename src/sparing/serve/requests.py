@@ -35,6 +35,7 @@ MUST = {
     "less_than_equal": "be at most {le}",
     "literal_error": "be one of {expected}",
     "union_tag_invalid": "be one of {expected_tags}",
+    "none_required": "be left out, empty or null: this server does not support it",
     "string_too_short": "not be empty",
     "string_pattern_mismatch": "match {pattern}",
     "too_short": "have at least {min_length} entries",
@@ -77,6 +78,9 @@ Biases = Annotated[dict[TokenName, Bias], Field(json_schema_extra={"additionalPr
 Name = Annotated[str, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")]
 ModelName = Annotated[str | None, Field(description="the name of the served model; left out, null or empty it means the same")]
 Ignored = Annotated[Any, Field(description="accepted and ignored")]
+Absent = Annotated[
+    None, BeforeValidator(lambda value: None if value in ("", []) else value), Field(description="not supported: empty or null only")
+]
 
 
 class Closed(Object):
@@ -128,7 +132,7 @@ class Sampled(Body):
     """Fields that chats and completions share."""
 
     temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
+    top_p: float | None = Field(None, ge=0, le=1)
     top_k: integer(-1, MAX_INT) | None = None
     min_p: float | None = Field(None, ge=0, le=1)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
@@ -150,6 +154,8 @@ class Sampled(Body):
     service_tier: Ignored = None
     safety_identifier: Ignored = None
     prompt_cache_key: Ignored = None
+    prompt_cache_options: Ignored = None
+    prompt_cache_retention: Ignored = None
 
 
 class Part(Object):
@@ -206,10 +212,19 @@ class Chat(Sampled):
     parallel_tool_calls: bool | None = None
     reasoning_effort: Ignored = None
     verbosity: Ignored = None
+    prediction: Annotated[Any, Field(description="accepted and ignored: it would change the speed only")] = None
+    modalities: Annotated[list[Literal["text"]], Field(fail_fast=True)] | None = None
+    functions: Absent = None
+    function_call: Literal["none", "auto"] | None = None
+    audio: Absent = None
+    moderation: Absent = None
+    web_search_options: Absent = None
 
 
 class Completion(Sampled):
-    prompt: str | Tokens | Prompts
+    prompt: Annotated[str | Tokens | Prompts | None, Field(description="null: a new document")]
+    best_of: integer(1, MAX_CHOICES) | None = None
+    suffix: Absent = None
     echo: bool | None = None
     logprobs: integer(0, 20) | None = None
 
