@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from functools import cached_property
 
@@ -82,13 +83,13 @@ class Grammars:
 
 def _json(schema: dict) -> str:
     """A JSON schema as a term of Lark."""
-    return "%json " + json.dumps({**schema, "x-guidance": {"whitespace_pattern": BLANKS}})
+    options = schema.get("x-guidance")
+    return "%json " + json.dumps({**schema, "x-guidance": (options if isinstance(options, dict) else {}) | {"whitespace_pattern": BLANKS}})
 
 
 def _reason(matcher) -> str:
-    """What llguidance says, without the place in its own grammar ("at 3(8): ...") and the excerpt after it."""
-    line = matcher.get_error().split("\n")[0].removeprefix("Parser Error: ")
-    return line.split(": ", 1)[-1][:200] if line.startswith("at ") else line[:200]
+    """What llguidance says, without the excerpt that follows, nor the place of a schema in the grammar that we made for it."""
+    return re.sub(r"^Parser Error: |^at [0-9()]+: failed to compile JSON schema: ", "", matcher.get_error().split("\n")[0])[:200]
 
 
 class Matcher:
