@@ -35,8 +35,9 @@ def test_looked_up_words_give_the_library_s_ids(trained, text):
 def test_long_texts_give_the_same_ids(trained, monkeypatch):
     text = "Naïve words, 123 🙂 <|end|>\n\n  \tcode()  " * 5
     ids = trained.encode(text)
-    monkeypatch.setattr("sparing.data.tokenizer.LONG", 10)
-    assert trained.encode(text) == ids and trained.decode(ids) == text
+    for size in (1, 3, 10, 25, 50):  # lines longer and shorter than that
+        monkeypatch.setattr("sparing.data.tokenizer.LONG", size)
+        assert trained.encode(text) == ids and trained.decode(ids) == text
     special = [trained.eot_id, *ids]
     assert trained.decode(special, skip_special_tokens=True) == text and trained.decode(special) == "<|endoftext|>" + text
 

@@ -143,7 +143,15 @@ def test_faults_are_told_at_once(make_run, tmp_path):
         Engine(make_run(), weights="fp3")
     with pytest.raises(UserError, match="no such run folder"):
         Engine(tmp_path / "nothing")
-    for setting in ({"temperature": -1}, {"top_p": 0}, {"stop": ("",)}, {"logprobs": 99}, {"max_tokens": 0}, {"temperature": float("nan")}):
+    for setting in (
+        {"temperature": -1},
+        {"top_p": -0.1},
+        {"top_p": 1.1},
+        {"stop": ("",)},
+        {"logprobs": 99},
+        {"max_tokens": 0},
+        {"temperature": float("nan")},
+    ):
         with pytest.raises(UserError, match=next(iter(setting))):
             Sampling(**{"max_tokens": 5, **setting})
 

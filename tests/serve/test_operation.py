@@ -281,7 +281,10 @@ def fails(*_):
 def fails_for_boom(self, *given, push=TextCompletion.push):
     return fails() if self.prompt_text == "boom" else push(self, *given)
 
-Service.check_tokens, TextCompletion.push = fails, fails_for_boom
+def fails_for_detokenize(self, field, *given, check=Service.check_tokens):
+    return fails() if field == "tokens" else check(self, field, *given)
+
+Service.check_tokens, TextCompletion.push = fails_for_detokenize, fails_for_boom
 log = Audit(Path(sys.argv[2]))
 log._file = Full()
 run_server(sys.argv[1], Settings(port=0), log, threads=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -23,7 +23,7 @@ MIN_VOCAB = 256 + len(SPECIAL_TOKENS)
 MAX_FILE_BYTES = 64 << 20
 MAX_CACHED_WORDS = 200_000
 LONG = 1 << 16
-"""Characters, or tokens: more are left to those functions of the library that release Python's lock (those for batches)."""
+"""Characters, or tokens: more are taken in pieces, or left to those functions of the library that release Python's lock (for batches)."""
 
 # Qwen2's pre-tokenisation (its tokenizer.json, Apache-2.0; llama.cpp knows it as "qwen2"): words with one leading character, digits singly,
 # punctuation, line ends, blanks.
@@ -77,9 +77,15 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids. Names of special tokens in the text are ordinary text. Meanwhile other threads go on."""
-        if len(text) > LONG:
-            return self._library.encode_batch_fast([text], add_special_tokens=False)[0].ids
-        return self.encode_array(text).tolist()
+        if len(text) <= LONG:
+            return self.encode_array(text).tolist()
+        ids: list[int] = []
+        for piece in [text] if self._words is None else _pieces(text):
+            if len(piece) > 2 * LONG:
+                ids += self._library.encode_batch_fast([piece], add_special_tokens=False)[0].ids
+            else:
+                ids += self.encode_array(piece).tolist()
+        return ids
 
     def encode_array(self, text: str) -> np.ndarray:
         """Like `encode`, as an array of `dtype`. Ordinary words are looked up, the rest goes through the library; same ids."""
@@ -152,6 +158,18 @@ class Tokenizer:
         if len(self._words) > MAX_CACHED_WORDS:
             self._words.clear()
         return np.frombuffer(b"".join(map(self._words.__getitem__, _WORDS.findall(text))), self.dtype)
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """The text in whole lines, about LONG characters at a time: their ids are those of the whole text."""
+    lines, size = [], 0
+    for line in _LINES.split(text):
+        if lines and size + len(line) > LONG:
+            yield "".join(lines)
+            lines, size = [], 0
+        lines.append(line)
+        size += len(line)
+    yield "".join(lines)
 
 
 class _WordCache(dict):
