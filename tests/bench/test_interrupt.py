@@ -74,6 +74,28 @@ def test_an_interruption_is_answered_at_once(bench):
     assert "sparing: interrupted; go on with: sparing bench train tune" in process.stderr.read()
 
 
+HASTY = """
+import json, os, signal
+from sparing.bench.limit import Limit
+from sparing.bench.worker import Worker
+worker = Worker(1, Limit(600))
+arguments = {"dtype": "float32", "sizes": [1000] * 10000, "seconds": 600}
+worker.process.stdin.write(json.dumps({"function": "sparing.bench.throughput.square_product", "arguments": arguments}) + "\\n")
+worker.process.stdin.flush()
+print(worker.process.pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_worker_whose_parent_is_killed_before_it_has_begun_does_not_begin():
+    done = subprocess.run([sys.executable, "-c", HASTY], stdout=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    end = time.monotonic() + 90  # of 600 s of work
+    while not gone(int(done.stdout)):
+        assert time.monotonic() < end, "a worker outlives its parent"
+        time.sleep(0.1)
+
+
 def test_a_parent_that_is_killed_leaves_no_worker(bench):
     process, workers = bench("train", "quality", "--runs", "yardstick:30m", "--yardstick", "64x1@1e-2", workers=1)
     process.kill()

@@ -32,6 +32,16 @@ def test_looked_up_words_give_the_library_s_ids(trained, text):
     assert trained.encode_array(text).tolist() == trained._library.encode(text, add_special_tokens=False).ids
 
 
+def test_long_texts_give_the_same_ids(trained, monkeypatch):
+    text = "Naïve words, 123 🙂 <|end|>\n\n  \tcode()  " * 5
+    ids = trained.encode(text)
+    for size in (1, 3, 10, 25, 50):  # lines longer and shorter than that
+        monkeypatch.setattr("sparing.data.tokenizer.LONG", size)
+        assert trained.encode(text) == ids and trained.decode(ids) == text
+    special = [trained.eot_id, *ids]
+    assert trained.decode(special, skip_special_tokens=True) == text and trained.decode(special) == "<|endoftext|>" + text
+
+
 def test_every_usual_character_is_classed_as_the_library_does(trained):
     usual = [chr(code) for code in range(0x3000) if not module._OTHER.search(chr(code))]
     assert len(usual) > 600

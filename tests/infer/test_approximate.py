@@ -160,6 +160,8 @@ def test_the_guard_backs_off_where_too_much_is_lost(trained, network, tokenizer,
             assert later.usage["approximate_experts"] > 1.2 * later.usage["approximate_layers"]
             assert found["approximate_checked_total"] < 12 * 150 and found["approximate_rise"] == 0, "what began before it no longer counts"
             assert "halfway back" in capfd.readouterr().err
+            with Engine(trained.path, weights="int8", approximate=Approximate(checked=1.0)) as engine:  # a restart
+                assert (engine.approximate.shares == shares).all() and engine.metrics()["approximate_back_offs_total"] == 1
 
 
 def test_backing_off_ends_at_every_expert():
@@ -168,6 +170,9 @@ def test_backing_off_ends_at_every_expert():
         steps, before, shares = steps + 1, shares, milder(shares, 1 / 2)
         assert shares is None or (shares >= before).all()
     assert steps < 8
+    kept = Calibration("", "", 0.001, 1, (1.0, 0.3, 0.9), 3.0, 0.0, 0.0, 1.5, 1, "")
+    assert replace(kept, back_offs=1).current_shares == pytest.approx([1, 0.65, 0.95])
+    assert replace(kept, back_offs=steps).current_shares is replace(kept, back_offs=steps + 3).current_shares is None
 
 
 def test_calibrations_are_kept_and_made_anew_for_another_text(trained, tokenizer, monkeypatch, tmp_path):

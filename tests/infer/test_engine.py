@@ -1,6 +1,8 @@
 import stat
 import threading
+from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from tests.infer.conftest import TEXT
@@ -8,7 +10,7 @@ from tests.infer.conftest import TEXT
 from sparing.base.config import UserError
 from sparing.infer.engine import Engine
 from sparing.infer.generate import load
-from sparing.infer.request import Busy, Sampling
+from sparing.infer.request import Busy, GrammarFailed, Sampling
 
 
 def greedy_by_training_forward(run, prompt, count):
@@ -141,7 +143,15 @@ def test_faults_are_told_at_once(make_run, tmp_path):
         Engine(make_run(), weights="fp3")
     with pytest.raises(UserError, match="no such run folder"):
         Engine(tmp_path / "nothing")
-    for setting in ({"temperature": -1}, {"top_p": 0}, {"stop": ("",)}, {"logprobs": 99}, {"max_tokens": 0}, {"temperature": float("nan")}):
+    for setting in (
+        {"temperature": -1},
+        {"top_p": -0.1},
+        {"top_p": 1.1},
+        {"stop": ("",)},
+        {"logprobs": 99},
+        {"max_tokens": 0},
+        {"temperature": float("nan")},
+    ):
         with pytest.raises(UserError, match=next(iter(setting))):
             Sampling(**{"max_tokens": 5, **setting})
 
@@ -164,3 +174,47 @@ def test_a_read_only_folder_is_served(make_run):
     finally:
         for path, mode in modes.items():
             path.chmod(mode)
+
+
+def test_only_the_engines_thread_reads_its_counters(make_run, tokenizer):
+    class Own(Counter):
+        def __iter__(self):
+            assert threading.current_thread() is engine._thread
+            return super().__iter__()
+
+        def keys(self):
+            assert threading.current_thread() is engine._thread
+            return super().keys()
+
+    with Engine(make_run()) as engine:
+        engine._counts = Own()
+        request = engine.submit(prompts(tokenizer)[0], Sampling(max_tokens=20, temperature=0, ignore_eos=True))
+        seen = [engine.metrics().get("completion_tokens_total", 0)]
+        for _ in request:
+            seen.append(engine.metrics().get("completion_tokens_total", 0))
+        seen.append(engine.metrics()["completion_tokens_total"])
+    assert seen == sorted(seen) and seen[-1] == 20 and request.finish_reason == "length"
+
+
+def test_a_grammar_that_fails_ends_its_own_text_and_says_so(make_run, tokenizer):
+    class Fails:
+        left = 5
+
+        def mask(self):
+            if not self.left:
+                raise GrammarFailed("too complex")
+            allowed = np.zeros(tokenizer.vocab_size, bool)
+            allowed[100:110] = True
+            return allowed
+
+        def advance(self, token):
+            self.left -= 1
+
+    with Engine(make_run()) as engine:
+        prompt = prompts(tokenizer)[0]
+        asked = [Sampling(max_tokens=20, temperature=0, ignore_eos=True, grammar=grammar) for grammar in (Fails(), None)]
+        requests = [engine.submit(prompt, sampling) for sampling in asked]
+        made = [tokens(request) for request in requests]
+        counted = engine.metrics()["requests_grammar_total"]
+    assert [(request.finish_reason, request.error) for request in requests] == [("grammar", "too complex"), ("length", None)]
+    assert [len(text) for text in made] == [5, 20] and counted == 1

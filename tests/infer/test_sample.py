@@ -80,3 +80,7 @@ def test_logprobs_are_normalised():
     got = logprob(LOGITS + 3, 0, 2)
     assert got.logprob == pytest.approx(np.log(0.1), abs=1e-6)
     assert [token for token, _ in got.top] == [1, 2]
+
+
+def test_top_p_of_nothing_leaves_the_likeliest():
+    assert {choose(LOGITS, Sampling(1, top_p=0.0, temperature=1.5), seed, 0) for seed in range(50)} == {int(LOGITS.argmax())}

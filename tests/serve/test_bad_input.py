@@ -51,7 +51,7 @@ def test_bodies_that_are_no_request(server, body, says):
         ({"temperature": -1}, "at least 0", "temperature"),
         ({"temperature": "hot"}, "must be a number", "temperature"),
         ({"temperature": True}, "must be a number", "temperature"),
-        ({"top_p": 0}, "above 0", "top_p"),
+        ({"top_p": -0.1}, "at least 0", "top_p"),
         ({"top_p": 1.5}, "at most 1", "top_p"),
         ({"n": 10**9}, "at most 16", "n"),
         ({"n": 0}, "at least 1", "n"),
@@ -84,6 +84,10 @@ def test_fields_out_of_range(server, path, change, says, param):
     ("change", "says"),
     [
         ({"messages": []}, "at least 1"),
+        ({"functions": [{"name": "f"}]}, "'functions' must be left out, empty or null: this server does not support it, not an array."),
+        ({"modalities": ["text", "audio"]}, "'modalities[1]' must be one of text, not \"audio\""),
+        ({"web_search_options": {}}, "'web_search_options' must be left out"),
+        ({"moderation": {"model": "x"}}, "'moderation' must be left out"),
         ({"messages": "hi"}, "must be an array"),
         ({"messages": [5]}, "must be an object"),
         ({"messages": [{"content": "hi"}]}, "Missing required parameter: 'messages[0].role'"),
@@ -113,7 +117,9 @@ def test_chats_that_cannot_be(server, change, says):
         ({"prompt": ["a"] * 65}, "at most 64 entries, not 65"),
         ({"prompt": ["a"] * 60, "n": 2}, "at most 64 answers"),
         ({"prompt": list(range(500)) * 2}, "maximum context length"),
-        ({"suffix": "x"}, "Unrecognized"),
+        ({"suffix": "x"}, 'does not support it, not "x"'),
+        ({"best_of": 3}, "must be 1, as 'n' is"),
+        ({"best_of": 2, "n": 3}, "must be 3, as 'n' is"),
     ],
 )
 def test_completions_that_cannot_be(server, change, says):
@@ -144,6 +150,22 @@ def test_nulls_and_ignored_fields_are_as_if_absent(server):
     status, _, body = server.ask("POST", "/v1/completions", COMPLETION | nothing)
     assert status == 200 and body["usage"]["completion_tokens"] <= 16
     assert server.ask("POST", "/v1/completions", COMPLETION | {"user": "me", "metadata": {"a": 1}, "seed": 3.0})[0] == 200
+
+
+def test_fields_at_their_defaults_are_accepted(server):
+    """Client libraries send them; OpenAI's own documents name these defaults."""
+    chat = ["modalities", "audio", "prediction", "web_search_options", "functions", "function_call", "moderation", "prompt_cache_retention"]
+    defaults = {"modalities": ["text"], "functions": [], "function_call": "none", "top_p": 0, "top_logprobs": 0, "tools": [], "stop": []}
+    for more in (dict.fromkeys(chat), defaults, {"prediction": {"type": "content", "content": "hello"}}):
+        status, _, body = server.ask("POST", "/v1/chat/completions", CHAT | more)
+        assert status == 200, body
+    for more in ({"best_of": None, "suffix": None}, {"best_of": 1, "suffix": ""}, {"best_of": 2, "n": 2}, {"prompt": None}, {"prompt": ""}):
+        status, _, body = server.ask("POST", "/v1/completions", COMPLETION | more)
+        assert status == 200 and len(body["choices"]) == more.get("n", 1), body
+    likeliest = [
+        server.ask("POST", "/v1/completions", COMPLETION | {"max_tokens": 20} | more)[2] for more in ({"temperature": 0}, {"top_p": 0})
+    ]
+    assert likeliest[0]["choices"][0]["text"] == likeliest[1]["choices"][0]["text"]
 
 
 def test_bodies_too_large_are_refused_before_they_are_read(server):
@@ -200,7 +222,9 @@ def test_what_is_not_http(server):
 
 def test_a_strange_host_is_turned_away(server):
     refused(server.ask("GET", "/v1/models", Host="evil.example"), 403, "localhost only")
-    assert server.ask("GET", "/v1/models", Host="localhost:1234")[0] == 200
+    refused(server.ask("GET", "/v1/models", Host="localhost.evil.example"), 403, "localhost only")
+    for name in ("localhost:1234", "LocalHost", "localhost.", "127.0.0.1:80", "[::1]:5"):
+        assert server.ask("GET", "/v1/models", Host=name)[0] == 200, name
 
 
 def test_no_cors_unless_asked(server):

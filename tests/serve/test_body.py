@@ -70,14 +70,14 @@ def test_the_rest_is_as_the_client_sent_it():
         ({"stop": False}, "'stop' must be a string or an array, not false.", "stop"),
         ({"stop": ["a"] * 17}, "'stop' must have at most 16 entries, not 17.", "stop"),
         ({"prompt": ["a", 5]}, "'prompt[1]' must be a string or an array, not 5.", "prompt[1]"),
-        ({"prompt": [5, "a"]}, "'prompt[1]' must be an integer, not a.", "prompt[1]"),
+        ({"prompt": [5, "a"]}, "'prompt[1]' must be an integer, not \"a\".", "prompt[1]"),
         ({"prompt": ["a", [5, -1]]}, "'prompt[1][1]' must be at least 0, not -1.", "prompt[1][1]"),
-        ({"temperature": "1"}, "'temperature' must be a number, not 1.", "temperature"),
-        ({"logit_bias": {"5": 0, "x": 0}}, "A key of 'logit_bias' must match ^[0-9]{1,9}$, not x.", "logit_bias"),
+        ({"temperature": "1"}, "'temperature' must be a number, not \"1\".", "temperature"),
+        ({"logit_bias": {"5": 0, "x": 0}}, "A key of 'logit_bias' must match ^[0-9]{1,9}$, not \"x\".", "logit_bias"),
         ({"response_format": {}}, "Missing required parameter: 'response_format.type'.", "response_format.type"),
         (
             {"response_format": {"type": "xml"}},
-            "'response_format.type' must be one of text, json_object, json_schema, grammar, not xml.",
+            "'response_format.type' must be one of text, json_object, json_schema, grammar, not \"xml\".",
             "response_format.type",
         ),
         (
@@ -85,6 +85,22 @@ def test_the_rest_is_as_the_client_sent_it():
             "'response_format.json_schema.schema' must be an object, not 5.",
             "response_format.json_schema.schema",
         ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {}, "strict": "true"}}},
+            "'response_format.json_schema.strict' must be true or false, not \"true\".",
+            "response_format.json_schema.strict",
+        ),
+        (
+            {"response_format": {"type": None}},
+            "'response_format.type' must be one of text, json_object, json_schema, grammar, not null.",
+            "response_format.type",
+        ),
+        (
+            {"response_format": {"type": "text", "schema": {"type": "object"}}},
+            "Unrecognized request argument supplied: schema",
+            "response_format.schema",
+        ),
+        ({"stop": ""}, "'stop' must not be empty.", "stop"),
         (
             {"response_format": {"type": "json_schema", "json_schema": {}}},
             "Missing required parameter: 'response_format.json_schema.schema'.",

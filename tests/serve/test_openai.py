@@ -169,8 +169,50 @@ def test_json_and_schemas(client):
     assert answer.message.content.startswith("{")
     answer = ask(client, extra_body={"response_format": {"type": "grammar", "grammar": 'start: "yes" | "no"'}}, n=2, temperature=1.0)
     assert {choice.message.content for choice in answer.choices} <= {"yes", "no"}
-    with pytest.raises(openai.BadRequestError, match="grammar cannot be used"):
+    with pytest.raises(openai.BadRequestError, match=r"grammar cannot be used: at 1\(8\): unknown name"):
         ask(client, extra_body={"response_format": {"type": "grammar", "grammar": "start: nothing"}})
+    form = {"type": "json_object", "schema": {"properties": {"ok": {"type": "boolean"}}, "required": ["ok"], "additionalProperties": False}}
+    answer = ask(client, extra_body={"response_format": form}, max_tokens=100, temperature=1.0, seed=0).choices[0]
+    assert json.loads(answer.message.content) in ({"ok": True}, {"ok": False})
+
+
+@pytest.mark.parametrize(
+    "schema", [{"$ref": "#"}, {"type": "object", "properties": {f"p{i}": {} for i in range(3_000)}}], ids=["itself", "thousands"]
+)
+def test_a_schema_that_cannot_be_followed_is_refused_beforehand(client, schema):
+    """llguidance compiles the first and fails at its first token; an answer would look as if it were complete."""
+    pytest.importorskip("llguidance")
+    with pytest.raises(openai.BadRequestError, match="The schema cannot be used"):
+        ask(client, response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}})
+    if len(str(schema)) < 100:  # tools go into the prompt as well
+        tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+        with pytest.raises(openai.BadRequestError, match="The functions cannot be used"):
+            ask(client, tools=[tool], tool_choice="required")
+
+
+def test_a_schema_that_fails_on_the_way_is_an_error_and_no_answer(client):
+    """The beginning is forced, so that what cannot be followed is not met when the request comes."""
+    pytest.importorskip("llguidance")
+    many = {"type": "object", "properties": {f"p{i}": {"type": "null"} for i in range(1_300)}}
+    schema = {"properties": {"first": {"const": "x" * 40}, "many": many}, "required": ["first", "many"], "type": "object"}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    with pytest.raises(openai.BadRequestError, match="The answer was cut: its schema cannot be followed to the end"):
+        ask(client, response_format=form, max_tokens=200)
+    with pytest.raises(openai.APIError, match="The answer was cut"):
+        list(ask(client, response_format=form, max_tokens=200, stream=True))
+
+
+def test_hundreds_of_optional_properties(client):
+    pytest.importorskip("llguidance")
+    names = [f"p{i}" for i in range(600)]
+    schema = {"type": "object", "properties": {name: {"enum": [0, 1]} for name in names}, "additionalProperties": False}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    for seed in range(3):
+        answer = ask(client, response_format=form, max_tokens=300, temperature=1.0, seed=seed).choices[0]
+        if answer.finish_reason == "stop":
+            assert set(json.loads(answer.message.content)) <= set(names)
+        else:
+            assert answer.finish_reason == "length"
 
 
 TOOL = {
@@ -207,6 +249,41 @@ def test_a_tool_that_must_be_called_is_called(client):
     assert ask(client, messages=follow, tools=[TOOL]).choices[0].message.content is not None
     with pytest.raises(openai.BadRequestError, match="not in 'tools'"):
         ask(client, tools=[TOOL], tool_choice={"type": "function", "function": {"name": "other"}})
+
+
+def test_parameters_of_tools_may_refer_to_their_own_definitions(client):
+    pytest.importorskip("llguidance")
+    towns = {"to": {"$ref": "#/$defs/T"}}
+    trip = {"$defs": {"T": {"enum": ["Accra", "Lima"]}}, "properties": towns, "required": ["to"], "additionalProperties": False}
+    other = {**trip, "$defs": {"T": {"enum": [1, 2]}}}  # the same name for something else
+    tools = [{"type": "function", "function": {"name": name, "parameters": schema}} for name, schema in (("trip", trip), ("other", other))]
+    for name, towns in (("trip", ["Accra", "Lima"]), ("other", [1, 2])):
+        chosen = {"type": "function", "function": {"name": name}}
+        [call] = ask(client, tools=tools, tool_choice=chosen, max_tokens=60, temperature=1.0, seed=1).choices[0].message.tool_calls
+        found = json.loads(call.function.arguments)
+        assert call.function.name == name and found["to"] in towns
+    answer = ask(client, tools=tools, tool_choice="required", max_tokens=60, temperature=1.0, seed=1).choices[0]
+    assert answer.message.tool_calls[0].function.name in ("trip", "other")
+
+
+def test_a_function_without_parameters_gets_none(client):
+    pytest.importorskip("llguidance")
+    tool = {"type": "function", "function": {"name": "now"}}
+    for seed in range(3):
+        [call] = ask(client, tools=[tool], tool_choice="required", max_tokens=60, temperature=1.0, seed=seed).choices[0].message.tool_calls
+        assert json.loads(call.function.arguments) == {}
+
+
+def test_a_call_that_is_cut_is_no_text(client):
+    pytest.importorskip("llguidance")
+    whole = ask(client, tools=[TOOL], tool_choice="required", max_tokens=100)
+    for limit in (1, whole.usage.completion_tokens - 3):
+        answer = ask(client, tools=[TOOL], tool_choice="required", max_tokens=limit).choices[0]
+        assert answer.finish_reason == "length" and not answer.message.content
+        calls = answer.message.tool_calls or []
+        assert [call.function.name for call in calls] == ["weather"] * (limit > 1)
+        made = "".join(whole.choices[0].message.tool_calls[0].function.arguments.split())
+        assert all(call.function.arguments and made.startswith("".join(call.function.arguments.split())) for call in calls)
 
 
 def test_headers(client):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from tests.serve.conftest import Server
@@ -19,6 +21,8 @@ from tests.serve.conftest import Server
 from sparing.base.config import UserError
 from sparing.serve.audit import Audit
 from sparing.serve.energy import Energy
+from sparing.serve.server import _listening
+from sparing.serve.service import Service
 from sparing.serve.settings import Settings, read_keys
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
@@ -231,6 +235,136 @@ def test_mistakes_of_the_operator_are_one_line(run, tmp_path):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         assert "is taken" in says(str(run), "--port", str(taken.getsockname()[1]))
+
+
+def test_localhost_means_both_of_its_addresses(run, home):
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    server = Server(run, "--host", "LocalHost", env={"SPARING_HOME": str(home)})
+    try:
+        port = int(server.url.rsplit(":", 1)[1])
+        for host in ("127.0.0.1", "::1"):
+            with socket.create_connection((host, port), timeout=30) as connection:
+                connection.sendall(f"GET /health HTTP/1.1\r\nHost: LOCALHOST:{port}\r\nConnection: close\r\n\r\n".encode())
+                assert b" 200 " in connection.makefile("rb").readline()
+    finally:
+        assert server.stop() == 0
+
+
+def test_a_host_that_does_not_exist_is_one_line():
+    with (
+        pytest.raises(UserError, match=r"cannot listen at no\.such\.host\.invalid port 1"),
+        _listening(Settings("no.such.host.invalid", 1)),
+    ):
+        pass
+
+
+BROKEN = """
+import sys
+from pathlib import Path
+from sparing.serve.audit import Audit
+from sparing.serve.completions import TextCompletion
+from sparing.serve.server import run_server
+from sparing.serve.service import Service
+from sparing.serve.settings import Settings
+
+class Full:
+    def write(self, raw):
+        raise OSError(28, "No space left on device")
+
+def fails(*_):
+    raise ZeroDivisionError("a fault of ours")
+
+def fails_for_boom(self, *given, push=TextCompletion.push):
+    return fails() if self.prompt_text == "boom" else push(self, *given)
+
+def fails_for_detokenize(self, field, *given, check=Service.check_tokens):
+    return fails() if field == "tokens" else check(self, field, *given)
+
+Service.check_tokens, TextCompletion.push = fails_for_detokenize, fails_for_boom
+log = Audit(Path(sys.argv[2]))
+log._file = Full()
+run_server(sys.argv[1], Settings(port=0), log, threads=1)
+"""
+
+
+def test_a_full_audit_log_costs_no_answer_and_faults_of_ours_are_json(run, home, tmp_path):
+    server = Server(run, str(tmp_path / "audit"), env={"SPARING_HOME": str(home)}, program=BROKEN)
+    try:
+        for stream in (False, True, False):
+            status, _, body = server.ask("POST", "/v1/chat/completions", CHAT | {"model": run.name, "stream": stream})
+            assert status == 200 and (body.endswith("data: [DONE]\n\n") if stream else body["choices"])
+        assert "sparing_audit_lost_total 3\n" in server.ask("GET", "/metrics")[2]
+        assert "".join(server.log).count("cannot be written (No space left on device)") == 1
+        asked = {"prompt": "boom", "max_tokens": 2}
+        for path, body in (("/detokenize", {"tokens": [1]}), ("/v1/completions", asked)):
+            status, headers, answer = server.ask("POST", path, body)
+            assert status == 500 and headers["content-type"].startswith("application/json") and headers["x-request-id"]
+            assert answer["error"]["type"] == "server_error" and "fault of ours" not in json.dumps(answer)
+        status, _, text = server.ask("POST", "/v1/completions", asked | {"stream": True})
+        events = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+        assert status == 200 and json.loads(events[-2])["error"]["code"] == "server_failed" and events[-1] == "[DONE]"
+        assert server.ask("GET", "/health")[0] == 200 and "ZeroDivisionError: a fault of ours" in "".join(server.log)
+    finally:
+        assert server.stop() == 0
+
+
+def test_an_audit_log_goes_on_when_there_is_room_again(tmp_path, capsys):
+    class Disk:
+        room = 0
+
+        def write(self, raw: bytes) -> int:
+            if not self.room:
+                raise OSError(28, "No space left on device")
+            size = min(self.room, len(raw))
+            real.write(raw[:size])
+            return size
+
+    audit = Audit(tmp_path / "audit")
+    real, audit._file = audit._file, Disk()
+    for room in (10**6, 10, 0, 10**6, 10**6):
+        audit._file.room = room
+        audit.write({"room": room}, {})
+    lines = (tmp_path / "audit").read_text().splitlines()
+    assert [json.loads(line)["room"] for line in (lines[0], *lines[2:])] == [10**6] * 3 and len(lines[1]) == 10, "one line is torn"
+    assert audit.lost == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and "no space left" in said[0] and "is written again; 2 lines are lost" in said[1]
+
+
+def test_long_texts_do_not_keep_short_requests_waiting(server):
+    """Eight clients count the tokens of megabytes; meanwhile a short completion is answered."""
+    text, done = "some words of a long text, 12345\n" * 100_000, []
+    long = [threading.Thread(target=lambda: done.append(server.ask("POST", "/tokenize", {"prompt": text})[0])) for _ in range(8)]
+    for thread in long:
+        thread.start()
+    deadline = time.monotonic() + 120
+    while not done:  # all of them have arrived: one is answered
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    for _ in range(2):
+        assert server.ask("POST", "/v1/completions", {"model": "tiny", "prompt": "x", "max_tokens": 4})[0] == 200
+    assert len(done) < 6, "it had to wait for the others"
+    for thread in long:
+        thread.join()
+    assert done == [200] * 8
+
+
+def test_long_bodies_beyond_the_limit_are_told_to_come_back(monkeypatch):
+    async def ask(service: Service, *sizes: int) -> list:
+        return await asyncio.gather(
+            *(service.work(size, gate.wait, 60) for size in sizes), asyncio.to_thread(gate.set), return_exceptions=True
+        )
+
+    gate, service = threading.Event(), object.__new__(Service)
+    service._turns, service._long = ThreadPoolExecutor(1), 0
+    monkeypatch.setattr("sparing.serve.service.MAX_WAITING", 100_000)
+    *answers, _ = asyncio.run(ask(service, 40_000, 40_000, 40_000, 10))
+    assert answers[:2] == [True, True] and answers[3] is True and service._long == 0
+    assert answers[2].status == 429 and answers[2].retry_after and answers[2].code == "queue_full"
 
 
 def test_keys_must_be_long_and_are_compared_whole(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("starlette")
 
-from sparing.serve.tools import CallReader, call_schema, read_call
+from sparing.serve.tools import CallReader, read_call
 
 CALL = '{"name": "weather", "arguments": {"town": "Lima"}}'
 
@@ -41,16 +41,33 @@ def test_an_answer_that_must_be_a_call():
     assert text == "" and call["function"] == {"name": "weather", "arguments": '{"town": "Lima"}'}
     reader = CallReader(all_of_it=True)
     reader.push(CALL[:9])
-    assert reader.push("", last=True) == (CALL[:9], []), "cut short: shown as it is"
+    assert reader.push("", last=True) == ("", []) and reader.unfinished, "cut before its name was known"
+
+
+@pytest.mark.parametrize("forced", [True, False])
+@pytest.mark.parametrize("end", range(len(CALL) + 1))
+def test_a_call_that_is_cut_is_a_call_without_its_end_and_no_text(forced, end):
+    reader = CallReader(all_of_it=forced)
+    said, calls = reader.push(("" if forced else "I look.<tool_call>") + CALL[:end])
+    text, calls = reader.push("", last=True, cut=True)
+    assert said + text == ("" if forced else "I look.") and reader.unfinished == (end < len(CALL))
+    start = CALL.index('{"town"')
+    arguments = CALL[start : min(end, len(CALL) - 1)]
+    wanted = [{"name": "weather", "arguments": arguments}] if end >= start - 1 else []
+    assert [call["function"] for call in calls] == wanted
+
+
+def test_a_cut_inside_the_closing_tag_and_text_that_only_looks_like_a_call():
+    reader = CallReader()
+    reader.push(f"<tool_call>{CALL}</tool_")
+    text, [call] = reader.push("", last=True, cut=True)
+    assert text == "" and call["function"]["arguments"] == '{"town": "Lima"}' and not reader.unfinished
+    reader = CallReader()
+    reader.push("<tool_call> is a tag")
+    assert reader.push("", last=True, cut=True) == ("<tool_call> is a tag", [])
 
 
 def test_what_is_no_call():
     for text in ("", "5", "[]", "{}", '{"name": 5}', '{"arguments": {}}', "[" * 5000):
         assert read_call(text) is None
     assert read_call('{"name": "f", "arguments": "{}"}')["function"]["arguments"] == "{}"
-
-
-def test_schemas_of_calls():
-    one = call_schema([{"name": "f", "parameters": {"type": "object", "required": ["x"]}}])
-    assert one["properties"]["arguments"]["required"] == ["x"] and one["properties"]["name"] == {"const": "f"}
-    assert len(call_schema([{"name": "f"}, {"name": "g"}])["anyOf"]) == 2

@@ -49,7 +49,7 @@ class Worker:
         self.limit = limit
         # Its own session: an interrupt at the keyboard is for the parent, which ends the worker itself.
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "sparing.bench.worker", str(threads)],
+            [sys.executable, "-m", "sparing.bench.worker", str(threads), str(os.getpid())],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True,
         )  # fmt: skip
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -131,12 +131,13 @@ def _name(function: Callable | str) -> str:
     return function if isinstance(function, str) else f"{function.__module__}.{function.__qualname__}"
 
 
-def _die_with_parent() -> None:
+def _die_with_parent(parent: int) -> None:
     """The end of standard input reaches only a child that waits for it; one that computes must end with its parent as well."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before
+            os._exit(1)
         return
-    parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -148,7 +149,7 @@ def _die_with_parent() -> None:
 
 def main() -> None:
     """The child: answer requests until standard input ends."""
-    _die_with_parent()
+    _die_with_parent(int(sys.argv[2]))
     # Libraries may print to standard output: keep the pipe for answers and send everything else to standard error.
     pipe = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

@@ -158,7 +158,7 @@ class Generate:
     json: bool = False
 
     def __call__(self, call: Call) -> dict | None:
-        call.need(RUN=self.run, prompt=self.prompt)
+        call.need(RUN=self.run, prompt=self.prompt is not None)
         if self.prompt == "-":
             self.prompt = sys.stdin.buffer.read().decode(errors="surrogateescape")
         if any("\ud800" <= char <= "\udfff" for char in self.prompt):

@@ -7,21 +7,21 @@ from __future__ import annotations
 
 import json
 import re
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from sparing.base.config import UserError
 from sparing.base.run import RunFolder
 from sparing.data.tokenizer import Tokenizer
+from sparing.data.traced import Traced, TracedEnvironment, own
 
 MAX_BYTES = 1 << 20
-MARK = "\ufdd0"
-"""A code point that is no character (Unicode 23.7). It splits names of special tokens inside messages, and is taken out again."""
+ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "model")
+"""Roles that count as the template's own words: some templates write control tokens around them (`<|{{ role }}|>`)."""
+REASONING = ("reasoning_content", "thinking", "reasoning")
+"""Names under which clients send a message's reasoning; templates read the first two."""
 PLAIN = r"""{%- if tools %}System: Functions that you can call, as JSON:
 {%- for tool in tools %}
 {{ tool | tojson }}
@@ -57,26 +57,65 @@ def _small(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
+class Arguments(dict):
+    """Arguments of a tool call in the history: an object for templates that iterate or dump them, the client's text for those that print
+    them."""
+
+    def __init__(self, values: dict, text: str):
+        super().__init__(values)
+        self._text = text
+
+    def __str__(self) -> str:
+        return self._text
+
+    def __add__(self, other):
+        return self._text + other
+
+    def __radd__(self, other):
+        return other + self._text
+
+
+def _arguments(text: Any) -> Any:
+    """An object for the text of one; anything else as it is."""
+    try:
+        values = json.loads(text or "{}") if isinstance(text, str) else None
+    except (ValueError, RecursionError):
+        return text
+    return Arguments(values, text or "{}") if isinstance(values, dict) else text
+
+
+def _for_template(message: dict[str, Any]) -> dict[str, Any]:
+    """A message as templates expect it."""
+    role, calls = message.get("role"), message.get("tool_calls")
+    message = message | ({"role": own(role)} if role in ROLES else {})
+    if reasoning := next((message[name] for name in REASONING if message.get(name) is not None), None):
+        message = {"thinking": reasoning, **message, "reasoning_content": reasoning}
+    if not isinstance(calls, list):
+        return message
+    functions = [call["function"] | {"arguments": _arguments(call["function"].get("arguments"))} for call in calls]
+    return message | {"tool_calls": [call | {"function": function} for call, function in zip(calls, functions, strict=True)]}
+
+
 class ChatTemplate:
     """`render` turns messages into text. `plain`: the run has no template of its own."""
 
     def __init__(self, text: str | None):
         """Raises UserError for text that is no Jinja template."""
         self.plain = text is None
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        environment.filters["tojson"] = lambda value, **more: json.dumps(value, ensure_ascii=False, **more)
-        environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+        environment = TracedEnvironment()
+        environment.globals["raise_exception"] = _refuse
         try:
             self._template = environment.from_string(PLAIN if text is None else text)
         except jinja2.TemplateError as error:
             raise UserError(f"the chat template is no Jinja template: {error}") from None
 
-    def render(self, messages: list[dict[str, Any]], tools: list[dict] | None = None, end_of_text: str = "") -> str:
+    def render(self, messages: list[dict[str, Any]], tools: list[dict] | None = None, end_of_text: str = "") -> Traced:
         """The text before the answer, with the words that begin one. Raises UserError when the template refuses."""
         try:
             return self._template.render(
-                messages=messages, tools=tools, add_generation_prompt=True, bos_token=end_of_text, eos_token=end_of_text
-            )
+                messages=[_for_template(message) for message in messages], tools=tools, documents=None, add_generation_prompt=True,
+                bos_token=own(end_of_text), eos_token=own(end_of_text),
+            )  # fmt: skip
         except UserError:
             raise
         except Exception as error:  # a template is a program: it can fail in every way that one can
@@ -88,21 +127,16 @@ class ChatTemplate:
         A run's own template says everything, its beginning too; before the plain one goes the end-of-text token, as before any document.
         """
         names = sorted(tokenizer.special, key=len, reverse=True)
-        special = re.compile("|".join(map(re.escape, names)))
-
-        def marked(value):
-            if isinstance(value, str):
-                return special.sub(lambda match: match[0][0] + MARK + match[0][1:], value.replace(MARK, ""))
-            if isinstance(value, dict):
-                return {key: marked(item) for key, item in value.items()}
-            return [marked(item) for item in value] if isinstance(value, list) else value
-
-        text = self.render(marked(messages), marked(tools) if tools else None, end_of_text=tokenizer.decode([tokenizer.eot_id]))
-        ids, at = [tokenizer.eot_id] if self.plain else [], 0
-        for match in special.finditer(text):
-            ids += [*tokenizer.encode(text[at : match.start()].replace(MARK, "")), tokenizer.special[match[0]]]
-            at = match.end()
-        return [*ids, *tokenizer.encode(text[at:].replace(MARK, ""))]
+        special = re.compile("|".join(map(re.escape, names)) or "(?!)")
+        rendered = self.render(messages, tools or None, end_of_text=tokenizer.decode([tokenizer.eot_id]))
+        text = "".join(rendered)
+        ids, begin, at = [tokenizer.eot_id] if self.plain else [], 0, 0
+        while match := special.search(text, at):
+            at = match.start() + 1
+            if all(rendered.own[match.start() : match.end()]):
+                ids += [*tokenizer.encode(text[begin : match.start()]), tokenizer.special[match[0]]]
+                begin = at = match.end()
+        return [*ids, *tokenizer.encode(text[begin:])]
 
 
 def _refuse(message: str):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -22,6 +22,8 @@ SPECIAL_TOKENS = (END_OF_TEXT, "<|system|>", "<|user|>", "<|assistant|>", "<|end
 MIN_VOCAB = 256 + len(SPECIAL_TOKENS)
 MAX_FILE_BYTES = 64 << 20
 MAX_CACHED_WORDS = 200_000
+LONG = 1 << 16
+"""Characters, or tokens: more are taken in pieces, or left to those functions of the library that release Python's lock (for batches)."""
 
 # Qwen2's pre-tokenisation (its tokenizer.json, Apache-2.0; llama.cpp knows it as "qwen2"): words with one leading character, digits singly,
 # punctuation, line ends, blanks.
@@ -74,8 +76,16 @@ class Tokenizer:
         self._words = _WordCache(self._library, self.dtype) if _is_ours(content) else None
 
     def encode(self, text: str) -> list[int]:
-        """Token ids. Names of special tokens in the text are ordinary text."""
-        return self.encode_array(text).tolist()
+        """Token ids. Names of special tokens in the text are ordinary text. Meanwhile other threads go on."""
+        if len(text) <= LONG:
+            return self.encode_array(text).tolist()
+        ids: list[int] = []
+        for piece in [text] if self._words is None else _pieces(text):
+            if len(piece) > 2 * LONG:
+                ids += self._library.encode_batch_fast([piece], add_special_tokens=False)[0].ids
+            else:
+                ids += self.encode_array(piece).tolist()
+        return ids
 
     def encode_array(self, text: str) -> np.ndarray:
         """Like `encode`, as an array of `dtype`. Ordinary words are looked up, the rest goes through the library; same ids."""
@@ -96,6 +106,8 @@ class Tokenizer:
     def decode(self, ids: Sequence[int] | np.ndarray, skip_special_tokens: bool = False) -> str:
         """Text; bytes that are not UTF-8 (a token cut in the middle of a character) become U+FFFD."""
         ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+        if len(ids) > LONG:
+            return self._library.decode_batch([ids], skip_special_tokens=skip_special_tokens)[0]
         return self._library.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def token_bytes(self, number: int) -> bytes:
@@ -146,6 +158,18 @@ class Tokenizer:
         if len(self._words) > MAX_CACHED_WORDS:
             self._words.clear()
         return np.frombuffer(b"".join(map(self._words.__getitem__, _WORDS.findall(text))), self.dtype)
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """The text in whole lines, about LONG characters at a time: their ids are those of the whole text."""
+    lines, size = [], 0
+    for line in _LINES.split(text):
+        if lines and size + len(line) > LONG:
+            yield "".join(lines)
+            lines, size = [], 0
+        lines.append(line)
+        size += len(line)
+    yield "".join(lines)
 
 
 class _WordCache(dict):

@@ -11,14 +11,14 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from sparing.base.config import UserError
 from sparing.base.run import RunFolder
 from sparing.data.tokenizer import Tokenizer
-from sparing.infer.calibration import calibrate, decoder_mixtures, digest, max_tokens, milder, save, saved, windows
+from sparing.infer.calibration import calibrate, decoder_mixtures, digest, max_tokens, save, saved, windows
 from sparing.infer.network import CompiledNetwork, TorchNetwork
 from sparing.infer.request import Piece, Request, Sampling, TextStream, TokenLogprob
 from sparing.infer.sample import draw, logprob, noise_key
@@ -66,12 +66,16 @@ class ApproximateTier:
         self.calibration, self.checked = calibration, allowed.checked
         self._max_tokens, self._tokenizer = max_tokens(network), tokenizer
         network.min_experts = calibration.floor
-        shares = np.array(calibration.shares, np.float32)
-        self.shares = None if (shares >= 1).all() else shares
+        self._save = lambda calibration: save(run, format, calibration)
+        self.shares = calibration.current_shares
         """`Rows.shares` of new requests; None: they use all experts."""
-        self.back_offs = 0
         self._layers, self._counts = len(decoder_mixtures(c)), Counter()
         self._reset()
+
+    @property
+    def back_offs(self) -> int:
+        """How often the tier has moved halfway back to all experts; kept with the calibration."""
+        return self.calibration.back_offs
 
     def _reset(self) -> None:
         self._weight = self._sum = self._squares = 0.0
@@ -128,8 +132,9 @@ class ApproximateTier:
         self._counts["approximate_checked_total"] += len(exact)
         limit, (mean, error) = self.calibration.limit * self.calibration.loss, self.rise
         if (self._weight >= MIN_CHECKED and mean - 3 * error > limit) or (self._weight >= MANY_CHECKED and mean > limit):
-            self.shares = milder(self.shares, 1 / 2)
-            self.back_offs += 1
+            self.calibration = replace(self.calibration, back_offs=self.back_offs + 1)
+            self.shares = self.calibration.current_shares
+            self._save(self.calibration)
             self._reset()
             what = "halfway back to all experts" if self.shares is not None else "all experts again"
             print(f"approximate answers lose {mean:.4f} nats a token, more than {limit:.4f}: {what}", file=sys.stderr, flush=True)

@@ -61,6 +61,16 @@ class Calibration:
     """Mean experts per token and mixture layer."""
     tokens: int
     date: str
+    back_offs: int = 0
+    """How often the guard has moved the shares halfway back to 1 since."""
+
+    @property
+    def current_shares(self) -> np.ndarray | None:
+        """Shares after the back-offs; None: all experts are used."""
+        shares = np.array(self.shares, np.float32)
+        for _ in range(self.back_offs):
+            shares = None if shares is None else milder(shares, 1 / 2)
+        return None if shares is None or (shares >= 1).all() else shares
 
 
 def milder(shares: np.ndarray, part: float) -> np.ndarray | None:
@@ -70,7 +80,8 @@ def milder(shares: np.ndarray, part: float) -> np.ndarray | None:
 
 
 def saved(run: RunFolder, source: str, format: str) -> Calibration | None:
-    """The saved calibration of these weights in this format, or None."""
+    """The newest saved calibration of these weights in this format, or None."""
+    found = []
     for path in derived_paths(run, source, f"{format}-experts.json"):
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
@@ -78,8 +89,8 @@ def saved(run: RunFolder, source: str, format: str) -> Calibration | None:
         except (OSError, ValueError, TypeError, KeyError):
             continue
         if calibration.source == source:
-            return calibration
-    return None
+            found.append(calibration)
+    return max(found, key=lambda calibration: (calibration.date, calibration.back_offs), default=None)
 
 
 def save(run: RunFolder, format: str, calibration: Calibration) -> Path | None:

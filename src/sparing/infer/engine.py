@@ -22,7 +22,7 @@ from sparing.data.tokenizer import Tokenizer
 from sparing.infer.approximate import Approximate, ApproximateTier, draw_for_check
 from sparing.infer.network import CompiledNetwork, Rows, TorchNetwork, choose_backend, load_transformer, slow_format
 from sparing.infer.packed_weights import open_packed
-from sparing.infer.request import Busy, Piece, Request, Sampling, TextStream
+from sparing.infer.request import Busy, GrammarFailed, Piece, Request, Sampling, TextStream
 from sparing.infer.sample import choose, logprob, propose
 from sparing.infer.scheduler import BlockManager, Scheduler, Span, SpeedTuner, TokenSequence
 from sparing.kernels.sizes import CACHE_BLOCK as BLOCK
@@ -110,6 +110,9 @@ class Engine:
         ends = (self.tokenizer.token_id(name) for name in END_NAMES)
         self._ends = {self.tokenizer.eot_id, *(i for i in ends if i is not None)}
         self._counts: Counter[str] = Counter()
+        """The engine's thread changes it all the time; others read `_published`."""
+        self._published: dict[str, float] = {}
+        self._publish()
         self._news = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
@@ -165,8 +168,7 @@ class Engine:
                 "threads": self._network.threads,
                 "queue_limit": self.max_queue,
             }
-            state |= {**self._counts, **self._network.metrics(), **(self.approximate.metrics() if self.approximate else {})}
-            return {name: float(value) for name, value in state.items()}
+            return {name: float(value) for name, value in (state | self._published).items()}
 
     def close(self) -> None:
         """Cancel all requests and stop."""
@@ -192,6 +194,7 @@ class Engine:
         scheduler = self._scheduler
         while True:
             with self._news:
+                self._publish()
                 self._news.wait_for(lambda: self._closing or scheduler.running or scheduler.waiting)
                 for seq in [s for s in (*scheduler.running, *scheduler.waiting) if self._closing or s.request.cancelled]:
                     self._end(seq, "cancelled")
@@ -209,6 +212,10 @@ class Engine:
                 for span in spans:
                     if span.seq in scheduler.running:
                         self._end(span.seq, "error", f"{type(error).__name__}: {error}")
+
+    def _publish(self) -> None:
+        """Copy the counters for `metrics`; `_news` is held."""
+        self._published = {**self._counts, **self._network.metrics(), **(self.approximate.metrics() if self.approximate else {})}
 
     def _max_rows(self) -> int:
         """Rows of the next step: as many as take MAX_STEP_S if sequences wait for their next token."""
@@ -252,9 +259,13 @@ class Engine:
         """Sample a sequence's next token, and further ones while they agree with its draft; end the sequence after its last token."""
         request, s = seq.request, seq.request.sampling
         final = Piece("", [], None if s.logprobs is None else [])
-        reason, flush = "", True
+        reason, error, flush = "", None, True
         for i, logits_V in enumerate(logits):
-            token = choose(logits_V, s, request.seed, len(seq.tokens), request.prompt, seq.generated if s.edits_logits else ())
+            try:
+                token = choose(logits_V, s, request.seed, len(seq.tokens), request.prompt, seq.generated if s.edits_logits else ())
+            except GrammarFailed as failure:
+                reason, error = "grammar", str(failure)
+                break
             if token is None or (token in self._ends and not s.ignore_eos):
                 reason = "stop"
                 break
@@ -283,7 +294,7 @@ class Engine:
         if final.text or final.tokens:
             request.give(final)
         if reason:
-            self._end(seq, reason, flush=flush)
+            self._end(seq, reason, error, flush)
 
     def _end(self, seq: TokenSequence, reason: str, error: str | None = None, flush: bool = True) -> None:
         """Finish a request. flush: give the text that was held back first."""
@@ -294,6 +305,7 @@ class Engine:
             self._counts["requests_total"] += 1
             self._counts[f"requests_{reason}_total"] += 1
             self._scheduler.waiting.extend(self.approximate.exact_check(seq, reason) if self.approximate else ())
+            self._publish()
             self._news.notify_all()
         last = seq.stream.finish() if flush else None
         if last:

@@ -113,7 +113,7 @@ def finished_requests(engine: Engine, prompts: Iterable[tuple[list[int], Samplin
 
 
 def _check_finished(request: Request) -> None:
-    if request.finish_reason in ("error", "cancelled"):
+    if request.finish_reason in ("error", "grammar", "cancelled"):
         raise RuntimeError(f"the engine stopped: {request.error or request.finish_reason}")
 
 

@@ -23,11 +23,15 @@ class Busy(RuntimeError):
     """The engine's queue is full, or it is shutting down: try again later."""
 
 
+class GrammarFailed(RuntimeError):
+    """A grammar cannot say what comes next, although the text is incomplete: it is too complex, or the model lacks the tokens."""
+
+
 class Grammar(Protocol):
     """Restricts the next token; the server's is `serve.grammar.Matcher`."""
 
     def mask(self):
-        """(V,) booleans, tensor or array: which tokens may come next. If all are False, the text is complete."""
+        """(V,) booleans, tensor or array: which tokens may come next. If all are False, the text is complete. Raises GrammarFailed."""
 
     def advance(self, token: int) -> None:
         """Tell the grammar which token was chosen."""
@@ -66,7 +70,7 @@ class Sampling:
         for name, good, allowed in (
             ("max_tokens", self.max_tokens >= 1, "1 or more"),
             ("temperature", 0 <= self.temperature < math.inf, "0 or more"),
-            ("top_p", 0 < self.top_p <= 1, "above 0, at most 1"),
+            ("top_p", 0 <= self.top_p <= 1, "from 0 to 1"),
             ("top_k", self.top_k >= 0, "0 (off) or more"),
             ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
             ("presence_penalty", -2 <= self.presence_penalty <= 2, "from -2 to 2"),
@@ -115,7 +119,8 @@ class Request:
     """A running request. Iterate it for its pieces (blocking), or give `Engine.submit` an `on_piece`.
 
     `on_piece(piece)` is called on the engine's thread and must return at once; `on_piece(None)` ends the request. `finish_reason` is None
-    until the end, then "stop" (end-of-text token, stop string or complete grammar), "length", "cancelled" or "error" (see `error`).
+    until the end, then "stop" (end-of-text token, stop string or complete grammar), "length", "cancelled", or with the reason in `error`
+    "grammar" (it failed, the text is incomplete) or "error".
     `usage` counts prompt_tokens, cached_tokens, completion_tokens, drafted and accepted tokens; for an approximate request also the
     experts that were computed and the (token, mixture layer) pairs that computed them.
     """

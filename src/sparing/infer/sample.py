@@ -53,7 +53,7 @@ def draw(z_V: np.ndarray, scale: float, seed: int, position: int) -> int:
 
 
 def edited(logits_V: np.ndarray, s: Sampling, prompt: Sequence[int], generated: Sequence[int]) -> np.ndarray | None:
-    """Logits after penalties, bias and grammar; None if the grammar allows no token."""
+    """Logits after penalties, bias and grammar; None if the grammar allows no token, because it is complete. Raises GrammarFailed."""
     z = logits_V.astype(np.float64)
     if s.repetition_penalty != 1.0:
         seen = np.unique(np.fromiter((*prompt, *generated), np.int64))
@@ -83,7 +83,7 @@ def truncated(z_V: np.ndarray, s: Sampling) -> np.ndarray:
         if s.top_p < 1:
             order = np.argsort(-p, kind="stable")
             before = np.cumsum(p[order]) - p[order]  # the token that crosses top_p stays
-            z[order[before >= s.top_p]] = -np.inf
+            z[order[1:][before[1:] >= s.top_p]] = -np.inf  # the likeliest stays, even with 0
         z[p < s.min_p * p.max()] = -np.inf
     return z
 

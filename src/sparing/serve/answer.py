@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 import json
 import math
+import sys
 import time
+import traceback
 import uuid
 from collections.abc import AsyncIterator, Coroutine
 
@@ -19,7 +21,7 @@ from sparing.infer.engine import Engine
 from sparing.infer.request import Busy, Piece, Sampling
 from sparing.infer.request import Request as EngineRequest
 from sparing.serve.completions import Completion
-from sparing.serve.errors import ApiError, bad
+from sparing.serve.errors import ApiError, bad, failed
 from sparing.serve.service import Service
 
 
@@ -117,6 +119,9 @@ class Answer:
                     if time.monotonic() - self._clock > self.service.settings.answer_s:
                         raise TimeoutError  # pieces that never have to wait give the timer no turn
                     finish = None if piece else self.choices.requests[index].finish_reason
+                    if finish == "grammar":
+                        reason = self.choices.requests[index].error
+                        raise bad(f"The answer was cut: its schema cannot be followed to the end ({reason}).", code="grammar_failed")
                     if finish in ("error", "cancelled"):
                         raise ApiError(503 if finish == "cancelled" else 500, "The server stopped this answer.", code=finish)
                     yield index, self.completion.push(index, piece, finish)
@@ -127,8 +132,8 @@ class Answer:
         try:
             async for _ in self._pieces():
                 pass
-        except ApiError as error:
-            self.problem = error.code
+        except Exception as error:
+            self.problem = error.code if isinstance(error, ApiError) else failed().code
             raise
         requests = self.choices.requests
         choices = [self.completion.choice(i, request.finish_reason) for i, request in enumerate(requests)]
@@ -148,6 +153,10 @@ class Answer:
         except ApiError as error:
             self.problem = error.code
             yield _event(error.body())
+        except Exception:  # the status has been sent: only an event can tell
+            traceback.print_exc(file=sys.stderr)
+            self.problem = failed().code
+            yield _event(failed().body())
         yield b"data: [DONE]\n\n"
 
     def _frame(self, kind: str) -> dict:

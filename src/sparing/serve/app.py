@@ -27,7 +27,7 @@ from sparing.account.power import resident_memory
 from sparing.serve import requests
 from sparing.serve.answer import SlowReader, respond
 from sparing.serve.completions import ChatCompletion, TextCompletion
-from sparing.serve.errors import ApiError
+from sparing.serve.errors import ApiError, failed
 from sparing.serve.openapi import document
 from sparing.serve.service import Service
 from sparing.serve.settings import LOCAL
@@ -73,7 +73,7 @@ class Gate:
         except Exception:
             traceback.print_exc(file=sys.stderr)
             if not status:
-                await ApiError(500, "The server failed; its log says how.").response()(scope, receive, sending)
+                await failed().response()(scope, receive, sending)
         finally:
             self.service.counts[scope["path"] if scope["path"] in PATHS else "other", status or 499] += 1
 
@@ -81,7 +81,7 @@ class Gate:
         settings, headers = self.service.settings, Headers(scope=scope)
         if not settings.keys:
             # A web page may make its own host name resolve to 127.0.0.1 (DNS rebinding); the host header shows that name.
-            host = re.sub(r":\d*$", "", headers.get("host", "")).strip("[]")
+            host = re.sub(r":\d*$", "", headers.get("host", "")).strip("[]").rstrip(".").lower()
             if settings.host in LOCAL and host not in LOCAL:
                 raise ApiError(403, f"This server answers to localhost only; for the name {host[:100]!r} it needs --api-key-file.")
         elif scope["path"] not in OPEN and scope["method"] != "OPTIONS":
@@ -114,7 +114,8 @@ async def read(service: Service, request: Request, model: type[requests.Body]) -
                 parts.append(part)
     except TimeoutError:
         raise ApiError(408, f"The body did not arrive within {service.settings.body_s:g} s.") from None
-    body = await asyncio.to_thread(requests.parse, b"".join(parts), model)
+    request.state.size = size
+    body = await service.work(size, requests.parse, b"".join(parts), model)
     if body.get("model"):  # an empty name means none, as in vLLM: some clients send it
         service.check_model(body["model"])
     return body
@@ -122,12 +123,12 @@ async def read(service: Service, request: Request, model: type[requests.Body]) -
 
 async def chat(service: Service, request: Request) -> Response:
     body = await read(service, request, requests.Chat)
-    return await respond(service, request, await asyncio.to_thread(ChatCompletion, service, body))
+    return await respond(service, request, await service.work(request.state.size, ChatCompletion, service, body))
 
 
 async def completions(service: Service, request: Request) -> Response:
     body = await read(service, request, requests.Completion)
-    return await respond(service, request, await asyncio.to_thread(TextCompletion, service, body))
+    return await respond(service, request, await service.work(request.state.size, TextCompletion, service, body))
 
 
 async def models(service: Service, request: Request) -> Response:
@@ -156,15 +157,23 @@ def _model(service: Service) -> dict:
 async def tokenize(service: Service, request: Request) -> Response:
     body = await read(service, request, requests.Tokenize)
     tokenizer = service.engine.tokenizer
-    ids = await asyncio.to_thread(tokenizer.encode, body["prompt"])
-    ids = [tokenizer.eot_id, *ids] if body.get("add_special_tokens", True) else ids
-    return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": service.engine.context})
+
+    def answer() -> Response:
+        ids = tokenizer.encode(body["prompt"])
+        ids = [tokenizer.eot_id, *ids] if body.get("add_special_tokens", True) else ids
+        return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": service.engine.context})
+
+    return await service.work(request.state.size, answer)
 
 
 async def detokenize(service: Service, request: Request) -> Response:
     body = await read(service, request, requests.Detokenize)
-    service.check_tokens("tokens", body["tokens"], service.vocab_size)
-    return JSONResponse({"prompt": await asyncio.to_thread(service.engine.tokenizer.decode, body["tokens"])})
+
+    def answer() -> Response:
+        service.check_tokens("tokens", body["tokens"], service.vocab_size)
+        return JSONResponse({"prompt": service.engine.tokenizer.decode(body["tokens"])})
+
+    return await service.work(request.state.size, answer)
 
 
 async def health(service: Service, request: Request) -> Response:
@@ -179,6 +188,7 @@ async def metrics(service: Service, request: Request) -> Response:
     lines.append("# TYPE sparing_http_requests_total counter")
     for (path, status), count in sorted(service.counts.items()):
         lines.append(f'sparing_http_requests_total{{path="{path}",status="{status}"}} {count}')
+    lines += ["# TYPE sparing_audit_lost_total counter", f"sparing_audit_lost_total {service.audit.lost}"]
     lines += ["# TYPE sparing_energy_joules_total counter", f"sparing_energy_joules_total {service.energy.total():.6g}"]
     lines += ["# TYPE sparing_resident_bytes gauge", f"sparing_resident_bytes {resident_memory()}"]
     return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
@@ -233,6 +243,13 @@ async def _api_error(request: Request, error: Exception) -> Response:
     return error.response()
 
 
+async def _failure(request: Request, error: Exception) -> Response:
+    """Starlette raises the error again afterwards: `Gate` logs it."""
+    if isinstance(error, ClientDisconnect):
+        return Response(status_code=499)  # nobody reads it
+    return failed().response()
+
+
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     what = f"{request.method} {request.url.path[:200]}"
@@ -254,6 +271,7 @@ def application(service: Service) -> Gate:
                 expose_headers=["x-request-id", "retry-after"],
             )
         )  # fmt: skip
-    app = Starlette(routes=routes, middleware=middleware, exception_handlers={ApiError: _api_error, HTTPException: _http_error})
+    handlers = {ApiError: _api_error, HTTPException: _http_error, Exception: _failure}
+    app = Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)
     app.router.redirect_slashes = False
     return Gate(app, service)

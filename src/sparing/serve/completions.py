@@ -39,7 +39,7 @@ class ChatCompletion(Completion):
         if limit == 0:
             raise bad("'max_tokens' must be at least 1.", "max_tokens")
         top = body.get("top_logprobs")
-        if top is not None and not body.get("logprobs"):
+        if top and not body.get("logprobs"):
             raise bad("'top_logprobs' needs 'logprobs': true.", "top_logprobs")
         prompt = service.chat_prompt(body)
         logprobs = (top or 0) if body.get("logprobs") else None
@@ -55,7 +55,7 @@ class ChatCompletion(Completion):
     def push(self, index: int, piece: Piece | None, finish: str | None) -> list[dict]:
         text, new_calls, calls = piece.text if piece else "", [], self._calls[index]
         if self._readers[index]:
-            text, new_calls = self._readers[index].push(text, last=piece is None)
+            text, new_calls = self._readers[index].push(text, last=piece is None, cut=finish == "length")
             if self.body.get("parallel_tool_calls") is False:
                 new_calls = new_calls[: max(0, 1 - len(calls))]
         logprobs = [self._logprob(row) for row in piece.logprobs] if piece and piece.logprobs is not None else []
@@ -75,7 +75,8 @@ class ChatCompletion(Completion):
         return chunks
 
     def _reason(self, index: int, finish: str | None) -> str | None:
-        return "tool_calls" if self._calls[index] and finish == "stop" else finish
+        called = self._calls[index] and not self._readers[index].unfinished
+        return "tool_calls" if called and finish == "stop" else finish
 
     def _chunk(self, index: int, delta: dict, logprobs: list | None = None, finish: str | None = None) -> dict:
         content = {"content": logprobs, "refusal": None} if logprobs else None
@@ -104,9 +105,11 @@ class TextCompletion(Completion):
 
     def __init__(self, service: Service, body: dict):
         """Tokenises, which takes time: not on the event loop. Raises ApiError."""
-        given = body["prompt"]
+        given = body.get("prompt", "")
         inputs = [given] if isinstance(given, str) or isinstance(given[0], int) else given
         n, logprobs, limit = body.get("n", 1), body.get("logprobs"), body.get("max_tokens", DEFAULT_TOKENS)
+        if body.get("best_of", n) != n:
+            raise bad(f"'best_of' must be {n}, as 'n' is: this server returns all answers that it writes.", "best_of")
         if len(inputs) * n > MAX_PROMPTS:
             raise bad(f"{len(inputs)} prompts with {n} choices each: at most {MAX_PROMPTS} answers in one request.", "n")
         echo, scored = bool(body.get("echo")), bool(body.get("echo")) and logprobs is not None
@@ -153,7 +156,8 @@ class TextCompletion(Completion):
         rows = self.requests[index].prompt_logprobs
         if not sampling.prompt_logprobs:
             return []
-        is_text = isinstance(self.body["prompt"], str) or isinstance(self.body["prompt"][index // self.body.get("n", 1)], str)
+        given = self.body.get("prompt", "")
+        is_text = isinstance(given, str) or isinstance(given[index // self.body.get("n", 1)], str)
         return rows if is_text else [TokenLogprob(prompt[0], None, ()), *rows]
 
     def _logprobs(self, index: int, new_rows: list[TokenLogprob]) -> dict | None:

@@ -56,6 +56,7 @@ def serve(
     for option, value in (limits | {"cache-mb": cache_mb, "expert-mb": expert_mb}).items():
         if value is not None and not 0 < value < float("inf"):
             raise UserError(f"--{option} {value}: must be more than 0")
+    host = host.lower()  # names of hosts are the same in capitals
     if host not in LOCAL and not (api_key_file or without_key):
         raise UserError(f"--host {host} lets others on the network in: give --api-key-file FILE, or say --without-key")
     keys = read_keys(Path(api_key_file)) if api_key_file else ()

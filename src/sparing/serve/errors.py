@@ -25,6 +25,11 @@ class ApiError(Exception):
         return JSONResponse(self.body(), self.status, headers)
 
 
+def failed() -> ApiError:
+    """A 500: our mistake, whose details are the log's."""
+    return ApiError(500, "The server failed; its log says how.", code="server_failed")
+
+
 def bad(message: str, param: str | None = None, code: str | None = None) -> ApiError:
     """A 400: the client's mistake."""
     return ApiError(400, message, param, code)

@@ -35,6 +35,7 @@ MUST = {
     "less_than_equal": "be at most {le}",
     "literal_error": "be one of {expected}",
     "union_tag_invalid": "be one of {expected_tags}",
+    "none_required": "be left out, empty or null: this server does not support it",
     "string_too_short": "not be empty",
     "string_pattern_mismatch": "match {pattern}",
     "too_short": "have at least {min_length} entries",
@@ -77,39 +78,52 @@ Biases = Annotated[dict[TokenName, Bias], Field(json_schema_extra={"additionalPr
 Name = Annotated[str, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")]
 ModelName = Annotated[str | None, Field(description="the name of the served model; left out, null or empty it means the same")]
 Ignored = Annotated[Any, Field(description="accepted and ignored")]
+Absent = Annotated[
+    None, BeforeValidator(lambda value: None if value in ("", []) else value), Field(description="not supported: empty or null only")
+]
 
 
-class JsonSchema(Object):
+class Closed(Object):
+    """A JSON object whose unknown fields are refused: ignored, they would change an answer."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class JsonSchema(Closed):
     name: str = ""
+    description: str | None = None
     schema_: dict[str, Any] = Field(alias="schema")
     strict: bool | None = None
 
 
-class PlainFormat(Object):
-    type: Literal["text", "json_object"]
+class PlainFormat(Closed):
+    type: Literal["text"]
 
 
-class SchemaFormat(Object):
+class JsonFormat(Closed):
+    type: Literal["json_object"]
+    schema_: dict[str, Any] | None = Field(None, alias="schema", description="a JSON schema for the object; an extension of open servers")
+
+
+class SchemaFormat(Closed):
     type: Literal["json_schema"]
     json_schema: JsonSchema
 
 
-class GrammarFormat(Object):
+class GrammarFormat(Closed):
     type: Literal["grammar"]
     grammar: str
 
 
-Format = Annotated[PlainFormat | SchemaFormat | GrammarFormat, Field(discriminator="type")]
+Format = Annotated[PlainFormat | JsonFormat | SchemaFormat | GrammarFormat, Field(discriminator="type")]
 
 
 class StreamOptions(Object):
     include_usage: bool | None = None
 
 
-class Body(Object):
-    """A whole request body: unknown fields are refused."""
-
-    model_config = ConfigDict(extra="forbid")
+class Body(Closed):
+    """A whole request body."""
 
     model: ModelName = None
 
@@ -118,7 +132,7 @@ class Sampled(Body):
     """Fields that chats and completions share."""
 
     temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
+    top_p: float | None = Field(None, ge=0, le=1)
     top_k: integer(-1, MAX_INT) | None = None
     min_p: float | None = Field(None, ge=0, le=1)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
@@ -140,6 +154,8 @@ class Sampled(Body):
     service_tier: Ignored = None
     safety_identifier: Ignored = None
     prompt_cache_key: Ignored = None
+    prompt_cache_options: Ignored = None
+    prompt_cache_retention: Ignored = None
 
 
 class Part(Object):
@@ -196,10 +212,19 @@ class Chat(Sampled):
     parallel_tool_calls: bool | None = None
     reasoning_effort: Ignored = None
     verbosity: Ignored = None
+    prediction: Annotated[Any, Field(description="accepted and ignored: it would change the speed only")] = None
+    modalities: Annotated[list[Literal["text"]], Field(fail_fast=True)] | None = None
+    functions: Absent = None
+    function_call: Literal["none", "auto"] | None = None
+    audio: Absent = None
+    moderation: Absent = None
+    web_search_options: Absent = None
 
 
 class Completion(Sampled):
-    prompt: str | Tokens | Prompts
+    prompt: Annotated[str | Tokens | Prompts | None, Field(description="null: a new document")]
+    best_of: integer(1, MAX_CHOICES) | None = None
+    suffix: Absent = None
     echo: bool | None = None
     logprobs: integer(0, 20) | None = None
 
@@ -256,9 +281,10 @@ def _api_error(errors: list[dict], body: Any) -> ApiError:
     if error["type"] in ("missing", "union_tag_not_found"):
         return bad(f"Missing required parameter: '{where}'.", where, "missing_required_parameter")
     if error["type"] == "extra_forbidden":
-        return bad(f"Unrecognized request argument supplied: {_short(path[-1])}", where[:80], "unknown_parameter")
+        return bad(f"Unrecognized request argument supplied: {_short(path[-1])[1:-1]}", where[:80], "unknown_parameter")
     context = error.get("ctx", {})
-    got = _short(context.get("actual_length", context.get("tag", error["input"])))
+    sent = error["input"].get("type") if error["type"] == "union_tag_invalid" else error["input"]
+    got = "" if sent == "" else _short(context.get("actual_length", sent))
     what = ("A key of " if error["loc"][-1:] == ("[key]",) else "") + (f"'{where}'" if where else "The body")
     must = " or ".join(dict.fromkeys(map(_must, same))).replace(" or be ", " or ")
     return bad(f"{what} must {must}{got and ', not '}{got}.", where or None)
@@ -284,5 +310,5 @@ def _must(error: dict) -> str:
 def _short(value: Any) -> str:
     if isinstance(value, dict | list):
         return "an object" if isinstance(value, dict) else "an array"
-    text = value.encode("unicode_escape").decode() if isinstance(value, str) else json.dumps(value)
+    text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."

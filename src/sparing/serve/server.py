@@ -46,7 +46,7 @@ def run_server(run: str, settings: Settings, audit: Audit, started: float | None
     except ImportError:
         raise UserError("serve needs its packages: pip install 'sparing[serve]'") from None
     folder = RunFolder.open(run)
-    with _listening(settings) as listener, metered("serve", folder, "serve", started) as meter:
+    with _listening(settings) as listeners, metered("serve", folder, "serve", started) as meter:
         template = ChatTemplate(template_text(folder))
         if template.plain:
             say(f"{run} has no chat template: it is served as a base model, chats are written as plain lines of User: and Assistant:")
@@ -55,7 +55,7 @@ def run_server(run: str, settings: Settings, audit: Audit, started: float | None
             say("finding out how few experts the given text needs, unless that is known already")
         with Engine(run, **engine_options) as engine:
             service = Service(engine, template, settings, energy, audit)
-            host, port = listener.getsockname()[:2]
+            host, port = listeners[0].getsockname()[:2]
             shown = f"[{host}]" if ":" in host else host
             if engine.approximate:
                 tier = engine.approximate.calibration
@@ -71,29 +71,44 @@ def run_server(run: str, settings: Settings, audit: Audit, started: float | None
             say(f"{service.name} ({where}{keyed}) at http://{shown}:{port}")
             if limit := engine_options.get("expert_bytes"):
                 say(speed_message(engine, limit))
-            asyncio.run(_run(service, listener))
+            asyncio.run(_run(service, listeners))
             meter.add(int(engine.metrics().get("completion_tokens_total", 0)))
 
 
 @contextlib.contextmanager
 def _listening(settings: Settings):
-    """The socket, opened before the model is loaded: a port in use is reported at once."""
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as listener:
-        if os.name == "posix":
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if hasattr(socket, "TCP_USER_TIMEOUT"):  # inherited by connections: drops those that a client never reads from
-            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(2000 * settings.send_s))
-        try:
-            listener.bind((settings.host, settings.port))
-        except OSError as error:
-            hint = f"; choose another --port, 0 for a free one ({settings.port} is taken)" if error.errno == errno.EADDRINUSE else ""
-            raise UserError(f"cannot listen at {settings.host} port {settings.port}: {error.strerror}{hint}") from None
-        listener.listen(512)
-        yield listener
+    """The sockets, opened before the model is loaded: a port in use is reported at once. A name may mean several addresses."""
+    where, port = f"{settings.host} port {settings.port}", settings.port
+    hosts = ("127.0.0.1", "::1") if settings.host == "localhost" else (settings.host,)  # whatever /etc/hosts says: RFC 6761, 6.3
+    try:
+        found = [row for host in hosts for row in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)]
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"cannot listen at {where}: {getattr(error, 'strerror', None) or error}") from None
+    addresses = list(dict.fromkeys((family, address) for family, _, _, _, address in found))
+    with contextlib.ExitStack() as stack:
+        listeners: list[socket.socket] = []
+        for family, address in sorted(addresses):  # IPv4 first
+            try:
+                listener = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
+                if os.name == "posix":
+                    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6 and len(addresses) > 1:
+                    listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                if hasattr(socket, "TCP_USER_TIMEOUT"):  # inherited by connections: drops those that a client never reads from
+                    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(2000 * settings.send_s))
+                listener.bind((address[0], port, *address[2:]))
+            except OSError as error:
+                if listeners and error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):  # a machine without IPv6
+                    continue
+                hint = f"; choose another --port, 0 for a free one ({port} is taken)" if error.errno == errno.EADDRINUSE else ""
+                raise UserError(f"cannot listen at {where}: {error.strerror}{hint}") from None
+            listener.listen(512)
+            port = listener.getsockname()[1]  # of 0 the first address's choice
+            listeners.append(listener)
+        yield listeners
 
 
-async def _run(service: Service, listener: socket.socket) -> None:
+async def _run(service: Service, listeners: list[socket.socket]) -> None:
     import uvicorn
 
     from sparing.serve.app import application
@@ -121,7 +136,7 @@ async def _run(service: Service, listener: socket.socket) -> None:
     before = {number: signal.signal(number, stop) for number in SIGNALS}
     wakeup = signal.set_wakeup_fd(-1)  # its listener would end the process before the answers
     try:
-        await server.serve(sockets=[listener])
+        await server.serve(sockets=listeners)
     finally:
         signal.set_wakeup_fd(wakeup)
         for number, handler in before.items():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 
 from sparing.base.config import UserError
 from sparing.data.chat import PLAIN_STOPS, ChatTemplate
@@ -15,10 +17,14 @@ from sparing.serve.energy import Energy
 from sparing.serve.errors import ApiError, bad
 from sparing.serve.grammar import Grammars, Matcher
 from sparing.serve.settings import Settings
-from sparing.serve.tools import call_schema, forced
+from sparing.serve.tools import forced
 
 DEFAULT_TOKENS = 16
 """`max_tokens` of a completion that doesn't say (OpenAI's); a chat's answer may fill the context."""
+LONG_BODY = 16 << 10
+"""Bytes of a body: longer ones (long texts, large schemas) take turns, so that they cannot keep short ones waiting."""
+MAX_WAITING = 64 << 20
+"""Bytes of all long bodies that wait for their turn."""
 PARAMETERS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "ignore_eos")
 
 
@@ -31,10 +37,23 @@ class Service:
         self.draining = False
         self.counts: Counter[tuple[str, int]] = Counter()
         """Answers by (path, status)."""
+        self._turns, self._long = ThreadPoolExecutor(1, "long-bodies"), 0  # bytes
         tokenizer = engine.tokenizer
         self.vocab_size = max(engine.config.vocab_size, tokenizer.vocab_size)
         self.grammars = Grammars(tokenizer, engine.config.vocab_size)
         self._longest = max(len(tokenizer.token_bytes(number)) for number in range(tokenizer.vocab_size))
+
+    async def work(self, size: int, function: Callable, *arguments):
+        """The result of a function that takes time, in another thread. size: bytes of the request's body. Raises ApiError 429."""
+        if size < LONG_BODY:
+            return await asyncio.to_thread(function, *arguments)
+        if self._long + size > MAX_WAITING:
+            raise ApiError(429, "The server is busy: many long requests are waiting already.", code="queue_full", retry_after=10)
+        self._long += size
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._turns, function, *arguments)
+        finally:
+            self._long -= size
 
     def check_model(self, model: str) -> None:
         """Raises ApiError 404 for another model's name."""
@@ -112,9 +131,9 @@ class Service:
     def _grammar(self, body: dict) -> Matcher | None:
         functions, form = forced(body), body.get("response_format", {"type": "text"})
         if functions is not None:
-            return self.grammars.json_schema(call_schema(functions))
+            return self.grammars.call(functions)
         if form["type"] == "json_object":
-            return self.grammars.json_schema({"type": "object"})
+            return self.grammars.json_schema({"type": "object"} | form.get("schema", {}))
         if form["type"] == "json_schema":
             return self.grammars.json_schema(form["json_schema"]["schema"])
         return self.grammars.lark(form["grammar"]) if form["type"] == "grammar" else None

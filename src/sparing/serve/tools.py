@@ -1,13 +1,16 @@
-"""Tool calls: the JSON schema that forces one, and the reader that finds them in an answer."""
+"""Tool calls: which functions must be called, and the reader that finds calls in an answer."""
 
 from __future__ import annotations
 
 import json
+import re
 import uuid
 
 from sparing.serve.errors import bad
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
+BEGUN = re.compile(r'\s*\{\s*"name"\s*:\s*"([^"\\]*)"\s*,\s*"arguments"\s*:\s*(.*)', re.DOTALL)
+"""A call whose end is missing: its name, and its arguments as far as they were written."""
 
 
 def forced(body: dict) -> list[dict] | None:
@@ -23,20 +26,6 @@ def forced(body: dict) -> list[dict] | None:
     return functions
 
 
-def call_schema(functions: list[dict]) -> dict:
-    """The JSON schema of {"name": ..., "arguments": {...}} for any of the functions."""
-    calls = [
-        {
-            "type": "object",
-            "properties": {"name": {"const": function["name"]}, "arguments": function.get("parameters") or {"type": "object"}},
-            "required": ["name", "arguments"],
-            "additionalProperties": False,
-        }
-        for function in functions
-    ]
-    return calls[0] if len(calls) == 1 else {"anyOf": calls}
-
-
 def read_call(text: str) -> dict | None:
     """A call in OpenAI's form; None if the text is not one (cut short, for example)."""
     try:
@@ -46,7 +35,15 @@ def read_call(text: str) -> dict | None:
         return None
     if not isinstance(name, str):
         return None
-    arguments = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    return _call(name, arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False))
+
+
+def _mark_begun(text: str, mark: str) -> int:
+    """Characters at the end of `text` that begin `mark`."""
+    return next((size for size in range(min(len(mark) - 1, len(text)), 0, -1) if text.endswith(mark[:size])), 0)
+
+
+def _call(name: str, arguments: str) -> dict:
     return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
@@ -55,11 +52,14 @@ class CallReader:
 
     def __init__(self, all_of_it: bool = False):
         """all_of_it: the whole answer is one call, without the tags."""
+        self.unfinished = False
+        """Whether the last call lacks its end."""
         self._held = ""
         self._inside = self._all = all_of_it
 
-    def push(self, text: str, last: bool = False) -> tuple[str, list[dict]]:
-        """-> (text to show, complete calls). last: no text follows, so what was held back is shown or read now."""
+    def push(self, text: str, last: bool = False, cut: bool = False) -> tuple[str, list[dict]]:
+        """-> (text to show, calls). last: no text follows, so what was held back is shown or read now. cut: more was to come, so a call
+        without its end is given as far as it was written, and is no text."""
         self._held += text
         shown, calls = "", []
         while not self._all:
@@ -77,11 +77,16 @@ class CallReader:
             self._inside = not self._inside
         if last:
             rest, self._held = self._held, ""
+            if self._inside and cut:
+                rest = rest[: len(rest) - _mark_begun(rest, CLOSE)]
             call = read_call(rest) if self._inside else None
-            calls += [call] if call else []
-            shown += "" if call else (OPEN + rest if self._inside and not self._all else rest)
+            if self._inside and not call and (self._all or (cut and rest.strip()[:1] in ("", "{"))):
+                self.unfinished, begun = True, BEGUN.match(rest)
+                calls += [_call(begun[1], begun[2])] if begun else []
+            else:
+                calls += [call] if call else []
+                shown += "" if call else OPEN + rest if self._inside else rest
         elif not self._inside:
-            keep = next((size for size in range(min(len(OPEN) - 1, len(self._held)), 0, -1) if self._held.endswith(OPEN[:size])), 0)
-            cut = len(self._held) - keep
-            shown, self._held = shown + self._held[:cut], self._held[cut:]
+            size = len(self._held) - _mark_begun(self._held, OPEN)
+            shown, self._held = shown + self._held[:size], self._held[size:]
         return shown, calls
