@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 
 from sparing.base.config import ModelConfig, UserError
-from sparing.base.files import disk_errors, name_beside, output_folder, sync_folder
+from sparing.base.files import disk_errors, name_beside, output_folder, read_text, sync_folder
 from sparing.base.layers import EMBED, HEAD, shapes
 from sparing.interop.families import FAMILIES
 from sparing.interop.fp8_blocks import BLOCK, dequantise, quantise, scale_shape
@@ -143,7 +143,7 @@ def _tokenizer_files(config: ModelConfig, path: Path | None, chat_template: str 
         settings |= {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
     if chat_template is not None:
         settings["chat_template"] = chat_template
-    return {"tokenizer.json": path.read_text(encoding="utf-8"), "tokenizer_config.json": _json(settings)}, eos, notes
+    return {"tokenizer.json": read_text(path), "tokenizer_config.json": _json(settings)}, eos, notes
 
 
 def _json(value: dict) -> str:
