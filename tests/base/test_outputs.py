@@ -94,7 +94,9 @@ def test_what_cannot_be_a_file_is_one_line_before_the_work(tmp_path, run, monkey
     assert sorted(os.listdir(tmp_path)) == before and (tmp_path / "file").read_text() == "keep"
 
 
-@pytest.mark.parametrize(("name", "says"), [("", "needs a name"), ("n" * 300, "too long"), ("file", "is a file"), ("file/under", "Not a dir")])
+@pytest.mark.parametrize(
+    ("name", "says"), [("", "needs a name"), ("n" * 300, "too long"), ("file", "is a file"), ("file/under", "Not a directory")]
+)
 def test_what_cannot_be_a_folder_is_one_line(tmp_path, monkeypatch, name, says):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("keep")
@@ -118,7 +120,7 @@ def test_names_as_long_as_file_systems_have_them(tmp_path):
 
 
 def test_a_folder_that_vanished_is_one_line(tmp_path):
-    with pytest.raises(CannotGoOn, match="the folder .*gone is gone"):
+    with pytest.raises(CannotGoOn, match=r"the folder .*gone is gone"):
         write_atomic(tmp_path / "gone" / "file", "text")
 
 
@@ -134,5 +136,5 @@ def test_a_log_is_private_when_new_and_otherwise_left_as_it_is(tmp_path):
     open_log(tmp_path / "made/new", "--audit-log").close()
     assert stat.S_IMODE(os.stat(tmp_path / "made/new").st_mode) == 0o600
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(UserError, match="--audit-log .*a pipe that nobody reads"):
+    with pytest.raises(UserError, match=r"--audit-log .*a pipe that nobody reads"):
         open_log(tmp_path / "pipe", "--audit-log")

@@ -35,13 +35,15 @@ class DamagedError(ValueError):
 @contextmanager
 def disk_errors(path: str | Path) -> Iterator[None]:
     """Turn "no space left", "quota exceeded" and "file too large" into one clear line (DiskFullError) about `path`, and a folder that has
-    vanished into another (CannotGoOn)."""
+    vanished, or the reader of a pipe, into another (CannotGoOn)."""
     try:
         yield
     except OSError as error:
         folder = Path(path).parent
         if isinstance(error, FileNotFoundError) and not folder.is_dir():
             raise CannotGoOn(f"{path} cannot be written: the folder {folder} is gone") from None
+        if error.errno == errno.EPIPE:
+            raise CannotGoOn(f"{path} cannot be written: who read it has left") from None
         if error.errno not in FULL:
             raise
         raise DiskFullError(f"no room left for {path} ({error.strerror}): free some space; what was saved before is intact") from None
@@ -54,7 +56,7 @@ def output_file(named: str | Path, option: str) -> Path:
     """Where to write the output file that a user named by `option`: the file itself, or the one that it links to. `write_atomic` replaces
     it whole; a device or a pipe is written to and stays what it is.
 
-    Raises UserError where no file can be written there. It is to be called before the work.
+    To be called before the work. Raises UserError where no file can be written.
     """
     with _naming(named, option):
         mode = _mode(named)
@@ -75,8 +77,10 @@ def output_file(named: str | Path, option: str) -> Path:
 
 
 def output_folder(named: str | Path, option: str) -> Path:
-    """Where to make the folder that a user named by `option`: it may be there already, and it may be a link. Raises UserError where none can
-    be made. It is to be called before the work."""
+    """Where to make the folder that a user named by `option`. It may be there already, and it may be a link. To be called before the work.
+
+    Raises UserError where no folder can be made.
+    """
     with _naming(named, option):
         path = Path(os.path.realpath(named))
         mode = _mode(path)
@@ -122,7 +126,7 @@ MARKS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BO
 def read_text(path: str | Path, option: str = "", limit: int = TEXT_BYTES) -> str:
     """A text file that a person wrote, without its byte order mark, lines ended by \\n.
 
-    Raises UserError, one line that begins with `option` and names the file: it is missing, a folder, longer than `limit`, not UTF-8.
+    Raises UserError, one line that begins with `option` and names the file: it is missing, a folder, larger than `limit` bytes, not UTF-8.
     """
     where = f"{option} {_short(path)}".strip()
     try:
@@ -131,7 +135,7 @@ def read_text(path: str | Path, option: str = "", limit: int = TEXT_BYTES) -> st
     except (OSError, ValueError) as error:
         raise UserError(f"{where}: {getattr(error, 'strerror', None) or error}") from None
     if len(raw) > limit:
-        raise UserError(f"{where}: is longer than {limit >> 20} MiB: not a text of this kind")
+        raise UserError(f"{where}: is larger than {limit >> 20} MiB, which no file of this kind is")
     return decoded(raw, where).replace("\r\n", "\n").replace("\r", "\n")
 
 

@@ -47,7 +47,7 @@ class RunFolder:
     @classmethod
     def create(cls, path: str | Path) -> RunFolder:
         """Make a run folder, or take over one that died before its config was written. UserError where other files are already."""
-        run, folder = cls(path), output_folder(path, "--out")
+        run, folder = cls(_utf8(path)), output_folder(path, "--out")
         if run.config_file.exists():
             raise UserError(f"{path} already holds a run: continue it with `sparing resume {path}`, or choose another --out")
         ours = {"weights", "state", "data", "tokenizer.json", "metrics.jsonl"}
@@ -64,9 +64,9 @@ class RunFolder:
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
         """Find an existing run folder. Raises UserError when `path` is none."""
-        run = cls(path)
+        run = cls(_utf8(path))
         if not run.path.is_dir():
-            raise UserError(f"{path}: no such run folder")
+            raise UserError(f"{path}: " + ("is a file, not a run folder" if run.path.exists() else "no such run folder"))
         if not run.config_file.exists():
             inside = sorted(entry.parent.name for entry in run.path.glob("*/config.toml"))
             hint = f"; did you mean {run.path / inside[0]}?" if inside else ""
@@ -76,6 +76,14 @@ class RunFolder:
     def lock(self) -> AbstractContextManager[None]:
         """Keep other writers out: a context manager. Raises UserError where the folder is being written, naming the other process."""
         return folder_lock(self.path)
+
+
+def _utf8(path: str | Path) -> str | Path:
+    """`path`, if configurations and ledgers can hold it. Raises UserError."""
+    whole = os.path.realpath(path)
+    if any("\ud800" <= char <= "\udfff" for char in whole):
+        raise UserError(f"{os.fsencode(whole).decode(errors='backslashreplace')} is not UTF-8 text: a run folder's path must be")
+    return path
 
 
 _DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
