@@ -63,16 +63,16 @@ def output_file(named: str | Path, option: str) -> Path:
         if stat.S_ISDIR(mode):
             raise UserError(f"{option} {named}: is a folder; name a file in it")
         if mode and not os.access(named, os.W_OK):
-            raise UserError(f"{option} {named}: cannot be written; choose another file")
+            raise UserError(f"{option} {named}: cannot be written; choose another {option}")
         if stat.S_ISCHR(mode) or stat.S_ISFIFO(mode):
             return Path(named)
         if mode and not stat.S_ISREG(mode):
-            raise UserError(f"{option} {named}: is neither a file nor a pipe; choose another file")
+            raise UserError(f"{option} {named}: is neither a file nor a pipe; choose another {option}")
         path = Path(os.path.realpath(named))
         if not path.parent.is_dir():
             raise UserError(f"{option} {named}: there is no folder {path.parent if Path(named).is_symlink() else Path(named).parent}")
         if not os.access(path.parent, os.W_OK | os.X_OK):
-            raise UserError(f"{option} {named}: its folder cannot be written; choose another file")
+            raise UserError(f"{option} {named}: its folder cannot be written; choose another {option}")
         return path
 
 

@@ -32,10 +32,12 @@ def make_safe() -> None:
         if getattr(sys, name) is None:
             if os.open(os.devnull, os.O_RDWR) == number:  # the lowest number that is free
                 os.set_inheritable(number, True)
-            setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))
+            stream = open(number, "w" if number else "r", encoding="utf-8", closefd=False)
+            setattr(sys, name, stream)
+            setattr(sys, f"__{name}__", stream)
     sys.stdout.reconfigure(errors="backslashreplace")
-    binary = open(sys.stderr.fileno(), "wb", closefd=False)
-    sys.stderr = _Messages(binary, encoding=sys.stderr.encoding, errors="backslashreplace", line_buffering=True)
+    # sys.__stderr__ keeps the first one, whose end would close the file that both write to.
+    sys.stderr = _Messages(sys.stderr.buffer, encoding=sys.stderr.encoding, errors="backslashreplace", line_buffering=True)
 
 
 def discard(stream: TextIO) -> None:
