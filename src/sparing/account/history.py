@@ -29,10 +29,10 @@ ADDS_UP = ("wall_s", "device_s", "tokens", "flops", "kwh", "co2e_g", "usd")
 
 @contextlib.contextmanager
 def _reading(path: Path) -> Iterator[sqlite3.Connection]:
-    """A ledger to read from; where its folder can't be written (WAL wants to), a copy. Raises UserError when it is damaged."""
+    """A ledger to read from; where it or its folder can't be written (WAL wants to), a copy. Raises UserError when it is damaged."""
     with contextlib.ExitStack() as stack:
         source = path
-        if not os.access(path.parent, os.W_OK):
+        if not (os.access(path.parent, os.W_OK) and os.access(path, os.W_OK)):
             source = Path(stack.enter_context(tempfile.TemporaryDirectory())) / path.name
             for end in ("", "-wal"):
                 if os.path.exists(f"{path}{end}"):
