@@ -122,10 +122,10 @@ def test_a_wrong_config_is_one_line(fault, exported, edit_config):
     assert "config.json" in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [b"{", b"[]", b"", b"\xff\xfe", b"null"])
+@pytest.mark.parametrize("content", [b"{", b"[]", b"", b"\xff\xfe", b"\xff", b"null"])
 def test_a_config_that_is_not_a_json_object(content, exported):
     (exported / "config.json").write_bytes(content)
-    with pytest.raises(UserError, match=r"config\.json: (not valid JSON|expected a JSON object)"):
+    with pytest.raises(UserError, match=r"config\.json: (not valid JSON|expected a JSON object|is UTF-16|line 1 is not UTF-8)"):
         import_hf(exported)
 
 

@@ -397,5 +397,5 @@ def test_energy_is_shared_and_adds_up():
 
 
 def test_an_audit_log_that_cannot_be_written_is_told(tmp_path):
-    with pytest.raises(UserError, match="choose another file, or none"):
+    with pytest.raises(UserError, match=r"--audit-log .*: Is a directory; choose another --audit-log, or --audit-log none"):
         Audit(tmp_path)

@@ -29,15 +29,14 @@ ADDS_UP = ("wall_s", "device_s", "tokens", "flops", "kwh", "co2e_g", "usd")
 
 @contextlib.contextmanager
 def _reading(path: Path) -> Iterator[sqlite3.Connection]:
-    """A ledger to read from; where its folder can't be written (WAL wants to), a copy. Raises UserError when it is damaged."""
-    with tempfile.TemporaryDirectory() as folder:
-        if not os.access(path.parent, os.W_OK):
+    """A ledger to read from; where it or its folder can't be written (WAL wants to), a copy. Raises UserError when it is damaged."""
+    with contextlib.ExitStack() as stack:
+        source = path
+        if not (os.access(path.parent, os.W_OK) and os.access(path, os.W_OK)):
+            source = Path(stack.enter_context(tempfile.TemporaryDirectory())) / path.name
             for end in ("", "-wal"):
                 if os.path.exists(f"{path}{end}"):
-                    shutil.copyfile(f"{path}{end}", f"{folder}/{path.name}{end}")
-            source = Path(folder) / path.name
-        else:
-            source = path
+                    shutil.copyfile(f"{path}{end}", f"{source}{end}")
         db = sqlite3.connect(source, timeout=WAIT_S)
         db.row_factory = sqlite3.Row
         try:

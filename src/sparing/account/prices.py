@@ -20,6 +20,7 @@ from typing import Any, Literal, get_args
 
 from sparing.base.config import UserError
 from sparing.base.config_file import nearest
+from sparing.base.files import read_text
 from sparing.base.hardware import Machine, home
 
 Rent = Literal["own", "on_demand", "spot"]
@@ -121,8 +122,8 @@ def _tables(file: Path | None, _stamp: int) -> dict:
 
 def _overlay(rows: dict, file: Path) -> None:
     try:
-        users = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        users = tomllib.loads(read_text(file))
+    except tomllib.TOMLDecodeError as error:
         raise UserError(f"{file}: {error}") from None
     day = datetime.date.fromtimestamp(file.stat().st_mtime)
     rows["home"] = users.pop("home", {})

@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_ty
 import sparing.base.config as vocabulary  # not `from sparing`: that would ask the package's lazy re-exports
 from sparing.base.config import Config, UserError
 from sparing.base.config_limits import contradiction, in_range
+from sparing.base.files import read_text
 
 
 def nearest(word: str, choices) -> str:
@@ -187,11 +188,9 @@ def _merge(into: dict, part: dict) -> None:
 
 def _load(path: str | Path) -> dict:
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        return tomllib.loads(read_text(path))
+    except tomllib.TOMLDecodeError as error:
         raise UserError(f"{path}: not valid TOML: {error}") from None
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
 
 
 def presets() -> dict[str, Path]:

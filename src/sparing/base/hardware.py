@@ -20,6 +20,7 @@ from pathlib import Path
 
 import psutil
 
+from sparing.base.config import UserError
 from sparing.base.files import write_atomic
 
 
@@ -179,8 +180,14 @@ def cpu_flags() -> frozenset[str]:
 
 
 def home() -> Path:
-    """$SPARING_HOME, by default ~/.local/share/sparing: calibrations, fitted laws, the workspace ledger."""
-    return Path(os.environ.get("SPARING_HOME") or Path.home() / ".local" / "share" / "sparing").expanduser()
+    """$SPARING_HOME, by default ~/.local/share/sparing: calibrations, fitted laws, the workspace ledger.
+
+    Raises UserError for a user without a home folder.
+    """
+    path = os.path.expanduser(os.environ.get("SPARING_HOME") or "~/.local/share/sparing")
+    if path.startswith("~"):
+        raise UserError(f"there is no home folder {path.split('/')[0]} (no HOME, no entry in passwd): set SPARING_HOME to a folder")
+    return Path(path)
 
 
 INSTRUCTION_LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "SPARING_PROCESSOR")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparing.base.config import UserError
-from sparing.base.files import DamagedError, atomic_file, disk_errors, file_sha256, replace_folder, write_atomic
+from sparing.base.files import DamagedError, atomic_file, disk_errors, file_sha256, name_beside, output_folder, replace_folder, write_atomic
 from sparing.base.lock import folder_lock
 
 if TYPE_CHECKING:  # torch takes a second to import, and half of what opens a run folder never touches a tensor
@@ -47,18 +47,16 @@ class RunFolder:
     @classmethod
     def create(cls, path: str | Path) -> RunFolder:
         """Make a run folder, or take over one that died before its config was written. UserError where other files are already."""
-        run = cls(path)
+        run, folder = cls(_utf8(path)), output_folder(path, "--out")
         if run.config_file.exists():
             raise UserError(f"{path} already holds a run: continue it with `sparing resume {path}`, or choose another --out")
-        if run.path.exists() and not run.path.is_dir():
-            raise UserError(f"{path} is a file, not a folder: choose another --out")
         ours = {"weights", "state", "data", "tokenizer.json", "metrics.jsonl"}
         strangers = {entry.name for entry in run.path.glob("[!.]*") if not entry.name.startswith("ledger.")} - ours
         if strangers:
             raise UserError(f"{path} is not empty (it has {min(strangers)}): choose a new folder for --out")
         try:
-            for folder in (run.path, run.weights, run.state):
-                folder.mkdir(parents=True, exist_ok=True)
+            for part in (folder, run.weights, run.state):
+                part.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot make the run folder {path}: {error.strerror}") from None
         return run
@@ -66,9 +64,9 @@ class RunFolder:
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
         """Find an existing run folder. Raises UserError when `path` is none."""
-        run = cls(path)
+        run = cls(_utf8(path))
         if not run.path.is_dir():
-            raise UserError(f"{path}: no such run folder")
+            raise UserError(f"{path}: " + ("is a file, not a run folder" if run.path.exists() else "no such run folder"))
         if not run.config_file.exists():
             inside = sorted(entry.parent.name for entry in run.path.glob("*/config.toml"))
             hint = f"; did you mean {run.path / inside[0]}?" if inside else ""
@@ -78,6 +76,14 @@ class RunFolder:
     def lock(self) -> AbstractContextManager[None]:
         """Keep other writers out: a context manager. Raises UserError where the folder is being written, naming the other process."""
         return folder_lock(self.path)
+
+
+def _utf8(path: str | Path) -> str | Path:
+    """`path`, if configurations and ledgers can hold it. Raises UserError."""
+    whole = os.path.realpath(path)
+    if any("\ud800" <= char <= "\udfff" for char in whole):
+        raise UserError(f"{os.fsencode(whole).decode(errors='backslashreplace')} is not UTF-8 text: a run folder's path must be")
+    return path
 
 
 _DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
@@ -134,7 +140,7 @@ def write_folder(path: Path, files: Mapping[str, Mapping[str, torch.Tensor] | st
 
     Killed at any instant, `path` is whole or as it was (between the two renames of a replacement: absent).
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside = name_beside(path)
     shutil.rmtree(beside, ignore_errors=True)
     with disk_errors(path):
         try:

@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 
-from sparing.base.files import write_atomic
+from sparing.base.files import output_folder, write_atomic
 from sparing.base.hardware import machine as this_machine
 
 ROW_KEYS = ("name", "ours", "peer", "peer_name", "ratio", "unit", "runs", "machine")
@@ -45,8 +45,9 @@ def machine() -> str:
 @contextmanager
 def results_folder(out: str | None) -> Iterator[Path]:
     """The folder `out`, made where it is not there; without one, a temporary folder."""
-    with nullcontext(out) if out else tempfile.TemporaryDirectory(prefix="sparing-bench-") as path:
-        folder = Path(path).absolute()
+    temporary = tempfile.TemporaryDirectory(prefix="sparing-bench-")
+    with temporary if out is None else nullcontext(output_folder(str(out), "--out")) as path:
+        folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
         yield folder
 

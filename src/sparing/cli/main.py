@@ -13,8 +13,8 @@ _IMPORTED = time.monotonic()  # before all else: a budget counts from the start 
 # ruff: noqa: E402
 import contextlib
 import errno
-import json
 import os
+import re
 import shlex
 import signal
 import sys
@@ -25,10 +25,15 @@ from sparing.base.config import CannotGoOn, UserError
 from sparing.base.config_file import nearest
 from sparing.base.preempt import Preempt
 from sparing.cli.arguments import Call, parse, print_help
-from sparing.cli.output import show, to_json
+from sparing.cli.output import print_json, show
+from sparing.cli.streams import discard, make_safe
 from sparing.cli.verbs import VERBS
 
 INTERRUPTED = 130
+PATH_ERRORS = (
+    errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP,
+)  # fmt: skip
+"""Errors of the system that say enough about a path in one line."""
 
 HELP = f"""Sparing {__version__}: say what you can spend, get the best language model that it buys.
 
@@ -66,6 +71,8 @@ def process_start() -> float:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv` (default: this process's) and return the exit status."""
     started = process_start() if argv is None else time.monotonic()
+    if argv is None:
+        make_safe()
     status = _run(sys.argv[1:] if argv is None else argv, started)
     if status == INTERRUPTED and argv is None:
         sys.stderr.flush()
@@ -86,6 +93,9 @@ def _run(argv: list[str], started: float) -> int:
             hint = f"unknown verb {argv[0]!r}; nearest: {nearest(argv[0], VERBS)}; all" if argv else "no verb given; choose"
             raise UserError(f"{hint}: {', '.join(VERBS)}")
         verb = argv[0]
+        for word in argv:
+            if any("\ud800" <= char <= "\udfff" for char in word):
+                raise UserError(f"{verb}: {os.fsencode(word).decode(errors='backslashreplace')} is not UTF-8 text; rename what it names")
         if {"--help", "-h"} & set(argv[1:]):
             print_help(verb, VERBS[verb])
             return 0
@@ -95,7 +105,7 @@ def _run(argv: list[str], started: float) -> int:
         with Preempt(lambda: _way_on(verb, arguments, argv)) as signals, signals.interruptible(), quiet:
             result = arguments(Call(verb, started, overrides))
         if arguments.json:
-            print(json.dumps(to_json(result), ensure_ascii=False))
+            print_json(result)
         elif result is not None:
             show(result)
         sys.stdout.flush()
@@ -109,12 +119,14 @@ def _run(argv: list[str], started: float) -> int:
             signal.signal(number, signal.SIG_IGN)  # we are leaving: a second one must not change the exit status
         return _complain(f"interrupted; go on with: {_way_on(verb, arguments, argv)}", INTERRUPTED)
     except BrokenPipeError:  # the reader, `head` say, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard(sys.stdout)
         return 0
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        if error.errno not in PATH_ERRORS:
             raise
-        return _complain(f"{error.filename or 'output'}: {error.strerror}", 2)
+        if error.filename is None:
+            discard(sys.stdout)
+        return _complain(f"{error.filename or 'standard output'}: {error.strerror}", 2)
 
 
 def _way_on(verb: str | None, arguments: Any, argv: list[str]) -> str:
@@ -125,5 +137,6 @@ def _way_on(verb: str | None, arguments: Any, argv: list[str]) -> str:
 
 
 def _complain(message: str, status: int) -> int:
-    print(f"sparing: {' '.join(message.split())}", file=sys.stderr)
+    line = re.sub(r"\s*[\r\n]+\s*", " ", message.strip())
+    print(f"sparing: {line}", file=sys.stderr)
     return status

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import sys
 from typing import Any
 
 
@@ -15,6 +17,16 @@ def to_json(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if isinstance(value, str | int | None) else to_json(value.item()) if hasattr(value, "item") else str(value)
+
+
+def print_json(value: Any) -> None:
+    """One line; characters that standard output's encoding lacks are escaped as JSON escapes them."""
+    text = json.dumps(to_json(value), ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(to_json(value))
+    print(text)
 
 
 def show(result: dict) -> None:

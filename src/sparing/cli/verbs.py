@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from sparing.base.config import UserError
 from sparing.base.config_file import Wishes, nested, read_recipe
+from sparing.base.files import decoded
 from sparing.budget.units import parse_budget, parse_extension
 from sparing.cli.output import show_plan
 
@@ -160,9 +161,7 @@ class Generate:
     def __call__(self, call: Call) -> dict | None:
         call.need(RUN=self.run, prompt=self.prompt is not None)
         if self.prompt == "-":
-            self.prompt = sys.stdin.buffer.read().decode(errors="surrogateescape")
-        if any("\ud800" <= char <= "\udfff" for char in self.prompt):
-            raise UserError("the prompt is not UTF-8 text")
+            self.prompt = decoded(sys.stdin.buffer.read(), "the prompt")
         call.choice("--quantize", self.quantize, ("auto", "none", "int8", "int4"))
         options = (self.max_tokens, self.temperature, self.top_p, self.top_k, self.seed)
         weights = "float32" if self.quantize == "none" else self.quantize

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 import jinja2
 
 from sparing.base.config import UserError
+from sparing.base.files import read_text
 from sparing.base.run import RunFolder
 from sparing.data.tokenizer import Tokenizer
 from sparing.data.traced import Traced, TracedEnvironment, own
@@ -40,21 +40,17 @@ def template_text(run: RunFolder) -> str | None:
     alone, settings = run.path / "chat_template.jinja", run.path / "tokenizer_config.json"
     try:
         if alone.exists():
-            return _small(alone)
+            return read_text(alone, limit=MAX_BYTES)
         if settings.exists():
-            template = json.loads(_small(settings)).get("chat_template")
+            template = json.loads(read_text(settings, limit=MAX_BYTES)).get("chat_template")
             if isinstance(template, list):  # several under names
                 template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
             return template if isinstance(template, str) else None
+    except UserError:
+        raise
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{run}: its chat template cannot be read: {error}") from None
     return None
-
-
-def _small(path: Path) -> str:
-    if path.stat().st_size > MAX_BYTES:
-        raise UserError(f"{path} is larger than {MAX_BYTES >> 20} MiB: not a chat template")
-    return path.read_text(encoding="utf-8")
 
 
 class Arguments(dict):

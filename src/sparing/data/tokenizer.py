@@ -14,7 +14,7 @@ import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from sparing.base.config import UserError
-from sparing.base.files import write_atomic
+from sparing.base.files import read_text, write_atomic
 from sparing.data.progress import check, result_of
 
 END_OF_TEXT = "<|endoftext|>"
@@ -140,14 +140,11 @@ class Tokenizer:
         """From a tokenizer.json or the folder that holds one. Raises UserError."""
         path = Path(path)
         path = path / "tokenizer.json" if path.is_dir() else path
+        if not path.exists():
+            raise UserError(f"no tokenizer: {path} does not exist")
+        text = read_text(path, limit=MAX_FILE_BYTES)
         try:
-            if path.stat().st_size > MAX_FILE_BYTES:
-                raise UserError(f"{path} is larger than {MAX_FILE_BYTES >> 20} MiB: not a tokenizer.json")
-            return cls(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UserError(f"no tokenizer: {path} does not exist") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read the tokenizer {path}: {error}") from None
+            return cls(text)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
 

@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 
 from sparing.base.config import UserError
+from sparing.base.files import read_text
 
 _INSTRUCTION = re.compile(r"question: (.*?)\s+((?:Answer|Solution)1:.*?)\s+Answer format:", re.S)
 _NUMBER = re.compile(r"\s*(?:Answer|Solution)\d+:\s*")
@@ -38,11 +39,11 @@ FORMS: dict[str, dict] = {
 
 def read(path: str | Path) -> tuple[str, list[dict]]:
     """-> (a key of FORMS, the rows' fields). Raises UserError for a file that cannot be read, naming the first row in no known shape."""
+    text = read_text(path)
     try:
-        text = Path(path).read_text(encoding="utf-8")
         rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.split("\n") if line.strip()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: {getattr(error, 'strerror', None) or f'not JSON ({error})'}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from None
     fields = [_fields(row, f"{path}, row {number}") for number, row in enumerate(rows, 1)]
     if len({form for form, _ in fields}) != 1:
         raise UserError(f"{path}: " + ("has rows of different shapes" if fields else "has no rows"))

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sparing.base.config import ModelConfig, UserError
-from sparing.base.files import atomic_path
+from sparing.base.files import atomic_path, output_file
 from sparing.base.layers import EMBED, HEAD, Attention, layers, mixtures, shapes
 from sparing.data.tokenizer import PATTERN, Tokenizer
 from sparing.interop.hf_config import read_json
@@ -74,13 +74,11 @@ def export_gguf(
     stay float32. Raises UserError: `out` exists, llama.cpp computes no such model, rows no multiple of 32 (q8_0, q4_0), the `gguf` package
     is missing, weights are not this model's, disk full.
     """
-    out = Path(out)
+    named, out = out, output_file(out, "--out")
     if type not in TYPES:
         raise UserError(f"--type {type}: choose one of {', '.join(TYPES)}")
     if out.exists():
-        raise UserError(f"{out} already exists: choose a new file for --out")
-    if not out.parent.is_dir():
-        raise UserError(f"{out.parent}: no such folder for --out")
+        raise UserError(f"{named} already exists: choose a new file for --out")
     try:
         from gguf import GGMLQuantizationType, GGUFWriter
     except ImportError:

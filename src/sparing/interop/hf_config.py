@@ -13,6 +13,7 @@ from pathlib import Path
 
 from sparing.base.config import ModelConfig, UserError, YarnConfig
 from sparing.base.config_limits import contradiction
+from sparing.base.files import read_text
 from sparing.base.layers import layers
 from sparing.interop.families import FAMILIES, Family, family_of
 from sparing.model.rope import yarn_mscale
@@ -23,13 +24,12 @@ LATENT_NORM_EPS = 1e-6
 
 def read_json(path: Path) -> dict:
     """A JSON object from a file. Raises UserError if it is missing, not JSON or not an object."""
+    if not path.exists():
+        raise UserError(f"{path.parent}: there is no {path.name}, so this is not a Hugging Face model folder")
+    text = read_text(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path.parent}: there is no {path.name}, so this is not a Hugging Face model folder") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are both ValueErrors
+        value = json.loads(text)
+    except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")

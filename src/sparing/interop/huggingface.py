@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 
 from sparing.base.config import ModelConfig, UserError
-from sparing.base.files import disk_errors, sync_folder
+from sparing.base.files import disk_errors, name_beside, output_folder, read_text, sync_folder
 from sparing.base.layers import EMBED, HEAD, shapes
 from sparing.interop.families import FAMILIES
 from sparing.interop.fp8_blocks import BLOCK, dequantise, quantise, scale_shape
@@ -48,11 +48,11 @@ def export_hf(
     blocks of e4m3 with `weight_scale_inv`, the rest bfloat16, as DeepSeek-V3 is published. Selection biases stay float32 always.
     Raises UserError: `out` exists and is not empty, no transformers type computes this model, tensors are not this model's, disk full.
     """
-    out = Path(out)
+    named, out = out, output_folder(out, "--out")
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} already exists{' and is not empty' if out.is_dir() else ''}: choose a new folder for --out")
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{named} already exists and is not empty: choose a new folder for --out")
     text_files, eos, notes = _tokenizer_files(config, Path(tokenizer) if tokenizer else None, chat_template)
     raw, config_notes = to_hf(config, dtype, eos)
     exported = replace(config, mtp_depth=raw.get("num_nextn_predict_layers", 0))
@@ -62,7 +62,7 @@ def export_hf(
     text_files["config.json"] = _json(raw)
     text_files["generation_config.json"] = _json({"_from_model_config": True, "bos_token_id": eos, "eos_token_id": eos})
 
-    beside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    beside = name_beside(out)
     shutil.rmtree(beside, ignore_errors=True)
     try:
         with disk_errors(out):
@@ -143,7 +143,7 @@ def _tokenizer_files(config: ModelConfig, path: Path | None, chat_template: str 
         settings |= {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
     if chat_template is not None:
         settings["chat_template"] = chat_template
-    return {"tokenizer.json": path.read_text(encoding="utf-8"), "tokenizer_config.json": _json(settings)}, eos, notes
+    return {"tokenizer.json": read_text(path), "tokenizer_config.json": _json(settings)}, eos, notes
 
 
 def _json(value: dict) -> str:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from sparing.base.hardware import cpu_flags, cpu_name, home
+from sparing.base.messages import say
 from sparing.kernels.sizes import CACHE_BLOCK, MOMENT_BLOCK, NEWTON_SCHULZ
 
 Path = Literal["tiles", "vectors", "compiled", "plain"]
@@ -74,7 +75,7 @@ def build(stem: str, sources: tuple[str, ...], flags: tuple[str, ...]) -> FilePa
             with suppress(OSError):  # another user's
                 target.touch()
             return target
-        target.parent.mkdir(parents=True, exist_ok=True)
+        target = _writable(target.parent) / target.name
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             made = FilePath(scratch) / target.name
             subprocess.run([compiler, *flags, "-o", made, here / sources[0], "-lm"], check=True, capture_output=True, timeout=120)
@@ -86,6 +87,22 @@ def build(stem: str, sources: tuple[str, ...], flags: tuple[str, ...]) -> FilePa
     except (OSError, subprocess.SubprocessError):
         return None
     return target
+
+
+@cache
+def _writable(folder: FilePath) -> FilePath:
+    """`folder`, made where it is not there; where it cannot be written, a folder that goes when this process ends."""
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    if os.access(folder, os.W_OK):
+        return folder
+    say(f"{folder} cannot be written: our C is compiled at every start, in seconds; set SPARING_HOME to a folder that can be written")
+    return FilePath(_temporary().name)
+
+
+@cache
+def _temporary() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="sparing-native-")
 
 
 @cache

@@ -9,13 +9,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from sparing.base.config import UserError
+from sparing.base.files import open_log
 
 
 class Audit:
     """Appends to `path` (None: keeps no log). Each line is one write, so several servers may share the file."""
 
-    def __init__(self, path: Path | None, with_text: bool = False):
-        """Raises UserError if the file cannot be written."""
+    def __init__(self, path: Path | None, with_text: bool = False, option: str = "--audit-log"):
+        """option: what the user named it by. Raises UserError if the file cannot be written."""
         self.path, self.with_text = path, with_text
         self.lost = 0
         """Lines that could not be written."""
@@ -23,11 +24,9 @@ class Audit:
         self._failing = self._torn = False  # torn: the file ends in the middle of a line
         if path is not None:
             try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = open(path, "ab", buffering=0)
-                path.chmod(0o600)
-            except OSError as error:
-                raise UserError(f"--audit-log {path}: {error.strerror}; choose another file, or none") from None
+                self._file = open_log(path, option)
+            except UserError as error:
+                raise UserError(f"{error}, or --audit-log none") from None
 
     def write(self, entry: dict, text: dict) -> None:
         """entry: fields that are always written; text: fields that are written only if `with_text`.

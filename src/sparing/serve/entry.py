@@ -71,8 +71,11 @@ def serve(
     options["speculate"] = {"on": True, "off": False}.get(speculate)
     if approximate or approximate_data:
         options["approximate"] = _approximate(approximate_data, approximate_limit / 100, approximate_floor)
-    file = home() / "audit.jsonl" if audit_log is None else None if audit_log == "none" else Path(audit_log)
-    run_server(run, settings, Audit(file, audit_text), started, **options)
+    if audit_log is None:
+        audit = Audit(home() / "audit.jsonl", audit_text, "SPARING_HOME")
+    else:
+        audit = Audit(None if audit_log == "none" else Path(audit_log), audit_text)
+    run_server(run, settings, audit, started, **options)
 
 
 def _approximate(paths: Sequence[str], limit: float, floor: int):

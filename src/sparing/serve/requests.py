@@ -241,7 +241,7 @@ class Detokenize(Body):
 def parse(body: bytes, model: type[BaseModel]) -> dict:
     """The JSON of a body, checked as by `check`. Raises ApiError 400."""
     try:
-        value = json.loads(body.decode(), parse_constant=_no_constant)
+        value = json.loads(body.decode("utf-8-sig"), parse_constant=_no_constant)
         if b"\\u" in body:  # may hide a lone surrogate, which neither answer nor log could encode
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparing.base.config import UserError
+from sparing.base.files import read_text
 
 LOCAL = ("127.0.0.1", "::1", "localhost")
 
@@ -44,10 +45,7 @@ class Settings:
 
 def read_keys(path: Path) -> tuple[str, ...]:
     """The keys in a file, one a line; empty lines and lines that begin with # are ignored. Raises UserError."""
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--api-key-file {path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'})") from None
+    lines = [line.strip() for line in read_text(path, "--api-key-file").splitlines()]
     keys = tuple(line for line in lines if line and not line.startswith("#"))
     if not keys:
         raise UserError(f"--api-key-file {path}: has no key; write one a line, for example from: openssl rand -hex 24")

@@ -11,7 +11,7 @@ from sparing.account.report import parts
 from sparing.account.report.charts import Chart, charts
 from sparing.account.report.story import Story, story
 from sparing.base.config import UserError
-from sparing.base.files import write_atomic
+from sparing.base.files import output_file, write_atomic
 from sparing.base.run import RunFolder
 
 STYLE = """
@@ -77,19 +77,15 @@ for (const plot of document.querySelectorAll(".plot")) {
 """
 
 
-def write_page(runs: list[RunFolder], path: Path) -> dict:
+def write_page(runs: list[RunFolder], path: str | Path) -> dict:
     """Write the page about one or several runs. -> {"report": path, "bytes": size}.
 
-    Raises UserError where a run has no steps yet, its ledger is damaged, the folder cannot be written, or plotly is not installed.
+    Raises UserError where a run has no steps yet, its ledger is damaged, the file cannot be written, or plotly is not installed.
     """
-    if not path.resolve().parent.is_dir():
-        raise UserError(f"--out {path}: there is no folder {path.parent}")
+    file = output_file(path, "--out")
     stories = [story(run) for run in runs]
     _tell_apart(stories)
-    try:
-        size = write_atomic(path, page(stories))["bytes"]
-    except PermissionError:
-        raise UserError(f"{path} cannot be written: choose another file with --out") from None
+    size = write_atomic(file, page(stories))["bytes"]
     return {"report": str(path), "bytes": size}
 
 
