@@ -107,7 +107,7 @@ def test_a_bad_recipe_is_one_clear_line(tmp_path, text, says):
 
 def test_a_recipe_that_is_not_utf8(tmp_path):
     (tmp_path / "r.toml").write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match="not valid TOML"):
+    with pytest.raises(UserError, match="UTF-16"):
         read_recipe(tmp_path / "r.toml")
 
 
