@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparing.base.config import Config, DataConfig, ModelConfig, UserError, YarnConfig
@@ -41,6 +41,7 @@ def configs(kind):
     return st.builds(kind, **{name: values(hint, ranges.get(name, ())) for name, hint in get_type_hints(kind).items()})
 
 
+@settings(deadline=None)
 @given(configs(Config), st.dictionaries(st.sampled_from(sorted(options())), TEXT))
 def test_every_config_survives_the_file(tmp_path_factory, config, reasons):
     path = tmp_path_factory.mktemp("config") / "config.toml"
@@ -107,7 +108,7 @@ def test_a_bad_recipe_is_one_clear_line(tmp_path, text, says):
 
 def test_a_recipe_that_is_not_utf8(tmp_path):
     (tmp_path / "r.toml").write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match="UTF-16"):
+    with pytest.raises(UserError, match="is UTF-16 text; save it as UTF-8"):
         read_recipe(tmp_path / "r.toml")
 
 
