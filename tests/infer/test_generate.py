@@ -1,9 +1,12 @@
+import json
+
 import pytest
 import torch
 from tests.infer.conftest import TEXT
 from tests.infer.test_engine import PLAIN, tokens
 
 from sparing.base.config import UserError
+from sparing.cli.main import main
 from sparing.infer.engine import Engine
 from sparing.infer.generate import complete, finished_requests, load, score_tokens
 from sparing.infer.request import Sampling
@@ -80,3 +83,12 @@ def test_an_engine_that_fails_is_told(make_run, monkeypatch, capfd):
     assert "ZeroDivisionError" in capfd.readouterr().err
     with pytest.raises(UserError, match="max_tokens 0: must be 1 or more"):
         load(make_run()).generate("x", 0)
+
+
+def test_an_empty_prompt_begins_a_new_text(make_run, capsys):
+    command = ["generate", str(make_run()), "--prompt", "", "--max-tokens", "5", "--seed", "1"]
+    assert main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["prompt"] == "" and 0 < found["tokens"] <= 5
+    assert main(command) == 0 and capsys.readouterr().out == found["text"] + "\n"
+    assert main(["generate", str(make_run())]) == 2 and "needs --prompt" in capsys.readouterr().err

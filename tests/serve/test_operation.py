@@ -211,7 +211,8 @@ def test_a_reader_that_takes_nothing_is_given_up(run, home, tmp_path):
             while not (tmp_path / "audit").read_text():
                 assert time.monotonic() < deadline, "it is still being served"
                 time.sleep(0.1)
-        assert json.loads((tmp_path / "audit").read_text())["ended"] == "slow reader"
+        ended = json.loads((tmp_path / "audit").read_text())["ended"]
+        assert ended in ("slow reader", "disconnected"), "by us, or on a busy machine by the kernel (TCP_USER_TIMEOUT)"
         while "sparing_requests_running 0\n" not in server.ask("GET", "/metrics")[2]:  # the engine hears of it between steps
             assert time.monotonic() < deadline, "it is still being computed"
             time.sleep(0.1)
