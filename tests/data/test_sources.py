@@ -1,5 +1,6 @@
 import gzip
 import json
+import os
 
 import pyarrow
 import pyarrow.parquet
@@ -206,3 +207,15 @@ def test_ticks_tell_the_bytes_and_may_end_it(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         list(documents([str(tmp_path)], tick=stop))
+
+
+def test_a_file_whose_name_is_no_text(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["in a table"]}), tmp_path / "x.parquet")
+    os.rename(tmp_path / "x.parquet", os.fsencode(tmp_path) + b"/caf\xe9.parquet")
+    for name, text in {b"b\xe9.txt": b"a text", b"c\xe9.jsonl": b'{"text": "a line"}', b"d\xe9.txt": b"\xff"}.items():
+        with open(os.fsencode(tmp_path) + b"/" + name, "wb") as file:
+            file.write(text)
+    rejected = []
+    found = {document.text for document in documents([str(tmp_path)], reject=rejected.append)}
+    assert found == {"in a table", "a text", "a line"}
+    assert r"d\udce9.txt" in rejected[0].as_json() and len(rejected) == 1

@@ -92,7 +92,7 @@ def _expand(paths: Sequence[str]) -> Iterator[str]:
             elif os.path.isfile(match):
                 yield match
             elif len(matches) == 1:
-                raise UserError(f"{argument} is neither a file nor a folder (a broken link or a device): name a regular file")
+                raise UserError(f"{argument} is neither a file nor a folder (a broken link, a pipe or a device): name a regular file")
 
 
 def _walk(root: str, leave_out: Iterable[str] = ()) -> Iterator[str]:

@@ -203,7 +203,8 @@ def _parquet(path: str, text_key: str, reject: Reject, tick: Tick) -> Iterator[D
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(path, memory_map=os.path.getsize(path) > 0) as file:
+        name = os.fsencode(path)  # which may be no UTF-8: pyarrow would not take the text
+        with pyarrow.memory_map(name) if os.path.getsize(path) else pyarrow.OSFile(name) as raw, pyarrow.parquet.ParquetFile(raw) as file:
             names = file.schema_arrow.names
             if text_key not in names:
                 return reject(Rejected(path, None, f"no column {text_key!r} (columns: {', '.join(names[:8])})"))
