@@ -19,13 +19,14 @@ from sparing.base.messages import say
 from sparing.base.run import RunFolder, fill, read_tensors, write_tensors
 from sparing.budget.flops import forward_flops, parameters
 from sparing.budget.units import format_budget, parse_budget, parse_extension
-from sparing.data.chat import template_text
+from sparing.data.chat import ChatTemplate, template_text
 from sparing.data.sources import documents
 from sparing.evals.bpb import bpb
 from sparing.infer.engine import Engine
 from sparing.infer.generate import complete, generate_texts, load, score_tokens
 from sparing.infer.request import Sampling
 from sparing.interop.gguf import export_gguf
+from sparing.interop.hf_tokenizer import read_tokens
 from sparing.interop.huggingface import export_hf, import_hf
 from sparing.job.begin import begin, reasons_of, resolved
 from sparing.job.corpus import EVAL_TOKENS
@@ -175,9 +176,9 @@ def export(run: str, format: str = "hf", out: str = "", dtype: str = "float32", 
         raise UserError(f"{run} has no weights yet")
     chat = template_text(folder)
     if format == "gguf":
-        notes = export_gguf(config.model, folder.weights_file, tokenizer, out, type, chat, name=folder.path.resolve().name)
+        notes = export_gguf(config.model, folder.weights_file, tokenizer, out, type, chat, folder.path.resolve().name, config.tokens)
     else:
-        notes = export_hf(config.model, read_tensors(folder.weights_file), tokenizer, out, dtype, chat)
+        notes = export_hf(config.model, read_tensors(folder.weights_file), tokenizer, out, dtype, chat, tokens=config.tokens)
     for note in notes:
         say(note)
     return {"out": out, "format": format, "dtype": dtype if format == "hf" else type, "notes": notes}
@@ -186,6 +187,10 @@ def export(run: str, format: str = "hf", out: str = "", dtype: str = "float32", 
 def import_(folder: str, out: str) -> dict:
     """Make a run folder of a Hugging Face folder; tensors are read one by one."""
     model_config, tensors, notes = import_hf(folder)
+    tokens, more = read_tokens(Path(folder), model_config)
+    notes = [*notes, *more]
+    chat = template_text(RunFolder(folder))
+    ChatTemplate(chat)  # a broken one is told before anything is written
     run = RunFolder.create(out)
     with run.lock():
         network = Transformer(model_config)
@@ -195,13 +200,11 @@ def import_(folder: str, out: str) -> dict:
         tokenizer = Path(folder) / "tokenizer.json"
         if tokenizer.exists():
             link_or_copy(tokenizer, run.tokenizer_file)
-        else:
-            notes = [*notes, "no tokenizer.json: logits work, verbs that read or write text do not"]
-        chat = template_text(RunFolder(folder))
         if chat is not None:
             write_atomic(run.path / "chat_template.jinja", chat)
         base = Config()
-        config = replace(base, model=model_config, train=replace(base.train, seq_len=min(4096, model_config.max_position_embeddings)))
+        rows = replace(base.train, seq_len=min(4096, model_config.max_position_embeddings))
+        config = replace(base, model=model_config, train=rows, tokens=tokens)
         write_atomic(run.config_file, write_config(config))
     for note in notes:
         say(note)

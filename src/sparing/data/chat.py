@@ -71,11 +71,11 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise UserError(f"the chat template is no Jinja template: {error}") from None
 
-    def render(self, messages: list[dict[str, Any]], tools: list[dict] | None = None, end_of_text: str = "") -> str:
+    def render(self, messages: list[dict[str, Any]], tools: list[dict] | None = None, bos_token: str = "", eos_token: str = "") -> str:
         """The text before the answer, with the words that begin one. Raises UserError when the template refuses."""
         try:
             return self._template.render(
-                messages=messages, tools=tools, add_generation_prompt=True, bos_token=end_of_text, eos_token=end_of_text
+                messages=messages, tools=tools, add_generation_prompt=True, bos_token=bos_token, eos_token=eos_token
             )
         except UserError:
             raise
@@ -85,7 +85,7 @@ class ChatTemplate:
     def encode(self, tokenizer: Tokenizer, messages: list[dict[str, Any]], tools: list[dict] | None = None) -> list[int]:
         """Token ids of `render`. Special tokens are those that the template writes: their names inside a message stay text.
 
-        A run's own template says everything, its beginning too; before the plain one goes the end-of-text token, as before any document.
+        A run's own template says everything, its beginning too; before the plain one goes the token that begins any prompt.
         """
         names = sorted(tokenizer.special, key=len, reverse=True)
         special = re.compile("|".join(map(re.escape, names)))
@@ -97,8 +97,10 @@ class ChatTemplate:
                 return {key: marked(item) for key, item in value.items()}
             return [marked(item) for item in value] if isinstance(value, list) else value
 
-        text = self.render(marked(messages), marked(tools) if tools else None, end_of_text=tokenizer.decode([tokenizer.eot_id]))
-        ids, at = [tokenizer.eot_id] if self.plain else [], 0
+        bos, eos = tokenizer.bos_id, tokenizer.eos_ids[0]
+        ends = {"bos_token": "" if bos is None else tokenizer.token_name(bos), "eos_token": tokenizer.token_name(eos)}
+        text = self.render(marked(messages), marked(tools) if tools else None, **ends)
+        ids, at = list(tokenizer.start) if self.plain else [], 0
         for match in special.finditer(text):
             ids += [*tokenizer.encode(text[at : match.start()].replace(MARK, "")), tokenizer.special[match[0]]]
             at = match.end()

@@ -45,6 +45,11 @@ class HarnessModel(TemplateLM):
     def eot_token_id(self) -> int:
         return self.tokenizer.eot_id
 
+    @property
+    def prefix_token_id(self) -> int:
+        """Stands before a text that has no context."""
+        return self.tokenizer.first_id
+
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
         return self.tokenizer.encode(string)
 

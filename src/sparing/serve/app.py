@@ -157,7 +157,7 @@ async def tokenize(service: Service, request: Request) -> Response:
     body = await read(service, request, requests.Tokenize)
     tokenizer = service.engine.tokenizer
     ids = await asyncio.to_thread(tokenizer.encode, body["prompt"])
-    ids = [tokenizer.eot_id, *ids] if body.get("add_special_tokens", True) else ids
+    ids = [*tokenizer.start, *ids] if body.get("add_special_tokens", True) else ids
     return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": service.engine.context})
 
 
