@@ -85,13 +85,16 @@ def test_no_tokenizer_and_no_end_of_text(export, tmp_path):
     assert any("no tokenizer.json" in note for note in import_hf(folder)[2])
 
 
-def test_another_name_for_the_end_and_none(export, tmp_path):
+def test_a_tokenizer_without_an_end_is_refused(export, tmp_path):
+    byte_level(tmp_path / "tokenizer.json", special=("<nothing>",))
+    with pytest.raises(UserError, match="no end-of-text token"):
+        export(tmp_path / "tokenizer.json")
+
+
+def test_another_name_for_the_end(export, tmp_path):
     ours = byte_level(tmp_path / "tokenizer.json", special=("</s>",))
     folder, notes = export(tmp_path / "tokenizer.json")
     assert notes == [] and json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == ours.token_to_id("</s>")
-    byte_level(tmp_path / "other.json", special=("<nothing>",))
-    with pytest.raises(UserError, match="no end-of-text token"):
-        export(tmp_path / "other.json")
 
 
 def test_tokenizers_that_do_not_fit(export, tmp_path):

@@ -1,8 +1,9 @@
 """The tokenizer of a Hugging Face folder in and out, with the tokens that begin and end a text.
 
-Five files of a folder name those tokens. transformers begins a text with what tokenizer_config.json's `add_bos_token` says, or else with
-what tokenizer.json's post-processor puts before it; it ends one at each `eos_token_id` of generation_config.json (or else config.json).
-`read_tokens` reads them in this order, and `tokenizer_files` writes them all alike.
+Five files of a folder name those tokens. What begins a text is what tokenizer.json's post-processor puts before it: transformers 5 goes by
+that alone. Where it puts nothing there, tokenizer_config.json's `add_bos_token` counts, by which transformers 4 and llama.cpp's converter
+go: DeepSeek-V3's and Llama's first folders say it there. What ends a text is each `eos_token_id` of generation_config.json, or else of
+config.json. `read_tokens` reads them so, and `tokenizer_files` writes them all alike.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 import tokenizers
 
 from sparing.base.config import ModelConfig, TokensConfig, UserError
+from sparing.base.files import POINTER, is_pointer
 from sparing.data.tokenizer import Tokenizer
 from sparing.interop.hf_config import read_json
 
@@ -51,8 +53,7 @@ def read_tokens(folder: Path, config: ModelConfig) -> tuple[TokensConfig, list[s
         return []
 
     bos = named("bos_token") or numbered("bos_token_id")
-    added = settings.get("add_bos_token")
-    before = (bos if added else []) if isinstance(added, bool) else _added(library)[0] if library else []
+    before = (_added(library)[0] if library else []) or (bos if settings.get("add_bos_token") is True else [])
     if len(before) > 1:
         words = " ".join(library.id_to_token(number) for number in before)
         notes.append(f"{file} puts {words} before a text: only the first of them is kept")
@@ -105,6 +106,8 @@ def to_json(value: dict) -> str:
 
 
 def _library(path: Path) -> tokenizers.Tokenizer:
+    if is_pointer(path):
+        raise UserError(f"{path}: {POINTER}")
     try:
         return tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
