@@ -18,6 +18,9 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Errors of a disk, a quota or a limit that has no room left."""
 
 
+POINTER = "a Git LFS pointer, not the file itself (`git lfs pull` in its repository gets it, or a download from where it is published)"
+
+
 class DiskFullError(UserError):
     """No room (or no quota) left for a file; whatever was there before is intact."""
 
@@ -113,6 +116,12 @@ def read_lines(path: Path) -> list[dict]:
         except ValueError:
             continue
     return [item for item in objects if isinstance(item, dict)]
+
+
+def is_pointer(path: str | Path) -> bool:
+    """Whether a file is what Git leaves in the place of a large one that was not fetched (git-lfs.github.com, spec v1)."""
+    with open(path, "rb") as file:
+        return file.read(42).startswith(b"version https://git-lfs.github.com/spec/")
 
 
 def file_sha256(path: Path) -> str:
