@@ -16,6 +16,9 @@ from typing import Any, get_type_hints
 from sparing.base.config import UserError
 from sparing.base.config_file import describe, nearest, options, parse_text
 
+MAY_BE_EMPTY = ("--prompt",)
+"""Options whose value is text; that of any other is a name, a path or a number, and an empty one is the work of an unset variable."""
+
 
 @dataclasses.dataclass
 class Call:
@@ -81,6 +84,8 @@ def parse(verb: str, kind: type, argv: list[str]) -> tuple[Any, dict[str, Any]]:
             positional.append(token)
 
     for flag, values in words.items():
+        if "" in values and flag not in MAY_BE_EMPTY:
+            raise UserError(f"{verb}: {flag} needs a value, not an empty one")
         if own.get(flag) == "bool" and values:
             raise UserError(f"{verb}: {flag} takes no value")
         if own.get(flag) != "bool" and not values:

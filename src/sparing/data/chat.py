@@ -16,6 +16,7 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from sparing.base.config import UserError
+from sparing.base.files import POINTER, is_pointer
 from sparing.base.run import RunFolder
 from sparing.data.tokenizer import Tokenizer
 
@@ -54,6 +55,8 @@ def template_text(run: RunFolder) -> str | None:
 def _small(path: Path) -> str:
     if path.stat().st_size > MAX_BYTES:
         raise UserError(f"{path} is larger than {MAX_BYTES >> 20} MiB: not a chat template")
+    if is_pointer(path):
+        raise UserError(f"{path}: {POINTER}")
     return path.read_text(encoding="utf-8")
 
 

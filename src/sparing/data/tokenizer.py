@@ -14,7 +14,7 @@ import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from sparing.base.config import TokensConfig, UserError
-from sparing.base.files import write_atomic
+from sparing.base.files import POINTER, is_pointer, write_atomic
 from sparing.data.progress import check, result_of
 
 END_OF_TEXT = "<|endoftext|>"
@@ -159,6 +159,8 @@ class Tokenizer:
         try:
             if path.stat().st_size > MAX_FILE_BYTES:
                 raise UserError(f"{path} is larger than {MAX_FILE_BYTES >> 20} MiB: not a tokenizer.json")
+            if is_pointer(path):
+                raise UserError(POINTER)
             return cls(path.read_text(encoding="utf-8"), tokens)
         except FileNotFoundError:
             raise UserError(f"no tokenizer: {path} does not exist") from None

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from sparing.base.config import ModelConfig, TokensConfig, UserError, YarnConfig
 from sparing.base.config_limits import contradiction
+from sparing.base.files import POINTER, is_pointer
 from sparing.base.layers import layers
 from sparing.interop.families import FAMILIES, Family, family_of
 from sparing.model.rope import yarn_mscale
@@ -30,6 +31,8 @@ def read_json(path: Path) -> dict:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are both ValueErrors
+        if is_pointer(path):
+            raise UserError(f"{path}: {POINTER}") from None
         raise UserError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
