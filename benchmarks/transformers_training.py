@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 
 from benchmarks.trials import Task, fastest, import_transformers, try_settings
-from sparing.base.config import ModelConfig, UserError
+from sparing.base.config import ModelConfig, TokensConfig, UserError
 from sparing.base.layers import mixtures
 from sparing.bench.limit import Limit
 from sparing.bench.throughput import TrainingSide
@@ -67,7 +67,7 @@ def peer_config(model: ModelConfig):
     """The DeepseekV3Config that computes what `model` computes without its MTP modules; UserError for what that type cannot express."""
     if family_of(model) != "deepseek_v3" or not mixtures(model):
         raise UserError("the peer DeepseekV3ForCausalLM needs attention mla, scoring_func sigmoid and at least one MoE layer")
-    raw, _ = to_hf(replace(model, mtp_depth=0), dtype="float32", eos=None)
+    raw, _ = to_hf(replace(model, mtp_depth=0), dtype="float32", tokens=TokensConfig())
     return import_transformers().DeepseekV3Config.from_dict(raw)
 
 

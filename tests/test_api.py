@@ -73,6 +73,33 @@ def test_the_trained_model_scores_and_writes_text(run, corpus):
     assert "".join(pieces) == result["text"]
 
 
+def test_a_score_says_what_it_left_out(run, tmp_path, capsys):
+    rows = [{"text": "the cat went to the sea"}, {"body": "x", "id": 1}, {"text": 3}, {"body": "y"}, {"text": "the dog"}]
+    (tmp_path / "half.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    score = api.evaluate(str(run[0]), [str(tmp_path / "half.jsonl")])
+    assert (score["documents"], score["rejected"]) == (2, 3)
+    assert score["reasons"] == {"no key 'text'": 2, "'text' is not text but int": 1}
+    said = capsys.readouterr().err
+    assert "2 documents were scored, 3 could not be used: 2 × no key 'text' (keys: body, id), in " in said
+    assert api.evaluate(str(run[0]), [str(tmp_path / "half.jsonl")], text_key="body")["documents"] == 2
+    (tmp_path / "none.jsonl").write_text(json.dumps(rows[1]))
+    (tmp_path / "pointer.txt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12\n")
+    with pytest.raises(UserError, match=r"no usable text: 1 × no key 'text' \(keys: body, id\), in .*none\.jsonl:1; 1 × a Git LFS pointer"):
+        api.evaluate(str(run[0]), [str(tmp_path / "none.jsonl"), str(tmp_path / "pointer.txt")])
+
+
+def test_sixteen_bits_score_as_thirty_two_do(run, corpus, monkeypatch):
+    """The text is larger than the piece on which they are compared, and both are threads of one operation each."""
+    found = {}
+    for quick in (False, True):
+        monkeypatch.setattr(api, "fast", lambda _, quick=quick: quick)
+        monkeypatch.setattr(api, "cores", lambda: 2)
+        found[quick] = api.evaluate(str(run[0]), [str(corpus)])
+    assert found[False]["tokens"] > 2 * 8192 and found[False]["dtype"] == "float32"
+    assert found[True]["bpb"] == pytest.approx(found[False]["bpb"], rel=1e-3)
+    assert found[True]["dtype"] == "bfloat16"
+
+
 def test_logits_of_the_library(run):
     model = api.load(run[0])
     tokens = torch.tensor([model.tokenizer.encode("The cat went to the sea")])

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from sparing.base.config import Budget, UserError
+from sparing.base.config import Budget, TokensConfig, UserError
 from sparing.base.config_file import Wishes, options
 from sparing.base.hardware import Machine
 from sparing.budget.flops import parameters, train_flops
@@ -51,7 +51,7 @@ def test_every_export_stays_open(budget, moe):
     widths = (m.hidden_size, m.q_lora_rank, m.kv_lora_rank, m.num_heads * m.v_head_dim, m.moe_intermediate_size, m.intermediate_size)
     assert all(width % 32 == 0 for width in widths)
     assert m.n_group == 1
-    assert to_hf(m, "float32", 0)[0]["model_type"] == "deepseek_v3"
+    assert to_hf(m, "float32", TokensConfig())[0]["model_type"] == "deepseek_v3"
 
 
 def test_a_token_budget_and_a_flop_budget_buy_what_they_say():

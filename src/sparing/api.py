@@ -8,6 +8,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from sparing.account.meter import Meter, metered
 from sparing.account.paper import compare as compare
 from sparing.account.paper import receipt as receipt
@@ -15,27 +17,31 @@ from sparing.account.paper import report as report
 from sparing.base.config import Budget, Config, UserError
 from sparing.base.config_file import Wishes, nested, read_config, write_config
 from sparing.base.files import link_or_copy, write_atomic
+from sparing.base.hardware import cores
 from sparing.base.messages import say
 from sparing.base.run import RunFolder, fill, read_tensors, write_tensors
 from sparing.budget.flops import forward_flops, parameters
 from sparing.budget.units import format_budget, parse_budget, parse_extension
-from sparing.data.chat import template_text
-from sparing.data.sources import documents
-from sparing.evals.bpb import bpb
+from sparing.data.chat import ChatTemplate, template_text
+from sparing.data.sources import Tally, documents
+from sparing.evals.bpb import NllFn, bpb
+from sparing.evals.sixteen_bits import CheaperNll
 from sparing.infer.engine import Engine
 from sparing.infer.generate import complete, generate_texts, load, score_tokens
 from sparing.infer.request import Sampling
 from sparing.interop.gguf import export_gguf
+from sparing.interop.hf_tokenizer import read_tokens
 from sparing.interop.huggingface import export_hf, import_hf
 from sparing.job.begin import begin, reasons_of, resolved
 from sparing.job.corpus import EVAL_TOKENS
 from sparing.job.learn import learn
+from sparing.kernels.formats import fast
 from sparing.kernels.products import fitting
 from sparing.model.transformer import Transformer
 from sparing.planning.plan import plan as plan
 from sparing.train.checkpoint import rewind
 from sparing.train.pace import Clock
-from sparing.train.replicas import Replicas
+from sparing.train.replicas import Replicas, sharing
 
 # train and resume
 
@@ -110,11 +116,13 @@ def evaluate(
     tasks: Sequence[str] = (),
     limit: int | None = None,
     weights: str = "float32",
+    text_key: str | None = None,
 ) -> dict:
-    """{"bpb", "loss", "bytes", "tokens", "documents", "context"} of a run on documents, and with `tasks` {"weights", "rows"}: the scores
-    of each (`evals.harness.run_tasks`), by the engine with these weights. Raises UserError."""
+    """{"bpb", "loss", "bytes", "tokens", "documents", "context", "rejected", "reasons", "dtype"} of a run on documents: "dtype" is what
+    the text was computed in, bfloat16 where that is fast here and changes the score by less than 0.1 %. With `tasks`,
+    {"weights", "rows"}: the scores of each (`evals.harness.run_tasks`), by the engine with these weights. Raises UserError."""
     with metered("eval", RunFolder.open(run), "evaluate", started) as meter:
-        result = _bpb(run, data, context, meter) if data else {}
+        result = _bpb(run, data, context, text_key, meter) if data else {}
         if tasks:
             from sparing.evals.harness import HarnessModel, run_tasks
 
@@ -126,17 +134,36 @@ def evaluate(
     return result
 
 
-def _bpb(run: str, data: Sequence[str], context: int | None, meter: Meter) -> dict:
+def _bpb(run: str, data: Sequence[str], context: int | None, text_key: str | None, meter: Meter) -> dict:
     model = load(run)
-    context = context or model.config.train.seq_len
-    if not any(True for _ in documents(data, model.config.data.text_key)):
-        raise UserError(f"{', '.join(data)}: no usable text")
-    texts = (document.text for document in documents(data, model.config.data.text_key))
-    cores = meter.machine.cores_physical
-    nll = Replicas(model.network, None, cores, kernels=fitting(cores, cores, "cpu", "float32")[0]).nll
-    result = bpb(nll, model.tokenizer, texts, context, batch=max(1, EVAL_TOKENS // context))
+    context, text_key = context or model.config.train.seq_len, text_key or model.config.data.text_key
+    rejected = Tally()
+    if not any(True for _ in documents(data, text_key, rejected)):
+        raise UserError(f"{', '.join(data)}: no usable text: {rejected if rejected.total else 'no files'} (--text-key is {text_key!r})")
+    rejected = Tally()
+    texts = (document.text for document in documents(data, text_key, rejected))
+    nll, dtype = _scorers(model.network)
+    result = bpb(nll, model.tokenizer, texts, context, batch=max(cores(), EVAL_TOKENS // context))
+    if rejected.reasons:
+        say(f"{result['documents']} documents were scored, {rejected.total} could not be used: {rejected}")
     meter.add(result["tokens"], result["tokens"] * forward_flops(model.config.model, context, mtp=False))
-    return result
+    return result | {"rejected": rejected.total, "reasons": dict(rejected.reasons), "dtype": dtype()}
+
+
+def _scorers(network: Transformer) -> tuple[NllFn, Callable[[], str]]:
+    """-> (scores text, a row of it on each core; afterwards: the number format that it chose)."""
+    count = cores()
+
+    def nll(model: Transformer, dtype: str) -> NllFn:
+        model.compute_dtype = getattr(torch, dtype)
+        return Replicas(model, None, count, kernels=fitting(count, count, "cpu", dtype)[0]).nll
+
+    exact = nll(network, "float32")
+    if not fast("bfloat16"):
+        return exact, lambda: "float32"
+    half = nll(sharing(network), "bfloat16")
+    chooser = CheaperNll(exact, half)
+    return chooser, lambda: "bfloat16" if chooser.chosen is half else "float32"
 
 
 def generate(
@@ -175,9 +202,9 @@ def export(run: str, format: str = "hf", out: str = "", dtype: str = "float32", 
         raise UserError(f"{run} has no weights yet")
     chat = template_text(folder)
     if format == "gguf":
-        notes = export_gguf(config.model, folder.weights_file, tokenizer, out, type, chat, name=folder.path.resolve().name)
+        notes = export_gguf(config.model, folder.weights_file, tokenizer, out, type, chat, folder.path.resolve().name, config.tokens)
     else:
-        notes = export_hf(config.model, read_tensors(folder.weights_file), tokenizer, out, dtype, chat)
+        notes = export_hf(config.model, read_tensors(folder.weights_file), tokenizer, out, dtype, chat, tokens=config.tokens)
     for note in notes:
         say(note)
     return {"out": out, "format": format, "dtype": dtype if format == "hf" else type, "notes": notes}
@@ -186,6 +213,10 @@ def export(run: str, format: str = "hf", out: str = "", dtype: str = "float32", 
 def import_(folder: str, out: str) -> dict:
     """Make a run folder of a Hugging Face folder; tensors are read one by one."""
     model_config, tensors, notes = import_hf(folder)
+    tokens, more = read_tokens(Path(folder), model_config)
+    notes = [*notes, *more]
+    chat = template_text(RunFolder(folder))
+    ChatTemplate(chat)  # a broken one is told before anything is written
     run = RunFolder.create(out)
     with run.lock():
         network = Transformer(model_config)
@@ -195,13 +226,11 @@ def import_(folder: str, out: str) -> dict:
         tokenizer = Path(folder) / "tokenizer.json"
         if tokenizer.exists():
             link_or_copy(tokenizer, run.tokenizer_file)
-        else:
-            notes = [*notes, "no tokenizer.json: logits work, verbs that read or write text do not"]
-        chat = template_text(RunFolder(folder))
         if chat is not None:
             write_atomic(run.path / "chat_template.jinja", chat)
         base = Config()
-        config = replace(base, model=model_config, train=replace(base.train, seq_len=min(4096, model_config.max_position_embeddings)))
+        rows = replace(base.train, seq_len=min(4096, model_config.max_position_embeddings))
+        config = replace(base, model=model_config, train=rows, tokens=tokens)
         write_atomic(run.config_file, write_config(config))
     for note in notes:
         say(note)

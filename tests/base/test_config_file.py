@@ -30,7 +30,7 @@ def values(hint, bounds=()):
     elif get_origin(kind) is Literal:
         some = st.sampled_from(get_args(kind))
     elif get_origin(kind) is tuple:
-        some = st.lists(TEXT, max_size=3).map(tuple)
+        some = st.lists(scalars(get_args(kind)[0]), max_size=3).map(tuple)
     else:
         some = scalars(kind, *bounds)
     return st.none() | some if optional else some

@@ -89,6 +89,8 @@ def test_python_dash_m_and_version():
         ("train --seed five --budget 5m --out x", "--seed: 'five' is not a whole number"),
         ("train --seed 1.5 --budget 5m --out x", "--seed: '1.5' is not a whole number"),
         ("train --json=yes", "--json takes no value"),
+        ("receipt r --csv=", "--csv needs a value, not an empty one"),
+        ("train --out= --budget 5m", "--out needs a value, not an empty one"),
         ("train --model.num-layer 8", "unknown option --model.num-layer; nearest: --model.num-layers"),
         ("train --model.num-layers eight", "--model.num-layers: 'eight' is not a whole number"),
         ("train --model.num-layers", "--model.num-layers needs a value"),

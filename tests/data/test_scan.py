@@ -68,7 +68,9 @@ def test_a_single_document(tmp_path):
 
 def test_nothing_usable_is_one_line(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"body": "x"}\n')
-    with pytest.raises(UserError, match=r"no usable text in .*a\.jsonl: 1 × no key 'text' .*text-key") as error:
+    with pytest.raises(
+        UserError, match=r"no usable text in .*a\.jsonl: 1 × no key 'text' \(keys: .*\), in .*a\.jsonl:1 \(--data.text-key"
+    ) as error:
         scan(DataConfig(paths=(str(tmp_path / "a.jsonl"),)), tmp_path)
     assert "\n" not in str(error.value)
     assert list((tmp_path / "scans").iterdir()) == []

@@ -29,6 +29,13 @@ def test_shapes_of_questions(tmp_path):
     path = tmp_path / "raw.jsonl"
     path.write_text('{"question": "a\u2028b", "answer": 4}\n\n', encoding="utf-8")
     assert read(path) == ("answer", [{"question": "a\u2028b", "answer": "4"}])
+    arc = [
+        {"question": "Q", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "B"},
+        {"question": "Q", "choices": {"text": ["3", "2", "1"], "label": ["1", "2", "3"]}, "answerKey": "3"},
+        {"question": "Q", "choices": [10, 20], "answer": 20},
+        {"question": "Q", "choices": ["a", " b"], "answer": " b"},
+    ]
+    assert [row["right"] for row in read(written(tmp_path / "arc.jsonl", *arc))[1]] == [1, 2, 1, 1]
     assert read(written(tmp_path / "w.jsonl", {"text": "a b\nc"})) == ("word", [{"before": "a b", "word": "c"}])
 
 
@@ -38,7 +45,16 @@ def test_shapes_of_questions(tmp_path):
         ([{"question": "Q", "choices": ["a", "b"], "answer": 2}], "row 1: answer 2 is none of its 2 choices"),
         ([{"question": "Q", "choices": ["a", "b"], "answer": "c"}], "row 1: answer 'c' is none"),
         ([{"question": "Q", "choices": ["a", "b"]}], "row 1: answer None is none"),
-        ([{"text": "a b"}, {"question": "Q"}], "row 2: has neither"),
+        ([{"text": "a b"}, {"question": "Q"}], r"row 2: has neither .* \(keys: question\)"),
+        ([{"question": "Q", "choices": ["", "yes"], "answer": 1}], "row 1: choice 0 is empty"),
+        ([{"question": "Q", "choices": ["yes"], "answer": "yes"}], "row 1: there is 1 choice, expected two"),
+        ([{"question": "Q", "choices": {"A": "x", "B": "y"}, "answer": "A"}], "row 1: choices is .*, expected a list of texts"),
+        ([{"question": "Q", "choices": "yes no", "answer": "no"}], "row 1: choices is 'yes no', expected a list"),
+        ([{"question": "Q", "choices": ["no", None], "answer": 0}], "row 1: choices is .*, expected a list of texts"),
+        ([{"question": "Q", "choices": ["no", "yes"], "answer": True}], "row 1: answer True is none of its 2 choices"),
+        ([{"question": "Q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "E"}], "answer 'E' is none"),
+        ([{"question": "Q", "answer": ["a", "b"]}], r"row 1: answer is \['a', 'b'\], expected text or a number"),
+        ([{"text": ["a", "b c"]}], "row 1: has neither"),
         ([{"text": "a b"}, {"question": "Q", "answer": "a"}], "rows of different shapes"),
         ([{"text": "word"}], "row 1: has neither"),
         ([3], "row 1: has neither"),
@@ -56,6 +72,9 @@ def test_files_that_are_none(tmp_path):
     (tmp_path / "x.jsonl").write_text("{]")
     with pytest.raises(UserError, match="not JSON"):
         read(tmp_path / "x.jsonl")
+    (tmp_path / "p.jsonl").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12\n")
+    with pytest.raises(UserError, match=r"Git LFS pointer.*git lfs pull"):
+        read(tmp_path / "p.jsonl")
 
 
 @pytest.mark.real_data

@@ -42,25 +42,26 @@ def small() -> ModelConfig:
     return SMALL
 
 
-@pytest.fixture
+def randomised(config: ModelConfig, seed: int = 0) -> Transformer:
+    """A Transformer whose weights are none of them at their defaults."""
+    model = Transformer(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            noise = torch.randn(tensor.shape, generator=generator)
+            if name.endswith("e_score_correction_bias"):
+                tensor.copy_(0.5 * noise)
+            elif tensor.dim() == 1:
+                tensor.copy_(1 + 0.2 * noise)
+            else:
+                tensor.copy_(noise if "embed_tokens" in name else noise * tensor.shape[-1] ** -0.5)
+    return model
+
+
+@pytest.fixture(scope="session")
 def random_model():
-    """(config, seed=0) -> a Transformer whose weights are none of them at their defaults."""
-
-    def make(config: ModelConfig, seed: int = 0) -> Transformer:
-        model = Transformer(config)
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for name, tensor in model.state_dict().items():
-                noise = torch.randn(tensor.shape, generator=generator)
-                if name.endswith("e_score_correction_bias"):
-                    tensor.copy_(0.5 * noise)
-                elif tensor.dim() == 1:
-                    tensor.copy_(1 + 0.2 * noise)
-                else:
-                    tensor.copy_(noise if "embed_tokens" in name else noise * tensor.shape[-1] ** -0.5)
-        return model
-
-    return make
+    """`randomised`."""
+    return randomised
 
 
 @pytest.fixture

@@ -1,7 +1,8 @@
 """llama.cpp on GGUF files, as a program of its own, because it aborts where it asserts.
 
-[{"model": PATH, "prompts": [ids or text, ...], "tokens": N, "mtp": false}, ...] on standard input; for each a list of
-{"tokens": ids, "logprobs": of the first of them, "prompt_tokens": n, "drafted": n, "accepted": n} on standard output.
+[{"model": PATH, "prompts": [ids or text, ...], "tokens": N, "mtp": false, "ends": false}, ...] on standard input; with `ends`, a text may
+end before N tokens. On standard output, for each, a list of {"tokens": ids, "text": text, "finish": why it ended, "logprobs": of the first
+tokens, "prompt_tokens": n, "drafted": n, "accepted": n}.
 """
 
 import itertools
@@ -12,7 +13,7 @@ import sys
 
 
 def run(*requests: dict) -> list[list[dict]]:
-    """Greedy continuations. It forbids what its vocabulary ends texts with: tokens 0 and 4 of ours.
+    """Greedy continuations. Without `ends` it forbids what its vocabulary ends texts with: tokens 0 and 4 of ours.
 
     Where it dies, the AssertionError has the end of its log.
     """
@@ -21,8 +22,8 @@ def run(*requests: dict) -> list[list[dict]]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def continued(server, prompt, tokens: int) -> dict:
-    body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0.0, "ignore_eos": True, "cache_prompt": False, "logprobs": 1}
+def continued(server, prompt, tokens: int, ends: bool) -> dict:
+    body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0.0, "ignore_eos": not ends, "cache_prompt": False, "logprobs": 1}
     found = server.handle_completions(body | {"return_tokens": True, "verbose": True})
     made = found["__verbose"]["tokens"]
     # It leaves tokens out whose bytes are no whole character, so rows belong to tokens only as far as they are the same.
@@ -30,6 +31,8 @@ def continued(server, prompt, tokens: int) -> dict:
     rows = [row for token, row in itertools.takewhile(lambda pair: pair[0] == pair[1]["id"], rows)]
     return {
         "tokens": made,
+        "text": found["choices"][0]["text"],
+        "finish": found["choices"][0]["finish_reason"],
         "logprobs": [row["logprob"] for row in rows],
         "prompt_tokens": found["usage"]["prompt_tokens"],
         "drafted": found["timings"].get("draft_n", 0),
@@ -57,7 +60,7 @@ def main() -> None:
             params.speculative.types = [xlc.common_speculative_type.COMMON_SPECULATIVE_TYPE_DRAFT_MTP]
             params.speculative.draft.n_max = 1
         servers.append(xlc.Server(params))
-        found.append([continued(servers[-1], prompt, request["tokens"]) for prompt in request["prompts"]])
+        found.append([continued(servers[-1], prompt, request["tokens"], request.get("ends", False)) for prompt in request["prompts"]])
     answer.write(json.dumps(found) + "\n")
     answer.flush()
     os._exit(0)  # without waiting for its threads

@@ -187,3 +187,14 @@ def test_index_faults(small, random_model, tmp_path):
         path.write_text(json.dumps(index | {"weight_map": weight_map}))
         with pytest.raises(UserError, match=message):
             import_hf(folder)
+
+
+def test_git_lfs_pointers_are_named(exported):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    for name in ("model.safetensors", "config.json"):
+        whole = (exported / name).read_bytes()
+        (exported / name).write_text(pointer)
+        with pytest.raises(UserError, match=rf"{name}: a Git LFS pointer, not the file itself \(`git lfs pull`") as error:
+            import_hf(exported)
+        assert "\n" not in str(error.value)
+        (exported / name).write_bytes(whole)

@@ -52,7 +52,8 @@ def test_encodes_identically(export, tmp_path):
         assert theirs.model_max_length == 128
         for text in TEXTS:
             ids = ours.encode(text).ids
-            assert theirs(text)["input_ids"] == ids
+            assert theirs(text)["input_ids"] == [end, *ids], "a text begins as the run's texts do"
+            assert theirs(text, add_special_tokens=False)["input_ids"] == ids
             assert theirs.decode(ids) == ours.decode(ids, skip_special_tokens=False) == text
     raw = json.loads((folder / "config.json").read_text())
     generation = json.loads((folder / "generation_config.json").read_text())
@@ -84,10 +85,16 @@ def test_no_tokenizer_and_no_end_of_text(export, tmp_path):
     assert any("no tokenizer.json" in note for note in import_hf(folder)[2])
 
 
-def test_a_tokenizer_without_the_end_of_text_is_noted(export, tmp_path):
-    byte_level(tmp_path / "tokenizer.json", special=("</s>",))
-    _, notes = export(tmp_path / "tokenizer.json")
-    assert any("<|endoftext|>" in note for note in notes)
+def test_a_tokenizer_without_an_end_is_refused(export, tmp_path):
+    byte_level(tmp_path / "tokenizer.json", special=("<nothing>",))
+    with pytest.raises(UserError, match="no end-of-text token"):
+        export(tmp_path / "tokenizer.json")
+
+
+def test_another_name_for_the_end(export, tmp_path):
+    ours = byte_level(tmp_path / "tokenizer.json", special=("</s>",))
+    folder, notes = export(tmp_path / "tokenizer.json")
+    assert notes == [] and json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == ours.token_to_id("</s>")
 
 
 def test_tokenizers_that_do_not_fit(export, tmp_path):

@@ -103,3 +103,25 @@ doc_to_choice: choices
     assert row["name"] == "own" and row["acc"] == result["rows"][0]["acc"]
     with pytest.raises(UserError, match="no-such-task"):
         api.evaluate(str(run), tasks=["no-such-task"])
+
+
+def test_files_of_one_name_are_two_tasks(in_process, files, tmp_path):
+    other = tmp_path / "quiz.jsonl"
+    other.write_text(json.dumps({"question": "Which?", "choices": ["this", "that"], "answer": 0}))
+    rows = run_tasks(in_process, [files[0], str(other)], LIMIT)
+    assert [row["name"] for row in rows] == [files[0], str(other)] and [row["items"] for row in rows] == [LIMIT, 1]
+    with pytest.raises(UserError, match="are the same file"):
+        run_tasks(in_process, [str(other), str(other)])
+
+
+@pytest.mark.parametrize("error", [ConnectionError("Couldn't reach the Hub\nand more"), RuntimeError("offline"), FileNotFoundError("gone")])
+def test_a_named_task_without_a_network_is_one_line(in_process, files, monkeypatch, error):
+    import sparing.evals.harness as harness
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(harness.TaskManager, "load", fail)
+    with pytest.raises(UserError, match=r"--tasks arc_easy: .*comes from the internet; a file of questions needs none") as said:
+        run_tasks(in_process, [files[0], "arc_easy"])
+    assert "\n" not in str(said.value) and str(error).split("\n")[0] in str(said.value)

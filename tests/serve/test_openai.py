@@ -151,6 +151,22 @@ def test_the_prompt_is_scored_where_asked(client, server, run):
     assert whole.logprobs.token_logprobs == rows.token_logprobs[1:-1] and whole.logprobs.text_offset[0] == 0
 
 
+def test_offsets_are_places_in_the_text(client, server):
+    """Also behind characters that are several tokens, in a prompt and in an answer."""
+    text = "naïve 🙂 = 世界 and so on"
+    for prompt in (text, server.ask("POST", "/tokenize", {"prompt": text, "add_special_tokens": False})[2]["tokens"]):
+        part = server.ask("POST", "/tokenize", {"prompt": "🙂", "add_special_tokens": False})[2]["tokens"][0]
+        forced = {"logit_bias": {str(part): 100}}  # the first byte of a character, again and again
+        asked = {"model": "tiny", "echo": True, "logprobs": 0, "temperature": 0, "max_tokens": 3}
+        for more in ({}, forced):
+            choice = client.completions.create(prompt=prompt, **asked, **more).choices[0]
+            rows = choice.logprobs
+            assert choice.text.startswith(text) and sum("\ufffd" in token for token in rows.tokens) > 6
+            whole = [(token, at) for token, at in zip(rows.tokens, rows.text_offset, strict=True) if "\ufffd" not in token]
+            assert all(choice.text[at : at + len(token)] == token for token, at in whole), whole
+            assert rows.text_offset == sorted(rows.text_offset) and max(rows.text_offset) < len(choice.text)
+
+
 def test_json_and_schemas(client):
     pytest.importorskip("llguidance")
     schema = {

@@ -208,6 +208,18 @@ class StartConfig:
 
 
 @dataclass(frozen=True)
+class TokensConfig:
+    """Ids of the tokens that begin and end a text, as an imported model has them."""
+
+    bos: int | None = None
+    """The token that begins a text."""
+    add_bos: bool = False
+    """Prompts and documents begin with `bos`."""
+    eos: tuple[int, ...] = ()
+    """Each ends an answer: the tokenizer's end token first, then the others, such as the end of a turn."""
+
+
+@dataclass(frozen=True)
 class Config:
     """One run, fully resolved."""
 
@@ -219,3 +231,5 @@ class Config:
     budget: Budget = field(default_factory=lambda: Budget(300.0, "s"))
     start: StartConfig | None = None
     """None: random weights from train.seed."""
+    tokens: TokensConfig | None = None
+    """None: what the tokenizer's names say; the end-of-text token also begins every text."""

@@ -43,7 +43,7 @@ def describe(hint: Any) -> str:
     if get_origin(kind) is Literal:
         text = "|".join(get_args(kind))
     elif get_origin(kind) is tuple:
-        text = "list of text"
+        text = "list of whole numbers" if get_args(kind)[0] is int else "list of text"
     else:
         text = {bool: "true|false", int: "whole number", float: "number", str: "text"}.get(kind, "section")
     return f"{text}|none" if optional else text
@@ -62,7 +62,7 @@ def check(value: Any, hint: Any, where: str) -> Any:
         return check_section(value, kind, where)
     if get_origin(kind) is Literal and value in get_args(kind):
         return value
-    if get_origin(kind) is tuple and isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
+    if get_origin(kind) is tuple and isinstance(value, list | tuple) and all(type(item) is get_args(kind)[0] for item in value):
         return tuple(value)
     if kind in (bool, int, str) and type(value) is kind:
         return value

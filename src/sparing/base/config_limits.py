@@ -31,6 +31,7 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {
         "short_until": _SHARE,
     },
     "DataConfig": {"holdout_fraction": _BELOW_ONE, "max_tokens": _ONE, "workers": _ONE},
+    "TokensConfig": {"bos": (0, math.inf)},
     "PrecisionConfig": {"error_budget": (1e-9, math.inf), "measure_every": (0, math.inf)},
 }
 """By class and field: (least, most)."""

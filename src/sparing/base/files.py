@@ -24,6 +24,10 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Errors of a disk, a quota or a limit that has no room left."""
 
 
+POINTER_BEGINS = b"version https://git-lfs.github.com/spec/"
+POINTER = "a Git LFS pointer, not the file itself (`git lfs pull` in its repository gets it, or a download from where it is published)"
+
+
 class DiskFullError(UserError):
     """No room (or no quota) left for a file; whatever was there before is intact."""
 
@@ -141,6 +145,8 @@ def read_text(path: str | Path, option: str = "", limit: int = TEXT_BYTES) -> st
 
 def decoded(raw: bytes, where: str) -> str:
     """UTF-8 text without its byte order mark. Raises UserError, one line that begins with `where`, for other encodings."""
+    if raw.startswith(POINTER_BEGINS):
+        raise UserError(f"{where}: {POINTER}")
     for mark, name in MARKS.items():
         if raw.startswith(mark):
             raise UserError(f"{where}: is {name} text; save it as UTF-8")
@@ -255,6 +261,12 @@ def read_lines(path: Path) -> list[dict]:
         except ValueError:
             continue
     return [item for item in objects if isinstance(item, dict)]
+
+
+def is_pointer(path: str | Path) -> bool:
+    """Whether a file is what Git leaves in the place of a large one that was not fetched (git-lfs.github.com, spec v1)."""
+    with open(path, "rb") as file:
+        return file.read(42).startswith(POINTER_BEGINS)
 
 
 def file_sha256(path: Path) -> str:

@@ -17,7 +17,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparing.base.config import UserError
-from sparing.base.files import DamagedError, atomic_file, disk_errors, file_sha256, name_beside, output_folder, replace_folder, write_atomic
+from sparing.base.files import (
+    POINTER,
+    DamagedError,
+    atomic_file,
+    disk_errors,
+    file_sha256,
+    is_pointer,
+    name_beside,
+    output_folder,
+    replace_folder,
+    write_atomic,
+)  # fmt: skip
 from sparing.base.lock import folder_lock
 
 if TYPE_CHECKING:  # torch takes a second to import, and half of what opens a run folder never touches a tensor
@@ -121,7 +132,8 @@ def read_tensors(path: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
             for name in file.keys():
                 yield name, file.get_tensor(name)
     except (SafetensorError, FileNotFoundError) as error:
-        raise DamagedError(f"{path}: {error}") from None
+        pointer = isinstance(error, SafetensorError) and is_pointer(path)
+        raise DamagedError(f"{path}: {POINTER if pointer else error}") from None
 
 
 def fill(state: Mapping[str, torch.Tensor], tensors: Iterable[tuple[str, torch.Tensor]], where: str | Path) -> None:

@@ -42,7 +42,7 @@ def generate(run: str, rounds: int = 5, prompt_tokens: int = 32, tokens: int = 1
     until, folder = Limit.of(limit), RunFolder.open(run)
     tokenizer = Tokenizer.load(folder.tokenizer_file)
     ids = tokenizer.encode(inspect.getsource(argparse))
-    prompts = [[tokenizer.eot_id, *ids[i * prompt_tokens : (i + 1) * prompt_tokens - 1]] for i in range(rounds + 2)]
+    prompts = [[tokenizer.first_id, *ids[i * prompt_tokens : (i + 1) * prompt_tokens - 1]] for i in range(rounds + 2)]
     sides: dict = {"ours": (Ours, run, {"weights": weights})}
     more: dict = {"threads": threads, "settings": []}
     peer = None
@@ -144,10 +144,11 @@ def _rows(name: str, measured: dict, tokens: int, peer_name: str | None, **more)
 def export_main(run: str, out: str) -> None:
     """Write a run's model for transformers, without MTP modules, which transformers doesn't have."""
     folder = RunFolder.open(run)
-    config = replace(read_config(folder.config_file).model, mtp_depth=0)
+    whole = read_config(folder.config_file)
+    config = replace(whole.model, mtp_depth=0)
     main = ("model.embed_tokens.", "model.norm.", "lm_head.", *(f"model.layers.{i}." for i in range(config.num_layers)))
     tensors = ((name, tensor) for name, tensor in read_tensors(folder.weights_file) if name.startswith(main))
-    export_hf(config, tensors, folder.tokenizer_file, out)
+    export_hf(config, tensors, folder.tokenizer_file, out, tokens=whole.tokens)
 
 
 def export_file(run: str, out: str, type: str) -> None:
@@ -155,7 +156,8 @@ def export_file(run: str, out: str, type: str) -> None:
     from sparing.interop.gguf import export_gguf
 
     folder = RunFolder.open(run)
-    export_gguf(read_config(folder.config_file).model, folder.weights_file, folder.tokenizer_file, out, type)
+    config = read_config(folder.config_file)
+    export_gguf(config.model, folder.weights_file, folder.tokenizer_file, out, type, tokens=config.tokens)
 
 
 def random_run(path: Path, limit: Limit) -> str:

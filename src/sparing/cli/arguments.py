@@ -16,6 +16,9 @@ from typing import Any, get_type_hints
 from sparing.base.config import UserError
 from sparing.base.config_file import describe, nearest, options, parse_text
 
+MAY_BE_EMPTY = ("--prompt",)
+"""Options whose value is text; that of any other is a name, a path or a number, and an empty one is the work of an unset variable."""
+
 
 @dataclasses.dataclass
 class Call:
@@ -48,8 +51,9 @@ def flag_of(name: str) -> str:
 
 
 def recipe_options() -> dict[str, tuple[Any, Any, str]]:
-    """The fields of a recipe that are options, by dotted name; the budget has an option of its own, the start none yet."""
-    return {name: row for name, row in options().items() if name.partition(".")[0] not in ("budget", "start")}
+    """The fields of a recipe that are options, by dotted name; the budget has an option of its own, the start none yet, and an
+    imported model's tokens come with it."""
+    return {name: row for name, row in options().items() if name.partition(".")[0] not in ("budget", "start", "tokens")}
 
 
 def parse(verb: str, kind: type, argv: list[str]) -> tuple[Any, dict[str, Any]]:
@@ -80,6 +84,8 @@ def parse(verb: str, kind: type, argv: list[str]) -> tuple[Any, dict[str, Any]]:
             positional.append(token)
 
     for flag, values in words.items():
+        if "" in values and flag not in MAY_BE_EMPTY:
+            raise UserError(f"{verb}: {flag} needs a value, not an empty one")
         if own.get(flag) == "bool" and values:
             raise UserError(f"{verb}: {flag} takes no value")
         if own.get(flag) != "bool" and not values:

@@ -119,6 +119,8 @@ class Eval:
     """Files, folders, globs."""
     context: int | None = None
     """Window in tokens; default: the length that the run was trained with."""
+    text_key: str | None = None
+    """JSONL and Parquet: the field that holds the text; default: that of the run."""
     tasks: list[str] = field(default_factory=list)
     """Through lm-eval: JSON or JSONL files of questions, choices and answer; its own YAML files; names that it knows (it downloads)."""
     limit: int | None = None
@@ -133,9 +135,9 @@ class Eval:
         if self.limit is not None and self.limit < 1:
             raise UserError(f"--limit {self.limit}: must be 1 or more")
         if not self.tasks and (self.limit or self.quantize != "none"):
-            raise UserError("--limit and --quantize are for --tasks: bits per byte are those of all the text, in float32")
+            raise UserError("--limit and --quantize are for --tasks: bits per byte are those of all the text, and choose their own format")
         weights = "float32" if self.quantize == "none" else self.quantize
-        return call.api.evaluate(self.run, self.data, self.context, call.started, self.tasks, self.limit, weights)
+        return call.api.evaluate(self.run, self.data, self.context, call.started, self.tasks, self.limit, weights, self.text_key)
 
 
 @dataclass

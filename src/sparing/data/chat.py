@@ -105,12 +105,12 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise UserError(f"the chat template is no Jinja template: {error}") from None
 
-    def render(self, messages: list[dict[str, Any]], tools: list[dict] | None = None, end_of_text: str = "") -> Traced:
+    def render(self, messages: list[dict[str, Any]], tools: list[dict] | None = None, bos_token: str = "", eos_token: str = "") -> Traced:
         """The text before the answer, with the words that begin one. Raises UserError when the template refuses."""
         try:
             return self._template.render(
                 messages=[_for_template(message) for message in messages], tools=tools, documents=None, add_generation_prompt=True,
-                bos_token=own(end_of_text), eos_token=own(end_of_text),
+                bos_token=own(bos_token), eos_token=own(eos_token),
             )  # fmt: skip
         except UserError:
             raise
@@ -120,13 +120,15 @@ class ChatTemplate:
     def encode(self, tokenizer: Tokenizer, messages: list[dict[str, Any]], tools: list[dict] | None = None) -> list[int]:
         """Token ids of `render`. Special tokens are those that the template writes: their names inside a message stay text.
 
-        A run's own template says everything, its beginning too; before the plain one goes the end-of-text token, as before any document.
+        A run's own template says everything, its beginning too; before the plain one goes the token that begins any prompt.
         """
         names = sorted(tokenizer.special, key=len, reverse=True)
         special = re.compile("|".join(map(re.escape, names)) or "(?!)")
-        rendered = self.render(messages, tools or None, end_of_text=tokenizer.decode([tokenizer.eot_id]))
+        bos, eos = tokenizer.bos_id, tokenizer.eos_ids[0]
+        ends = {"bos_token": "" if bos is None else tokenizer.token_name(bos), "eos_token": tokenizer.token_name(eos)}
+        rendered = self.render(messages, tools or None, **ends)
         text = "".join(rendered)
-        ids, begin, at = [tokenizer.eot_id] if self.plain else [], 0, 0
+        ids, begin, at = list(tokenizer.start) if self.plain else [], 0, 0
         while match := special.search(text, at):
             at = match.start() + 1
             if all(rendered.own[match.start() : match.end()]):

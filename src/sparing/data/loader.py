@@ -54,12 +54,13 @@ class Loader:
     Row r of the run is row r mod `rows_per_epoch` of epoch r // `rows_per_epoch`.
     """
 
-    def __init__(self, store: TokenStore, seq_len: int, batch_size: int, mtp_depth: int = 0, seed: int = 0):
-        """`batch_size` counts rows over all ranks."""
+    def __init__(self, store: TokenStore, seq_len: int, batch_size: int, mtp_depth: int = 0, seed: int = 0, first_id: int | None = None):
+        """`batch_size` counts rows over all ranks. first_id: the token that documents begin with; None: the store's end-of-text token."""
         for name, value, least in (("seq_len", seq_len, 1), ("batch_size", batch_size, 1), ("mtp_depth", mtp_depth, 0)):
             if value < least:
                 raise UserError(f"{name} must be at least {least}, not {value}")
         self.store, self.seq_len, self.batch_size, self.mtp_depth, self.seed = store, seq_len, batch_size, mtp_depth, seed
+        self.first_id = store.eot_id if first_id is None else first_id
         self._rows = Rows(store.starts, store.lengths, seq_len)
         self.rows_per_epoch = self._rows.count
         self._orders: dict[int, EpochOrder] = {}
@@ -79,6 +80,8 @@ class Loader:
         padding = position < 0
         tokens = self.store.take(np.maximum(position, 0))
         tokens[padding] = self.store.eot_id
+        if self.first_id != self.store.eot_id:  # among inputs it stands at beginnings only: no text is encoded to it
+            tokens[tokens == self.store.eot_id] = self.first_id
         targets = np.empty((*position.shape, 1 + self.mtp_depth), np.int64)
         for ahead in range(1 + self.mtp_depth):
             ahead_position = position + 1 + ahead

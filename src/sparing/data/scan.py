@@ -19,7 +19,7 @@ from sparing.base.files import FULL
 from sparing.base.hardware import home
 from sparing.data.files import SourceFile, find_files, fingerprint, kind_of
 from sparing.data.progress import Progress, check
-from sparing.data.sources import Rejected, documents, pieces
+from sparing.data.sources import Rejected, Tally, documents, pieces
 from sparing.data.split import SECTION_BYTES, HashHistogram, Split, choose_split, content_hash, mix
 
 FORMAT = 1
@@ -136,7 +136,7 @@ def quarantine_path(fingerprint: str, root: Path | None = None) -> Path:
 def _pass(config, files, folder, fingerprint, progress, should_stop) -> CorpusFacts:
     total, done = max(1, sum(file.bytes for file in files)), 0
     documents_seen = text_bytes = 0
-    kinds, reasons = Counter(), Counter()
+    kinds, tally = Counter(), Tally()
     table, section_table = HashHistogram(), HashHistogram()
     largest, largest_hash = b"", 0
     last = kind = ""
@@ -152,7 +152,7 @@ def _pass(config, files, folder, fingerprint, progress, should_stop) -> CorpusFa
 
         def reject(rejected: Rejected) -> None:
             quarantine.write(rejected.as_json() + "\n")
-            reasons[rejected.reason.split(" (")[0]] += 1
+            tally(rejected)
 
         for text, source, _ in documents(files, config.text_key, reject, tick):
             raw = text.encode()
@@ -171,9 +171,8 @@ def _pass(config, files, folder, fingerprint, progress, should_stop) -> CorpusFa
             if size > len(largest) or (size == len(largest) and hash < largest_hash):
                 largest, largest_hash = raw, hash
     if not documents_seen:
-        worst = "; ".join(f"{count} × {reason}" for reason, count in reasons.most_common(3))
         where = ", ".join(config.paths[:3]) or "the default corpus"
-        raise UserError(f"no usable text in {where}: {worst or 'no files'} (--data.text-key is {config.text_key!r})")
+        raise UserError(f"no usable text in {where}: {tally if tally.total else 'no files'} (--data.text-key is {config.text_key!r})")
     entries = table.entries()
     split = choose_split(entries, config.holdout_fraction, largest)
     with open(folder / "sample.jsonl", "w", encoding="utf-8") as file:
@@ -181,7 +180,7 @@ def _pass(config, files, folder, fingerprint, progress, should_stop) -> CorpusFa
             file.write(json.dumps(text, ensure_ascii=False) + "\n")
     return CorpusFacts(
         documents_seen, text_bytes, split.documents, split.bytes, len(files), dict(sorted(kinds.items())),
-        sum(reasons.values()), dict(reasons.most_common()), fingerprint, split, entries, section_table.entries(),
+        tally.total, dict(tally.reasons.most_common()), fingerprint, split, entries, section_table.entries(),
     )  # fmt: skip
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import zstandard
 
+from sparing.base.files import POINTER, is_pointer
 from sparing.data.files import SourceFile, find_files, kind_of
 
 BLOCK = 1 << 20
@@ -48,8 +50,33 @@ class Rejected:
     line: int | None
     reason: str
 
+    def __str__(self) -> str:
+        """With the place: `no key 'text' (keys: question, answer), in a.jsonl:1`."""
+        return f"{self.reason}, in {self.source}" + ("" if self.line is None else f":{self.line}")
+
     def as_json(self) -> str:
         return json.dumps({"source": self.source, "line": self.line, "reason": self.reason}, ensure_ascii=True)
+
+
+class Tally:
+    """A `Reject` that counts documents by reason, and keeps the first of each; as text: the commonest reasons."""
+
+    def __init__(self):
+        self.reasons: Counter[str] = Counter()
+        """Without what differs from document to document, in brackets."""
+        self._first: dict[str, Rejected] = {}
+
+    def __call__(self, rejected: Rejected) -> None:
+        reason = rejected.reason.split(" (")[0]
+        self.reasons[reason] += 1
+        self._first.setdefault(reason, rejected)
+
+    @property
+    def total(self) -> int:
+        return self.reasons.total()
+
+    def __str__(self) -> str:
+        return "; ".join(f"{count} × {self._first[reason]}" for reason, count in self.reasons.most_common(3))
 
 
 Reject = Callable[[Rejected], None]
@@ -73,6 +100,9 @@ def documents(
         kind = kind_of(file.path)
         read = _parquet if kind in ("parquet", "pq") else _json if kind in ("jsonl", "json", "ndjson") else _text
         try:
+            if file.bytes < 1024 and is_pointer(file.path):
+                reject(Rejected(file.path, 1, POINTER))
+                continue
             yield from read(file.path, text_key, reject, tick)
         except OSError as error:
             reject(Rejected(file.path, None, f"cannot be read: {error.strerror or error}"))

@@ -13,7 +13,7 @@ import numpy as np
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
-from sparing.base.config import UserError
+from sparing.base.config import TokensConfig, UserError
 from sparing.base.files import read_text, write_atomic
 from sparing.data.progress import check, result_of
 
@@ -40,6 +40,8 @@ _WORDS = re.compile(
 _OTHER = re.compile("[^\t-\r -~\u00a0-\u017e\u0180-\u024f\u2010-\u2027\u2030-\u205e]")
 _LINES = re.compile(r"(?<=\n)(?=\S)")
 _EOT_NAMES = (END_OF_TEXT, "<｜end▁of▁sentence｜>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>", "</s>", "<eos>", "<|end|>")
+END_NAMES = ("<|end|>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end_of_text|>", "<｜end▁of▁sentence｜>")
+"""Tokens that end a chat turn. Like the end-of-text token they end an answer."""
 
 
 # GPT-2's alphabet: printable bytes stand for themselves, the others, in order, for U+0100 and on (github.com/openai/gpt-2, encoder.py).
@@ -51,8 +53,11 @@ _BYTES |= {chr(0x100 + i): byte for i, byte in enumerate(byte for byte in range(
 class Tokenizer:
     """A tokenizer.json of the `tokenizers` library, with what training and serving need around it."""
 
-    def __init__(self, text: str):
-        """`text`: the content of a tokenizer.json. Raises UserError when it is not one."""
+    def __init__(self, text: str, tokens: TokensConfig | None = None):
+        """text: the content of a tokenizer.json. tokens: what begins and ends a text; None: what the names of its tokens say.
+
+        Raises UserError when it is no tokenizer.json, has no end-of-text token, or lacks one of `tokens`.
+        """
         try:
             self._library = tokenizers.Tokenizer.from_str(text)
             content = json.loads(text)
@@ -65,10 +70,26 @@ class Tokenizer:
         self._library.encode_special_tokens = True  # means: as ordinary text
         self.vocab_size: int = 1 + max(self._library.get_vocab(with_added_tokens=True).values(), default=-1)
         """One more than the largest id; a model's vocabulary may be larger."""
-        name = next((name for name in _EOT_NAMES if self._library.token_to_id(name) is not None), None)
-        if name is None:
+        for number in () if tokens is None else (tokens.bos, *tokens.eos):
+            if number is not None and self._library.id_to_token(number) is None:
+                raise UserError(f"the tokenizer has no token {number}, which [tokens] names; its ids end at {self.vocab_size - 1}")
+        ids = (self._library.token_to_id(name) for name in _EOT_NAMES)
+        found = next((number for number in ids if number is not None), tokens.eos[0] if tokens and tokens.eos else None)
+        if found is None:
             raise UserError(f"the tokenizer has no end-of-text token: none of {', '.join(_EOT_NAMES)}")
-        self.eot_id: int = self._library.token_to_id(name)
+        self.eot_id: int = found
+        """Stands between documents."""
+        ends = (self._library.token_to_id(name) for name in END_NAMES)
+        self.named_ends: tuple[int, ...] = tuple(dict.fromkeys([found, *(number for number in ends if number is not None)]))
+        """The tokens whose names say that they end an answer."""
+        tokens = TokensConfig(found, True, self.named_ends) if tokens is None else tokens
+        self.bos_id: int | None = tokens.bos
+        self.eos_ids: tuple[int, ...] = tokens.eos or self.named_ends
+        """Each ends an answer; the first is the tokenizer's own end token."""
+        self.start: list[int] = [tokens.bos] if tokens.add_bos and tokens.bos is not None else []
+        """What a prompt begins with."""
+        self.first_id: int = self.start[0] if self.start else found
+        """What a document begins with in training and scoring, where something has to stand before the first word."""
         self.dtype = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
         """Smallest unsigned type that holds every id."""
         self.special: dict[str, int] = {token["content"]: token["id"] for token in content.get("added_tokens", []) if token.get("special")}
@@ -103,6 +124,10 @@ class Tokenizer:
         parts.append(self._lookup("".join(run)) if usual else self._by_library("".join(run)))
         return np.concatenate(parts)
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of a prompt, with what the model's texts begin with; never empty."""
+        return [*self.start, *self.encode(text)] or [self.first_id]
+
     def decode(self, ids: Sequence[int] | np.ndarray, skip_special_tokens: bool = False) -> str:
         """Text; bytes that are not UTF-8 (a token cut in the middle of a character) become U+FFFD."""
         ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
@@ -120,6 +145,9 @@ class Tokenizer:
     def token_id(self, token: str) -> int | None:
         return self._library.token_to_id(token)
 
+    def token_name(self, number: int) -> str | None:
+        return self._library.id_to_token(number)
+
     def bytes_per_token(self, texts: Iterable[str]) -> float:
         """UTF-8 bytes per token over the texts, end-of-text tokens (one a text) counted."""
         size = tokens = 0
@@ -136,7 +164,7 @@ class Tokenizer:
         write_atomic(path, self._text)
 
     @classmethod
-    def load(cls, path: str | Path) -> Tokenizer:
+    def load(cls, path: str | Path, tokens: TokensConfig | None = None) -> Tokenizer:
         """From a tokenizer.json or the folder that holds one. Raises UserError."""
         path = Path(path)
         path = path / "tokenizer.json" if path.is_dir() else path
@@ -144,7 +172,7 @@ class Tokenizer:
             raise UserError(f"no tokenizer: {path} does not exist")
         text = read_text(path, limit=MAX_FILE_BYTES)
         try:
-            return cls(text)
+            return cls(text, tokens)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
 

@@ -33,9 +33,10 @@ def bpb(
 ) -> dict:
     """Score documents -> {"bpb", "loss" (nats per token), "bytes", "tokens" (scored), "documents", "context"}.
 
-    Each document is end-of-text, t1 .. tn; t1 .. tn are scored once each, in windows of `context` inputs that do not overlap and carry one
-    token over: window w reads positions wC .. wC + C - 1 and is scored on wC + 1 .. wC + C. The end of the document is not scored, as it
-    has no bytes. `max_bytes`: see `select`. `batch` windows go to `nll_fn` at once; the result does not depend on it but for rounding.
+    Each document is its beginning token (`Tokenizer.first_id`), t1 .. tn; t1 .. tn are scored once each, in windows of `context` inputs
+    that do not overlap and carry one token over: window w reads positions wC .. wC + C - 1 and is scored on wC + 1 .. wC + C. The end of
+    the document is not scored, as it has no bytes. `max_bytes`: see `select`. `batch` windows go to `nll_fn` at once; the result does not
+    depend on it but for rounding.
     Raises UserError when there is no text, Stopped when asked to.
     """
     if context < 1 or batch < 1:
@@ -76,7 +77,7 @@ def _windows(tokenizer: Tokenizer, documents: Iterable[str], context: int, count
         counts["bytes"] += len(text.encode())
         counts["tokens"] += len(ids)
         counts["documents"] += 1
-        tokens = [tokenizer.eot_id, *ids]
+        tokens = [tokenizer.first_id, *ids]
         for start in range(0, len(ids), context):
             yield tokens[start : start + context + 1]
 

@@ -45,6 +45,11 @@ class HarnessModel(TemplateLM):
     def eot_token_id(self) -> int:
         return self.tokenizer.eot_id
 
+    @property
+    def prefix_token_id(self) -> int:
+        """Stands before a text that has no context."""
+        return self.tokenizer.first_id
+
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
         return self.tokenizer.encode(string)
 
@@ -81,6 +86,26 @@ def _total(rows: Sequence[tuple[float, bool]]) -> tuple[float, bool]:
     return sum(nats for nats, _ in rows), all(likeliest for _, likeliest in rows)
 
 
+def _titles(files: Sequence[str], others: Sequence[str]) -> dict[str, str]:
+    """A name for each file of questions: its own without the suffix, or the whole path where that is another's too. Raises UserError for a
+    file that is given twice."""
+    titles: dict[str, str] = {}
+    stems = [Path(file).stem for file in files] + list(others)
+    seen: dict[Path, str] = {}
+    for file in files:
+        if (path := Path(file).resolve()) in seen:
+            raise UserError(f"--tasks: {file} and {seen[path]} are the same file")
+        seen[path] = file
+        titles[file] = Path(file).stem if stems.count(Path(file).stem) == 1 else file
+    return titles
+
+
+def _line(error: Exception) -> str:
+    """What went wrong, in one line."""
+    said = next((line for line in str(error.args[0] if error.args else error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {said[:300]}" if said else type(error).__name__
+
+
 def run_tasks(model: TemplateLM, tasks: Sequence[str], limit: int | None = None) -> list[dict]:
     """One {"name", "items", and the task's metrics with their standard errors (`acc`, `acc_stderr`, ...)} for each task.
 
@@ -89,12 +114,17 @@ def run_tasks(model: TemplateLM, tasks: Sequence[str], limit: int | None = None)
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # lm-eval would fork this process, threads and all, for its standard errors
-    specs = [task(name) if Path(name).suffix in (".json", ".jsonl") else name for name in tasks]
-    named = any(isinstance(spec, str) and Path(spec).suffix not in (".yaml", ".yml") for spec in specs)
+    files = [name for name in tasks if Path(name).suffix in (".json", ".jsonl")]
+    titles = _titles(files, [name for name in tasks if name not in files])
+    specs = [task(name, titles[name]) if name in titles else name for name in tasks]
+    named = [spec for spec in specs if isinstance(spec, str) and Path(spec).suffix not in (".yaml", ".yml")]
     try:
-        loaded = TaskManager(include_defaults=named).load(specs)
-    except (KeyError, FileNotFoundError) as error:
-        raise UserError(f"--tasks: {error.args[0]}") from None
+        loaded = TaskManager(include_defaults=bool(named)).load(specs)
+    except Exception as error:  # whatever lm-eval, its data sets and the network come up with
+        if len(files) == len(specs):
+            raise
+        hint = " (the data of a named task comes from the internet; a file of questions needs none)" if named else ""
+        raise UserError(f"--tasks {' '.join(name for name in tasks if name not in files)}: {_line(error)}{hint}") from None
     for one in loaded["tasks"].values():
         one.set_fewshot_seed(seed=SEED)
     with contextlib.redirect_stdout(sys.stderr):

@@ -120,7 +120,7 @@ def windows(network: CompiledNetwork, tokenizer: Tokenizer, texts: Sequence[str]
     context = min(max_tokens(network), WINDOW)
     cut: list[list[int]] = []
     for text in texts:
-        ids = [tokenizer.eot_id, *tokenizer.encode(text)]
+        ids = [tokenizer.first_id, *tokenizer.encode(text)]
         cut += (ids[start : start + context + 1] for start in range(0, len(ids) - 1, context))
     cut = cut[: TOKENS // context]
     count = sum(map(len, cut)) - len(cut)

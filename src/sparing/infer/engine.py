@@ -33,8 +33,6 @@ CHUNK = (32, 512)
 """Fewest and most rows of a step."""
 MAX_STEP_S = 0.25
 """Longest step while running sequences wait for their next token."""
-END_NAMES = ("<|end|>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>")
-"""Tokens that end a chat turn. Like the tokenizer's end-of-text token they end an answer."""
 
 
 class Engine:
@@ -68,10 +66,11 @@ class Engine:
     ):
         folder = RunFolder.open(run)
         self.name = folder.path.resolve().name
-        self.config = network.config if network else read_config(folder.config_file).model
+        config = read_config(folder.config_file)
+        self.config = network.config if network else config.model
         if not folder.tokenizer_file.exists():
             raise UserError(f"{run} has no tokenizer.json: it cannot read or write text")
-        self.tokenizer = Tokenizer.load(folder.tokenizer_file)
+        self.tokenizer = Tokenizer.load(folder.tokenizer_file, config.tokens)
         self.device, self.weights, self.plain = backend = choose_backend(self.config, device, weights, network)
         if (weights != "auto" or self.plain) and not network and (message := slow_format(backend)):
             print(message, file=sys.stderr)
@@ -107,8 +106,7 @@ class Engine:
         self.threads: int = self._network.threads
         thread_counts = sorted({self.threads, max(1, self.threads // 2), 1}, reverse=True)
         self._thread_tuners = defaultdict(lambda: SpeedTuner(thread_counts))  # both by the bits of a step's size
-        ends = (self.tokenizer.token_id(name) for name in END_NAMES)
-        self._ends = {self.tokenizer.eot_id, *(i for i in ends if i is not None)}
+        self._ends = set(self.tokenizer.eos_ids)
         self._counts: Counter[str] = Counter()
         """The engine's thread changes it all the time; others read `_published`."""
         self._published: dict[str, float] = {}

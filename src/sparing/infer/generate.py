@@ -65,7 +65,8 @@ def load(run: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float3
     folder = RunFolder.open(run)
     config = read_config(folder.config_file)
     network = load_transformer(folder, config.model, device, dtype)
-    return Model(folder, config, network, Tokenizer.load(folder.tokenizer_file) if folder.tokenizer_file.exists() else None)
+    tokenizer = Tokenizer.load(folder.tokenizer_file, config.tokens) if folder.tokenizer_file.exists() else None
+    return Model(folder, config, network, tokenizer)
 
 
 def complete(engine: Engine, prompt: str, sampling: Sampling, stream: Callable[[str], None] | None = None) -> tuple[str, int]:
@@ -75,7 +76,7 @@ def complete(engine: Engine, prompt: str, sampling: Sampling, stream: Callable[[
     settings that the engine refuses, RuntimeError if the engine fails.
     """
     tokenizer, text, parts, generated = engine.tokenizer, TextStream(engine.tokenizer), [], 0
-    ids = [tokenizer.eot_id, *tokenizer.encode(prompt)]
+    ids = tokenizer.encode_prompt(prompt)
 
     def show(piece: Piece | None) -> None:
         if piece and piece.text:

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sparing.base.config import ModelConfig, UserError
+from sparing.base.config import ModelConfig, TokensConfig, UserError
 from sparing.base.files import atomic_path, output_file
 from sparing.base.layers import EMBED, HEAD, Attention, layers, mixtures, shapes
-from sparing.data.tokenizer import PATTERN, Tokenizer
+from sparing.data.tokenizer import END_NAMES, PATTERN, Tokenizer
 from sparing.interop.hf_config import read_json
 from sparing.interop.hf_tensors import LAYER
 
@@ -67,10 +67,12 @@ def export_gguf(
     type: str = "f32",
     chat_template: str | None = None,
     name: str = "",
+    tokens: TokensConfig | None = None,
 ) -> list[str]:
     """Write the model as one GGUF file of the `deepseek2` architecture, MTP module included; -> notes for the user.
 
-    weights: a run's safetensors file. tokenizer: a tokenizer.json, or None. type: of the matrices; norms, routers and selection biases
+    weights: a run's safetensors file. tokenizer: a tokenizer.json, or None. tokens: what begins and ends a text; None: what the tokenizer's
+    names say. type: of the matrices; norms, routers and selection biases
     stay float32. Raises UserError: `out` exists, llama.cpp computes no such model, rows no multiple of 32 (q8_0, q4_0), the `gguf` package
     is missing, weights are not this model's, disk full.
     """
@@ -101,7 +103,7 @@ def export_gguf(
                 writer.add_tokenizer_model("none")
                 notes.append("there is no tokenizer: the file has weights only")
             else:
-                _add_tokenizer(writer, Path(tokenizer), config.vocab_size, chat_template)
+                notes += _add_tokenizer(writer, Path(tokenizer), config.vocab_size, chat_template, tokens)
             _write_tensors(writer, tensors, types, config, Path(weights))
             writer.close()
     except PermissionError as error:
@@ -213,11 +215,11 @@ def _add_shape(writer: GGUFWriter, c: ModelConfig) -> None:
         writer.add_nextn_predict_layers(c.mtp_depth)
 
 
-def _add_tokenizer(writer: GGUFWriter, path: Path, vocab_size: int, chat_template: str | None) -> None:
-    """Byte-level BPE. Raises UserError for another kind, and for a pre-tokeniser whose name in llama.cpp is not known here."""
+def _add_tokenizer(writer: GGUFWriter, path: Path, vocab_size: int, chat_template: str | None, tokens: TokensConfig | None) -> list[str]:
+    """Byte-level BPE; -> notes. Raises UserError for another kind, and for a pre-tokeniser whose name in llama.cpp is not known here."""
     from gguf import TokenType
 
-    tokenizer, raw = Tokenizer.load(path), read_json(path)
+    tokenizer, raw = Tokenizer.load(path, tokens), read_json(path)
     if tokenizer.vocab_size > vocab_size:
         raise UserError(f"{path}: has a token with id {tokenizer.vocab_size - 1}, the model's vocabulary ends at {vocab_size - 1}")
     if raw["model"].get("type") != "BPE" or raw["model"].get("byte_fallback"):
@@ -237,11 +239,18 @@ def _add_tokenizer(writer: GGUFWriter, path: Path, vocab_size: int, chat_templat
     writer.add_token_list(names)
     writer.add_token_types(kinds)
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in raw["model"]["merges"]])
-    writer.add_bos_token_id(tokenizer.eot_id)  # every document begins with the end-of-text token
-    writer.add_eos_token_id(tokenizer.eot_id)
-    writer.add_add_bos_token(True)
+    if tokenizer.bos_id is not None:
+        writer.add_bos_token_id(tokenizer.bos_id)
+    writer.add_add_bos_token(bool(tokenizer.start))
     if chat_template:
         writer.add_chat_template(chat_template)
+    eos, *others = tokenizer.eos_ids
+    writer.add_eos_token_id(eos)
+    others.sort(key=lambda number: tokenizer.token_name(number) not in END_NAMES)  # a turn's end first
+    for add, number in zip((writer.add_eot_token_id, writer.add_eom_token_id), others):  # end of a turn, end of a message
+        add(number)
+    left = ", ".join(str(tokenizer.token_name(number)) for number in others[2:])
+    return [f"a GGUF file names three tokens that end an answer: {left} is left out"] if left else []
 
 
 def _pre_tokenizer(raw: dict, path: Path) -> str:

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sparing.base.config import ModelConfig, UserError, YarnConfig
+from sparing.base.config import ModelConfig, TokensConfig, UserError, YarnConfig
 from sparing.base.config_limits import contradiction
 from sparing.base.files import read_text
 from sparing.base.layers import layers
@@ -76,11 +76,11 @@ class TensorFormat:
     """Rows and columns that share one FP8 factor."""
 
 
-def to_hf(config: ModelConfig, dtype: str, eos: int | None) -> tuple[dict, list[str]]:
+def to_hf(config: ModelConfig, dtype: str, tokens: TokensConfig) -> tuple[dict, list[str]]:
     """-> (config.json, notes for the user).
 
-    dtype: float32, bfloat16 or float8. eos: id of the end-of-text token, which also begins documents. Raises UserError where no model
-    type of transformers computes this model.
+    dtype: float32, bfloat16 or float8. tokens: what begins and ends a text. Raises UserError where no model type of transformers computes
+    this model.
     """
     kind = family_of(config)
     family, notes = FAMILIES[kind], []
@@ -93,8 +93,8 @@ def to_hf(config: ModelConfig, dtype: str, eos: int | None) -> tuple[dict, list[
         "attention_dropout": 0.0,
         "initializer_range": 0.006 if config.init == "deepseek" else 0.02,
         "use_cache": True,
-        "bos_token_id": eos,
-        "eos_token_id": eos,
+        "bos_token_id": tokens.bos,
+        "eos_token_id": tokens.eos[0] if tokens.eos else None,
         "torch_dtype": "bfloat16" if dtype == "float8" else dtype,
     }
     if config.attention == "mla":

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from sparing.base.config import ModelConfig, UserError
+from sparing.base.files import POINTER, is_pointer
 from sparing.base.layers import EMBED, HEAD, SELECTION_BIAS, Attention, layers, shapes
 from sparing.interop.hf_config import read_json
 
@@ -158,6 +159,8 @@ def read_header(path: Path) -> dict[str, Stored]:
     """The tensors of one safetensors file. Raises UserError when the file is missing, truncated or inconsistent."""
     try:
         size = path.stat().st_size
+        if is_pointer(path):
+            raise UserError(f"{path}: {POINTER}")
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(MAX_HEADER, size - 8):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import re
 import shutil
@@ -17,15 +16,15 @@ from typing import Literal
 
 import torch
 
-from sparing.base.config import ModelConfig, UserError
-from sparing.base.files import disk_errors, name_beside, output_folder, read_text, sync_folder
+from sparing.base.config import ModelConfig, TokensConfig, UserError
+from sparing.base.files import disk_errors, name_beside, output_folder, sync_folder
 from sparing.base.layers import EMBED, HEAD, shapes
 from sparing.interop.families import FAMILIES
 from sparing.interop.fp8_blocks import BLOCK, dequantise, quantise, scale_shape
 from sparing.interop.hf_config import from_hf, read_json, to_hf
 from sparing.interop.hf_tensors import LAYER, PublishedTensor, SafetensorsWriter, published_tensors, read_folder, read_tensor
+from sparing.interop.hf_tokenizer import generation_config, to_json, tokenizer_files
 
-END_OF_TEXT = "<|endoftext|>"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8": torch.bfloat16}
 """Types of the tensors that are not in 8 bits, by `dtype`."""
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -41,10 +40,12 @@ def export_hf(
     dtype: Literal["float32", "bfloat16", "float8"] = "float32",
     chat_template: str | None = None,
     shard_bytes: int = 5_000_000_000,
+    tokens: TokensConfig | None = None,
 ) -> list[str]:
     """Write a folder that transformers' `from_pretrained` reads; -> notes for the user.
 
-    tensors: our state dict, in any order; one at a time is held. tokenizer: a tokenizer.json, or None. float8: projections as 128x128
+    tensors: our state dict, in any order; one at a time is held. tokenizer: a tokenizer.json, or None. tokens: what
+    begins and ends a text; None: what the tokenizer's names say. float8: projections as 128x128
     blocks of e4m3 with `weight_scale_inv`, the rest bfloat16, as DeepSeek-V3 is published. Selection biases stay float32 always.
     Raises UserError: `out` exists and is not empty, no transformers type computes this model, tensors are not this model's, disk full.
     """
@@ -53,14 +54,14 @@ def export_hf(
         raise UserError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{named} already exists and is not empty: choose a new folder for --out")
-    text_files, eos, notes = _tokenizer_files(config, Path(tokenizer) if tokenizer else None, chat_template)
-    raw, config_notes = to_hf(config, dtype, eos)
+    text_files, ends, notes = tokenizer_files(config, Path(tokenizer) if tokenizer else None, tokens, chat_template)
+    raw, config_notes = to_hf(config, dtype, ends)
     exported = replace(config, mtp_depth=raw.get("num_nextn_predict_layers", 0))
     published = published_tensors(exported, FAMILIES[raw["model_type"]].halves)
     if dtype == "float8" and any(one.eight_bit and any(size > BLOCK and size % BLOCK for size in one.shape) for one in published):
         notes.append("some projections are no multiple of 128 wide: without a GPU, transformers misplaces such a weight's FP8 factors")
-    text_files["config.json"] = _json(raw)
-    text_files["generation_config.json"] = _json({"_from_model_config": True, "bos_token_id": eos, "eos_token_id": eos})
+    text_files["config.json"] = to_json(raw)
+    text_files["generation_config.json"] = to_json(generation_config(ends))
 
     beside = name_beside(out)
     shutil.rmtree(beside, ignore_errors=True)
@@ -119,35 +120,6 @@ def _write_tensors(
         more = f" and {len(writer.missing) - 1} more" if len(writer.missing) > 1 else ""
         raise UserError(f"the weights lack {min(writer.missing)}{more}")
     writer.finish()
-
-
-def _tokenizer_files(config: ModelConfig, path: Path | None, chat_template: str | None) -> tuple[dict[str, str], int | None, list[str]]:
-    """-> (file name -> text, id of the end-of-text token, notes)."""
-    if path is None:
-        return {}, None, ["there is no tokenizer: the folder has weights only"]
-    raw = read_json(path)
-    ids = {token["content"]: token["id"] for token in raw.get("added_tokens", [])}
-    vocabulary = raw.get("model", {}).get("vocab", {})
-    largest = max([*ids.values(), *(vocabulary.values() if isinstance(vocabulary, dict) else [len(vocabulary) - 1])], default=-1)
-    if largest >= config.vocab_size:
-        raise UserError(f"{path}: has a token with id {largest}, the model's vocabulary ends at {config.vocab_size - 1}")
-    settings: dict = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": config.max_position_embeddings,
-        "clean_up_tokenization_spaces": False,
-    }
-    eos, notes = ids.get(END_OF_TEXT), []
-    if eos is None:
-        notes.append(f"the tokenizer has no {END_OF_TEXT}: generation will not know where to stop")
-    else:
-        settings |= {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
-    if chat_template is not None:
-        settings["chat_template"] = chat_template
-    return {"tokenizer.json": read_text(path), "tokenizer_config.json": _json(settings)}, eos, notes
-
-
-def _json(value: dict) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def import_hf(folder: str | Path) -> tuple[ModelConfig, Iterator[tuple[str, torch.Tensor]], list[str]]:

@@ -47,4 +47,6 @@ def text(job: Job, config: Config) -> TrainingData:
         if not (run.path / name).exists():
             with atomic_path(run.path / name) as beside:
                 shutil.copyfile(store.path / name, beside)
-    return TrainingData(Loader(store, t.seq_len, t.batch_size, config.model.mtp_depth, t.seed), store.tokenizer, list(store.held_out()))
+    tokenizer = store.tokenizer if config.tokens is None else Tokenizer.load(store.path, config.tokens)
+    loader = Loader(store, t.seq_len, t.batch_size, config.model.mtp_depth, t.seed, tokenizer.first_id)
+    return TrainingData(loader, tokenizer, list(store.held_out()))

@@ -84,6 +84,8 @@ def with_start(wishes: Wishes) -> Wishes:
     if wishes.value("start.weights_sha256", digest) != digest:
         raise UserError(f"start.weights_sha256: {run} has other weights, {digest}")
     settled = {"model": shape, "data": {"tokenizer": str(run.tokenizer_file)}, "start": {"run": str(run), "weights_sha256": digest}}
+    if config.tokens:
+        settled["tokens"] = asdict(config.tokens)
     return Wishes.of({"train": {"seq_len": config.train.seq_len}}, wishes, settled)
 
 

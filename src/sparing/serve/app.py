@@ -160,7 +160,7 @@ async def tokenize(service: Service, request: Request) -> Response:
 
     def answer() -> Response:
         ids = tokenizer.encode(body["prompt"])
-        ids = [tokenizer.eot_id, *ids] if body.get("add_special_tokens", True) else ids
+        ids = [*tokenizer.start, *ids] if body.get("add_special_tokens", True) else ids
         return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": service.engine.context})
 
     return await service.work(request.state.size, answer)

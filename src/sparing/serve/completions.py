@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 
 from sparing.infer.request import Piece, Request, Sampling, TokenLogprob
@@ -126,21 +127,24 @@ class TextCompletion(Completion):
         self.texts = list(self._echo)
         self._silent = limit == 0  # the engine still generates one token, which is left out
         self._rows: list[dict] = [self._no_rows() for _ in prompts]
+        self._offsets: list[int | None] = [None] * len(prompts)  # where the next token's text begins; None: before the first
+        self._characters = [codecs.getincrementaldecoder("utf-8")("replace") for _ in prompts]
 
     @staticmethod
     def _no_rows() -> dict:
         return {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
 
     def push(self, index: int, piece: Piece | None, finish: str | None) -> list[dict]:
-        text, rows = "", []
+        text, rows, echoed = "", [], 0
         if not self._begun[index]:
             self._begun[index] = True
             text, rows = self._echo[index], self._prompt_logprobs(index)
+            echoed = len(rows)
         if piece is not None and not self._silent:
             text += piece.text
             rows = [*rows, *(piece.logprobs or [])]
             self.texts[index] += piece.text
-        logprobs = self._logprobs(index, rows)
+        logprobs = self._logprobs(index, rows, echoed)
         if not text and not logprobs and piece is not None:
             return []
         finish = "length" if self._silent and finish == "stop" else finish
@@ -158,24 +162,27 @@ class TextCompletion(Completion):
             return []
         given = self.body.get("prompt", "")
         is_text = isinstance(given, str) or isinstance(given[index // self.body.get("n", 1)], str)
-        return rows if is_text else [TokenLogprob(prompt[0], None, ()), *rows]
+        begun = is_text and bool(self.service.engine.tokenizer.start)  # the first token is no part of the text
+        return rows if begun else [TokenLogprob(prompt[0], None, ()), *rows]
 
-    def _logprobs(self, index: int, new_rows: list[TokenLogprob]) -> dict | None:
-        """OpenAI's four lists for new tokens; also appended to those of the whole answer."""
+    def _logprobs(self, index: int, new_rows: list[TokenLogprob], echoed: int) -> dict | None:
+        """OpenAI's four lists for new tokens, the first `echoed` of them the prompt's; also appended to those of the whole answer."""
         if not new_rows:
             return None
-        rows, whole = self._no_rows(), self._rows[index]
-        if whole["tokens"]:
-            offset = whole["text_offset"][-1] + len(whole["tokens"][-1])
-        else:
+        rows, whole, tokenizer = self._no_rows(), self._rows[index], self.service.engine.tokenizer
+        offset = self._offsets[index]
+        if offset is None:
             offset = 0 if self.prompts[index][1].prompt_logprobs else len(self._echo[index])
-        for row in new_rows:
-            text = self._token_text(row.token)
-            rows["tokens"].append(text)
+        for number, row in enumerate(new_rows):
+            rows["tokens"].append(self._token_text(row.token))
             rows["token_logprobs"].append(row.logprob)
             rows["top_logprobs"].append(None if row.logprob is None else self._top(row))
             rows["text_offset"].append(offset)
-            offset += len(text)
+            # A character counts with the token that completes it: one split over three tokens is one character of the text, not three.
+            # Special tokens have a name, but no text in an answer.
+            if number < echoed or tokenizer.token_name(row.token) not in tokenizer.special:
+                offset += len(self._characters[index].decode(tokenizer.token_bytes(row.token)))
+        self._offsets[index] = offset
         for name, values in rows.items():
             whole[name] += values
         return rows

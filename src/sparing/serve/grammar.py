@@ -40,7 +40,7 @@ class Grammars:
         except ImportError:
             raise ApiError(501, "This server cannot restrict answers: its llguidance package is not installed.") from None
         size = max(self._vocab_size, self._tokenizer.vocab_size)
-        return llguidance.LLTokenizer(self._tokenizer.to_json(), n_vocab=size, eos_token=self._tokenizer.eot_id)
+        return llguidance.LLTokenizer(self._tokenizer.to_json(), n_vocab=size, eos_token=list(self._tokenizer.eos_ids))
 
     def json_schema(self, schema: dict) -> Matcher:
         """Compile a JSON schema. Raises ApiError 400 if that is impossible."""
@@ -99,7 +99,7 @@ class Matcher:
         self._matcher, self._vocab_size = matcher, vocab_size
 
     def mask(self) -> np.ndarray:
-        """(V,) booleans: which tokens may come next, with the end-of-text token where the text may end. Raises GrammarFailed."""
+        """(V,) booleans: which tokens may come next, with the tokens that end an answer where the text may end. Raises GrammarFailed."""
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         allowed = np.unpackbits(bits, bitorder="little")[: self._vocab_size].astype(bool)
         if self._matcher.is_error():  # it allows the end of text then

@@ -80,10 +80,9 @@ class Service:
             raise bad(str(error), "messages") from None
 
     def text_prompt(self, text: str) -> list[int]:
-        """Token ids of a text, after the end-of-text token that begins every document."""
+        """Token ids of a text, after the token that begins every document where the model has one."""
         self._not_too_long(len(text.encode()))
-        tokenizer = self.engine.tokenizer
-        return [tokenizer.eot_id, *tokenizer.encode(text)]
+        return self.engine.tokenizer.encode_prompt(text)
 
     def _not_too_long(self, size: int) -> None:
         """Refuse, before the tokenizer spends seconds on it, a text that cannot fit even if all its tokens were the longest one."""

@@ -20,7 +20,7 @@ from sparing.model.transformer import Transformer
 from sparing.train.objective import Loss, Objective, weight_of
 
 
-def _sharing(model: Transformer) -> Transformer:
+def sharing(model: Transformer) -> Transformer:
     """A twin over the model's own memory: no parameter and no buffer is copied but the expert counts. Its gradients are its own."""
     counts = {id(router.tokens_per_expert) for router in routers(model)}
     made: dict[int, Tensor] = {id(buffer): buffer for buffer in model.buffers() if id(buffer) not in counts}
@@ -37,7 +37,7 @@ class Replicas:
         """objective: None where only `nll` is asked for. compiled: it goes through torch.compile, where nothing is divided. kernels: which
         compute, in all of the threads."""
         self.kernels = kernels
-        self.models = [model, *(_sharing(model) for _ in range(count - 1))]
+        self.models = [model, *(sharing(model) for _ in range(count - 1))]
         self.objective = objective if count > 1 or not compiled else _compiled(objective)
         # The setting is each thread's own: the optimizer, in the caller's thread, keeps all cores.
         self.pool = ThreadPoolExecutor(count, "sparing-replica", self._prepare) if count > 1 else None
