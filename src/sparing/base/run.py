@@ -13,12 +13,13 @@ import shutil
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparing.base.config import UserError
 from sparing.base.files import DamagedError, atomic_file, disk_errors, file_sha256, replace_folder, write_atomic
-from sparing.base.lock import folder_lock
+from sparing.base.lock import LOCK, folder_lock
 
 if TYPE_CHECKING:  # torch takes a second to import, and half of what opens a run folder never touches a tensor
     import torch
@@ -78,6 +79,13 @@ class RunFolder:
     def lock(self) -> AbstractContextManager[None]:
         """Keep other writers out: a context manager. Raises UserError where the folder is being written, naming the other process."""
         return folder_lock(self.path)
+
+
+def looks_like_run(folder: str | Path) -> bool:
+    """Whether a folder holds a run, one whose configuration is not written yet included."""
+    inside = partial(os.path.join, folder)
+    folders = all(os.path.isdir(inside(name)) for name in ("state", "weights"))
+    return folders and any(os.path.isfile(inside(name)) for name in ("config.toml", LOCK))
 
 
 _DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",

@@ -23,9 +23,10 @@ from typing import Any
 from sparing import __version__
 from sparing.base.config import CannotGoOn, UserError
 from sparing.base.config_file import nearest
+from sparing.base.files import to_json
 from sparing.base.preempt import Preempt
 from sparing.cli.arguments import Call, parse, print_help
-from sparing.cli.output import show, to_json
+from sparing.cli.output import show
 from sparing.cli.verbs import VERBS
 
 INTERRUPTED = 130
@@ -34,7 +35,7 @@ HELP = f"""Sparing {__version__}: say what you can spend, get the best language 
 
   sparing plan     [RECIPE] --data PATH... --budget 20m                  what it would cost and reach
   sparing train    [RECIPE] --data PATH... --budget 20m --out RUN        train a model inside a budget
-  sparing resume   RUN [--budget +20m]                                   go on after an interruption, or extend a finished run
+  sparing resume   RUN [--budget +20m] [--data PATH...]                  go on after an interruption, or extend a finished run
   sparing eval     RUN --data PATH... --tasks FILE...                    bits per byte of text, scores of questions
   sparing generate RUN --prompt TEXT                                     let the model write
   sparing serve    RUN [--port 8000]                                     OpenAI's interface and a chat page
@@ -119,7 +120,11 @@ def _run(argv: list[str], started: float) -> int:
 
 def _way_on(verb: str | None, arguments: Any, argv: list[str]) -> str:
     run = getattr(arguments, "out" if verb == "train" else "run", None)
-    if verb in ("train", "resume") and run and os.path.exists(os.path.join(run, "config.toml")):
+    begun = verb in ("train", "resume") and run and os.path.exists(os.path.join(run, "config.toml"))
+    if verb == "resume" and begun:
+        extension_not_begun = os.path.exists(os.path.join(run, "state", "summary.json"))
+        begun = not extension_not_begun and not (arguments.data and not arguments.budget)  # to name texts twice does no harm
+    if begun:
         return shlex.join(["sparing", "resume", run])
     return shlex.join(["sparing", *argv])
 
