@@ -165,6 +165,9 @@ def test_a_finished_run_is_extended_from_before_the_decay(corpus, tmp_path, monk
     "wishes,budget,message",
     [
         ({}, "1e-6kWh", "lasts .* s here; a minute costs"),
+        ({}, "1e6flop", "budget 1Mflop is less than one batch"),
+        ({"data": {"holdout_fraction": 0}}, "30ktok", "holdout_fraction must be more than 0"),
+        ({"train": {"seed": 2**64}}, "30ktok", "train.seed must be at most"),
         ({"train": {"device": "cuda"}}, "30ktok", "no CUDA device"),
         ({"data": {"tokenizer": "/nowhere/tokenizer.json"}}, "30ktok", "does not exist"),
         ({"data": {"holdout_fraction": 0.9}}, "30ktok", "holdout_fraction"),

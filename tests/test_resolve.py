@@ -19,13 +19,10 @@ PEAK = 6e11
 def derive(budget="300s", wishes=None, machine=LAPTOP, facts=BOOKS):
     from sparing.budget.units import parse_budget
 
-    return resolve(
-        Wishes.of(wishes),
-        parse_budget(budget),
-        machine,
-        facts,
-        lambda config: 0.42 * PEAK / train_flops(config.model, config.train.seq_len),
-    )
+    def speed(config):
+        return 0.42 * PEAK / train_flops(config.model, config.train.seq_len)
+
+    return resolve(Wishes.of(wishes), parse_budget(budget), machine, facts, speed)
 
 
 def test_more_time_never_buys_a_smaller_model():
@@ -59,6 +56,14 @@ def test_a_token_budget_and_a_flop_budget_buy_what_they_say():
     assert config.data.max_tokens is None or config.data.max_tokens >= 7e6
     flops = train_flops(config.model, config.train.seq_len)
     assert parameters(derive(f"{7e6 * flops:.4g}flop").config.model).active == parameters(config.model).active
+
+
+@pytest.mark.parametrize("budget", ["1tok", "4095tok", "1e6flop", "1e9flop"])
+def test_a_budget_below_one_step_is_refused_with_the_least_that_is_not(budget):
+    with pytest.raises(UserError, match=f"^budget {budget.replace('e6', 'M').replace('e9', 'G')} is less than one batch; ") as error:
+        derive(budget)
+    least = str(error.value).rsplit(" ", 1)[1]
+    assert derive(least).config.train.batch_size * derive(least).config.train.seq_len == 4096
 
 
 def test_only_as_many_tokens_as_the_plan_can_consume():

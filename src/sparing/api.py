@@ -35,6 +35,7 @@ from sparing.interop.huggingface import export_hf, import_hf
 from sparing.job.begin import begin, reasons_of, resolved
 from sparing.job.corpus import EVAL_TOKENS
 from sparing.job.learn import learn
+from sparing.job.texts import bind, corpora, texts_to_go_on_with
 from sparing.kernels.formats import fast
 from sparing.kernels.products import fitting
 from sparing.model.transformer import Transformer
@@ -58,7 +59,8 @@ def train(
 ) -> dict:
     """Train a model inside a budget into the new run folder `out`.
 
-    data: files, folders, globs; none: those of `wishes`, else Python's own standard library. budget: "20m", "50Mtok", "3e17flop".
+    data: files, folders, globs; none: those of `wishes`, else those of `start`, else Python's own standard library.
+    budget: "20m", "50Mtok", "3e17flop".
     wishes: nested dict of `Config` fields that are not to be derived, {"model": {"num_layers": 8}}. started: `time.monotonic()` at which
     the budget began. start: a run (or an imported model) to go on from instead of noise; its model and tokenizer stay.
     -> run, bpb, loss, tokens, steps, seconds, parameters, samples, ...  Raises UserError; Interrupted on a signal (the run can be resumed).
@@ -72,37 +74,51 @@ def train(
         return learn(job, resolved(job, wishes, amount), samples)
 
 
-def resume(run: str, budget: str | None = None, started: float | None = None, samples: int = 3) -> dict:
-    """Go on with an interrupted run; with `budget` ("+20m"), extend a finished one from its checkpoint before the decay."""
+def resume(
+    run: str,
+    budget: str | None = None,
+    started: float | None = None,
+    samples: int = 3,
+    data: Sequence[str] = (),
+    text_key: str | None = None,
+) -> dict:
+    """Go on with an interrupted run; with `budget` ("+20m"), extend a finished one from its checkpoint before the decay.
+
+    data: texts to go on with instead of those that the run was trained on; text_key: their field in JSONL and Parquet. The tokenizer stays.
+    Without them, raises UserError where the run's own texts are gone or have changed.
+    """
     started = time.monotonic() if started is None else started
     folder = RunFolder.open(run)
-    with begin("resume", folder, started, ready=partial(_make_ready, folder, budget)) as job:
+    with begin("resume", folder, started, ready=partial(_make_ready, folder, budget, data, text_key)) as job:
         return learn(job, read_config(folder.config_file), samples)
 
 
-def _make_ready(run: RunFolder, budget: str | None) -> None:
-    """Refuse a finished run, or, with `budget`, extend it. The caller holds the lock."""
+def _make_ready(run: RunFolder, budget: str | None, paths: Sequence[str], text_key: str | None) -> None:
+    """Refuse what cannot go on; write down other texts, and a larger budget. The caller holds the lock."""
     config = read_config(run.config_file)
     summary = run.state / "summary.json"
-    if budget is None:
-        if summary.exists():
-            raise UserError(f"{run} is finished; to train it further: sparing resume {run} --budget +{format_budget(config.budget)}")
-        return
-    more = parse_extension(budget)
-    if not summary.exists():
+    if budget is None and summary.exists():
+        raise UserError(f"{run} is finished; to train it further: sparing resume {run} --budget +{format_budget(config.budget)}")
+    if run.weights_file.exists() and not any(run.state.glob("step-*")):
+        raise UserError(f"{run} was imported: there is no training in it to go on with")
+    more = None if budget is None else parse_extension(budget)
+    if more is not None and not summary.exists():
         raise UserError(f"{run} is not finished: `sparing resume {run}` first, then extend it")
-    if more.unit != config.budget.unit:
+    if more is not None and more.unit != config.budget.unit:
         raise UserError(f"{run} has a budget in {config.budget.unit}: extend it in the same unit, not in {more.unit}")
-    total = Budget(config.budget.amount + more.amount, more.unit)
-    config = replace(config, budget=total)
-    if config.data.max_tokens is not None:
-        longer = int(config.data.max_tokens * total.amount / (total.amount - more.amount))
-        config = replace(config, data=replace(config.data, max_tokens=longer))
-    Clock(run, time.monotonic()).record()
-    step = rewind(run)
-    write_atomic(run.config_file, write_config(config, reasons_of(run)))
-    summary.unlink()
-    say(f"extending to {format_budget(total)}, from step {step:,}, before the decay")
+    if text_key is not None and not paths:
+        raise UserError("--text-key goes with --data: the run's own texts keep theirs")
+    total = config.budget if more is None else Budget(config.budget.amount + more.amount, more.unit)
+    data, facts = texts_to_go_on_with(run, config, paths, text_key, total.amount / config.budget.amount, budget)
+    changed = write_config(replace(config, data=data, budget=total), reasons_of(run))
+    if more is not None:
+        Clock(run, time.monotonic()).record()
+        step = rewind(run)
+        say(f"extending to {format_budget(total)}, from step {step:,}, before the decay")
+    bind(run, data, facts, corpora(run))
+    if (data, total) != (config.data, config.budget):
+        write_atomic(run.config_file, changed)
+    summary.unlink(missing_ok=True)
 
 
 # a trained model

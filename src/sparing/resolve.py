@@ -15,6 +15,7 @@ from sparing.base.config_limits import checked, contradiction
 from sparing.base.hardware import Machine
 from sparing.base.layers import mixtures
 from sparing.budget.flops import parameters, train_flops
+from sparing.budget.units import format_budget
 from sparing.data.scan import CorpusFacts
 
 TRAINING_SHARE = 0.9
@@ -183,8 +184,12 @@ def resolve(wishes: Wishes, budget: Budget, machine: Machine, facts: CorpusFacts
         batch_tokens = few if tokens < MANY_TOKENS else many
         train = replace(train, batch_size=max(1, batch_tokens // seq_len))
         reasons["train.batch_size"] = f"{batch_tokens} tokens: small budgets want many small steps"
+    step_tokens = train.batch_size * seq_len
+    if budget.unit in ("tok", "flop") and tokens < step_tokens:
+        least = Budget(step_tokens if budget.unit == "tok" else float(f"{1.05 * budget.amount / tokens * step_tokens:.1e}"), budget.unit)
+        raise UserError(f"budget {format_budget(budget)} is less than one batch; nearest that works: {format_budget(least)}")
     if not wishes.sets("train.bias_update_rate") and moe and mixtures(model):
-        steps = tokens / (train.batch_size * seq_len)
+        steps = tokens / step_tokens
         train = replace(train, bias_update_rate=round(min(0.01, max(0.001, 10 / steps)), 5))
         reasons["train.bias_update_rate"] = f"about {steps:,.0f} steps: the published 0.001 would move a bias by no more than that times it"
     optim = config.optim

@@ -66,6 +66,15 @@ def test_country(own_home, monkeypatch):
     assert rates_for(VM, country="FRA").gco2e_per_kwh == pytest.approx(56.0)
 
 
+@pytest.mark.parametrize(
+    "said, meant", [("Germany", "DEU"), ("germany", "DEU"), ("Schweden", "SWE"), ("United States", "USA"), ("DEUT", "DEU")]
+)
+def test_a_country_in_words_is_answered_with_its_code(monkeypatch, said, meant):
+    monkeypatch.setenv("SPARING_COUNTRY", said)
+    with pytest.raises(UserError, match=f"unknown country '{said}'; nearest: {meant}"):
+        rates_for(VM)
+
+
 def test_the_users_file_wins_field_by_field(own_home):
     before = rates_for(VM, "h100", rent="spot").usd_per_hour
     (own_home / "prices.toml").write_text("[price.h100]\non_demand = 1.5\n[electricity.DEU]\nusd_per_kwh = 0.2\n")
@@ -91,6 +100,9 @@ def test_the_users_file_wins_field_by_field(own_home):
         ("[electricity.ATL]\nsource = 'a letter'", "lacks usd_per_kwh"),
         ("[price.h100\n", "prices.toml: "),
         ("[home]\ntown = 'Ulm'", "has country"),
+        ("[home]\ncountry = 49", r"\[home\] country = 49 is not text; .*DEU"),
+        ("[home]\nrent = true", r"\[home\] rent = True is not text"),
+        ("[home]\ncountry = 'Germany'", r"unknown country 'Germany'; nearest: DEU \(Germany\)"),
         ("price = 3", r"unknown section \[price\]"),
     ],
 )

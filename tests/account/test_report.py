@@ -1,7 +1,9 @@
 """The report of real (tiny) runs: whole, offline, drawn in a real browser without overflow at 1280 and 400 pixels."""
 
 import json
+import math
 import re
+import shutil
 
 import pytest
 from tests.account.browser import look
@@ -118,6 +120,28 @@ def test_long_runs_are_thinned_and_many_experts_summed_up():
     assert len(chart.data[0]["z"]) == 58 < ROWS
     (chart,) = [chart for chart in charts([made_up(10, experts=8, layers=2)]) if chart.wide]
     assert len(chart.data[0]["z"]) == 16 and set(chart.data[0]["z"][0]) == {1.0}
+
+
+def test_numbers_that_are_none_are_left_out(runs, tmp_path):
+    """metrics.jsonl of an older version, or of another program, may say NaN; a page and a receipt come of it all the same."""
+    shutil.copytree(runs / "one", tmp_path / "run")
+    run = RunFolder.open(tmp_path / "run")
+    lines = run.metrics_file.read_text().splitlines()
+    for i, name in ((0, "loss"), (1, "tokens_per_s"), (2, "grad_norm")):
+        lines[i] = re.sub(rf'"{name}": [^,}}]+', f'"{name}": {["NaN", "Infinity", "-Infinity"][i]}', lines[i])
+    last = max(i for i, line in enumerate(lines) if "eval_bpb" in line)
+    lines[last] = re.sub(r'"eval_bpb": [^,}]+', '"eval_bpb": NaN', lines[last])
+    run.metrics_file.write_text("\n".join(lines) + "\n")
+    (run.state / "summary.json").write_text(re.sub(r'"loss": [^,}]+', '"loss": NaN', (run.state / "summary.json").read_text()))
+    found = story(run)
+    assert len(found.steps) == len(story(RunFolder.open(runs / "one")).steps) - 1
+    figures = re.findall(r'<script type="application/json" id="figure\d+">(.*?)</script>', page([found]))
+    assert len(figures) >= 6
+    for figure in figures:
+        json.loads(figure, parse_constant=pytest.fail)
+    assert api.report(str(run))["bytes"] > 1e6
+    api.compare([str(run), str(runs / "two")], str(tmp_path / "c.html"))
+    assert math.isfinite(api.receipt(str(run))["actual"]["bpb"]["value"])
 
 
 def test_an_unfinished_run_without_a_ledger_is_shown_as_far_as_it_is():

@@ -16,7 +16,7 @@ from sparing.base.config_limits import RANGES, checked, contradiction
         ("model", "rope_theta", 0.0, "model.rope_theta must be more than 0, not 0.0"),
         ("train", "batch_size", -4, "train.batch_size must be at least 1, not -4"),
         ("optim", "decay", 2.0, "optim.decay must be at most 1, not 2.0"),
-        ("data", "holdout_fraction", 1.0, "data.holdout_fraction must be less than 1, not 1.0"),
+        ("data", "holdout_fraction", 1.0, "data.holdout_fraction must be at most 0.5, not 1.0"),
     ],
 )
 def test_ranges(section, key, value, said):

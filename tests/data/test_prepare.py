@@ -111,6 +111,12 @@ def test_a_tokenizer_of_the_user_s_own(corpus, tmp_path, trained):
     assert made.tokenizer.to_json() == trained.to_json() and made.vocab_size == 400
 
 
+def test_the_store_is_found_again_with_the_tokenizer_that_was_trained_for_it(corpus, tmp_path):
+    first = prepare(DataConfig(paths=(corpus,)), 300, tmp_path)
+    again = prepare(DataConfig(paths=(corpus,), tokenizer=str(first.path / "tokenizer.json")), 300, tmp_path)
+    assert again.path == first.path
+
+
 def test_large_vocabularies_take_four_bytes(corpus, tmp_path, trained):
     content = json.loads(trained.to_json())
     content["model"]["vocab"]["unreachable"] = 70_000

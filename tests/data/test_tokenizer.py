@@ -1,7 +1,9 @@
 import json
+import math
 import random
 import sysconfig
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -160,3 +162,46 @@ def test_the_word_cache_is_bounded(trained, monkeypatch):
         assert fresh.decode(fresh.encode(text)) == text
         assert len(fresh._words) < 20
     assert END_OF_TEXT not in fresh._words
+
+
+@pytest.mark.parametrize("word", ["ACGT" * 1000, "語" * 5000, "=" * 3000, " " * 2000, "a_" * 10, "ab" * 128])
+def test_only_words_that_are_too_long_are_cut_for_training(word):
+    text = f"an ordinary line of 100 words\n{word} and the rest."
+    pieces = list(module._without_long_words(text))
+    assert "".join(pieces) == text
+    assert (len(pieces) > 1) == (len(word) > module.TRAINED_WORD)
+    assert all(len(piece) <= module.TRAINED_WORD for piece in pieces[1:-1])
+
+
+def test_ordinary_text_gives_the_tokenizer_that_it_gave(texts, trained, monkeypatch):
+    monkeypatch.setattr(module, "_without_long_words", lambda text: [text])
+    monkeypatch.setattr(module, "TRAINED_BYTES", math.inf)
+    assert train_tokenizer(texts, 400).to_json() == trained.to_json()
+
+
+def test_training_reads_no_more_once_it_has_seen_enough_different_words(texts, monkeypatch):
+    monkeypatch.setattr(module, "TRAINED_BYTES", 2000)
+    read = []
+
+    def reading():
+        for text in texts[:3] * 5 + [f"{'y' * i}x " for i in range(400)]:
+            read.append(text)
+            yield text
+
+    train_tokenizer(reading(), 300)
+    assert 15 < len(read) < 120, "words that come again do not count"
+
+
+@pytest.mark.parametrize("alphabet", ["ACGT", "".join(map(chr, range(0x4E00, 0x4E00 + 500)))], ids=["dna", "cjk"])
+def test_text_without_blanks_takes_no_longer_than_the_same_text_in_lines(alphabet):
+    """In processor time. Uncut, a merge's time grows with the square of a word's length: it took a hundred times as long."""
+    rng = random.Random(0)
+    sections = ["".join(rng.choices(alphabet, k=65536 // len(alphabet[-1].encode()))) for _ in range(8)]
+    lines = ["\n".join(section[i : i + 60] for i in range(0, len(section), 60)) for section in sections]
+    took = []
+    for texts in (lines, sections):
+        before = time.process_time()
+        tokenizer = train_tokenizer(texts, 1024)
+        took.append(time.process_time() - before)
+    assert took[1] < 6 * took[0], took
+    assert tokenizer.decode(tokenizer.encode(sections[0])) == sections[0]

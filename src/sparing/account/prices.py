@@ -47,8 +47,10 @@ FIELDS: dict[str, dict[str, type]] = {
 OPTIONAL: dict[str, dict[str, type]] = {
     "machine": {"cores": int, "note": str},
     "price": {"on_demand": float, "spot": float, "purchase": float},
+    "electricity": {"name": str},
 }
 _ZERO_ALLOWED = {"peak_fp8", "peak_int8", "link", "network", "watts_idle", "usd_per_kwh", "gco2e_per_kwh", "on_demand", "spot", "purchase"}
+HOME = '[home] has country = "DEU" and rent = "own", "on_demand" or "spot"'
 _told: set[str] = set()
 
 
@@ -128,7 +130,10 @@ def _overlay(rows: dict, file: Path) -> None:
     day = datetime.date.fromtimestamp(file.stat().st_mtime)
     rows["home"] = users.pop("home", {})
     if not isinstance(rows["home"], dict) or set(rows["home"]) - {"country", "rent"}:
-        raise UserError(f'{file}: [home] has country = "DEU" and rent = "own", "on_demand" or "spot"')
+        raise UserError(f"{file}: {HOME}")
+    for field, value in rows["home"].items():
+        if not isinstance(value, str):
+            raise UserError(f"{file}: [home] {field} = {value!r} is not text; {HOME}")
     for kind, named in users.items():
         if kind not in FIELDS or not isinstance(named, dict):
             raise UserError(f"{file}: unknown section [{kind}]; nearest: [{nearest(kind, FIELDS)}]")
@@ -164,7 +169,7 @@ def _checked(value: Any, kind: str, field: str, where: str) -> Any:
 def _row(kind: str, name: str, what: str) -> dict[str, Any]:
     rows = tables()[kind]
     if name not in rows:
-        raise UserError(f"unknown {what} {name!r}; nearest: {nearest(name, rows)}; $SPARING_HOME/prices.toml can add [{kind}.{name}]")
+        raise UserError(f"unknown {what} {name!r}; nearest: {_nearest(name, rows)}; $SPARING_HOME/prices.toml can add [{kind}.{name}]")
     row = rows[name]
     for field in FIELDS[kind]:
         if field not in row:
@@ -174,6 +179,12 @@ def _row(kind: str, name: str, what: str) -> dict[str, Any]:
         _told.add("stale")
         print(f"prices: [{kind}.{name}] is {age} days old; {home() / 'prices.toml'} can bring it up to date", file=sys.stderr)
     return row
+
+
+def _nearest(name: str, rows: dict[str, dict]) -> str:
+    """The row whose key, or whose name in full, is most like `name`: DEU for Germany."""
+    known = {key: key for key in rows} | {row["name"]: f"{key} ({row['name']})" for key, row in rows.items() if "name" in row}
+    return known[nearest(name, known)]
 
 
 def _cite(row: dict[str, Any]) -> str:
@@ -240,7 +251,8 @@ def rates_for(machine: Machine, name: str | None = None, country: str | None = N
     """
     units = units_of(machine, name)
     chosen = device(name or device_of(machine))
-    country = (country or os.environ.get("SPARING_COUNTRY") or tables().get("home", {}).get("country") or "WORLD").upper()
+    country = country or os.environ.get("SPARING_COUNTRY") or tables().get("home", {}).get("country") or "WORLD"
+    country = country.upper() if country.upper() in tables()["electricity"] else country
     price = _row("price", chosen.name, "machine")
     power, carbon = _row("electricity", country, "country"), _row("carbon", country, "country")
     facility = _row("pue", "own" if rent == "own" else "cloud", "facility")

@@ -10,7 +10,7 @@ from typing import Any
 from sparing.account.history import TRAINING, ancestors_of, bill, entries, entries_of
 from sparing.account.ledger import Entry, workspace_file
 from sparing.base.config import UserError
-from sparing.base.files import read_lines
+from sparing.base.files import from_json, read_lines
 from sparing.base.run import RunFolder
 
 RAW_BITS = 8.0
@@ -60,7 +60,7 @@ def receipt(run: RunFolder) -> dict:
 def read_state(run: RunFolder, name: str, kind: type) -> dict | list | None:
     """What state/NAME.json of a run holds; None where that is missing, damaged or of another kind (dict, list)."""
     try:
-        content = json.loads((run.state / f"{name}.json").read_text())
+        content = from_json((run.state / f"{name}.json").read_text())
     except (OSError, ValueError):
         return None
     return content if isinstance(content, kind) else None

@@ -55,7 +55,7 @@ def duration(seconds: float) -> str:
 
 def digits(value: float) -> str:
     """Three that count, without an exponent: 34,310, 5.13, 0.000175."""
-    if value == 0 or abs(value) >= 999.5:
+    if value == 0 or not abs(value) < 999.5:  # not-a-number too
         return f"{value:,.0f}"
     value = float(f"{value:.3g}")
     return f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"

@@ -29,8 +29,9 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {
         **dict.fromkeys(("seq_len", "short_seq_len", "batch_size", "micro_batch_size", "threads", "replicas", "eval_bytes"), _ONE),
         **dict.fromkeys(("mtp_weight", "bias_update_rate", "sequence_balance", "evals", "checkpoint_interval_s"), (0, math.inf)),
         "short_until": _SHARE,
+        "seed": (-(2**63), 2**64 - 1),
     },
-    "DataConfig": {"holdout_fraction": _BELOW_ONE, "max_tokens": _ONE, "workers": _ONE},
+    "DataConfig": {"holdout_fraction": (1e-9, 0.5), "max_tokens": _ONE, "workers": _ONE},
     "TokensConfig": {"bos": (0, math.inf)},
     "PrecisionConfig": {"error_budget": (1e-9, math.inf), "measure_every": (0, math.inf)},
 }
@@ -41,10 +42,14 @@ def in_range(kind: type, key: str, value: Any, where: str) -> Any:
     """`value`, a number or anything else. Raises UserError outside of the field's range."""
     least, most = RANGES.get(kind.__name__, {}).get(key, (-math.inf, math.inf))
     if isinstance(value, int | float) and not least <= value <= most:
-        highest = "less than 1" if (least, most) == _BELOW_ONE else f"at most {most:g}"
-        said = highest if value > most else "more than 0" if 0 < least < 1 else f"at least {least:g}"
+        highest = "less than 1" if (least, most) == _BELOW_ONE else f"at most {_plain(most)}"
+        said = highest if value > most else "more than 0" if 0 < least < 1 else f"at least {_plain(least)}"
         raise UserError(f"{where} must be {said}, not {value}")
     return value
+
+
+def _plain(number: float) -> str:
+    return str(number) if isinstance(number, int) else f"{number:g}"
 
 
 def contradiction(c: ModelConfig, called: Callable[[str], str] = lambda name: name) -> str | None:

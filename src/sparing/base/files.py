@@ -10,13 +10,14 @@ import codecs
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from sparing.base.config import CannotGoOn, UserError
 
@@ -252,12 +253,28 @@ def append_durably(path: Path, line: str) -> None:
         os.fsync(file.fileno())
 
 
+def to_json(value: Any) -> Any:
+    """What JSON can say: not-a-number and infinity become null."""
+    if isinstance(value, dict):
+        return {str(key): to_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_json(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, str | int | None) else to_json(value.item()) if hasattr(value, "item") else str(value)
+
+
+def from_json(text: str | bytes) -> Any:
+    """Like `json.loads`, with null for the NaN and Infinity that other programs (and we, once) write. Raises ValueError."""
+    return json.loads(text, parse_constant=lambda name: None)
+
+
 def read_lines(path: Path) -> list[dict]:
     """The JSON objects of a line-by-line log; a line that a kill cut short is left out. No file: an empty list."""
     objects = []
     for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
-            objects.append(json.loads(line))
+            objects.append(from_json(line))
         except ValueError:
             continue
     return [item for item in objects if isinstance(item, dict)]

@@ -15,6 +15,7 @@ except ImportError:  # Windows
     fcntl = None
     import msvcrt
 
+LOCK = ".lock"
 LOCK_BYTE = 1 << 30
 """Windows keeps others from reading what is locked: this byte lies beyond the owner's name."""
 _HELD: set[Path] = set()
@@ -33,7 +34,7 @@ def folder_lock(path: Path) -> Iterator[None]:
     if folder in _HELD:
         raise UserError(refusal.format(path, f"process {os.getpid()}"))
     try:
-        file = open(path / ".lock", "a+b")
+        file = open(path / LOCK, "a+b")
     except OSError as error:
         raise UserError(f"cannot write in {path}: {error.strerror}") from None
     with file:

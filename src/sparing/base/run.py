@@ -13,6 +13,7 @@ import shutil
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,7 +30,7 @@ from sparing.base.files import (
     replace_folder,
     write_atomic,
 )  # fmt: skip
-from sparing.base.lock import folder_lock
+from sparing.base.lock import LOCK, folder_lock
 
 if TYPE_CHECKING:  # torch takes a second to import, and half of what opens a run folder never touches a tensor
     import torch
@@ -95,6 +96,13 @@ def _utf8(path: str | Path) -> str | Path:
     if any("\ud800" <= char <= "\udfff" for char in whole):
         raise UserError(f"{os.fsencode(whole).decode(errors='backslashreplace')} is not UTF-8 text: a run folder's path must be")
     return path
+
+
+def looks_like_run(folder: str | Path) -> bool:
+    """Whether a folder holds a run, one whose configuration is not written yet included."""
+    inside = partial(os.path.join, folder)
+    folders = all(os.path.isdir(inside(name)) for name in ("state", "weights"))
+    return folders and any(os.path.isfile(inside(name)) for name in ("config.toml", LOCK))
 
 
 _DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",

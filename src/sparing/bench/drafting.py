@@ -20,6 +20,7 @@ from sparing.bench.worker import Worker
 from sparing.data.prepare import prepare
 from sparing.data.sources import documents
 from sparing.data.tokenizer import Tokenizer
+from sparing.job.texts import with_own_tokenizer
 
 GRAM = 8
 TOGETHER = 10
@@ -81,7 +82,10 @@ def held_out(run: str, data: str, prompts: int, prompt_tokens: int, tokens: int)
     folder = RunFolder.open(run)
     config = read_config(folder.config_file)
     tokenizer = Tokenizer.load(folder.tokenizer_file)
-    texts = (d.text for d in documents([data], config.data.text_key)) if data else prepare(config.data, config.model.vocab_size).held_out()
+    if data:
+        texts = (document.text for document in documents([data], config.data.text_key))
+    else:
+        texts = prepare(with_own_tokenizer(folder, config.data), config.model.vocab_size).held_out()
     encoded = [ids for text in texts if len(ids := tokenizer.encode(text)) >= prompt_tokens + tokens]
     if not encoded:
         raise UserError(f"bench infer drafts: no held-out document has {prompt_tokens + tokens} tokens")

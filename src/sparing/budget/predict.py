@@ -147,8 +147,6 @@ def check(run: PlannedRun) -> None:
                 f"budget {format_budget(run.config.budget)}: starting, tokenising {megabytes:.1f} MB and {FEWEST_STEPS} steps take about "
                 f"{least:.0f} s; nearest that works: {works}"
             )
-    elif tokens_and_time(run)[0].value < batch:
-        raise UserError(f"budget {format_budget(run.config.budget)} is less than one batch; nearest that works: {batch}tok")
     need = run.memory().total
     if run.memory_limit and need > run.memory_limit:
         raise UserError(

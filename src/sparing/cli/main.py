@@ -39,7 +39,7 @@ HELP = f"""Sparing {__version__}: say what you can spend, get the best language 
 
   sparing plan     [RECIPE] --data PATH... --budget 20m                  what it would cost and reach
   sparing train    [RECIPE] --data PATH... --budget 20m --out RUN        train a model inside a budget
-  sparing resume   RUN [--budget +20m]                                   go on after an interruption, or extend a finished run
+  sparing resume   RUN [--budget +20m] [--data PATH...]                  go on after an interruption, or extend a finished run
   sparing eval     RUN --data PATH... --tasks FILE...                    bits per byte of text, scores of questions
   sparing generate RUN --prompt TEXT                                     let the model write
   sparing serve    RUN [--port 8000]                                     OpenAI's interface and a chat page
@@ -131,7 +131,11 @@ def _run(argv: list[str], started: float) -> int:
 
 def _way_on(verb: str | None, arguments: Any, argv: list[str]) -> str:
     run = getattr(arguments, "out" if verb == "train" else "run", None)
-    if verb in ("train", "resume") and run and os.path.exists(os.path.join(run, "config.toml")):
+    begun = verb in ("train", "resume") and run and os.path.exists(os.path.join(run, "config.toml"))
+    if verb == "resume" and begun:
+        extension_not_begun = os.path.exists(os.path.join(run, "state", "summary.json"))
+        begun = not extension_not_begun and not (arguments.data and not arguments.budget)  # to name texts twice does no harm
+    if begun:
         return shlex.join(["sparing", "resume", run])
     return shlex.join(["sparing", *argv])
 

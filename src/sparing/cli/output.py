@@ -3,20 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from typing import Any
 
-
-def to_json(value: Any) -> Any:
-    """What JSON can say: not-a-number and infinity become null."""
-    if isinstance(value, dict):
-        return {str(key): to_json(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [to_json(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if isinstance(value, str | int | None) else to_json(value.item()) if hasattr(value, "item") else str(value)
+from sparing.base.files import to_json
 
 
 def print_json(value: Any) -> None:

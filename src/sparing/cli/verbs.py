@@ -101,13 +101,17 @@ class Resume:
     run: tyro.conf.Positional[str | None] = None
     budget: str | None = None
     """+20m: how much to add to a finished run."""
+    data: list[str] = field(default_factory=list)
+    """Files, folders, globs to go on with instead of the run's own texts; the tokenizer stays. Default: the same texts, unchanged."""
+    text_key: str | None = None
+    """With --data, in JSONL and Parquet: the field that holds the text."""
     json: bool = False
 
     def __call__(self, call: Call) -> dict:
         call.need(RUN=self.run)
         if self.budget is not None:
             parse_extension(self.budget)
-        return call.api.resume(self.run, self.budget, call.started)
+        return call.api.resume(self.run, self.budget, call.started, data=self.data, text_key=self.text_key)
 
 
 @dataclass

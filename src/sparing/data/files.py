@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparing.base.config import UserError
+from sparing.base.hardware import home
+from sparing.base.run import looks_like_run
 
 # Inside folders these are passed over in silence: nobody expects text in them. A file named by the user is always opened.
 BINARY_SUFFIXES = frozenset(
@@ -32,8 +34,9 @@ class SourceFile:
 
 
 def find_files(paths: Sequence[str]) -> list[SourceFile]:
-    """The regular files behind files, folders (recursive; hidden entries and binaries by suffix left out) and globs.
+    """The regular files behind files, folders (recursive) and globs.
 
+    Folders leave out hidden entries and binaries by suffix; folders and globs leave out what Sparing wrote, run folders and $SPARING_HOME.
     Sorted by path and free of repetitions, so that the order of the arguments does not matter. No paths: the default corpus.
     Raises UserError for a path that does not exist (naming the nearest one that does), a glob or folder without files.
     """
@@ -44,6 +47,14 @@ def find_files(paths: Sequence[str]) -> list[SourceFile]:
             status = os.stat(path)
             files[path] = SourceFile(path, status.st_size, status.st_mtime_ns)
     return [files[path] for path in sorted(files)]
+
+
+def absolute(path: str) -> str:
+    """A path or glob that names the same files whatever the working folder is."""
+    path = os.path.expanduser(str(path))
+    if os.path.lexists(path) or not glob.has_magic(path):
+        return os.path.abspath(path)
+    return path if os.path.isabs(path) else os.path.join(glob.escape(os.getcwd()), path)
 
 
 def fingerprint(files: Iterable[SourceFile], *settings: object) -> str:
@@ -78,7 +89,7 @@ def _expand(paths: Sequence[str]) -> Iterator[str]:
         if os.path.lexists(path):
             matches = [path]
         elif glob.has_magic(path):
-            matches = sorted(glob.glob(path, recursive=True))
+            matches = sorted(match for match in glob.glob(path, recursive=True) if not _in_ours(match, _literal(path)))
             if not matches:
                 raise UserError(f"no file matches {argument!r}: {_nearest(path)}")
         else:
@@ -87,7 +98,7 @@ def _expand(paths: Sequence[str]) -> Iterator[str]:
             if os.path.isdir(match):
                 inside = list(_walk(match))
                 if not inside and len(matches) == 1:
-                    raise UserError(f"no files of text in the folder {argument} (hidden files and binaries do not count)")
+                    raise UserError(f"no files of text in the folder {argument} (hidden files, binaries and run folders do not count)")
                 yield from inside
             elif os.path.isfile(match):
                 yield match
@@ -98,11 +109,36 @@ def _expand(paths: Sequence[str]) -> Iterator[str]:
 def _walk(root: str, leave_out: Iterable[str] = ()) -> Iterator[str]:
     skip = set(leave_out)
     for folder, folders, names in os.walk(root):
+        if _ours(folder):
+            folders.clear()
+            continue
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in skip)
         for name in sorted(names):
             path = os.path.join(folder, name)
             if not name.startswith(".") and os.path.splitext(name)[1].lower() not in BINARY_SUFFIXES and os.path.isfile(path):
                 yield path
+
+
+def _ours(folder: str) -> bool:
+    """Whether Sparing wrote what is in this folder."""
+    return looks_like_run(folder) or os.path.abspath(folder) == os.path.abspath(home())
+
+
+def _in_ours(match: str, base: str) -> bool:
+    """Whether a file that a glob found is in a folder of ours below `base`, the part of the glob that names a folder literally."""
+    folder = os.path.dirname(match)
+    while len(folder) > len(base):
+        if _ours(folder):
+            return True
+        folder = os.path.dirname(folder)
+    return False
+
+
+def _literal(pattern: str) -> str:
+    """The folder that a glob begins with."""
+    while glob.has_magic(pattern):
+        pattern = os.path.dirname(pattern)
+    return pattern
 
 
 def _nearest(path: str) -> str:

@@ -63,9 +63,12 @@ def prepare(
     progress = progress or (lambda *_: None)
     if config.max_tokens is not None and config.max_tokens < 1:
         raise UserError(f"data.max_tokens must be at least 1, not {config.max_tokens}")
-    loaded = Tokenizer.load(config.tokenizer) if config.tokenizer else None
-    settings = (FORMAT, config.text_key, config.holdout_fraction, config.max_tokens, loaded.to_json() if loaded else vocab_size)
-    key = fingerprint(files, *settings)
+    workers = _workers(config)
+    if config.tokenizer:
+        tokenizer = Tokenizer.load(config.tokenizer)
+    else:
+        tokenizer = _trained(config, files, vocab_size, root, progress, should_stop)
+    key = fingerprint(files, FORMAT, config.text_key, config.holdout_fraction, config.max_tokens, tokenizer.to_json())
     target, partial = root / key, root / f"{key}.partial"
     with contextlib.suppress(UserError):  # not there, or not whole: build it
         return TokenStore(target)
@@ -76,10 +79,9 @@ def prepare(
         partial.mkdir(parents=True, exist_ok=True)
         try:
             facts = scan(config, root, progress=progress, should_stop=should_stop, files=files)
-            tokenizer = loaded or _trained(config, files, facts, vocab_size, root, progress, should_stop)
             tokenizer.save(partial / "tokenizer.json")
             shutil.copyfile(quarantine_path(facts.fingerprint, root), partial / "quarantine.jsonl")
-            writer = _tokenise(config, files, facts, tokenizer, partial, root, progress, should_stop)
+            writer = _tokenise(config, files, facts, tokenizer, partial, root, workers, progress, should_stop)
             _seal(partial, key, facts, tokenizer, writer)
             os.replace(partial, target)
         except (OSError, UserError):
@@ -97,18 +99,23 @@ def training_parts(raw: bytes, hash: int, facts: CorpusFacts, whole: bool) -> It
     yield from [(0, raw)] if whole else sections(raw, hash)
 
 
-def _trained(config, files, facts, vocab_size, root, progress, should_stop) -> Tokenizer:
+def _trained(config, files, vocab_size, root, progress, should_stop) -> Tokenizer:
     """The tokenizer of this corpus. It is kept beside the stores and serves every `max_tokens`."""
-    path = root / "tokenizers" / f"{fingerprint(files, FORMAT, config.text_key, config.holdout_fraction, vocab_size)}.json"
+    key = fingerprint(files, FORMAT, config.text_key, config.holdout_fraction, vocab_size)
+    path = root / "tokenizers" / f"{key}.json"
     if path.is_file():
         return Tokenizer.load(path)
-    total = min(SAMPLE_BYTES, facts.train_bytes)
-    progress("tokenizer", 0, total)
-    tokenizer = train_tokenizer(load_sample(facts.fingerprint, root), vocab_size, should_stop)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(path)
-    progress("tokenizer", total, total)
-    return tokenizer
+    with room_in(root), _lock(root / "locks" / key, should_stop):
+        if path.is_file():  # another process was quicker
+            return Tokenizer.load(path)
+        facts = scan(config, root, progress=progress, should_stop=should_stop, files=files)
+        total = min(SAMPLE_BYTES, facts.train_bytes)
+        progress("tokenizer", 0, total)
+        tokenizer = train_tokenizer(load_sample(facts.fingerprint, root), vocab_size, should_stop)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(path)
+        progress("tokenizer", total, total)
+        return tokenizer
 
 
 def _selection(config, facts, tokenizer, root) -> tuple[int | None, int]:
@@ -122,7 +129,7 @@ def _selection(config, facts, tokenizer, root) -> tuple[int | None, int]:
     return threshold(facts.section_sizes, target / facts.train_bytes * facts.bytes), int(target)
 
 
-def _tokenise(config, files, facts, tokenizer, folder, root, progress, should_stop) -> StoreWriter:
+def _tokenise(config, files, facts, tokenizer, folder, root, workers, progress, should_stop) -> StoreWriter:
     """Write shards and held_out.jsonl into `folder`."""
     split = facts.split
     bound, wanted = _selection(config, facts, tokenizer, root)
@@ -156,7 +163,7 @@ def _tokenise(config, files, facts, tokenizer, folder, root, progress, should_st
 
     done = 0
     try:
-        with contextlib.closing(encode_chunks(tokenizer, chunks(), _workers(config), should_stop)) as results:
+        with contextlib.closing(encode_chunks(tokenizer, chunks(), workers, should_stop)) as results:
             for keys, arrays in results:
                 writer.add([(hash, ids) for (hash, _), ids in zip(keys, arrays, strict=True)])
                 done += sum(size for _, size in keys)
@@ -167,7 +174,7 @@ def _tokenise(config, files, facts, tokenizer, folder, root, progress, should_st
     if not writer.shards and config.max_tokens is not None:
         # So few tokens that by chance every part with a small hash is held out: take more.
         more = replace(config, max_tokens=4 * config.max_tokens)
-        return _tokenise(more, files, facts, tokenizer, folder, root, progress, should_stop)
+        return _tokenise(more, files, facts, tokenizer, folder, root, workers, progress, should_stop)
     lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for _, text in sorted(held_out)]
     write_atomic(folder / "held_out.jsonl", "".join(lines))
     return writer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -43,6 +44,8 @@ class CorpusFacts:
     """Quarantined documents per reason, details left out."""
     fingerprint: str
     """Changes when a file, the text key or the held-out fraction does."""
+    content: str
+    """Changes when a text, their order, or what is held out of them does: of what a run learns from, wherever its files are."""
     split: Split = field(repr=False)
     hash_sizes: tuple[np.ndarray, ...] = field(repr=False, compare=False)
     """`HashHistogram.entries` of the documents."""
@@ -137,7 +140,7 @@ def _pass(config, files, folder, fingerprint, progress, should_stop) -> CorpusFa
     total, done = max(1, sum(file.bytes for file in files)), 0
     documents_seen = text_bytes = 0
     kinds, tally = Counter(), Tally()
-    table, section_table = HashHistogram(), HashHistogram()
+    table, section_table, content = HashHistogram(), HashHistogram(), hashlib.blake2b(digest_size=16)
     largest, largest_hash = b"", 0
     last = kind = ""
     sample = _Sample()
@@ -163,6 +166,7 @@ def _pass(config, files, folder, fingerprint, progress, should_stop) -> CorpusFa
                 kind, last = kind_of(source), source
             kinds[kind] += size
             table.add(hash, size)
+            content.update(hash.to_bytes(8, "little"))
             offset = 0
             for order, piece in sections(raw, hash):
                 section_table.add(order, len(piece))
@@ -175,12 +179,13 @@ def _pass(config, files, folder, fingerprint, progress, should_stop) -> CorpusFa
         raise UserError(f"no usable text in {where}: {tally if tally.total else 'no files'} (--data.text-key is {config.text_key!r})")
     entries = table.entries()
     split = choose_split(entries, config.holdout_fraction, largest)
+    content.update(repr(split).encode())
     with open(folder / "sample.jsonl", "w", encoding="utf-8") as file:
         for text in sample.texts(split, split.cut(largest) if split.tail_hash is not None else 0):
             file.write(json.dumps(text, ensure_ascii=False) + "\n")
     return CorpusFacts(
         documents_seen, text_bytes, split.documents, split.bytes, len(files), dict(sorted(kinds.items())),
-        tally.total, dict(tally.reasons.most_common()), fingerprint, split, entries, section_table.entries(),
+        tally.total, dict(tally.reasons.most_common()), fingerprint, content.hexdigest(), split, entries, section_table.entries(),
     )  # fmt: skip
 
 

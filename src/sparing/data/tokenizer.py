@@ -24,6 +24,12 @@ MAX_FILE_BYTES = 64 << 20
 MAX_CACHED_WORDS = 200_000
 LONG = 1 << 16
 """Characters, or tokens: more are taken in pieces, or left to those functions of the library that release Python's lock (for batches)."""
+TRAINED_WORD = 128
+"""Characters. For training the tokenizer, longer words are cut: a merge takes time with the length of each word that it is in, and text
+without blanks (DNA, CJK on one line) is one word of 64 kB after the other."""
+TRAINED_BYTES = 1_000_000
+"""Of different words, after which training the tokenizer reads no more: it takes time with them. 10 MB of source code have a third of that;
+in text without blanks no word comes twice."""
 
 # Qwen2's pre-tokenisation (its tokenizer.json, Apache-2.0; llama.cpp knows it as "qwen2"): words with one leading character, digits singly,
 # punctuation, line ends, blanks.
@@ -38,6 +44,9 @@ _WORDS = re.compile(
     rf"|[{_S}]*[\r\n]+|[{_S}]+(?![^{_S}])|[{_S}]+"
 )
 _OTHER = re.compile("[^\t-\r -~\u00a0-\u017e\u0180-\u024f\u2010-\u2027\u2030-\u205e]")
+_LONG = re.compile(rf"[^\W\d_]{{{TRAINED_WORD + 1},}}|(?:[^\w\s]|_){{{TRAINED_WORD + 1},}}|\s{{{TRAINED_WORD + 1},}}")
+"""Letters, signs, blanks: what PATTERN makes one word of."""
+_LETTERS = re.compile(r"[^\W\d_]+")
 _LINES = re.compile(r"(?<=\n)(?=\S)")
 _EOT_NAMES = (END_OF_TEXT, "<｜end▁of▁sentence｜>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>", "</s>", "<eos>", "<|end|>")
 END_NAMES = ("<|end|>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end_of_text|>", "<｜end▁of▁sentence｜>")
@@ -214,16 +223,26 @@ class _WordCache(dict):
 def train_tokenizer(texts: Iterable[str], vocab_size: int, should_stop: Callable[[], bool] | None = None) -> Tokenizer:
     """Byte-level BPE of at most `vocab_size` entries (a small sample may not fill it: see `Tokenizer.vocab_size`).
 
-    Ids 0-4 are SPECIAL_TOKENS, end of text first, then the 256 bytes. The result depends on the texts only, not on their order or on
-    threads. Raises UserError for a vocabulary that cannot hold the bytes, Stopped when asked to.
+    Ids 0-4 are SPECIAL_TOKENS, end of text first, then the 256 bytes. The result depends on the texts only, not on threads, nor on their
+    order unless they have more than TRAINED_BYTES of different words. Raises UserError for a vocabulary that cannot hold the bytes, Stopped
+    when asked to.
     """
     if vocab_size < MIN_VOCAB:
         raise UserError(f"vocabulary of {vocab_size}: at least {MIN_VOCAB} are needed (256 bytes and {len(SPECIAL_TOKENS)} special tokens)")
 
     def watched():
+        tokens, words, size = set(), set(), 0
         for text in texts:
-            check(should_stop)
-            yield text
+            for piece in _without_long_words(text):
+                check(should_stop)
+                yield piece
+                fresh = set(piece.split()) - tokens
+                tokens |= fresh
+                different = set(_LETTERS.findall(" ".join(fresh))) - words
+                words |= different
+                size += sum(len(word.encode()) for word in different)
+                if size > TRAINED_BYTES:
+                    return
 
     inner = tokenizers.Tokenizer(models.BPE())
     inner.pre_tokenizer = _pre_tokenizer()
@@ -244,6 +263,16 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, should_stop: Callable
     threading.Thread(target=work, daemon=True, name="tokenizer").start()
     result_of(ended, should_stop)
     return Tokenizer(inner.to_str())
+
+
+def _without_long_words(text: str) -> Iterator[str]:
+    """The text in pieces, cut only inside words that are longer than TRAINED_WORD."""
+    start = 0
+    for word in _LONG.finditer(text):
+        for cut in range(word.start() + TRAINED_WORD, word.end(), TRAINED_WORD):
+            yield text[start:cut]
+            start = cut
+    yield text[start:]
 
 
 def _is_ours(content: dict) -> bool:

@@ -22,6 +22,7 @@ from sparing.budget.units import format_budget
 from sparing.data.progress import Bars, Stopped
 from sparing.data.scan import scan
 from sparing.job.start import SETTLED, with_start
+from sparing.job.texts import bind, same_texts, with_absolute_paths
 from sparing.planning.places import MEASURE_S, Given, here, with_vocabulary
 from sparing.planning.plan import foresee
 from sparing.resolve import resolve
@@ -95,13 +96,16 @@ def resolved(job: Job, wishes: Wishes, budget: Budget) -> Config:
     """The configuration of a new run, written into its folder and shown with its reasons. Raises UserError for what cannot be, before any
     text is read."""
     machine, signals, run = job.machine, job.signals, job.run
-    wishes = with_vocabulary(with_start(wishes))
+    names_texts = bool(wishes.value("data.paths"))
+    wishes = with_vocabulary(with_start(with_absolute_paths(wishes)))
     lasts = job.lasts(budget)
     spends = budget if lasts is None else Budget(lasts, "s")
     check_log(wishes.value("train.log", "none"))
     resolve(wishes, spends, machine, Given(SOME_BYTES), lambda _: SOME_SPEED)  # for its checks alone: they hold for any text and any speed
     with job.meter.stage("scan"), Bars() as bars:
         facts = scan(wishes.config().data, progress=bars, should_stop=signals.should_stop)
+    if wishes.value("start.run") and not names_texts:
+        same_texts(RunFolder(wishes.value("start.run")), facts, "name the texts to go on with")
     if facts.quarantined:
         say(f"{facts.quarantined} documents cannot be used ({', '.join(facts.reasons)}): see quarantine.jsonl in the run folder")
     device = wishes.value("train.device") or ("cuda" if machine.gpus else "cpu")
@@ -120,6 +124,8 @@ def resolved(job: Job, wishes: Wishes, budget: Budget) -> Config:
         reasons |= dict.fromkeys(SETTLED, f"as in {config.start.run}")
     say(f"{facts.documents:,} documents, {facts.bytes / 1e6:.1f} MB; budget {format_budget(budget)}; peak {peak / 1e9:,.0f} GFLOP/s")
     show(config, reasons)
+    run.tokenizer_file.unlink(missing_ok=True)  # of an import that died in this folder
+    bind(run, config.data, facts, earlier=[])
     job.write(config, reasons)
     try:
         write_atomic(run.state / "prediction.json", json.dumps(foresee(config, facts, place, lasts, start_s), indent=1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from sparing.base.config import Config
 from sparing.base.files import atomic_path
@@ -14,6 +14,7 @@ from sparing.data.progress import Bars
 from sparing.data.tokenizer import Tokenizer
 from sparing.evals.bpb import NllFn, bpb
 from sparing.job.begin import Job
+from sparing.job.texts import with_own_tokenizer
 from sparing.train.trainer import Feed
 
 EVAL_TOKENS = 8192
@@ -38,13 +39,11 @@ class TrainingData:
 def text(job: Job, config: Config) -> TrainingData:
     """Tokenise the run's corpus, or open what is tokenised already. Raises UserError, and Stopped on a signal."""
     run, t = job.run, config.train
-    data = config.data
-    if data.tokenizer and run.tokenizer_file.exists():  # the file that the user gave may be gone meanwhile
-        data = replace(data, tokenizer=str(run.tokenizer_file))
+    data = with_own_tokenizer(run, config.data)
     with Bars() as bars:
         store = prepare(data, config.model.vocab_size, progress=bars, should_stop=lambda: job.signals.requested)
     for name in ("tokenizer.json", "quarantine.jsonl"):
-        if not (run.path / name).exists():
+        if name == "quarantine.jsonl" or not run.tokenizer_file.exists():
             with atomic_path(run.path / name) as beside:
                 shutil.copyfile(store.path / name, beside)
     tokenizer = store.tokenizer if config.tokens is None else Tokenizer.load(store.path, config.tokens)

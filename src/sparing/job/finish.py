@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextlib import suppress
 
 import torch
 
 from sparing.account.history import bill
 from sparing.base.config import Config
-from sparing.base.files import write_atomic
+from sparing.base.files import to_json, write_atomic
 from sparing.base.layers import mixtures
 from sparing.base.messages import say
 from sparing.budget.flops import kv_cache_bytes, parameters
@@ -17,6 +18,7 @@ from sparing.budget.units import format_budget
 from sparing.infer.generate import Model
 from sparing.job.begin import Job
 from sparing.job.corpus import TrainingData
+from sparing.job.texts import corpora
 from sparing.model.transformer import Transformer
 from sparing.train.log import TrainResult
 
@@ -50,9 +52,9 @@ def finish(job: Job, config: Config, model: Transformer, data: TrainingData, res
         "budget": format_budget(config.budget),
         "samples": _completions(job, config, Model(run, config, model, data.tokenizer), data.held_out[:samples]),
     }
-    write_atomic(run.model_card_file, _model_card(config, summary))
+    write_atomic(run.model_card_file, _model_card(config, summary, [entry["paths"] for entry in corpora(run)] or [config.data.paths]))
     summary |= {"seconds": job.clock.seconds()} | bill(job.meter.earlier() + job.meter.rows())
-    write_atomic(run.state / "summary.json", json.dumps(summary, indent=1))
+    write_atomic(run.state / "summary.json", json.dumps(to_json(summary), indent=1))
     cost = f"${summary['cost_usd']:.3g}, {1000 * summary['energy_kwh']:.3g} Wh ({summary['energy_how']}), {summary['co2e_g']:.3g} gCO2e"
     say(f"\nspent: {summary['seconds']:,.0f} s, {cost}; sparing receipt {run} has the details")
     say(f"{run}: the recipe with its reasons is config.toml, the model weights/, every step metrics.jsonl, a summary MODEL_CARD.md")
@@ -90,8 +92,12 @@ def _prompt(document: str) -> str:
     return start if len(start) < 120 or " " not in start else start.rsplit(" ", 1)[0]
 
 
-def _model_card(config: Config, summary: dict) -> str:
-    """MODEL_CARD.md as model hubs read it. summary: what `train` returns."""
+def _named(paths: Sequence[str]) -> str:
+    return ", ".join(paths) or "the Python standard library's source"
+
+
+def _model_card(config: Config, summary: dict, texts: list[Sequence[str]]) -> str:
+    """MODEL_CARD.md as model hubs read it. summary: what `train` returns. texts: paths of each corpus that it was trained on in turn."""
     m, bits = config.model, summary["bpb"]
     kind = f"mixture of {m.n_routed_experts} experts, {m.num_experts_per_tok} a token" if mixtures(m) else "dense"
     score = "not evaluated" if bits is None else f"{bits:.4f} bits per byte"
@@ -99,7 +105,7 @@ def _model_card(config: Config, summary: dict) -> str:
 
 A {kind} language model of {summary["parameters"]:,} parameters ({summary["active_parameters"]:,} active), trained with Sparing.
 
-- Data: {", ".join(config.data.paths) or "the Python standard library's source"}; {summary["tokens"]:,} tokens in {summary["steps"]:,} steps
+- Data: {", then ".join(map(_named, texts))}; {summary["tokens"]:,} tokens in {summary["steps"]:,} steps
 - Held-out text: {score} (context {config.train.seq_len} tokens)
 - Vocabulary {m.vocab_size:,}, {m.num_layers} layers of width {m.hidden_size}, {kv_cache_bytes(m):,} bytes of cache per token (16 bit)
 - Budget {summary["budget"]}; the whole recipe is in config.toml

@@ -19,6 +19,7 @@ from sparing.job.begin import Job, reasons_of
 from sparing.job.corpus import TrainingData, text
 from sparing.job.finish import SAMPLE_TOKENS, finish
 from sparing.job.start import Start, keep_origin, start_of
+from sparing.job.texts import corpora
 from sparing.kernels import decode, native
 from sparing.kernels.formats import warning
 from sparing.kernels.products import fitting
@@ -91,7 +92,7 @@ def learn(
     with job.meter.stage("train"):
         trainer = Trainer(model, material.feed, objective or NextToken.of(config), config=config)
         result = trainer.fit(session, material.scorer(config, signals.should_stop))
-    if config.start is None:  # the law is of runs that began with noise
+    if config.start is None and len(corpora(run)) <= 1:  # the law is of runs that began with noise and read one corpus
         _add_point(job, config, result)
     with job.meter.stage("sample"), signals.interruptible():
         return finish(job, config, model, material, result, samples)

@@ -12,6 +12,7 @@ from sparing.base.config import Config, ModelConfig, UserError
 from sparing.base.config_file import Wishes, build, read_config
 from sparing.base.files import DamagedError, file_sha256, link_or_copy, write_atomic
 from sparing.base.run import RunFolder, fill, read_tensors
+from sparing.job.texts import corpora
 from sparing.model.init import init_weights
 from sparing.model.transformer import Transformer
 
@@ -61,9 +62,10 @@ SETTLED = ("model.hidden_size", "model.num_layers", "model.num_heads", "model.vo
 
 
 def with_start(wishes: Wishes) -> Wishes:
-    """Wishes with all that the run in `start.run` settles: model, tokenizer, hash of the weights; its row length where none is set.
+    """Wishes with all that the run in `start.run` settles: model, tokenizer, hash of the weights; and its row length and its texts where
+    none are set.
 
-    Raises UserError where it is no run with weights and a tokenizer, and for wishes that it contradicts.
+    Raises UserError where it is no run with weights and a tokenizer, where nobody names texts, and for wishes that it contradicts.
     """
     if not wishes.value("start.run"):
         return wishes
@@ -86,7 +88,13 @@ def with_start(wishes: Wishes) -> Wishes:
     settled = {"model": shape, "data": {"tokenizer": str(run.tokenizer_file)}, "start": {"run": str(run), "weights_sha256": digest}}
     if config.tokens:
         settled["tokens"] = asdict(config.tokens)
-    return Wishes.of({"train": {"seq_len": config.train.seq_len}}, wishes, settled)
+    defaults: dict = {"train": {"seq_len": config.train.seq_len}}
+    if not wishes.value("data.paths"):
+        if not corpora(run):
+            raise UserError(f"start.run {run} does not say what it was trained on: name texts to go on with")
+        defaults["data"] = {"text_key": config.data.text_key, "holdout_fraction": config.data.holdout_fraction}
+        settled["data"]["paths"] = config.data.paths
+    return Wishes.of(defaults, wishes, settled)
 
 
 def keep_origin(run: RunFolder, config: Config) -> None:

@@ -45,6 +45,11 @@ def plan(
     """
     read = read_recipe(recipe)
     section, wishes = read.plan, Wishes.of(read.wishes, wishes, {"data": {"paths": tuple(data)}} if data else {})
+    for name in ("machine", "rent", "country"):
+        if not isinstance(section.get(name, ""), str):
+            raise UserError(f"[plan]: {name} = {section[name]!r} is not text")
+    if type(section.get("data_bytes", 1)) not in (int, float) or not 0 < section.get("data_bytes", 1) < float("inf"):
+        raise UserError(f"[plan]: data_bytes = {section['data_bytes']!r} is not a number above 0")
     if "layout" in section and not (data or budget or fits or target_bpb):
         config = wishes.config()
         return plan_stages(config.model, config.train.seq_len, config.train.batch_size, section, country)

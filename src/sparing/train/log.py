@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from sparing.base.config import UserError
-from sparing.base.files import disk_errors, read_lines, write_atomic
+from sparing.base.files import disk_errors, read_lines, to_json, write_atomic
 from sparing.base.run import RunFolder
 from sparing.precision.eight_bit import LEVELS
 
@@ -64,7 +64,8 @@ class Metrics:
         self._file = open(self.path, "a", encoding="utf-8")
 
     def add(self, line: dict) -> None:
-        """Append one object: in the kernel's hands at once, so a killed process loses nothing."""
+        """Append one object: in the kernel's hands at once, so a killed process loses nothing. Not-a-number becomes null."""
+        line = to_json(line)
         self.lines.append(line)
         if not self._file:
             return

@@ -1,0 +1,96 @@
+"""Which texts a run is trained on. A run is bound to them by content: state/corpus.json has their fingerprint, wherever their files are.
+
+A run also keeps the tokenizer that it began with, even when it goes on with other texts.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import replace
+
+from sparing.account.receipt import read_state
+from sparing.base.config import Config, DataConfig, UserError
+from sparing.base.config_file import Wishes
+from sparing.base.files import write_atomic
+from sparing.base.messages import say
+from sparing.base.run import RunFolder
+from sparing.data.files import absolute
+from sparing.data.progress import Bars
+from sparing.data.scan import CorpusFacts, scan
+from sparing.resolve import MARGIN
+
+
+def with_absolute_paths(wishes: Wishes) -> Wishes:
+    """Wishes that name the same texts and the same tokenizer from any working folder."""
+    paths, tokenizer = wishes.value("data.paths"), wishes.value("data.tokenizer")
+    if paths:
+        wishes = Wishes.of(wishes, {"data": {"paths": tuple(map(absolute, paths))}})
+    if tokenizer:
+        wishes = Wishes.of(wishes, {"data": {"tokenizer": absolute(tokenizer)}})
+    return wishes
+
+
+def with_own_tokenizer(run: RunFolder, data: DataConfig) -> DataConfig:
+    """`data` with the run's own tokenizer, once it has one: the user's file may be gone, and other texts would give another one."""
+    return replace(data, tokenizer=str(run.tokenizer_file)) if run.tokenizer_file.exists() else data
+
+
+def corpora(run: RunFolder) -> list[dict]:
+    """What the run was trained on, one after the other: {"paths", "fingerprint", "documents", "bytes"}. Empty: nothing is known of it."""
+    entries = read_state(run, "corpus", list) or []
+    return [entry for entry in entries if isinstance(entry, dict) and entry.keys() >= {"paths", "fingerprint", "documents", "bytes"}]
+
+
+def bind(run: RunFolder, data: DataConfig, facts: CorpusFacts, earlier: list[dict]) -> None:
+    """Note what the run is trained on from here on. earlier: what it was trained on before, `corpora(run)`; of a new run nothing."""
+    entry = {"paths": list(data.paths), "fingerprint": facts.content, "documents": facts.documents, "bytes": facts.bytes}
+    if earlier and earlier[-1]["fingerprint"] == facts.content:
+        earlier = earlier[:-1]  # the same texts, perhaps moved
+    write_atomic(run.state / "corpus.json", json.dumps([*earlier, entry], indent=1))
+
+
+def same_texts(run: RunFolder, facts: CorpusFacts, way_on: str) -> None:
+    """Raises UserError, which ends with `way_on`, where these are not the texts that the run was trained on last."""
+    known = corpora(run)
+    if known and known[-1]["fingerprint"] != facts.content:
+        before, now = (f"{of['documents']:,} documents of {of['bytes']:,} bytes" for of in (known[-1], vars(facts)))
+        change = f"they were {before}, they are {now}" if before != now else f"still {now}, but others or in another order"
+        raise UserError(f"the texts of {run} have changed ({change}): put them back, or {way_on}")
+
+
+def texts_to_go_on_with(
+    run: RunFolder, config: Config, paths: Sequence[str], text_key: str | None, longer: float, budget: str | None
+) -> tuple[DataConfig, CorpusFacts]:
+    """What a run is trained on when it goes on, and how much that is: `paths`, or the texts that it has been trained on.
+
+    longer: its budget from now on, in budgets until now. budget: the extension as it was asked for. Raises UserError, naming the way on,
+    where no other texts are named and the run's own are gone or have changed.
+    """
+    data, limit = config.data, config.data.max_tokens
+    if paths:
+        tokens = (read_state(run, "summary", dict) or {}).get("tokens") or _predicted_tokens(run)  # other texts may be many more
+        data = replace(data, paths=tuple(map(absolute, paths)), text_key=text_key or data.text_key)
+        limit = int(MARGIN * tokens) if tokens else limit
+    else:
+        data = replace(data, paths=tuple(map(absolute, data.paths)))  # older runs have relative ones
+    data = replace(data, max_tokens=limit and int(limit * longer))
+    named = shlex.join(data.paths) if 1 <= len(data.paths) <= 3 else "PATH..."
+    way_on = shlex.join(["sparing", "resume", str(run), *(["--budget", budget] if budget else [])]) + f" --data {named}"
+    try:
+        with Bars() as bars:
+            facts = scan(data, progress=bars)
+    except UserError as error:
+        raise error if paths else UserError(f"{error}; to go on with other texts: {way_on}") from None
+    if not paths:
+        same_texts(run, facts, f"go on with them as they are: {way_on}")
+    elif (known := corpora(run)) and known[-1]["fingerprint"] != facts.content:
+        say(f"from here on other texts: {facts.documents:,} documents of {facts.bytes / 1e6:.1f} MB; bits per byte are of these")
+    return data, facts
+
+
+def _predicted_tokens(run: RunFolder) -> float | None:
+    predicted = read_state(run, "prediction", dict) or {}
+    tokens = predicted.get("tokens")
+    return tokens.get("value") if isinstance(tokens, dict) else None
