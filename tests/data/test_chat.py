@@ -121,7 +121,7 @@ def test_templates_get_what_transformers_gives_them(tokenizer, name, tools):
     template = ChatTemplate(TEMPLATES[name])
     for messages in (lambda form: history(form(CALLED)), lambda form: history(form(CALLED))[:4], lambda form: history(form(CALLED))[1:2]):
         want = theirs.apply_chat_template(messages(lambda x: x), tools=tools, tokenize=False, add_generation_prompt=True)
-        assert template.render(messages(json.dumps), tools, "<|endoftext|>") == want
+        assert template.render(messages(json.dumps), tools, "<|endoftext|>", "<|endoftext|>") == want
 
 
 def test_arguments_are_an_object_and_the_text_that_was_sent():
