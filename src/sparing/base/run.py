@@ -17,7 +17,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparing.base.config import UserError
-from sparing.base.files import DamagedError, atomic_file, disk_errors, file_sha256, name_beside, output_folder, replace_folder, write_atomic
+from sparing.base.files import (
+    DamagedError,
+    atomic_file,
+    disk_errors,
+    file_sha256,
+    is_text,
+    name_beside,
+    output_folder,
+    replace_folder,
+    write_atomic,
+)
 from sparing.base.lock import folder_lock
 
 if TYPE_CHECKING:  # torch takes a second to import, and half of what opens a run folder never touches a tensor
@@ -81,7 +91,7 @@ class RunFolder:
 def _utf8(path: str | Path) -> str | Path:
     """`path`, if configurations and ledgers can hold it. Raises UserError."""
     whole = os.path.realpath(path)
-    if any("\ud800" <= char <= "\udfff" for char in whole):
+    if not is_text(whole):
         raise UserError(f"{os.fsencode(whole).decode(errors='backslashreplace')} is not UTF-8 text: a run folder's path must be")
     return path
 
