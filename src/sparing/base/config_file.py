@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_ty
 import sparing.base.config as vocabulary  # not `from sparing`: that would ask the package's lazy re-exports
 from sparing.base.config import Config, UserError
 from sparing.base.config_limits import contradiction, in_range
-from sparing.base.files import read_text
+from sparing.base.files import is_text, read_text
 
 
 def nearest(word: str, choices) -> str:
@@ -294,7 +294,7 @@ def _toml(value: Any, name: str) -> str:
         return repr(value)
     if isinstance(value, tuple):
         return "[" + ", ".join(_toml(item, name) for item in value) + "]"
-    if any("\ud800" <= char <= "\udfff" for char in value):
+    if not is_text(value):
         raise UserError(f"{name}: {value!r} is not valid UTF-8 and cannot be written to a configuration; rename the file")
     escaped = "".join(
         f"\\u{ord(char):04x}" if ord(char) < 32 or ord(char) == 127 else char for char in value.replace("\\", "\\\\").replace('"', '\\"')

@@ -109,6 +109,11 @@ def _naming(named: str | Path, option: str) -> Iterator[None]:
         raise UserError(f"{option} {_short(named)}: {what}; choose another {option}") from None
 
 
+def is_text(name: str) -> bool:
+    """Whether files can hold a name. One that is not UTF-8 comes from the system with surrogates in place of its bytes."""
+    return not any("\ud800" <= char <= "\udfff" for char in name)
+
+
 def _short(path: str | Path) -> str:
     return str(path) if len(str(path)) <= 120 else f"{str(path)[:100]}..."
 
@@ -235,9 +240,11 @@ def open_log(named: str | Path, option: str) -> BinaryIO:
     pipe stays as it is. Raises UserError where it cannot be written."""
     with _naming(named, option):
         Path(named).parent.mkdir(parents=True, exist_ok=True)
-        # Without O_NONBLOCK, opening a pipe would wait for somebody to read it.
-        descriptor = os.open(named, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NONBLOCK", 0), 0o600)
-    os.set_blocking(descriptor, True)
+        # Without O_NONBLOCK, opening a pipe would wait for somebody to read it. Windows has none; it has text files.
+        at_once, binary = getattr(os, "O_NONBLOCK", 0), getattr(os, "O_BINARY", 0)
+        descriptor = os.open(named, os.O_WRONLY | os.O_APPEND | os.O_CREAT | at_once | binary, 0o600)
+    if at_once:
+        os.set_blocking(descriptor, True)
     return os.fdopen(descriptor, "ab", buffering=0)
 
 

@@ -25,11 +25,12 @@ from sparing.base.files import (
     disk_errors,
     file_sha256,
     is_pointer,
+    is_text,
     name_beside,
     output_folder,
     replace_folder,
     write_atomic,
-)  # fmt: skip
+)
 from sparing.base.lock import LOCK, folder_lock
 
 if TYPE_CHECKING:  # torch takes a second to import, and half of what opens a run folder never touches a tensor
@@ -93,7 +94,7 @@ class RunFolder:
 def _utf8(path: str | Path) -> str | Path:
     """`path`, if configurations and ledgers can hold it. Raises UserError."""
     whole = os.path.realpath(path)
-    if any("\ud800" <= char <= "\udfff" for char in whole):
+    if not is_text(whole):
         raise UserError(f"{os.fsencode(whole).decode(errors='backslashreplace')} is not UTF-8 text: a run folder's path must be")
     return path
 

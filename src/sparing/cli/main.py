@@ -23,6 +23,7 @@ from typing import Any
 from sparing import __version__
 from sparing.base.config import CannotGoOn, UserError
 from sparing.base.config_file import nearest
+from sparing.base.files import is_text
 from sparing.base.preempt import Preempt
 from sparing.cli.arguments import Call, parse, print_help
 from sparing.cli.output import print_json, show
@@ -94,7 +95,7 @@ def _run(argv: list[str], started: float) -> int:
             raise UserError(f"{hint}: {', '.join(VERBS)}")
         verb = argv[0]
         for word in argv:
-            if any("\ud800" <= char <= "\udfff" for char in word):
+            if not is_text(word):
                 raise UserError(f"{verb}: {os.fsencode(word).decode(errors='backslashreplace')} is not UTF-8 text; rename what it names")
         if {"--help", "-h"} & set(argv[1:]):
             print_help(verb, VERBS[verb])
