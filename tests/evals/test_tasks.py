@@ -73,7 +73,7 @@ def test_files_that_are_none(tmp_path):
     with pytest.raises(UserError, match="not JSON"):
         read(tmp_path / "x.jsonl")
     (tmp_path / "p.jsonl").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12\n")
-    with pytest.raises(UserError, match="Git LFS pointer.*git lfs pull"):
+    with pytest.raises(UserError, match=r"Git LFS pointer.*git lfs pull"):
         read(tmp_path / "p.jsonl")
 
 
