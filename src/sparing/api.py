@@ -167,12 +167,14 @@ def _bpb(run: str, data: Sequence[str], context: int | None, text_key: str | Non
 
 
 def _scorers(network: Transformer) -> tuple[NllFn, Callable[[], str]]:
-    """-> (scores text, a row of it on each core; afterwards: the number format that it chose)."""
+    """-> (scores text on all cores; afterwards: the number format that it chose)."""
     count = cores()
 
     def nll(model: Transformer, dtype: str) -> NllFn:
         model.compute_dtype = getattr(torch, dtype)
-        return Replicas(model, None, count, kernels=fitting(count, count, "cpu", dtype)[0]).nll
+        replicas = Replicas(model, None, count, kernels=fitting(count, count, "cpu", dtype)[0])
+        # Rows for half of the cores or fewer: each operation on all cores, in PyTorch's kernels.
+        return lambda tokens, targets: model.nll(tokens, targets) if 2 * len(tokens) <= count else replicas.nll(tokens, targets)
 
     exact = nll(network, "float32")
     if not fast("bfloat16"):
