@@ -1,6 +1,17 @@
 """What tests in several folders share."""
 
+import time
+
 import pytest
+from tests.clock import ManualClock
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """`time.monotonic` as this test moves it."""
+    clock = ManualClock()
+    monkeypatch.setattr(time, "monotonic", clock)
+    return clock
 
 
 @pytest.fixture

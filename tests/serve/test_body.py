@@ -118,17 +118,17 @@ def test_bodies_of_nothing_but_mistakes_are_refused_in_a_moment():
     """A server that wrote an error for each would answer nobody else for seconds."""
     many = dict.fromkeys(map(str, range(20 * MAX_ERRORS)), "x")
     for body in (many, SAY | {"logit_bias": many}, {"messages": [many] * 3}, {"messages": [5] * 200_000}, SAY | {"tools": [5] * 200_000}):
-        start = time.perf_counter()
+        start = time.process_time()
         with pytest.raises(ApiError) as error:
             check(body, Chat)
-        assert len(error.value.message) < 200 and time.perf_counter() - start < 2
+        assert len(error.value.message) < 200 and time.process_time() - start < 2
 
 
 def test_a_long_chat_is_checked_in_a_moment():
     body = {"messages": [{"role": "user", "content": "some words of a chat " * 10}] * 100}
     times = []
     for _ in range(20):
-        start = time.perf_counter()
+        start = time.process_time()
         check(body, Chat)
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     assert min(times) < 2e-3, "half a millisecond on an idle core"

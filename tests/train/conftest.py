@@ -30,14 +30,14 @@ class Process:
     def kill(self, number: int = signal.SIGKILL) -> None:
         os.kill(self.pid, number)
 
-    def until(self, happened, limit_s: float = 60.0) -> None:
+    def until(self, happened, limit_s: float = 600.0) -> None:
         """Poll until happened() is true, or the process has nothing more to show."""
         end = time.monotonic() + limit_s
         while not happened():
             assert time.monotonic() < end, f"waited in vain; its output:\n{self.output()}"
             time.sleep(0.0005)
 
-    def until_says(self, text: str, limit_s: float = 60.0) -> None:
+    def until_says(self, text: str, limit_s: float = 600.0) -> None:
         self.until(lambda: self.out.exists() and text in self.output(), limit_s)
 
 

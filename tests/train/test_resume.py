@@ -133,14 +133,13 @@ def test_damaged_newest_checkpoint_falls_back_and_stays_identical(start, tmp_pat
 def test_time_budget_replays_its_plans(start, tmp_path):
     """With a time budget: the same up to the first plan made after the kill, and the budget kept, lost work included."""
     run, budget = tmp_path / "run", 12.0
-    process = start(run, "--seconds", budget, "--interval", 1.0)
-    process.until(lambda: logged(run) > 20)
-    time.sleep(3.0)
+    options = ("--seconds", budget, "--interval", 1.0, "--tick", 0.1)
+    process = start(run, *options)
+    process.until(lambda: logged(run) > 50)
     process.kill()
     process.wait()
     first, plans = told(run), read_lines(run / "state/plan.jsonl")
-    time.sleep(2.0)  # downtime does not count
-    process = start(run, "--seconds", budget, "--interval", 1.0)
+    process = start(run, *options)
     assert process.wait() == 0, process.output()
     second, later = told(run), read_lines(run / "state/plan.jsonl")
     kept = max(i for i in range(len(plans) + 1) if plans[:i] == later[:i])
@@ -150,5 +149,4 @@ def test_time_budget_replays_its_plans(start, tmp_path):
     same = [[line for line in lines if "loss" in line and line["step"] <= until] for lines in (first, second)]
     assert same[0] == same[1]
     assert [line["step"] for line in second if "loss" in line] == list(range(1, later[-1]["total_steps"] + 1))
-    used = read_lines(run / "metrics.jsonl")[-1]["seconds"]
-    assert used < budget + 2.5  # 3 s of work were lost; the simulated clock of test_pace.py asks for 102 %, this machine may be busy
+    assert 0.95 * budget < read_lines(run / "metrics.jsonl")[-1]["seconds"] < 1.015 * budget

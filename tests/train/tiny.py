@@ -15,6 +15,7 @@ STARTED = time.monotonic()  # a budget counts the time that importing takes
 
 import torch  # noqa: E402
 
+from sparing.base import preempt as preempt_module  # noqa: E402
 from sparing.base.config import Budget, Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, UserError  # noqa: E402
 from sparing.base.preempt import SIGNALS, Interrupted, Preempt  # noqa: E402
 from sparing.base.run import RunFolder  # noqa: E402
@@ -119,9 +120,17 @@ def main(argv: list[str], started: float) -> int:
     parser.add_argument("--interval", type=float, default=TRAIN.checkpoint_interval_s)
     parser.add_argument("--slow-eval", type=float, default=0.0)
     parser.add_argument("--slow-step", type=float, default=0.0)
+    parser.add_argument("--tick", type=float, default=0.0, help="what a step takes on a clock that nothing else moves")
+    parser.add_argument("--grace", type=float, help="how long a signal waits for the end of anything")
     parser.add_argument("--stuck", action="store_true", help="batch 3 takes minutes, in C code that no handler can interrupt")
     parser.add_argument("--compile", action="store_true")
     arguments = parser.parse_args(argv)
+    ticks = [0.0]
+    if arguments.tick:
+        time.monotonic = lambda: ticks[0]
+        started = 0.0
+    if arguments.grace:
+        preempt_module.GRACE_S = preempt_module.SAVING_S = arguments.grace
     store = corpus(arguments.data)
     budget = Budget(arguments.seconds, "s") if arguments.seconds else steps(arguments.steps)
     chosen = config(
@@ -142,6 +151,7 @@ def main(argv: list[str], started: float) -> int:
             if arguments.stuck and step == 3:
                 torch.linalg.svd(torch.randn(6000, 6000))
             time.sleep(arguments.slow_step)
+            ticks[0] += arguments.tick
             return loader.batch(step)
 
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import socket
 import threading
@@ -89,6 +90,7 @@ class Meter(NoMeter):
         self._stack: list[str] = []
         self._dirty: set[str] = set()
         self._left = threading.Event()
+        self._looked = self._written = -math.inf  # at the price file; to the ledgers
         self._recent: deque[tuple[float, float, float]] = deque(maxlen=RATE_WINDOW)
         self._sources = sources(machine, self.tariff.rates, self.tariff.processor)
         self.energy_how = "measured" if all(source.how == "measured" for source in self._sources) else "estimated"
@@ -249,26 +251,28 @@ class Meter(NoMeter):
     # the thread's side
 
     def _watch(self) -> None:
-        written = looked = time.monotonic() - RELOAD_S
-        while True:
-            begun, own = time.thread_time(), self.own_s
-            with self._lock:
-                self._look()
-                resident = resident_memory()
-                self.memory_bytes = cuda_memory() or resident
-                entry = self._entries[self._stack[-1]]
-                entry.memory_bytes = max(entry.memory_bytes, resident)
-                self._recent.append(self._total())
-            now = time.monotonic()
-            if now - looked >= RELOAD_S:
-                looked = now
-                self._reload()
-            if now - written >= WRITE_S:
-                self._write()
-                written = now
-            self.own_s += time.thread_time() - begun - (self.own_s - own)  # `_look` has counted its part
-            if self._left.wait(SAMPLE_S):
-                return
+        self.sample()
+        while not self._left.wait(SAMPLE_S):
+            self.sample()
+
+    def sample(self) -> None:
+        """Look at everything once; look at the price file, and write, where that is due."""
+        begun, own = time.thread_time(), self.own_s
+        with self._lock:
+            self._look()
+            resident = resident_memory()
+            self.memory_bytes = cuda_memory() or resident
+            entry = self._entries[self._stack[-1]]
+            entry.memory_bytes = max(entry.memory_bytes, resident)
+            self._recent.append(self._total())
+        now = time.monotonic()
+        if now - self._looked >= RELOAD_S:
+            self._looked = now
+            self._reload()
+        if now - self._written >= WRITE_S:
+            self._write()
+            self._written = now
+        self.own_s += time.thread_time() - begun - (self.own_s - own)  # `_look` has counted its part
 
     def _total(self) -> tuple[float, float, float]:
         """(now, US dollars, kWh) of this attempt."""
