@@ -111,9 +111,10 @@ def resolved(job: Job, wishes: Wishes, budget: Budget) -> Config:
     device = wishes.value("train.device") or ("cuda" if machine.gpus else "cpu")
     with job.meter.stage("calibrate"), signals.interruptible():
         dtype = wishes.value("train.dtype")
-        peak = peak_flops(machine, device if machine.gpus else "cpu", dtype, peak_seconds(lasts), job.cut_short)
         limit = MEASURE_S if lasts is None else min(MEASURE_S, MEASURE_SHARE * lasts)
         place = here(home_rent(), say=say if budget.unit not in ("tok", "flop") else None, machine=machine, seconds=limit)
+        # After the steps' timings: where these were measured now, their process has measured the peak, whose memory is not this one's.
+        peak = peak_flops(machine, device if machine.gpus else "cpu", dtype, peak_seconds(lasts), job.cut_short)
     start_s = job.clock.seconds()
     left = spends if lasts is None else Budget(max(0.1, lasts - start_s), "s")
     config, reasons = resolve(wishes, left, machine, facts, place.tokens_per_second)
