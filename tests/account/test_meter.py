@@ -153,6 +153,7 @@ def test_a_kill_loses_seconds_and_a_resumed_run_appends(run):
     assert last - first - 3.5 <= rows[1].wall_s <= last - first + 0.5 and rows[1].tokens > 50
 
 
+@pytest.mark.slow  # processor time: a busy or slow machine takes twice as much
 def test_metering_costs_less_than_half_a_percent(run):
     with Meter("train", MACHINE, run) as meter:
         begun = time.monotonic()

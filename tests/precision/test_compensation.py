@@ -37,7 +37,8 @@ def test_every_result_is_a_neighbour_and_all_bits_together_are_exact(x):
 def test_a_remainder_keeps_24_bits_and_their_mean_is_exact(x):
     near, low = split(torch.full((65536,), x), BITS)
     kept = join(near, low)
-    assert torch.equal(kept.bfloat16(), near) or bool((kept.bfloat16() != near).sum() * 2 <= len(near))  # a tie may go either way
+    # Of a tie, which has 256 neighbours in steps of the remainder, half may go either way, and one step more.
+    assert int((kept.bfloat16() != near).sum()) <= len(near) // 2 + 256
     assert bool((kept.view(torch.int32) & 255 == 0).all()) and bool(
         ((kept - near.float()).abs() <= (kept - kept.bfloat16().float()).abs()).all()
     )
