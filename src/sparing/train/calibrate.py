@@ -69,6 +69,7 @@ def choose(
     reasons: dict[str, str] = {}
     start = time.monotonic()
     timed: dict[tuple[int, int], float] = {}
+    divided: dict[int, Replicas] = {}
     replicas = t.replicas or 1
     cores = t.threads or machine.cores_physical
     passes = t.kernels != "plain" and native.passes() is not None
@@ -85,7 +86,9 @@ def choose(
                 return timed.get((threads, micro), 0.0)
             if device == "cpu":
                 torch.set_num_threads(threads)
-            timed[threads, micro] = _speed(model, config, batch, micro, device, replicas=replicas)
+            if threads not in divided:  # its threads serve all probes: each keeps its work space for good
+                divided[threads] = _replicas(model, config, device, replicas=replicas)
+            timed[threads, micro] = _speed(model, config, batch, micro, device, divided[threads])
         return timed[threads, micro]
 
     def pass_s(micro: int) -> float:
@@ -132,10 +135,10 @@ def choose(
     undivided = t.replicas is None and replicas == 1 and device == "cpu" and not t.compile
     if undivided and threads > 1 and micro >= threads and fits(micro):
         check()
-        divided = _speed(model, config, batch, micro, device, replicas=threads)
-        reasons["train.replicas"] = f"measured, tokens/s: {divided:,.0f} with {threads}, {speed:,.0f} without"
-        if divided > 1.03 * speed:
-            replicas, speed = threads, divided
+        faster = _speed(model, config, batch, micro, device, _replicas(model, config, device, replicas=threads))
+        reasons["train.replicas"] = f"measured, tokens/s: {faster:,.0f} with {threads}, {speed:,.0f} without"
+        if faster > 1.03 * speed:
+            replicas, speed = threads, faster
     compiled = t.compile
     p = config.precision
     if compiled is None and (p.linear not in ("none", "auto") or p.activations != "full"):
@@ -166,21 +169,23 @@ def choose_products(
     if t.compile:
         return replace(p, linear="none"), "training is compiled here, which 8-bit products are not"
     micro = t.micro_batch_size or t.batch_size
-    sixteen = _speed(model, config, batch, micro, device, replicas=t.replicas or 1)
+    sixteen = _speed(model, config, batch, micro, device, _replicas(model, config, device, replicas=t.replicas or 1))
     if (needs := EIGHT_BIT_PASSES * micro * t.seq_len / sixteen) > seconds:
         cut_short(f"8-bit products were not tried: that would take about {needs:.1f} s of {seconds:.1f}")
         return replace(p, linear="none"), "8 bits not tried: measuring would take too long"
     sites = install(model, kind)
     try:
-        eight = _speed(model, config, batch, micro, device, replicas=t.replicas or 1)
+        eight = _speed(model, config, batch, micro, device, _replicas(model, config, device, replicas=t.replicas or 1))
         policy = Policy(sites, replace(p, measure_every=1))
         for _ in range(2):  # to finer blocks, and from there to 16 bits
             policy.begin(0)
-            _speed(model, config, batch, micro, device, passes=1)
+            _speed(model, config, batch, micro, device, _replicas(model, config, device), passes=1)
             policy.end()
     finally:
         install(model, None)
-    sixteen = max(sixteen, _speed(model, config, batch, micro, device, replicas=t.replicas or 1))  # what comes first is measured slower
+    sixteen = max(
+        sixteen, _speed(model, config, batch, micro, device, _replicas(model, config, device, replicas=t.replicas or 1))
+    )  # what comes first is measured slower
     share = min(policy.shares().values())
     why = f"measured, tokens/s: {eight:,.0f} in {kind}, {sixteen:,.0f} in 16 bits; {share:.0%} within the error budget"
     chosen = kind if eight > 1.05 * sixteen and share >= 0.9 else "none"
@@ -194,7 +199,7 @@ def _worth_compiling(model, config, batch, micro, device, speed, seconds, check,
         return False, f"the budget is too short to try: compiling takes about {COMPILE_S:.0f} s"
     check()
     try:
-        fast = _speed(model, config, batch, micro, device, compiled=True)
+        fast = _speed(model, config, batch, micro, device, _replicas(model, config, device, compiled=True))
     except Exception as error:  # a compiler's failure is not ours, and never a reason not to train
         say(f"torch.compile failed ({type(error).__name__}): training without it")
         return False, f"torch.compile failed: {type(error).__name__}"
@@ -209,13 +214,15 @@ def _micro_batches(t: TrainConfig) -> list[int]:
     return sizes
 
 
-def _speed(
-    model: Transformer, config: Config, batch: Batch, micro: int, device: str, *, compiled: bool = False, replicas: int = 1, passes=PASSES
-) -> float:
-    """Tokens per second of the best forward and backward pass over `micro` rows but the first of several."""
+def _replicas(model: Transformer, config: Config, device: str, *, compiled: bool = False, replicas: int = 1) -> Replicas:
     t = config.train
     kernels = t.kernels or fitting(replicas, torch.get_num_threads(), device, t.dtype)[0]
-    divided = Replicas(model, NextToken.of(config), replicas, compiled, kernels)
+    return Replicas(model, NextToken.of(config), replicas, compiled, kernels)
+
+
+def _speed(model: Transformer, config: Config, batch: Batch, micro: int, device: str, divided: Replicas, passes=PASSES) -> float:
+    """Tokens per second of the best forward and backward pass over `micro` rows but the first of several."""
+    t = config.train
     part = batch[:micro].to(device)
     part = part.cut(t.short_seq_len) if t.short_seq_len else part
     part = part if t.document_mask else replace(part, documents=None)
