@@ -29,10 +29,13 @@ from sparing.resolve import resolve
 from sparing.train.log import check_log
 from sparing.train.pace import Clock
 from sparing.train.peak import peak_flops, peak_seconds
+from sparing.train.profile import step_timings
 
 SOME_BYTES, SOME_SPEED = 1e8, 1e4
 MEASURE_SHARE = 0.05
 """Of a time budget, for timing training steps on a machine that was not seen before."""
+MEASURE_FROM_S = 60.0
+"""A shorter budget is planned with default rates: the process that times steps takes seconds to start."""
 
 
 def reasons_of(run: RunFolder) -> dict[str, str]:
@@ -111,10 +114,10 @@ def resolved(job: Job, wishes: Wishes, budget: Budget) -> Config:
     device = wishes.value("train.device") or ("cuda" if machine.gpus else "cpu")
     with job.meter.stage("calibrate"), signals.interruptible():
         dtype = wishes.value("train.dtype")
-        limit = MEASURE_S if lasts is None else min(MEASURE_S, MEASURE_SHARE * lasts)
-        place = here(home_rent(), say=say if budget.unit not in ("tok", "flop") else None, machine=machine, seconds=limit)
-        # After the steps' timings: where these were measured now, their process has measured the peak, whose memory is not this one's.
+        if lasts is not None and lasts >= MEASURE_FROM_S:  # before the peak, which that process measures too, in memory of its own
+            step_timings(machine, device, min(MEASURE_S, MEASURE_SHARE * lasts), say)
         peak = peak_flops(machine, device if machine.gpus else "cpu", dtype, peak_seconds(lasts), job.cut_short)
+        place = here(home_rent(), machine=machine)
     start_s = job.clock.seconds()
     left = spends if lasts is None else Budget(max(0.1, lasts - start_s), "s")
     config, reasons = resolve(wishes, left, machine, facts, place.tokens_per_second)

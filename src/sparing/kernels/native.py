@@ -134,7 +134,7 @@ def choose(path: Path) -> None:
 def can(path: Path) -> bool:
     """Whether kernels can run on this machine."""
     if path == "tiles":
-        return "amx_bf16" in cpu_flags() and can("vectors") and passes().use_tiles(1) == 1
+        return "amx_bf16" in cpu_flags() and can("vectors") and bool(passes().may_use_tiles())
     return path == "plain" or (passes() is not None and (path == "compiled" or hasattr(passes(), "use_tiles")))
 
 

@@ -12,6 +12,9 @@ static __thread int tiles_on; /* whether this thread's products are the matrix u
 /* Switch the matrix unit on or off for the calling thread; -> whether it is on. The processor must have it (amx_bf16). */
 int64_t use_tiles(int64_t on) { return tiles_on = on && tiles_allowed(); }
 
+/* Whether it may be used. The processor must have it. */
+int64_t may_use_tiles(void) { return tiles_allowed(); }
+
 /* At the beginning and the end of each function that others call: libraries between them set the tiles up in their own way. */
 static inline void begin(void) { if (tiles_on) configure(); }
 static inline void end(void) { if (tiles_on) release_tiles(); }

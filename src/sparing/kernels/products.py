@@ -47,7 +47,7 @@ MUCH = 1.1
 
 
 def rates() -> dict[native.Path, float]:
-    """FLOP/s of the three products of a linear, by kernels that can run here, in the geometric mean over MEASURED. About 50 ms."""
+    """FLOP/s of the three products of a linear, by kernels that can run here, in the geometric mean over MEASURED. About 0.2 s."""
     found: dict[native.Path, float] = {}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

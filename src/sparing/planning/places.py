@@ -78,19 +78,18 @@ def here(
     country: str | None = None,
     say: Callable[[str], None] | None = None,
     machine: Machine | None = None,
-    seconds: float = MEASURE_S,
 ) -> Place:
-    """This machine by its calibration; without one, about `seconds` of measuring that `say` is told of (say None: default rates)."""
+    """This machine by its calibration; without one, about MEASURE_S of measuring that `say` is told of (say None: default rates)."""
     machine = machine or this_machine()
     kind = "cuda" if machine.gpus else "cpu"
     timings = load_calibration(machine).get(f"step_timings_{kind}") or {}
     timings = timings if timings.get("description") == DESCRIPTION else None
-    if (not timings or timings["limit"] < seconds) and say is not None:
+    if (not timings or timings["limit"] < MEASURE_S) and say is not None:
         from sparing.kernels.formats import measured  # torch is loaded only to measure
         from sparing.train.profile import step_timings
 
         machine = measured(machine)
-        timings = step_timings(machine, kind, seconds, say)
+        timings = step_timings(machine, kind, MEASURE_S, say)
     known = load_calibration(machine)
     row = device(device_of(machine))
     dtype = machine.training_dtype(kind)
