@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from sparing.data.chat import ChatTemplate, template_text
 from sparing.data.sources import Tally, documents
 from sparing.evals.bpb import NllFn, bpb
 from sparing.evals.sixteen_bits import CheaperNll
+from sparing.infer.conversation import Conversation
 from sparing.infer.engine import Engine
 from sparing.infer.generate import complete, generate_texts, load, score_tokens
 from sparing.infer.request import Sampling
@@ -156,7 +158,8 @@ COMPARED_FROM = 32_768
 
 def _bpb(run: str, data: Sequence[str], context: int | None, text_key: str | None, meter: Meter) -> dict:
     model = load(run)
-    context, text_key = context or model.config.train.seq_len, text_key or model.config.data.text_key
+    t, text_key = model.config.train, text_key or model.config.data.text_key
+    context = context or t.eval_context or t.seq_len
     rejected, size = Tally(), 0
     for document in documents(data, text_key, rejected):
         size += len(document.text)
@@ -214,6 +217,42 @@ def generate(
         seconds = time.monotonic() - start
         meter.add(tokens, tokens * forward_flops(engine.config, max(1, tokens), mtp=False))
     return {"prompt": prompt, "text": text, "tokens": tokens, "seconds": seconds}
+
+
+@contextmanager
+def chat(
+    run: str,
+    system: str | None = None,
+    temperature: float = 0.7,
+    top_p: float = 0.95,
+    max_tokens: int = 1024,
+    seed: int | None = None,
+    weights: str = "auto",
+    started: float | None = None,
+) -> Iterator[Chat]:
+    """A chat with a run's model, metered until it is left. system: the system's message; None: what the run's template has without one.
+    max_tokens: of an answer. weights: as `infer.engine.Engine` keeps them. Raises UserError."""
+    sampling = Sampling(max_tokens, temperature, top_p, seed=seed)
+    folder = RunFolder.open(run)
+    with metered("chat", folder, "chat", started) as meter, Engine(run, weights=weights, max_batch=1) as engine:
+        yield Chat(Conversation(engine, folder, sampling, system), meter)
+
+
+@dataclass
+class Chat:
+    """A conversation under a meter."""
+
+    conversation: Conversation
+    meter: Meter
+
+    def ask(self, text: str, show: Callable[[str], None] = lambda piece: None) -> dict:
+        """`Conversation.answer`, with its seconds."""
+        begun, engine = time.monotonic(), self.conversation.engine
+        before = engine.metrics().get("rows_total", 0)
+        result = self.conversation.answer(text, show)
+        rows = int(engine.metrics().get("rows_total", 0) - before)
+        self.meter.add(rows, rows * forward_flops(engine.config, max(1, result["prompt_tokens"]), mtp=False))
+        return result | {"seconds": time.monotonic() - begun}
 
 
 # to and from other programs

@@ -5,11 +5,12 @@ Pure: nothing is measured or read here. The rules are fitted to the experiments 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from sparing.base.config import Budget, Config, ModelConfig, UserError
+from sparing.base.config import Budget, Config, ModelConfig, OptimConfig, UserError
 from sparing.base.config_file import Wishes, build
 from sparing.base.config_limits import checked, contradiction
 from sparing.base.hardware import Machine
@@ -67,6 +68,16 @@ BATCH_TOKENS = {"cpu": (4096, 8192), "cuda": (65536, 65536)}
 LR_TOKENS, LR_PEAK, LR_EXPONENT = 1.2e6, 0.04, -0.3
 """The best of 0.01, 0.02, 0.04 at 1.2 M tokens; falling with the length of the run, slightly slower than Marin's tokens^-0.395."""
 
+GOING_ON_ROWS_LEAST = 2
+"""Fewest rows of its batch: one for each of two threads."""
+GOING_ON_STEPS = 100
+"""A run that starts from a model makes about so many steps or more: of fewer, larger ones it learnt less (LAB.md)."""
+GOING_ON = OptimConfig(
+    matrix="adamw", lr=1e-4, lr_embed=1e-4, lr_head=1e-4, lr_router=1e-4, lr_norm=1e-4, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.0,
+    warmup=0.05, decay=0.95, final_lr=0.0,
+)  # fmt: skip
+"""Of a run that starts from a model (LAB.md)."""
+
 
 def _round(value: float, multiple: int) -> int:
     return max(multiple, round(value / multiple) * multiple)
@@ -117,38 +128,12 @@ def vocabulary(train_bytes: float, tokens: float) -> int:
     return 1024
 
 
-def resolve(wishes: Wishes, budget: Budget, machine: Machine, facts: CorpusFacts, speed: Callable[[Config], float]) -> Resolved:
-    """Derive what `wishes` leaves open. speed: tokens per second that the device will train a configuration at (`planning.places.Place`).
-
-    Raises UserError where the budget cannot work, and for wishes that contradict each other.
-    """
-    reasons: dict[str, str] = {}
+def _shape_of(
+    wishes: Wishes, facts: CorpusFacts, seq_len: int, tokens_of: Callable[[ModelConfig], float], reasons: dict[str, str]
+) -> tuple[ModelConfig, bool]:
+    """(the model that the budget can feed, with what is wished of it; whether it is meant to be a mixture). reasons: gets those of its
+    fields."""
     model_wishes = wishes.get("model", {})
-    device = wishes.value("train.device") or ("cuda" if machine.gpus else "cpu")
-    if device == "cuda" and not machine.gpus:
-        raise UserError("train.device cuda: torch sees no CUDA device here; use --train.device cpu")
-    seq_len = wishes.value("train.seq_len") or (1024 if device == "cuda" else 512)
-    dtype = machine.training_dtype(device)
-    if budget.unit not in ("s", "flop", "tok"):
-        raise UserError(
-            f"budget in {budget.unit}: prices and energy are not known to this version; give time, tokens or FLOPs, such as 20m"
-        )
-    wished = wishes.config()
-    settings = replace(wished.train, device=device, seq_len=seq_len, dtype=wishes.value("train.dtype", dtype))
-    if not wishes.sets("train.batch_size"):
-        settings = replace(settings, batch_size=max(1, BATCH_TOKENS[device][0] // seq_len))
-    if not wishes.sets("train.short_seq_len") and device == "cpu" and seq_len % 256 == 0 and seq_len > 256:
-        settings = replace(settings, short_seq_len=256)
-        reasons["train.short_seq_len"] = "cheaper attention and faster learning at first; the last part is on whole rows"
-
-    def tokens_of(model: ModelConfig) -> float:
-        """How many tokens the budget trains a model on."""
-        if budget.unit == "tok":
-            return budget.amount
-        if budget.unit == "flop":
-            return budget.amount / train_flops(model, seq_len)
-        return TRAINING_SHARE * budget.amount * speed(replace(wished, model=model, train=settings))
-
     shape, dense_flops = _largest(model_wishes.get("vocab_size") or 4096, seq_len, tokens_of)
     if "hidden_size" in model_wishes:  # whatever else has a width follows it
         width = model_wishes["hidden_size"]
@@ -174,13 +159,56 @@ def resolve(wishes: Wishes, budget: Budget, machine: Machine, facts: CorpusFacts
             reasons[f"model.{name}"] = f"{enough}: {tokens / 1e6:.1f} M tokens, {ratio:.1f} each"
     if "vocab_size" not in model_wishes:
         reasons["model.vocab_size"] = f"for about {tokens / 1e6:.1f} M tokens of training and {facts.train_bytes / 1e6:.1f} MB of text"
+    return model, moe
+
+
+def resolve(wishes: Wishes, budget: Budget, machine: Machine, facts: CorpusFacts, speed: Callable[[Config], float]) -> Resolved:
+    """Derive what `wishes` leaves open. speed: tokens per second that the device will train a configuration at (`planning.places.Place`).
+
+    Raises UserError where the budget cannot work, and for wishes that contradict each other.
+    """
+    reasons: dict[str, str] = {}
+    going_on = bool(wishes.value("start.run"))
+    device = wishes.value("train.device") or ("cuda" if machine.gpus else "cpu")
+    if device == "cuda" and not machine.gpus:
+        raise UserError("train.device cuda: torch sees no CUDA device here; use --train.device cpu")
+    seq_len = wishes.value("train.seq_len") or (1024 if device == "cuda" else 512)
+    if going_on and not wishes.sets("train.seq_len"):
+        seq_len = min(seq_len, wishes.value("model.max_position_embeddings", seq_len))
+    dtype = machine.training_dtype(device)
+    if budget.unit not in ("s", "flop", "tok"):
+        raise UserError(
+            f"budget in {budget.unit}: prices and energy are not known to this version; give time, tokens or FLOPs, such as 20m"
+        )
+    wished = wishes.config()
+    settings = replace(wished.train, device=device, seq_len=seq_len, dtype=wishes.value("train.dtype", dtype))
+    if not wishes.sets("train.batch_size"):
+        settings = replace(settings, batch_size=max(1, BATCH_TOKENS[device][0] // seq_len))
+    if not wishes.sets("train.short_seq_len") and not going_on and device == "cpu" and seq_len % 256 == 0 and seq_len > 256:
+        settings = replace(settings, short_seq_len=256)
+        reasons["train.short_seq_len"] = "cheaper attention and faster learning at first; the last part is on whole rows"
+
+    def tokens_of(model: ModelConfig) -> float:
+        """How many tokens the budget trains a model on."""
+        if budget.unit == "tok":
+            return budget.amount
+        if budget.unit == "flop":
+            return budget.amount / train_flops(model, seq_len)
+        return TRAINING_SHARE * budget.amount * speed(replace(wished, model=model, train=settings))
+
+    model, moe = (wished.model, True) if going_on else _shape_of(wishes, facts, seq_len, tokens_of, reasons)
+    tokens = tokens_of(model)
 
     config, train = replace(wished, model=model, budget=budget), settings
     if not wishes.sets("train.dtype"):
         faster = "GPUs multiply it fastest" if device == "cuda" else "this processor multiplies it at least as fast as float32 (measured)"
         reasons["train.dtype"] = faster if dtype == "bfloat16" else "this processor multiplies bfloat16 slower than float32 (measured)"
-    if not wishes.sets("train.batch_size"):
-        few, many = BATCH_TOKENS[device]
+    few, many = BATCH_TOKENS[device]
+    if going_on and not wishes.sets("train.batch_size"):
+        rows = 2 ** max(0, math.floor(math.log2(max(1.0, tokens / (GOING_ON_STEPS * seq_len)))))
+        train = replace(train, batch_size=min(max(rows, GOING_ON_ROWS_LEAST), many // seq_len))
+        reasons["train.batch_size"] = f"about {GOING_ON_STEPS} steps or more, of {tokens / 1e3:,.0f} thousand tokens"
+    elif not wishes.sets("train.batch_size"):
         batch_tokens = few if tokens < MANY_TOKENS else many
         train = replace(train, batch_size=max(1, batch_tokens // seq_len))
         reasons["train.batch_size"] = f"{batch_tokens} tokens: small budgets want many small steps"
@@ -193,7 +221,12 @@ def resolve(wishes: Wishes, budget: Budget, machine: Machine, facts: CorpusFacts
         train = replace(train, bias_update_rate=round(min(0.01, max(0.001, 10 / steps)), 5))
         reasons["train.bias_update_rate"] = f"about {steps:,.0f} steps: the published 0.001 would move a bias by no more than that times it"
     optim = config.optim
-    if not wishes.sets("optim.lr") and optim.matrix == "adamw":
+    if going_on:
+        optim = replace(GOING_ON, **wishes.get("optim", {}))
+        for name in sorted(vars(GOING_ON).keys() - wishes.get("optim", {}).keys()):
+            if getattr(optim, name) != getattr(OptimConfig(), name):
+                reasons[f"optim.{name}"] = "of a run that goes on from a model (LAB.md)"
+    elif not wishes.sets("optim.lr") and optim.matrix == "adamw":
         optim = replace(optim, lr=0.004)
         reasons["optim.lr"] = "AdamW takes smaller steps than Muon"
     elif not wishes.sets("optim.lr"):

@@ -161,6 +161,8 @@ class TrainConfig:
     seed: int = 0
     eval_bytes: int = 200_000
     """Evaluation inside a run reads at most this much held-out text."""
+    eval_context: int | None = None
+    """Tokens that evaluations read at a time; None: seq_len."""
     evals: int = 4
     """Evaluations inside the run besides the last one."""
     checkpoint_interval_s: float = 60.0

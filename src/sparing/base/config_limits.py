@@ -26,7 +26,8 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {
         "ns_steps": _ONE,
     },
     "TrainConfig": {
-        **dict.fromkeys(("seq_len", "short_seq_len", "batch_size", "micro_batch_size", "threads", "replicas", "eval_bytes"), _ONE),
+        **dict.fromkeys(("seq_len", "short_seq_len", "batch_size", "micro_batch_size", "threads", "replicas"), _ONE),
+        **dict.fromkeys(("eval_bytes", "eval_context"), _ONE),
         **dict.fromkeys(("mtp_weight", "bias_update_rate", "sequence_balance", "evals", "checkpoint_interval_s"), (0, math.inf)),
         "short_until": _SHARE,
         "seed": (-(2**63), 2**64 - 1),

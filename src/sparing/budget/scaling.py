@@ -13,6 +13,7 @@ import math
 import tomllib
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from sparing.base.files import write_atomic
 from sparing.base.hardware import home
 from sparing.budget.estimate import Estimate
 
+P = TypeVar("P")
 N0, D0 = 1e6, 1e7
 """Where the priors of the two terms are stated, so that exponents and sizes hardly depend on each other."""
 PRIOR = np.array([math.log(0.7), math.log(0.45), math.log(0.6), math.log(0.35), math.log(0.37)])
@@ -133,24 +135,36 @@ def fit(points: list[Point], weights: list[float] | None = None, kind: str = "te
     return Law(theta, covariance, scatter, own, len(points) - own, kind)
 
 
-def _shipped(kind: str) -> list[Point]:
-    file = Path(__file__).parent / "laws" / f"{kind}.toml"
-    return [Point(**row) for row in tomllib.loads(file.read_text(encoding="utf-8"))["point"]] if file.exists() else []
+def shipped_points(name: str, point: type[P]) -> list[P]:
+    """The points that come with the package."""
+    file = Path(__file__).parent / "laws" / f"{name}.toml"
+    return [point(**row) for row in tomllib.loads(file.read_text(encoding="utf-8"))["point"]] if file.exists() else []
 
 
-def _own(kind: str) -> list[Point]:
-    """What a damaged file still has to say is read; the rest is left."""
+def own_points(name: str, point: type[P]) -> list[P]:
+    """The user's own. What a damaged file still has to say is read; the rest is left."""
     try:
-        rows = json.loads((home() / "laws" / f"{kind}.json").read_text())["points"]
-        points = [Point(**row) for row in rows]
+        rows = json.loads((home() / "laws" / f"{name}.json").read_text())["points"]
+        points = [point(**row) for row in rows]
     except (OSError, ValueError, KeyError, TypeError):
         return []
-    return [p for p in points if min(p.active, p.total, p.text_bytes, p.bpb) > 0]
+    return [p for p in points if all(value > 0 for value in vars(p).values() if not isinstance(value, str))]
+
+
+def keep_points(name: str, points: list[dict], **more: object) -> bool:
+    """Write the user's own. False where nothing can be written."""
+    file = home() / "laws" / f"{name}.json"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(file, json.dumps({"points": points, **more}, indent=1))
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def law_of(kind: str) -> Law:
     """The law of a kind of corpus, fitted to its points now."""
-    own, shipped = _own(kind), _shipped(kind)
+    own, shipped = own_points(kind, Point), shipped_points(kind, Point)
     if not own and not shipped:
         base = law_of("text")
         return Law(base.theta, base.covariance, base.scatter, 0, 0, kind, OTHER_KIND)
@@ -162,12 +176,6 @@ def add_point(kind: str, point: Point) -> bool:
     """Remember a finished run and refit. False where nothing can be written: only a better forecast is lost."""
     if not (math.isfinite(point.bpb) and min(point.active, point.text_bytes, point.bpb) > 0):
         return False
-    file = home() / "laws" / f"{kind}.json"
-    points = [*_own(kind), point]
+    points = [*own_points(kind, Point), point]
     law = fit(points, kind=kind, own=len(points))
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(file, json.dumps({"points": [asdict(p) for p in points], "coefficients": law.coefficients()}, indent=1))
-    except (OSError, ValueError):
-        return False
-    return True
+    return keep_points(kind, [asdict(p) for p in points], coefficients=law.coefficients())

@@ -11,7 +11,7 @@ import dataclasses
 import io
 import re
 import sys
-from typing import Any, get_type_hints
+from typing import Any, TextIO, get_type_hints
 
 from sparing.base.config import UserError
 from sparing.base.config_file import describe, nearest, options, parse_text
@@ -27,6 +27,8 @@ class Call:
     verb: str
     started: float
     overrides: dict[str, Any]
+    out: TextIO
+    """Standard output, which belongs to results; with --json, what anything else prints goes to standard error."""
 
     @property
     def api(self):
@@ -47,12 +49,18 @@ class Call:
 
 
 def flag_of(name: str) -> str:
-    return "--" + name.replace("_", "-")
+    """The option of a field; `from_` is --from, which Python keeps for itself."""
+    return "--" + name.rstrip("_").replace("_", "-")
+
+
+def _type_of(field: dataclasses.Field) -> str:
+    """A field's type as text, without what it tells tyro."""
+    return re.sub(r"^Annotated\[(.*), tyro\..*\]$", r"\1", field.type)
 
 
 def recipe_options() -> dict[str, tuple[Any, Any, str]]:
-    """The fields of a recipe that are options, by dotted name; the budget has an option of its own, the start none yet, and an
-    imported model's tokens come with it."""
+    """The fields of a recipe that are options, by dotted name; budget and start have options of their own, and an imported model's tokens
+    come with it."""
     return {name: row for name, row in options().items() if name.partition(".")[0] not in ("budget", "start", "tokens")}
 
 
@@ -61,7 +69,7 @@ def parse(verb: str, kind: type, argv: list[str]) -> tuple[Any, dict[str, Any]]:
 
     Options may be written `--flag value` or `--flag=value`, with - or _. Given twice, the last one counts; lists add up.
     """
-    own = {flag_of(field.name): field.type for field in dataclasses.fields(kind) if "Positional" not in field.type}
+    own = {flag_of(field.name): _type_of(field) for field in dataclasses.fields(kind) if "Positional" not in field.type}
     takes = getattr(kind, "takes", "nothing")
     dotted = {flag_of(name): name for name in recipe_options()} if takes == "recipe" else {}
 
@@ -130,7 +138,7 @@ def _build(verb: str, kind: type, own: dict[str, str], positional: list[str], wo
     flag = next((flag for flag in words if f"parsing {flag}:" in text), None)
     if flag is None:
         raise UserError(f"{verb}: {text}")
-    hint = get_type_hints(kind)[flag[2:].replace("-", "_")]
+    hint = {flag_of(name): hint for name, hint in get_type_hints(kind).items()}[flag]
     raise UserError(f"{flag}: {words[flag][0]!r} is not a {describe(hint).removesuffix('|none')}")
 
 

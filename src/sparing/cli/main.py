@@ -43,6 +43,7 @@ HELP = f"""Sparing {__version__}: say what you can spend, get the best language 
   sparing resume   RUN [--budget +20m] [--data PATH...]                  go on after an interruption, or extend a finished run
   sparing eval     RUN --data PATH... --tasks FILE...                    bits per byte of text, scores of questions
   sparing generate RUN --prompt TEXT                                     let the model write
+  sparing chat     RUN                                                   talk with it
   sparing serve    RUN [--port 8000]                                     OpenAI's interface and a chat page
   sparing receipt  RUN | --all                                           what it cost, beside what was predicted
   sparing report   RUN        sparing compare RUN RUN...                 the same and all curves as one HTML page
@@ -103,9 +104,13 @@ def _run(argv: list[str], started: float) -> int:
         arguments, overrides = parse(verb, VERBS[verb], argv[1:])
         # With --json, standard output belongs to the result: what anything prints on the way goes to standard error.
         quiet = contextlib.redirect_stdout(sys.stderr) if arguments.json else contextlib.nullcontext()
-        with Preempt(lambda: _way_on(verb, arguments, argv)) as signals, signals.interruptible(), quiet:
-            result = arguments(Call(verb, started, overrides))
-        if arguments.json:
+        call = Call(verb, started, overrides, sys.stdout)
+        with contextlib.ExitStack() as around:
+            if not getattr(arguments, "owns_signals", False):
+                around.enter_context(around.enter_context(Preempt(lambda: _way_on(verb, arguments, argv))).interruptible())
+            around.enter_context(quiet)
+            result = arguments(call)
+        if arguments.json and result is not None:
             print_json(result)
         elif result is not None:
             show(result)

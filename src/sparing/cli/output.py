@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Any
+from typing import Any, TextIO
 
 from sparing.base.files import to_json
 
 
-def print_json(value: Any) -> None:
-    """One line; characters that standard output's encoding lacks are escaped as JSON escapes them."""
+def print_json(value: Any, out: TextIO | None = None) -> None:
+    """One line, by default on standard output; characters that its encoding lacks are escaped as JSON escapes them."""
+    out = out or sys.stdout
     text = json.dumps(to_json(value), ensure_ascii=False)
     try:
-        text.encode(sys.stdout.encoding or "utf-8")
+        text.encode(out.encoding or "utf-8")
     except UnicodeEncodeError:
         text = json.dumps(to_json(value))
-    print(text)
+    print(text, file=out, flush=True)
 
 
 def show(result: dict) -> None:

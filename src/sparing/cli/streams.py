@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from typing import TextIO
+
+from sparing.base.preempt import Interrupted
 
 
 class _Messages(io.TextIOWrapper):
@@ -45,3 +51,20 @@ def discard(stream: TextIO) -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
+
+
+@contextlib.contextmanager
+def leaving_on_sigterm() -> Iterator[None]:
+    """SIGTERM raises Interrupted, for a verb that answers Ctrl-C itself."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(_number, _frame) -> None:
+        raise Interrupted("terminated")
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from sparing.base.config import UserError
 from sparing.base.config_file import Wishes, nested, read_recipe
 from sparing.base.files import decoded
 from sparing.budget.units import parse_budget, parse_extension
-from sparing.cli.output import show_plan
+from sparing.cli.output import print_json, show_plan
+from sparing.cli.streams import leaving_on_sigterm
 
 if TYPE_CHECKING:
     import tyro  # `arguments.parse` imports it for the chosen verb; until then the annotations below stay text
@@ -75,6 +77,8 @@ class Train:
     """90s 20m 2h, 50Mtok, 3e17flop, $5, 0.2kWh. It covers everything: tokenising, training, evaluation, saving."""
     out: str | None = None
     """The run folder to make."""
+    from_: Annotated[str | None, tyro.conf.arg(name="from")] = None
+    """A run, or an imported model, to go on from instead of random weights; its shape and its tokenizer stay."""
     seed: int | None = None
     samples: int = 3
     """Completions to show at the end."""
@@ -91,7 +95,7 @@ class Train:
             raise UserError(f"--samples {self.samples}: must be 0 or more")
         parse_budget(budget)  # a slip is told before torch is loaded
         wishes = Wishes.of(recipe.wishes, nested(call.overrides | own))
-        return call.api.train([], budget, self.out, wishes, started=call.started, samples=self.samples)
+        return call.api.train([], budget, self.out, wishes, started=call.started, samples=self.samples, start=self.from_)
 
 
 @dataclass
@@ -179,6 +183,38 @@ class Generate:
         call.api.generate(self.run, self.prompt, *options, stream, call.started, weights)
         print(next(shown, ""))
         return None
+
+
+@dataclass
+class Chat:
+    """Talk with a run's model, by its own chat template. A line is a message; /reset, /system TEXT, /help and /quit are commands. Works in
+    pipes too: each line in gets an answer out."""
+
+    owns_signals: ClassVar[bool] = True
+    run: tyro.conf.Positional[str | None] = None
+    system: str | None = None
+    """The system's message; default: what the run's template says without one."""
+    temperature: float = 0.7
+    """0: always the likeliest token."""
+    top_p: float = 0.95
+    """Sample from the likeliest tokens that together have this probability."""
+    max_tokens: int = 1024
+    """Longest answer."""
+    seed: int | None = None
+    """The same seed gives the same answers."""
+    weights: str = "auto"
+    """Number format of the weights: float32, bfloat16, int8, int4; auto: what is fastest here."""
+    json: bool = False
+    """Print one JSON object a turn instead of the answers' text."""
+
+    def __call__(self, call: Call) -> None:
+        call.need(RUN=self.run)
+        call.choice("--weights", self.weights, ("auto", "float32", "bfloat16", "int8", "int4"))
+        from sparing.cli.terminal import converse
+
+        options = (self.system, self.temperature, self.top_p, self.max_tokens, self.seed, self.weights)
+        with leaving_on_sigterm(), call.api.chat(self.run, *options, started=call.started) as chat:
+            converse(chat, partial(print_json, out=call.out) if self.json else None)
 
 
 @dataclass
@@ -360,5 +396,5 @@ class Bench:
 
 VERBS = {
     "plan": Plan, "train": Train, "resume": Resume, "eval": Eval, "generate": Generate, "receipt": Receipt, "report": Report,
-    "compare": Compare, "export": Export, "import": Import, "serve": Serve, "bench": Bench,
+    "compare": Compare, "chat": Chat, "export": Export, "import": Import, "serve": Serve, "bench": Bench,
 }  # fmt: skip

@@ -31,7 +31,7 @@ class TrainingData:
 
     def scorer(self, config: Config, should_stop: Callable[[], bool]) -> Callable[[NllFn], dict]:
         """evaluate(nll) -> the loss and bits per byte of the held-out documents."""
-        context = config.train.seq_len
+        context = config.train.eval_context or config.train.seq_len
         options = {"batch": max(1, EVAL_TOKENS // context), "max_bytes": config.train.eval_bytes, "should_stop": should_stop}
         return lambda nll: bpb(nll, self.tokenizer, self.held_out, context, **options)
 

@@ -8,11 +8,12 @@ from contextlib import suppress
 
 import torch
 
-from sparing.account.history import bill
+from sparing.account.history import ancestors_of, bill
 from sparing.base.config import Config
 from sparing.base.files import to_json, write_atomic
 from sparing.base.layers import mixtures
 from sparing.base.messages import say
+from sparing.base.run import RunFolder
 from sparing.budget.flops import kv_cache_bytes, parameters
 from sparing.budget.units import format_budget
 from sparing.infer.generate import Model
@@ -52,6 +53,8 @@ def finish(job: Job, config: Config, model: Transformer, data: TrainingData, res
         "budget": format_budget(config.budget),
         "samples": _completions(job, config, Model(run, config, model, data.tokenizer), data.held_out[:samples]),
     }
+    if config.start is not None:
+        summary |= _beside_its_start(run, config, model, result)
     write_atomic(run.model_card_file, _model_card(config, summary, [entry["paths"] for entry in corpora(run)] or [config.data.paths]))
     summary |= {"seconds": job.clock.seconds()} | bill(job.meter.earlier() + job.meter.rows())
     write_atomic(run.state / "summary.json", json.dumps(to_json(summary), indent=1))
@@ -60,6 +63,22 @@ def finish(job: Job, config: Config, model: Transformer, data: TrainingData, res
     say(f"{run}: the recipe with its reasons is config.toml, the model weights/, every step metrics.jsonl, a summary MODEL_CARD.md")
     say(f'next: sparing generate {run} --prompt "..."   sparing eval {run} --data PATH   sparing export {run} --format hf --out FOLDER')
     return summary
+
+
+def _beside_its_start(run: RunFolder, config: Config, model: Transformer, result: TrainResult) -> dict:
+    """What the summary of a run that starts from another one has more: scores before and after, how much it learnt with, its origin."""
+    return {
+        "before": {"new": _score(result.before)},
+        "after": {"new": _score(result.evaluation)},
+        "trained_tokens": result.tokens,
+        "trainable_parameters": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        "base": config.start.weights_sha256,
+        "ancestors": [{"name": row.name, "relation": row.relation, "generation": row.generation} for row in ancestors_of(run)],
+    }
+
+
+def _score(evaluation: dict) -> dict:
+    return {key: evaluation.get(key) for key in ("loss", "bpb", "bytes")}
 
 
 def _completions(job: Job, config: Config, model: Model, documents: list[str]) -> list[dict[str, str]]:
@@ -106,7 +125,7 @@ def _model_card(config: Config, summary: dict, texts: list[Sequence[str]]) -> st
 A {kind} language model of {summary["parameters"]:,} parameters ({summary["active_parameters"]:,} active), trained with Sparing.
 
 - Data: {", then ".join(map(_named, texts))}; {summary["tokens"]:,} tokens in {summary["steps"]:,} steps
-- Held-out text: {score} (context {config.train.seq_len} tokens)
+- Held-out text: {score} (context {config.train.eval_context or config.train.seq_len} tokens)
 - Vocabulary {m.vocab_size:,}, {m.num_layers} layers of width {m.hidden_size}, {kv_cache_bytes(m):,} bytes of cache per token (16 bit)
 - Budget {summary["budget"]}; the whole recipe is in config.toml
 

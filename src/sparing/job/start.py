@@ -62,8 +62,7 @@ SETTLED = ("model.hidden_size", "model.num_layers", "model.num_heads", "model.vo
 
 
 def with_start(wishes: Wishes) -> Wishes:
-    """Wishes with all that the run in `start.run` settles: model, tokenizer, hash of the weights; and its row length and its texts where
-    none are set.
+    """Wishes with all that the run in `start.run` settles: model, tokenizer, hash of the weights; and its texts where none are set.
 
     Raises UserError where it is no run with weights and a tokenizer, where nobody names texts, and for wishes that it contradicts.
     """
@@ -88,7 +87,8 @@ def with_start(wishes: Wishes) -> Wishes:
     settled = {"model": shape, "data": {"tokenizer": str(run.tokenizer_file)}, "start": {"run": str(run), "weights_sha256": digest}}
     if config.tokens:
         settled["tokens"] = asdict(config.tokens)
-    defaults: dict = {"train": {"seq_len": config.train.seq_len}}
+    # Rows may be shorter than the parent's; scores are of as long a context as the parent's are.
+    defaults: dict = {"train": {"eval_context": config.train.eval_context or config.train.seq_len}}
     if not wishes.value("data.paths"):
         if not corpora(run):
             raise UserError(f"start.run {run} does not say what it was trained on: name texts to go on with")

@@ -246,7 +246,7 @@ class Trainer:
             if any(self.world.agree([float(self.signals.requested)])):
                 raise Interrupted(self.signals.message)
             # Asked before a step, so that a resumed run makes up for a missed one.
-            if self.evaluate and self._decided(pace.eval_due(state.step)):
+            if self.evaluate and self._decided(pace.eval_due(state.step) or self._before_all()):
                 self._evaluate()
             decaying = state.step >= decay_start(total, self.config.optim)
             if self._decided((stable and decaying) or pace.checkpoint_due(state.step, time.monotonic() - saved)):
@@ -265,6 +265,10 @@ class Trainer:
                 self._show(self.log.step(values | self.meter.now(), time.monotonic() - before, self.clock.seconds()))
                 pace.step_took(time.monotonic() - before)  # with what telling about it takes
         return self._finish()
+
+    def _before_all(self) -> bool:
+        """Whether the weights that a run starts from are still to be scored, before its first step."""
+        return self.config.start is not None and self.state.step == 0 and self.log.evaluated(0) is None
 
     def _decided(self, value: float) -> int:
         """Rank 0's value."""
@@ -311,7 +315,7 @@ class Trainer:
             evals=t.evals if self.evaluate else None,
             interval_s=t.checkpoint_interval_s,
         )
-        self.pace.evals_done = len(self.log.metrics.evals())
+        self.pace.evals_done = sum(line["step"] > 0 for line in self.log.metrics.evals())
 
     def _finish(self) -> TrainResult:
         """Save first: a kill during the last evaluation then costs only the evaluation."""
@@ -329,6 +333,7 @@ class Trainer:
             tokens=self.state.tokens,
             loss=sum(losses) / len(losses),
             evaluation=self.log.evaluated(self.state.step) or {},
+            before=self.log.evaluated(0) or {},
             seconds=self.clock.seconds(),
             tokens_per_s=speed,
             mfu=self.log.mfu(speed) if speed else None,
@@ -352,7 +357,7 @@ class Trainer:
                 result = self.evaluate(self.replicas.nll)
         finally:
             self.replicas.train(True)
-        self.pace.eval_took(took := time.monotonic() - before)
+        self.pace.eval_took(took := time.monotonic() - before, planned=self.state.step > 0)
         line = {"step": self.state.step, "tokens": self.state.tokens, "seconds": self.clock.seconds(), "took_s": took}
         self.log.evaluation(line, result)
         return result

@@ -1,0 +1,100 @@
+"""Predicts what continued pre-training gains: the share of a model's bits per byte that reading D bytes of new text takes away.
+
+The form is g = c * (D / 1 MB)^p, fitted on logarithms to finished runs, the user's own and those that come with the package; one law per
+kind of corpus (`laws/gain-KIND`). Runs that began with a model of the same size count most: what a model still has to learn differs more
+between models than between budgets. A run that goes on from a model that Sparing trained from noise needs no law of its own: the loss law
+(`budget/scaling.py`) says what more text is worth.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from sparing.budget.estimate import Estimate
+from sparing.budget.scaling import SIGMAS, keep_points, own_points, shipped_points
+
+D0 = 1e6
+PRIOR = np.array([math.log(0.03), 0.4])
+"""Logarithm of the gain at D0 bytes, and the exponent."""
+PRIOR_SPREAD = np.array([0.8, 0.15])
+NOISE = 0.1
+"""Relative scatter of a run's gain about the law of its own model."""
+OTHER_MODEL = 0.5
+"""The same, about the law of another model."""
+OTHER_KIND = 0.7
+"""The same, about the law of another kind of text."""
+MOST = 0.6
+"""No gain is predicted above this share."""
+
+
+@dataclass(frozen=True)
+class GainPoint:
+    """A finished run that went on from a model."""
+
+    total: float
+    """Parameters of the model: what it is recognised by."""
+    text_bytes: float
+    """Of new text read, as the law counts it (`scaling.effective_bytes`)."""
+    before: float
+    """Bits per byte of held-out text before the first step, and after the last."""
+    after: float
+    what: str = ""
+
+    @property
+    def gain(self) -> float:
+        return 1 - self.after / self.before
+
+
+@dataclass(frozen=True)
+class GainLaw:
+    """Coefficients (as PRIOR) with their covariance, for one model and one kind of text."""
+
+    theta: np.ndarray
+    covariance: np.ndarray
+    scatter: float
+    source: str
+
+    def gain(self, text_bytes: float) -> Estimate:
+        """Share of the bits per byte that reading `text_bytes` takes away; the interval holds four runs out of five."""
+        x = np.array([1.0, math.log(max(1.0, text_bytes) / D0)])
+        half = SIGMAS * math.hypot(math.sqrt(float(x @ self.covariance @ x)), self.scatter)
+        middle = float(x @ self.theta)
+        value, low, high = (min(MOST, math.exp(middle + shift)) for shift in (0.0, -half, half))
+        return Estimate(value, low, high, self.source)
+
+
+def fit_gain(points: list[GainPoint], total: float, scatter: float = 0.0, what: str = "") -> GainLaw:
+    """The most probable law for a model of `total` parameters. scatter: more of it, where the text is of another kind."""
+    points = [point for point in points if point.gain > 0]
+    same = [abs(point.total / total - 1) < 0.01 for point in points]
+    sigma = np.array([NOISE if s else OTHER_MODEL for s in same])
+    x = np.array([[1.0, math.log(point.text_bytes / D0)] for point in points]).reshape(-1, 2)
+    y = np.array([math.log(point.gain) for point in points])
+    normal = x.T @ (x / sigma[:, None] ** 2) + np.diag(1 / PRIOR_SPREAD**2)
+    theta = np.linalg.solve(normal, x.T @ (y / sigma**2) + PRIOR / PRIOR_SPREAD**2)
+    near = sum(same)
+    source = f"law of gains{what}: {near} runs from a model of this size, {len(points) - near} from others"
+    return GainLaw(theta, np.linalg.inv(normal), math.hypot(NOISE if near else OTHER_MODEL, scatter), source)
+
+
+def gain_law(kind: str, total: float) -> GainLaw:
+    """The law of a kind of corpus for a model of `total` parameters, fitted to its points now."""
+    points = [*own_points(_name(kind), GainPoint), *shipped_points(_name(kind), GainPoint)]
+    if points or kind == "text":
+        return fit_gain(points, total)
+    text = [*own_points(_name("text"), GainPoint), *shipped_points(_name("text"), GainPoint)]
+    return fit_gain(text, total, OTHER_KIND, f" on text (none on {kind} yet)")
+
+
+def add_gain(kind: str, point: GainPoint) -> bool:
+    """Remember a finished run. False where nothing can be written, or where it gained nothing: only a better forecast is lost."""
+    if not 0 < point.after < point.before < math.inf or point.text_bytes <= 0:
+        return False
+    return keep_points(_name(kind), [asdict(p) for p in (*own_points(_name(kind), GainPoint), point)])
+
+
+def _name(kind: str) -> str:
+    return f"gain-{kind}"
