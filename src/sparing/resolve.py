@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from sparing.base.config import Budget, Config, ModelConfig, OptimConfig, UserError
+from sparing.base.config import Budget, Config, ModelConfig, OptimConfig, TrainConfig, UserError
 from sparing.base.config_file import Wishes, build
 from sparing.base.config_limits import checked, contradiction
 from sparing.base.hardware import Machine
@@ -65,6 +65,8 @@ MOE_FROM_FLOPS: float | None = 2e13
 MANY_TOKENS = 2e7
 BATCH_TOKENS = {"cpu": (4096, 8192), "cuda": (65536, 65536)}
 """Tokens of a batch, in runs of fewer than MANY_TOKENS and of more."""
+ADAPTER_OPTIM = {"matrix": "adamw", "lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "warmup": 0.03, "decay": 0.97, "final_lr": 0.0}
+"""How low-rank updates learn (Schulman and others, "LoRA without regret", thinkingmachines.ai 2025: ten times the rate of full fine-tuning)."""
 LR_TOKENS, LR_PEAK, LR_EXPONENT = 1.2e6, 0.04, -0.3
 """The best of 0.01, 0.02, 0.04 at 1.2 M tokens; falling with the length of the run, slightly slower than Marin's tokens^-0.395."""
 
@@ -72,10 +74,10 @@ GOING_ON_ROWS_LEAST = 2
 """Fewest rows of its batch: one for each of two threads."""
 GOING_ON_STEPS = 100
 """A run that starts from a model makes about so many steps or more: of fewer, larger ones it learnt less (LAB.md)."""
-GOING_ON = OptimConfig(
-    matrix="adamw", lr=1e-4, lr_embed=1e-4, lr_head=1e-4, lr_router=1e-4, lr_norm=1e-4, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.0,
-    warmup=0.05, decay=0.95, final_lr=0.0,
-)  # fmt: skip
+GOING_ON = {
+    "matrix": "adamw", **dict.fromkeys(("lr", "lr_embed", "lr_head", "lr_router", "lr_norm"), 1e-4), "beta1": 0.9, "beta2": 0.95,
+    "eps": 1e-8, "weight_decay": 0.0, "warmup": 0.05, "decay": 0.95, "final_lr": 0.0,
+}  # fmt: skip
 """Of a run that starts from a model (LAB.md)."""
 
 
@@ -221,11 +223,12 @@ def resolve(wishes: Wishes, budget: Budget, machine: Machine, facts: CorpusFacts
         train = replace(train, bias_update_rate=round(min(0.01, max(0.001, 10 / steps)), 5))
         reasons["train.bias_update_rate"] = f"about {steps:,.0f} steps: the published 0.001 would move a bias by no more than that times it"
     optim = config.optim
-    if going_on:
-        optim = replace(GOING_ON, **wishes.get("optim", {}))
-        for name in sorted(vars(GOING_ON).keys() - wishes.get("optim", {}).keys()):
-            if getattr(optim, name) != getattr(OptimConfig(), name):
-                reasons[f"optim.{name}"] = "of a run that goes on from a model (LAB.md)"
+    if config.adapter is not None:
+        config, train, optim = _adapting(config, train, wishes, reasons)
+    elif going_on:
+        derived = {name: value for name, value in GOING_ON.items() if not wishes.sets(f"optim.{name}")}
+        optim = replace(optim, **derived)
+        reasons |= {f"optim.{name}": "of a run that goes on from a model (LAB.md)" for name in derived}
     elif not wishes.sets("optim.lr") and optim.matrix == "adamw":
         optim = replace(optim, lr=0.004)
         reasons["optim.lr"] = "AdamW takes smaller steps than Muon"
@@ -240,3 +243,24 @@ def resolve(wishes: Wishes, budget: Budget, machine: Machine, facts: CorpusFacts
             reasons["data.max_tokens"] = f"{MARGIN} times the {tokens / 1e6:.1f} M tokens that the budget can train on"
     reasons = {name: reason for name, reason in reasons.items() if not wishes.sets(name)}
     return Resolved(checked(replace(config, train=train, data=data, optim=optim)), reasons)
+
+
+def _adapting(config: Config, train: TrainConfig, wishes: Wishes, reasons: dict[str, str]) -> tuple[Config, TrainConfig, OptimConfig]:
+    """What is different where low-rank updates learn and the weights stay: how those are held, learning rates, and what balances experts."""
+    adapter = config.adapter
+    if adapter.base is None:
+        adapter = replace(adapter, base=train.dtype)
+        reasons["adapter.base"] = f"products are computed in {train.dtype}: what is frozen needs no other digits"
+    stays = {"bias_update_rate": 0.0, "sequence_balance": 0.0, "mtp_weight": 0.0}
+    stays = {name: value for name, value in stays.items() if not wishes.sets(f"train.{name}")}
+    for name in stays if mixtures(config.model) or config.model.mtp_depth else ():
+        reasons[f"train.{name}"] = "routers and MTP modules stay as they are"
+    derived = {name: value for name, value in ADAPTER_OPTIM.items() if not wishes.sets(f"optim.{name}")}
+    if "lr" in derived:
+        reasons["optim.lr"] = "of the factors under AdamW; they are scaled by alpha / rank, so it suits any rank"
+    if "decay" in derived:
+        reasons["optim.decay"] = "from the warm-up to the end, to zero"
+    if not wishes.sets("train.short_seq_len"):
+        train = replace(train, short_seq_len=None)
+        reasons.pop("train.short_seq_len", None)
+    return replace(config, adapter=adapter), replace(train, **stays), replace(config.optim, **derived)

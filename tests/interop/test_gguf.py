@@ -14,7 +14,8 @@ from tests.interop import llama_cpp
 from tests.losses import loss_of
 
 from sparing.base.config import ModelConfig, UserError, YarnConfig
-from sparing.base.run import write_tensors
+from sparing.base.files import DamagedError
+from sparing.base.run import StoredTensors, write_tensors
 from sparing.data.tokenizer import Tokenizer, train_tokenizer
 from sparing.interop.gguf import export_gguf
 from sparing.model.transformer import Transformer
@@ -59,7 +60,7 @@ def written(random_model, tokenizer, tmp_path):
         write_tensors(tmp_path / f"{name}.safetensors", model.state_dict())
         tokenizer.save(tmp_path / "tokenizer.json")
         file = tmp_path / f"{name}.gguf"
-        notes = export_gguf(config, tmp_path / f"{name}.safetensors", tmp_path / "tokenizer.json", file, type)
+        notes = export_gguf(config, StoredTensors(tmp_path / f"{name}.safetensors"), tmp_path / "tokenizer.json", file, type)
         return model, str(file), notes
 
     return write
@@ -177,7 +178,7 @@ def test_llama_cpp_drafts_with_the_mtp_module(tokenizer, tmp_path):
     assert loss.loss < 0.5 and loss.mtp_loss < 0.5, "it has not learnt to count"
     write_tensors(tmp_path / "m.safetensors", model.state_dict())
     tokenizer.save(tmp_path / "tokenizer.json")
-    export_gguf(model.config, tmp_path / "m.safetensors", tmp_path / "tokenizer.json", tmp_path / "m.gguf")
+    export_gguf(model.config, StoredTensors(tmp_path / "m.safetensors"), tmp_path / "tokenizer.json", tmp_path / "m.gguf")
     request = {"model": str(tmp_path / "m.gguf"), "prompts": [[5, 6, 7, 8, 9], [8, 10, 12, 14], [6, 9, 12, 15]], "tokens": 16}
     plain, drafted = llama_cpp.run(request, request | {"mtp": True})
     assert [p["tokens"] for p in plain] == [d["tokens"] for d in drafted]
@@ -234,15 +235,15 @@ def test_nothing_half_written_stays(written, tokenizer, random_model, tmp_path, 
     state["model.norm.weight"] = torch.zeros(3)
     write_tensors(tmp_path / "wrong.safetensors", state)
     with pytest.raises(UserError, match=r"model.norm.weight has shape \[3\]"):
-        export_gguf(MODEL, tmp_path / "wrong.safetensors", tmp_path / "tokenizer.json", tmp_path / "w.gguf")
+        export_gguf(MODEL, StoredTensors(tmp_path / "wrong.safetensors"), tmp_path / "tokenizer.json", tmp_path / "w.gguf")
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "whole.safetensors").read_bytes()[:5000])
-    with pytest.raises(UserError, match=r"cut\.safetensors"):
-        export_gguf(MODEL, tmp_path / "cut.safetensors", tmp_path / "tokenizer.json", tmp_path / "w.gguf")
+    with pytest.raises(DamagedError, match=r"cut\.safetensors"):
+        export_gguf(MODEL, StoredTensors(tmp_path / "cut.safetensors"), tmp_path / "tokenizer.json", tmp_path / "w.gguf")
     other = json.loads(tokenizer.to_json())
     other["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
     (tmp_path / "other.json").write_text(json.dumps(other))
     with pytest.raises(UserError, match="pre-tokeniser"):
-        export_gguf(MODEL, tmp_path / "whole.safetensors", tmp_path / "other.json", tmp_path / "w.gguf")
+        export_gguf(MODEL, StoredTensors(tmp_path / "whole.safetensors"), tmp_path / "other.json", tmp_path / "w.gguf")
     assert {path.name for path in tmp_path.iterdir()} == {
         "whole.gguf", "whole.safetensors", "wrong.safetensors", "cut.safetensors", "tokenizer.json", "other.json"
     }  # fmt: skip
@@ -255,7 +256,7 @@ from sparing.base.config import ModelConfig, UserError
 from sparing.interop.gguf import export_gguf
 from sparing.model.transformer import Transformer
 from sparing.model.init import init_weights
-from sparing.base.run import write_tensors
+from sparing.base.run import StoredTensors, write_tensors
 config = ModelConfig(vocab_size=512, hidden_size=64, num_layers=1)
 model = Transformer(config)
 init_weights(model, 0)
@@ -263,7 +264,7 @@ folder = Path(sys.argv[1])
 write_tensors(folder / "m.safetensors", model.state_dict())
 resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 try:
-    export_gguf(config, folder / "m.safetensors", None, folder / "m.gguf")
+    export_gguf(config, StoredTensors(folder / "m.safetensors"), None, folder / "m.gguf")
 except UserError as error:
     print(error)
 """

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sparing.kernels import products
 from sparing.kernels.norm import rms_norm
 from sparing.kernels.products import Frozen, LowRank, Operand, Weight
+from sparing.kernels.vocabulary import embedding
 from sparing.precision.compensation import slices
 from sparing.precision.eight_bit import EightBit
 from sparing.precision.formats import INT8
@@ -42,6 +43,7 @@ class Adaptable(nn.Module):
     def freeze(self, kind: Literal["int8", "bfloat16"] | None = None) -> None:
         """Stop learning. kind: what to keep the weights in from here on; None: what they are. int8 has a float32 scale for each row, its
         largest magnitude / 127. Raises ValueError where weights are kept in few bits already."""
+        self._freeze_bias()
         for name in self.weights:
             if kind is None:
                 getattr(self, name).requires_grad_(False)
@@ -66,6 +68,7 @@ class Adaptable(nn.Module):
         nothing changes at first. Raises ValueError where there is an update already."""
         if self.low_rank_scale is not None:
             raise ValueError("there is a low-rank update already: merge it first")
+        self._freeze_bias()
         for name in self.weights:
             weight = getattr(self, name)
             weight.requires_grad_(False)
@@ -74,6 +77,11 @@ class Adaptable(nn.Module):
             setattr(self, _factor(name, "A"), Factor(down.to(weight.device)))
             setattr(self, _factor(name, "B"), Factor(torch.zeros(out, rank * experts, device=weight.device)))
         self.low_rank_scale = alpha / rank
+
+    def _freeze_bias(self) -> None:
+        """A bias learns where the weights do."""
+        if (bias := getattr(self, "bias", None)) is not None:
+            bias.requires_grad_(False)
 
     def _operand(self, name: str, by) -> Operand:
         """A weight with its products. by: products of one that is not in few bits."""
@@ -86,45 +94,64 @@ class Adaptable(nn.Module):
             down, up = down.unflatten(0, (len(weight), -1)), up.unflatten(1, (-1, len(weight))).permute(2, 0, 1).contiguous()
         return LowRank(operand, down, up, self.low_rank_scale)
 
+    def floats(self, dtype: torch.dtype) -> Tensor:
+        """The only weight, for what has a product of its own, as the head's cross-entropy: as it is where it is floats alone, otherwise as
+        one tensor in `dtype`."""
+        plain = self.low_rank_scale is None and self.weight.is_floating_point()
+        return self.weight if plain else self._operand("weight", products.FLOATS).whole(dtype)
+
 
 def _factor(name: str, part: str) -> str:
     return f"lora_{part}" if name == "weight" else f"{name}_lora_{part}"
 
 
 class Linear(Adaptable):
-    """y = x Wᵀ, weight (out, in), no bias (DeepSeek-V3 has none)."""
+    """y = x Wᵀ + b, weight (out, in); most have no bias b (out,), which stays float32."""
 
     eight_bit: EightBit | None = None
     """Set by `precision.eight_bit.install`; used in training, so that evaluations show the model as it is saved."""
     active = 1.0
     """Share of the weights that a token meets."""
 
-    def __init__(self, in_features: int, out_features: int):
+    def __init__(self, in_features: int, out_features: int, bias: bool = False):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.register_parameter("bias", nn.Parameter(torch.empty(out_features)) if bias else None)
 
     @classmethod
-    def shaped(cls, shape: tuple[int, ...]) -> Linear:
+    def shaped(cls, shape: tuple[int, ...], bias: bool = False) -> Linear:
         """One whose weight has the shape (out, in)."""
-        return cls(shape[1], shape[0])
+        return cls(shape[1], shape[0], bias)
 
     @property
     def operand(self) -> Operand:
         """The weight with its products."""
         return self._operand("weight", self.eight_bit if self.eight_bit and self.training else products.FLOATS)
 
-    def floats(self, dtype: torch.dtype) -> Tensor:
-        """The weight for what has a product of its own, as the head's cross-entropy: as it is where it is floats alone, otherwise as one
-        tensor in `dtype`."""
-        return self.weight if self.low_rank_scale is None and self.weight.is_floating_point() else self.operand.whole(dtype)
-
     def forward(self, x: Tensor) -> Tensor:
-        return self.operand(x)
+        y = self.operand(x)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+class Embedding(Adaptable):
+    """A row of its weight (words, width) for each word."""
+
+    def __init__(self, words: int, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(words, width))
+
+    def forward(self, words: Tensor) -> Tensor:
+        """(...,) integers -> (..., width), in the weight's type; of int8 codes float32."""
+        if self.weight.requires_grad:
+            return embedding(words, self.weight)
+        scale = getattr(self, "weight_scale", None)
+        rows = F.embedding(words, self.weight)
+        return rows if scale is None else rows * scale[words].unsqueeze(-1)
 
 
 def side_by_side(x: Tensor, *linears: Linear) -> Tensor:
-    """Several linears of one input, (..., sum of their widths). Plain weights are joined into one product: the input is read once, and its
-    gradient needs no addition. Other operands have each their own."""
+    """Several linears of one input, without biases: (..., sum of their widths). Plain weights are joined into one product: the input is
+    read once, and its gradient needs no addition. Other operands have each their own."""
     operands = [linear.operand for linear in linears]
     if not all(operand.joins for operand in operands):
         return torch.cat([operand(x) for operand in operands], -1)
