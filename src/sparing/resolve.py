@@ -5,7 +5,6 @@ Pure: nothing is measured or read here. The rules are fitted to the experiments 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -70,14 +69,21 @@ ADAPTER_OPTIM = {"matrix": "adamw", "lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "e
 LR_TOKENS, LR_PEAK, LR_EXPONENT = 1.2e6, 0.04, -0.3
 """The best of 0.01, 0.02, 0.04 at 1.2 M tokens; falling with the length of the run, slightly slower than Marin's tokens^-0.395."""
 
-GOING_ON_ROWS_LEAST = 2
-"""Fewest rows of its batch: one for each of two threads."""
-GOING_ON_STEPS = 100
-"""A run that starts from a model makes about so many steps or more: of fewer, larger ones it learnt less (LAB.md)."""
+GOING_ON_ROWS, GOING_ON_STEPS = 2, 64
+"""Of a run that starts from a model: rows of the smallest batch, and the least number of steps that a larger one is to leave."""
+SCORED_SHARE, SCORED_BYTES_PER_TOKEN, LEAST_SCORED_BYTES = 0.12, 4.0, 16_000
+"""Tokens that it is scored on before and after, as a share of what it is trained on; a forward pass is about a third of a step."""
+RATES = ("lr", "lr_embed", "lr_head", "lr_router", "lr_norm")
+GOING_ON_LR = 1e-4
 GOING_ON = {
-    "matrix": "adamw", **dict.fromkeys(("lr", "lr_embed", "lr_head", "lr_router", "lr_norm"), 1e-4), "beta1": 0.9, "beta2": 0.95,
-    "eps": 1e-8, "weight_decay": 0.0, "warmup": 0.05, "decay": 0.95, "final_lr": 0.0,
+    "matrix": "adamw", "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.0, "warmup": 0.05, "decay": 0.95, "final_lr": 0.0,
 }  # fmt: skip
+GOING_ON_REASONS = {
+    "matrix": "a model that AdamW trained goes on under AdamW; Muon's products would take as long as the batch",
+    "lr": "of a model that is trained already: the best of 0.00005, 0.0001 and 0.0003 on one of 135 M parameters (LAB.md)",
+    "warmup": "its averages begin anew",
+    "decay": "from the warm-up to the end of the budget, to zero",
+}
 """Of a run that starts from a model (LAB.md)."""
 
 
@@ -183,6 +189,11 @@ def resolve(wishes: Wishes, budget: Budget, machine: Machine, facts: CorpusFacts
             f"budget in {budget.unit}: prices and energy are not known to this version; give time, tokens or FLOPs, such as 20m"
         )
     wished = wishes.config()
+    if going_on and wished.adapter is None:
+        rates = dict.fromkeys(RATES, wishes.value("optim.lr", GOING_ON_LR))  # one for all, as under AdamW
+        derived = {name: value for name, value in (GOING_ON | rates).items() if not wishes.sets(f"optim.{name}")}
+        wished = replace(wished, optim=replace(wished.optim, **derived))
+        reasons |= {f"optim.{name}": reason for name, reason in GOING_ON_REASONS.items() if name in derived}
     settings = replace(wished.train, device=device, seq_len=seq_len, dtype=wishes.value("train.dtype", dtype))
     if not wishes.sets("train.batch_size"):
         settings = replace(settings, batch_size=max(1, BATCH_TOKENS[device][0] // seq_len))
@@ -198,6 +209,10 @@ def resolve(wishes: Wishes, budget: Budget, machine: Machine, facts: CorpusFacts
             return budget.amount / train_flops(model, seq_len)
         return TRAINING_SHARE * budget.amount * speed(replace(wished, model=model, train=settings))
 
+    if going_on and not wishes.sets("train.batch_size"):
+        while settings.batch_size > GOING_ON_ROWS and tokens_of(wished.model) < GOING_ON_STEPS * settings.batch_size * seq_len:
+            settings = replace(settings, batch_size=settings.batch_size // 2)  # the speed falls too
+        reasons["train.batch_size"] = f"the largest that leaves {GOING_ON_STEPS} steps or more"
     model, moe = (wished.model, True) if going_on else _shape_of(wishes, facts, seq_len, tokens_of, reasons)
     tokens = tokens_of(model)
 
@@ -205,12 +220,12 @@ def resolve(wishes: Wishes, budget: Budget, machine: Machine, facts: CorpusFacts
     if not wishes.sets("train.dtype"):
         faster = "GPUs multiply it fastest" if device == "cuda" else "this processor multiplies it at least as fast as float32 (measured)"
         reasons["train.dtype"] = faster if dtype == "bfloat16" else "this processor multiplies bfloat16 slower than float32 (measured)"
-    few, many = BATCH_TOKENS[device]
-    if going_on and not wishes.sets("train.batch_size"):
-        rows = 2 ** max(0, math.floor(math.log2(max(1.0, tokens / (GOING_ON_STEPS * seq_len)))))
-        train = replace(train, batch_size=min(max(rows, GOING_ON_ROWS_LEAST), many // seq_len))
-        reasons["train.batch_size"] = f"about {GOING_ON_STEPS} steps or more, of {tokens / 1e3:,.0f} thousand tokens"
-    elif not wishes.sets("train.batch_size"):
+    if going_on and not wishes.sets("train.eval_bytes"):
+        sample = int(float(f"{SCORED_SHARE * tokens * SCORED_BYTES_PER_TOKEN:.2g}"))
+        train = replace(train, eval_bytes=min(train.eval_bytes, max(LEAST_SCORED_BYTES, sample)))
+        reasons["train.eval_bytes"] = "scoring before and after takes about a tenth of the time"
+    if not going_on and not wishes.sets("train.batch_size"):
+        few, many = BATCH_TOKENS[device]
         batch_tokens = few if tokens < MANY_TOKENS else many
         train = replace(train, batch_size=max(1, batch_tokens // seq_len))
         reasons["train.batch_size"] = f"{batch_tokens} tokens: small budgets want many small steps"
@@ -226,9 +241,7 @@ def resolve(wishes: Wishes, budget: Budget, machine: Machine, facts: CorpusFacts
     if config.adapter is not None:
         config, train, optim = _adapting(config, train, wishes, reasons)
     elif going_on:
-        derived = {name: value for name, value in GOING_ON.items() if not wishes.sets(f"optim.{name}")}
-        optim = replace(optim, **derived)
-        reasons |= {f"optim.{name}": "of a run that goes on from a model (LAB.md)" for name in derived}
+        pass  # its optimizer is chosen above: its speed follows from it
     elif not wishes.sets("optim.lr") and optim.matrix == "adamw":
         optim = replace(optim, lr=0.004)
         reasons["optim.lr"] = "AdamW takes smaller steps than Muon"

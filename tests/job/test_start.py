@@ -55,7 +55,11 @@ def test_a_run_goes_on_from_another_one(workplace, tmp_path):
     assert (run / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
     (row,) = api.receipt(str(run))["ancestors"]
     assert row["name"] == "base" and row["relation"] == "first weights" and 0 < row["share"] < 1 and row["tokens"] > 50_000
-    assert api.receipt(str(run))["predicted"]["bpb"]["value"] is None
+    forecast, summary = api.receipt(str(run))["predicted"], json.loads((run / "state/summary.json").read_text())
+    assert forecast["gain"]["value"] > 0 and "law" in forecast["gain"]["source"]
+    assert forecast["bpb"]["value"] == pytest.approx(summary["before"]["new"]["bpb"] * (1 - forecast["gain"]["value"]))
+    assert summary["after"]["new"]["bpb"] == summary["bpb"] and summary["trained_tokens"] == summary["tokens"]
+    assert summary["base"] == config.start.weights_sha256 and summary["ancestors"][0]["name"] == "base"
     again = api.plan(str(run / "config.toml"), budget="30s")  # a run's configuration is a recipe
     assert again["bpb"]["value"] is None and again["config"]["start"]["run"] == str(base)
     shutil.rmtree(base)

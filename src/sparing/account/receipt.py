@@ -11,11 +11,12 @@ from sparing.account.history import TRAINING, ancestors_of, bill, entries, entri
 from sparing.account.ledger import Entry, workspace_file
 from sparing.base.config import UserError
 from sparing.base.files import from_json, read_lines
+from sparing.base.origin import origin_of
 from sparing.base.run import RunFolder
 
 RAW_BITS = 8.0
 """Bits per byte of text that nobody has compressed: what a model saves of these is what it has learnt."""
-COMPARED = ("time_s", "device_hours", "energy_kwh", "co2e_g", "cost_usd", "flops", "tokens", "tokens_per_s", "memory_bytes.total", "bpb")
+COMPARED = ("time_s", "device_hours", "energy_kwh", "co2e_g", "cost_usd", "flops", "tokens", "tokens_per_s", "memory_bytes.total", "bpb", "gain")
 
 
 def receipt(run: RunFolder) -> dict:
@@ -23,7 +24,7 @@ def receipt(run: RunFolder) -> dict:
 
     -> run, status, predicted (as `plan --json` gave it before the run, or None), actual (the same names, each {"value", "how", "source"}),
     difference (of a finished run: actual / predicted - 1, and whether it is in the interval), stages (of training, with predictions),
-    later (evaluating, generating, ...), ancestors, quality (bits saved per byte: all, per dollar, per kWh), missing (what cannot be said),
+    later (evaluating, generating, ...), ancestors, published (`published`), before and after (scores), quality (bits saved per byte: all, per dollar, per kWh), missing (what cannot be said),
     cut_short (what a limit in seconds left unmeasured or unwritten).
     Raises UserError where nothing was metered, or for a damaged ledger.
     """
@@ -49,6 +50,8 @@ def receipt(run: RunFolder) -> dict:
         "stages": _stages(training, (predicted or {}).get("stages") or {}),
         "later": _stages([row for row in rows if row not in training], {}),
         "ancestors": ancestors,
+        "published": published(run),
+        **{name: (read_state(run, "summary", dict) or {}).get(name) for name in ("before", "after")},
         "quality": quality(actual),
         "rates": json.loads(training[-1].rates),
         "machine": training[-1].machine,
@@ -64,6 +67,21 @@ def read_state(run: RunFolder, name: str, kind: type) -> dict | list | None:
     except (OSError, ValueError):
         return None
     return content if isinstance(content, kind) else None
+
+
+def published(run: RunFolder) -> dict | None:
+    """What its publisher says about the open model that a run comes from, and the operations that this makes by a rule of thumb; None
+    where no open model is behind it. Nothing of it was spent here, and none of it is in any sum."""
+    origin = origin_of(run)
+    if origin is None:
+        return None
+    said = {name: value for name, value in vars(origin).items() if value and name in PUBLISHED}
+    if origin.parameters and origin.tokens:
+        said["flops"] = _figure(6.0 * origin.parameters * origin.tokens, "estimated", "6 x parameters x tokens, as published")
+    return said
+
+
+PUBLISHED = ("name", "source", "licence", "publisher", "url", "parameters", "tokens", "hardware")
 
 
 def _figure(value: float | None, method: str, source: str) -> dict:
@@ -96,9 +114,12 @@ def _actual(run: RunFolder, rows: list[Entry]) -> dict:
     trained = sum(row.tokens for row in rows if row.stage == "train")
     if trained and train_s:
         actual["tokens_per_s"] = _figure(trained / train_s, "measured", "train stage")
-    bits = [line["eval_bpb"] for line in lines if line.get("eval_bpb") is not None]
+    scored = [line for line in lines if line.get("eval_bpb") is not None]
+    bits = [line["eval_bpb"] for line in scored]
     if bits:
         actual["bpb"] = _figure(bits[-1], "measured", "the run's held-out documents, last evaluation")
+        if len(bits) > 1 and bits[0] and scored[0]["step"] == 0:
+            actual["gain"] = _figure(1 - bits[-1] / bits[0], "measured", "the same documents, before the first step and after the last")
     summary = read_state(run, "summary", dict) or {}
     if {"parameters", "active_parameters"} <= summary.keys():
         counts = {"total": summary["parameters"], "active": summary["active_parameters"]}

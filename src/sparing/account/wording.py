@@ -9,6 +9,7 @@ from sparing.account.receipt import COMPARED, at
 LABEL = {
     "time_s": "time", "device_hours": "device hours", "energy_kwh": "energy", "co2e_g": "CO2e", "cost_usd": "cost", "flops": "operations",
     "tokens": "tokens", "tokens_per_s": "speed", "memory_bytes.total": "peak memory", "bpb": "bits per byte",
+    "gain": "gain over its start",
 }  # fmt: skip
 
 
@@ -37,6 +38,8 @@ def amount(name: str, value: float | None) -> str:
             return scaled(value, "B")
         case "bpb":
             return f"{value:.3f}"
+        case "gain":
+            return f"{100 * value:.2f} %"
     return digits(value)
 
 
@@ -147,6 +150,8 @@ def receipt_text(receipt: dict) -> str:
         parts.append("since then (not in the figures above):\n" + table(STAGE_HEAD, staged(receipt["later"])))
     if receipt["ancestors"]:
         parts.append(table(("derived from", "as", "time", "cost", "share"), ancestry(receipt["ancestors"])))
+    if receipt["published"]:
+        parts.append(published_text(receipt["published"]))
     if bought := quality_text(receipt["quality"]):
         parts.append(bought)
     energy = receipt["actual"]["energy_kwh"]
@@ -154,6 +159,18 @@ def receipt_text(receipt: dict) -> str:
     parts += receipt["missing"]
     parts += [f"cut short: {line}" for line in receipt["cut_short"]]
     return "\n\n".join(parts)
+
+
+def published_text(said: dict) -> str:
+    """What is published about the open model behind a run, and what follows from it."""
+    who = "".join([said.get("name", "an open model"), f" by {said['publisher']}" if "publisher" in said else ""])
+    facts = [f"{scaled(said['tokens'], 'tokens')}" if "tokens" in said else "", said.get("hardware", "")]
+    line = f"Begun by others as {who}, licence {said.get('licence', 'not stated')}"
+    if any(facts):
+        line += f"; published: {', '.join(fact for fact in facts if fact)}"
+    if "flops" in said:
+        line += f"; estimated from that: {amount('flops', said['flops']['value'])} (6 x parameters x tokens)"
+    return f"{line}; none of it is in the figures above"
 
 
 def quality_text(quality: dict) -> str:

@@ -1,6 +1,7 @@
 """Predicts the seconds of a training step: from steps timed on this machine, or, for another machine, from the hardware table.
 
-A step's time is a sum over what it does (products, attention scores, head, memory traffic, optimizer, launches), each at a rate of its own.
+A step's time is a sum over what it does (products, attention scores, head, memory traffic of activations and of weights, optimizer,
+launches), each at a rate of its own.
 The rates are fitted to timed steps of a few models (`train/profile.py`) as the most probable ones around defaults, so that two or three
 timings already help. The interval comes from how far the fit misses timings that it was not given.
 """
@@ -18,17 +19,21 @@ from sparing.base.layers import layers, mixtures
 from sparing.budget.flops import forward_products, parameters, train_flops
 from sparing.budget.memory import matrix_weights, path_of, saved_per_token
 
-DESCRIPTION = 5
+DESCRIPTION = 6
 """Raise it when the features or the kernels change: steps that were timed before tell nothing any more."""
-FEATURES = ("products", "experts", "scores", "head", "traffic", "optimizer", "muon", "launches")
+FEATURES = ("products", "thin", "experts", "scores", "head", "traffic", "weights", "optimizer", "muon", "launches")
 DEFAULTS = {
-    "cpu": (1.13, 1.27, 1.46, 1.53, 3.4e-10, 8.5e-10, 1.02, 1.9e-3),
-    "cuda": (2.0, 3.0, 4.0, 2.5, 1.5e-12, 1.0e-11, 4.0, 2.0e-5),
+    "cpu": (0.6, 0.5, 1.27, 1.46, 1.5, 4.0e-10, 4.5e-10, 8.5e-10, 1.02, 1.9e-3),
+    "cuda": (1.8, 0.2, 3.0, 4.0, 2.5, 1.5e-12, 1.0e-12, 1.0e-11, 4.0, 2.0e-5),
 }
-"""Seconds per unit of each feature; products, experts, scores, head and muon in units of the peak's time (1: at the peak rate). CPU:
-fitted to the steps of twenty runs of 0.2-19 M active parameters on the compiled kernels, which they meet to 7 % (LAB.md)."""
-SPREAD = 0.15
-"""How far each rate is believed to lie from the defaults, as a factor's logarithm,"""
+"""Seconds per unit of each feature; products, thin, experts, scores, head and muon in units of the peak's time (1: at the peak rate). CPU:
+fitted to the steps of models of 0.2-135 M active parameters on the compiled kernels, which they meet to 11 % (LAB.md)."""
+THIN_WIDTH = 128
+"""A product of matrices of this width takes `products` + `thin` of the peak's time; of wider ones the second part is smaller."""
+SPREAD = {"products": 0.5, "thin": 0.5}
+"""How far each rate is believed to lie from the defaults, as a factor's logarithm: how much thin products lose differs between machines,"""
+OTHER_SPREAD = 0.15
+"""the others' ratios less,"""
 SPEED_SPREAD = 0.5
 """after all of them are multiplied by one factor, the machine's, which may lie this far from 1."""
 NOISE = 0.04
@@ -78,10 +83,12 @@ def features(config: Config, seq_len: int, peak_flops: float) -> np.ndarray:
     return np.array(
         [
             3 * again * tokens * common / peak_flops,
+            3 * again * tokens * common / peak_flops * THIN_WIDTH / c.hidden_size,
             3 * again * tokens * routed / peak_flops,
             3 * again * tokens * scores / peak_flops,
             3 * tokens * heads / peak_flops,
             tokens * traffic,
+            micro * (t.replicas or 1) * 4.0 * (counts.total + counts.mtp),
             4.0 * (counts.total + counts.mtp),
             _muon_flops(c, config.optim.ns_steps) / peak_flops if config.optim.matrix == "muon" else 0.0,
             micro * (len(layers(c)) + 2 + experts / 8) * (t.replicas or 1),
@@ -136,10 +143,10 @@ def fit(timings: list[dict[str, Any]], peak_flops: float, device: str = "cpu") -
 
 def _rates(x: np.ndarray, y: np.ndarray, device: str) -> np.ndarray:
     """Gauss-Newton on the rates' logarithms and on their common factor's: relative misses weigh by NOISE, distances from the defaults by
-    SPREAD and SPEED_SPREAD."""
+    SPREAD, OTHER_SPREAD and SPEED_SPREAD."""
     defaults = np.array(DEFAULTS[device])
     theta = np.zeros(len(defaults) + 1)
-    precision = np.array([1 / SPREAD**2] * len(defaults) + [1 / SPEED_SPREAD**2])
+    precision = np.array([SPREAD.get(name, OTHER_SPREAD) for name in FEATURES] + [SPEED_SPREAD]) ** -2.0
     for _ in range(50):
         terms = x * defaults * np.exp(theta[:-1] + theta[-1])
         miss = np.log(terms.sum(1) / y) / NOISE

@@ -57,12 +57,14 @@ class GainLaw:
     scatter: float
     source: str
 
-    def gain(self, text_bytes: float) -> Estimate:
-        """Share of the bits per byte that reading `text_bytes` takes away; the interval holds four runs out of five."""
-        x = np.array([1.0, math.log(max(1.0, text_bytes) / D0)])
+    def gain(self, text_bytes: float, read: float = 0.0) -> Estimate:
+        """Share of the bits per byte that reading `text_bytes` takes away, after `read` bytes that were read before; the interval holds
+        four runs out of five."""
+        x = np.array([1.0, math.log(max(1.0, read + text_bytes) / D0)])
         half = SIGMAS * math.hypot(math.sqrt(float(x @ self.covariance @ x)), self.scatter)
-        middle = float(x @ self.theta)
-        value, low, high = (min(MOST, math.exp(middle + shift)) for shift in (0.0, -half, half))
+        before = math.exp(float(np.array([1.0, math.log(read / D0)]) @ self.theta)) if read > 1 else 0.0
+        new = (math.exp(float(x @ self.theta)) - before) / (1 - min(MOST, before))
+        value, low, high = (min(MOST, new * math.exp(shift)) for shift in (0.0, -half, half))
         return Estimate(value, low, high, self.source)
 
 

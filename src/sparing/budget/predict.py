@@ -10,6 +10,7 @@ from sparing.account.prices import Rates
 from sparing.base.config import Budget, Config, ModelConfig, UserError
 from sparing.budget.estimate import Estimate, around, exactly
 from sparing.budget.flops import kv_cache_bytes, parameters, train_flops
+from sparing.budget.gain import GainLaw
 from sparing.budget.memory import SPREAD, KernelPath, Memory, training_memory
 from sparing.budget.scaling import Law, effective_bytes
 from sparing.budget.units import format_budget
@@ -29,6 +30,8 @@ CALIBRATION_STEPS = 10
 AIM = 0.99
 """Share of a time budget that plans, and the run itself, aim at: misses are more often late than early."""
 FEWEST_STEPS = 20
+GAIN_SPREAD = 0.5
+"""What the loss law says that more text is worth is a small difference of two predictions."""
 WATTS_SPREAD = 0.4
 """Power is a model of the processor, not a measurement."""
 
@@ -38,6 +41,18 @@ class Corpus(Protocol):
 
     train_bytes: float
     kinds: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """The model that a run starts from, where that is not noise."""
+
+    gains: GainLaw | None
+    """None: Sparing trained it from noise, and the loss law holds."""
+    read: float
+    """Bytes of text that it has read under Sparing."""
+    before: float | None = None
+    """Its bits per byte on held-out text; None: not measured yet."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +74,8 @@ class PlannedRun:
     """Of the processor: they tokenise."""
     start_s: float = START_S
     """Seconds before tokenising: importing, reading the corpus, measuring a new machine."""
+    beginning: Beginning | None = None
+    """None: noise."""
     path: KernelPath | None = None
     """Which kernels run; None: as the configuration says, with a C compiler and bfloat16."""
 
@@ -219,7 +236,7 @@ def predict(run: PlannedRun) -> dict[str, Any]:
         "time_s": time_s,
         "device_hours": hours,
         **spent(hours, run.rates, WATTS_SPREAD, price_source),
-        "bpb": _reached(run, tokens),
+        **_reached(run, tokens),
         "stages": {name: {"time_s": seconds} for name, seconds in _stages(run, tokens).items()},
     }
     return as_json(numbers)
@@ -240,18 +257,49 @@ def _stages(run: PlannedRun, tokens: Estimate) -> dict[str, Estimate]:
     }
 
 
-def _reached(run: PlannedRun, tokens: Estimate) -> Estimate:
+def _reached(run: PlannedRun, tokens: Estimate) -> dict[str, Estimate]:
+    """bpb; of a run that starts from another one also gain, the share of that one's bits per byte that it takes away."""
+    if run.beginning is not None:
+        gain = _gain(run, run.beginning, tokens)
+        return {"bpb": after_gain(run.beginning.before, gain), "gain": gain}
     counts = parameters(run.config.model)
 
     def bpb(count: float) -> Estimate:
         read = effective_bytes(max(1.0, count) * run.bytes_per_token, run.corpus.train_bytes)
         return run.law.bpb(counts.active, counts.total, read)
 
-    middle, slow, fast = bpb(tokens.value), bpb(tokens.low), bpb(tokens.high)
-    # The two uncertainties are independent of each other.
+    return {"bpb": Estimate(*_joined(*map(bpb, (tokens.value, tokens.low, tokens.high))))}
+
+
+def _joined(middle: Estimate, slow: Estimate, fast: Estimate) -> tuple[float, float, float, str]:
+    """One interval of two uncertainties that are independent of each other: the law's, and how much will be read. slow, fast: what the
+    law says of the least and the most."""
     worse = math.hypot(middle.high - middle.value, slow.value - middle.value)
     better = math.hypot(middle.value - middle.low, middle.value - fast.value)
-    return Estimate(middle.value, middle.value - better, middle.value + worse, middle.source)
+    return middle.value, middle.value - better, middle.value + worse, middle.source
+
+
+def _gain(run: PlannedRun, beginning: Beginning, tokens: Estimate) -> Estimate:
+    counts = parameters(run.config.model)
+
+    def gain(count: float) -> Estimate:
+        new = effective_bytes(max(1.0, count) * run.bytes_per_token, run.corpus.train_bytes)
+        if beginning.gains is not None:
+            return beginning.gains.gain(new, beginning.read)
+        before, after = (run.law.bpb(counts.active, counts.total, max(1.0, read)) for read in (beginning.read, beginning.read + new))
+        return around(1 - after.value / before.value, GAIN_SPREAD, after.source)
+
+    low, middle, high = map(gain, (tokens.low, tokens.value, tokens.high))
+    value, least, most, source = _joined(middle, high, low)
+    return Estimate(value, max(0.0, least), most, source)
+
+
+def after_gain(before: float | None, gain: Estimate) -> Estimate:
+    """Bits per byte after a gain, where those before it are known."""
+    if before is None:
+        return Estimate(None, None, None, "the model that it starts from is scored before the first step")
+    ends = (before * (1 - share) for share in (gain.value, gain.high, gain.low))
+    return Estimate(*ends, f"{before:.4f} measured before the first step, less what the {gain.source} says")
 
 
 def as_json(numbers: dict[str, Any]) -> dict[str, Any]:

@@ -42,6 +42,8 @@ class Plan:
     """Whose electricity, as DEU; default: $SPARING_COUNTRY, or the world's mean."""
     compare: bool = False
     """Alternatives side by side, and which of them the budget should buy."""
+    from_: Annotated[list[str], tyro.conf.arg(name="from")] = field(default_factory=list)
+    """A run, or an imported model, to go on from; with --compare several, beside a run from scratch. Each is scored on held-out text."""
     json: bool = False
 
     def __call__(self, call: Call) -> dict | None:
@@ -54,7 +56,7 @@ class Plan:
         with Meter("plan", this_machine(), first="plan", started=call.started):  # measuring a new machine takes its time too
             result = plan(
                 self.recipe, self.data, self.budget, self.target_bpb, self.fits, self.machine, self.compare, nested(call.overrides),
-                self.rent, self.country,
+                self.rent, self.country, self.from_,
             )  # fmt: skip
         if self.json:
             return result

@@ -99,6 +99,17 @@ def training_parts(raw: bytes, hash: int, facts: CorpusFacts, whole: bool) -> It
     yield from [(0, raw)] if whole else sections(raw, hash)
 
 
+def held_out_texts(config: DataConfig, facts: CorpusFacts) -> Iterator[str]:
+    """All documents of the corpus `config` that are held out, or their held-out ends. facts: of the same corpus."""
+    for document in documents(find_files(config.paths), config.text_key):
+        raw = document.text.encode()
+        hash = content_hash(raw)
+        if hash == facts.split.tail_hash:
+            yield raw[facts.split.cut(raw) :].decode()
+        elif facts.split.holds_out(hash):
+            yield document.text
+
+
 def _trained(config, files, vocab_size, root, progress, should_stop) -> Tokenizer:
     """The tokenizer of this corpus. It is kept beside the stores and serves every `max_tokens`."""
     key = fingerprint(files, FORMAT, config.text_key, config.holdout_fraction, vocab_size)

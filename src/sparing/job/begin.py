@@ -21,10 +21,10 @@ from sparing.budget.predict import in_seconds
 from sparing.budget.units import format_budget
 from sparing.data.progress import Bars, Stopped
 from sparing.data.scan import scan
-from sparing.job.start import SETTLED, with_start
 from sparing.job.texts import bind, same_texts, with_absolute_paths
 from sparing.planning.places import MEASURE_S, Given, here, with_vocabulary
 from sparing.planning.plan import foresee
+from sparing.planning.start import SETTLED, with_start
 from sparing.resolve import resolve
 from sparing.train.log import check_log
 from sparing.train.pace import Clock

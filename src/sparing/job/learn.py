@@ -10,11 +10,18 @@ from dataclasses import replace
 import torch
 
 from sparing.account.limit import Limit
+from sparing.account.receipt import read_state
 from sparing.base.config import Config
+from sparing.base.files import write_atomic
 from sparing.base.messages import say
+from sparing.base.run import RunFolder
+from sparing.budget.estimate import Estimate
 from sparing.budget.flops import parameters
+from sparing.budget.gain import GainPoint, add_gain
 from sparing.budget.memory import gives_back
+from sparing.budget.predict import after_gain
 from sparing.budget.scaling import Point, add_point, effective_bytes
+from sparing.evals.bpb import NllFn
 from sparing.job.begin import Job, reasons_of
 from sparing.job.corpus import TrainingData, text
 from sparing.job.finish import SAMPLE_TOKENS, finish
@@ -30,12 +37,14 @@ from sparing.train.log import TrainResult
 from sparing.train.objective import NextToken, Objective
 from sparing.train.optim import keep_as
 from sparing.train.peak import peak_flops, peak_seconds
-from sparing.train.trainer import Feed, Session, Trainer
+from sparing.train.trainer import Evaluate, Feed, Session, Trainer
 
 CALIBRATION_SHARE = 0.02
 """Of a time budget, for choosing micro-batch, threads and compiler."""
 CALIBRATION_S = 10.0
 """The same where the budget is not a time."""
+SAMPLE_S, SAMPLE_BYTES_PER_S = 0.004, 2e10
+"""Of a token of a sample text: at least so many seconds, and as long as it takes to read the weights."""
 FEWEST_STEPS = 100
 """A run of fewer tells the loss law nothing: it is all warm-up and decay."""
 
@@ -88,12 +97,13 @@ def learn(
         job.meter,
         peak_flops=peak,
         limit=Limit(config.budget, job.meter) if config.budget.unit in ("usd", "kwh") else None,
-        reserve_s=0.5 + samples * SAMPLE_TOKENS * 0.004,
+        reserve_s=0.5 + samples * SAMPLE_TOKENS * max(SAMPLE_S, 4 * parameters(config.model).active / SAMPLE_BYTES_PER_S),
     )
     with job.meter.stage("train"):
         trainer = Trainer(model, material.feed, objective or NextToken.of(config), config=config)
-        result = trainer.fit(session, material.scorer(config, signals.should_stop))
-    if config.start is None and len(corpora(run)) <= 1:  # the law is of runs that began with noise and read one corpus
+        evaluate = material.scorer(config, signals.should_stop)
+        result = trainer.fit(session, evaluate if config.start is None else _telling(job, evaluate))
+    if data is text and len(corpora(run)) <= 1:  # the laws are of runs that read one corpus
         _add_point(job, config, result)
     with job.meter.stage("sample"), signals.interruptible():
         return finish(job, config, model, material, result, samples)
@@ -127,15 +137,32 @@ def _calibrated(job: Job, config: Config, model: Transformer, feed: Feed, peak: 
     return config
 
 
+def _telling(job: Job, evaluate: Evaluate) -> Evaluate:
+    """`evaluate`; its first result, of the model that the run starts from, completes the run's prediction, which is then told."""
+
+    def scored(nll: NllFn) -> dict:
+        result = evaluate(nll)
+        prediction = read_state(job.run, "prediction", dict) or {}
+        if prediction.get("gain") and (prediction.get("bpb") or {}).get("value") is None:
+            bpb = after_gain(result["bpb"], Estimate(**prediction["gain"]))
+            write_atomic(job.run.state / "prediction.json", json.dumps(prediction | {"bpb": bpb.to_dict()}, indent=1))
+            text = f"{result['bytes'] / 1e3:.0f} kB of held-out text"
+            say(f"before the first step: {result['bpb']:.4f} bits per byte on {text}; expected at the end: {bpb.value:.4f}")
+        return result
+
+    return scored
+
+
 def _add_point(job: Job, config: Config, result: TrainResult) -> None:
-    """One more point for the law of this kind of corpus."""
+    """One more point for the law of this kind of corpus, or for that of what a model gains on it."""
     try:
-        before = json.loads((job.run.state / "prediction.json").read_text())
-        kind, unique = str(before["kind"]), float(before["train_bytes"])
-        read = result.tokens * result.evaluation["bytes"] / result.evaluation["tokens"]
-        bits = float(result.evaluation["bpb"])
+        forecast = json.loads((job.run.state / "prediction.json").read_text())
+        kind, unique = str(forecast["kind"]), float(forecast["train_bytes"])
+        read = effective_bytes(result.tokens * result.evaluation["bytes"] / result.evaluation["tokens"], unique)
+        bits, what, counts = float(result.evaluation["bpb"]), job.run.path.name, parameters(config.model)
     except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
         return
-    if result.steps >= FEWEST_STEPS:
-        counts = parameters(config.model)
-        add_point(kind, Point(counts.active, counts.total, effective_bytes(read, unique), bits, job.run.path.name))
+    if config.start is None and result.steps >= FEWEST_STEPS:
+        add_point(kind, Point(counts.active, counts.total, read, bits, what))
+    elif config.start is not None and config.adapter is None and not read_state(RunFolder(config.start.run), "summary", dict):
+        add_gain(kind, GainPoint(counts.total, read, result.before["bpb"], bits, what))  # of a model that others trained

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, fields
-from pathlib import Path
+from dataclasses import asdict
 from typing import Protocol
 
 from sparing.account.history import inherit
-from sparing.base.config import Config, ModelConfig, UserError
-from sparing.base.config_file import Wishes, build, read_config
+from sparing.base.config import Config, UserError
 from sparing.base.files import DamagedError, file_sha256, link_or_copy, write_atomic
 from sparing.base.origin import inherit_origin
 from sparing.base.run import RunFolder, fill, run_tensors
-from sparing.job.texts import corpora
 from sparing.model.init import init_weights
 from sparing.model.low_rank import add_low_rank, fill_frozen
 from sparing.model.transformer import Transformer
@@ -63,48 +60,6 @@ class FromRun:
 def start_of(config: Config) -> Start:
     """The start that a configuration names."""
     return Noise() if config.start is None else FromRun()
-
-
-SETTLED = ("model.hidden_size", "model.num_layers", "model.num_heads", "model.vocab_size", "data.tokenizer")
-"""Fields whose reason is the run that a run starts from."""
-
-
-def with_start(wishes: Wishes) -> Wishes:
-    """Wishes with all that the run in `start.run` settles: model, tokenizer, hash of the weights; and its texts where none are set.
-
-    Raises UserError where it is no run with weights and a tokenizer, where nobody names texts, and for wishes that it contradicts.
-    """
-    if not wishes.value("start.run"):
-        if wishes.get("adapter"):
-            raise UserError("adapter: low-rank updates go beside the weights of a run: name one as start.run")
-        return wishes
-    run = RunFolder.open(Path(wishes.value("start.run")).resolve())
-    config = read_config(run.config_file)
-    for file in (run.weights_file, run.tokenizer_file):
-        if not file.exists():
-            raise UserError(f"{run} has no {file.name}: no run can start from it")
-    shape = asdict(config.model)
-    wished = build(ModelConfig, shape | wishes.get("model", {}))
-    for field in fields(ModelConfig):
-        if getattr(wished, field.name) != getattr(config.model, field.name):
-            raise UserError(f"model.{field.name} {getattr(wished, field.name)}: {run} has {getattr(config.model, field.name)}, which stays")
-    own = wishes.value("data.tokenizer")
-    if own and Path(own).resolve() != run.tokenizer_file:
-        raise UserError(f"data.tokenizer {own}: a run that starts from {run} keeps its tokenizer")
-    digest = file_sha256(run.weights_file)
-    if wishes.value("start.weights_sha256", digest) != digest:
-        raise UserError(f"start.weights_sha256: {run} has other weights, {digest}")
-    settled = {"model": shape, "data": {"tokenizer": str(run.tokenizer_file)}, "start": {"run": str(run), "weights_sha256": digest}}
-    if config.tokens:
-        settled["tokens"] = asdict(config.tokens)
-    # Rows may be shorter than the parent's; scores are of as long a context as the parent's are.
-    defaults: dict = {"train": {"eval_context": config.train.eval_context or config.train.seq_len}}
-    if not wishes.value("data.paths"):
-        if not corpora(run):
-            raise UserError(f"start.run {run} does not say what it was trained on: name texts to go on with")
-        defaults["data"] = {"text_key": config.data.text_key, "holdout_fraction": config.data.holdout_fraction}
-        settled["data"]["paths"] = config.data.paths
-    return Wishes.of(defaults, wishes, settled)
 
 
 def keep_origin(run: RunFolder, config: Config) -> None:

@@ -19,6 +19,7 @@ from sparing.base.run import RunFolder
 from sparing.data.files import absolute
 from sparing.data.progress import Bars
 from sparing.data.scan import CorpusFacts, scan
+from sparing.planning.start import corpora
 from sparing.resolve import MARGIN
 
 
@@ -35,12 +36,6 @@ def with_absolute_paths(wishes: Wishes) -> Wishes:
 def with_own_tokenizer(run: RunFolder, data: DataConfig) -> DataConfig:
     """`data` with the run's own tokenizer, once it has one: the user's file may be gone, and other texts would give another one."""
     return replace(data, tokenizer=str(run.tokenizer_file)) if run.tokenizer_file.exists() else data
-
-
-def corpora(run: RunFolder) -> list[dict]:
-    """What the run was trained on, one after the other: {"paths", "fingerprint", "documents", "bytes"}. Empty: nothing is known of it."""
-    entries = read_state(run, "corpus", list) or []
-    return [entry for entry in entries if isinstance(entry, dict) and entry.keys() >= {"paths", "fingerprint", "documents", "bytes"}]
 
 
 def bind(run: RunFolder, data: DataConfig, facts: CorpusFacts, earlier: list[dict]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,8 +19,11 @@ TIE = 0.003
 OTHERS = ("4090", "l40s", "a100", "h100", "h200", "b200", "mi300x")
 
 
-def alternatives(wishes: Wishes, budget: Budget, corpus: Corpus, place: Place) -> dict[str, Any]:
-    """{"alternatives": [...], "buy": the one that the budget should buy, "why"}; options that cannot work say why not."""
+def alternatives(
+    wishes: Wishes, budget: Budget, corpus: Corpus, place: Place, starts: Sequence[tuple[Wishes, dict[str, Any]]] = ()
+) -> dict[str, Any]:
+    """{"alternatives": [...], "buy": the one that the budget should buy, "why"}; options that cannot work say why not. starts: wishes of
+    runs that go on from a model, each with that one's score (`planning.start.scored`)."""
     base, _ = resolve_run(wishes, budget, corpus, place)
     dense = {"model": {"num_dense_layers": base.config.model.num_layers, "num_layers": base.config.model.num_layers}}
     mixture = {"model": {"num_dense_layers": 1, "n_routed_experts": 16}}
@@ -37,13 +41,16 @@ def alternatives(wishes: Wishes, budget: Budget, corpus: Corpus, place: Place) -
     for name in OTHERS:
         options += [(f"{name} {rent.replace('_', '-')}", {}, (name, rent)) for rent in ("on_demand", "spot", "own")]
     rows = [_row(label, Wishes.of(wishes, more), budget, corpus, where) for label, more, where in options]
+    for begun, score in starts:
+        row = _row(f"from an open model: {score['name']}", begun, budget, corpus, place, score["bpb"])
+        rows.append(row | {"from": score["run"], "before": score["bpb"]})
     return {"alternatives": rows, **_advice(rows, budget)}
 
 
-def _row(label: str, wishes: Wishes, budget: Budget, corpus: Corpus, where: Place | tuple) -> dict[str, Any]:
+def _row(label: str, wishes: Wishes, budget: Budget, corpus: Corpus, where: Place | tuple, before: float | None = None) -> dict[str, Any]:
     try:
         place = where if isinstance(where, Place) else elsewhere(where[0], where[1])
-        run, _ = resolve_run(wishes, budget, corpus, place)
+        run, _ = resolve_run(wishes, budget, corpus, place, before)
         check(run)
         numbers = predict(run)
     except UserError as error:
@@ -56,6 +63,8 @@ def _row(label: str, wishes: Wishes, budget: Budget, corpus: Corpus, where: Plac
     if place.name and place.rent == "own":
         hours = _pays_after(place)
         note = {"note": f"buying pays after {hours:,.0f} hours of use", "pays_after_hours": hours}
+    if "gain" in numbers:
+        note = {"gain": numbers["gain"], "note": f"{before:.3f} before, measured; gain {numbers['gain']['value']:.1%}"}
     keys = ("bpb", "tokens", "time_s", "cost_usd", "energy_kwh", "co2e_g")
     return {"name": label, **{key: numbers[key] for key in keys}, "memory_bytes": numbers["memory_bytes"]["total"], **note}
 

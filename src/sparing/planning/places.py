@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 from sparing.account.prices import Rent, device, device_of, rates_for
@@ -16,11 +17,15 @@ from sparing.budget.estimate import DESCRIPTION, Estimate, StepModel, fit, profi
 from sparing.budget.memory import KernelPath, path_of, training_memory
 from sparing.budget.predict import Corpus, PlannedRun, in_seconds
 from sparing.budget.scaling import kind_of, law_of
+from sparing.data.scan import CorpusFacts, load_sample
 from sparing.data.tokenizer import Tokenizer
+from sparing.planning.start import beginning
 from sparing.resolve import BYTES_PER_TOKEN, Resolved, resolve
 
-MEASURE_S = 5.5
+MEASURE_S = 6.5
 """Seconds for timing training steps on a machine that was not seen before."""
+SAMPLED = 16
+"""Documents on which a tokenizer's bytes per token are measured."""
 SHORT = {"float32": "fp32", "bfloat16": "bf16"}
 """The hardware table's names of number formats."""
 
@@ -123,17 +128,18 @@ def with_vocabulary(wishes: Wishes) -> Wishes:
     return Wishes.of({"model": {"vocab_size": size}}, wishes)
 
 
-def resolve_run(wishes: Wishes, budget: Budget, corpus: Corpus, place: Place) -> tuple[PlannedRun, Resolved]:
-    """The resolved run and all that predicting it takes."""
+def resolve_run(wishes: Wishes, budget: Budget, corpus: Corpus, place: Place, before: float | None = None) -> tuple[PlannedRun, Resolved]:
+    """The resolved run and all that predicting it takes. before: bits per byte of the model that it starts from."""
     rates = rates_for(place.machine, place.name, place.country, place.rent)
     seconds = in_seconds(budget, rates)
     config, reasons = resolve(wishes, budget if seconds is None else Budget(seconds, "s"), place.machine, corpus, place.tokens_per_second)
     config = replace(config, budget=budget)
-    return planned_run(config, corpus, place, seconds), Resolved(config, reasons)
+    return planned_run(config, corpus, place, seconds, before), Resolved(config, reasons)
 
 
-def planned_run(config: Config, corpus: Corpus, place: Place, budget_s: float | None) -> PlannedRun:
-    """For a configuration that is resolved already; replicas and micro-batch left open: one a core, the largest that fits."""
+def planned_run(config: Config, corpus: Corpus, place: Place, budget_s: float | None, before: float | None = None) -> PlannedRun:
+    """For a configuration that is resolved already; replicas and micro-batch left open: one a core, the largest that fits. before: bits per
+    byte of the model that it starts from."""
     if config.train.replicas is None and config.train.device == "cpu":
         config = replace(
             config, train=replace(config.train, replicas=min(config.train.threads or place.machine.cores_physical, config.train.batch_size))
@@ -147,19 +153,33 @@ def planned_run(config: Config, corpus: Corpus, place: Place, budget_s: float | 
             micro //= 2
         if _needs(config, micro, path) <= place.memory_limit:
             config = replace(config, train=replace(config.train, micro_batch_size=micro))
-    vocab = min(BYTES_PER_TOKEN, key=lambda size: abs(size - config.model.vocab_size))
+    kind, bytes_per_token = kind_of(corpus.kinds), _bytes_per_token(config, corpus)
     return PlannedRun(
         config=config,
         corpus=corpus,
-        law=law_of(kind_of(corpus.kinds)),
+        law=law_of(kind),
         speed=place.speed(config),
         rates=rates_for(place.machine, place.name, place.country, place.rent),
-        bytes_per_token=BYTES_PER_TOKEN[vocab],
+        bytes_per_token=bytes_per_token,
         memory_limit=place.memory_limit,
         budget_s=budget_s,
         cores=place.machine.cores_logical,
+        beginning=beginning(config, kind, bytes_per_token, before),
         path=path,
     )
+
+
+def _bytes_per_token(config: Config, corpus: Corpus) -> float:
+    """Of a tokenizer that is there already: measured on a sample of the corpus; else by its size."""
+    if config.data.tokenizer and isinstance(corpus, CorpusFacts):
+        return _measured_bytes_per_token(config.data.tokenizer, corpus.fingerprint)
+    vocab = min(BYTES_PER_TOKEN, key=lambda size: abs(size - config.model.vocab_size))
+    return BYTES_PER_TOKEN[vocab]
+
+
+@cache
+def _measured_bytes_per_token(tokenizer: str, fingerprint: str) -> float:
+    return Tokenizer.load(tokenizer).bytes_per_token(load_sample(fingerprint)[:SAMPLED])
 
 
 def _needs(config: Config, micro: int, path: KernelPath) -> float:

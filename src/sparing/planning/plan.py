@@ -17,6 +17,7 @@ from sparing.budget.units import format_budget, parse_budget, parse_size
 from sparing.data.scan import CorpusFacts, scan
 from sparing.planning.compare import alternatives
 from sparing.planning.places import Given, Place, elsewhere, here, planned_run, resolve_run, with_vocabulary
+from sparing.planning.start import scored, with_start
 from sparing.resolve import LADDER, Resolved, shaped
 
 PLAN_FIELDS = {"data_bytes", "machine", "rent", "country"}
@@ -36,12 +37,14 @@ def plan(
     wishes: dict | None = None,
     rent: str | None = None,
     country: str | None = None,
+    start: list[str] | None = None,
 ) -> dict[str, Any]:
     """What a run would cost and reach: the keys of `plan --json`.
 
     recipe: a TOML file or a preset's name; data: as for `train`; one of budget ("20m", "$5"), target_bpb (the cheapest budget that reaches
     it), fits ("8GB": the best model that serves in it). machine: a name of the hardware table, default this machine. compare: alternatives,
-    and what the budget should buy. Raises UserError for what cannot work, with the nearest budget or change that does.
+    and what the budget should buy. start: runs (or imported models) to go on from: one, or, to compare, several beside a run from scratch;
+    each is scored on held-out text now. Raises UserError for what cannot work, with the nearest budget or change that does.
     """
     read = read_recipe(recipe)
     section, wishes = read.plan, Wishes.of(read.wishes, wishes, {"data": {"paths": tuple(data)}} if data else {})
@@ -63,7 +66,11 @@ def plan(
     budget = budget or (None if target_bpb or fits else read.budget)
     if budget is None and target_bpb is None and fits is None:
         raise UserError("plan needs --budget, --target-bpb or --fits")
+    if start and (fits or target_bpb or (len(start) > 1 and not compare)):
+        raise UserError("--from goes with --budget: one run, or several with --compare")
+    begun = [with_start(Wishes.of(wishes, {"start": {"run": run}})) for run in start or ()]  # told before any text is read
     corpus = _corpus(wishes, section)
+    scores = [scored(one, corpus) for one in begun]
     name, country = machine or section.get("machine"), country or section.get("country")
     place = elsewhere(name, rent, country) if name else here(rent, country, say)
     wishes = with_vocabulary(wishes)
@@ -74,9 +81,12 @@ def plan(
         parsed = cheapest(wishes, target_bpb, corpus, place)
     else:
         parsed = parse_budget(budget)
-    run, resolved = resolve_run(wishes, parsed, corpus, place)
+    alone = begun and not compare
+    run, resolved = resolve_run(begun[0] if alone else wishes, parsed, corpus, place, scores[0]["bpb"] if alone else None)
     check(run)
     result = shown(run, resolved, place)
+    if scores:
+        result["scored"] = scores
     if fits is not None:
         serves = serving_memory(run.config.model, run.config.train.seq_len)
         result["serving_bytes"] = {
@@ -86,23 +96,15 @@ def plan(
             "source": "16-bit weights, one full context, the process",
         }
     if compare:
-        result |= alternatives(wishes, parsed, corpus, place)
+        result |= alternatives(wishes, parsed, corpus, place, list(zip(begun, scores, strict=True)))
     return result
-
-
-def predicted(run: PlannedRun) -> dict[str, Any]:
-    """`predict`, without bits per byte where the law does not hold."""
-    numbers = predict(run)
-    if run.config.start is not None:
-        numbers["bpb"] = {"value": None, "low": None, "high": None, "source": "the law is of runs that begin with noise"}
-    return numbers
 
 
 def foresee(config: Config, corpus: Corpus, place: Place, budget_s: float | None, start_s: float) -> dict[str, Any]:
     """The prediction for a run that is about to tokenise, `start_s` after its beginning: `plan --json`'s keys, and the size and kind of its
     corpus."""
     run = replace(planned_run(config, corpus, place, budget_s), start_s=start_s)
-    return {**predicted(run), "budget": format_budget(config.budget), "kind": run.law.kind, "train_bytes": corpus.train_bytes}
+    return {**predict(run), "budget": format_budget(config.budget), "kind": run.law.kind, "train_bytes": corpus.train_bytes}
 
 
 def _corpus(wishes: Wishes, section: dict) -> CorpusFacts | Given:
@@ -117,7 +119,7 @@ def _corpus(wishes: Wishes, section: dict) -> CorpusFacts | Given:
 def shown(run: PlannedRun, resolved: Resolved, place: Place) -> dict[str, Any]:
     """A prediction with what was decided and why."""
     return {
-        **predicted(run),
+        **predict(run),
         "machine": place.label,
         "budget": format_budget(run.config.budget),
         "kind": run.law.kind,

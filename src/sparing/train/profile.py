@@ -15,24 +15,26 @@ from statistics import median
 from typing import Any
 
 import sparing
-from sparing.base.config import Config, TrainConfig
+from sparing.base.config import Config, OptimConfig, TrainConfig
 from sparing.base.hardware import Machine, load_calibration, save_calibration
 from sparing.budget.estimate import DESCRIPTION, features
 from sparing.budget.flops import train_flops
 from sparing.kernels.formats import this_machine
 from sparing.kernels.products import fastest
-from sparing.resolve import LADDER, shaped
+from sparing.resolve import LADDER, Shape, shaped
 from sparing.train.calibrate import FIRST_GUESS
 from sparing.train.peak import peak_flops, wait
 from sparing.train.practice import practise, trainer_of
 
 KEY = "step_timings"
 TOKENS = 4096
+WIDE = Shape(640, 2, 10, 64)
+"""As wide as open models are, and of few layers."""
 PROBES = (
-    (2, False, 256, 4096), (2, True, 256, 4096), (0, False, 256, 2048), (4, True, 256, 4096), (2, False, 512, 2048), (3, False, 512, 8192),
-    (3, True, 512, 1024),
+    (LADDER[2], False, 256, 4096), (LADDER[2], True, 256, 4096), (LADDER[0], False, 256, 2048), (LADDER[4], True, 256, 4096),
+    (WIDE, False, 512, 4096), (LADDER[2], False, 512, 2048), (LADDER[3], False, 512, 8192), (LADDER[3], True, 512, 1024),
 )  # fmt: skip
-"""(rung of resolve's ladder, mixture, sequence, vocabulary): what the ladder is made of, most telling first."""
+"""(shape, mixture, sequence, vocabulary): what the ladder is made of, most telling first."""
 WARM_UP = 2
 """Steps of each model that are not counted."""
 MEAN_STEP = 1.03
@@ -110,10 +112,11 @@ def measure(machine: Machine, device: str, seconds: float, say: Callable[[str], 
 
 def _configs(machine: Machine, device: str, dtype: str) -> Iterator[Config]:
     cores = machine.cores_physical if device == "cpu" else 1
-    for rung, moe, seq_len, vocab in PROBES:
+    for shape, moe, seq_len, vocab in PROBES:
         rows = TOKENS // seq_len
         train = TrainConfig(seq_len=seq_len, batch_size=rows, dtype=dtype, device=device, replicas=min(cores, rows))
-        yield Config(model=shaped(LADDER[rung], vocab, seq_len, moe), train=train)
+        optim = OptimConfig(matrix="adamw" if shape is WIDE else "muon")  # what goes on from an open model learns by AdamW
+        yield Config(model=shaped(shape, vocab, seq_len, moe), train=train, optim=optim)
 
 
 def _stepper(config: Config) -> Callable[[], float]:

@@ -6,7 +6,19 @@ from html import escape
 
 from sparing.account.receipt import COMPARED, at
 from sparing.account.report.story import Story
-from sparing.account.wording import COMPARED_HEAD, LABEL, STAGE_HEAD, amount, ancestry, compared, digits, quality_text, scaled, staged
+from sparing.account.wording import (
+    COMPARED_HEAD,
+    LABEL,
+    STAGE_HEAD,
+    amount,
+    ancestry,
+    compared,
+    digits,
+    published_text,
+    quality_text,
+    scaled,
+    staged,
+)
 
 TILES = ("bpb", "time_s", "cost_usd", "energy_kwh", "co2e_g", "tokens")
 
@@ -76,6 +88,8 @@ def bill(story: Story) -> str:
     parts = [table("Training, by stage", STAGE_HEAD, staged(receipt["stages"]))]
     parts.append(table("Since then, not in the figures above", STAGE_HEAD, staged(receipt["later"])))
     parts.append(table("Derived from", ("run", "as", "time", "cost", "share of the whole line"), ancestry(receipt["ancestors"])))
+    if receipt["published"]:
+        parts.append(f"<p>{escape(published_text(receipt['published']))}.</p>")
     if bought := quality_text(receipt["quality"]):
         parts.append(f"<p>{escape(bought)}.</p>")
     energy, rates = receipt["actual"]["energy_kwh"], receipt["rates"]
