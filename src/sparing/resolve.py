@@ -70,7 +70,7 @@ LR_TOKENS, LR_PEAK, LR_EXPONENT = 1.2e6, 0.04, -0.3
 """The best of 0.01, 0.02, 0.04 at 1.2 M tokens; falling with the length of the run, slightly slower than Marin's tokens^-0.395."""
 
 GOING_ON_ROWS, GOING_ON_STEPS = 2, 64
-"""Of a run that starts from a model: rows of the smallest batch, and the least number of steps that a larger one is to leave."""
+"""Of a run that starts from an imported model: rows of the smallest batch, and the least number of steps that a larger one is to leave."""
 SCORED_SHARE, SCORED_BYTES_PER_TOKEN, LEAST_SCORED_BYTES = 0.12, 4.0, 16_000
 """Tokens that it is scored on before and after, as a share of what it is trained on; a forward pass is about a third of a step."""
 RATES = ("lr", "lr_embed", "lr_head", "lr_router", "lr_norm")
@@ -84,7 +84,7 @@ GOING_ON_REASONS = {
     "warmup": "its averages begin anew",
     "decay": "from the warm-up to the end of the budget, to zero",
 }
-"""Of a run that starts from a model (LAB.md)."""
+"""Of a run that starts from an imported model (LAB.md)."""
 
 
 def _round(value: float, multiple: int) -> int:
@@ -176,12 +176,13 @@ def resolve(wishes: Wishes, budget: Budget, machine: Machine, facts: CorpusFacts
     Raises UserError where the budget cannot work, and for wishes that contradict each other.
     """
     reasons: dict[str, str] = {}
-    going_on = bool(wishes.value("start.run"))
+    begun = bool(wishes.value("start.run"))
+    opened = begun and bool(wishes.get("tokens"))  # what Sparing trained from noise goes on as it began
     device = wishes.value("train.device") or ("cuda" if machine.gpus else "cpu")
     if device == "cuda" and not machine.gpus:
         raise UserError("train.device cuda: torch sees no CUDA device here; use --train.device cpu")
     seq_len = wishes.value("train.seq_len") or (1024 if device == "cuda" else 512)
-    if going_on and not wishes.sets("train.seq_len"):
+    if begun and not wishes.sets("train.seq_len"):
         seq_len = min(seq_len, wishes.value("model.max_position_embeddings", seq_len))
     dtype = machine.training_dtype(device)
     if budget.unit not in ("s", "flop", "tok"):
@@ -189,7 +190,7 @@ def resolve(wishes: Wishes, budget: Budget, machine: Machine, facts: CorpusFacts
             f"budget in {budget.unit}: prices and energy are not known to this version; give time, tokens or FLOPs, such as 20m"
         )
     wished = wishes.config()
-    if going_on and wished.adapter is None:
+    if opened and wished.adapter is None:
         rates = dict.fromkeys(RATES, wishes.value("optim.lr", GOING_ON_LR))  # one for all, as under AdamW
         derived = {name: value for name, value in (GOING_ON | rates).items() if not wishes.sets(f"optim.{name}")}
         wished = replace(wished, optim=replace(wished.optim, **derived))
@@ -197,7 +198,7 @@ def resolve(wishes: Wishes, budget: Budget, machine: Machine, facts: CorpusFacts
     settings = replace(wished.train, device=device, seq_len=seq_len, dtype=wishes.value("train.dtype", dtype))
     if not wishes.sets("train.batch_size"):
         settings = replace(settings, batch_size=max(1, BATCH_TOKENS[device][0] // seq_len))
-    if not wishes.sets("train.short_seq_len") and not going_on and device == "cpu" and seq_len % 256 == 0 and seq_len > 256:
+    if not wishes.sets("train.short_seq_len") and not opened and device == "cpu" and seq_len % 256 == 0 and seq_len > 256:
         settings = replace(settings, short_seq_len=256)
         reasons["train.short_seq_len"] = "cheaper attention and faster learning at first; the last part is on whole rows"
 
@@ -209,22 +210,22 @@ def resolve(wishes: Wishes, budget: Budget, machine: Machine, facts: CorpusFacts
             return budget.amount / train_flops(model, seq_len)
         return TRAINING_SHARE * budget.amount * speed(replace(wished, model=model, train=settings))
 
-    if going_on and not wishes.sets("train.batch_size"):
+    if opened and not wishes.sets("train.batch_size"):
         while settings.batch_size > GOING_ON_ROWS and tokens_of(wished.model) < GOING_ON_STEPS * settings.batch_size * seq_len:
             settings = replace(settings, batch_size=settings.batch_size // 2)  # the speed falls too
         reasons["train.batch_size"] = f"the largest that leaves {GOING_ON_STEPS} steps or more"
-    model, moe = (wished.model, True) if going_on else _shape_of(wishes, facts, seq_len, tokens_of, reasons)
+    model, moe = (wished.model, True) if begun else _shape_of(wishes, facts, seq_len, tokens_of, reasons)
     tokens = tokens_of(model)
 
     config, train = replace(wished, model=model, budget=budget), settings
     if not wishes.sets("train.dtype"):
         faster = "GPUs multiply it fastest" if device == "cuda" else "this processor multiplies it at least as fast as float32 (measured)"
         reasons["train.dtype"] = faster if dtype == "bfloat16" else "this processor multiplies bfloat16 slower than float32 (measured)"
-    if going_on and not wishes.sets("train.eval_bytes"):
+    if begun and not wishes.sets("train.eval_bytes"):
         sample = int(float(f"{SCORED_SHARE * tokens * SCORED_BYTES_PER_TOKEN:.2g}"))
         train = replace(train, eval_bytes=min(train.eval_bytes, max(LEAST_SCORED_BYTES, sample)))
         reasons["train.eval_bytes"] = "scoring before and after takes about a tenth of the time"
-    if not going_on and not wishes.sets("train.batch_size"):
+    if not opened and not wishes.sets("train.batch_size"):
         few, many = BATCH_TOKENS[device]
         batch_tokens = few if tokens < MANY_TOKENS else many
         train = replace(train, batch_size=max(1, batch_tokens // seq_len))
@@ -240,7 +241,7 @@ def resolve(wishes: Wishes, budget: Budget, machine: Machine, facts: CorpusFacts
     optim = config.optim
     if config.adapter is not None:
         config, train, optim = _adapting(config, train, wishes, reasons)
-    elif going_on:
+    elif opened:
         pass  # its optimizer is chosen above: its speed follows from it
     elif not wishes.sets("optim.lr") and optim.matrix == "adamw":
         optim = replace(optim, lr=0.004)

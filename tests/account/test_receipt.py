@@ -11,6 +11,7 @@ from sparing.account.ledger import Entry, Ledger
 from sparing.account.receipt import receipt, workspace
 from sparing.account.wording import amount, digits, receipt_text, scaled, workspace_text
 from sparing.base.config import UserError
+from sparing.base.origin import Origin, inherit_origin, write_origin
 from sparing.base.run import RunFolder
 
 RATES = {
@@ -114,6 +115,31 @@ def test_a_students_receipt_shows_its_teachers_share(tmp_path):
     assert [(row["name"], row["relation"], row["share"]) for row in found["ancestors"]] == [("teacher", "teacher", pytest.approx(0.75))]
     assert found["actual"]["cost_usd"]["value"] == 2.0  # its own, without the teacher's
     assert "teacher" in receipt_text(found) and "75 %" in receipt_text(found)
+
+
+def test_what_is_published_of_an_open_model_is_shown_and_in_no_sum(tmp_path):
+    base, run = RunFolder.create(tmp_path / "base"), a_run(tmp_path / "run", [entry("s", "train", usd=2.0)])
+    write_origin(base, Origin("Big-1", "big.gguf", "", "Apache-2.0", "Them", parameters=1000, tokens=2e12, hardware="64 H100"))
+    inherit_origin(run, base)
+    found = receipt(run)
+    assert found["published"]["flops"] == {"value": 1.2e16, "how": "estimated", "source": "6 x parameters x tokens, as published"}
+    assert found["actual"]["cost_usd"]["value"] == 2.0 and found["actual"]["flops"]["value"] < 1e16
+    text = receipt_text(found)
+    assert "Begun by others as Big-1 by Them, licence Apache-2.0; published: 2.00 Ttokens, 64 H100; estimated" in text
+    assert "12.0 PFLOP" in text and "none of it is in the figures above" in text
+    assert receipt(a_run(tmp_path / "own", [entry("o", "train")]))["published"] is None
+
+
+def test_a_gain_is_measured_between_the_first_and_the_last_score(tmp_path):
+    run = a_run(tmp_path / "run", [entry("s", "train")])
+    lines = [{"step": 0, "eval_bpb": 1.25}, {"step": 1, "loss": 2.0, "tokens": 8}, {"step": 9, "eval_bpb": 1.2}]
+    run.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run.state / "prediction.json").write_text(json.dumps({"gain": {"value": 0.05, "low": 0.03, "high": 0.08, "source": "law"}}))
+    found = receipt(run)
+    assert found["actual"]["gain"]["value"] == pytest.approx(0.04) and found["difference"]["gain"]["inside"] is True
+    assert "5.00 % (3.00 % – 8.00 %)" in receipt_text(found)
+    run.metrics_file.write_text(json.dumps(lines[2]) + "\n")
+    assert "gain" not in receipt(run)["actual"]  # of a run from noise
 
 
 def test_a_run_without_rows_is_one_clear_line(tmp_path):

@@ -16,7 +16,9 @@ from sparing.base.run import RunFolder
 
 RAW_BITS = 8.0
 """Bits per byte of text that nobody has compressed: what a model saves of these is what it has learnt."""
-COMPARED = ("time_s", "device_hours", "energy_kwh", "co2e_g", "cost_usd", "flops", "tokens", "tokens_per_s", "memory_bytes.total", "bpb", "gain")
+COMPARED = (
+    "time_s", "device_hours", "energy_kwh", "co2e_g", "cost_usd", "flops", "tokens", "tokens_per_s", "memory_bytes.total", "bpb", "gain",
+)  # fmt: skip
 
 
 def receipt(run: RunFolder) -> dict:
@@ -24,8 +26,8 @@ def receipt(run: RunFolder) -> dict:
 
     -> run, status, predicted (as `plan --json` gave it before the run, or None), actual (the same names, each {"value", "how", "source"}),
     difference (of a finished run: actual / predicted - 1, and whether it is in the interval), stages (of training, with predictions),
-    later (evaluating, generating, ...), ancestors, published (`published`), before and after (scores), quality (bits saved per byte: all, per dollar, per kWh), missing (what cannot be said),
-    cut_short (what a limit in seconds left unmeasured or unwritten).
+    later (evaluating, generating, ...), ancestors, published (of an open model behind it), before and after (its scores), quality (bits
+    saved per byte: all, per dollar, per kWh), missing (what cannot be said), cut_short (what a limit in seconds left undone).
     Raises UserError where nothing was metered, or for a damaged ledger.
     """
     rows = entries_of(run)
