@@ -11,7 +11,7 @@ from sparing.budget.estimate import DEFAULTS, FEATURES, StepModel, features, fit
 from sparing.resolve import LADDER, shaped
 
 PEAK = 4e11
-TRUE = np.array(DEFAULTS["cpu"]) * np.exp([0.3, -0.4, 0.5, -0.2, 0.6, -0.3, 0.2, 0.7])
+TRUE = np.array(DEFAULTS["cpu"]) * np.exp([0.4, -0.2, -0.4, 0.5, -0.2, 0.6, 0.1, -0.3, 0.2, 0.7])
 
 
 def config(rung, moe=False, seq_len=256, vocab=4096, **train):

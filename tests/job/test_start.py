@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,11 +11,15 @@ from sparing.account.history import ancestors_of, entries
 from sparing.base.config import UserError
 from sparing.base.config_file import Wishes, read_config
 from sparing.base.files import file_sha256, read_lines
+from sparing.base.hardware import Machine
 from sparing.base.run import RunFolder
 from sparing.budget.units import parse_budget
 from sparing.job.begin import begin, resolved
 from sparing.job.corpus import TrainingData, text
 from sparing.job.learn import learn
+from sparing.planning import places
+from sparing.planning import plan as planning
+from sparing.resolve import resolve
 from sparing.train.objective import NextToken
 
 TRAIN = {"seq_len": 64, "batch_size": 8, "threads": 1, "replicas": 1, "compile": False, "micro_batch_size": 8, "evals": 0}
@@ -66,6 +71,47 @@ def test_a_run_goes_on_from_another_one(workplace, tmp_path):
     longer = api.resume(str(run), "+10ktok", samples=0)  # which needs nothing of it any more
     assert longer["tokens"] > 20_000
     assert len(ancestors_of(RunFolder(run))) == 1
+
+
+def test_a_plan_scores_what_it_would_start_from(workplace, monkeypatch):
+    text, base = str(workplace / "text"), str(workplace / "base")
+    monkeypatch.setattr(planning, "here", lambda rent, country, say: places.here(rent, country))  # default rates
+    result = planning.plan(data=[text], budget="5m", compare=True, start=[base])
+    row, (score,) = result["alternatives"][-1], result["scored"]
+    assert row["name"] == "from an open model: base" and row["from"] == score["run"] == base and score["seconds"] > 0
+    assert row["before"] == score["bpb"] and row["bpb"]["value"] == pytest.approx(score["bpb"] * (1 - row["gain"]["value"]))
+    assert result["alternatives"][0]["name"] == "as resolved" and "gain" not in result["alternatives"][0]
+    held_out = json.loads((workplace / "base/state/summary.json").read_text())["bpb"]
+    assert score["bpb"] == pytest.approx(held_out, rel=0.01), "the same text that the run's own evaluation reads"
+    alone = planning.plan(data=[text], budget="5m", start=[base])
+    assert alone["config"]["start"]["run"] == base and alone["bpb"]["value"] == pytest.approx(row["bpb"]["value"])
+    for mistake in ({"start": [base, base]}, {"start": [base], "budget": None, "target_bpb": 1.0}, {"start": [text], "compare": True}):
+        with pytest.raises(UserError, match="--from goes with --budget|not a run folder"):
+            planning.plan(**({"data": [text], "budget": "5m"} | mistake))
+
+
+def test_an_imported_model_goes_on_gently():
+    """Its own settings, however large the budget; what Sparing trained goes on as it began."""
+    shape = {"vocab_size": 49152, "hidden_size": 576, "num_layers": 30, "num_dense_layers": 30, "max_position_embeddings": 8192}
+    begun = {"model": shape, "start": {"run": "base", "weights_sha256": "0"}}
+    machine = Machine("Linux", "some CPU", 2, 4, 16 << 30, formats={"float32": 1e11, "bfloat16": 2e11})
+
+    def derived(budget, **more):
+        facts = SimpleNamespace(train_bytes=78e6, bytes=80e6)
+        return resolve(Wishes.of(begun, more), parse_budget(budget), machine, facts, lambda config: 200.0 * config.train.batch_size**0.5)
+
+    opened = {"tokens": {"bos": 1, "eos": [2]}}
+    for budget in ("5m", "20m", "5h"):
+        config, reasons = derived(budget, **opened)
+        t, o = config.train, config.optim
+        assert o.matrix == "adamw" and {o.lr, o.lr_embed, o.lr_head, o.lr_norm} == {1e-4} and o.final_lr == 0 == o.weight_decay
+        assert t.seq_len == 512 and t.short_seq_len is None and 2 <= t.batch_size <= 8 and "train.batch_size" in reasons
+        assert config.model.hidden_size == 576 and 16_000 <= t.eval_bytes <= 200_000
+    assert derived("5m", **opened)[0].train.batch_size < derived("5h", **opened)[0].train.batch_size
+    wished = derived("5m", **opened, optim={"lr": 3e-4})[0].optim
+    assert wished.lr == wished.lr_embed == 3e-4, "one rate for all"
+    own = derived("5m")[0]
+    assert own.optim.matrix == "muon" and own.optim.lr > 0.005
 
 
 def test_ancestors_are_handed_on(workplace, tmp_path):

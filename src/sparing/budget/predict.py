@@ -16,9 +16,10 @@ from sparing.budget.scaling import Law, effective_bytes
 from sparing.budget.units import format_budget
 
 START_S = 4.0
-END_S = 1.5
-"""Sample texts, model card and summary."""
 """Starting, building the model, saving at the end."""
+END_S = 1.5
+"""Model card, summary, and sample texts of a small model; of a large one they take as long as reading its weights once a token."""
+SAMPLE_TOKENS, SAMPLE_BYTES_PER_S = 192, 2e10
 TOKENISE_BYTES_PER_S = 2e6
 """A core."""
 TOKENISER_S = 4.0
@@ -113,11 +114,18 @@ def _choosing_s(run: PlannedRun, tokens_per_s: float) -> float:
 
 
 def _evaluating_s(run: PlannedRun, tokens_per_s: float) -> float:
-    """All evaluations: a forward pass is a third of a training step; at most a twentieth of a time budget."""
+    """All evaluations: a forward pass is a third of a training step; at most a twentieth of a time budget, the last one and that of the
+    model that a run starts from not counted."""
     t = run.config.train
     once = min(t.eval_bytes, 0.05 * run.corpus.train_bytes) / run.bytes_per_token / (3 * tokens_per_s)
     every = (t.evals + 1) * once
-    return every if run.budget_s is None else min(every, 0.05 * run.budget_s + once)
+    every = every if run.budget_s is None else min(every, 0.05 * run.budget_s + once)
+    return every + (once if run.beginning else 0.0)
+
+
+def _ending_s(run: PlannedRun) -> float:
+    """Sample texts, model card, summary."""
+    return END_S + SAMPLE_TOKENS * 4 * parameters(run.config.model).active / SAMPLE_BYTES_PER_S
 
 
 def tokens_and_time(run: PlannedRun) -> tuple[Estimate, Estimate]:
@@ -127,7 +135,14 @@ def tokens_and_time(run: PlannedRun) -> tuple[Estimate, Estimate]:
     if run.budget_s is not None:
 
         def trained(speed: float, slower: float) -> float:
-            rest = AIM * run.budget_s - run.start_s - slower * tokenising - _choosing_s(run, speed) - _evaluating_s(run, speed) - END_S
+            rest = (
+                AIM * run.budget_s
+                - run.start_s
+                - slower * tokenising
+                - _choosing_s(run, speed)
+                - _evaluating_s(run, speed)
+                - _ending_s(run)
+            )
             return max(0.0, rest) * speed
 
         tokens = Estimate(trained(run.speed.value, 1), trained(run.speed.low, 1.5), trained(run.speed.high, 0.5), run.speed.source)
@@ -135,7 +150,7 @@ def tokens_and_time(run: PlannedRun) -> tuple[Estimate, Estimate]:
     tokens = budget.amount if budget.unit == "tok" else budget.amount / per_token
 
     def seconds(speed: float, other: float) -> float:
-        return tokens / speed + other * (run.start_s + tokenising + _choosing_s(run, speed) + _evaluating_s(run, speed) + END_S)
+        return tokens / speed + other * (run.start_s + tokenising + _choosing_s(run, speed) + _evaluating_s(run, speed) + _ending_s(run))
 
     return exactly(tokens, "the budget"), Estimate(
         seconds(run.speed.value, 1), seconds(run.speed.high, 0.6), seconds(run.speed.low, 1.5), run.speed.source
@@ -152,7 +167,7 @@ def check(run: PlannedRun) -> None:
             f"the data have {run.corpus.train_bytes:,.0f} bytes to train on, less than one batch: give {need:,.0f} bytes or more"
         )
     if run.budget_s is not None:
-        least = (run.start_s + END_S + tokenising_s(run) + (FEWEST_STEPS + CALIBRATION_STEPS) * batch / run.speed.value) / (
+        least = (run.start_s + _ending_s(run) + tokenising_s(run) + (FEWEST_STEPS + CALIBRATION_STEPS) * batch / run.speed.value) / (
             AIM - CALIBRATION[0] - 0.05
         )
         if run.budget_s < least:

@@ -19,7 +19,7 @@ from sparing.budget.estimate import Estimate
 from sparing.budget.flops import parameters
 from sparing.budget.gain import GainPoint, add_gain
 from sparing.budget.memory import gives_back
-from sparing.budget.predict import after_gain
+from sparing.budget.predict import SAMPLE_BYTES_PER_S, after_gain
 from sparing.budget.scaling import Point, add_point, effective_bytes
 from sparing.evals.bpb import NllFn
 from sparing.job.begin import Job, reasons_of
@@ -43,8 +43,8 @@ CALIBRATION_SHARE = 0.02
 """Of a time budget, for choosing micro-batch, threads and compiler."""
 CALIBRATION_S = 10.0
 """The same where the budget is not a time."""
-SAMPLE_S, SAMPLE_BYTES_PER_S = 0.004, 2e10
-"""Of a token of a sample text: at least so many seconds, and as long as it takes to read the weights."""
+SAMPLE_S = 0.004
+"""Least seconds of a token of a sample text; of a large model it takes as long as reading the weights."""
 FEWEST_STEPS = 100
 """A run of fewer tells the loss law nothing: it is all warm-up and decay."""
 
