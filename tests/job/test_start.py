@@ -86,7 +86,7 @@ def test_a_plan_scores_what_it_would_start_from(workplace, monkeypatch):
     alone = planning.plan(data=[text], budget="5m", start=[base])
     assert alone["config"]["start"]["run"] == base and alone["bpb"]["value"] == pytest.approx(row["bpb"]["value"])
     for mistake in ({"start": [base, base]}, {"start": [base], "budget": None, "target_bpb": 1.0}, {"start": [text], "compare": True}):
-        with pytest.raises(UserError, match="--from goes with --budget|not a run folder"):
+        with pytest.raises(UserError, match=r"--from goes with --budget|not a run folder"):
             planning.plan(**({"data": [text], "budget": "5m"} | mistake))
 
 

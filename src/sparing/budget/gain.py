@@ -23,9 +23,9 @@ PRIOR_SPREAD = np.array([0.8, 0.15])
 NOISE = 0.1
 """Relative scatter of a run's gain about the law of its own model."""
 OTHER_MODEL = 0.5
-"""The same, about the law of another model."""
+"""How far the level of one model's law lies from another's, as a factor's logarithm."""
 OTHER_KIND = 0.7
-"""The same, about the law of another kind of text."""
+"""The same of another kind of text."""
 MOST = 0.6
 """No gain is predicted above this share."""
 
@@ -69,17 +69,32 @@ class GainLaw:
 
 
 def fit_gain(points: list[GainPoint], total: float, scatter: float = 0.0, what: str = "") -> GainLaw:
-    """The most probable law for a model of `total` parameters. scatter: more of it, where the text is of another kind."""
+    """The most probable law for a model of `total` parameters: one exponent, and a level for each model about one that all share.
+    scatter: more of it, where the text is of another kind."""
     points = [point for point in points if point.gain > 0]
-    same = [abs(point.total / total - 1) < 0.01 for point in points]
-    sigma = np.array([NOISE if s else OTHER_MODEL for s in same])
-    x = np.array([[1.0, math.log(point.text_bytes / D0)] for point in points]).reshape(-1, 2)
+    models = [total]
+    for point in points:
+        if not any(_same(point.total, model) for model in models):
+            models.append(point.total)
+    x = np.array([_row(point.text_bytes, point.total, models) for point in points]).reshape(-1, 2 + len(models))
     y = np.array([math.log(point.gain) for point in points])
-    normal = x.T @ (x / sigma[:, None] ** 2) + np.diag(1 / PRIOR_SPREAD**2)
-    theta = np.linalg.solve(normal, x.T @ (y / sigma**2) + PRIOR / PRIOR_SPREAD**2)
-    near = sum(same)
+    prior = np.append(PRIOR, np.zeros(len(models)))
+    precision = np.diag(np.append(PRIOR_SPREAD, np.full(len(models), OTHER_MODEL)) ** -2.0)
+    normal = x.T @ x / NOISE**2 + precision
+    all_theta, all_covariance = np.linalg.solve(normal, x.T @ y / NOISE**2 + precision @ prior), np.linalg.inv(normal)
+    mine = np.zeros((2, len(prior)))  # this model's level is the shared one and its own offset
+    mine[0, [0, 2]] = mine[1, 1] = 1.0
+    near = sum(_same(point.total, total) for point in points)
     source = f"law of gains{what}: {near} runs from a model of this size, {len(points) - near} from others"
-    return GainLaw(theta, np.linalg.inv(normal), math.hypot(NOISE if near else OTHER_MODEL, scatter), source)
+    return GainLaw(mine @ all_theta, mine @ all_covariance @ mine.T, math.hypot(NOISE, scatter), source)
+
+
+def _same(total: float, other: float) -> bool:
+    return abs(total / other - 1) < 0.01
+
+
+def _row(text_bytes: float, total: float, models: list[float]) -> list[float]:
+    return [1.0, math.log(text_bytes / D0), *(float(_same(total, model)) for model in models)]
 
 
 def gain_law(kind: str, total: float) -> GainLaw:
