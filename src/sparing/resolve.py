@@ -76,13 +76,13 @@ SCORED_SHARE, SCORED_BYTES_PER_TOKEN, LEAST_SCORED_BYTES = 0.12, 4.0, 16_000
 RATES = ("lr", "lr_embed", "lr_head", "lr_router", "lr_norm")
 GOING_ON_LR = 1e-4
 GOING_ON = {
-    "matrix": "adamw", "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.0, "warmup": 0.05, "decay": 0.95, "final_lr": 0.0,
+    "matrix": "adamw", "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.0, "warmup": 0.05, "final_lr": 0.0,
 }  # fmt: skip
 GOING_ON_REASONS = {
     "matrix": "a model that AdamW trained goes on under AdamW; Muon's products would take as long as the batch",
     "lr": "of a model that is trained already: the best of 0.00005, 0.0001 and 0.0003 on one of 135 M parameters (LAB.md)",
     "warmup": "its averages begin anew",
-    "decay": "from the warm-up to the end of the budget, to zero",
+    "final_lr": "the decay ends at zero, with the budget",
 }
 """Of a run that starts from an imported model (LAB.md)."""
 

@@ -55,8 +55,12 @@ def test_a_message_that_cannot_fit_is_no_part_of_it(conversation):
 
 
 def test_an_answer_can_be_stopped(conversation):
+    seen = []
+
     def stop(piece: str) -> None:
-        raise KeyboardInterrupt
+        seen.append(piece)
+        if len(seen) == 1:
+            raise KeyboardInterrupt
 
     conversation.sampling = Sampling(200, 0.0, ignore_eos=True)
     turn = conversation.answer("Hello", stop)

@@ -23,14 +23,14 @@ DESCRIPTION = 6
 """Raise it when the features or the kernels change: steps that were timed before tell nothing any more."""
 FEATURES = ("products", "thin", "experts", "scores", "head", "traffic", "weights", "optimizer", "muon", "launches")
 DEFAULTS = {
-    "cpu": (0.6, 0.5, 1.27, 1.46, 1.5, 4.0e-10, 4.5e-10, 8.5e-10, 1.02, 1.9e-3),
+    "cpu": (0.5, 0.5, 1.27, 1.46, 1.5, 4.0e-10, 4.5e-10, 8.5e-10, 1.02, 1.9e-3),
     "cuda": (1.8, 0.2, 3.0, 4.0, 2.5, 1.5e-12, 1.0e-12, 1.0e-11, 4.0, 2.0e-5),
 }
 """Seconds per unit of each feature; products, thin, experts, scores, head and muon in units of the peak's time (1: at the peak rate). CPU:
 fitted to the steps of models of 0.2-135 M active parameters on the compiled kernels, which they meet to 11 % (LAB.md)."""
 THIN_WIDTH = 128
 """A product of matrices of this width takes `products` + `thin` of the peak's time; of wider ones the second part is smaller."""
-SPREAD = {"products": 0.5, "thin": 0.5}
+SPREAD = {"products": 0.3, "thin": 0.3}
 """How far each rate is believed to lie from the defaults, as a factor's logarithm: how much thin products lose differs between machines,"""
 OTHER_SPREAD = 0.15
 """the others' ratios less,"""

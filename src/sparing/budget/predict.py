@@ -11,7 +11,7 @@ from sparing.base.config import Budget, Config, ModelConfig, UserError
 from sparing.budget.estimate import Estimate, around, exactly
 from sparing.budget.flops import kv_cache_bytes, parameters, train_flops
 from sparing.budget.gain import GainLaw
-from sparing.budget.memory import SPREAD, KernelPath, Memory, training_memory
+from sparing.budget.memory import SPREAD, KernelPath, Memory, optimizer_bytes, training_memory, weight_bytes
 from sparing.budget.scaling import Law, effective_bytes
 from sparing.budget.units import format_budget
 
@@ -26,8 +26,10 @@ TOKENISER_S = 4.0
 """Training the tokenizer and starting the processes that apply it."""
 CALIBRATION = (0.02, 10.0)
 """Choosing micro-batch and threads: this share of a time budget, these seconds of any other."""
-CALIBRATION_STEPS = 10
-"""It takes at least about as long as this many steps."""
+CALIBRATION_STEPS, LEAST_PASSES, UNCHOSEN_S = 10, 3, 0.5
+"""It takes at least about as long as this many steps; where not even so many passes fit into it, almost no time."""
+SAVE_BYTES_PER_S, SAVING_SHARE = 4e8, 0.05
+"""Of a checkpoint, its checksums included; periodic ones may take this share of the time (`train.pace`)."""
 AIM = 0.99
 """Share of a time budget that plans, and the run itself, aim at: misses are more often late than early."""
 FEWEST_STEPS = 20
@@ -108,9 +110,20 @@ def tokenising_s(run: PlannedRun) -> float:
 
 
 def _choosing_s(run: PlannedRun, tokens_per_s: float) -> float:
+    """Choosing micro-batch and threads, which is left out where a few passes take longer than it may."""
     share = CALIBRATION[1] if run.config.budget.unit != "s" else CALIBRATION[0] * run.config.budget.amount
     t = run.config.train
-    return max(share, CALIBRATION_STEPS * t.batch_size * t.seq_len / tokens_per_s)
+    batch_s = t.batch_size * t.seq_len / tokens_per_s
+    return UNCHOSEN_S if LEAST_PASSES * batch_s > share else max(share, CALIBRATION_STEPS * batch_s)
+
+
+def _saving_s(run: PlannedRun) -> float:
+    """Checkpoints: weights before the first step, then weights and moments before the decay, at the end, and once an interval."""
+    c, p = run.config.model, run.config.precision
+    first = weight_bytes(c, p)
+    whole = (first + optimizer_bytes(c, run.config.optim.matrix, p)) / SAVE_BYTES_PER_S
+    interval = max(run.config.train.checkpoint_interval_s, whole / SAVING_SHARE)
+    return first / SAVE_BYTES_PER_S + (2 + (run.budget_s or 0.0) / interval) * whole
 
 
 def _evaluating_s(run: PlannedRun, tokens_per_s: float) -> float:
@@ -135,14 +148,8 @@ def tokens_and_time(run: PlannedRun) -> tuple[Estimate, Estimate]:
     if run.budget_s is not None:
 
         def trained(speed: float, slower: float) -> float:
-            rest = (
-                AIM * run.budget_s
-                - run.start_s
-                - slower * tokenising
-                - _choosing_s(run, speed)
-                - _evaluating_s(run, speed)
-                - _ending_s(run)
-            )
+            around_it = run.start_s + slower * tokenising + _choosing_s(run, speed) + _evaluating_s(run, speed)
+            rest = AIM * run.budget_s - around_it - _saving_s(run) - _ending_s(run)
             return max(0.0, rest) * speed
 
         tokens = Estimate(trained(run.speed.value, 1), trained(run.speed.low, 1.5), trained(run.speed.high, 0.5), run.speed.source)
@@ -150,7 +157,9 @@ def tokens_and_time(run: PlannedRun) -> tuple[Estimate, Estimate]:
     tokens = budget.amount if budget.unit == "tok" else budget.amount / per_token
 
     def seconds(speed: float, other: float) -> float:
-        return tokens / speed + other * (run.start_s + tokenising + _choosing_s(run, speed) + _evaluating_s(run, speed) + _ending_s(run))
+        return tokens / speed + other * (
+            run.start_s + tokenising + _choosing_s(run, speed) + _evaluating_s(run, speed) + _saving_s(run) + _ending_s(run)
+        )
 
     return exactly(tokens, "the budget"), Estimate(
         seconds(run.speed.value, 1), seconds(run.speed.high, 0.6), seconds(run.speed.low, 1.5), run.speed.source

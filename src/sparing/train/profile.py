@@ -28,11 +28,11 @@ from sparing.train.practice import practise, trainer_of
 
 KEY = "step_timings"
 TOKENS = 4096
-WIDE = Shape(640, 2, 10, 64)
-"""As wide as open models are, and of few layers."""
+WIDE = Shape(640, 1, 10, 64)
+"""As wide as open models are, and of one layer."""
 PROBES = (
-    (LADDER[2], False, 256, 4096), (LADDER[2], True, 256, 4096), (LADDER[0], False, 256, 2048), (LADDER[4], True, 256, 4096),
-    (WIDE, False, 512, 4096), (LADDER[2], False, 512, 2048), (LADDER[3], False, 512, 8192), (LADDER[3], True, 512, 1024),
+    (LADDER[2], False, 256, 4096), (LADDER[2], True, 256, 4096), (LADDER[0], False, 256, 2048), (WIDE, False, 512, 1024),
+    (LADDER[4], True, 256, 4096), (LADDER[2], False, 512, 2048), (LADDER[3], False, 512, 8192), (LADDER[3], True, 512, 1024),
 )  # fmt: skip
 """(shape, mixture, sequence, vocabulary): what the ladder is made of, most telling first."""
 WARM_UP = 2
