@@ -33,8 +33,9 @@ SAVE_BYTES_PER_S, SAVING_SHARE = 4e8, 0.05
 AIM = 0.99
 """Share of a time budget that plans, and the run itself, aim at: misses are more often late than early."""
 FEWEST_STEPS = 20
-GAIN_SPREAD = 0.5
-"""What the loss law says that more text is worth is a small difference of two predictions."""
+AGAIN, GAIN_SPREAD = 0.65, 0.5
+"""What a run that is begun anew on a finished one gains of what the loss law says that more text is worth (LAB.md): its weights had come to
+rest. The spread: it is a small difference of two predictions."""
 WATTS_SPREAD = 0.4
 """Power is a model of the processor, not a measurement."""
 
@@ -311,7 +312,7 @@ def _gain(run: PlannedRun, beginning: Beginning, tokens: Estimate) -> Estimate:
         if beginning.gains is not None:
             return beginning.gains.gain(new, beginning.read)
         before, after = (run.law.bpb(counts.active, counts.total, max(1.0, read)) for read in (beginning.read, beginning.read + new))
-        return around(1 - after.value / before.value, GAIN_SPREAD, after.source)
+        return around(AGAIN * (1 - after.value / before.value), GAIN_SPREAD, after.source)
 
     low, middle, high = map(gain, (tokens.low, tokens.value, tokens.high))
     value, least, most, source = _joined(middle, high, low)
