@@ -20,7 +20,7 @@ D0 = 1e6
 PRIOR = np.array([math.log(0.03), 0.4])
 """Logarithm of the gain at D0 bytes, and the exponent."""
 PRIOR_SPREAD = np.array([0.8, 0.15])
-NOISE = 0.1
+NOISE = 0.15
 """Relative scatter of a run's gain about the law of its own model."""
 OTHER_MODEL = 0.5
 """How far the level of one model's law lies from another's, as a factor's logarithm."""
