@@ -137,7 +137,7 @@ def test_a_gain_is_measured_between_the_first_and_the_last_score(tmp_path):
     (run.state / "prediction.json").write_text(json.dumps({"gain": {"value": 0.05, "low": 0.03, "high": 0.08, "source": "law"}}))
     found = receipt(run)
     assert found["actual"]["gain"]["value"] == pytest.approx(0.04) and found["difference"]["gain"]["inside"] is True
-    assert "5.00 % (3.00 % – 8.00 %)" in receipt_text(found)
+    assert "5.00 % (3.00 – 8.00 %)" in receipt_text(found)
     run.metrics_file.write_text(json.dumps(lines[2]) + "\n")
     assert "gain" not in receipt(run)["actual"]  # of a run from noise
 
