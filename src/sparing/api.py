@@ -71,6 +71,8 @@ def train(
     amount = parse_budget(budget)
     arguments = {"data.paths": tuple(data) or None, "train.seed": seed, "start.run": start}
     wishes = Wishes.of(wishes, nested({name: value for name, value in arguments.items() if value is not None}))
+    if wishes.value("start.run"):
+        RunFolder.open(wishes.value("start.run"))  # a slip in its name leaves no folder behind
     run = RunFolder.create(out)
     with begin("train", run, started) as job:
         return learn(job, resolved(job, wishes, amount), samples)

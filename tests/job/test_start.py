@@ -173,6 +173,7 @@ def test_what_a_start_settles_is_not_the_users_to_choose(workplace, tmp_path, wi
 def test_a_start_that_is_none_or_that_has_changed(workplace, tmp_path):
     with pytest.raises(UserError, match="no such run folder"):
         api.train([], "20ktok", str(tmp_path / "run"), start=str(tmp_path / "nowhere"))
+    assert not (tmp_path / "run").exists()
     base = tmp_path / "base"
     shutil.copytree(workplace / "base", base)
     with begin("train", RunFolder.create(tmp_path / "run")) as job:
