@@ -67,7 +67,7 @@ def test_more_text_and_larger_models_are_better():
 def test_shipped_points_are_close_to_their_law():
     law = law_of("text")
     assert law.own == 0 and law.shipped >= 7
-    for p in scaling._shipped("text"):
+    for p in scaling.shipped_points("text", Point):
         assert law.bpb(p.active, p.total, p.text_bytes).value == pytest.approx(p.bpb, rel=0.02), p.what
 
 

@@ -4,13 +4,14 @@ import pytest
 
 from sparing.base.hardware import load_calibration, machine, save_calibration
 from sparing.budget.estimate import FEATURES, fit
+from sparing.resolve import LADDER
 from sparing.train import profile
 
 
 @pytest.fixture
 def quick(tmp_path, monkeypatch):
     monkeypatch.setenv("SPARING_HOME", str(tmp_path))
-    monkeypatch.setattr(profile, "PROBES", ((0, False, 64, 256), (0, True, 64, 256)))
+    monkeypatch.setattr(profile, "PROBES", ((LADDER[0], False, 64, 256), (LADDER[0], True, 64, 256)))
     monkeypatch.setattr(profile, "TOKENS", 512)
     here = machine(with_gpus=False)
     save_calibration(here, {"peak_flops_cpu_bfloat16": 1e15, "peak_flops_cpu_float32": 1e15})  # a quick look is enough
