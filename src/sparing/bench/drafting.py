@@ -1,4 +1,4 @@
-"""Our engine beside itself: with and without drafts, in a conversation's second turn; its cache; experts that don't fit into memory."""
+"""Compares our engine with itself: with and without drafts, in a conversation's second turn; its cache; experts larger than memory."""
 
 from __future__ import annotations
 

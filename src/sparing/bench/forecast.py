@@ -1,4 +1,4 @@
-"""What the plan says beforehand against what the run then takes and reaches: errors, and whether the stated intervals hold them."""
+"""Compares a plan with the run that follows it: the errors, and whether they lie inside the stated intervals."""
 
 from __future__ import annotations
 

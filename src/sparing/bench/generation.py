@@ -1,4 +1,4 @@
-"""Our engine against transformers.generate and against llama.cpp, in turn, on the same threads."""
+"""Compares our engine with transformers.generate and with llama.cpp, in turn, on the same threads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training speed and MFU on one CUDA GPU at sequences of 2048 tokens, of a mixture and two dense models."""
+"""Measures training speed and MFU on one CUDA GPU with sequences of 2048 tokens: a mixture and two dense models."""
 
 from __future__ import annotations
 

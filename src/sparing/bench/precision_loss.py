@@ -1,4 +1,4 @@
-"""Held-out loss after equal tokens in 8 bits and without: paired seeds, the same batches, the same budget, one run after another."""
+"""Compares the held-out loss after equal tokens in 8 bits and without: paired seeds, the same batches and budget, runs in turn."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Peak memory of training in few bits, counted and measured, beside the default: float32 weights, gradients and averages."""
+"""Compares the peak memory of training in few bits, predicted and measured, with the default: float32 weights, gradients and averages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Speed of training in 8 bits beside what this machine trains in: whole steps of one model on one batch, and the products alone."""
+"""Compares the speed of training in 8 bits with the format that this machine trains in: whole steps of a model, and products alone."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from sparing.kernels.formats import this_machine
 from sparing.precision.eight_bit import speed_note
 
 REQUIRED = {"cpu": {512: 1.15, 1024: 1.15}, "cuda": {2048: 1.15, 4096: 1.3}}
-"""8 bits against 16, by width."""
+"""Speed in 8 bits / speed in 16 that the figure should reach, by device and width."""
 LAYERS = 4
 WIDTHS, SMALL_WIDTHS = ("256, 512, 1024", 16), ("64", 2)
-"""With sequences in a batch; the small ones for machines without 8-bit arithmetic."""
+"""(widths, sequences in a batch). SMALL_WIDTHS is for machines without 8-bit arithmetic."""
 
 
 def model_of(width: int) -> ModelConfig:
@@ -36,14 +36,16 @@ def model_of(width: int) -> ModelConfig:
 def precision_speed(
     widths: str | None = None, kind: str | None = None, rounds: int = 7, rows: int | None = None, limit: str = LIMIT
 ) -> list[dict]:
-    """Rows: tokens/s of whole optimizer steps (forward, backward, clipping, Muon and AdamW, router biases) with 8-bit products, and with
-    the memory figure's storage besides, each beside what training multiplies in on this machine; and the products' own ratio.
+    """Measure tokens/s of whole optimizer steps in 8 bits and in 16 (or float32, where this machine trains in that).
 
-    Every side is a process of its own; ratios are medians over `rounds` turns. kind: int8 or fp8; default: what this machine has. Where it
-    has none, the defaults are int8 and a small model; `--kind int8` gives the widths of other machines. widths: default: 256, 512, 1024.
-    rows: sequences of 512 in a batch; default: 16, the 8,192 tokens that `resolve` chooses on a CPU for runs of more than 20 M tokens, in
-    one micro-batch: with smaller batches the optimizer would weigh more than in a run. Steps that measure errors (one in a hundred) are
-    not timed. limit: time of the whole figure, a share for each width.
+    Rows: 8-bit products, 8-bit products with 8-bit storage (that of the memory figure), and the ratio of the products alone. A step has
+    forward and backward pass, clipping, Muon and AdamW, and the routers' biases. Steps that measure errors (one in a hundred) are not
+    timed. Each side is a process; ratios are medians over `rounds` turns.
+
+    widths: default 256, 512, 1024. kind: int8 or fp8; default: the format that this machine multiplies fast. Without one, the defaults are
+    int8 and a small model; `--kind int8` then measures the usual widths. rows: sequences of 512 tokens in a batch, default 16: the 8,192
+    tokens that `resolve` chooses on a CPU for runs of more than 20 M tokens; in smaller batches the optimizer would weigh more than in a
+    run. limit: time of the whole figure, shared by the widths.
     """
     lines, until, threads = [], Limit.of(limit), this_machine().cores_physical
     fact = facts(kind)
@@ -78,7 +80,7 @@ def precision_speed(
             turns = Rounds(rounds, share)
             for _ in turns:
                 for side, worker in zip(sides, workers, strict=True):
-                    worker.call("step")  # another side's working memory has left the caches
+                    worker.call("step")  # warms the caches up again after the other sides
                     speeds[side].append(worker.call("step")["tokens_per_s"])
             least = workers[1].call("step", rows=1)["share"]
             products = workers[0].run(products_alone, width=width, kind=chosen, dtype=plain, rounds=turns.made)
@@ -97,8 +99,8 @@ def precision_speed(
 
 
 def facts(kind: str | None) -> dict[str, str | None]:
-    """The device, what training multiplies in on it, the 8-bit format (`kind`, or what this machine has), how that runs here, in words, and
-    the same where it is not faster."""
+    """{"device"; "dtype": format of ordinary training; "kind": 8-bit format; "how": how that runs here, in words; "slow": the same if it is
+    not faster, else None}."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -108,7 +110,7 @@ def facts(kind: str | None) -> dict[str, str | None]:
 
 
 class PrecisionSide:
-    """A model in training on random tokens, its state kept and its products made as `precision` says; `step` is a whole optimizer step."""
+    """A model that trains on random tokens, with storage and products as `precision` says."""
 
     def __init__(self, precision: dict, width: int, rows: int, length: int = 512):
         import torch
@@ -124,8 +126,8 @@ class PrecisionSide:
         self.trainer = trainer_of(Config(model=model_of(width), precision=build(PrecisionConfig, precision), train=train))
 
     def step(self, rows: int | None = None) -> dict[str, float]:
-        """On the first `rows` sequences (None: on all) -> tokens/s, the seconds of forward and backward pass and of the update, and the
-        least share of any direction's multiplications in 8 bits."""
+        """One optimizer step on the first `rows` sequences (None: all). -> tokens/s, seconds of the passes and of the update, and the
+        smallest share of 8-bit multiplications of any direction."""
         from sparing.train.peak import wait
         from sparing.train.practice import LR_SCALE, MOMENTUM
 
@@ -142,7 +144,7 @@ class PrecisionSide:
 
 
 def products_alone(width: int, kind: str, dtype: str, rounds: int) -> dict[str, float]:
-    """Median ratio of time in `dtype` to time in 8 bits, one thread, in turn: forward and both gradients of a square weight."""
+    """Time in `dtype` / time in 8 bits of the three products of a square weight, on one thread: medians over `rounds` turns."""
     import torch
 
     from sparing.kernels import native, products
@@ -153,9 +155,9 @@ def products_alone(width: int, kind: str, dtype: str, rounds: int) -> dict[str, 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     x, g = (torch.randn(2048, width, device=device).to(getattr(torch, dtype)) for _ in range(2))
-    w, found, out = torch.randn(width, width, device=device), torch.zeros(2, dtype=torch.int64, device=device), {}
+    w, faults, out = torch.randn(width, width, device=device), torch.zeros(2, dtype=torch.int64, device=device), {}
     for name, (a, b) in {"nt": (x, w), "nn": (g, w), "tn": (g, x)}.items():
-        sides = partial(getattr(products, name), a, b), partial(getattr(eight, name), kind, SCHEMES[kind][0], found, a, b)
+        sides = partial(getattr(products, name), a, b), partial(getattr(eight, name), kind, SCHEMES[kind][0], faults, a, b)
         ratios = []
         for turn in range(rounds + 1):
             with native.path("compiled"):

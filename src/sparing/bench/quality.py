@@ -1,4 +1,4 @@
-"""Held-out bits per byte for a budget of minutes, everything counted: our models against the yardstick, one run after another."""
+"""Compares the held-out bits per byte that a budget of minutes buys, all work counted: our models and the yardstick, run in turn."""
 
 from __future__ import annotations
 

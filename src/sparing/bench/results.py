@@ -1,4 +1,4 @@
-"""What a figure hands back: rows of one schema, a table of them, and the folder that keeps results of long runs."""
+"""Results of a figure: rows of one schema, a table of them, and the folder that keeps results of long runs."""
 
 from __future__ import annotations
 

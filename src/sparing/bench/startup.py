@@ -1,4 +1,4 @@
-"""How long `sparing --help` takes."""
+"""Measures how long `sparing --help` takes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training speed, MFU, peak memory and losses: ours and transformers' DeepseekV3, in turn on the same CPU threads."""
+"""Compares our training with transformers' DeepseekV3, in turn on the same CPU threads: speed, MFU, peak memory, losses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Long work in the data stage: how it reports its progress, and how it is stopped."""
+"""Progress bars of the data stage, and the exception that stops it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Documents laid out in rows of T inputs. What a row holds is a pure function of (seed, epoch, row); a token is a target once an epoch.
+"""Lays documents out in rows of T inputs. A row is a pure function of (seed, epoch, row), and each token is a target once an epoch.
 
 A document has L inputs (end-of-text and its tokens) and L targets (its tokens and end-of-text). Its first L - L mod T inputs make full
 rows; what remains, the tail, is laid end to end with the other tails, in an order of the epoch's own, and cut at T. The last of these

@@ -1,4 +1,4 @@
-"""How good a model is, measured over callables, so that one code scores a model in training and a loaded one.
+"""Scores models through callables, so that the same code scores a model in training and a loaded one.
 
 `bpb` measures bits per byte of text, `select` chooses what of the text is read, `harness` runs lm-eval, and `tasks` makes its tasks from
 files of questions.

@@ -1,4 +1,4 @@
-"""A trained model for callers other than the server: load it, complete a prompt, answer many prompts in order, score texts."""
+"""Uses a trained model without the server: load it, complete a prompt, answer many prompts in order, score texts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a run's weights come from: random numbers, or another run (an imported model is one too)."""
+"""Provides a run's first weights: random numbers, or those of another run (an imported model is a run too)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""8-bit integer products for processors with AVX512_VNNI: bfloat16 in, quantised on the way, sums in int32, result as kernels.products'.
+"""8-bit integer products for processors with AVX512_VNNI: inputs in bfloat16 are quantised, sums are int32, results as in `products`.
 
 What they compute is `precision.eight_bit`'s plain form; int8.c has the layout. Measured against the bfloat16 products: LAB.md, 2026-11-22.
 Every function adds (blocks with an infinity or NaN, blocks too small to scale) to `faults`, int64 (2,).

@@ -1,4 +1,4 @@
-"""What reads and what predicts words: rows of the embedding, and the output head with its cross-entropy.
+"""The two ends of the vocabulary: rows of the embedding, and the output head with its cross-entropy.
 
 Head and cross-entropy go through chunks of tokens: the logits (N, W) never exist as a whole. The gradients of hidden states and head are
 computed during the forward pass, chunk by chunk, so that a chunk of logits is read while it is in cache and nothing of it is kept (the idea

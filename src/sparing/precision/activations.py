@@ -1,4 +1,4 @@
-"""What the backward pass keeps of a layer, in int8 with a scale for each row: the inputs of its linears, norms and attention.
+"""Keeps what the backward pass needs of a layer in int8 with a scale for each row: the inputs of its linears, norms and attention.
 
 DeepSeek-V3 keeps linears' inputs in FP8 (arXiv 2412.19437 §3.3.3). Here a hook of autograd packs every bfloat16 tensor that a layer saves,
 so that plain and compiled paths need no second version; weights, float32 statistics and small tensors stay as they are. The forward pass

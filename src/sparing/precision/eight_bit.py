@@ -1,4 +1,4 @@
-"""A linear's three products in 8 bits, or in 16 where the policy says so: `kernels.products.Weight` takes them instead of its own.
+"""Computes a linear's three products in 8 bits, or in 16 where the policy says so. `kernels.products.Weight` calls these for its own.
 
 A scale belongs to a row or column of a matrix, or to a piece of one: it can be taken out of a sum in which it does not change. So
 for y = x Wᵀ rows of x (tokens) and rows of W (channels) have scales; for the input's gradient g W rows of g and columns of W; for the

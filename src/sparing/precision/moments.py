@@ -1,9 +1,11 @@
-"""An optimizer's moving averages in 8 bits: blocks of up to BLOCK numbers of a row share a float32 scale, their largest magnitude.
+"""Stores an optimizer's moving averages in 8 bits. Up to BLOCK numbers of a row share a float32 scale, their largest magnitude.
 
-Block-wise as in Dettmers et al. (arXiv 2110.02861), with two changes. Codes are powers instead of a table of 256 values: a signed number
-is (c / 127)^2 of its block's largest, an unsigned one (second moments, whose root is what counts) (c / 255)^4; small numbers stay
-distinguishable over 4 and 9 decades, and nothing is searched. And rounding is stochastic, unbiased in the number itself: rounded to
-nearest, an average that moves by 1 % a step (beta2 = 0.99) never leaves its code.
+The blocks are those of Dettmers et al. (arXiv 2110.02861). Two things differ:
+
+- A code c stands for a power instead of an entry of a table. A signed number is (c / 127)^2 times the scale, which covers 4 decades. An
+  unsigned number is (c / 255)^4 times the scale, which covers 9 decades; second moments need them, because an update divides by the root.
+- Rounding is stochastic and unbiased in the number itself. With rounding to nearest, an average that moves by 1 % a step (beta2 = 0.99)
+  would never leave its code.
 """
 
 from __future__ import annotations
@@ -17,15 +19,16 @@ from sparing.precision.compensation import key_of, random_bits, rows_of
 
 
 def _blocks(x_RC: Tensor) -> Tensor:
-    """(rows, blocks, BLOCK), zeros behind the last column."""
+    """(rows, columns) -> (rows, blocks, BLOCK), padded with zeros."""
     width = min(BLOCK, x_RC.shape[1])
     return F.pad(x_RC, (0, -x_RC.shape[1] % width)).unflatten(1, (-1, width))
 
 
 def quantise(x_RC: Tensor, signed: bool, bits_RC: Tensor) -> tuple[Tensor, Tensor]:
-    """float32 (rows, columns) -> (codes, int8 or uint8 of the same shape; scales (rows, blocks) float32). bits: [0, 65536) each.
+    """float32 (rows, columns) -> (codes of the same shape, int8 if signed, else uint8; scales (rows, blocks) float32).
 
-    Zero stays zero and nothing else of an unsigned tensor becomes zero: an update is divided by its root."""
+    bits: random numbers in [0, 65536), of the same shape. In an unsigned tensor zero alone becomes zero, because an update divides by its
+    root."""
     top, power = (127.0, 2) if signed else (255.0, 4)
     x, chance = _blocks(x_RC), _blocks(bits_RC.float() / 65536.0)
     scale = x.abs().amax(2, keepdim=True)
@@ -38,16 +41,17 @@ def quantise(x_RC: Tensor, signed: bool, bits_RC: Tensor) -> tuple[Tensor, Tenso
 
 
 def dequantise(code_RC: Tensor, scale_RB: Tensor) -> Tensor:
-    """(rows, columns) float32."""
+    """Codes and scales of `quantise` -> (rows, columns) float32."""
     x = _blocks(code_RC.float() / (127.0 if code_RC.dtype == torch.int8 else 255.0))
     x = x * x.abs() if code_RC.dtype == torch.int8 else x.square().square()
     return (x * scale_RB.unsqueeze(2)).flatten(1)[:, : code_RC.shape[1]]
 
 
 class Average:
-    """One moving average of a parameter, for its optimizer: float32, a few rows at a time. name: KIND/PARAMETER."""
+    """A moving average of one parameter, in float32 or 8 bits. Optimizers read and write it in float32, a few rows at a time."""
 
     def __init__(self, name: str, parameter: Tensor, signed: bool, eight_bit: bool):
+        """name: KIND/PARAMETER, such as exp_avg/model.norm.weight."""
         self.name, self.signed, self.scale = name, signed, None
         like = rows_of(parameter)
         if not eight_bit:
@@ -58,10 +62,11 @@ class Average:
         self.scale = torch.zeros(len(like), blocks, dtype=torch.float32, device=like.device)
 
     def read(self, rows: slice) -> Tensor:
-        """(rows, columns) float32; its own memory where it is kept like that."""
+        """(rows, columns) float32; a view if the average is stored in float32."""
         return self.value[rows] if self.scale is None else dequantise(self.value[rows], self.scale[rows])
 
     def write(self, rows: slice, value: Tensor, seed: int, step: int) -> None:
+        """Store float32 `value`. seed and step choose the random bits of rounding."""
         if self.scale is None:
             self.value[rows] = value
             return
@@ -69,10 +74,10 @@ class Average:
         self.value[rows], self.scale[rows] = quantise(value, self.signed, bits.view_as(value))
 
     def address(self, seed: int, step: int) -> tuple:
-        """As the compiled updates take it: numbers or codes, scales, key of the random bits."""
+        """Arguments of storage.c's updates: numbers or codes, scales (None: float32), key of the random bits."""
         return self.value, self.scale, key_of(seed, step, self.name)
 
     def state(self) -> dict[str, Tensor]:
-        """Live tensors by kind."""
+        """Its tensors for a checkpoint, by kind. They are not copies."""
         kind = self.name.split("/")[0]
         return {kind: self.value} if self.scale is None else {kind: self.value, f"{kind}_scale": self.scale}

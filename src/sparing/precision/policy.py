@@ -1,10 +1,15 @@
-"""Dynamic precision: each linear's directions move between 8 bits, finer blocks and 16 bits by the error they are measured to make.
+"""Dynamic precision: moves each direction of each linear between 8 bits, 8 bits in finer blocks, and 16 bits, by its measured error.
 
-Every `measure_every` steps each product is also computed in 16 bits, on the batch at hand. A direction over the budget goes up one level;
-one that a lower level would serve with less than half the budget goes down one (hysteresis: an error near the budget moves nothing to
-and fro). A fault (an infinity or NaN in a block, a block whose numbers are all lost) moves a direction to 16 bits at once, for
-`PENALTY` measurements; of infinities and NaNs, which spread, only the first linear that met one. Moves depend on nothing but the batches,
-so a resumed run repeats them.
+A linear has three products, called directions: forward, and the gradients of input and weight. Every `measure_every` steps each of them is
+also computed in 16 bits, on the current batch, and the relative error is compared with the error budget:
+
+- A direction over the budget goes up one level.
+- A direction goes down one level if its error there is less than half the budget. The gap keeps an error near the budget from moving a
+  direction back and forth.
+- A fault moves a direction to 16 bits at once, for PENALTY measurements. A fault is an infinity or NaN in a block, or a block whose numbers
+  all became zero. Infinities and NaNs spread through the network, so only the first linear that met one is moved.
+
+Moves depend only on the batches, so a resumed run repeats them.
 """
 
 from __future__ import annotations
@@ -18,15 +23,20 @@ from sparing.base.config import Config, PrecisionConfig, UserError
 from sparing.precision.eight_bit import COARSE, DIRECTIONS, LEVELS, SIXTEEN, EightBit, install
 
 DOWN = 0.5
-"""Share of the budget that the lower level must stay under to be gone back to."""
+"""A direction goes down one level if its error there is below this share of the budget."""
 PENALTY = 10
+"""Measurements for which a direction stays in 16 bits after a fault."""
 
 
 @dataclass(frozen=True)
 class Move:
+    """A change of one direction's level."""
+
     name: str
+    """The linear."""
     direction: str
     before: int
+    """Level, an index into LEVELS."""
     after: int
     why: str
 
@@ -35,32 +45,33 @@ class Move:
 
 
 class Policy:
-    """Over the model's `EightBit`s; `begin` before a step's forward pass, `end` after its backward pass."""
+    """Sets the levels of a model's `EightBit` linears. Call `begin` before a step's forward pass and `end` after its backward pass."""
 
     def __init__(self, sites: list[EightBit], config: PrecisionConfig):
         self.sites, self.config = sites, config
         self.held: dict[str, int] = {}
-        """"site direction" -> measurements that it still stays in 16 bits, after a fault."""
+        """"linear direction" -> for how many more measurements a fault keeps it in 16 bits."""
         self.errors: dict[str, dict[str, float]] = {}
-        """Of the last measurement: site -> direction -> relative error at the level in use."""
+        """Last measurement: linear -> direction -> relative error at the current level."""
         self.measured = False
 
     @classmethod
     def of(cls, model: nn.Module, config: Config) -> Policy:
-        """Over a model whose linears are made what `config.precision` says. Raises UserError where that cannot be."""
+        """Install the 8-bit linears that `config.precision` asks for in `model`, and make their policy. Raises UserError for `auto`."""
         kind = config.precision.linear
         if kind == "auto":
             raise UserError("precision.linear = auto is for `sparing train`, which measures; here say none, int8, fp8 or fp8_row")
         return cls(install(model, None if kind == "none" else kind), config.precision)
 
     def begin(self, step: int) -> None:
+        """Decide whether this step measures errors. step: steps done."""
         every = self.config.measure_every
         self.measured = bool(self.sites) and every > 0 and step % every == 0
         for site in self.sites:
             site.errors = {} if self.measured else None
 
     def end(self) -> list[Move]:
-        """Moves made after this step, whether its batch is learnt from or not."""
+        """Compare errors and faults with the budget and set new levels; -> the moves. Also called after a batch that the guard drops."""
         moves, measured = self._faults(), {}
         for site in self.sites:
             relative = {key: (error / norm) ** 0.5 if norm > 0 else 0.0 for key, (error, norm) in (site.errors or {}).items()}
@@ -76,15 +87,16 @@ class Policy:
         return moves
 
     def _faults(self) -> list[Move]:
+        """Move directions with faults to 16 bits."""
         counts = [twin.faults[direction] for site in self.sites for twin in site.copies for direction in DIRECTIONS]
-        if not counts or not torch.stack(counts).any():  # nearly always; one look instead of hundreds
+        if not counts or not torch.stack(counts).any():  # the usual case, found by one check instead of hundreds
             return []
-        found = {(site, direction): site.take_faults(direction) for direction in DIRECTIONS for site in self.sites}
-        broken = [key for key, (overflow, _) in found.items() if overflow]
-        # Forward the first in the model's order met it first; where the forward pass was sound, the last one did.
+        faults = {(site, direction): site.take_faults(direction) for direction in DIRECTIONS for site in self.sites}
+        broken = [key for key, (overflow, _) in faults.items() if overflow]
+        # In a forward pass the first linear of the model met it first; in a backward pass the last one did.
         origin = next((site for site, direction in broken if direction == "forward"), broken[-1][0] if broken else None)
         moves = []
-        for (site, direction), (overflow, dead) in found.items():
+        for (site, direction), (overflow, dead) in faults.items():
             if dead or (overflow and site is origin):
                 self.held[f"{site.name} {direction}"] = PENALTY
                 what = f"{overflow} blocks with an infinity or NaN" if overflow else f"{dead} blocks too small to scale"
@@ -94,6 +106,7 @@ class Policy:
         return moves
 
     def _error(self, site: EightBit, direction: str, level: int, relative: dict[tuple[str, int], float]) -> Move | None:
+        """The move that a measurement asks for. relative: (direction, level) -> relative error."""
         key, budget = f"{site.name} {direction}", self.config.error_budget
         now, lower = relative.get((direction, level)), relative.get((direction, level - 1))
         if key in self.held and relative:
@@ -107,23 +120,24 @@ class Policy:
         return None
 
     def shares(self) -> dict[str, float]:
-        """Direction -> share of the linears' multiplications that are made in 8 bits."""
+        """Direction -> share of the linears' multiplications that run in 8 bits."""
         total = sum(site.size for site in self.sites) or 1
         return {d: sum(site.size for site in self.sites if site.levels[d] != SIXTEEN) / total for d in DIRECTIONS}
 
     def values(self) -> dict[str, float]:
-        """For the metrics of a step that measured: shares in 8 bits, and the largest error there, by direction; otherwise nothing."""
+        """Metrics of a step that measured errors: share in 8 bits and largest error by direction. Other steps: empty."""
         if not self.measured:
             return {}
         worst = {d: max((errors[d] for errors in self.errors.values() if d in errors), default=0.0) for d in DIRECTIONS}
         return {f"eight_bit_{d}": share for d, share in self.shares().items()} | {f"error_{d}": e for d, e in worst.items()}
 
     def state(self) -> dict:
-        """For a checkpoint: what is not as it was at the start."""
+        """State for a checkpoint: levels that differ from the first one, and penalties."""
         levels = {f"{s.name} {d}": s.levels[d] for s in self.sites for d in DIRECTIONS if s.levels[d] != COARSE}
         return {"levels": levels, "held": dict(self.held)}
 
     def load(self, state: dict) -> None:
+        """Restore `state` from a checkpoint."""
         for site in self.sites:
             for direction in DIRECTIONS:
                 site.levels[direction] = state.get("levels", {}).get(f"{site.name} {direction}", COARSE)

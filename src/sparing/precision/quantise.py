@@ -1,4 +1,4 @@
-"""Blocks of numbers that share a scale: 8 bits each, and float32 once a block.
+"""Quantises a matrix in blocks: 8 bits for each number, one float32 scale for each block.
 
 One function for every scheme: a block is (rows, columns), None for all of them. Activations and gradients of DeepSeek-V3 (1, 128), weights
 (128, 128) (arXiv 2412.19437 §3.3.2); per token (1, None), per channel (None, 1), a whole tensor (None, None).

@@ -1,7 +1,7 @@
-"""What this machine does, measured: which micro-batch, threads, compiler and products win.
+"""Chooses micro-batch, threads, torch.compile and 8-bit products for a run by measuring them on this machine.
 
-All probes together have a limit in seconds, and the next is begun only if it is expected to fit into what is left of them. A probe is a
-few forward and backward passes. Gradients are thrown away and nothing of the run's state changes.
+A probe times a few forward and backward passes. All probes share one limit in seconds; a probe starts only if it should fit into the rest
+of it. Gradients are discarded, and the run's state does not change.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from sparing.train.peak import wait
 from sparing.train.replicas import Replicas
 
 PASSES = 3
-"""Forward and backward passes of a probe, the first of which warms up."""
+"""Forward and backward passes of a probe. The first one warms up and is not counted."""
 FIRST_GUESS = 0.25
-"""Share of the peak by which the first pass's time is guessed."""
+"""Share of the machine's peak that the first pass is assumed to reach, before any pass was timed."""
 LEAST_TOKENS = 2048
-"""Smaller micro-batches are not tried: products become too thin."""
-MORE = 1.05
-"""How much faster another setting must look: two passes on a shared machine differ by less without any reason."""
+"""Micro-batches with fewer tokens are not tried: their matrix products are too thin to be fast."""
+MARGIN = 1.05
+"""A setting replaces another one if it is this many times as fast. Two passes of one setting differ by less on a shared machine."""
 EIGHT_BIT_PASSES = 10
-"""What trying 8-bit products takes, in passes in 16 bits: two more probes, and two passes that measure errors, which are slower."""
+"""Cost of trying 8-bit products, in 16-bit passes: two more probes, and two slower passes that measure errors."""
 COMPILE_S = 90.0
-"""A compilation of the training step takes about this long on two cores (LAB.md)."""
+"""Time to compile the training step on two cores (LAB.md)."""
 
 
 def has_compiler() -> bool:
-    """torch.compile on a CPU needs a C++ compiler."""
+    """Whether there is a C++ compiler, which torch.compile needs on a CPU."""
     return any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl"))
 
 
@@ -59,17 +59,18 @@ def choose(
     say: Callable[[str], None] = lambda _: None,
     cut_short: Callable[[str], None] = lambda _: None,
 ) -> tuple[TrainConfig, dict[str, str]]:
-    """Fill in what `config.train` leaves open (micro_batch_size, threads, compile) by measuring on `batch`, within about `seconds`.
+    """Measure the best values of the fields that `config.train` leaves open (micro_batch_size, threads, replicas, compile, kernels).
 
-    -> (the complete TrainConfig, the reason for each choice by dotted name). peak: FLOP/s of this machine, for a first guess of a pass's
-    time. check: called between probes, may raise. cut_short: told what was not measured because it would have taken too long.
+    -> (the complete TrainConfig, the reason for each choice by dotted name). batch: what the probes compute. seconds: limit of all probes.
+    peak: FLOP/s of this machine, from which the first pass's time is estimated. check: called between probes; may raise. cut_short: called
+    with a message for each choice that could not be measured within the limit.
     """
     t = config.train
     device = str(next(model.parameters()).device.type)
     reasons: dict[str, str] = {}
     start = time.monotonic()
-    timed: dict[tuple[int, int], float] = {}
-    divided: dict[int, Replicas] = {}
+    speeds: dict[tuple[int, int], float] = {}  # (threads, micro-batch) -> tokens/s
+    replicas_by_threads: dict[int, Replicas] = {}
     replicas = t.replicas or 1
     cores = t.threads or machine.cores_physical
     passes = t.kernels != "plain" and native.passes() is not None
@@ -79,22 +80,22 @@ def choose(
         reasons["train.replicas"] = "one a core: the compiled passes have one thread each (LAB.md)"
 
     def probe(threads: int, micro: int, anew: bool = False) -> float:
-        """Tokens per second; 0 where measuring it would not fit into the time that is left."""
+        """Tokens per second; 0 if measuring it would not fit into the limit. anew: measure again."""
         check()
-        if anew or (threads, micro) not in timed:
+        if anew or (threads, micro) not in speeds:
             if not fits(micro):
-                return timed.get((threads, micro), 0.0)
+                return speeds.get((threads, micro), 0.0)
             if device == "cpu":
                 torch.set_num_threads(threads)
-            if threads not in divided:  # its threads serve all probes: each keeps its work space for good
-                divided[threads] = _replicas(model, config, device, replicas=replicas)
-            timed[threads, micro] = _speed(model, config, batch, micro, device, divided[threads])
-        return timed[threads, micro]
+            if threads not in replicas_by_threads:  # one set of threads for all probes: a thread's work space is never freed
+                replicas_by_threads[threads] = _replicas(model, config, device, replicas=replicas)
+            speeds[threads, micro] = _speed(model, config, batch, micro, device, replicas_by_threads[threads])
+        return speeds[threads, micro]
 
     def pass_s(micro: int) -> float:
-        """Seconds of a forward and backward pass over `micro` rows, by what was timed, or by a share of the peak."""
+        """Estimated seconds of a forward and backward pass over `micro` rows: from the fastest probe, else from the peak."""
         guess = FIRST_GUESS * peak / train_flops(config.model, t.seq_len) if peak else math.inf
-        return micro * t.seq_len / max(timed.values(), default=guess)
+        return micro * t.seq_len / max(speeds.values(), default=guess)
 
     def fits(micro: int) -> bool:
         return time.monotonic() - start + PASSES * pass_s(micro) <= seconds
@@ -105,33 +106,33 @@ def choose(
     all_threads = [cores] if replicas > 1 else all_threads
     micro_batches = [t.micro_batch_size] if t.micro_batch_size else [size for size in _micro_batches(t) if size >= replicas]
     threads, micro = all_threads[-1], micro_batches[0]
-    # Micro-batch first, on all threads, then threads with the best micro-batch: the product of both would cost more than it finds.
+    # First the micro-batch with all threads, then the threads with the best micro-batch: trying all pairs costs more than it gains.
     if len(micro_batches) > 1 and device == "cuda":
         micro_batches = micro_batches[:1]
     elif not fits(micro_batches[0]):  # a smaller one may
         micro_batches = [size for size in micro_batches if fits(size)] or micro_batches[-1:]
     micro = micro_batches[0]
     for size in micro_batches:
-        # What is measured first is slower than it will be (fresh memory), whatever its size: it gets a second chance.
-        if probe(threads, size) > MORE * probe(threads, micro) and probe(threads, size) > MORE * probe(threads, micro, anew=True):
+        # The first probe is slow whatever its size, because its memory is fresh: it is measured again before it loses.
+        if probe(threads, size) > MARGIN * probe(threads, micro) and probe(threads, size) > MARGIN * probe(threads, micro, anew=True):
             micro = size
         if time.monotonic() - start > seconds / 2:
             break
     for count in all_threads:
-        if probe(count, micro) > MORE * probe(threads, micro):
+        if probe(count, micro) > MARGIN * probe(threads, micro):
             threads = count
     if device == "cpu":
         torch.set_num_threads(threads)
     speed = probe(threads, micro)
     if not speed:
-        told = f"not measured: {PASSES} passes over {micro} rows would take about {PASSES * pass_s(micro):.1f} s of {seconds:.1f}"
-        cut_short(f"micro-batch and threads were {told}")
+        not_measured = f"not measured: {PASSES} passes over {micro} rows would take about {PASSES * pass_s(micro):.1f} s of {seconds:.1f}"
+        cut_short(f"micro-batch and threads were {not_measured}")
     if t.micro_batch_size is None:
-        tried = ", ".join(f"{m} rows {v:,.0f}" for (n, m), v in sorted(timed.items()) if n == all_threads[-1])
-        reasons["train.micro_batch_size"] = f"measured, tokens/s: {tried}" if tried else told
+        tried = ", ".join(f"{m} rows {v:,.0f}" for (n, m), v in sorted(speeds.items()) if n == all_threads[-1])
+        reasons["train.micro_batch_size"] = f"measured, tokens/s: {tried}" if tried else not_measured
     if t.threads is None and device == "cpu":
-        tried = ", ".join(f"{n} threads {v:,.0f}" for (n, m), v in sorted(timed.items()) if m == micro)
-        reasons["train.threads"] = f"measured, tokens/s: {tried}" if tried else told
+        tried = ", ".join(f"{n} threads {v:,.0f}" for (n, m), v in sorted(speeds.items()) if m == micro)
+        reasons["train.threads"] = f"measured, tokens/s: {tried}" if tried else not_measured
     undivided = t.replicas is None and replicas == 1 and device == "cpu" and not t.compile
     if undivided and threads > 1 and micro >= threads and fits(micro):
         check()
@@ -158,9 +159,10 @@ def choose(
 def choose_products(
     model: Transformer, config: Config, batch, seconds: float = math.inf, cut_short: Callable[[str], None] = lambda _: None
 ) -> tuple[PrecisionConfig, str]:
-    """`precision.linear = auto`, measured on `batch` with everything else chosen: 8 bits where they are faster by 5 % and nine tenths of
-    every direction's multiplications stay under the error budget; -> (the complete PrecisionConfig, the reason). Within about `seconds`:
-    16 bits where measuring would take longer, of which `cut_short` is told."""
+    """Decide `precision.linear = auto` by measuring on `batch`, with everything else chosen; -> (the complete PrecisionConfig, the reason).
+
+    8 bits are chosen if they are 5 % faster and nine tenths of the multiplications of every direction stay within the error budget.
+    seconds: limit. If measuring would take longer, 16 bits are chosen and `cut_short` is called with a message."""
     t, p = config.train, config.precision
     device = str(next(model.parameters()).device.type)
     kind = fastest_kind(device)
@@ -207,7 +209,7 @@ def _worth_compiling(model, config, batch, micro, device, speed, seconds, check,
 
 
 def _micro_batches(t: TrainConfig) -> list[int]:
-    """The whole batch, then halves of it while a micro-batch keeps enough tokens."""
+    """Sizes to try: the whole batch, then half of it again and again, down to LEAST_TOKENS."""
     sizes = [t.batch_size]
     while sizes[-1] % 2 == 0 and sizes[-1] // 2 * t.seq_len >= LEAST_TOKENS:
         sizes.append(sizes[-1] // 2)
@@ -220,8 +222,8 @@ def _replicas(model: Transformer, config: Config, device: str, *, compiled: bool
     return Replicas(model, NextToken.of(config), replicas, compiled, kernels)
 
 
-def _speed(model: Transformer, config: Config, batch: Batch, micro: int, device: str, divided: Replicas, passes=PASSES) -> float:
-    """Tokens per second of the best forward and backward pass over `micro` rows but the first of several."""
+def _speed(model: Transformer, config: Config, batch: Batch, micro: int, device: str, replicas: Replicas, passes=PASSES) -> float:
+    """Tokens per second of the fastest of several forward and backward passes over `micro` rows; the first one does not count."""
     t = config.train
     part = batch[:micro].to(device)
     part = part.cut(t.short_seq_len) if t.short_seq_len else part
@@ -232,7 +234,7 @@ def _speed(model: Transformer, config: Config, batch: Batch, micro: int, device:
     for _ in range(passes):
         wait(device)
         before = time.perf_counter()
-        divided.gradients(part)
+        replicas.gradients(part)
         wait(device)
         took.append(time.perf_counter() - before)
     for parameter in model.parameters():
@@ -241,7 +243,7 @@ def _speed(model: Transformer, config: Config, batch: Batch, micro: int, device:
 
 
 def _trim() -> None:
-    """Memory that the probes used and training will not, to the system: glibc keeps it otherwise, an arena for each thread."""
+    """Give the memory that only the probes used back to the system. Otherwise glibc keeps it, in an arena for each thread."""
     native.trim()
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,4 +1,4 @@
-"""What a run tells: a progress line for people, metrics.jsonl for programs, TensorBoard or W&B for those who ask."""
+"""Reports a run's progress: a line for people, metrics.jsonl for programs, TensorBoard or W&B if asked for."""
 
 from __future__ import annotations
 

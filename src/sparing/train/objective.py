@@ -1,4 +1,4 @@
-"""What training makes small: an objective turns (model, batch) into a loss and its named parts.
+"""Losses: an objective turns (model, batch) into a loss and its named parts.
 
 `NextToken` is DeepSeek-V3's pre-training loss. Another way to learn is another class with the same two members: `parts` and the call.
 """

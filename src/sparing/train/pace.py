@@ -1,4 +1,4 @@
-"""A budget becomes a number of steps, and stays one: what the schedule needs to know is only `total`.
+"""Turns a budget into a number of steps, `total`, which is all that the schedule needs to know.
 
 Token and FLOP budgets fix the total at the start. A time budget is planned from measured step times: total = steps done + what fits
 between now and the deadline minus what the end costs; planned again as the machine speeds up or slows down. A plan is on disk

@@ -1,4 +1,4 @@
-"""Training steps on random words: what the planner times, and benchmarks weigh. Nothing is written."""
+"""Training steps on random tokens, for the planner's timings and for benchmarks. Nothing is written."""
 
 from __future__ import annotations
 
