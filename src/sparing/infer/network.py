@@ -221,8 +221,7 @@ class TorchNetwork:
     def _grouped(self, m, x_ND: Tensor, cache: Tensor, where, positions: Tensor, spans) -> Tensor:
         c = self.c
         table = self.table[positions]
-        q = rotate(m.q_proj(x_ND).unflatten(-1, (c.num_heads, -1)), table).unflatten(1, (c.num_kv_heads, -1))
-        k = rotate(m.k_proj(x_ND).unflatten(-1, (c.num_kv_heads, -1)), table)
+        q, k = m.queries(x_ND, table).unflatten(1, (c.num_kv_heads, -1)), m.keys(x_ND, table)
         cache[where] = torch.cat((k.flatten(1), m.v_proj(x_ND)), -1)
         out = torch.empty_like(q)
         for mine, blocks, seen in spans:
