@@ -16,10 +16,10 @@ from sparing.account.paper import receipt as receipt
 from sparing.account.paper import report as report
 from sparing.base.config import Budget, Config, UserError
 from sparing.base.config_file import Wishes, nested, read_config, write_config
-from sparing.base.files import link_or_copy, write_atomic
+from sparing.base.files import DamagedError, link_or_copy, write_atomic
 from sparing.base.hardware import cores
 from sparing.base.messages import say
-from sparing.base.run import RunFolder, fill, read_tensors, write_tensors
+from sparing.base.run import RunFolder, fill, run_tensors, tensors_of, write_tensors
 from sparing.budget.flops import forward_flops, parameters
 from sparing.budget.units import format_budget, parse_budget, parse_extension
 from sparing.data.chat import ChatTemplate, template_text
@@ -229,10 +229,13 @@ def export(run: str, format: str = "hf", out: str = "", dtype: str = "float32", 
     if not folder.weights_file.exists():
         raise UserError(f"{run} has no weights yet")
     chat = template_text(folder)
-    if format == "gguf":
-        notes = export_gguf(config.model, folder.weights_file, tokenizer, out, type, chat, folder.path.resolve().name, config.tokens)
-    else:
-        notes = export_hf(config.model, read_tensors(folder.weights_file), tokenizer, out, dtype, chat, tokens=config.tokens)
+    try:
+        if format == "gguf":
+            notes = export_gguf(config.model, tensors_of(folder), tokenizer, out, type, chat, folder.path.resolve().name, config.tokens)
+        else:
+            notes = export_hf(config.model, run_tensors(folder), tokenizer, out, dtype, chat, tokens=config.tokens)
+    except DamagedError as error:
+        raise UserError(f"{run} has no usable weights: {error}") from None
     for note in notes:
         say(note)
     return {"out": out, "format": format, "dtype": dtype if format == "hf" else type, "notes": notes}

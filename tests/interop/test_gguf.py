@@ -16,7 +16,8 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Library
 
 from sparing.base.config import ModelConfig, UserError, YarnConfig
-from sparing.base.run import write_tensors
+from sparing.base.files import DamagedError
+from sparing.base.run import StoredTensors, write_tensors
 from sparing.data.tokenizer import Tokenizer, train_tokenizer
 from sparing.interop.gguf import PRE_TOKENIZERS, export_gguf
 from sparing.model.transformer import Transformer
@@ -76,7 +77,7 @@ def written(random_model, tokenizer, tmp_path):
         write_tensors(tmp_path / f"{name}.safetensors", model.state_dict())
         tokenizer.save(tmp_path / "tokenizer.json")
         file = tmp_path / f"{name}.gguf"
-        notes = export_gguf(config, tmp_path / f"{name}.safetensors", tmp_path / "tokenizer.json", file, type)
+        notes = export_gguf(config, StoredTensors(tmp_path / f"{name}.safetensors"), tmp_path / "tokenizer.json", file, type)
         return model, str(file), notes
 
     return write
@@ -207,7 +208,7 @@ def test_text_is_cut_as_a_published_tokenizer_cuts_it(pre, random_model, tmp_pat
     library.save(str(tmp_path / "t.json"))
     model = random_model(replace(MODEL, **DENSE))
     write_tensors(tmp_path / "m.safetensors", model.state_dict())
-    notes = export_gguf(model.config, tmp_path / "m.safetensors", tmp_path / "t.json", tmp_path / "m.gguf")
+    notes = export_gguf(model.config, StoredTensors(tmp_path / "m.safetensors"), tmp_path / "t.json", tmp_path / "m.gguf")
     assert notes == []
     assert gguf.GGUFReader(tmp_path / "m.gguf").get_field("tokenizer.ggml.pre").contents() == pre
     tokenizer = Tokenizer.load(tmp_path / "t.json")
@@ -236,7 +237,7 @@ def test_llama_cpp_drafts_with_the_mtp_module(tokenizer, tmp_path):
     assert loss.loss < 0.5 and loss.mtp_loss < 0.5, "it has not learnt to count"
     write_tensors(tmp_path / "m.safetensors", model.state_dict())
     tokenizer.save(tmp_path / "tokenizer.json")
-    export_gguf(model.config, tmp_path / "m.safetensors", tmp_path / "tokenizer.json", tmp_path / "m.gguf")
+    export_gguf(model.config, StoredTensors(tmp_path / "m.safetensors"), tmp_path / "tokenizer.json", tmp_path / "m.gguf")
     request = {"model": str(tmp_path / "m.gguf"), "prompts": [[5, 6, 7, 8, 9], [8, 10, 12, 14], [6, 9, 12, 15]], "tokens": 16}
     plain, drafted = llama_cpp.run(request, request | {"mtp": True})
     assert [p["tokens"] for p in plain] == [d["tokens"] for d in drafted]
@@ -292,15 +293,15 @@ def test_nothing_half_written_stays(written, tokenizer, random_model, tmp_path, 
     state["model.norm.weight"] = torch.zeros(3)
     write_tensors(tmp_path / "wrong.safetensors", state)
     with pytest.raises(UserError, match=r"model.norm.weight has shape \[3\]"):
-        export_gguf(MODEL, tmp_path / "wrong.safetensors", tmp_path / "tokenizer.json", tmp_path / "w.gguf")
+        export_gguf(MODEL, StoredTensors(tmp_path / "wrong.safetensors"), tmp_path / "tokenizer.json", tmp_path / "w.gguf")
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "whole.safetensors").read_bytes()[:5000])
-    with pytest.raises(UserError, match=r"cut\.safetensors"):
-        export_gguf(MODEL, tmp_path / "cut.safetensors", tmp_path / "tokenizer.json", tmp_path / "w.gguf")
+    with pytest.raises(DamagedError, match=r"cut\.safetensors"):
+        export_gguf(MODEL, StoredTensors(tmp_path / "cut.safetensors"), tmp_path / "tokenizer.json", tmp_path / "w.gguf")
     other = json.loads(tokenizer.to_json())
     other["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
     (tmp_path / "other.json").write_text(json.dumps(other))
     with pytest.raises(UserError, match=r"other\.json: .* pre-tokenisers that llama\.cpp calls qwen2, gpt-2, smollm, .*; this is another"):
-        export_gguf(MODEL, tmp_path / "whole.safetensors", tmp_path / "other.json", tmp_path / "w.gguf")
+        export_gguf(MODEL, StoredTensors(tmp_path / "whole.safetensors"), tmp_path / "other.json", tmp_path / "w.gguf")
     assert {path.name for path in tmp_path.iterdir()} == {
         "whole.gguf", "whole.safetensors", "wrong.safetensors", "cut.safetensors", "tokenizer.json", "other.json"
     }  # fmt: skip
@@ -310,10 +311,10 @@ FULL_DISK = """
 import resource, sys
 from pathlib import Path
 from sparing.base.config import ModelConfig, UserError
-from sparing.interop.gguf import PRE_TOKENIZERS, export_gguf
+from sparing.interop.gguf import export_gguf
 from sparing.model.transformer import Transformer
 from sparing.model.init import init_weights
-from sparing.base.run import write_tensors
+from sparing.base.run import StoredTensors, write_tensors
 config = ModelConfig(vocab_size=512, hidden_size=64, num_layers=1)
 model = Transformer(config)
 init_weights(model, 0)
@@ -321,7 +322,7 @@ folder = Path(sys.argv[1])
 write_tensors(folder / "m.safetensors", model.state_dict())
 resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 try:
-    export_gguf(config, folder / "m.safetensors", None, folder / "m.gguf")
+    export_gguf(config, StoredTensors(folder / "m.safetensors"), None, folder / "m.gguf")
 except UserError as error:
     print(error)
 """

@@ -14,6 +14,7 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -113,21 +114,30 @@ _DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF
 def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> dict:
     """Write a safetensors file atomically, one tensor after the other; returns its {"sha256", "bytes"}.
 
-    Not by safetensors' `save_file`, which first gathers the bytes of all tensors: a second copy of the model. The format: 8 bytes
-    of length, a JSON header padded to 8 bytes, the tensors' bytes (github.com/huggingface/safetensors, "Format").
+    Not by safetensors' `save_file`, which first gathers the bytes of all tensors: a second copy of the model.
+    """
+    return stream_tensors(path, {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}, tensors.items())
+
+
+def stream_tensors(
+    path: str | Path, layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], tensors: Iterable[tuple[str, torch.Tensor]]
+) -> dict:
+    """Like `write_tensors`, of tensors that come one by one: `layout` has the type and shape of each, in the order in which they come.
+
+    The format: 8 bytes of length, a JSON header padded to 8 bytes, the tensors' bytes (github.com/huggingface/safetensors, "Format").
     """
     import torch
 
     header, end = {}, 0
-    for name, tensor in tensors.items():
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        dtype = _DTYPES[str(tensor.dtype).removeprefix("torch.")]
-        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    for name, (dtype, shape) in layout.items():
+        start, end = end, end + prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _DTYPES[str(dtype).removeprefix("torch.")], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with atomic_file(path) as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        for tensor in tensors.values():
+        for (name, expected), (given, tensor) in zip(layout.items(), tensors, strict=True):
+            assert (given, tensor.dtype, tuple(tensor.shape)) == (name, *expected), (given, tensor.dtype, tensor.shape, name, expected)
             file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return file.digest()
 
@@ -143,6 +153,53 @@ def read_tensors(path: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
     except (SafetensorError, FileNotFoundError) as error:
         pointer = isinstance(error, SafetensorError) and is_pointer(path)
         raise DamagedError(f"{path}: {POINTER if pointer else error}") from None
+
+
+SCALE = "_scale"
+"""`NAME_scale` has the factor of each row of the int8 codes `NAME` (`model.linear.Adaptable.freeze`)."""
+
+
+class StoredTensors(Mapping[str, "torch.Tensor"]):
+    """The tensors of a safetensors file as floats, by their names in the state dict. Each is read when it is asked for, and int8 codes are
+    multiplied by their scales then. Raises DamagedError, also for a tensor that is missing."""
+
+    def __init__(self, path: str | Path):
+        from safetensors import SafetensorError, safe_open
+
+        self.path = Path(path)
+        try:
+            self._file = safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            pointer = isinstance(error, SafetensorError) and is_pointer(path)
+            raise DamagedError(f"{path}: {POINTER if pointer else error}") from None
+        stored = set(self._file.keys())
+        self._scaled = {name for name in stored if name + SCALE in stored}
+        self._names = [name for name in self._file.keys() if name.removesuffix(SCALE) not in self._scaled or name in self._scaled]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        from safetensors import SafetensorError
+
+        try:
+            tensor = self._file.get_tensor(name)
+            return tensor.float().mul_(self._file.get_tensor(name + SCALE).unsqueeze(-1)) if name in self._scaled else tensor
+        except (SafetensorError, RuntimeError) as error:
+            raise DamagedError(f"{self.path}: {error}") from None
+
+
+def tensors_of(run: RunFolder) -> Mapping[str, torch.Tensor]:
+    """The weights of a run as floats (float32 or bfloat16), whatever they are stored in, one at a time. Raises DamagedError."""
+    return StoredTensors(run.weights_file)
+
+
+def run_tensors(run: RunFolder) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, floats) of each of a run's weights, one at a time. Whatever reads a run's weights reads them here, or in `tensors_of`."""
+    yield from tensors_of(run).items()
 
 
 def fill(state: Mapping[str, torch.Tensor], tensors: Iterable[tuple[str, torch.Tensor]], where: str | Path) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from sparing.base.config import ModelConfig, UserError
 from sparing.base.files import DamagedError
 from sparing.base.layers import layers, mixtures
-from sparing.base.run import RunFolder, fill, read_tensors
+from sparing.base.run import RunFolder, fill, run_tensors
 from sparing.infer.packed_weights import PackedWeights
 from sparing.kernels import decode
 from sparing.kernels.decode import Matrix, address, library
@@ -107,7 +107,7 @@ def load_transformer(run: RunFolder, c: ModelConfig, device: str = "cpu", dtype:
             parameter.data = parameter.data.to(dtype)
     network.to(device).compute_dtype = dtype
     try:
-        fill(network.state_dict(), read_tensors(run.weights_file), run.weights_file)
+        fill(network.state_dict(), run_tensors(run), run.weights_file)
     except DamagedError as error:
         raise UserError(f"{run} has no usable weights: {error}") from None
     return network.eval()

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sparing.base.config import ModelConfig, TokensConfig, UserError, YarnConfig
@@ -86,7 +85,7 @@ def architecture_of(c: ModelConfig) -> Architecture:
 
 def export_gguf(
     config: ModelConfig,
-    weights: str | Path,
+    weights: Mapping[str, Tensor],
     tokenizer: str | Path | None,
     out: str | Path,
     type: str = "f32",
@@ -96,10 +95,10 @@ def export_gguf(
 ) -> list[str]:
     """Write the model as one GGUF file, MTP module included where llama.cpp has one; -> notes for the user.
 
-    weights: a run's safetensors file. tokenizer: a tokenizer.json, or None. tokens: what begins and ends a text; None: what the tokenizer's
-    names say. type: of the matrices; norms, routers and selection biases
-    stay float32. Raises UserError: `out` exists, llama.cpp computes no such model, rows no multiple of 32 (q8_0, q4_0), the `gguf` package
-    is missing, weights are not this model's, disk full.
+    weights: by our names, as `base.run.tensors_of` gives them. tokenizer: a tokenizer.json, or None. tokens: what begins and ends a text;
+    None: what the tokenizer's names say. type: of the matrices; norms, routers and selection biases stay float32. Raises UserError: `out`
+    exists, llama.cpp computes no such model, rows no multiple of 32 (q8_0, q4_0), the `gguf` package is missing, weights are not this
+    model's, disk full.
     """
     named, out = out, output_file(out, "--out")
     if type not in TYPES:
@@ -130,7 +129,7 @@ def export_gguf(
                 notes.append("there is no tokenizer: the file has weights only")
             else:
                 notes += _add_tokenizer(writer, Path(tokenizer), config.vocab_size, chat_template, tokens)
-            _write_tensors(writer, tensors, types, config, Path(weights))
+            _write_tensors(writer, tensors, types, config, weights)
             writer.close()
     except PermissionError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror})") from None
@@ -147,7 +146,11 @@ def _closing(writer: GGUFWriter) -> Iterator[GGUFWriter]:
 
 
 def _write_tensors(
-    writer: GGUFWriter, tensors: list[GgufTensor], types: dict[str, GGMLQuantizationType], config: ModelConfig, weights: Path
+    writer: GGUFWriter,
+    tensors: list[GgufTensor],
+    types: dict[str, GGMLQuantizationType],
+    config: ModelConfig,
+    weights: Mapping[str, Tensor],
 ) -> None:
     import numpy as np
     from gguf.quants import quant_shape_to_byte_shape, quantize
@@ -164,15 +167,12 @@ def _write_tensors(
     expected = shapes(config)
     ours, tensor = None, None
     try:
-        with safe_open(weights, framework="pt") as file:
-            for one in tensors:
-                if one.ours != ours:
-                    ours, tensor = one.ours, file.get_tensor(one.ours).float()
-                    if tuple(tensor.shape) != expected[ours]:
-                        raise UserError(f"{weights}: {ours} has shape {list(tensor.shape)}, config.toml makes it {list(expected[ours])}")
-                writer.write_tensor_data(quantize(one.make(tensor).contiguous().numpy(), types[one.name]))
-    except SafetensorError as error:
-        raise UserError(f"{weights}: {error}") from None
+        for one in tensors:
+            if one.ours != ours:
+                ours, tensor = one.ours, weights[one.ours].float()
+                if tuple(tensor.shape) != expected[ours]:
+                    raise UserError(f"{ours} has shape {list(tensor.shape)}, config.toml makes it {list(expected[ours])}")
+            writer.write_tensor_data(quantize(one.make(tensor).contiguous().numpy(), types[one.name]))
     except OSError as error:  # numpy's tofile tells a short write without its number
         raise error if error.errno else OSError(errno.ENOSPC, "a tensor was not written whole") from None
 

@@ -11,7 +11,8 @@ from sparing.account.history import inherit
 from sparing.base.config import Config, ModelConfig, UserError
 from sparing.base.config_file import Wishes, build, read_config
 from sparing.base.files import DamagedError, file_sha256, link_or_copy, write_atomic
-from sparing.base.run import RunFolder, fill, read_tensors
+from sparing.base.origin import inherit_origin
+from sparing.base.run import RunFolder, fill, run_tensors
 from sparing.job.texts import corpora
 from sparing.model.init import init_weights
 from sparing.model.transformer import Transformer
@@ -39,14 +40,15 @@ class FromRun:
 
     def model(self, config: Config) -> Transformer:
         """Raises UserError where that run is gone, has changed, or is damaged."""
-        file = RunFolder(config.start.run).weights_file
+        run = RunFolder(config.start.run)
+        file = run.weights_file
         if not file.exists():
             raise UserError(f"start.run {config.start.run}: its weights are gone")
         if file_sha256(file) != config.start.weights_sha256:
             raise UserError(f"start.run {config.start.run}: its weights have changed since this run was begun")
         model = Transformer(config.model)
         try:
-            fill(model.state_dict(), read_tensors(file), file)
+            fill(model.state_dict(), run_tensors(run), file)
         except DamagedError as error:
             raise UserError(f"start.run {config.start.run} has no usable weights: {error}") from None
         return model
@@ -98,7 +100,8 @@ def with_start(wishes: Wishes) -> Wishes:
 
 
 def keep_origin(run: RunFolder, config: Config) -> None:
-    """Note in state/start.json, and in the ledgers for the receipt, which run `run` was started from; take over its chat template."""
+    """Note in state/start.json, and in the ledgers for the receipt, which run `run` was started from; take over its chat template and
+    where its model came from."""
     note = run.state / "start.json"
     if config.start is None or note.exists():
         return
@@ -108,4 +111,5 @@ def keep_origin(run: RunFolder, config: Config) -> None:
         link_or_copy(template, run.path / template.name)
     if parent.path.is_dir():
         inherit(run, parent, "first weights")
+        inherit_origin(run, parent)
     write_atomic(note, json.dumps(asdict(config.start)))
