@@ -175,7 +175,7 @@ def _rope_to_hf(config: ModelConfig) -> dict:
         scaling |= {"mscale": yarn.mscale, "mscale_all_dim": yarn.mscale_all_dim}
     else:
         # Outside DeepSeek's attention nothing multiplies the softmax scale, so both temperatures go into the one factor on cos and sin.
-        scaling["attention_factor"] = _temperature(yarn)
+        scaling["attention_factor"] = yarn_temperature(yarn)
     return {"rope_theta": config.rope_theta, "rope_scaling": scaling}
 
 
@@ -210,7 +210,7 @@ def _rope_from_hf(fields: Fields, family: Family, config: ModelConfig) -> ModelC
     if config.attention == "gqa":
         m = (factor - 1.0) / (0.1 * math.log(yarn.factor)) if yarn.factor > 1.0 else 0.0
         yarn = replace(yarn, mscale=m, mscale_all_dim=m)
-        if abs(_temperature(yarn) - factor) > 1e-6:
+        if abs(yarn_temperature(yarn) - factor) > 1e-6:
             raise fields.fail(f"attention_factor {factor} cannot be expressed by YaRN's mscale")
     elif abs(factor - _on_cos_sin(yarn)) > 1e-6:
         raise fields.fail(f"attention_factor is {factor}, supported: {_on_cos_sin(yarn)}, which follows from mscale and mscale_all_dim")
@@ -224,6 +224,6 @@ def _on_cos_sin(yarn: YarnConfig) -> float:
     return yarn_mscale(yarn.factor, 1.0)
 
 
-def _temperature(yarn: YarnConfig) -> float:
+def yarn_temperature(yarn: YarnConfig) -> float:
     """Square root of what YaRN multiplies attention logits by where the whole head is rotated."""
     return _on_cos_sin(yarn) * (yarn_mscale(yarn.factor, yarn.mscale_all_dim) if yarn.mscale_all_dim else 1.0)

@@ -94,7 +94,7 @@ def published_tensors(config: ModelConfig, halves: bool = False) -> list[Publish
             stem = name.removesuffix("down_proj")
             tensors += [PublishedTensor(f"{stem}{j}.down_proj.weight", name, shape[1:], j) for j in range(shape[0])]
         else:
-            rotary = _rotary(layers(config)[int(match[1])].attention, match[2]) if halves and match else None
+            rotary = rotated_rows(layers(config)[int(match[1])].attention, match[2]) if halves and match else None
             tensors.append(PublishedTensor(name, name, shape, rotary=rotary))
     head = HEAD if HEAD in ours else EMBED
     for module in layers(config)[config.num_layers :]:
@@ -103,7 +103,7 @@ def published_tensors(config: ModelConfig, halves: bool = False) -> list[Publish
     return tensors
 
 
-def _rotary(a: Attention, name: str) -> Rotary | None:
+def rotated_rows(a: Attention, name: str) -> Rotary | None:
     """Rotated rows of a layer's tensor, by its name inside the layer."""
     rotated = {
         "self_attn.q_proj.weight": (a.heads, a.nope),
