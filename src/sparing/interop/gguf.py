@@ -111,7 +111,7 @@ def export_gguf(
         raise UserError("--format gguf needs the gguf package: pip install 'sparing[gguf]'") from None
     architecture = architecture_of(config)
     exported, notes = _exportable(config)
-    tensors = _tensors(exported, architecture)
+    tensors = gguf_tensors(exported, architecture)
     types = {one.name: GGMLQuantizationType.F32 if one.float32 else GGMLQuantizationType[type.upper()] for one in tensors}
     for one in tensors:
         if types[one.name].name.startswith("Q") and one.shape[-1] % 32:
@@ -364,7 +364,7 @@ class GgufTensor:
         return len(self.shape) == 1 or self.name.endswith("ffn_gate_inp.weight")
 
 
-def _tensors(config: ModelConfig, architecture: Architecture) -> list[GgufTensor]:
+def gguf_tensors(config: ModelConfig, architecture: Architecture) -> list[GgufTensor]:
     """All tensors of the file, in our order."""
     tensors, names = [], IN_LAYER | architecture.names
     for ours, shape in shapes(config).items():
