@@ -39,6 +39,11 @@ IN_LAYER = {
     "self_attn.q_proj.weight": "attn_q.weight",
     "self_attn.k_proj.weight": "attn_k.weight",
     "self_attn.v_proj.weight": "attn_v.weight",
+    "self_attn.q_proj.bias": "attn_q.bias",
+    "self_attn.k_proj.bias": "attn_k.bias",
+    "self_attn.v_proj.bias": "attn_v.bias",
+    "self_attn.q_norm.weight": "attn_q_norm.weight",
+    "self_attn.k_norm.weight": "attn_k_norm.weight",
     "self_attn.q_a_proj.weight": "attn_q_a.weight",
     "self_attn.q_a_layernorm.weight": "attn_q_a_norm.weight",
     "self_attn.q_b_proj.weight": "attn_q_b.weight",
@@ -382,7 +387,7 @@ def gguf_tensors(config: ModelConfig, architecture: Architecture) -> list[GgufTe
             tensors.append(GgufTensor(block + "ffn_up_exps.weight", ours, (E, width, D), lambda t, w=width: t[:, w:]))
             if not config.n_shared_experts:
                 tensors += _no_shared_expert(block, ours, width, D)
-        elif architecture.halves and (rotary := rotated_rows(attention, inner)):
+        elif architecture.halves and (rotary := rotated_rows(config, attention, inner)):
             tensors.append(GgufTensor(block + names[inner], ours, shape, lambda t, r=rotary: r.permute(t, halves=True)))
         else:
             tensors.append(GgufTensor(block + names[inner], ours, shape))

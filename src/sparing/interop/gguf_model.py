@@ -338,6 +338,6 @@ class GgufModel:
         tensor = self.file.read(one.name)
         match = LAYER.fullmatch(one.ours)
         if self.architecture.halves and match:
-            if rotary := rotated_rows(layers(self.config)[int(match[1])].attention, match[2]):
+            if rotary := rotated_rows(self.config, layers(self.config)[int(match[1])].attention, match[2]):
                 return rotary.permute(tensor, halves=False)
         return tensor
