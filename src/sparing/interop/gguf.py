@@ -21,6 +21,7 @@ from torch import Tensor
 from sparing.base.config import ModelConfig, TokensConfig, UserError, YarnConfig
 from sparing.base.files import atomic_path, output_file
 from sparing.base.layers import EMBED, HEAD, Attention, layers, mixtures, shapes
+from sparing.base.origin import Origin
 from sparing.data.tokenizer import END_NAMES, PATTERN, Tokenizer
 from sparing.interop.hf_config import read_json, yarn_temperature
 from sparing.interop.hf_tensors import LAYER, rotated_rows
@@ -97,6 +98,7 @@ def export_gguf(
     chat_template: str | None = None,
     name: str = "",
     tokens: TokensConfig | None = None,
+    origin: Origin | None = None,
 ) -> list[str]:
     """Write the model as one GGUF file, MTP module included where llama.cpp has one; -> notes for the user.
 
@@ -126,6 +128,8 @@ def export_gguf(
         with atomic_path(out) as beside, _closing(GGUFWriter(beside, architecture.name)) as writer:
             writer.add_type("model")
             writer.add_name(name or out.stem)
+            if origin:
+                _add_origin(writer, origin)
             writer.add_file_type(TYPES[type])
             writer.add_quantization_version(2)
             _add_shape(writer, exported)
@@ -148,6 +152,13 @@ def _closing(writer: GGUFWriter) -> Iterator[GGUFWriter]:
     finally:
         with contextlib.suppress(OSError):  # a full disk again: what was in its buffer
             writer.close()
+
+
+def _add_origin(writer: GGUFWriter, origin: Origin) -> None:
+    said = ((writer.add_license, origin.licence), (writer.add_organization, origin.publisher), (writer.add_source_url, origin.url))
+    for add, value in said:
+        if value:
+            add(value)
 
 
 def _write_tensors(

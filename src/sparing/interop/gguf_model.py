@@ -10,7 +10,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from sparing.base.config import Llama3RopeConfig, ModelConfig, TokensConfig, UserError, YarnConfig
 from sparing.base.config_file import nearest
 from sparing.base.config_limits import contradiction
+from sparing.base.files import file_sha256
 from sparing.base.layers import layers, shapes
 from sparing.base.origin import Origin
 from sparing.interop.gguf import GATES, Architecture, GgufTensor, gguf_tensors
@@ -109,12 +110,21 @@ def _tokenizer(model: GgufModel) -> tuple[str | None, TokensConfig | None, str |
     return read_tokenizer(model.file, model.config.vocab_size)
 
 
+ADDRESSES = ("source.url", "url", "source.huggingface.repository", "repo_url", "base_model.0.repo_url")
+
+
 def _origin(model: GgufModel) -> Origin:
     def text(*keys: str) -> str:
         return next((value for key in keys if isinstance(value := model.file.metadata.get(f"general.{key}"), str) and value), "")
 
-    name, address = text("name", "basename"), text("source.url", "url", "source.huggingface.repository", "repo_url", "base_model.0.repo_url")
-    return Origin(name, model.file.path.name, licence=spdx(text("license")), publisher=text("organization", "author"), url=address)
+    return Origin(
+        name=text("name", "basename"),
+        source=model.file.path.name,
+        sha256=file_sha256(model.file.path),
+        licence=spdx(text("license")),
+        publisher=text("organization", "author"),
+        url=text(*ADDRESSES),
+    )
 
 
 class GgufModel:
@@ -243,8 +253,8 @@ class GgufModel:
     def _stretched(self, config: ModelConfig) -> ModelConfig:
         """The config with the stretching of its rotary embedding."""
         get = self.keys.get
-        kind = get("rope.scaling.type", str, "linear" if self.keys.has("rope.scaling.factor") or self.keys.has("rope.scale_linear") else "none")
         factor = get("rope.scaling.factor", float, get("rope.scale_linear", float, 1.0)) or 1.0
+        kind = get("rope.scaling.type", str, "none" if factor == 1.0 else "linear")
         if factor < 1:
             raise self.keys.fail("rope.scaling.factor", f"is {factor}, expected at least 1")
         original = get("rope.scaling.original_context_length", int, config.max_position_embeddings)
@@ -292,8 +302,12 @@ class GgufModel:
         in_halves = self.architecture.halves  # undone in `read`: a permutation is no view
         wanted = gguf_tensors(self.config, replace(self.architecture, halves=False) if in_halves else self.architecture)
         if self.config.attention == "mla" and "blk.0.attn_kv_b.weight" in self.file.tensors:
-            whole = [one for one in wanted if one.name.endswith("attn_k_b.weight")]
-            made = {one.ours: GgufTensor(one.name.replace("attn_k_b", "attn_kv_b"), one.ours, shapes(self.config)[one.ours]) for one in whole}
+            ours = shapes(self.config)
+            made = {
+                one.ours: GgufTensor(one.name.replace("attn_k_b", "attn_kv_b"), one.ours, ours[one.ours])
+                for one in wanted
+                if one.name.endswith("attn_k_b.weight")
+            }
             wanted = [made.get(one.ours, one) for one in wanted if not one.name.endswith("attn_v_b.weight")]
         return [one for one in wanted if one.ours in shapes(self.config) and not (self._without_shared(one))]
 
@@ -313,8 +327,8 @@ class GgufModel:
             if name not in present:
                 near = nearest(name, present) if present else "none"
                 raise UserError(f"{self.file.path}: tensor {name} is missing (nearest present: {near})")
-            if present[name].shape != one.shape:
-                raise UserError(f"{self.file.path}: tensor {name} has shape {list(present[name].shape)}, its keys make it {list(one.shape)}")
+            if (shape := present[name].shape) != one.shape:
+                raise UserError(f"{self.file.path}: tensor {name} has shape {list(shape)}, the file's keys make it {list(one.shape)}")
         unexpected = [name for name in present if name not in wanted and name not in skipped]
         if unexpected:
             more = f", and {len(unexpected) - 1} more" if len(unexpected) > 1 else ""

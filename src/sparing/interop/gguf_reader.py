@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import struct
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -41,7 +42,7 @@ BLOCKS = {
 }  # fmt: skip
 """Types of tensors that are read: number -> (name, numbers in a block, bytes of a block)."""
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-SLICE = 1 << 20
+SLICE = 1 << 18
 """Numbers that are dequantised at a time: the package makes several copies."""
 
 
@@ -108,7 +109,8 @@ class GgufFile:
         values = np.empty((len(blocks), numbers), np.float32)
         with np.errstate(all="ignore"):  # what is not finite is told by `read`
             for start in range(0, len(blocks), step):
-                values[start : start + step] = dequantize(blocks[start : start + step], GGMLQuantizationType[stored.kind])
+                part = blocks[start : start + step].reshape(1, -1)  # as one row: the package works on 16 rows at a time
+                values[start : start + step] = dequantize(part, GGMLQuantizationType[stored.kind]).reshape(-1, numbers)
         return torch.from_numpy(values).view(stored.shape)
 
 
@@ -134,6 +136,10 @@ class _Cursor:
             raise self.fail(f"ends inside {what}")
         return data
 
+    def whole(self, size: int, what: str) -> int:
+        """An unsigned number of `size` bytes."""
+        return int.from_bytes(self.take(size, what), "little")
+
     def number(self, kind: str, what: str) -> Any:
         return np.frombuffer(self.take(np.dtype(kind).itemsize, what), kind)[0].item()
 
@@ -143,7 +149,7 @@ class _Cursor:
         if magic != MAGIC:
             whole = magic + self.file.read(len(POINTER_BEGINS))
             raise self.fail(POINTER if whole.startswith(POINTER_BEGINS) else "not a GGUF file (it does not begin with GGUF)")
-        version = self.number("<u4", "the version")
+        version = self.whole(4, "the version")
         if version & 0xFFFF == 0 and version:
             raise self.fail("is a GGUF file for machines with the other byte order, which is not read")
         if version not in VERSIONS:
@@ -152,13 +158,13 @@ class _Cursor:
 
     def count(self, what: str, least: int) -> int:
         """How many `what` follow, each of at least `least` bytes."""
-        count = self.number("<u8", f"the number of {what}")
+        count = self.whole(8, f"the number of {what}")
         if count > ENTRIES or count * least > self.size:
             raise self.fail(f"says that it has {count:,} {what}, which cannot be: the file is damaged")
         return count
 
     def text(self, what: str) -> str:
-        size = self.number("<u8", f"the length of {what}")
+        size = self.whole(8, f"the length of {what}")
         if size > STRING_BYTES:
             raise self.fail(f"{what} would have {size:,} bytes, at most {STRING_BYTES:,} are read: the file is damaged")
         try:
@@ -174,7 +180,7 @@ class _Cursor:
                 raise self.fail(f"key {i + 1} is no name: the file is damaged")
             if key in values:
                 raise self.fail(f"has the key {key} twice: the file is damaged")
-            values[key] = self.value(self.number("<u4", f"the type of {key}"), key)
+            values[key] = self.value(self.whole(4, f"the type of {key}"), key)
         return values
 
     def value(self, kind: int, what: str) -> Any:
@@ -189,7 +195,7 @@ class _Cursor:
         raise self.fail(f"{what} has a value of the unknown type {kind}: the file is damaged")
 
     def array(self, what: str) -> Any:
-        kind, count = self.number("<u4", f"the type of {what}"), self.number("<u8", f"the length of {what}")
+        kind, count = self.whole(4, f"the type of {what}"), self.whole(8, f"the length of {what}")
         sizes = {BOOL: 1, STRING: 8} | {number: np.dtype(dtype).itemsize for number, dtype in NUMBERS.items()}
         if kind not in sizes:
             raise self.fail(f"{what} is an array of the type {kind}, which is not read")
@@ -210,11 +216,11 @@ class _Cursor:
                 raise self.fail(f"the name of tensor {i + 1} is none: the file is damaged")
             if name in listed:
                 raise self.fail(f"has the tensor {name} twice: the file is damaged")
-            dimensions = self.number("<u4", f"the dimensions of {name}")
+            dimensions = self.whole(4, f"the dimensions of {name}")
             if not 1 <= dimensions <= DIMENSIONS:
                 raise self.fail(f"{name} has {dimensions:,} dimensions, at most {DIMENSIONS} are possible: the file is damaged")
             shape = struct.unpack(f"<{dimensions}Q", self.take(8 * dimensions, f"the shape of {name}"))
-            kind, offset = self.number("<u4", f"the type of {name}"), self.number("<u8", f"the offset of {name}")
+            kind, offset = self.whole(4, f"the type of {name}"), self.whole(8, f"the offset of {name}")
             if kind not in BLOCKS:
                 names = [block[0] for block in BLOCKS.values()]
                 called = _type_name(kind)
@@ -238,7 +244,7 @@ class _Cursor:
                 raise self.fail(f"truncated, or damaged: {name} would end at byte {end:,}, the file has {self.size:,}")
             found.append(StoredTensor(name, shape, kind, begin + offset, nbytes))
         by_place = sorted(found, key=lambda one: (one.offset, one.nbytes))
-        for one, following in zip(by_place, by_place[1:]):
+        for one, following in pairwise(by_place):
             if one.offset + one.nbytes > following.offset:
                 raise self.fail(f"{one.name} and {following.name} lie over each other: the file is damaged")
         return found
