@@ -39,6 +39,11 @@ IN_LAYER = {
     "self_attn.q_proj.weight": "attn_q.weight",
     "self_attn.k_proj.weight": "attn_k.weight",
     "self_attn.v_proj.weight": "attn_v.weight",
+    "self_attn.q_proj.bias": "attn_q.bias",
+    "self_attn.k_proj.bias": "attn_k.bias",
+    "self_attn.v_proj.bias": "attn_v.bias",
+    "self_attn.q_norm.weight": "attn_q_norm.weight",
+    "self_attn.k_norm.weight": "attn_k_norm.weight",
     "self_attn.q_a_proj.weight": "attn_q_a.weight",
     "self_attn.q_a_layernorm.weight": "attn_q_a_norm.weight",
     "self_attn.q_b_proj.weight": "attn_q_b.weight",
@@ -111,7 +116,7 @@ def export_gguf(
         raise UserError("--format gguf needs the gguf package: pip install 'sparing[gguf]'") from None
     architecture = architecture_of(config)
     exported, notes = _exportable(config)
-    tensors = _tensors(exported, architecture)
+    tensors = gguf_tensors(exported, architecture)
     types = {one.name: GGMLQuantizationType.F32 if one.float32 else GGMLQuantizationType[type.upper()] for one in tensors}
     for one in tensors:
         if types[one.name].name.startswith("Q") and one.shape[-1] % 32:
@@ -364,7 +369,7 @@ class GgufTensor:
         return len(self.shape) == 1 or self.name.endswith("ffn_gate_inp.weight")
 
 
-def _tensors(config: ModelConfig, architecture: Architecture) -> list[GgufTensor]:
+def gguf_tensors(config: ModelConfig, architecture: Architecture) -> list[GgufTensor]:
     """All tensors of the file, in our order."""
     tensors, names = [], IN_LAYER | architecture.names
     for ours, shape in shapes(config).items():
@@ -382,7 +387,7 @@ def _tensors(config: ModelConfig, architecture: Architecture) -> list[GgufTensor
             tensors.append(GgufTensor(block + "ffn_up_exps.weight", ours, (E, width, D), lambda t, w=width: t[:, w:]))
             if not config.n_shared_experts:
                 tensors += _no_shared_expert(block, ours, width, D)
-        elif architecture.halves and (rotary := rotated_rows(attention, inner)):
+        elif architecture.halves and (rotary := rotated_rows(config, attention, inner)):
             tensors.append(GgufTensor(block + names[inner], ours, shape, lambda t, r=rotary: r.permute(t, halves=True)))
         else:
             tensors.append(GgufTensor(block + names[inner], ours, shape))
