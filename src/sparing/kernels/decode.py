@@ -34,7 +34,7 @@ class Matrix(ctypes.Structure):
 
 class Layer(ctypes.Structure):
     _fields_ = [
-        *_fields(at="input_norm q_norm kv_norm post_norm"),
+        *_fields(at="input_norm q_norm kv_norm post_norm first_bias"),
         *((name, Matrix) for name in "first q_b k_b v_b o gate_up down router expert_gate_up expert_down".split()),
         *_fields(at="bias enorm hnorm head_norm"),
         ("join", Matrix),
