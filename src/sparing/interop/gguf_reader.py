@@ -28,7 +28,7 @@ HEADER_BYTES = 128 << 20
 """A header has a vocabulary, its merges, a chat template and the list of tensors: 2 to 20 MB of the largest models."""
 ENTRIES = 1 << 16
 """Most keys, and most tensors."""
-ITEMS = 4 << 20
+ITEMS = 2 << 20
 """Most elements of all arrays together."""
 STRING_BYTES = 16 << 20
 DIMENSIONS = 4
@@ -164,7 +164,7 @@ class _Cursor:
         return count
 
     def text(self, what: str) -> str:
-        size = self.whole(8, f"the length of {what}")
+        size = self.whole(8, what)
         if size > STRING_BYTES:
             raise self.fail(f"{what} would have {size:,} bytes, at most {STRING_BYTES:,} are read: the file is damaged")
         try:
@@ -176,7 +176,7 @@ class _Cursor:
         values: dict[str, Any] = {}
         for i in range(count):
             key = self.text(f"key {i + 1}")
-            if not key.isprintable() or len(key) > 256:
+            if not (key.isprintable() and 0 < len(key) <= 256):
                 raise self.fail(f"key {i + 1} is no name: the file is damaged")
             if key in values:
                 raise self.fail(f"has the key {key} twice: the file is damaged")
@@ -203,7 +203,7 @@ class _Cursor:
         if count * sizes[kind] > self.size - self.at or self.items > ITEMS:
             raise self.fail(f"{what} would have {count:,} elements: the file is truncated or damaged")
         if kind == STRING:
-            return [self.text(f"{what}[{i}]") for i in range(count)]
+            return [self.text(what) for _ in range(count)]
         return np.frombuffer(self.take(count * sizes[kind], what), "?" if kind == BOOL else NUMBERS[kind])
 
     def tensors(self, count: int, alignment: Any) -> dict[str, StoredTensor]:
@@ -212,7 +212,7 @@ class _Cursor:
         listed: dict[str, tuple[tuple[int, ...], int, int]] = {}
         for i in range(count):
             name = self.text(f"the name of tensor {i + 1}")
-            if not name.isprintable() or len(name) > 256:
+            if not (name.isprintable() and 0 < len(name) <= 256):
                 raise self.fail(f"the name of tensor {i + 1} is none: the file is damaged")
             if name in listed:
                 raise self.fail(f"has the tensor {name} twice: the file is damaged")

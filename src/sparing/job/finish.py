@@ -53,9 +53,8 @@ def finish(job: Job, config: Config, model: Transformer, data: TrainingData, res
         "budget": format_budget(config.budget),
         "samples": _completions(job, config, Model(run, config, model, data.tokenizer), data.held_out[:samples]),
     }
-    write_atomic(
-        run.model_card_file, _model_card(config, summary, origin_of(run), [entry["paths"] for entry in corpora(run)] or [config.data.paths])
-    )
+    paths = [entry["paths"] for entry in corpora(run)] or [config.data.paths]
+    write_atomic(run.model_card_file, _model_card(config, summary, origin_of(run), paths))
     summary |= {"seconds": job.clock.seconds()} | bill(job.meter.earlier() + job.meter.rows())
     write_atomic(run.state / "summary.json", json.dumps(to_json(summary), indent=1))
     cost = f"${summary['cost_usd']:.3g}, {1000 * summary['energy_kwh']:.3g} Wh ({summary['energy_how']}), {summary['co2e_g']:.3g} gCO2e"
@@ -100,7 +99,8 @@ def _named(paths: Sequence[str]) -> str:
 
 
 def _model_card(config: Config, summary: dict, origin: Origin | None, texts: list[Sequence[str]]) -> str:
-    """MODEL_CARD.md as model hubs read it. summary: what `train` returns. origin: of the model that it began with. texts: paths of each corpus that it was trained on in turn."""
+    """MODEL_CARD.md as model hubs read it. summary: what `train` returns. origin: of the model that it began with. texts: paths of each
+    corpus that it was trained on in turn."""
     m, bits = config.model, summary["bpb"]
     kind = f"mixture of {m.n_routed_experts} experts, {m.num_experts_per_tok} a token" if mixtures(m) else "dense"
     ancestry = "\n" + "\n".join(credits(origin)) if origin else ""
