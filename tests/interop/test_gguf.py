@@ -15,11 +15,11 @@ from tests.losses import loss_of
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Library
 
-from sparing.base.config import ModelConfig, UserError, YarnConfig
+from sparing.base.config import Llama3RopeConfig, ModelConfig, UserError, YarnConfig
 from sparing.base.files import DamagedError
 from sparing.base.run import StoredTensors, write_tensors
 from sparing.data.tokenizer import Tokenizer, train_tokenizer
-from sparing.interop.gguf import PRE_TOKENIZERS, export_gguf
+from sparing.interop.gguf import PRE_TOKENIZERS, QWEN3_GATE, architecture_of, export_gguf
 from sparing.model.transformer import Transformer
 
 pytest.importorskip("gguf")
@@ -30,6 +30,7 @@ MODEL = ModelConfig(
 )  # fmt: skip
 GROUPED = {"attention": "gqa", "num_heads": 6, "num_kv_heads": 2, "head_dim": 16, "mtp_depth": 0}
 DENSE = {**GROUPED, "num_dense_layers": 3}
+LLAMA3 = Llama3RopeConfig(factor=4.0, original_max_position_embeddings=64)
 YARN = YarnConfig(factor=4.0, original_max_position_embeddings=64, mscale=0.8, mscale_all_dim=0.8)
 VARIANTS = {
     "as trained": {},
@@ -54,6 +55,16 @@ VARIANTS = {
         "rope_theta": 5000.0,
     },
     "grouped queries with MTP": {**DENSE, "mtp_depth": 1},
+    "llama3's rope": {**DENSE, "llama3": LLAMA3, "rope_theta": 5000.0},
+    "llama3's rope and biases": {**DENSE, "llama3": LLAMA3, "rope_theta": 5000.0, "attention_bias": True},
+    "stretched waves": {**DENSE, "linear_rope_factor": 3.0},
+    "qwen2": {**DENSE, "attention_bias": True, "num_heads": 4, "rope_theta": 500.0},
+    "qwen2 in heads of another width": {**DENSE, "attention_bias": True},
+    "qwen3": {**DENSE, "head_norm": True, "rope_theta": 500.0, "tie_word_embeddings": True},
+    "qwen3_moe": {**GROUPED, **QWEN3_GATE, "rope_theta": 500.0},
+    "glm4_moe": {**GROUPED, "head_norm": True, "attention_bias": True, "partial_rotary_factor": 0.5},
+    "no selection bias": {**GROUPED, "selection_bias": False, "scoring_func": "softmax"},
+    "deepseek_v2": {"q_lora_rank": None, "mtp_depth": 0, "scoring_func": "softmax", "selection_bias": False, "norm_topk_prob": False},
     "grouped mixture": GROUPED,
     "grouped mixture without shared experts": {**GROUPED, "n_shared_experts": 0, "num_dense_layers": 2, "n_group": 2, "topk_group": 1},
     "grouped mixture, softmax gate": {**GROUPED, "scoring_func": "softmax", "norm_topk_prob": False, "n_shared_experts": 2},
@@ -246,6 +257,18 @@ def test_llama_cpp_drafts_with_the_mtp_module(tokenizer, tmp_path):
     assert sum(d["accepted"] for d in drafted) >= 0.8 * sum(d["drafted"] for d in drafted) > 10
 
 
+def test_a_family_keeps_its_name():
+    names = {
+        name: architecture_of(replace(MODEL, **VARIANTS[name])).name for name in ("as trained", "qwen2", "qwen3", "qwen3_moe", "glm4_moe")
+    }
+    assert list(names.values()) == ["deepseek2", "qwen2", "qwen3", "qwen3moe", "glm4moe"]
+    assert (
+        architecture_of(replace(MODEL, **DENSE)).name
+        == architecture_of(replace(MODEL, **VARIANTS["llama3's rope and biases"])).name
+        == "llama"
+    )
+
+
 def test_what_is_in_the_file(written, tokenizer):
     from gguf import GGUFReader
 
@@ -270,6 +293,9 @@ def test_what_is_in_the_file(written, tokenizer):
         ({"yarn": YarnConfig(mscale=1.0, mscale_all_dim=0.7)}, "f32", "mscale = mscale_all_dim, not 1.0 and 0.7"),
         ({"moe_intermediate_size": 40}, "q8_0", "ffn_down_exps.weight has rows of 40"),
         ({}, "q5_k", "choose one of f32"),
+        ({**DENSE, "head_norm": True, "llama3": LLAMA3}, "f32", "qwen3 has no llama3 scaling"),
+        ({**DENSE, "partial_rotary_factor": 0.5}, "f32", "llama rotates whole heads, this model rotates 0.5 of each"),
+        ({"selection_bias": False, "n_group": 2}, "f32", "by its two best"),
     ],
 )
 def test_what_llama_cpp_cannot_run_is_refused_in_one_line(changes, type, says, written, tmp_path):

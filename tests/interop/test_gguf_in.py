@@ -18,7 +18,7 @@ from sparing.base.origin import Origin, origin_of
 from sparing.base.run import RunFolder, read_tensors, run_tensors
 from sparing.data.tokenizer import Tokenizer, train_tokenizer
 from sparing.infer.generate import load
-from sparing.interop.gguf import PRE_TOKENIZERS, Architecture, export_gguf, gguf_tensors
+from sparing.interop.gguf import PRE_TOKENIZERS, QWEN3_GATE, export_gguf, gguf_tensors
 from sparing.interop.gguf_model import ARCHITECTURES, read_gguf
 from sparing.interop.gguf_reader import GgufFile
 from sparing.interop.gguf_tokenizer import SAME_CUTS
@@ -44,6 +44,10 @@ MODELS = {
     "qwen2": ("qwen2", replace(LLAMA, attention_bias=True)),
     "qwen2, YaRN": ("qwen2", replace(LLAMA, attention_bias=True, yarn=YarnConfig(4.0, 64, mscale=1.0, mscale_all_dim=1.0))),
     "qwen3": ("qwen3", replace(LLAMA, head_norm=True, head_dim=32)),
+    "qwen3moe": (
+        "qwen3moe",
+        replace(LLAMA, n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=32, tie_word_embeddings=False, **QWEN3_GATE),
+    ),
     "deepseek2": ("deepseek2", replace(LATENT, mtp_depth=1)),
     "deepseek2, softmax gate": (
         "deepseek2",
@@ -73,6 +77,9 @@ def write(path: Path, arch: str, config: ModelConfig, model: Transformer, tokeni
     }  # fmt: skip
     if c.linear_rope_factor != 1:
         keys |= {"rope.scaling.type": "linear", "rope.scaling.factor": c.linear_rope_factor}
+    if arch == "qwen3moe":
+        keys |= {"expert_count": c.n_routed_experts, "expert_used_count": c.num_experts_per_tok}
+        keys["expert_feed_forward_length"] = c.moe_intermediate_size
     if c.yarn:
         original = c.yarn.original_max_position_embeddings
         keys |= {"rope.scaling.type": "yarn", "rope.scaling.factor": c.yarn.factor, "rope.scaling.original_context_length": original}
@@ -91,7 +98,7 @@ def write(path: Path, arch: str, config: ModelConfig, model: Transformer, tokeni
     writer.add_eos_token_id(0)
     writer.add_add_bos_token(False)
     state = model.state_dict()
-    for one in gguf_tensors(c, Architecture(arch, halves=ARCHITECTURES[arch].halves)):
+    for one in gguf_tensors(c, ARCHITECTURES[arch]):
         writer.add_tensor(one.name, one.make(state[one.ours]).contiguous().numpy())
     if c.llama3:
         from sparing.model.rope import rotary_table

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from sparing.base.config import ModelConfig, TokensConfig, UserError, YarnConfig
 from sparing.base.files import atomic_path, output_file
-from sparing.base.layers import EMBED, HEAD, Attention, layers, mixtures, shapes
+from sparing.base.layers import EMBED, HEAD, SELECTION_BIAS, Attention, layers, mixtures, shapes
 from sparing.base.origin import Origin
 from sparing.data.tokenizer import END_NAMES, PATTERN, Tokenizer
 from sparing.interop.hf_config import read_json, yarn_temperature
 from sparing.interop.hf_tensors import LAYER, rotated_rows
-from sparing.model.rope import yarn_mscale
+from sparing.model.rope import rotary_frequencies, rotated_width, yarn_mscale
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
@@ -38,13 +38,13 @@ TOP = {EMBED: "token_embd.weight", HEAD: "output.weight", "model.norm.weight": "
 IN_LAYER = {
     "input_layernorm.weight": "attn_norm.weight",
     "self_attn.q_proj.weight": "attn_q.weight",
-    "self_attn.k_proj.weight": "attn_k.weight",
-    "self_attn.v_proj.weight": "attn_v.weight",
     "self_attn.q_proj.bias": "attn_q.bias",
-    "self_attn.k_proj.bias": "attn_k.bias",
-    "self_attn.v_proj.bias": "attn_v.bias",
     "self_attn.q_norm.weight": "attn_q_norm.weight",
+    "self_attn.k_proj.weight": "attn_k.weight",
+    "self_attn.k_proj.bias": "attn_k.bias",
     "self_attn.k_norm.weight": "attn_k_norm.weight",
+    "self_attn.v_proj.weight": "attn_v.weight",
+    "self_attn.v_proj.bias": "attn_v.bias",
     "self_attn.q_a_proj.weight": "attn_q_a.weight",
     "self_attn.q_a_layernorm.weight": "attn_q_a_norm.weight",
     "self_attn.q_b_proj.weight": "attn_q_b.weight",
@@ -79,14 +79,29 @@ class Architecture:
     """Names in a layer that differ from IN_LAYER's."""
 
 
-LATENT = Architecture("deepseek2")
-DENSE = Architecture("llama")
-MIXTURE = Architecture("glm4moe", halves=True, names={"post_attention_layernorm.weight": "post_attention_norm.weight"})
+DEEPSEEK2 = Architecture("deepseek2")
+LLAMA = Architecture("llama")
+QWEN2 = Architecture("qwen2", halves=True)
+QWEN3 = Architecture("qwen3", halves=True)
+QWEN3_MOE = Architecture("qwen3moe", halves=True)
+GLM4_MOE = Architecture("glm4moe", halves=True, names={"post_attention_layernorm.weight": "post_attention_norm.weight"})
+QWEN3_GATE = {
+    "scoring_func": "softmax", "selection_bias": False, "norm_topk_prob": True, "routed_scaling_factor": 1.0, "n_shared_experts": 0,
+    "num_dense_layers": 0, "n_group": 1, "head_norm": True, "partial_rotary_factor": 1.0,
+}  # fmt: skip
+"""What `qwen3moe` computes and no other than that."""
 
 
 def architecture_of(c: ModelConfig) -> Architecture:
-    """The architecture that computes what a model of this shape does."""
-    return LATENT if c.attention == "mla" else MIXTURE if mixtures(c) else DENSE
+    """The architecture for a model of this shape: the one of its family in transformers where it computes the same."""
+    if c.attention == "mla":
+        return DEEPSEEK2
+    if mixtures(c):
+        return QWEN3_MOE if all(getattr(c, name) == value for name, value in QWEN3_GATE.items()) else GLM4_MOE
+    if c.head_norm:
+        return QWEN3
+    # llama.cpp's llama has biases too, and the heads of any width and the rotary factors that its qwen2 has not
+    return QWEN2 if c.attention_bias and c.num_heads * c.head_dim == c.hidden_size and not c.llama3 else LLAMA
 
 
 def export_gguf(
@@ -195,6 +210,10 @@ def _write_tensors(
 
 def _exportable(config: ModelConfig) -> tuple[ModelConfig, list[str]]:
     """-> (the model as the file will have it, notes). Raises UserError for what its architecture does not compute."""
+    if mixtures(config) and config.n_group > 1 and not config.selection_bias:
+        raise UserError(
+            "--format gguf: llama.cpp scores a group of experts by its two best, this model by its best one (selection_bias false)"
+        )
     return _latent_exportable(config) if config.attention == "mla" else _grouped_exportable(config)
 
 
@@ -217,12 +236,21 @@ def _latent_exportable(c: ModelConfig) -> tuple[ModelConfig, list[str]]:
 
 
 def _grouped_exportable(c: ModelConfig) -> tuple[ModelConfig, list[str]]:
+    name = architecture_of(c).name
+    if c.llama3 and name != "llama":
+        raise UserError(
+            f"--format gguf: llama.cpp's {name} has no llama3 scaling of the rotary embedding; its llama has, without these parts"
+        )
+    if c.partial_rotary_factor != 1.0 and name != "glm4moe":
+        raise UserError(f"--format gguf: llama.cpp's {name} rotates whole heads, this model rotates {c.partial_rotary_factor:g} of each")
     if not c.mtp_depth:
         return c, []
     return replace(c, mtp_depth=0), ["llama.cpp has no MTP modules with grouped queries: they are left out, the logits do not change"]
 
 
 def _add_shape(writer: GGUFWriter, c: ModelConfig) -> None:
+    from gguf import RopeScalingType
+
     writer.add_vocab_size(c.vocab_size)
     writer.add_context_length(c.max_position_embeddings)
     writer.add_embedding_length(c.hidden_size)
@@ -243,14 +271,17 @@ def _add_shape(writer: GGUFWriter, c: ModelConfig) -> None:
         writer.add_head_count_kv(a.kv_heads)
         writer.add_key_length(a.key)
         writer.add_value_length(a.value)
-    writer.add_rope_dimension_count(a.rope)
+    writer.add_rope_dimension_count(rotated_width(c))
     writer.add_rope_freq_base(c.rope_theta)
     if c.yarn:
         _add_yarn(writer, c.yarn, latent=a.kind == "mla")
+    if c.linear_rope_factor != 1.0:
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(c.linear_rope_factor)
     if mixtures(c) or a.kind == "mla":  # llama.cpp asks for these three of dense deepseek2 models too
         writer.add_leading_dense_block_count(sum(not layer.mixture for layer in layers(c)))
         writer.add_expert_feed_forward_length(c.moe_intermediate_size)
-        writer.add_expert_shared_count(max(1, c.n_shared_experts))
+        writer.add_expert_shared_count(c.n_shared_experts if writer.arch == QWEN3_MOE.name else max(1, c.n_shared_experts))
     if mixtures(c):
         writer.add_expert_count(c.n_routed_experts)
         writer.add_expert_used_count(c.num_experts_per_tok)
@@ -390,18 +421,24 @@ def gguf_tensors(config: ModelConfig, architecture: Architecture) -> list[GgufTe
         match = LAYER.fullmatch(ours)
         block, inner = f"blk.{match[1]}.", match[2]
         attention = layers(config)[int(match[1])].attention
+        if inner == "mlp.gate.weight" and not config.selection_bias and architecture is GLM4_MOE:
+            zeros = (shape[0],)  # it asks for biases
+            tensors.append(GgufTensor(block + names[f"mlp.gate.{SELECTION_BIAS}"], ours, zeros, lambda t, s=zeros: t.new_zeros(s)))
         if inner == "self_attn.kv_b_proj.weight":
             tensors += _absorbed(attention, block, ours)
         elif inner == "mlp.experts.gate_up_proj":
             E, width, D = shape[0], shape[1] // 2, shape[2]
             tensors.append(GgufTensor(block + "ffn_gate_exps.weight", ours, (E, width, D), lambda t, w=width: t[:, :w]))
             tensors.append(GgufTensor(block + "ffn_up_exps.weight", ours, (E, width, D), lambda t, w=width: t[:, w:]))
-            if not config.n_shared_experts:
+            if not config.n_shared_experts and architecture is not QWEN3_MOE:
                 tensors += _no_shared_expert(block, ours, width, D)
         elif architecture.halves and (rotary := rotated_rows(config, attention, inner)):
             tensors.append(GgufTensor(block + names[inner], ours, shape, lambda t, r=rotary: r.permute(t, halves=True)))
         else:
             tensors.append(GgufTensor(block + names[inner], ours, shape))
+    if config.llama3:  # what llama.cpp divides each pair's angle by
+        slower = rotary_frequencies(replace(config, llama3=None)) / rotary_frequencies(config)
+        tensors.append(GgufTensor("rope_freqs.weight", "model.norm.weight", tuple(slower.shape), lambda _: slower))
     return tensors
 
 
@@ -415,6 +452,6 @@ def _absorbed(a: Attention, block: str, ours: str) -> list[GgufTensor]:
 
 
 def _no_shared_expert(block: str, ours: str, width: int, hidden: int) -> list[GgufTensor]:
-    """llama.cpp always adds a shared expert, so a model without one gets one of zeros."""
+    """llama.cpp's deepseek2 and glm4moe always add a shared expert, so a model without one gets one of zeros."""
     shapes = {"gate": (width, hidden), "up": (width, hidden), "down": (hidden, width)}
     return [GgufTensor(f"{block}ffn_{name}_shexp.weight", ours, shape, lambda t, s=shape: t.new_zeros(s)) for name, shape in shapes.items()]

@@ -24,19 +24,15 @@ from sparing.base.config_limits import contradiction
 from sparing.base.files import file_sha256
 from sparing.base.layers import layers, shapes
 from sparing.base.origin import Origin
-from sparing.interop.gguf import GATES, Architecture, GgufTensor, gguf_tensors
+from sparing.interop.gguf import DEEPSEEK2, GATES, LLAMA, QWEN2, QWEN3, QWEN3_GATE, QWEN3_MOE, GgufTensor, gguf_tensors
 from sparing.interop.gguf_reader import GgufFile
 from sparing.interop.gguf_tokenizer import read_tokenizer
 from sparing.interop.hf_tensors import LAYER, rotated_rows
 from sparing.interop.imported import Imported, spdx
 from sparing.model.rope import rotary_table, yarn_mscale
 
-ARCHITECTURES = {
-    "llama": Architecture("llama"),
-    "qwen2": Architecture("qwen2", halves=True),
-    "qwen3": Architecture("qwen3", halves=True),
-    "deepseek2": Architecture("deepseek2"),
-}
+ARCHITECTURES = {one.name: one for one in (LLAMA, QWEN2, QWEN3, QWEN3_MOE, DEEPSEEK2)}
+MIXTURES = (QWEN3_MOE.name, DEEPSEEK2.name)
 SHAPE = (
     "block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size", "attention.head_count",
     "attention.head_count_kv", "attention.key_length", "attention.value_length", "attention.layer_norm_rms_epsilon",
@@ -148,12 +144,12 @@ class GgufModel:
 
     def _only_known_keys(self) -> None:
         name = self.architecture.name
-        known = {*SHAPE, *WITHOUT_EFFECT, *((*EXPERTS, *LATENT) if name == "deepseek2" else ())}
+        known = {*SHAPE, *WITHOUT_EFFECT, *(EXPERTS if name in MIXTURES else ()), *(LATENT if name == DEEPSEEK2.name else ())}
         for key in self.file.metadata:
             inner = key.removeprefix(f"{name}.")
             if inner == key or inner in known:
                 continue
-            if name != "deepseek2" and inner in EXPERTS and self.file.metadata[key] == 0:
+            if inner in EXPERTS and self.file.metadata[key] == 0:
                 continue
             raise self.keys.fail(inner, f"is not supported in {name} models; nearest key that is: {nearest(inner, known)}")
         if self.keys.get("attention.causal", bool, True) is False:
@@ -189,7 +185,7 @@ class GgufModel:
             raise self.keys.fail("vocab_size", f"is {get('vocab_size', int)}, token_embd.weight has {values['vocab_size']} rows")
         if not heads or modules > count:
             raise self.keys.fail("attention.head_count" if not heads else "nextn_predict_layers", "is not possible: the file is damaged")
-        values |= self._latent(heads) if self.architecture.name == "deepseek2" else self._grouped(heads, values["hidden_size"])
+        values |= self._latent(heads) if self.architecture == DEEPSEEK2 else self._grouped(heads, values["hidden_size"])
         config = ModelConfig(**{"num_dense_layers": values["num_layers"]} | values)
         config = self._stretched(config)
         if COPIES.fullmatch(next(filter(COPIES.fullmatch, stored), "")) and config.mtp_depth:
@@ -204,12 +200,28 @@ class GgufModel:
             raise self.keys.fail("attention.value_length", f"differs from attention.key_length ({width}), supported: the same")
         if get("rope.dimension_count", int, width) != width:
             raise self.keys.fail("rope.dimension_count", f"is {get('rope.dimension_count', int)}, supported: the whole head, {width}")
-        return {
+        mixture = self._softmax_gate() if self.architecture == QWEN3_MOE else {}
+        return mixture | {
             "attention": "gqa",
             "num_kv_heads": get("attention.head_count_kv", int, heads),
             "head_dim": width,
             "attention_bias": "blk.0.attn_q.bias" in self.file.tensors,
             "head_norm": "blk.0.attn_q_norm.weight" in self.file.tensors,
+        }
+
+    def _softmax_gate(self) -> dict[str, Any]:
+        """Qwen3's mixtures: what llama.cpp computes of them is fixed."""
+        get = self.keys.get
+        for key, value in (("expert_weights_scale", 1.0), ("expert_weights_norm", True), ("expert_gating_func", GATES["softmax"])):
+            if get(key, type(value), value) != value:
+                raise self.keys.fail(key, f"is {get(key, type(value))}, supported: {value}")
+        for key in ("leading_dense_block_count", "expert_shared_count", "nextn_predict_layers"):
+            if get(key, int, 0):
+                raise self.keys.fail(key, f"is {get(key, int)}, supported: 0")
+        return QWEN3_GATE | {
+            "n_routed_experts": get("expert_count", int),
+            "num_experts_per_tok": get("expert_used_count", int),
+            "moe_intermediate_size": get("expert_feed_forward_length", int),
         }
 
     def _latent(self, heads: int) -> dict[str, Any]:

@@ -756,6 +756,19 @@ double probe(int64_t format, int64_t rows) {
     return best;
 }
 
+/* Which of PRODUCTS of kernels/decode.py multiplies int8 here. */
+int64_t products(void) {
+#if WIDE
+    return 3;
+#elif defined(__AVX2__) && defined(__AVXVNNI__)
+    return 2;
+#elif defined(__AVX2__)
+    return 1;
+#else
+    return 0;
+#endif
+}
+
 /* Switch the matrix unit for prompts in int8 on or off; -> whether it is on. The processor must have it (amx_int8). */
 int64_t use_tiles(int64_t on) {
 #ifdef TILES
