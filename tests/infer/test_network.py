@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from sparing.account.power import resident_memory
-from sparing.base.config import ModelConfig, UserError
+from sparing.base.config import Llama3RopeConfig, ModelConfig, UserError
+from sparing.base.hardware import cpu_flags
 from sparing.base.layers import layers
 from sparing.base.run import RunFolder, read_tensors, write_tensors
 from sparing.infer.generate import load
@@ -30,7 +31,27 @@ SHAPES = [
     {"n_group": 4, "topk_group": 2, "scoring_func": "softmax", "norm_topk_prob": False},
     {"scoring_func": "sqrtsoftplus", "n_shared_experts": 0, "num_experts_per_tok": 2},
     {"yarn": None, "tie_word_embeddings": True, "rope_theta": 500.0},
+    {"attention": "gqa", "num_heads": 9, "num_kv_heads": 3, "num_dense_layers": 3, "tie_word_embeddings": True},
+    {"attention": "gqa", "num_dense_layers": 3, "attention_bias": True, "llama3": Llama3RopeConfig(original_max_position_embeddings=64)},
+    {"attention": "gqa", "head_norm": True, "partial_rotary_factor": 0.5, "head_dim": 32},
+    {"attention": "gqa", "head_norm": True, "n_shared_experts": 0, "scoring_func": "softmax", "selection_bias": False},
+    {"scoring_func": "softmax", "selection_bias": False, "norm_topk_prob": False, "n_group": 4, "topk_group": 2},
 ]
+IMPORTED = {
+    "llama": {"attention": "gqa", "num_heads": 9, "num_kv_heads": 3, "num_dense_layers": 3, "tie_word_embeddings": True, "mtp_depth": 0},
+    "qwen2": {"attention": "gqa", "num_heads": 6, "num_dense_layers": 3, "attention_bias": True, "mtp_depth": 0},
+    "qwen3": {"attention": "gqa", "num_dense_layers": 3, "head_norm": True, "tie_word_embeddings": True, "mtp_depth": 0},
+}
+"""Dense: routing of a random mixture flips at every rounding."""
+
+
+PROCESSORS = ["native", "x86-64-v3", "alderlake"]
+"""alderlake: AVX2 and AVX-VNNI without AVX-512."""
+
+
+def skip_other(processor: str) -> None:
+    if library(processor) is None or not {"x86-64-v3": {"avx2"}, "alderlake": {"avx2", "avx_vnni"}}.get(processor, set()) <= cpu_flags():
+        pytest.skip("not this processor")
 
 
 def compiled(run, weights="float32", threads=2, **more):
@@ -67,11 +88,11 @@ def test_float32_is_the_training_forward_and_latent_is_expanded(make_run, change
 
 
 @pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8", "int4"])
-@pytest.mark.parametrize("processor", ["native", "x86-64-v3"])
-def test_a_row_does_not_depend_on_its_company(make_run, weights, processor):
-    run = make_run()
-    if library(processor) is None:
-        pytest.skip("not this processor")
+@pytest.mark.parametrize("processor", PROCESSORS)
+@pytest.mark.parametrize("changes", [{}, {"attention": "gqa", "num_heads": 6, "attention_bias": True, "head_norm": True}], ids=str)
+def test_a_row_does_not_depend_on_its_company(make_run, weights, processor, changes):
+    run = make_run(**changes)
+    skip_other(processor)
     network = compiled(run, weights, threads=1, processor=processor)
     ids = some_ids(network.c.vocab_size)
     whole = in_pieces(network, ids, [150])
@@ -91,14 +112,14 @@ def test_a_row_does_not_depend_on_its_company(make_run, weights, processor):
     more.close()
 
 
-def test_integers_are_the_same_on_every_processor(make_run):
-    if library("x86-64-v3") is None:
-        pytest.skip("not this processor")
+@pytest.mark.parametrize("processor", PROCESSORS[1:])
+def test_integers_are_the_same_on_every_processor(make_run, processor):
+    skip_other(processor)
     run, rows = make_run(), Rows()
     ids = some_ids(400)
     rows.add(TABLE, ids, 0, 150)
     for weights in ("int8", "int4"):
-        a, b = compiled(run, weights), compiled(run, weights, processor="x86-64-v3")
+        a, b = compiled(run, weights), compiled(run, weights, processor=processor)
         one, two = a.forward(rows).copy(), b.forward(rows)
         # Only attention's and norms' floats may differ in their last bits, and flip a rounding.
         assert np.median(np.abs(one - two)) < 0.05 * np.median(np.abs(one))
@@ -158,9 +179,10 @@ def test_quantised_products_are_those_of_the_unpacked_weights(make_run, weights)
     assert np.abs(logits - expected).max() < 1e-3 * np.abs(expected).max()
 
 
+@pytest.mark.parametrize("changes", [{"num_dense_layers": 3, "mtp_depth": 0}, *IMPORTED.values()], ids=["latent", *IMPORTED])
 @pytest.mark.parametrize(("weights", "most"), [("bfloat16", 0.01), ("int8", 0.03), ("int4", 0.5)])
-def test_quantisation_costs_little(make_run, weights, most):
-    run = make_run(num_dense_layers=3, mtp_depth=0)  # routing of a random mixture flips at every rounding
+def test_quantisation_costs_little(make_run, weights, most, changes):
+    run = make_run(**changes)
     network, model = compiled(run, weights), load(run).network
     ids = some_ids(network.c.vocab_size)
     with torch.no_grad():

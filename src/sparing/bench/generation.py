@@ -55,8 +55,8 @@ def generate(run: str, rounds: int = 5, prompt_tokens: int = 32, tokens: int = 1
                 best = worker.run(f"{PEER}.best", **arguments, seconds=until.left())
             sides["peer"] = (f"{PEER}.Transformers", exported, best["setting"])
             more["settings"], peer = best["trials"], f"transformers, {best['name']}"
-        measured = _in_turn(sides, threads, [[p] for p in prompts[2:]], tokens, until)
-    return _rows("single stream", measured, tokens, peer, **more)
+        measured = in_turn(sides, threads, [[p] for p in prompts[2:]], tokens, until)
+    return rows_of("single stream", measured, tokens, peer, **more)
 
 
 def llamacpp(run: str = "", rounds: int = 5, prompt_tokens: int = 32, tokens: int = 64, prefill: int = 512, threads: int = 2,
@@ -90,21 +90,23 @@ def llamacpp(run: str = "", rounds: int = 5, prompt_tokens: int = 32, tokens: in
             generator = random.Random(0)
             groups = [[[generator.randrange(5, size) for _ in range(length)] for _ in range(count)] for _ in range(rounds)]
             share = until.within(until.left() / (len(cases) - number))
-            measured = _in_turn(sides, threads, groups, made, share, together=count > 1)
+            measured = in_turn(sides, threads, groups, made, share, together=count > 1)
             per_round = length if made == 1 else count * made
-            rows += _rows(name, measured, per_round, f"llama.cpp, {type}" if peer else None, threads=threads, weights=weights)
+            rows += rows_of(name, measured, per_round, f"llama.cpp, {type}" if peer else None, threads=threads, weights=weights)
     return rows
 
 
-def _in_turn(sides: dict, threads: int, groups: list, tokens: int, limit: Limit, together: bool = False) -> dict:
-    """Each group of prompts on each side, (class, path, setting); who goes first changes. The first group once more beforehand, untimed."""
+def in_turn(sides: dict, threads: int, groups: list, tokens: int, limit: Limit, together: bool = False) -> dict:
+    """Each group of prompts on each side, (class, path, setting[, environment]); who goes first changes. The first group once more
+    beforehand, untimed."""
     result: dict = {"formats": {}}
     with ExitStack() as stack:
-        workers = {name: stack.enter_context(Worker(threads, limit)) for name in sides}
-        for name, (kind, path, setting) in sides.items():
+        workers = {name: stack.enter_context(Worker(threads, limit, *side[3:])) for name, side in sides.items()}
+        for name, (kind, path, setting, *_) in sides.items():
             workers[name].make(kind, path=path, threads=threads, setting=setting)
             facts = workers[name].call("facts")
-            result[name], result["formats"][name] = {"seconds": [], "start": facts["seconds"], "made": []}, facts["format"]
+            result[name] = {"seconds": [], "start": facts.pop("seconds"), "made": []} | facts
+            result["formats"][name] = facts["format"]
             back = [prompt[::-1] for prompt in groups[0]]
             workers[name].call("measure", prompts=back, tokens=tokens, together=together)
         result["rounds"] = Rounds(len(groups), limit)
@@ -121,7 +123,8 @@ def _in_turn(sides: dict, threads: int, groups: list, tokens: int, limit: Limit,
     return result
 
 
-def _rows(name: str, measured: dict, tokens: int, peer_name: str | None, **more) -> list[dict]:
+def rows_of(name: str, measured: dict, tokens: int, peer_name: str | None, **more) -> list[dict]:
+    """Speed, memory and start of what `in_turn` measured; tokens: of a round."""
     sides = [side for side in ("ours", "peer") if side in measured]
     rates = {side: [tokens / seconds for seconds in measured[side]["seconds"]] for side in sides}
     same = {"peer_name": peer_name, "runs": len(rates["ours"]), "formats": measured["formats"], **measured["rounds"].more()}

@@ -267,7 +267,7 @@ class CompiledNetwork:
             scoring=decode.SCORING[c.scoring_func], normalise=int(c.norm_topk_prob), expert_width=c.moe_intermediate_size,
             vocabulary=c.vocab_size, layers=c.num_layers, all_layers=every, width=width, embed_bf16=int(format != "float32"),
             quantised=int(format in ("int8", "int4")), eps=c.rms_norm_eps, scale=softmax_scale(c), routed_scale=c.routed_scaling_factor,
-            embed=weights.address("embed"), final_norm=weights.address("norm"), rotary=self._turns.data_ptr(), cache=self.cache.data_ptr(),
+            embed=weights.address("embed") if "embed" in weights.parts else None, final_norm=weights.address("norm"), rotary=self._turns.data_ptr(), cache=self.cache.data_ptr(),
             head=self._matrix("head"), layer=self._layers,
         )  # fmt: skip
         if expert_bytes and moe:

@@ -27,7 +27,7 @@ from sparing.base.layers import EMBED, HEAD, SELECTION_BIAS, Layer, layers, shap
 from sparing.base.run import RunFolder, tensors_of
 from sparing.kernels.decode import GROUP, PANEL
 
-VERSION = 1
+VERSION = 2
 PAGE = 4096
 
 
@@ -85,17 +85,18 @@ class _Writer:
     def __init__(self, c: ModelConfig, format: str, get: Callable[[str], Tensor]):
         self.format, self.get, self.shapes = format, get, shapes(c)
         self.parts: dict[str, Part] = {}
-        self.numbers("embed", EMBED, "float32" if format == "float32" else "bfloat16")
+        if not c.tie_word_embeddings:  # the step reads a tied embedding's rows from the head
+            self.numbers("embed", EMBED, format="float32" if format == "float32" else "bfloat16")
         self.numbers("norm", "model.norm.weight")
         self.matrix("head", [EMBED if c.tie_word_embeddings else HEAD], fine=True)
         for layer in layers(c):
             self.layer(layer)
 
-    def numbers(self, name: str, source: str, format: str = "float32") -> None:
-        """A tensor that is not packed."""
+    def numbers(self, name: str, *sources: str, format: str = "float32") -> None:
+        """Tensors that are not packed, one behind the other."""
         dtype = getattr(torch, format)
-        make = lambda: iter([self.get(source).to(dtype).contiguous().flatten().view(torch.uint8)])  # noqa: E731
-        self.parts[name] = Part(format, 0, math.prod(self.shapes[source]), 1, 0, make=make)
+        make = lambda: (self.get(source).to(dtype).contiguous().flatten().view(torch.uint8) for source in sources)  # noqa: E731
+        self.parts[name] = Part(format, 0, sum(math.prod(self.shapes[source]) for source in sources), 1, 0, make=make)
 
     def matrix(self, name: str, sources: list[str], fine: bool = False, format: str | None = None) -> None:
         """Matrices with the same input, stacked along their outputs. fine: int8 instead of int4, which would cost more than it saves."""
@@ -128,14 +129,20 @@ class _Writer:
             kv_b = lambda: self.get(a + "kv_b_proj.weight").unflatten(0, (H, N + V))  # noqa: E731
             self.heads(f"{i}.k_b", H, lambda: kv_b()[:, :N].transpose(1, 2), (C, N))
             self.heads(f"{i}.v_b", H, lambda: kv_b()[:, N:], (V, C))
+        elif attention.head_norm:
+            self.numbers(f"{i}.q_norm", a + "q_norm.weight")
+            self.numbers(f"{i}.kv_norm", a + "k_norm.weight")
         self.matrix(f"{i}.first", [a + name for name in attention.inputs], fine=True)
+        if attention.bias:
+            self.numbers(f"{i}.first_bias", *(a + name.replace("weight", "bias") for name in attention.inputs))
         self.matrix(f"{i}.o", [a + "o_proj.weight"])
         if layer.feed_forward.common_width:
             mlp = at + ("mlp.shared_experts." if layer.mixture else "mlp.")
             self.matrix(f"{i}.gate_up", [mlp + "gate_proj.weight", mlp + "up_proj.weight"])
             self.matrix(f"{i}.down", [mlp + "down_proj.weight"])
         if layer.mixture:
-            self.numbers(f"{i}.bias", f"{at}mlp.gate.{SELECTION_BIAS}")
+            if layer.feed_forward.selection_bias:
+                self.numbers(f"{i}.bias", f"{at}mlp.gate.{SELECTION_BIAS}")
             self.matrix(f"{i}.router", [at + "mlp.gate.weight"], format="float32")
             self.experts(i, at + "mlp.experts.")
         if layer.mtp:

@@ -24,12 +24,13 @@
 enum { BLOCK = CACHE_BLOCK };
 
 typedef struct {
-    const float *input_norm, *q_norm, *kv_norm, *post_norm;
+    const float *input_norm, *q_norm, *kv_norm, *post_norm; /* q_norm, kv_norm: MLA, of the compressed; GQA, of each head; 0: none */
+    const float *first_bias; /* added to what `first` gives; 0: none */
     Matrix first; /* MLA: query (its compression, if any), then latent and rope; GQA: query, key, value */
     Matrix q_b, k_b, v_b, o; /* k_b (latent out, nope in) and v_b (value out, latent in): a stack of heads */
     Matrix gate_up, down; /* dense or shared experts; outputs 0: none */
     Matrix router, expert_gate_up, expert_down; /* stacks of experts; outputs 0: a dense layer */
-    const float *bias;
+    const float *bias; /* of the router's choice; 0: none */
     const float *enorm, *hnorm, *head_norm; /* MTP modules only */
     Matrix join;
 } Layer;
@@ -56,7 +57,7 @@ typedef struct {
     int64_t experts, chosen, least, groups, chosen_groups, scoring, normalise, expert_width, shared_width;
     int64_t vocabulary, layers, all_layers, width, embed_bf16, quantised;
     float eps, scale, routed_scale;
-    const void *embed;
+    const void *embed; /* 0: tied, the head's rows */
     const float *final_norm, *rotary;
     float *cache; /* (blocks, all_layers, BLOCK, width) */
     Matrix head;
@@ -307,16 +308,16 @@ static void route(const Model *m, const Layer *l, const float *logits, float *we
     }
     for (int64_t e = 0; e < E; e++) {
         if (m->scoring == 1) score[e] /= total;
-        choice[e] = score[e] + l->bias[e];
+        choice[e] = score[e] + (l->bias ? l->bias[e] : 0.0f);
     }
-    if (m->groups > 1) { /* only the groups whose two best experts score highest stay open */
+    if (m->groups > 1) { /* only the groups whose two best experts (without biases: whose best one) score highest stay open */
         float best[m->groups];
         for (int64_t g = 0; g < m->groups; g++) {
             float one = -INFINITY, two = -INFINITY;
             for (int64_t e = g * size; e < (g + 1) * size; e++)
                 if (choice[e] > one) two = one, one = choice[e];
                 else if (choice[e] > two) two = choice[e];
-            best[g] = size > 1 ? one + two : one;
+            best[g] = size > 1 && l->bias ? one + two : one;
         }
         for (int64_t g = 0; g < m->groups; g++) {
             int64_t better = 0;
@@ -507,10 +508,15 @@ static void grouped_attention(Model *m, const Batch *b, const Layer *l, int64_t 
     MINE(i, N) {
         float *row = first + i * width, *to = cached(m, b, i, layer, b->positions[i]);
         const float *turns = m->rotary + b->positions[i] * K;
-        memcpy(q + i * H * K, row, H * K * 4);
-        for (int64_t h = 0; h < H; h++) rotate(q + (i * H + h) * K, turns, K);
-        memcpy(to, row + H * K, 2 * G * K * 4);
-        for (int64_t g = 0; g < G; g++) rotate(to + g * K, turns, K);
+        if (l->first_bias)
+            for (int64_t j = 0; j < (H + 2 * G) * K; j += W) STORE(row + j, LOAD(row + j) + LOAD(l->first_bias + j));
+        for (int64_t h = 0; h < H + G; h++) {
+            float *head = h < H ? q + (i * H + h) * K : to + (h - H) * K;
+            const float *gain = h < H ? l->q_norm : l->kv_norm;
+            if (gain) norm(row + h * K, gain, m->eps, K, head); else memcpy(head, row + h * K, K * 4);
+            rotate(head, turns, K);
+        }
+        memcpy(to + G * K, row + (H + G) * K, G * K * 4);
     }
     WAIT();
     attention(m, b, layer, q, K, K, m->scratch[MIXED], (float *)m->scratch[SCORES] + 4 * (m->longest + 16) * t, t, T);
@@ -620,8 +626,23 @@ static void block(Model *m, const Batch *b, int64_t layer, int t, int T) {
     WAIT();
 }
 
+/* Row r of a matrix of any format but int4 as floats. */
+static void matrix_row(const Matrix *m, int64_t r, float *out) {
+    int64_t K = m->inner, from = r / PANEL * K * PANEL, c = r % PANEL;
+    if (m->format == F32)
+        for (int64_t k = 0; k < K; k++) out[k] = ((const float *)m->data)[from + k * PANEL + c];
+    else if (m->format == BF16)
+        for (int64_t k = 0; k < K; k++) out[k] = get_bf16(((const bf16 *)m->data)[from + (k / 2 * PANEL + c) * 2 + k % 2]);
+    else {
+        float scale = ((const float *)(m->data + up(m->outputs, PANEL) * K))[r];
+        for (int64_t k = 0; k < K; k++) out[k] = (float)(((const uint8_t *)m->data)[from + (k / 4 * PANEL + c) * 4 + k % 4] - 128) * scale;
+    }
+}
+
 static void embed(const Model *m, int32_t token, float *out) {
-    if (m->embed_bf16)
+    if (!m->embed)
+        matrix_row(&m->head, token, out);
+    else if (m->embed_bf16)
         for (int64_t d = 0; d < m->hidden; d++) out[d] = get_bf16(((const bf16 *)m->embed)[token * m->hidden + d]);
     else
         memcpy(out, (const float *)m->embed + token * m->hidden, m->hidden * 4);
@@ -733,6 +754,19 @@ double probe(int64_t format, int64_t rows) {
     }
     free((void *)m.data), free(in.x), free(in.q), free(in.scale), free(in.sums), free(out);
     return best;
+}
+
+/* Which of PRODUCTS of kernels/decode.py multiplies int8 here. */
+int64_t products(void) {
+#if WIDE
+    return 3;
+#elif defined(__AVX2__) && defined(__AVXVNNI__)
+    return 2;
+#elif defined(__AVX2__)
+    return 1;
+#else
+    return 0;
+#endif
 }
 
 /* Switch the matrix unit for prompts in int8 on or off; -> whether it is on. The processor must have it (amx_int8). */

@@ -48,25 +48,31 @@ def _llama3_frequencies(frequencies: Tensor, rope: Llama3RopeConfig) -> Tensor:
     return frequencies / rope.factor * (1 - kept) + frequencies * kept
 
 
+def rotary_frequencies(config: ModelConfig) -> Tensor:
+    """(R/2,) float32: by how much each pair of the rotated share of a head is turned from one position to the next, in radians."""
+    dim = rotated_width(config)
+    frequencies = config.rope_theta ** (-torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    if config.yarn:
+        frequencies = _yarn_frequencies(frequencies, dim, config.rope_theta, config.yarn)
+    elif config.llama3:
+        frequencies = _llama3_frequencies(frequencies, config.llama3)
+    return frequencies / config.linear_rope_factor
+
+
 def rotary_table(config: ModelConfig, length: int) -> Tensor:
     """(length, R/2) complex64: the rotation of every position and pair, YaRN's cos/sin factor applied. Pairs behind the rotated share of a
     head are turned by nothing."""
-    width = layers(config)[0].attention.rope
-    dim = rotated_width(config)
-    frequencies = config.rope_theta ** (-torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    width, frequencies = layers(config)[0].attention.rope, rotary_frequencies(config)
     factor = 1.0
-    if config.yarn:
-        frequencies = _yarn_frequencies(frequencies, dim, config.rope_theta, config.yarn)
-        y = config.yarn
+    if y := config.yarn:
         if y.mscale and y.mscale_all_dim:
             factor = yarn_mscale(y.factor, y.mscale) / yarn_mscale(y.factor, y.mscale_all_dim)
         else:
             factor = yarn_mscale(y.factor, 1.0)
-    elif config.llama3:
-        frequencies = _llama3_frequencies(frequencies, config.llama3)
-    angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies / config.linear_rope_factor)
+    angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies)
     turns = torch.polar(torch.full_like(angles, factor), angles)
-    return turns if dim == width else torch.cat((turns, turns.new_ones(length, (width - dim) // 2)), 1)
+    rest = width // 2 - len(frequencies)
+    return torch.cat((turns, turns.new_ones(length, rest)), 1) if rest else turns
 
 
 class _Rotate(torch.autograd.Function):
