@@ -267,28 +267,18 @@ def latent_attention(
     return _LatentAttention.apply(x_BTD, norm, q[1], kv[1], table, eps, widths, scale, mask, operands, *tensors_of(*operands))
 
 
-def _heads(rows: Tensor, turns: Tensor | None, norm: Tensor | None, eps: float, shape, group: int) -> Tensor:
-    """Rows (B*T, H * group * K) laid out as heads (B, H, T * group, K), normed where `norm` (K) is given and turned where `turns` is.
-    shape: (B, T, H, K)."""
-    B, T, H, K = shape
-    heads = new(rows, B, H, T * group, K)
-    weight = None if norm is None else norm.detach().float()
-    per_sequence = int(turns is not None and turns.ndim == 4)
-    native.call("heads_of_rows", rows.dtype, rows, heads, turns, weight, float(eps), B, T, H, group, K, rows.stride(0), per_sequence)
-    return heads
+def _lay_out(rows: list[Tensor], heads: list[Tensor], turns: Tensor, shape, back: bool = False) -> None:
+    """Rows of q, k and v (B*T, heads * K) into heads (B, H, T*G, K) with queries and keys turned, or back. shape: (B, T, H, G, K)."""
+    B, T, H, G, K = shape
+    for row, head, table, group in zip(rows, heads, (turns, turns, None), (G, 1, 1), strict=False):
+        native.call("turn_heads", head.dtype, row, head, table, B, T, H, group, K, row.stride(0), int(turns.ndim == 4), int(back))
 
 
-def _heads_back(
-    grad: Tensor, rows: Tensor | None, out: Tensor, turns: Tensor | None, norm: Tensor | None, eps: float, shape, group: int
-) -> Tensor | None:
-    """From the gradient of `_heads`' result that of its rows, into `out`; -> that of the norm's weight, (K,) float32, or None where there
-    is none or it does not learn. rows: what was normed."""
-    B, T, H, K = shape
-    weight = None if norm is None else norm.detach().float()
-    grad_norm = None if norm is None or not norm.requires_grad else torch.zeros(K)
-    strides = (0 if norm is None else rows.stride(0), out.stride(0), int(turns is not None and turns.ndim == 4))
-    native.call("rows_of_heads", grad.dtype, grad, rows, out, turns, weight, float(eps), grad_norm, B, T, H, group, K, *strides)
-    return grad_norm
+def _normed_heads(rows: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Rows (N, heads * K), contiguous, each head normed by `weight` (K,); -> (the same shape, 1 / rms of each head (N * heads,))."""
+    out = new_like(rows)
+    inverse = norm_into(rows.view(-1, len(weight)), weight, eps, out.view(-1, len(weight)))
+    return out, inverse
 
 
 class _GroupedAttention(torch.autograd.Function):
@@ -306,42 +296,53 @@ class _GroupedAttention(torch.autograd.Function):
         inverse = norm_into(x, norm, eps, normed)
         biases = [None if bias is None else bias.detach().to(x.dtype).expand(len(x), -1) for bias in (q_bias, k_bias, v_bias)]
         rows = [operand.nt(normed, base=bias) for operand, bias in zip((q, k, v), biases, strict=True)]
-        turns = torch.view_as_real(table).contiguous()
-        shape = (B, T, H, K)
-        norms = ((turns, q_norm, G), (turns, k_norm, 1), (None, None, 1))
-        heads = [_heads(part, turn, weight, eps, shape, group) for part, (turn, weight, group) in zip(rows, norms, strict=True)]
-        mixed, kept = attend(*heads, scale, mask)
         # With head norms the backward pass needs what was normed, and makes queries and keys again from that.
-        first = heads[:2] if q_norm is None else [part.view(-1, K) for part in rows[:2]]
-        ctx.save_for_backward(x, norm, inverse, kept_rows(normed), mixed, turns, q_norm, k_norm, *first, heads[2], *kept)
+        raw, inverses = [], []
+        for i, weight in enumerate((q_norm, k_norm) if q_norm is not None else ()):
+            raw.append(rows[i].view(-1, K))
+            rows[i], head_inverse = _normed_heads(rows[i], weight, eps)
+            inverses.append(head_inverse)
+        turns = torch.view_as_real(table).contiguous()
+        heads = [new(x, B, H, length, K) for length in (T * G, T, T)]
+        shape = (B, T, H, G, K)
+        _lay_out(rows, heads, turns, shape)
+        mixed, kept = attend(*heads, scale, mask)
+        ctx.save_for_backward(
+            x, norm, inverse, kept_rows(normed), mixed, turns, q_norm, k_norm, *(inverses or (None, None)), *(raw or heads[:2]), heads[2],
+            *kept,
+        )  # fmt: skip
         ctx.learns = [bias is not None and bias.requires_grad for bias in (q_bias, k_bias, v_bias)]
-        ctx.shape, ctx.group, ctx.scale, ctx.mask, ctx.operands, ctx.eps = shape, G, scale, mask, operands, eps
+        ctx.shape, ctx.scale, ctx.mask, ctx.operands, ctx.eps = shape, scale, mask, operands, eps
         return o.nt(mixed, base=x).view(B, T, D)
 
     @staticmethod
     def backward(ctx, grad_BTD: Tensor):
         (x, norm, inverse, normed, mixed, turns, q_norm, k_norm, *heads), (q, k, v, o) = ctx.saved_tensors, ctx.operands
-        heads, kept = heads[:3], heads[3:]
-        shape, groups, raw = ctx.shape, (ctx.group, 1, 1), (None, None, None)
-        norms = ((turns, q_norm), (turns, k_norm), (None, None))
+        inverses, heads, kept = heads[:2], heads[2:5], heads[5:]
+        raw = heads[:2]
         if q_norm is not None:
-            raw = (*(rows.view(len(x), -1) for rows in heads[:2]), None)
-            again = [_heads(raw[i], *norms[i], ctx.eps, shape, groups[i]) for i in range(2)]
-            heads = [*again, heads[2]]
+            (B, T, H, G, K) = ctx.shape
+            rows = [_normed_heads(one.view(len(x), -1), weight, ctx.eps)[0] for one, weight in zip(raw, (q_norm, k_norm), strict=True)]
+            heads = [new(x, B, H, length, K) for length in (T * G, T)] + heads[2:]
+            _lay_out(rows, heads[:2], turns, ctx.shape)
         normed = normed_again(normed, x, norm, ctx.eps)
         grad = grad_BTD.reshape(x.shape)
         grad_o = o.tn(grad, mixed)
         grads = attend_backward(o.nn(grad), mixed, *heads, kept, ctx.scale, ctx.mask)
-        sizes = [q.shape[0], k.shape[0], v.shape[0]]
-        rows = new(x, len(x), sum(sizes)).split(sizes, 1)
-        grad_norms = [_heads_back(grads[i], raw[i], rows[i], *norms[i], ctx.eps, shape, groups[i]) for i in range(3)]
+        rows = [new(x, len(x), operand.shape[0]) for operand in (q, k, v)]
+        _lay_out(rows, grads, turns, ctx.shape, back=True)
+        grad_head_norms = [None, None]
+        if q_norm is not None:
+            for i, weight in enumerate((q_norm, k_norm)):
+                part = rows[i].view(raw[i].shape)
+                grad_head_norms[i] = norm_gradient_into(part, raw[i], weight, inverses[i], part)
         grad_biases = [part.sum(0, dtype=torch.float32) if learns else None for part, learns in zip(rows, ctx.learns, strict=True)]
         left, middle, right = rows
         grad_x = new_like(x)
         grad_normed = v.nn(right, base=k.nn(middle, base=q.nn(left)))
         grad_norm = norm_gradient_into(grad_normed, x, norm, inverse, grad_x, extra=grad)
         return (
-            grad_x.view(grad_BTD.shape), grad_norm, *grad_biases, *grad_norms[:2], None, None, None, None, None, None,
+            grad_x.view(grad_BTD.shape), grad_norm, *grad_biases, *grad_head_norms, None, None, None, None, None, None,
             *q.tn(left, normed), *k.tn(middle, normed), *v.tn(right, normed), *grad_o,
         )  # fmt: skip
 
