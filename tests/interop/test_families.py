@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from sparing.base.config import Llama3RopeConfig, ModelConfig, UserError
+from sparing.base.config_limits import contradiction
 from sparing.budget.flops import parameters
 from sparing.interop.families import FAMILIES, family_of
 from sparing.interop.hf_config import from_hf
@@ -479,3 +480,27 @@ def test_eight_bits(saved, tokens, tmp_path):
         export_hf(ours.config, ours.state_dict(), None, tmp_path / family, dtype="float8")
         with torch.no_grad():
             assert 1e-3 < relative(load(tmp_path / family)(tokens), ours(tokens)) < 0.2
+
+
+ANYTHING = [None, True, False, -1, 0, 1, 7, 10**30, 0.5, -2.0, float("nan"), float("inf"), "", "yarn", [], [0], ["x"], {}, {"x": 1}]
+
+
+@pytest.mark.parametrize("family", sorted({family for family, _ in CASES}))
+def test_any_value_of_any_key_is_read_or_refused_in_one_line(family):
+    raw = {key: value for key, value in published(family).items() if key != "rope_parameters"} | {"layer_types": ["full_attention"]}
+    raw |= {"rope_theta": 10000.0, "partial_rotary_factor": 1.0, "use_sliding_window": True, "quantization_config": None}
+    scaled = [{**raw, "rope_scaling": {**rope, "attention_factor": 1.0, "mscale": 1.0}} for rope in ROPES.values()]
+    changed = [{**raw, key: value} for key in raw for value in ANYTHING]
+    changed += [{**raw, "rope_scaling": value} for value in ANYTHING]
+    changed += [
+        {**one, "rope_scaling": one["rope_scaling"] | {key: value}} for one in scaled for key in one["rope_scaling"] for value in ANYTHING
+    ]
+    refused = 0
+    for one in changed:
+        try:
+            config, _ = from_hf(one, WHERE)
+            assert contradiction(config) is None
+        except UserError as error:
+            refused += 1
+            assert "\n" not in str(error) and str(error).startswith("config.json: "), error
+    assert 0.2 * len(changed) < refused < len(changed)
