@@ -110,6 +110,7 @@ ONE = ModelConfig(
     moe_intermediate_size=64, max_position_embeddings=320,
 )  # fmt: skip
 KINDS = {"mla": ONE, "queries not compressed": replace(ONE, q_lora_rank=None), "gqa": replace(ONE, attention="gqa")}
+KINDS["biases and head norms"] = replace(KINDS["gqa"], num_heads=4, num_kv_heads=2, attention_bias=True, head_norm=True)
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -180,7 +181,7 @@ def test_the_head_keeps_a_piece_of_the_logits_at_once():
 
 @pytest.mark.parametrize("path", ["compiled", "plain"])
 def test_grouped_query_attention_too(path):
-    model = replace(shaped(LADDER[2], 4096, 256, False), attention="gqa", num_kv_heads=1)
+    model = replace(shaped(LADDER[2], 4096, 256, False), attention="gqa", num_kv_heads=1, attention_bias=True, head_norm=True)
     config = Config(model=model, train=TrainConfig(seq_len=256, batch_size=4, device="cpu"))
     with native.path(path):
         planned = activations(config, 4, 256, path_here(config))

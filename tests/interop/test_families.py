@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from sparing.base.config import Llama3RopeConfig, ModelConfig, UserError
+from sparing.base.config_limits import contradiction
+from sparing.budget.flops import parameters
 from sparing.interop.families import FAMILIES, family_of
 from sparing.interop.hf_config import from_hf
 from sparing.interop.hf_tensors import published_tensors
@@ -377,3 +379,128 @@ def test_a_model_of_no_family_is_refused(config, message):
     with pytest.raises(UserError, match=message) as caught:
         family_of(config)
     assert "\n" not in str(caught.value)
+
+
+PUBLISHED = {
+    "Llama-3.2-1B": (
+        {
+            "model_type": "llama", "vocab_size": 128256, "hidden_size": 2048, "num_hidden_layers": 16, "intermediate_size": 8192,
+            "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True, "rope_theta": 500000.0,
+            "rms_norm_eps": 1e-5, "max_position_embeddings": 131072, "attention_bias": False, "mlp_bias": False, "pretraining_tp": 1,
+            "rope_scaling": {
+                "factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192,
+                "rope_type": "llama3",
+            },
+        },
+        1_235_814_400,
+        None,
+    ),
+    "Mistral-7B-v0.3": (
+        {
+            "model_type": "mistral", "vocab_size": 32768, "hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 14336,
+            "num_attention_heads": 32, "num_key_value_heads": 8, "sliding_window": None, "rope_theta": 1000000.0,
+            "max_position_embeddings": 32768, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
+        },
+        7_248_023_552,
+        None,
+    ),
+    "Qwen2.5-0.5B": (
+        {
+            "model_type": "qwen2", "vocab_size": 151936, "hidden_size": 896, "num_hidden_layers": 24, "intermediate_size": 4864,
+            "num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True, "rope_theta": 1000000.0,
+            "use_sliding_window": False, "sliding_window": 32768, "max_window_layers": 24, "max_position_embeddings": 32768,
+        },
+        494_032_768,
+        None,
+    ),
+    "Qwen3-0.6B": (
+        {
+            "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 1024, "num_hidden_layers": 28, "intermediate_size": 3072,
+            "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True, "rope_theta": 1000000,
+            "attention_bias": False, "rope_scaling": None, "use_sliding_window": False, "sliding_window": None,
+            "max_position_embeddings": 40960,
+        },
+        596_049_920,
+        None,
+    ),
+    "Qwen3-30B-A3B": (
+        {
+            "model_type": "qwen3_moe", "vocab_size": 151936, "hidden_size": 2048, "num_hidden_layers": 48, "intermediate_size": 6144,
+            "moe_intermediate_size": 768, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128,
+            "num_experts_per_tok": 8, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [], "rope_theta": 1000000.0,
+            "max_position_embeddings": 40960, "tie_word_embeddings": False, "use_sliding_window": False, "sliding_window": None,
+        },
+        30_532_122_624,
+        3.35e9,
+    ),
+    "DeepSeek-V2-Lite": (
+        {
+            "model_type": "deepseek_v2", "vocab_size": 102400, "hidden_size": 2048, "num_hidden_layers": 27, "intermediate_size": 10944,
+            "moe_intermediate_size": 1408, "num_attention_heads": 16, "num_key_value_heads": 16, "q_lora_rank": None, "kv_lora_rank": 512,
+            "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "n_routed_experts": 64, "n_shared_experts": 2,
+            "num_experts_per_tok": 6, "first_k_dense_replace": 1, "moe_layer_freq": 1, "scoring_func": "softmax", "norm_topk_prob": False,
+            "topk_method": "greedy", "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0, "max_position_embeddings": 163840,
+            "rope_theta": 10000, "rope_scaling": {
+                "beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 0.707, "mscale_all_dim": 0.707,
+                "original_max_position_embeddings": 4096, "type": "yarn",
+            },
+        },
+        15_706_484_224,
+        2.45e9,
+    ),
+    "GLM-4.5-Air": (
+        {
+            "model_type": "glm4_moe", "vocab_size": 151552, "hidden_size": 4096, "num_hidden_layers": 46, "intermediate_size": 10944,
+            "moe_intermediate_size": 1408, "num_attention_heads": 96, "num_key_value_heads": 8, "head_dim": 128, "n_routed_experts": 128,
+            "n_shared_experts": 1, "num_experts_per_tok": 8, "first_k_dense_replace": 1, "attention_bias": True, "use_qk_norm": False,
+            "partial_rotary_factor": 0.5, "n_group": 1, "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.0,
+            "num_nextn_predict_layers": 1, "max_position_embeddings": 131072, "rope_theta": 1000000, "rope_scaling": None,
+        },
+        106.8e9,
+        12.6e9,
+    ),
+}  # fmt: skip
+"""config.json as the models' pages have it -> published numbers of parameters: all (safetensors' count), active."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_have_their_published_size(name):
+    raw, total, active = PUBLISHED[name]
+    config, _ = from_hf(raw, WHERE)
+    counts = parameters(config)
+    assert counts.total == total if isinstance(total, int) else counts.total == pytest.approx(total, rel=0.005)
+    assert active is None or counts.active == pytest.approx(active, rel=0.05)
+    assert family_of(config) == EXPORTED.get(raw["model_type"], raw["model_type"])
+
+
+def test_eight_bits(saved, tokens, tmp_path):
+    """Rows are put into the file's order before they are quantised, and biases and head norms are no weights."""
+    for family in ("qwen2", "qwen3"):
+        ours = load(saved(case_of(family))[1])
+        export_hf(ours.config, ours.state_dict(), None, tmp_path / family, dtype="float8")
+        with torch.no_grad():
+            assert 1e-3 < relative(load(tmp_path / family)(tokens), ours(tokens)) < 0.2
+
+
+ANYTHING = [None, True, False, -1, 0, 1, 7, 10**30, 0.5, -2.0, float("nan"), float("inf"), "", "yarn", [], [0], ["x"], {}, {"x": 1}]
+
+
+@pytest.mark.parametrize("family", sorted({family for family, _ in CASES}))
+def test_any_value_of_any_key_is_read_or_refused_in_one_line(family):
+    raw = {key: value for key, value in published(family).items() if key != "rope_parameters"} | {"layer_types": ["full_attention"]}
+    raw |= {"rope_theta": 10000.0, "partial_rotary_factor": 1.0, "use_sliding_window": True, "quantization_config": None}
+    scaled = [{**raw, "rope_scaling": {**rope, "attention_factor": 1.0, "mscale": 1.0}} for rope in ROPES.values()]
+    changed = [{**raw, key: value} for key in raw for value in ANYTHING]
+    changed += [{**raw, "rope_scaling": value} for value in ANYTHING]
+    changed += [
+        {**one, "rope_scaling": one["rope_scaling"] | {key: value}} for one in scaled for key in one["rope_scaling"] for value in ANYTHING
+    ]
+    refused = 0
+    for one in changed:
+        try:
+            config, _ = from_hf(one, WHERE)
+            assert contradiction(config) is None
+        except UserError as error:
+            refused += 1
+            assert "\n" not in str(error) and str(error).startswith("config.json: "), error
+    assert 0.2 * len(changed) < refused < len(changed)

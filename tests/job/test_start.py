@@ -12,7 +12,7 @@ from sparing.base.config import UserError
 from sparing.base.config_file import Wishes, read_config
 from sparing.base.files import file_sha256, read_lines
 from sparing.base.hardware import Machine
-from sparing.base.run import RunFolder
+from sparing.base.run import RunFolder, read_tensors
 from sparing.budget.units import parse_budget
 from sparing.job.begin import begin, resolved
 from sparing.job.corpus import TrainingData, text
@@ -125,6 +125,32 @@ def test_an_imported_model_is_a_start_too(workplace, tmp_path):
     api.import_(str(tmp_path / "hf"), str(tmp_path / "imported"))
     api.train([str(workplace / "text")], "8ktok", str(tmp_path / "run"), CONTINUED, samples=0, start=str(tmp_path / "imported"))
     assert losses(tmp_path / "run")[0] < losses(workplace / "base")[-1] + 0.3
+
+
+GQA = {"attention": "gqa", "num_heads": 4, "num_kv_heads": 2, "head_dim": 16}
+MIXTURE = {"num_dense_layers": 1, "n_routed_experts": 4, "moe_intermediate_size": 32, "n_shared_experts": 0, "routed_scaling_factor": 1.0}
+FAMILIES = {
+    "qwen2": GQA | {"attention_bias": True},
+    "qwen3_moe": GQA | MIXTURE | {"head_norm": True, "scoring_func": "softmax", "selection_bias": False},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_models_of_other_families_are_trained_too(family, workplace, tmp_path):
+    """From noise, out, in, and twenty steps on: biases and head norms learn, and the model stays one of its family."""
+    wishes = {"model": SMALL["model"] | FAMILIES[family], "train": TRAIN}
+    api.train([str(workplace / "text")], "15ktok", str(tmp_path / "base"), wishes, seed=3, samples=0)
+    api.export(str(tmp_path / "base"), "hf", str(tmp_path / "hf"))
+    assert json.loads((tmp_path / "hf/config.json").read_text())["model_type"] == family
+    api.import_(str(tmp_path / "hf"), str(tmp_path / "imported"))
+    api.train([str(workplace / "text")], "11ktok", str(tmp_path / "run"), CONTINUED, samples=0, start=str(tmp_path / "imported"))
+    before, after = losses(tmp_path / "base"), losses(tmp_path / "run")
+    assert len(after) >= 20 and after[0] < before[0] - 0.5 and after[-1] < before[-1] - 0.1
+    was, now = (dict(read_tensors(RunFolder(tmp_path / name).weights_file)) for name in ("imported", "run"))
+    vectors = [name for name in was if name.endswith(("_proj.bias", "q_norm.weight", "k_norm.weight"))]
+    assert vectors and all(not was[name].equal(now[name]) for name in vectors)
+    api.export(str(tmp_path / "run"), "hf", str(tmp_path / "again"))
+    assert json.loads((tmp_path / "again/config.json").read_text())["model_type"] == family
 
 
 @pytest.mark.parametrize("start", [True, False])

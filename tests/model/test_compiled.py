@@ -26,9 +26,16 @@ CASES = {
     "gqa, groups of one": {"attention": "gqa", "num_dense_layers": TINY.num_layers, "num_kv_heads": 2, "head_dim": 16},
     "gqa, groups of three": {"attention": "gqa", "num_dense_layers": TINY.num_layers, "num_heads": 6, "num_kv_heads": 2, "head_dim": 16},
     "gqa, mixture, two predicted tokens": {"attention": "gqa", "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "mtp_depth": 1},
+    "biases": {"attention": "gqa", "num_dense_layers": TINY.num_layers, "num_kv_heads": 1, "head_dim": 16, "attention_bias": True},
+    "head norms": {"attention": "gqa", "num_dense_layers": TINY.num_layers, "num_heads": 4, "head_dim": 24, "head_norm": True},
+    "biases, head norms, half rotated": {
+        "attention": "gqa", "num_dense_layers": TINY.num_layers, "num_heads": 6, "num_kv_heads": 3, "head_dim": 20,
+        "attention_bias": True, "head_norm": True, "partial_rotary_factor": 0.5,
+    },
+    "no selection bias": {"selection_bias": False, "scoring_func": "softmax", "n_group": 4, "topk_group": 2, "norm_topk_prob": False},
     "odd widths": {"num_dense_layers": TINY.num_layers, "kv_lora_rank": 15, "v_head_dim": 15, "intermediate_size": 63},
     "tied": {"tie_word_embeddings": True},
-}
+}  # fmt: skip
 
 
 def results(model, batch, dtype) -> dict[str, torch.Tensor]:
@@ -43,7 +50,9 @@ def results(model, batch, dtype) -> dict[str, torch.Tensor]:
 
 
 # In bfloat16 rounding moves single tokens to other experts.
-DENSE = ("dense", "gqa", "gqa, groups of one", "gqa, groups of three", "odd widths")
+DENSE = (
+    "dense", "gqa", "gqa, groups of one", "gqa, groups of three", "odd widths", "biases", "head norms", "biases, head norms, half rotated",
+)  # fmt: skip
 
 
 @pytest.mark.skipif(native.passes() is None, reason="no C compiler here")
@@ -80,7 +89,7 @@ def test_compiled_equals_plain(case, dtype, tolerance, kernels, length):
 
 
 @pytest.mark.skipif(native.passes() is None, reason="no C compiler here")
-@pytest.mark.parametrize("case", ["dense", "gqa", "gqa, groups of three"])
+@pytest.mark.parametrize("case", ["dense", "gqa", "gqa, groups of three", "biases, head norms, half rotated"])
 def test_positions_of_each_sequence(case):
     """A rotary table (B, T, ...) instead of (T, ...)."""
     model = Transformer(replace(TINY, **CASES[case]))

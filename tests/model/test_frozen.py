@@ -17,10 +17,14 @@ SHAPES = {
     "mixture": replace(TINY, mtp_depth=1),
     "queries not compressed": replace(TINY, q_lora_rank=None),
     "gqa": replace(TINY, attention="gqa", num_heads=4, num_kv_heads=2, head_dim=16),
+    "biases and head norms": replace(TINY, attention="gqa", num_kv_heads=1, head_dim=16, attention_bias=True, head_norm=True),
 }
 LEARNING = {
     "experts": lambda name: "experts.gate_up" in name,
     "one norm": lambda name: name == "model.layers.1.post_attention_layernorm.weight",
+    "norms, a norm of heads, a bias": lambda name: name.endswith(
+        ("layernorm.weight", "1.self_attn.q_norm.weight", "2.self_attn.k_proj.bias")
+    ),
     "one projection": lambda name: name == "model.layers.0.self_attn.o_proj.weight",
     "head": lambda name: name == "lm_head.weight",
     "all but embedding and head": lambda name: "embed" not in name and "lm_head" not in name,

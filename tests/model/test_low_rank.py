@@ -27,6 +27,7 @@ SHAPES = {
     "mixture": replace(TINY, mtp_depth=1),
     "dense": replace(TINY, q_lora_rank=None, num_dense_layers=3),
     "gqa": replace(TINY, attention="gqa", num_heads=4, num_kv_heads=2, head_dim=16),
+    "biases and head norms": replace(TINY, attention="gqa", num_kv_heads=1, head_dim=16, attention_bias=True, head_norm=True),
 }
 
 

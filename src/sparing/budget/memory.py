@@ -110,6 +110,8 @@ def saved_per_token(
     if a.kind == "mla":
         numbers += (1 if again else 2) * (a.latent + (a.query_rank or 0)) + (a.rope if fused else 0)
         numbers += H * K if fused and a.query_rank is None else 0
+    if a.head_norm and not fused:  # the compiled sub-layer keeps what it norms in the place of what it normed
+        numbers += (H + a.kv_heads) * (K + 4 / size)
     if path == "cuda":
         numbers += H * V + H * max(0, K - V)
     elif path != "products":  # the probabilities of row blocks: a block's rows up to the diagonal's end

@@ -267,11 +267,18 @@ def latent_attention(
     return _LatentAttention.apply(x_BTD, norm, q[1], kv[1], table, eps, widths, scale, mask, operands, *tensors_of(*operands))
 
 
-def _lay_out(rows: tuple[Tensor, ...], heads: list[Tensor] | tuple[Tensor, ...], turns: Tensor, shape, back: bool) -> None:
+def _lay_out(rows: list[Tensor], heads: list[Tensor], turns: Tensor, shape, back: bool = False) -> None:
     """Rows of q, k and v (B*T, heads * K) into heads (B, H, T*G, K) with queries and keys turned, or back. shape: (B, T, H, G, K)."""
     B, T, H, G, K = shape
-    for row, head, table, group in zip(rows, heads, (turns, turns, None), (G, 1, 1), strict=True):
+    for row, head, table, group in zip(rows, heads, (turns, turns, None), (G, 1, 1), strict=False):
         native.call("turn_heads", head.dtype, row, head, table, B, T, H, group, K, row.stride(0), int(turns.ndim == 4), int(back))
+
+
+def _normed_heads(rows: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Rows (N, heads * K), contiguous, each head normed by `weight` (K,); -> (the same shape, 1 / rms of each head (N * heads,))."""
+    out = new_like(rows)
+    inverse = norm_into(rows.view(-1, len(weight)), weight, eps, out.view(-1, len(weight)))
+    return out, inverse
 
 
 class _GroupedAttention(torch.autograd.Function):
@@ -279,41 +286,63 @@ class _GroupedAttention(torch.autograd.Function):
     repeated, and the product sums their gradients over the group. H counts the heads of keys and values."""
 
     @staticmethod
-    def forward(ctx, x_BTD, norm, table, eps: float, widths, scale: float, mask, operands, *tensors):
-        """operands: q, k, v, o. widths: (H, G, K); table: complex rotations."""
+    def forward(
+        ctx, x_BTD, norm, q_bias, k_bias, v_bias, q_norm, k_norm, table, eps: float, widths, scale: float, mask, operands, *tensors
+    ):
+        """operands: q, k, v, o. Biases and head norms are None where there are none. widths: (H, G, K); table: complex rotations."""
         (B, T, D), (H, G, K), (q, k, v, o) = x_BTD.shape, widths, operands
         x = x_BTD.reshape(B * T, D)
         normed = new_like(x)
         inverse = norm_into(x, norm, eps, normed)
-        rows = new(x, len(x), (G + 2) * H * K).split([G * H * K, H * K, H * K], 1)
-        for operand, part in zip((q, k, v), rows, strict=True):
-            operand.nt(normed, out=part)
+        biases = [None if bias is None else bias.detach().to(x.dtype).expand(len(x), -1) for bias in (q_bias, k_bias, v_bias)]
+        rows = [operand.nt(normed, base=bias) for operand, bias in zip((q, k, v), biases, strict=True)]
+        # With head norms the backward pass needs what was normed, and makes queries and keys again from that.
+        raw, inverses = [], []
+        for i, weight in enumerate((q_norm, k_norm) if q_norm is not None else ()):
+            raw.append(rows[i].view(-1, K))
+            rows[i], head_inverse = _normed_heads(rows[i], weight, eps)
+            inverses.append(head_inverse)
         turns = torch.view_as_real(table).contiguous()
         heads = [new(x, B, H, length, K) for length in (T * G, T, T)]
         shape = (B, T, H, G, K)
-        _lay_out(rows, heads, turns, shape, back=False)
+        _lay_out(rows, heads, turns, shape)
         mixed, kept = attend(*heads, scale, mask)
-        ctx.save_for_backward(x, norm, inverse, kept_rows(normed), mixed, turns, *heads, *kept)
+        ctx.save_for_backward(
+            x, norm, inverse, kept_rows(normed), mixed, turns, q_norm, k_norm, *(inverses or (None, None)), *(raw or heads[:2]), heads[2],
+            *kept,
+        )  # fmt: skip
+        ctx.learns = [bias is not None and bias.requires_grad for bias in (q_bias, k_bias, v_bias)]
         ctx.shape, ctx.scale, ctx.mask, ctx.operands, ctx.eps = shape, scale, mask, operands, eps
         return o.nt(mixed, base=x).view(B, T, D)
 
     @staticmethod
     def backward(ctx, grad_BTD: Tensor):
-        (x, norm, inverse, normed, mixed, turns, *heads), (q, k, v, o) = ctx.saved_tensors, ctx.operands
-        heads, kept = heads[:3], heads[3:]
+        (x, norm, inverse, normed, mixed, turns, q_norm, k_norm, *heads), (q, k, v, o) = ctx.saved_tensors, ctx.operands
+        inverses, heads, kept = heads[:2], heads[2:5], heads[5:]
+        raw = heads[:2]
+        if q_norm is not None:
+            (B, T, H, G, K) = ctx.shape
+            rows = [_normed_heads(one.view(len(x), -1), weight, ctx.eps)[0] for one, weight in zip(raw, (q_norm, k_norm), strict=True)]
+            heads = [new(x, B, H, length, K) for length in (T * G, T)] + heads[2:]
+            _lay_out(rows, heads[:2], turns, ctx.shape)
         normed = normed_again(normed, x, norm, ctx.eps)
         grad = grad_BTD.reshape(x.shape)
         grad_o = o.tn(grad, mixed)
         grads = attend_backward(o.nn(grad), mixed, *heads, kept, ctx.scale, ctx.mask)
-        sizes = [q.shape[0], k.shape[0], v.shape[0]]
-        rows = new(x, len(x), sum(sizes)).split(sizes, 1)
+        rows = [new(x, len(x), operand.shape[0]) for operand in (q, k, v)]
         _lay_out(rows, grads, turns, ctx.shape, back=True)
+        grad_head_norms = [None, None]
+        if q_norm is not None:
+            for i, weight in enumerate((q_norm, k_norm)):
+                part = rows[i].view(raw[i].shape)
+                grad_head_norms[i] = norm_gradient_into(part, raw[i], weight, inverses[i], part)
+        grad_biases = [part.sum(0, dtype=torch.float32) if learns else None for part, learns in zip(rows, ctx.learns, strict=True)]
         left, middle, right = rows
         grad_x = new_like(x)
         grad_normed = v.nn(right, base=k.nn(middle, base=q.nn(left)))
         grad_norm = norm_gradient_into(grad_normed, x, norm, inverse, grad_x, extra=grad)
         return (
-            grad_x.view(grad_BTD.shape), grad_norm, None, None, None, None, None, None,
+            grad_x.view(grad_BTD.shape), grad_norm, *grad_biases, *grad_head_norms, None, None, None, None, None, None,
             *q.tn(left, normed), *k.tn(middle, normed), *v.tn(right, normed), *grad_o,
         )  # fmt: skip
 
@@ -321,7 +350,10 @@ class _GroupedAttention(torch.autograd.Function):
 def grouped_attention(
     x_BTD: Tensor, norm: Tensor, operands: tuple[Operand, Operand, Operand, Operand], table: Tensor, eps: float,
     widths: tuple[int, int, int], scale: float, mask: DocumentMask | None,
+    biases: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
+    head_norms: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> Tensor:  # fmt: skip
     """x + GQA(norm(x)), (B, T, D) -> (B, T, D). operands: q (H*G*K, D), k and v (H*K, D), o (D, H*G*K); widths (H, G, K), K even; table
-    (T, K/2) or (B, T, K/2) complex64."""
-    return _GroupedAttention.apply(x_BTD, norm, table, eps, widths, scale, mask, operands, *tensors_of(*operands))
+    (T, K/2) or (B, T, K/2) complex64. biases: of q, k, v; head_norms: (K,) weights of the norms of query and key heads."""
+    rest = (table, eps, widths, scale, mask, operands)
+    return _GroupedAttention.apply(x_BTD, norm, *biases, *head_norms, *rest, *tensors_of(*operands))

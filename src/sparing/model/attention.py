@@ -84,11 +84,13 @@ class GQA(nn.Module):
     def residual(self, x_BTD: Tensor, norm: RMSNorm, table: Tensor, mask: DocumentMask | None) -> Tensor:
         """x + attention(norm(x))."""
         c = self.c
-        if c.attention_bias or c.head_norm or not products.even(c.hidden_size, c.head_dim) or not native.usable(x_BTD):
+        if not products.even(c.hidden_size, c.head_dim) or not native.usable(x_BTD):
             return x_BTD + self(norm(x_BTD), table, mask)
         operands = (self.q_proj.operand, self.k_proj.operand, self.v_proj.operand, self.o_proj.operand)
         widths = (c.num_kv_heads, c.num_heads // c.num_kv_heads, c.head_dim)
-        return grouped_attention(x_BTD, norm.weight, operands, table, c.rms_norm_eps, widths, self.scale, mask)
+        biases = (self.q_proj.bias, self.k_proj.bias, self.v_proj.bias)
+        head_norms = (self.q_norm.weight, self.k_norm.weight) if c.head_norm else (None, None)
+        return grouped_attention(x_BTD, norm.weight, operands, table, c.rms_norm_eps, widths, self.scale, mask, biases, head_norms)
 
     def queries(self, x_ND: Tensor, table: Tensor) -> Tensor:
         """(..., D) -> (..., H, K), normed and rotated."""
