@@ -107,7 +107,7 @@ def load_transformer(run: RunFolder, c: ModelConfig, device: str = "cpu", dtype:
             parameter.data = parameter.data.to(dtype)
     network.to(device).compute_dtype = dtype
     try:
-        fill(network.state_dict(), run_tensors(run), run.weights_file)
+        fill(network.state_dict(), run_tensors(run), run.learned_file)
     except DamagedError as error:
         raise UserError(f"{run} has no usable weights: {error}") from None
     return network.eval()

@@ -10,9 +10,9 @@ from typing import Protocol
 from sparing.account.history import inherit
 from sparing.base.config import Config, ModelConfig, UserError
 from sparing.base.config_file import Wishes, build, read_config
-from sparing.base.files import DamagedError, file_sha256, link_or_copy, write_atomic
+from sparing.base.files import DamagedError, link_or_copy, write_atomic
 from sparing.base.origin import inherit_origin
-from sparing.base.run import RunFolder, fill, run_tensors
+from sparing.base.run import RunFolder, fill, run_tensors, weights_sha256
 from sparing.job.texts import corpora
 from sparing.model.init import init_weights
 from sparing.model.low_rank import add_low_rank, fill_frozen
@@ -42,10 +42,10 @@ class FromRun:
     def model(self, config: Config) -> Transformer:
         """Raises UserError where that run is gone, has changed, or is damaged."""
         run = RunFolder(config.start.run)
-        file = run.weights_file
+        file = run.learned_file
         if not file.exists():
             raise UserError(f"start.run {config.start.run}: its weights are gone")
-        if file_sha256(file) != config.start.weights_sha256:
+        if weights_sha256(run) != config.start.weights_sha256:
             raise UserError(f"start.run {config.start.run}: its weights have changed since this run was begun")
         model = Transformer(config.model)
         adapter = config.adapter
@@ -81,7 +81,7 @@ def with_start(wishes: Wishes) -> Wishes:
         return wishes
     run = RunFolder.open(Path(wishes.value("start.run")).resolve())
     config = read_config(run.config_file)
-    for file in (run.weights_file, run.tokenizer_file):
+    for file in (run.learned_file, run.tokenizer_file):
         if not file.exists():
             raise UserError(f"{run} has no {file.name}: no run can start from it")
     shape = asdict(config.model)
@@ -92,7 +92,7 @@ def with_start(wishes: Wishes) -> Wishes:
     own = wishes.value("data.tokenizer")
     if own and Path(own).resolve() != run.tokenizer_file:
         raise UserError(f"data.tokenizer {own}: a run that starts from {run} keeps its tokenizer")
-    digest = file_sha256(run.weights_file)
+    digest = weights_sha256(run)
     if wishes.value("start.weights_sha256", digest) != digest:
         raise UserError(f"start.weights_sha256: {run} has other weights, {digest}")
     settled = {"model": shape, "data": {"tokenizer": str(run.tokenizer_file)}, "start": {"run": str(run), "weights_sha256": digest}}
