@@ -1,6 +1,10 @@
 """Adapter runs: low-rank updates learn beside the weights of another run, which stay where and as they are."""
 
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -10,10 +14,11 @@ from tests.job.test_start import SMALL, TRAIN, losses
 from sparing import api
 from sparing.base.config import UserError
 from sparing.base.config_file import read_config
-from sparing.base.files import file_sha256
+from sparing.base.files import file_sha256, read_lines
 from sparing.base.layers import mixtures
 from sparing.base.run import fill, read_tensors, write_tensors
 from sparing.job.start import start_of
+from sparing.kernels import native
 from sparing.model.low_rank import adaptable, learned
 
 MIXTURE = SMALL["model"] | {"num_dense_layers": 1, "n_routed_experts": 4, "num_experts_per_tok": 2, "mtp_depth": 1}
@@ -35,8 +40,7 @@ def workplace(tmp_path_factory):
         yield root
 
 
-@pytest.mark.parametrize("base", ["dense", "mixture"])
-@pytest.mark.parametrize("held", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("base, held", [("dense", "float32"), ("mixture", "bfloat16"), ("mixture", "int8")])
 def test_only_the_factors_learn_and_are_kept(workplace, tmp_path, base, held):
     run, before = tmp_path / "run", file_sha256(workplace / base / "weights/model.safetensors")
     wishes = ADAPTER | {"adapter": ADAPTER["adapter"] | {"base": held}}
@@ -55,6 +59,31 @@ def test_only_the_factors_learn_and_are_kept(workplace, tmp_path, base, held):
     assert sum(file.stat().st_size for file in run.glob("state/step-*/*")) < 8 * 4 * sum(t.numel() for t in kept.values()) + 100_000
     assert file_sha256(workplace / base / "weights/model.safetensors") == before
     assert api.resume(str(run), "+5ktok", samples=0)["tokens"] >= 24_000
+
+
+KILLED = """
+import sys
+from sparing import api
+api.train([sys.argv[1]], "40ktok", sys.argv[2], eval(sys.argv[4]), samples=0, start=sys.argv[3])
+"""
+
+
+def test_killed_and_resumed_equals_undisturbed(workplace, tmp_path):
+    kernels = next(path for path in ("vectors", "compiled", "plain") if native.can(path))
+    wishes = ADAPTER | {"train": TRAIN | {"kernels": kernels, "checkpoint_interval_s": 0.1}}
+    data, base = str(workplace / "other"), str(workplace / "mixture")
+    api.train([data], "40ktok", str(tmp_path / "whole"), wishes, samples=0, start=base)
+    process = subprocess.Popen([sys.executable, "-c", KILLED, data, str(tmp_path / "run"), base, repr(wishes)], stderr=-1, text=True)
+    end = time.monotonic() + 300
+    while process.poll() is None and time.monotonic() < end and len(read_lines(tmp_path / "run/metrics.jsonl")) < 30:
+        time.sleep(0.001)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, process.stderr.read()
+    assert list((tmp_path / "run/state").glob("step-*")) and not (tmp_path / "run/state/summary.json").exists()
+    api.resume(str(tmp_path / "run"), samples=0)
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole") and len(losses(tmp_path / "run")) == 78
+    for file in ("adapter/adapter_model.safetensors", "state/step-00000078/optimizer.safetensors"):
+        assert (tmp_path / "run" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
 
 def test_an_adapter_needs_a_base_that_is_there(workplace, tmp_path):
@@ -143,7 +172,7 @@ def test_a_base_that_moved_and_another_one(adapted, workplace, tmp_path):
         api.rebase(str(base), str(moved))
     api.rebase(str(run), str(moved))
     assert torch.equal(logits(run), expected)
-    assert (run / "config.toml").read_text() == config.replace(str(base), str(moved))
+    assert read_config(run / "config.toml").start.run == str(moved) and read_config(run / "config.toml").adapter.base == "int8"
     weights = load_file(moved / "weights/model.safetensors")
     write_tensors(moved / "weights/model.safetensors", weights | {"model.norm.weight": weights["model.norm.weight"] * 2})
     with pytest.raises(UserError, match="an adapter of other weights"):

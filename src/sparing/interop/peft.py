@@ -1,9 +1,9 @@
 """Low-rank adapters of Hugging Face's PEFT out and in: `export_peft` writes a folder that PEFT loads, `import_peft` reads one.
 
 Our factors have PEFT's shapes and names (`model.linear.Adaptable`), with three differences. Rows of B that belong to rotated dimensions
-are in our order of pairs. The two updates of a layer's experts are `...experts.gate_up_proj_lora_A` and `...experts.down_proj_lora_A`; PEFT nests
-one wrapper in the other, so the first is `...experts.base_layer.lora_A` and the second `...experts.lora_A`. And all our updates have one
-rank and one scale: smaller ranks are filled up with zeros, other scales are multiplied into B.
+are in our order of pairs. The two updates of a layer's experts are `...experts.gate_up_proj_lora_A` and `...experts.down_proj_lora_A`;
+PEFT nests one wrapper in the other, so the first is `...experts.base_layer.lora_A` and the second `...experts.lora_A`. And all our updates
+have one rank and one scale: smaller ranks are filled up with zeros, other scales are multiplied into B.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def export_peft(
 ) -> None:
     """Write a folder that `PeftModel.from_pretrained` loads over the base's export (`--format hf`).
 
-    factors: an adapter run's, by our names. base: its name in adapter_config.json. card: README.md. Raises UserError: `out` is there and not
-    empty, no transformers type computes this model."""
+    factors: an adapter run's, by our names. base: its name in adapter_config.json. card: README.md. Raises UserError: `out` is there and
+    not empty, no transformers type computes this model."""
     named, out = out, output_folder(out, "--out")
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{named} already exists and is not empty: choose a new folder for --out")
