@@ -287,6 +287,8 @@ class Serve:
     """Draft tokens with the model's MTP module and verify them: on, off; auto: where that cannot change a text."""
     name: str | None = None
     """The model's name for clients; default: the run folder's."""
+    adapter: list[str] = field(default_factory=list)
+    """NAME=RUN of adapter runs of RUN: clients choose one as `model`, and all share RUN's weights and each step."""
     api_key_file: str | None = None
     """A file with one bearer key a line."""
     without_key: bool = False
