@@ -236,3 +236,8 @@ def shapes(c: ModelConfig) -> Shapes:
         all_shapes |= {f"model.layers.{layer.index}.{name}": shape for name, shape in layer.shapes.items()}
     all_shapes["model.norm.weight"] = (c.hidden_size,)
     return all_shapes if c.tie_word_embeddings else all_shapes | {HEAD: all_shapes[EMBED]}
+
+
+def is_matrix(name: str, dimensions: int) -> bool:
+    """Whether a weight may be held in few bits: all but norms, biases and routers."""
+    return dimensions > 1 and not name.endswith("mlp.gate.weight")

@@ -7,6 +7,7 @@ streamed, so saving and loading need the memory of one tensor besides the model'
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -18,7 +19,8 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sparing.base.config import UserError
+from sparing.base.config import AdapterConfig, UserError
+from sparing.base.config_file import read_config
 from sparing.base.files import (
     POINTER,
     DamagedError,
@@ -32,6 +34,7 @@ from sparing.base.files import (
     replace_folder,
     write_atomic,
 )
+from sparing.base.layers import is_matrix
 from sparing.base.lock import LOCK, folder_lock
 
 if TYPE_CHECKING:  # torch takes a second to import, and half of what opens a run folder never touches a tensor
@@ -204,9 +207,79 @@ class StoredTensors(Mapping[str, "torch.Tensor"]):
             raise DamagedError(f"{self.path}: {error}") from None
 
 
+class AdaptedTensors(Mapping[str, "torch.Tensor"]):
+    """The weights of an adapter run as floats: those of its base, as they were held in training, each with its low-rank update."""
+
+    def __init__(self, base: Mapping[str, torch.Tensor], factors: Mapping[str, torch.Tensor], adapter: AdapterConfig):
+        """Raises DamagedError where a factor has no weight to go beside."""
+        self.base, self.factors, self.adapter, learned = base, factors, adapter, set(factors)
+        self.updated = {name for name in base if {factor_name(name, "A"), factor_name(name, "B")} <= learned}
+        if stray := learned - {factor_name(name, part) for name in self.updated for part in "AB"}:
+            raise DamagedError(f"{min(stray)} updates no weight of its base")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.base)
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        from sparing.base.int8_rows import from_int8, to_int8
+
+        weight = self.base[name]
+        if self.adapter.base == "int8" and is_matrix(name, weight.ndim):
+            weight = from_int8(*to_int8(weight))
+        elif self.adapter.base == "bfloat16" and is_matrix(name, weight.ndim):
+            weight = weight.bfloat16()
+        if name not in self.updated:
+            return weight
+        down, up = (self.factors[factor_name(name, part)].float() for part in "AB")
+        experts, (out, columns), rank = weight.shape[:-2].numel(), weight.shape[-2:], self.adapter.rank
+        if down.shape != (experts * rank, columns) or up.shape != (out, rank * experts):
+            raise DamagedError(f"factors of {name} are {tuple(down.shape)} and {tuple(up.shape)}, which does not fit {tuple(weight.shape)}")
+        if weight.ndim == 3:
+            down, up = down.unflatten(0, (experts, rank)), up.unflatten(1, (rank, experts)).permute(2, 0, 1)
+        return weight.float().add_(up @ down, alpha=self.adapter.alpha / rank)
+
+
+def factor_name(weight: str, part: str) -> str:
+    """The name of a weight's factor A or B (`model.linear.Adaptable`)."""
+    return f"{weight.removesuffix('weight')}lora_{part}.weight" if weight.endswith(".weight") else f"{weight}_lora_{part}.weight"
+
+
+def base_of(run: RunFolder) -> RunFolder | None:
+    """The run beside whose weights an adapter run learned, checked; None: `run` has weights of its own.
+
+    Raises UserError where it is gone or has other weights."""
+    if not run.adapter_file.exists():
+        return None
+    start = read_config(run.config_file).start
+    assert start is not None, run
+    base = RunFolder(start.run)
+    if not base.learned_file.exists():
+        raise UserError(f"{run} is an adapter of {base}, which is gone: if it has moved, say --base RUN")
+    if weights_sha256(base) != start.weights_sha256:
+        raise UserError(f"{run} is an adapter of other weights than {base} has: name the run that it was trained on, --base RUN")
+    return base
+
+
+def weights_sha256(run: RunFolder) -> str:
+    """What identifies a run's weights: the SHA-256 of their file, or of an adapter's and its base's, one after the other."""
+    digest = file_sha256(run.learned_file)
+    if not run.adapter_file.exists():
+        return digest
+    start = read_config(run.config_file).start
+    return hashlib.sha256(f"{digest} {start.weights_sha256}".encode()).hexdigest()
+
+
 def tensors_of(run: RunFolder) -> Mapping[str, torch.Tensor]:
-    """The weights of a run as floats (float32 or bfloat16), whatever they are stored in, one at a time. Raises DamagedError."""
-    return StoredTensors(run.weights_file)
+    """The weights of a run as floats (float32 or bfloat16), whatever they are stored in, one at a time; an adapter run's are merged.
+
+    Raises DamagedError, and UserError for an adapter run whose base is gone or another."""
+    base = base_of(run)
+    if base is None:
+        return StoredTensors(run.weights_file)
+    return AdaptedTensors(tensors_of(base), StoredTensors(run.adapter_file), read_config(run.config_file).adapter)
 
 
 def run_tensors(run: RunFolder) -> Iterator[tuple[str, torch.Tensor]]:

@@ -7,7 +7,7 @@ import threading
 import time
 import traceback
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +15,22 @@ import torch
 
 from sparing.base.config import UserError
 from sparing.base.config_file import read_config
+from sparing.base.files import DamagedError
 from sparing.base.hardware import cores
 from sparing.base.layers import layers
-from sparing.base.run import RunFolder
+from sparing.base.run import RunFolder, StoredTensors, weights_sha256
 from sparing.data.tokenizer import Tokenizer
 from sparing.infer.approximate import Approximate, ApproximateTier, draw_for_check
-from sparing.infer.network import CompiledNetwork, Rows, TorchNetwork, choose_backend, load_transformer, slow_format
+from sparing.infer.network import (
+    CompiledNetwork,
+    Factors,
+    Rows,
+    TorchNetwork,
+    cannot_adapt,
+    choose_backend,
+    load_transformer,
+    slow_format,
+)
 from sparing.infer.packed_weights import open_packed
 from sparing.infer.request import Busy, GrammarFailed, Piece, Request, Sampling, TextStream
 from sparing.infer.sample import choose, logprob, propose
@@ -44,6 +54,8 @@ class Engine:
     them; None: where that cannot change a text. threads: default: one per core. expert_bytes: keep at most so many bytes of routed experts
     in memory, the others on disk (default: no limit). device: "cpu", "cuda", or "auto": a GPU if there is one, unless the weights are
     int8 or int4. approximate: let requests ask for fewer experts. network: the run's model in memory, instead of its weights on disk.
+    adapters: adapter runs of this run by the names that `Sampling.adapter` gives them. Their updates are added to the run's own products,
+    so that one step may have rows of several.
 
     Writes nothing into the run folder but packed weights and calibrations, and those only if it can. Raises UserError for a folder
     without weights or tokenizer, and for what this machine cannot run.
@@ -63,6 +75,7 @@ class Engine:
         device: str = "auto",
         approximate: Approximate | None = None,
         network: Transformer | None = None,
+        adapters: Mapping[str, str | Path] | None = None,
     ):
         folder = RunFolder.open(run)
         self.name = folder.path.resolve().name
@@ -80,6 +93,11 @@ class Engine:
             raise UserError("speculate: the model has no MTP module")
         if self.plain and expert_bytes:
             raise UserError(f"a limit for experts needs the compiled step ({self.plain})")
+        factors = {name: _factors(name, path, folder) for name, path in (adapters or {}).items()}
+        if factors and (why := self.plain or cannot_adapt(self.config)):
+            raise UserError(f"adapters beside this model cannot be computed ({why}): `sparing merge` makes a run of each")
+        self.adapters = list(factors)
+        """Names."""
         self.context: int = self.config.max_position_embeddings
         self.max_batch, self.max_queue = max_batch or 16, max_queue
         number_bytes = 2 if self.plain and self.weights == "bfloat16" else 4
@@ -97,7 +115,8 @@ class Engine:
             self._network = TorchNetwork(network, blocks)
         else:
             self.packed_weights = open_packed(folder, self.config, self.weights)
-            self._network = CompiledNetwork(self.config, self.packed_weights, self.weights, blocks, threads or cores(), expert_bytes or 0)
+            sizes = blocks, threads or cores(), expert_bytes or 0
+            self._network = CompiledNetwork(self.config, self.packed_weights, self.weights, *sizes, adapters=list(factors.values()))
         self.approximate = ApproximateTier(approximate, folder, self._network, self.tokenizer) if approximate else None
         self._scheduler = Scheduler(self._manager, self.max_batch, CHUNK[1])
         self._rows_per_s = 0.0  # of steps with a prompt in them
@@ -135,6 +154,10 @@ class Engine:
         request = Request(prompt, sampling, on_piece)
         seq = TokenSequence(request, TextStream(self.tokenizer, sampling.stop), min(sampling.max_tokens, room))
         request._wake = self._wake
+        if sampling.adapter is not None:
+            if sampling.adapter not in self.adapters:
+                raise UserError(f"this engine has no adapter {sampling.adapter!r}: {', '.join(self.adapters) or 'it has none'}")
+            seq.adapter = self.adapters.index(sampling.adapter)
         if sampling.approximate:
             if self.approximate is None:
                 raise UserError("this engine answers exactly only: its operator has not allowed `approximate`")
@@ -309,3 +332,17 @@ class Engine:
         if last:
             seq.request.give(last)
         seq.request.finish(reason, error)
+
+
+def _factors(name: str, path: str | Path, base: RunFolder) -> Factors:
+    """The updates of the adapter run at `path`. Raises UserError where that is none, or one of other weights than `base` has."""
+    run = RunFolder.open(path)
+    config = read_config(run.config_file)
+    if config.adapter is None or not run.adapter_file.exists():
+        raise UserError(f"adapter {name}: {path} is no adapter run" + (" (yet)" if config.adapter else ""))
+    if config.start.weights_sha256 != weights_sha256(base):
+        raise UserError(f"adapter {name}: {path} was trained on other weights than {base} has ({config.start.run})")
+    try:
+        return Factors(dict(StoredTensors(run.adapter_file)), config.adapter.rank, config.adapter.alpha)
+    except DamagedError as error:
+        raise UserError(f"adapter {name}: {error}") from None

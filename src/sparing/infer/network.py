@@ -7,7 +7,7 @@ a cached token is its latent and shared rotated key, and keys and values are nev
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from torch import Tensor
 from sparing.base.config import ModelConfig, UserError
 from sparing.base.files import DamagedError
 from sparing.base.layers import layers, mixtures
-from sparing.base.run import RunFolder, fill, run_tensors
+from sparing.base.run import RunFolder, factor_name, fill, run_tensors
 from sparing.infer.packed_weights import PackedWeights
 from sparing.kernels import decode
 from sparing.kernels.decode import Matrix, address, library
@@ -107,7 +107,7 @@ def load_transformer(run: RunFolder, c: ModelConfig, device: str = "cpu", dtype:
             parameter.data = parameter.data.to(dtype)
     network.to(device).compute_dtype = dtype
     try:
-        fill(network.state_dict(), run_tensors(run), run.weights_file)
+        fill(network.state_dict(), run_tensors(run), run.learned_file)
     except DamagedError as error:
         raise UserError(f"{run} has no usable weights: {error}") from None
     return network.eval()
@@ -131,7 +131,12 @@ class Rows:
     """Of approximate sequences, by index into `tables`: (layers,) float32. In each layer (MTP's too) a token's heaviest experts are
     computed until they carry this share of its gate weight. `CompiledNetwork` only."""
 
-    def add(self, table: list[int], tokens: list[int], start: int, wanted: int, shares: np.ndarray | None = None) -> None:
+    adapters: dict[int, int] = field(default_factory=dict)
+    """Of sequences with an adapter, by index into `tables`: its number. `CompiledNetwork` only."""
+
+    def add(
+        self, table: list[int], tokens: list[int], start: int, wanted: int, shares: np.ndarray | None = None, adapter: int | None = None
+    ) -> None:
         """Add `tokens` of a sequence from position `start`; the last `wanted` of them need logits."""
         first, count = len(self.tokens), len(tokens)
         self.tokens += tokens
@@ -139,6 +144,8 @@ class Rows:
         self.owners += [len(self.tables)] * count
         if shares is not None:
             self.shares[len(self.tables)] = shares
+        if adapter is not None:
+            self.adapters[len(self.tables)] = adapter
         self.tables.append(table)
         self.wanted += range(first + count - wanted, first + count)
 
@@ -237,17 +244,65 @@ class TorchNetwork:
         return torch.einsum(product, weights, values)
 
 
+class Factors(NamedTuple):
+    """An adapter run's low-rank factors."""
+
+    tensors: Mapping[str, Tensor]
+    """By our names (`model.linear.Adaptable`)."""
+    rank: int
+    alpha: float
+
+
+def cannot_adapt(c: ModelConfig) -> str | None:
+    """Why the compiled network cannot add low-rank updates to this model's products, or None."""
+    if c.attention == "mla":
+        return "latent attention is computed in its absorbed form"
+    return "experts have no updates there" if mixtures(c) else None
+
+
+class Updates:
+    """Adapters' factors as decode.c reads them: for each product, those of its parts side by side."""
+
+    def __init__(self, c: ModelConfig, adapters: Sequence[Factors]):
+        every = layers(c)
+        self._kept: list[Tensor] = []
+        self.narrow = 0
+        """Most numbers between the two factors of a product."""
+        self.array = (decode.Update * max(1, len(adapters) * len(every) * 4))()
+        for i, adapter in enumerate(adapters):
+            for layer in every[: c.num_layers]:
+                at = f"model.layers.{layer.index}."
+                sites = (
+                    [f"{at}self_attn.{name}" for name in layer.attention.inputs],
+                    [f"{at}self_attn.o_proj.weight"],
+                    [f"{at}mlp.gate_proj.weight", f"{at}mlp.up_proj.weight"],
+                    [f"{at}mlp.down_proj.weight"],
+                )
+                for site, weights in enumerate(sites):
+                    self._add(self.array[(i * len(every) + layer.index) * 4 + site], adapter, weights)
+
+    def _add(self, update: decode.Update, adapter: Factors, weights: list[str]) -> None:
+        downs = [adapter.tensors[factor_name(weight, "A")].float() for weight in weights]
+        ups = [(adapter.tensors[factor_name(weight, "B")].float() * (adapter.alpha / adapter.rank)).t().contiguous() for weight in weights]
+        down = torch.cat(downs)
+        self._kept += [down, *ups]
+        update.parts, update.rank, update.inner, update.down = len(weights), adapter.rank, down.shape[1], down.data_ptr()
+        for part, up in enumerate(ups):
+            update.up[part], update.outputs[part] = up.data_ptr(), up.shape[1]
+        self.narrow = max(self.narrow, len(down))
+
+
 class CompiledNetwork:
     """`forward` and `draft` in C. Each row's result is the same, bit for bit, whatever other rows its step has.
 
     blocks: size of the cache. threads: at most 255. expert_bytes: keep at most so many bytes of experts in memory; 0: no limit.
-    processor: compile for another processor than this one. After a step with `Rows.shares`, `used` (rows,) has each row's experts, summed
-    over layers; otherwise it is None.
+    processor: compile for another processor than this one. adapters: whose numbers `Rows.adapters` has. After a step with `Rows.shares`,
+    `used` (rows,) has each row's experts, summed over layers; otherwise it is None.
     """
 
     def __init__(
         self, c: ModelConfig, weights: PackedWeights, format: str, blocks: int, threads: int, expert_bytes: int = 0,
-        processor: str | None = None,
+        processor: str | None = None, adapters: Sequence[Factors] = (),
     ):  # fmt: skip
         self.c, self.packed_weights, self.format = c, weights, format
         self._library = library(processor)
@@ -272,6 +327,8 @@ class CompiledNetwork:
         )  # fmt: skip
         if expert_bytes and moe:
             self._limit_experts(expert_bytes)
+        self._updates = Updates(c, adapters)
+        self._struct.updates, self._struct.narrow = self._updates.array, self._updates.narrow
         self._batch = decode.Batch()
         self._all_experts = np.ones(every, np.float32)
         self.used: np.ndarray | None = None
@@ -359,5 +416,9 @@ class CompiledNetwork:
             shares = np.array([rows.shares.get(i, self._all_experts) for i in range(len(rows.tables))], np.float32)
             self.used = np.zeros(count, np.int32)
             b.shares, b.used = address(shares), address(self.used)
+        b.adapters = None
+        if rows.adapters:
+            adapters = np.array([rows.adapters.get(i, -1) for i in range(len(rows.tables))], np.int32)
+            b.adapters = address(adapters)
         self._library.forward(self._struct, b, max(rows.positions) + 1, self.threads)
         return logits[:, : self.c.vocab_size]

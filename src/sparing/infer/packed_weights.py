@@ -208,9 +208,9 @@ def derived_paths(run: RunFolder, source: str, name: str) -> tuple[Path, Path]:
 
 def open_packed(run: RunFolder, c: ModelConfig, format: str) -> PackedWeights:
     """The run's weights in a format, packed first if need be. Raises UserError for weights that are missing or damaged."""
-    if not run.weights_file.exists():
+    if not run.learned_file.exists():
         raise UserError(f"{run} has no usable weights: {run.weights_file} is missing")
-    source = f"{VERSION} {fingerprint(run.weights_file)}"
+    source = f"{VERSION} {fingerprint(run.learned_file)}"
     paths = derived_paths(run, source, f"{format}.bin")
     for path in paths:
         try:
@@ -239,7 +239,7 @@ def _write(path: Path, run: RunFolder, c: ModelConfig, format: str, source: str)
         def get(name: str) -> Tensor:
             tensor = stored[name]
             if tuple(tensor.shape) != expected[name]:
-                raise UserError(f"{run.weights_file}: {name} does not belong to the model of config.toml")
+                raise UserError(f"{run.learned_file}: {name} does not belong to the model of config.toml")
             return tensor
 
         parts = _Writer(c, format, get).parts

@@ -65,6 +65,8 @@ class Sampling:
     """Fill `Request.prompt_logprobs`, with `logprobs` alternatives. The whole prompt is then computed, even where it is cached."""
     approximate: bool = False
     """Use fewer experts for easy tokens. Needs an engine with `approximate`."""
+    adapter: str | None = None
+    """Which of the engine's adapters answers; None: the run itself."""
 
     def __post_init__(self) -> None:
         for name, good, allowed in (

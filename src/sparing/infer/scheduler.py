@@ -121,6 +121,8 @@ class TokenSequence:
         """Positions for which the MTP module has run."""
         self.blocks: list[int] = []
         self._sealed, self._key = 0, b""
+        self.adapter: int | None = None
+        """Its number in `Rows.adapters`."""
         self.shares: np.ndarray | None = None
         """`Rows.shares` of an approximate request."""
         self.drawn: list[TokenLogprob] | None = None
@@ -136,7 +138,9 @@ class TokenSequence:
 
     def reserve(self, manager: BlockManager) -> bool:
         """Take blocks for the prompt and the longest answer, reusing cached ones; False if there is no room yet."""
-        first = b"" if self.shares is None else self.shares.tobytes()  # approximate results are reused only under the same shares
+        # Approximate results are reused only under the same shares, an adapter's only by itself.
+        first = b"" if self.shares is None else self.shares.tobytes()
+        first = first if self.adapter is None else b"adapter %d" % self.adapter
         cached, key = ([], first) if self.request.sampling.prompt_logprobs else manager.match(self.tokens, first)
         needed = -(-(len(self.tokens) + self.max_tokens) // BLOCK)
         more = manager.take(needed - len(cached))
@@ -209,7 +213,7 @@ class Scheduler:
             draft = seq.draft if complete else []
             spans.append(Span(seq, len(rows.tokens), start, count))
             wanted = complete * (1 + len(draft)) + spans[-1].scored
-            rows.add(seq.blocks, seq.tokens[start : start + count] + draft, start, wanted, seq.shares)
+            rows.add(seq.blocks, seq.tokens[start : start + count] + draft, start, wanted, seq.shares, seq.adapter)
             left -= count + len(draft)
         return rows, spans
 

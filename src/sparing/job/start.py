@@ -8,9 +8,9 @@ from typing import Protocol
 
 from sparing.account.history import inherit
 from sparing.base.config import Config, UserError
-from sparing.base.files import DamagedError, file_sha256, link_or_copy, write_atomic
+from sparing.base.files import DamagedError, link_or_copy, write_atomic
 from sparing.base.origin import inherit_origin
-from sparing.base.run import RunFolder, fill, run_tensors
+from sparing.base.run import RunFolder, fill, run_tensors, weights_sha256
 from sparing.model.init import init_weights
 from sparing.model.low_rank import add_low_rank, fill_frozen
 from sparing.model.transformer import Transformer
@@ -39,10 +39,10 @@ class FromRun:
     def model(self, config: Config) -> Transformer:
         """Raises UserError where that run is gone, has changed, or is damaged."""
         run = RunFolder(config.start.run)
-        file = run.weights_file
+        file = run.learned_file
         if not file.exists():
             raise UserError(f"start.run {config.start.run}: its weights are gone")
-        if file_sha256(file) != config.start.weights_sha256:
+        if weights_sha256(run) != config.start.weights_sha256:
             raise UserError(f"start.run {config.start.run}: its weights have changed since this run was begun")
         model = Transformer(config.model)
         adapter = config.adapter

@@ -35,6 +35,15 @@ typedef struct {
     Matrix join;
 } Layer;
 
+enum { FIRST_SITE, OUTPUT_SITE, GATE_UP_SITE, DOWN_SITE, SITES };
+
+typedef struct { /* the low-rank updates of a product: of each of its parts (query, key, value; gate, up), side by side as the outputs are */
+    int64_t parts, rank, inner; /* parts 0: none */
+    const float *down;          /* (parts, rank, inner) */
+    const float *up[3];         /* (rank, outputs), scaled */
+    int64_t outputs[3];         /* multiples of 16 */
+} Update;
+
 typedef struct {
     atomic_int arrived, phase, job, stop;
     int threads, active;
@@ -63,6 +72,8 @@ typedef struct {
     Matrix head;
     Layer *layer;
     Residency residency;
+    const Update *updates; /* (adapters, all_layers, SITES) */
+    int64_t narrow;        /* most rows of `down` of any of them */
     Pool *pool;
     int64_t rows, longest; /* what the scratch is for */
     void *scratch[24];
@@ -74,6 +85,7 @@ typedef struct {
     const float *before; /* MTP: (rows, hidden) */
     const float *shares; /* (texts, all_layers) see `thin`; 0: every chosen expert for every row */
     int32_t *used; /* with `shares`: (rows) to which the experts used are added, of all layers */
+    const int32_t *adapters; /* (texts) whose updates a text gets; -1: none; 0 instead of all: no text gets any */
     float *after; /* (rows, hidden) after the last norm */
     float *logits; /* (wanted, up(vocabulary, 16)) */
 } Batch;
@@ -395,7 +407,7 @@ static Matrix expert(const Model *m, const Layer *l, int64_t layer, const Matrix
 
 /* The step. Slots of scratch: */
 enum { X, NORMED, FIRST, QUERY, ABSORBED, MIXED, HEADS, SHARED, SLOTS, PARTS, SCORES, LOGITS, GATES, CHOSEN, ORDER, ENDS, JOINED,
-       BYTES, SCALES, SUMS, EXPERT_BYTES, EXPERT_SCALES, EXPERT_SUMS };
+       BYTES, SCALES, SUMS, EXPERT_BYTES, EXPERT_SCALES, EXPERT_SUMS, NARROW };
 
 /* Bytes from a quantised row to the next: whole cache lines, and not a power of two, which would put 16 rows into the same few sets of a cache. */
 static inline int64_t apart(int64_t inner) { return up(inner, 64) + 64; }
@@ -434,6 +446,7 @@ static void reserve(Model *m, int64_t rows, int64_t longest, int T) {
     floats[SUMS] = inputs / 16 + 2 * floats[SCALES];
     floats[EXPERT_BYTES] = slots * apart(m->expert_width) / 4;
     floats[EXPERT_SCALES] = slots;
+    floats[NARROW] = rows * m->narrow;
     floats[EXPERT_SUMS] = slots * (2 + m->expert_width / GROUP);
     for (int i = 0; i < 24; i++) {
         free(m->scratch[i]);
@@ -453,6 +466,50 @@ static Input input(const Model *m, float *x, int64_t stride, int64_t inner) {
 
 #define MINE(i, count) for (int64_t i = (count) * t / T, end_##i = (count) * (t + 1) / T; i < end_##i; i++)
 #define WAIT() barrier(m->pool)
+
+static inline const Update *update_of(const Model *m, const Batch *b, int64_t row, int64_t layer, int site) {
+    int32_t adapter = b->adapters[b->owners[row]];
+    return adapter < 0 ? 0 : m->updates + (adapter * m->all_layers + layer) * SITES + site;
+}
+
+/* y += up (down x) for each row whose text has an adapter; x: rows of a product's input, y: of its output. A row's sums are the same whatever
+ * other rows there are. Ends with a barrier; y must be whole before the first. */
+static void adapt(Model *m, const Batch *b, int64_t layer, int site, const float *x, int64_t x_stride, float *y, int64_t y_stride, int t, int T) {
+    if (!b->adapters) return;
+    float *narrow = m->scratch[NARROW];
+    MINE(j, b->rows * m->narrow) {
+        int64_t i = j / m->narrow, r = j % m->narrow;
+        const Update *u = update_of(m, b, i, layer, site);
+        if (!u || r >= u->parts * u->rank) continue;
+        const float *row = x + i * x_stride, *down = u->down + r * u->inner;
+        vec total = spread(0.0f);
+        for (int64_t k = 0; k < u->inner; k += W) total += LOAD(row + k) * LOAD(down + k);
+        narrow[j] = sum(total);
+    }
+    WAIT();
+    int64_t panels = 0;
+    for (int64_t i = 0; i < b->rows; i++) {
+        const Update *u = update_of(m, b, i, layer, site);
+        int64_t wide = 0;
+        for (int64_t p = 0; u && p < u->parts; p++) wide += u->outputs[p] / PANEL;
+        panels = wide > panels ? wide : panels;
+    }
+    MINE(j, b->rows * panels) {
+        int64_t i = j / panels, panel = j % panels, p = 0;
+        const Update *u = update_of(m, b, i, layer, site);
+        if (!u) continue;
+        float *out = y + i * y_stride + panel * PANEL;
+        while (p < u->parts && panel >= u->outputs[p] / PANEL) panel -= u->outputs[p++] / PANEL;
+        if (p == u->parts) continue;
+        const float *up = u->up[p] + panel * PANEL, *h = narrow + i * m->narrow + p * u->rank;
+        for (int64_t v = 0; v < PANEL; v += W) {
+            vec total = spread(0.0f);
+            for (int64_t r = 0; r < u->rank; r++) total += LOAD(up + r * u->outputs[p] + v) * h[r];
+            STORE(out + v, LOAD(out + v) + total);
+        }
+    }
+    WAIT();
+}
 
 /* A product of each head with its own matrix: x (rows, heads, inner) at any strides -> out likewise. Quantised rows lie head by head. */
 static void by_head(const Model *m, const Matrix *stack, float *x, int64_t x_row, int64_t x_head, int64_t N, float *out, int64_t out_row,
@@ -591,6 +648,7 @@ static void block(Model *m, const Batch *b, int64_t layer, int t, int T) {
     WAIT();
     product(&l->first, &in, 0, 0, N, m->scratch[FIRST], up(l->first.outputs, PANEL), 0, t, T);
     WAIT();
+    adapt(m, b, layer, FIRST_SITE, normed, D, m->scratch[FIRST], up(l->first.outputs, PANEL), t, T);
     float *heads = m->scratch[m->latent_attention ? HEADS : MIXED];
     int64_t wide = H * (m->latent_attention ? m->value : m->head_dim);
     if (m->latent_attention) latent_attention(m, b, l, layer, t, T); else grouped_attention(m, b, l, layer, t, T);
@@ -602,6 +660,7 @@ static void block(Model *m, const Batch *b, int64_t layer, int t, int T) {
     }
     product(&l->o, &mixed, 0, 0, N, x, D, 1, t, T);
     WAIT();
+    adapt(m, b, layer, OUTPUT_SITE, heads, wide, x, D, t, T);
     MINE(i, N) {
         norm(x + i * D, l->post_norm, m->eps, D, normed + i * D);
         if (m->quantised) quantise(&in, i, normed + i * D, D);
@@ -615,6 +674,7 @@ static void block(Model *m, const Batch *b, int64_t layer, int t, int T) {
     if (l->gate_up.outputs) {
         int64_t F = l->down.inner;
         WAIT();
+        adapt(m, b, layer, GATE_UP_SITE, normed, D, shared, 2 * F, t, T);
         Input hidden = input(m, shared, 2 * F, F);
         MINE(i, N) {
             swiglu(shared + i * 2 * F, F);
@@ -622,8 +682,10 @@ static void block(Model *m, const Batch *b, int64_t layer, int t, int T) {
         }
         WAIT();
         product(&l->down, &hidden, 0, 0, N, x, D, 1, t, T);
-    }
-    WAIT();
+        WAIT();
+        adapt(m, b, layer, DOWN_SITE, shared, 2 * F, x, D, t, T);
+    } else
+        WAIT();
 }
 
 /* Row r of a matrix of any format but int4 as floats. */

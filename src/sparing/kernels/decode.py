@@ -47,6 +47,16 @@ class Residency(ctypes.Structure):
     _fields_ = _fields(int="slots taken clock loads file", at="arena base place owner used")
 
 
+class Update(ctypes.Structure):
+    """The low-rank updates of a product, of each of its parts."""
+
+    _fields_ = [
+        *_fields(int="parts rank inner", at="down"),
+        ("up", ctypes.c_void_p * 3),
+        ("outputs", ctypes.c_int64 * 3),
+    ]
+
+
 class ModelStruct(ctypes.Structure):
     _fields_ = [
         *_fields(int="hidden heads nope rope value latent q_rank kv_heads head_dim latent_attention"),
@@ -56,14 +66,17 @@ class ModelStruct(ctypes.Structure):
         ("head", Matrix),
         ("layer", ctypes.POINTER(Layer)),
         ("residency", Residency),
-        *_fields(at="pool", int="rows longest"),
+        ("updates", ctypes.POINTER(Update)),
+        *_fields(int="narrow"),
+        *_fields(at="pool"),
+        *_fields(int="rows longest"),
         ("scratch", ctypes.c_void_p * 24),
     ]
 
 
 class Batch(ctypes.Structure):
     _fields_ = _fields(
-        int="rows wanted table_stride mtp", at="tokens positions owners tables wanted_rows first before shares used after logits"
+        int="rows wanted table_stride mtp", at="tokens positions owners tables wanted_rows first before shares used adapters after logits"
     )
 
 

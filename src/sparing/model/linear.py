@@ -8,14 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparing.base.int8_rows import to_int8
 from sparing.kernels import products
 from sparing.kernels.norm import rms_norm
 from sparing.kernels.products import Frozen, LowRank, Operand, Weight
 from sparing.kernels.vocabulary import embedding
-from sparing.precision.compensation import slices
 from sparing.precision.eight_bit import EightBit
-from sparing.precision.formats import INT8
-from sparing.precision.quantise import quantise
 
 
 class Factor(nn.Module):
@@ -55,11 +53,7 @@ class Adaptable(nn.Module):
             if kind == "bfloat16":
                 self.register_buffer(name, weight.to(torch.bfloat16))
                 continue
-            codes, scale = torch.empty_like(weight, dtype=torch.int8), weight.new_empty(weight.shape[:-1], dtype=torch.float32)
-            rows = weight.flatten(0, -2)
-            for part in slices(*rows.shape):  # a few rows at a time: quantising makes copies
-                q = quantise(rows[part], INT8, (1, None))
-                codes.view(rows.shape)[part], scale.view(-1)[part] = q.values, q.scale.squeeze(1)
+            codes, scale = to_int8(weight)
             self.register_buffer(name, codes)
             self.register_buffer(f"{name}_scale", scale)
 

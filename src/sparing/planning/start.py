@@ -10,10 +10,9 @@ from typing import Any
 from sparing.account.receipt import read_state
 from sparing.base.config import Config, ModelConfig, UserError
 from sparing.base.config_file import Wishes, build, read_config
-from sparing.base.files import file_sha256
 from sparing.base.hardware import cores
 from sparing.base.messages import say
-from sparing.base.run import RunFolder
+from sparing.base.run import RunFolder, weights_sha256
 from sparing.budget.flops import parameters
 from sparing.budget.gain import gain_law
 from sparing.budget.predict import Beginning, Corpus
@@ -40,7 +39,7 @@ def with_start(wishes: Wishes) -> Wishes:
         return wishes
     run = RunFolder.open(Path(wishes.value("start.run")).resolve())
     config = read_config(run.config_file)
-    for file in (run.weights_file, run.tokenizer_file):
+    for file in (run.learned_file, run.tokenizer_file):
         if not file.exists():
             raise UserError(f"{run} has no {file.name}: no run can start from it")
     shape = asdict(config.model)
@@ -51,7 +50,7 @@ def with_start(wishes: Wishes) -> Wishes:
     own = wishes.value("data.tokenizer")
     if own and Path(own).resolve() != run.tokenizer_file:
         raise UserError(f"data.tokenizer {own}: a run that starts from {run} keeps its tokenizer")
-    digest = file_sha256(run.weights_file)
+    digest = weights_sha256(run)
     if wishes.value("start.weights_sha256", digest) != digest:
         raise UserError(f"start.weights_sha256: {run} has other weights, {digest}")
     settled = {"model": shape, "data": {"tokenizer": str(run.tokenizer_file)}, "start": {"run": str(run), "weights_sha256": digest}}

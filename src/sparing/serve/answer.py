@@ -105,6 +105,7 @@ class Answer:
     def __init__(self, service: Service, request: Request, completion: Completion):
         self.service, self.completion, self.scope = service, completion, request.scope
         self.id, self.created, self._clock = completion.prefix + uuid.uuid4().hex[:24], int(time.time()), time.monotonic()
+        self.model = service.model_of(completion.body)
         self.choices = Choices(service.engine, completion.prompts)
         completion.requests = self.choices.requests
         self._energy_mark: float | None = service.energy.begin()
@@ -165,7 +166,7 @@ class Answer:
             "id": self.id,
             "object": kind,
             "created": self.created,
-            "model": service.name,
+            "model": self.model,
             "system_fingerprint": f"sparing-{service.engine.weights}",
         }
 
@@ -188,7 +189,7 @@ class Answer:
                 "key": state.get("key"),
                 "client": (self.scope.get("client") or ("", 0))[0],
                 "path": self.completion.path,
-                "model": self.service.name,
+                "model": self.model,
                 "choices": len(self.choices.requests),
                 "prompt_tokens": usage["prompt_tokens"],
                 "completion_tokens": usage["completion_tokens"],

@@ -132,22 +132,23 @@ async def completions(service: Service, request: Request) -> Response:
 
 
 async def models(service: Service, request: Request) -> Response:
-    return JSONResponse({"object": "list", "data": [_model(service)]})
+    return JSONResponse({"object": "list", "data": [_model(service, name) for name in service.templates]})
 
 
 async def model(service: Service, request: Request) -> Response:
     service.check_model(request.path_params["name"])
-    return JSONResponse(_model(service))
+    return JSONResponse(_model(service, request.path_params["name"]))
 
 
-def _model(service: Service) -> dict:
+def _model(service: Service, name: str) -> dict:
     engine = service.engine
     return {
-        "id": service.name,
+        "id": name,
         "object": "model",
         "created": service.started,
         "owned_by": "sparing",
-        "kind": service.kind,  # base: no chat template of its own
+        "kind": "base" if service.templates[name].plain else "chat",  # base: no chat template of its own
+        **({} if name == service.name else {"parent": service.name}),
         "context_length": engine.context,
         "weights": engine.weights,
         "tiers": ["exact", "approximate"] if engine.approximate else ["exact"],

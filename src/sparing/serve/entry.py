@@ -23,6 +23,7 @@ def serve(
     device: str = "auto",
     speculate: str = "auto",
     name: str | None = None,
+    adapter: Sequence[str] = (),
     api_key_file: str | None = None,
     without_key: bool = False,
     cors: Sequence[str] = (),
@@ -68,6 +69,7 @@ def serve(
     cache, experts = (None if size is None else size << 20 for size in (cache_mb, expert_mb))
     options: dict = {"cache_bytes": cache, "expert_bytes": experts, "max_batch": batch, "max_queue": queue, "threads": threads}
     options |= {"weights": {"none": "float32"}.get(quantize, quantize), "device": device}
+    options["adapters"] = _adapters(adapter)
     options["speculate"] = {"on": True, "off": False}.get(speculate)
     if approximate or approximate_data:
         options["approximate"] = _approximate(approximate_data, approximate_limit / 100, approximate_floor)
@@ -76,6 +78,19 @@ def serve(
     else:
         audit = Audit(None if audit_log == "none" else Path(audit_log), audit_text)
     run_server(run, settings, audit, started, **options)
+
+
+def _adapters(named: Sequence[str]) -> dict[str, str]:
+    """{name: run} of NAME=RUN, NAME=RUN, ... Raises UserError."""
+    found: dict[str, str] = {}
+    for one in named:
+        name, equals, run = one.partition("=")
+        if not (name and equals and run):
+            raise UserError(f"--adapter {one}: say NAME=RUN, the name for clients and the adapter run")
+        if name in found:
+            raise UserError(f"--adapter {one}: {name} is {found[name]} already")
+        found[name] = run
+    return found
 
 
 def _approximate(paths: Sequence[str], limit: float, floor: int):

@@ -54,7 +54,9 @@ def run_server(run: str, settings: Settings, audit: Audit, started: float | None
         if getattr(engine_options.get("approximate"), "texts", ()):
             say("finding out how few experts the given text needs, unless that is known already")
         with Engine(run, **engine_options) as engine:
-            service = Service(engine, template, settings, energy, audit)
+            templates = {name: template_text(RunFolder(path)) for name, path in (engine_options.get("adapters") or {}).items()}
+            own = {name: ChatTemplate(text) for name, text in templates.items() if text is not None}
+            service = Service(engine, template, settings, energy, audit, own)
             host, port = listeners[0].getsockname()[:2]
             shown = f"[{host}]" if ":" in host else host
             if engine.approximate:
@@ -68,7 +70,8 @@ def run_server(run: str, settings: Settings, audit: Audit, started: float | None
             where = (
                 f"{engine.weights} on {engine.device}, {engine.context} tokens of context, drafts {'on' if engine.speculates else 'off'}"
             )
-            say(f"{service.name} ({where}{keyed}) at http://{shown}:{port}")
+            names = ", ".join(service.templates)
+            say(f"{names} ({where}{keyed}) at http://{shown}:{port}")
             if limit := engine_options.get("expert_bytes"):
                 say(speed_message(engine, limit))
             asyncio.run(_run(service, listeners))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from sparing.base.config import UserError
@@ -29,10 +29,22 @@ PARAMETERS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_pe
 
 
 class Service:
-    def __init__(self, engine: Engine, template: ChatTemplate, settings: Settings, energy: Energy, audit: Audit):
-        self.engine, self.template, self.settings, self.energy, self.audit = engine, template, settings, energy, audit
+    def __init__(
+        self,
+        engine: Engine,
+        template: ChatTemplate,
+        settings: Settings,
+        energy: Energy,
+        audit: Audit,
+        templates: Mapping[str, ChatTemplate] | None = None,
+    ):
+        """templates: the adapters' own, by name."""
+        self.engine, self.settings, self.energy, self.audit = engine, settings, energy, audit
         self.name = settings.name or engine.name
-        self.kind = "base" if template.plain else "chat"
+        self.templates = {self.name: template} | {name: (templates or {}).get(name, template) for name in engine.adapters}
+        """Of each model that can be asked for: the run itself first, then its adapters."""
+        if self.name in engine.adapters:
+            raise UserError(f"--adapter {self.name}=...: the run itself has this name; choose another, or say --name")
         self.started = int(time.time())
         self.draining = False
         self.counts: Counter[tuple[str, int]] = Counter()
@@ -57,8 +69,13 @@ class Service:
 
     def check_model(self, model: str) -> None:
         """Raises ApiError 404 for another model's name."""
-        if model != self.name:
-            raise ApiError(404, f"The model `{model[:100]}` does not exist; this server has `{self.name}`.", "model", "model_not_found")
+        if model not in self.templates:
+            there = ", ".join(f"`{name}`" for name in self.templates)
+            raise ApiError(404, f"The model `{model[:100]}` does not exist; this server has {there}.", "model", "model_not_found")
+
+    def model_of(self, body: dict) -> str:
+        """The name of the model that a body asks for."""
+        return body.get("model") or self.name
 
     def check_tokens(self, field: str, tokens: Iterable[int], size: int | None = None) -> None:
         """Raises ApiError 400 for a token id that is not below `size` (default: the model's vocabulary)."""
@@ -75,7 +92,7 @@ class Service:
         tools = None if body.get("tool_choice") == "none" else body.get("tools")
         self._not_too_long(sum(len(message["content"].encode()) for message in messages))
         try:
-            return self.template.encode(self.engine.tokenizer, messages, tools)
+            return self.templates[self.model_of(body)].encode(self.engine.tokenizer, messages, tools)
         except UserError as error:
             raise bad(str(error), "messages") from None
 
@@ -112,12 +129,13 @@ class Service:
         if body.get("tier") == "approximate" and self.engine.approximate is None:
             message = "'tier': this server answers exactly only; its operator has not allowed `approximate`."
             raise bad(message, "tier", "tier_not_available")
-        grammar = self._grammar(body)
+        grammar, model = self._grammar(body), self.model_of(body)
         n, seed = body.get("n", 1), body.get("seed")
         common = {name: body[name] for name in PARAMETERS if name in body}
-        common |= {"stop": stop + (PLAIN_STOPS if chat and self.template.plain else ()), "top_k": max(0, body.get("top_k", 0))}
+        common |= {"stop": stop + (PLAIN_STOPS if chat and self.templates[model].plain else ()), "top_k": max(0, body.get("top_k", 0))}
         common |= {"max_tokens": room if limit is None else limit, "logprobs": logprobs, "logit_bias": bias}
         common |= {"prompt_logprobs": scored, "approximate": body.get("tier") == "approximate"}
+        common |= {"adapter": None if model == self.name else model}
         try:
             return [
                 # Choice i has seed + i: with one seed all n texts would be equal.
