@@ -208,6 +208,17 @@ class StartConfig:
 
 
 @dataclass(frozen=True)
+class AdapterConfig:
+    """Low-rank updates beside the frozen weights of another run (LoRA, arXiv 2106.09685): all linears of attention and feed-forward."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    """An update is alpha / rank times the product of its two factors."""
+    base: Literal["float32", "bfloat16", "int8"] | None = None
+    """How the frozen weights are held while the factors learn; None: bfloat16 where products are computed in it, else float32."""
+
+
+@dataclass(frozen=True)
 class TokensConfig:
     """Ids of the tokens that begin and end a text, as an imported model has them."""
 
@@ -231,5 +242,7 @@ class Config:
     budget: Budget = field(default_factory=lambda: Budget(300.0, "s"))
     start: StartConfig | None = None
     """None: random weights from train.seed."""
+    adapter: AdapterConfig | None = None
+    """None: the weights themselves learn; otherwise those of `start.run` stay, and only updates beside them learn."""
     tokens: TokensConfig | None = None
     """None: what the tokenizer's names say; the end-of-text token also begins every text."""

@@ -32,6 +32,7 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {
         "seed": (-(2**63), 2**64 - 1),
     },
     "DataConfig": {"holdout_fraction": (1e-9, 0.5), "max_tokens": _ONE, "workers": _ONE},
+    "AdapterConfig": {"rank": _ONE, "alpha": (1e-9, math.inf)},
     "TokensConfig": {"bos": (0, math.inf)},
     "PrecisionConfig": {"error_budget": (1e-9, math.inf), "measure_every": (0, math.inf)},
 }
@@ -85,6 +86,8 @@ def checked(c: Config) -> Config:
         raise UserError(f"train.seq_len {c.train.seq_len} is more than model.max_position_embeddings {c.model.max_position_embeddings}")
     if c.train.short_seq_len and c.train.seq_len % c.train.short_seq_len:
         raise UserError(f"train.seq_len {c.train.seq_len} is not a multiple of train.short_seq_len {c.train.short_seq_len}")
+    if c.adapter is not None and c.precision.weights != "float32":
+        raise UserError(f"precision.weights = {c.precision.weights} is for weights that learn: choose adapter.base for frozen ones")
     if c.train.compile and c.precision.linear not in ("none", "auto"):
         raise UserError(f"train.compile = true compiles no 8-bit products: leave it out, or precision.linear = {c.precision.linear}")
     if c.train.compile and c.precision.activations != "full":

@@ -48,6 +48,7 @@ class RunFolder:
         self.tokenizer_file = self.path / "tokenizer.json"
         self.weights = self.path / "weights"
         self.weights_file = self.weights / "model.safetensors"
+        self.adapter_file = self.path / "adapter" / "adapter_model.safetensors"
         self.state = self.path / "state"
         self.metrics_file = self.path / "metrics.jsonl"
         self.ledger_file = self.path / "ledger.sqlite"
@@ -57,13 +58,18 @@ class RunFolder:
     def __str__(self) -> str:
         return str(self.path)
 
+    @property
+    def learned_file(self) -> Path:
+        """What it has learned: weights, or the updates that an adapter run keeps instead."""
+        return self.adapter_file if self.adapter_file.exists() else self.weights_file
+
     @classmethod
     def create(cls, path: str | Path) -> RunFolder:
         """Make a run folder, or take over one that died before its config was written. UserError where other files are already."""
         run, folder = cls(_utf8(path)), output_folder(path, "--out")
         if run.config_file.exists():
             raise UserError(f"{path} already holds a run: continue it with `sparing resume {path}`, or choose another --out")
-        ours = {"weights", "state", "data", "tokenizer.json", "metrics.jsonl"}
+        ours = {"weights", "adapter", "state", "data", "tokenizer.json", "metrics.jsonl"}
         strangers = {entry.name for entry in run.path.glob("[!.]*") if not entry.name.startswith("ledger.")} - ours
         if strangers:
             raise UserError(f"{path} is not empty (it has {min(strangers)}): choose a new folder for --out")
@@ -102,7 +108,7 @@ def _utf8(path: str | Path) -> str | Path:
 def looks_like_run(folder: str | Path) -> bool:
     """Whether a folder holds a run, one whose configuration is not written yet included."""
     inside = partial(os.path.join, folder)
-    folders = all(os.path.isdir(inside(name)) for name in ("state", "weights"))
+    folders = os.path.isdir(inside("state")) and any(os.path.isdir(inside(name)) for name in ("weights", "adapter"))
     return folders and any(os.path.isfile(inside(name)) for name in ("config.toml", LOCK))
 
 

@@ -177,7 +177,7 @@ class TorchNetwork:
 
     def _embed(self, rows: Rows) -> Tensor:
         tokens = torch.tensor(rows.tokens, device=self.device)
-        return F.embedding(tokens, self.model.model.embed_tokens.weight).to(self.model.compute_dtype)
+        return self.model.model.embed_tokens(tokens).to(self.model.compute_dtype)
 
     def _logits(self, x: Tensor, rows: Rows) -> np.ndarray:
         if self.c.mtp_depth:

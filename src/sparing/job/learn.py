@@ -68,8 +68,9 @@ def learn(
     if device.type == "cpu" and gives_back(config.precision):
         native.give_back()
     with signals.interruptible():
-        begun = any(run.state.glob("step-*"))  # the checkpoint will be loaded over whatever the weights are
-        model = Transformer(config.model) if begun else (start or start_of(config)).model(config)
+        begun = any(run.state.glob("step-*"))  # the checkpoint will be loaded over whatever the weights (or an adapter's factors) are
+        unfilled = begun and config.adapter is None
+        model = Transformer(config.model) if unfilled else (start or start_of(config)).model(config)
         keep_as(model, config)  # here already, for what is measured
         model.to(device)
         with job.meter.stage("calibrate"):

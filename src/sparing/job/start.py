@@ -14,6 +14,7 @@ from sparing.base.files import DamagedError, file_sha256, link_or_copy, write_at
 from sparing.base.run import RunFolder, fill, read_tensors
 from sparing.job.texts import corpora
 from sparing.model.init import init_weights
+from sparing.model.low_rank import add_low_rank, fill_frozen
 from sparing.model.transformer import Transformer
 
 
@@ -35,7 +36,7 @@ class Noise:
 
 
 class FromRun:
-    """The weights of the run that `config.start` names."""
+    """The weights of the run that `config.start` names, with low-rank updates beside them where `config.adapter` asks for those."""
 
     def model(self, config: Config) -> Transformer:
         """Raises UserError where that run is gone, has changed, or is damaged."""
@@ -45,8 +46,13 @@ class FromRun:
         if file_sha256(file) != config.start.weights_sha256:
             raise UserError(f"start.run {config.start.run}: its weights have changed since this run was begun")
         model = Transformer(config.model)
+        adapter = config.adapter
         try:
-            fill(model.state_dict(), read_tensors(file), file)
+            if adapter is None:
+                fill(model.state_dict(), read_tensors(file), file)
+            else:
+                fill_frozen(model, read_tensors(file), None if adapter.base == "float32" else adapter.base, file)
+                add_low_rank(model, adapter, config.train.seed)
         except DamagedError as error:
             raise UserError(f"start.run {config.start.run} has no usable weights: {error}") from None
         return model
@@ -68,6 +74,8 @@ def with_start(wishes: Wishes) -> Wishes:
     Raises UserError where it is no run with weights and a tokenizer, where nobody names texts, and for wishes that it contradicts.
     """
     if not wishes.value("start.run"):
+        if wishes.get("adapter"):
+            raise UserError("adapter: low-rank updates go beside the weights of a run: name one as start.run")
         return wishes
     run = RunFolder.open(Path(wishes.value("start.run")).resolve())
     config = read_config(run.config_file)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sparing.kernels import products
 from sparing.kernels.norm import rms_norm
 from sparing.kernels.products import Frozen, LowRank, Operand, Weight
+from sparing.kernels.vocabulary import embedding
 from sparing.precision.compensation import slices
 from sparing.precision.eight_bit import EightBit
 from sparing.precision.formats import INT8
@@ -86,6 +87,12 @@ class Adaptable(nn.Module):
             down, up = down.unflatten(0, (len(weight), -1)), up.unflatten(1, (-1, len(weight))).permute(2, 0, 1).contiguous()
         return LowRank(operand, down, up, self.low_rank_scale)
 
+    def floats(self, dtype: torch.dtype) -> Tensor:
+        """The only weight, for what has a product of its own, as the head's cross-entropy: as it is where it is floats alone, otherwise as
+        one tensor in `dtype`."""
+        plain = self.low_rank_scale is None and self.weight.is_floating_point()
+        return self.weight if plain else self._operand("weight", products.FLOATS).whole(dtype)
+
 
 def _factor(name: str, part: str) -> str:
     return f"lora_{part}" if name == "weight" else f"{name}_lora_{part}"
@@ -113,13 +120,24 @@ class Linear(Adaptable):
         """The weight with its products."""
         return self._operand("weight", self.eight_bit if self.eight_bit and self.training else products.FLOATS)
 
-    def floats(self, dtype: torch.dtype) -> Tensor:
-        """The weight for what has a product of its own, as the head's cross-entropy: as it is where it is floats alone, otherwise as one
-        tensor in `dtype`."""
-        return self.weight if self.low_rank_scale is None and self.weight.is_floating_point() else self.operand.whole(dtype)
-
     def forward(self, x: Tensor) -> Tensor:
         return self.operand(x)
+
+
+class Embedding(Adaptable):
+    """A row of its weight (words, width) for each word."""
+
+    def __init__(self, words: int, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(words, width))
+
+    def forward(self, words: Tensor) -> Tensor:
+        """(...,) integers -> (..., width), in the weight's type; of int8 codes float32."""
+        if self.weight.requires_grad:
+            return embedding(words, self.weight)
+        scale = getattr(self, "weight_scale", None)
+        rows = F.embedding(words, self.weight)
+        return rows if scale is None else rows * scale[words].unsqueeze(-1)
 
 
 def side_by_side(x: Tensor, *linears: Linear) -> Tensor:

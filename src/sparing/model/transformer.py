@@ -13,10 +13,10 @@ from torch.utils.checkpoint import checkpoint
 from sparing.base.config import ModelConfig
 from sparing.base.layers import Layer, layers
 from sparing.kernels.attention import DocumentMask
-from sparing.kernels.vocabulary import embedding, token_nll
+from sparing.kernels.vocabulary import token_nll
 from sparing.model.attention import GQA, MLA
 from sparing.model.experts import MLP, MoE, not_counting
-from sparing.model.linear import Linear, RMSNorm
+from sparing.model.linear import Embedding, Linear, RMSNorm
 from sparing.model.rope import rotary_table
 from sparing.precision.activations import kept_in_int8
 
@@ -96,7 +96,7 @@ class Decoder(nn.Module):
 
     def __init__(self, c: ModelConfig):
         super().__init__()
-        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.embed_tokens = Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList((MTPBlock if layer.mtp else Block)(c, layer) for layer in layers(c))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
@@ -115,7 +115,7 @@ class Transformer(nn.Module):
     @property
     def head_weight(self) -> Tensor:
         """(V, D) weights of the output head."""
-        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.floats(self.compute_dtype)
+        return (self.lm_head or self.model.embed_tokens).floats(self.compute_dtype)
 
     def set_recompute(self, on: bool) -> None:
         """Recompute each layer's activations in the backward pass instead of keeping them."""
@@ -133,7 +133,7 @@ class Transformer(nn.Module):
         return self.rotary
 
     def _embed(self, tokens_BT: Tensor) -> Tensor:
-        return embedding(tokens_BT, self.model.embed_tokens.weight).to(self.compute_dtype)
+        return self.model.embed_tokens(tokens_BT).to(self.compute_dtype)
 
     def hidden(self, tokens_BT: Tensor, documents_BT: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         """(B, T) token ids -> (B, T, D) hidden states after the last norm."""

@@ -1,7 +1,7 @@
 """Checkpoints: state/step-00000123/{weights.safetensors optimizer.safetensors state.json checksums.json}.
 
 The number is that of finished steps. Weights are of the type they are trained in, under Hugging Face's names; the newest are hard-linked to
-weights/model.safetensors too, so that a killed run can be served. Kept: the newest two, and state/pre-decay, from which a finished
+weights/model.safetensors too, so that a killed run can be served. An adapter run has its low-rank factors instead, and adapter/. Kept: the newest two, and state/pre-decay, from which a finished
 run can be extended. Step 0 is saved like any other, so there is always something to go back to.
 """
 
@@ -15,12 +15,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparing.base.config import Config, PrecisionConfig, UserError
 from sparing.base.files import DamagedError, link_or_copy, replace_folder
 from sparing.base.run import RunFolder, fill, read_tensors, verify_folder, write_folder
 from sparing.kernels import native
+from sparing.model.low_rank import learned
 from sparing.train.optim import Optimizer
 
 KEEP = 2
@@ -65,6 +66,8 @@ def fingerprint(config: Config) -> dict[str, str]:
     if p != PrecisionConfig():
         recipe += (p,)
     found = {"model": digest(config.model), "recipe": digest(recipe, train.bias_update_rate, train.sequence_balance, train.seed)}
+    if config.adapter is not None:
+        found["model"] = digest(config.model, config.adapter, config.start.weights_sha256)
     if (p.weights, p.moments) != ("float32", "float32"):
         found["storage"] = digest(p.weights, p.compensation, p.moments)
     return found
@@ -77,10 +80,14 @@ class Checkpoints:
         self, run: RunFolder, model: nn.Module, optimizer: Optimizer, config: Config, say: Callable[[str], None], kernels: native.Path
     ):
         """kernels: which compute in training."""
-        self.run, self.model, self.optimizer, self.say = run, model, optimizer, say
+        self.run, self.model, self.optimizer, self.say, self.adapts = run, model, optimizer, say, config.adapter is not None
         self.fingerprint = fingerprint(config)
         self.arithmetic = native.arithmetic(kernels)
         self._saved: tuple[int, int] | None = None
+
+    def _weights(self) -> dict[str, Tensor]:
+        """What is saved and loaded: live tensors by name."""
+        return learned(self.model) if self.adapts else self.model.state_dict()
 
     def folders(self) -> list[Path]:
         """Checkpoints, oldest first."""
@@ -93,8 +100,12 @@ class Checkpoints:
         if self._saved == (state.step, state.cursor) and not keep_as_pre_decay:
             return folder  # a signal right after a save
         text = json.dumps(asdict(state), indent=1)
-        write_folder(folder, {WEIGHTS: self.model.state_dict(), OPTIMIZER: self.optimizer.state(), STATE: text})
-        link_or_copy(folder / WEIGHTS, self.run.weights_file)
+        write_folder(folder, {WEIGHTS: self._weights(), OPTIMIZER: self.optimizer.state(), STATE: text})
+        newest = self.run.adapter_file if self.adapts else self.run.weights_file
+        newest.parent.mkdir(exist_ok=True)
+        link_or_copy(folder / WEIGHTS, newest)
+        if self.adapts and self.run.weights.is_dir():  # made before it was known what would be in it
+            self.run.weights.rmdir()
         if keep_as_pre_decay:
             self._keep(folder)
         self._prune(state.step)
@@ -149,7 +160,7 @@ class Checkpoints:
             self.say("config.toml was changed since the checkpoint: from here on losses differ from what they would have been")
         if state.arithmetic and state.arithmetic != self.arithmetic:
             self.say(f"begun with {state.arithmetic}, going on with {self.arithmetic}: from here on the run is not bit for bit the same")
-        fill(self.model.state_dict(), read_tensors(folder / WEIGHTS), folder.name)
+        fill(self._weights(), read_tensors(folder / WEIGHTS), folder.name)
         self.optimizer.reset()
         names = set()
         for name, tensor in read_tensors(folder / OPTIMIZER):

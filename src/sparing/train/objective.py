@@ -45,9 +45,9 @@ class NextToken:
     (DeepSeek-V3, arXiv 2412.19437 §2.1.2 and §2.2)."""
 
     def __init__(self, config: ModelConfig, mtp_weight: float = 0.3, sequence_balance: float = 0.0):
-        """mtp_weight: of the mean over MTP depths. sequence_balance: of the balance loss; 0: it is not computed."""
+        """mtp_weight: of the mean over MTP depths; 0: it is not computed. sequence_balance: the same of the balance loss."""
         self.mtp_weight, self.sequence_balance = mtp_weight, sequence_balance
-        parts = {"loss": True, "mtp_loss": config.mtp_depth > 0, "balance_loss": bool(mixtures(config))}
+        parts = {"loss": True, "mtp_loss": config.mtp_depth > 0 and mtp_weight > 0, "balance_loss": bool(mixtures(config))}
         self.parts = tuple(name for name, there in parts.items() if there)
 
     @classmethod
@@ -71,7 +71,7 @@ class NextToken:
         states = model.states(batch.tokens, batch.documents, want_balance=self.sequence_balance > 0)
         loss = cross_entropy(states.hidden, 0)
         total, zero = loss, loss.new_zeros(())
-        mtp_loss, depth = zero, model.config.mtp_depth
+        mtp_loss, depth = zero, model.config.mtp_depth if self.mtp_weight else 0
         for k in range(depth):
             # Ignored positions embed word 0: their own loss is masked.
             states = model.next_depth(states, k, batch.targets[..., k].clamp(min=0))

@@ -1,0 +1,56 @@
+"""Models in which only low-rank updates learn (LoRA, arXiv 2106.09685), beside frozen weights that may be held in few bits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from sparing.base.config import AdapterConfig
+from sparing.base.run import fill
+from sparing.model.linear import Adaptable
+from sparing.model.transformer import MTPBlock, Transformer
+
+
+def adaptable(model: Transformer) -> dict[str, Adaptable]:
+    """What gets an update, by name: all linears of the decoder's layers, a mixture's experts as one module. Embedding, head and routers stay
+    as they are, and so do MTP modules, which PEFT does not know and which only draft."""
+    drafting = {id(module) for block in model.model.layers if isinstance(block, MTPBlock) for module in block.modules()}
+    inside = ((f"model.layers.{name}", module) for name, module in model.model.layers.named_modules())
+    return {name: module for name, module in inside if isinstance(module, Adaptable) and id(module) not in drafting}
+
+
+@torch.no_grad()
+def fill_frozen(model: Transformer, tensors: Iterable[tuple[str, Tensor]], hold: str | None, where: object) -> None:
+    """Fill an unfilled model with weights that do not learn. Matrices are held in `hold` ("bfloat16", "int8"; None: float32) as soon as each
+    is there, so that the model is never whole in float32. Routers and norms stay float32. Raises DamagedError, as `base.run.fill`."""
+    model.requires_grad_(False)
+    state = model.state_dict()
+    modules = {name: module for name, module in model.named_modules() if isinstance(module, Adaptable)} if hold else {}
+    left = {id(module): len(module.weights) for module in modules.values()}
+
+    def freezing():
+        for name, tensor in tensors:
+            yield name, tensor
+            state.pop(name, None)
+            module = modules.get(name.rpartition(".")[0])
+            if module is not None and name.rpartition(".")[2] in module.weights:
+                left[id(module)] -= 1
+                if not left[id(module)]:
+                    module.freeze(hold)
+
+    fill(state, freezing(), where)
+
+
+def add_low_rank(model: Transformer, adapter: AdapterConfig, seed: int) -> None:
+    """Add updates that change nothing yet; they alone learn."""
+    generator = torch.Generator().manual_seed(seed)
+    model.requires_grad_(False)
+    for module in adaptable(model).values():
+        module.add_low_rank(adapter.rank, adapter.alpha, generator)
+
+
+def learned(model: Transformer) -> dict[str, Tensor]:
+    """The tensors that learn, by name: of an adapted model, its factors."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
