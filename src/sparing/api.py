@@ -14,6 +14,7 @@ from sparing.account.meter import Meter, metered
 from sparing.account.paper import compare as compare
 from sparing.account.paper import receipt as receipt
 from sparing.account.paper import report as report
+from sparing.adapt import sft as adapt_sft
 from sparing.base.config import Budget, Config, UserError
 from sparing.base.config_file import Wishes, nested, read_config, write_config
 from sparing.base.files import link_or_copy, write_atomic
@@ -33,7 +34,7 @@ from sparing.interop.gguf import export_gguf
 from sparing.interop.hf_tokenizer import read_tokens
 from sparing.interop.huggingface import export_hf, import_hf
 from sparing.job.begin import begin, reasons_of, resolved
-from sparing.job.corpus import EVAL_TOKENS
+from sparing.job.corpus import EVAL_TOKENS, text
 from sparing.job.learn import learn
 from sparing.job.texts import bind, corpora, texts_to_go_on_with
 from sparing.kernels.formats import fast
@@ -74,6 +75,44 @@ def train(
         return learn(job, resolved(job, wishes, amount), samples)
 
 
+def sft(
+    run: str,
+    data: Sequence[str],
+    budget: str,
+    out: str,
+    method: str = "lora",
+    val: Sequence[str] = (),
+    keep: Sequence[str] = (),
+    wishes: dict | None = None,
+    seed: int | None = None,
+    started: float | None = None,
+    samples: int = 3,
+) -> dict:
+    """Teach a run to answer, by conversations, inside a budget; into the new run folder `out`.
+
+    data: files, folders, globs of JSON lines or Parquet: OpenAI's messages, ShareGPT, Alpaca, pairs such as prompt and completion.
+    method: "lora" (low-rank updates beside frozen weights) or "full". val: conversations to score on; none: 5 % of the others, by a hash of
+    the first question. keep: text whose loss is watched; none: what the run writes by itself. wishes, started: as for `train`.
+    -> what `train` gives, and before, after ({"new": {"loss", "bpb"}, "old": ...}), trained_tokens, trainable_parameters, base, ancestors.
+    Raises UserError; Interrupted on a signal (the run can be resumed).
+    """
+    started = time.monotonic() if started is None else started
+    amount = parse_budget(budget)
+    if method not in adapt_sft.METHODS:
+        raise UserError(f"--method {method}: choose {' or '.join(adapt_sft.METHODS)}")
+    if not data:
+        raise UserError("sft needs --data: conversations, such as JSON lines with messages")
+    arguments = {"data.paths": tuple(data), "train.seed": seed, "start.run": run, "chats.val": tuple(val), "chats.keep": tuple(keep)}
+    wishes = Wishes.of(wishes, nested({name: value for name, value in arguments.items() if value is not None}))
+    if method == "full" and wishes.get("adapter") is not None:
+        raise UserError("adapter: low-rank updates are what --method lora learns; leave it out with full")
+    if method == "lora":
+        wishes = Wishes.of({"adapter": {}}, wishes)
+    folder = RunFolder.create(out)
+    with begin("sft", folder, started) as job:
+        return learn(job, adapt_sft.resolved(job, wishes, amount), samples, data=adapt_sft.data)
+
+
 def resume(
     run: str,
     budget: str | None = None,
@@ -90,7 +129,8 @@ def resume(
     started = time.monotonic() if started is None else started
     folder = RunFolder.open(run)
     with begin("resume", folder, started, ready=partial(_make_ready, folder, budget, data, text_key)) as job:
-        return learn(job, read_config(folder.config_file), samples)
+        config = read_config(folder.config_file)
+        return learn(job, config, samples, data=text if config.chats is None else adapt_sft.data)
 
 
 def _make_ready(run: RunFolder, budget: str | None, paths: Sequence[str], text_key: str | None) -> None:

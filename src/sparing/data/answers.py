@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from sparing.base.config import UserError
-from sparing.base.run import read_tensors, write_tensors
+from sparing.base.run import read_tensors
 from sparing.data.chat import REASONING, ChatTemplate, token_ids
 from sparing.data.chats import Chat, answers
 from sparing.data.tokenizer import Tokenizer
@@ -123,15 +124,12 @@ class Pieces:
     def trained_tokens(self) -> int:
         return int(self.trained.sum())
 
-    def save(self, path: Path) -> None:
-        """As safetensors; all of it or nothing."""
-        import torch
-
-        write_tensors(path, {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in vars(self).items()})
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {name: torch.from_numpy(value) for name, value in vars(self).items()}
 
     @classmethod
     def load(cls, path: Path) -> Pieces:
-        """Raises DamagedError for a file that is none."""
+        """From a safetensors file of `tensors`. Raises DamagedError for a file that is none."""
         return cls(**{name: tensor.numpy() for name, tensor in read_tensors(path)})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import heapq
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +27,8 @@ SPEAKERS = {
     "function_response": "tool", "function_call": "function_call",
 }  # fmt: skip
 """What ShareGPT's `from` says, as OpenAI's roles; a call of a function is a message of its own there."""
+SAMPLE = 256
+"""Conversations of which the lengths are measured before it is known how many are needed."""
 ROW_BYTES = 4 << 20
 """A longer row is not used: no context holds it."""
 
@@ -45,6 +48,10 @@ class Chat(NamedTuple):
     def first(self) -> str:
         """The first turn of the user: what decides whether it is held out, so that no question is on both sides."""
         return next((message["content"] for message in self.messages if message["role"] == "user"), self.messages[0]["content"])
+
+    @property
+    def first_hash(self) -> int:
+        return content_hash(self.first.encode())
 
     @property
     def raw(self) -> bytes:
@@ -223,6 +230,8 @@ class ChatFacts:
     quarantined: int
     reasons: str
     """The commonest reasons for which rows cannot be used, each with a place; empty where all can."""
+    sample: tuple[Chat, ...] = field(repr=False, compare=False)
+    """The first conversations in the order of sampling, held-out ones among them."""
     content: str
     """Changes when a conversation, their order, or what is held out of them does."""
     split: Split = field(repr=False)
@@ -259,7 +268,7 @@ def scan_chats(
     files = find_files(paths) if paths else []
     progress, total, done = progress or (lambda *_: None), max(1, sum(file.bytes for file in files)), 0
     tally, kinds, content = Tally(), Counter(), hashlib.blake2b(digest_size=16)
-    table, seen = HashHistogram(), []
+    table, seen, sample = HashHistogram(), [], []
 
     def tick(size: int) -> None:
         nonlocal done
@@ -268,8 +277,13 @@ def scan_chats(
         progress("scan", done, total)
 
     for chat in chats(files, tally, tick) if files else ():
-        raw, first = chat.raw, content_hash(chat.first.encode())
+        raw, first = chat.raw, chat.first_hash
         kinds[chat.kind] += 1
+        entry = (-order(chat), len(seen), chat)
+        if len(sample) < SAMPLE:
+            heapq.heappush(sample, entry)
+        elif entry > sample[0]:
+            heapq.heapreplace(sample, entry)
         table.add(first, len(raw))
         content.update(content_hash(raw).to_bytes(8, "little"))
         seen.append((first, mix(content_hash(raw)), len(raw)))
@@ -292,5 +306,6 @@ def scan_chats(
     every = sum(size for _, _, size in seen)
     return ChatFacts(
         len(seen) + (held_out if validation else 0), every + (held_out_bytes if validation else 0), held_out, held_out_bytes,
-        dict(kinds.most_common()), tally.total, str(tally), content.hexdigest(), split, sampled.entries(),
+        dict(kinds.most_common()), tally.total, str(tally), tuple(chat for _, _, chat in sorted(sample, reverse=True)),
+        content.hexdigest(), split, sampled.entries(),
     )  # fmt: skip

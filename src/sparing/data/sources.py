@@ -103,6 +103,7 @@ def documents(
     `reject` receives what was skipped; `tick(bytes)` hears of the bytes read from the disk, about once a megabyte, and may raise to
     end the reading. Raises UserError for paths that name nothing.
     """
+
     def read(path: str, reject: Reject, tick: Tick) -> Iterator[Document]:
         kind = kind_of(path)
         reader = _parquet if kind in PARQUET else _json if kind in JSON else _text
