@@ -23,8 +23,11 @@ from sparing.base.messages import say
 from sparing.base.run import RunFolder, fill, read_tensors, write_tensors
 from sparing.budget.flops import forward_flops, parameters
 from sparing.budget.units import format_budget, parse_budget, parse_extension
+from sparing.data.answers import Cutting
 from sparing.data.chat import ChatTemplate, template_text
+from sparing.data.chats import chats, looks_like_chats
 from sparing.data.sources import Tally, documents
+from sparing.evals.answers import bytes_of_tokens, score_answers
 from sparing.evals.bpb import NllFn, bpb
 from sparing.evals.sixteen_bits import CheaperNll
 from sparing.infer.engine import Engine
@@ -175,10 +178,14 @@ def evaluate(
     text_key: str | None = None,
 ) -> dict:
     """{"bpb", "loss", "bytes", "tokens", "documents", "context", "rejected", "reasons", "dtype"} of a run on documents: "dtype" is what
-    the text was computed in, bfloat16 where that is faster here and changes the score by less than 0.1 %. With `tasks`,
+    the text was computed in, bfloat16 where that is faster here and changes the score by less than 0.1 %. Of conversations, which are
+    recognised by their first row: {"bpb" (of the answers), "answer_loss", "answer_tokens", "examples", ...}. With `tasks`,
     {"weights", "rows"}: the scores of each (`evals.harness.run_tasks`), by the engine with these weights. Raises UserError."""
     with metered("eval", RunFolder.open(run), "evaluate", started) as meter:
-        result = _bpb(run, data, context, text_key, meter) if data else {}
+        result = {}
+        if data:
+            key = text_key or read_config(RunFolder.open(run).config_file).data.text_key
+            result = _answers(run, data, context, meter) if looks_like_chats(data, key) else _bpb(run, data, context, key, meter)
         if tasks:
             from sparing.evals.harness import HarnessModel, run_tasks
 
@@ -194,9 +201,34 @@ COMPARED_FROM = 32_768
 """Characters of text from which 16 bits save more time than it takes to compare them."""
 
 
-def _bpb(run: str, data: Sequence[str], context: int | None, text_key: str | None, meter: Meter) -> dict:
+def _answers(run: str, data: Sequence[str], context: int | None, meter: Meter) -> dict:
+    """Scores of conversations, in the form of the run's own chat template."""
+    model, rejected = load(run), Tally()
+    context = context or model.config.train.seq_len
+    cutting = Cutting(ChatTemplate(template_text(model.run)), model.tokenizer, context)
+    pieces = cutting.pieces(chats(data, rejected))
+    if not len(pieces):
+        raise UserError(
+            f"{', '.join(data)}: no answer to score: {rejected if rejected.total else cutting.refusal or 'none in the context'}"
+        )
+    lengths = bytes_of_tokens(model.tokenizer)
+    nll, dtype = _scorers(model.network, lengths[pieces.tokens].sum() >= COMPARED_FROM)
+    found = score_answers(nll, pieces, lengths, batch_tokens=max(cores() * context, EVAL_TOKENS))
+    counts = cutting.counts
+    if rejected.reasons or counts["refused"]:
+        refused = f"; {counts['refused']} × {cutting.refusal}" if counts["refused"] else ""
+        say(f"{counts['chats']} conversations were scored, {rejected.total + counts['refused']} could not be used: {rejected}{refused}")
+    meter.add(len(pieces.tokens), len(pieces.tokens) * forward_flops(model.config.model, context, mtp=False))
+    return {
+        "bpb": found["bpb"], "answer_loss": found["loss"], "answer_tokens": found["tokens"], "examples": counts["chats"],
+        "bytes": found["bytes"], "context": context, "truncated": counts["truncated"], "rejected": rejected.total + counts["refused"],
+        "reasons": dict(rejected.reasons), "dtype": dtype(),
+    }  # fmt: skip
+
+
+def _bpb(run: str, data: Sequence[str], context: int | None, text_key: str, meter: Meter) -> dict:
     model = load(run)
-    context, text_key = context or model.config.train.seq_len, text_key or model.config.data.text_key
+    context = context or model.config.train.seq_len
     rejected, size = Tally(), 0
     for document in documents(data, text_key, rejected):
         size += len(document.text)

@@ -152,7 +152,8 @@ class Resume:
 
 @dataclass
 class Eval:
-    """What a run knows: bits per byte of documents (--data; each is scored once, in windows of --context tokens), and tasks (--tasks)."""
+    """What a run knows: bits per byte of documents (--data; each is scored once, in windows of --context tokens) or of the answers in
+    conversations (recognised by their rows, as `sft` takes them), and tasks (--tasks)."""
 
     run: tyro.conf.Positional[str | None] = None
     data: list[str] = field(default_factory=list)
