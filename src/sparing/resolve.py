@@ -65,7 +65,7 @@ MANY_TOKENS = 2e7
 BATCH_TOKENS = {"cpu": (4096, 8192), "cuda": (65536, 65536)}
 """Tokens of a batch, in runs of fewer than MANY_TOKENS and of more."""
 ADAPTER_OPTIM = {"matrix": "adamw", "lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "warmup": 0.03, "decay": 0.97, "final_lr": 0.0}
-"""How low-rank updates learn (Schulman and others, "LoRA without regret", thinkingmachines.ai 2025: ten times the rate of full fine-tuning)."""
+"""How low-rank updates learn ("LoRA without regret", thinkingmachines.ai 2025: ten times the rate of full fine-tuning)."""
 LR_TOKENS, LR_PEAK, LR_EXPONENT = 1.2e6, 0.04, -0.3
 """The best of 0.01, 0.02, 0.04 at 1.2 M tokens; falling with the length of the run, slightly slower than Marin's tokens^-0.395."""
 
@@ -148,7 +148,7 @@ def resolve(wishes: Wishes, budget: Budget, machine: Machine, facts: CorpusFacts
         if budget.unit == "tok":
             return budget.amount
         if budget.unit == "flop":
-            return budget.amount / train_flops(model, seq_len)
+            return budget.amount / train_flops(model, seq_len, adapter=wished.adapter)
         return TRAINING_SHARE * budget.amount * speed(replace(wished, model=model, train=settings))
 
     shape, dense_flops = _largest(model_wishes.get("vocab_size") or 4096, seq_len, tokens_of)
@@ -214,7 +214,7 @@ def resolve(wishes: Wishes, budget: Budget, machine: Machine, facts: CorpusFacts
 
 
 def _adapting(config: Config, train: TrainConfig, wishes: Wishes, reasons: dict[str, str]) -> tuple[Config, TrainConfig, OptimConfig]:
-    """What is different where low-rank updates learn and the weights stay: how those are held, learning rates, and what balances experts."""
+    """What is different where low-rank updates learn and the weights stay: how those are held, learning rates, the balance of experts."""
     adapter = config.adapter
     if adapter.base is None:
         adapter = replace(adapter, base=train.dtype)

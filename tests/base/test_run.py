@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import weakref
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from sparing.base.config import UserError
 from sparing.base.files import DamagedError, DiskFullError, append_durably, link_or_copy, read_lines, write_atomic
-from sparing.base.run import RunFolder, read_tensors, verify_folder, write_folder, write_tensors
+from sparing.base.run import RunFolder, read_tensors, run_tensors, stream_tensors, tensors_of, verify_folder, write_folder, write_tensors
+from sparing.model.linear import Linear
 
 
 def python(code: str, *arguments, **more) -> subprocess.Popen:
@@ -129,6 +131,48 @@ TENSORS = {
     "view": torch.randn(6, 4).T,
     "flags": torch.tensor([True, False]),
 }
+
+
+def test_weights_are_floats_whatever_they_are_stored_in(tmp_path):
+    run = RunFolder.create(tmp_path / "run")
+    linear = Linear(24, 16)
+    torch.nn.init.normal_(linear.weight)
+    exact = linear.weight.detach().clone()
+    linear.freeze("int8")
+    experts = torch.randint(-127, 128, (2, 3, 8), dtype=torch.int8), torch.rand(2, 3)
+    stored = {f"a.{name}": tensor for name, tensor in linear.state_dict().items()}
+    stored |= {"e": experts[0], "e_scale": experts[1], "half": torch.randn(4).bfloat16(), "input_scale": torch.ones(2)}
+    write_tensors(run.weights_file, stored)
+    floats = dict(run_tensors(run))
+    assert floats.keys() == {"a.weight", "e", "half", "input_scale"} == set(tensors_of(run)) and len(tensors_of(run)) == 4
+    step = exact.abs().amax(1, keepdim=True) / 127
+    assert ((floats["a.weight"] - exact).abs() <= step * 0.501).all() and (floats["a.weight"] != exact).any()
+    assert torch.equal(floats["e"], experts[0].float() * experts[1][..., None])
+    assert torch.equal(floats["half"], stored["half"]), "as it is"
+    with pytest.raises(DamagedError, match=r"b\.weight"):
+        tensors_of(run)["b.weight"]
+    run.weights_file.write_bytes(run.weights_file.read_bytes()[:-1])
+    with pytest.raises(DamagedError, match=r"model\.safetensors"):
+        tensors_of(run)
+
+
+def test_tensors_are_written_one_by_one(tmp_path):
+    alive = []
+
+    def tensors():
+        for i in range(4):
+            assert sum(one() is not None for one in alive) <= 1, "only the one before is there"
+            tensor = torch.full((1000,), float(i))
+            alive.append(weakref.ref(tensor))
+            yield str(i), tensor
+            del tensor
+
+    digest = stream_tensors(tmp_path / "x.safetensors", {str(i): (torch.float32, (1000,)) for i in range(4)}, tensors())
+    assert digest["bytes"] == (tmp_path / "x.safetensors").stat().st_size
+    assert load_file(tmp_path / "x.safetensors")["3"][999] == 3
+    with pytest.raises(AssertionError):
+        stream_tensors(tmp_path / "y.safetensors", {"0": (torch.float32, (4,))}, iter([("0", torch.zeros(5))]))
+    assert not (tmp_path / "y.safetensors").exists()
 
 
 def test_tensors_are_plain_safetensors_both_ways(tmp_path):

@@ -161,8 +161,8 @@ def test_an_epsilon_that_transformers_ignores_is_noted(small, random_model, tmp_
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"scoring_func": "softmax"}, "softmax gate"),
-        ({"scoring_func": "sqrtsoftplus"}, "sqrtsoftplus gate"),
+        ({"scoring_func": "softmax"}, "scoring_func softmax"),
+        ({"scoring_func": "sqrtsoftplus"}, "scoring_func sqrtsoftplus"),
         (DENSE | GQA | {"hidden_size": 30, "yarn": None}, "multiple of num_heads"),
     ],
 )

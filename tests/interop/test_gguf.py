@@ -12,11 +12,14 @@ import pytest
 import torch
 from tests.interop import llama_cpp
 from tests.losses import loss_of
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Library
 
 from sparing.base.config import ModelConfig, UserError, YarnConfig
-from sparing.base.run import write_tensors
+from sparing.base.files import DamagedError
+from sparing.base.run import StoredTensors, write_tensors
 from sparing.data.tokenizer import Tokenizer, train_tokenizer
-from sparing.interop.gguf import export_gguf
+from sparing.interop.gguf import PRE_TOKENIZERS, export_gguf
 from sparing.model.transformer import Transformer
 
 pytest.importorskip("gguf")
@@ -25,6 +28,9 @@ MODEL = ModelConfig(
     vocab_size=384, hidden_size=64, num_layers=3, intermediate_size=96, num_heads=2, q_lora_rank=32, kv_lora_rank=32, qk_nope_head_dim=32,
     qk_rope_head_dim=16, v_head_dim=32, n_routed_experts=8, moe_intermediate_size=32, mtp_depth=1, max_position_embeddings=512,
 )  # fmt: skip
+GROUPED = {"attention": "gqa", "num_heads": 6, "num_kv_heads": 2, "head_dim": 16, "mtp_depth": 0}
+DENSE = {**GROUPED, "num_dense_layers": 3}
+YARN = YarnConfig(factor=4.0, original_max_position_embeddings=64, mscale=0.8, mscale_all_dim=0.8)
 VARIANTS = {
     "as trained": {},
     "no q-lora, no MTP": {"q_lora_rank": None, "mtp_depth": 0},
@@ -37,8 +43,20 @@ VARIANTS = {
     "softmax gate, weights as they are": {"scoring_func": "softmax", "norm_topk_prob": False, "routed_scaling_factor": 1.0},
     "root of softplus": {"scoring_func": "sqrtsoftplus"},
     "groups of experts": {"n_group": 2, "topk_group": 1},
-    "YaRN": {"yarn": YarnConfig(factor=4.0, original_max_position_embeddings=64, mscale=0.8, mscale_all_dim=0.8), "rope_theta": 5000.0},
+    "YaRN": {"yarn": YARN, "rope_theta": 5000.0},
     "two MTP modules": {"mtp_depth": 2},
+    "grouped queries": DENSE,
+    "as many keys as queries, in wide heads": {**DENSE, "num_heads": 2, "head_dim": 48, "tie_word_embeddings": True},
+    "grouped queries with YaRN": {**DENSE, "yarn": YARN, "rope_theta": 5000.0},
+    "grouped queries with YaRN of another temperature": {
+        **DENSE,
+        "yarn": replace(YARN, mscale=0.0, mscale_all_dim=0.0),
+        "rope_theta": 5000.0,
+    },
+    "grouped queries with MTP": {**DENSE, "mtp_depth": 1},
+    "grouped mixture": GROUPED,
+    "grouped mixture without shared experts": {**GROUPED, "n_shared_experts": 0, "num_dense_layers": 2, "n_group": 2, "topk_group": 1},
+    "grouped mixture, softmax gate": {**GROUPED, "scoring_func": "softmax", "norm_topk_prob": False, "n_shared_experts": 2},
 }
 
 
@@ -59,20 +77,20 @@ def written(random_model, tokenizer, tmp_path):
         write_tensors(tmp_path / f"{name}.safetensors", model.state_dict())
         tokenizer.save(tmp_path / "tokenizer.json")
         file = tmp_path / f"{name}.gguf"
-        notes = export_gguf(config, tmp_path / f"{name}.safetensors", tmp_path / "tokenizer.json", file, type)
+        notes = export_gguf(config, StoredTensors(tmp_path / f"{name}.safetensors"), tmp_path / "tokenizer.json", file, type)
         return model, str(file), notes
 
     return write
 
 
 @torch.no_grad()
-def greedy(model: Transformer, prompt: list[int], count: int) -> tuple[list[int], list[float], float]:
+def greedy(model: Transformer, prompt: list[int], count: int, ends=(0, 4)) -> tuple[list[int], list[float], float]:
     """-> (tokens, their log-probabilities, the smallest distance between first and second best), without what ends texts (`llama_cpp`)."""
     made, logprobs, margin = [], [], float("inf")
     model.eval()
     for _ in range(count):
         z = model(torch.tensor([prompt + made]))[0, -1]
-        allowed = z.index_fill(0, torch.tensor([0, 4]), -torch.inf)
+        allowed = z.index_fill(0, torch.tensor(ends), -torch.inf)
         best = (allowed - z.logsumexp(-1)).topk(2)
         made.append(int(best.indices[0]))
         logprobs.append(float(best.values[0]))
@@ -92,10 +110,11 @@ def prompts(number: int) -> list[list[int]]:
     return [[0, *torch.randint(1, 384, (length,), generator=generator).tolist()] for length in lengths]
 
 
-def test_llama_cpp_writes_our_greedy_tokens(written):
+@pytest.mark.parametrize("changes", [{}, DENSE], ids=["latent", "grouped"])
+def test_llama_cpp_writes_our_greedy_tokens(changes, written):
     """64 tokens on each of 20 prompts, in float32."""
     pytest.importorskip("xllamacpp")
-    model, file, notes = written()
+    model, file, notes = written(changes)
     assert notes == []
     [theirs] = llama_cpp.run({"model": file, "prompts": prompts(20), "tokens": 64})
     different, compared = set(), 0
@@ -159,6 +178,47 @@ def test_text_becomes_the_same_tokens(written, tokenizer):
         assert theirs["tokens"] == greedy(model, ids, 8)[0], text
 
 
+CUTS = {
+    "gpt-2": pre_tokenizers.ByteLevel(add_prefix_space=False),
+    "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]),
+    **{
+        name: pre_tokenizers.Sequence(
+            [
+                *(pre_tokenizers.Split(Regex(expression), "isolated") for expression in PRE_TOKENIZERS[name]),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        for name in ("llama-bpe", "deepseek-v3")
+    },
+}
+"""As the published tokenizers spell them."""
+
+
+@pytest.mark.parametrize("pre", CUTS)
+def test_text_is_cut_as_a_published_tokenizer_cuts_it(pre, random_model, tmp_path):
+    pytest.importorskip("xllamacpp")
+    gguf = pytest.importorskip("gguf")
+    texts = [text for text in TEXTS if "<|" not in text and text]
+    library = Library(models.BPE(ignore_merges=pre == "llama-bpe"))
+    library.pre_tokenizer, library.decoder = CUTS[pre], decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=384, special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    library.train_from_iterator([*texts, "a  12345  b\n\n 中中文 ١٢٣٤ x̧ąb (foo_bar)[0]"] * 3, trainer)
+    library.save(str(tmp_path / "t.json"))
+    model = random_model(replace(MODEL, **DENSE))
+    write_tensors(tmp_path / "m.safetensors", model.state_dict())
+    notes = export_gguf(model.config, StoredTensors(tmp_path / "m.safetensors"), tmp_path / "t.json", tmp_path / "m.gguf")
+    assert notes == []
+    assert gguf.GGUFReader(tmp_path / "m.gguf").get_field("tokenizer.ggml.pre").contents() == pre
+    tokenizer = Tokenizer.load(tmp_path / "t.json")
+    [found] = llama_cpp.run({"model": str(tmp_path / "m.gguf"), "prompts": texts, "tokens": 8})
+    for text, theirs in zip(texts, found, strict=True):
+        ids = [tokenizer.eot_id, *tokenizer.encode(text)]
+        assert theirs["prompt_tokens"] == len(ids), text
+        assert theirs["tokens"] == greedy(model, ids, 8, ends=[0])[0], text
+
+
 def test_llama_cpp_drafts_with_the_mtp_module(tokenizer, tmp_path):
     """A model trained for seconds on counting: a draft of the wrong state, position or order of inputs would be refused all the time."""
     pytest.importorskip("xllamacpp")
@@ -177,7 +237,7 @@ def test_llama_cpp_drafts_with_the_mtp_module(tokenizer, tmp_path):
     assert loss.loss < 0.5 and loss.mtp_loss < 0.5, "it has not learnt to count"
     write_tensors(tmp_path / "m.safetensors", model.state_dict())
     tokenizer.save(tmp_path / "tokenizer.json")
-    export_gguf(model.config, tmp_path / "m.safetensors", tmp_path / "tokenizer.json", tmp_path / "m.gguf")
+    export_gguf(model.config, StoredTensors(tmp_path / "m.safetensors"), tmp_path / "tokenizer.json", tmp_path / "m.gguf")
     request = {"model": str(tmp_path / "m.gguf"), "prompts": [[5, 6, 7, 8, 9], [8, 10, 12, 14], [6, 9, 12, 15]], "tokens": 16}
     plain, drafted = llama_cpp.run(request, request | {"mtp": True})
     assert [p["tokens"] for p in plain] == [d["tokens"] for d in drafted]
@@ -206,7 +266,6 @@ def test_what_is_in_the_file(written, tokenizer):
 @pytest.mark.parametrize(
     ("changes", "type", "says"),
     [
-        ({"attention": "gqa"}, "f32", "grouped-query"),
         ({"num_layers": 27}, "f32", "27 layers"),
         ({"yarn": YarnConfig(mscale=1.0, mscale_all_dim=0.7)}, "f32", "mscale = mscale_all_dim, not 1.0 and 0.7"),
         ({"moe_intermediate_size": 40}, "q8_0", "ffn_down_exps.weight has rows of 40"),
@@ -234,15 +293,15 @@ def test_nothing_half_written_stays(written, tokenizer, random_model, tmp_path, 
     state["model.norm.weight"] = torch.zeros(3)
     write_tensors(tmp_path / "wrong.safetensors", state)
     with pytest.raises(UserError, match=r"model.norm.weight has shape \[3\]"):
-        export_gguf(MODEL, tmp_path / "wrong.safetensors", tmp_path / "tokenizer.json", tmp_path / "w.gguf")
+        export_gguf(MODEL, StoredTensors(tmp_path / "wrong.safetensors"), tmp_path / "tokenizer.json", tmp_path / "w.gguf")
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "whole.safetensors").read_bytes()[:5000])
-    with pytest.raises(UserError, match=r"cut\.safetensors"):
-        export_gguf(MODEL, tmp_path / "cut.safetensors", tmp_path / "tokenizer.json", tmp_path / "w.gguf")
+    with pytest.raises(DamagedError, match=r"cut\.safetensors"):
+        export_gguf(MODEL, StoredTensors(tmp_path / "cut.safetensors"), tmp_path / "tokenizer.json", tmp_path / "w.gguf")
     other = json.loads(tokenizer.to_json())
     other["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
     (tmp_path / "other.json").write_text(json.dumps(other))
-    with pytest.raises(UserError, match="pre-tokeniser"):
-        export_gguf(MODEL, tmp_path / "whole.safetensors", tmp_path / "other.json", tmp_path / "w.gguf")
+    with pytest.raises(UserError, match=r"other\.json: .* pre-tokenisers that llama\.cpp calls qwen2, gpt-2, smollm, .*; this is another"):
+        export_gguf(MODEL, StoredTensors(tmp_path / "whole.safetensors"), tmp_path / "other.json", tmp_path / "w.gguf")
     assert {path.name for path in tmp_path.iterdir()} == {
         "whole.gguf", "whole.safetensors", "wrong.safetensors", "cut.safetensors", "tokenizer.json", "other.json"
     }  # fmt: skip
@@ -255,7 +314,7 @@ from sparing.base.config import ModelConfig, UserError
 from sparing.interop.gguf import export_gguf
 from sparing.model.transformer import Transformer
 from sparing.model.init import init_weights
-from sparing.base.run import write_tensors
+from sparing.base.run import StoredTensors, write_tensors
 config = ModelConfig(vocab_size=512, hidden_size=64, num_layers=1)
 model = Transformer(config)
 init_weights(model, 0)
@@ -263,7 +322,7 @@ folder = Path(sys.argv[1])
 write_tensors(folder / "m.safetensors", model.state_dict())
 resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 try:
-    export_gguf(config, folder / "m.safetensors", None, folder / "m.gguf")
+    export_gguf(config, StoredTensors(folder / "m.safetensors"), None, folder / "m.gguf")
 except UserError as error:
     print(error)
 """

@@ -102,7 +102,7 @@ CONFIG_FAULTS = {
     "activation": ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
     "attention bias": ({"attention_bias": True}, "attention_bias is True"),
     "grouped MLA": ({"num_key_value_heads": 1}, "num_key_value_heads is 1"),
-    "rope": ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "type 'llama3', supported: 'default', 'yarn'"),
+    "rope": ({"rope_scaling": {"rope_type": "dynamic", "factor": 8.0}}, "type 'dynamic', supported: 'default', 'linear', 'llama3', 'yarn'"),
     "rope not an object": ({"rope_scaling": [1]}, "not an object"),
     "odd rope": ({"qk_rope_head_dim": 7}, "qk_rope_head_dim is 7"),
     "groups": ({"n_group": 3}, "8 experts in 3 groups"),

@@ -1,15 +1,25 @@
 """Adapter runs: low-rank updates learn beside the weights of another run, which stay where and as they are."""
 
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from tests.job.test_start import SMALL, TRAIN, losses
 
 from sparing import api
 from sparing.base.config import UserError
 from sparing.base.config_file import read_config
-from sparing.base.files import file_sha256
+from sparing.base.files import file_sha256, read_lines
+from sparing.base.layers import mixtures
+from sparing.base.run import fill, read_tensors, write_tensors
+from sparing.job.start import start_of
+from sparing.kernels import native
+from sparing.model.low_rank import adaptable, learned
 
 MIXTURE = SMALL["model"] | {"num_dense_layers": 1, "n_routed_experts": 4, "num_experts_per_tok": 2, "mtp_depth": 1}
 ADAPTER = {"train": TRAIN, "adapter": {"rank": 4, "alpha": 8.0}}
@@ -30,8 +40,7 @@ def workplace(tmp_path_factory):
         yield root
 
 
-@pytest.mark.parametrize("base", ["dense", "mixture"])
-@pytest.mark.parametrize("held", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("base, held", [("dense", "float32"), ("mixture", "bfloat16"), ("mixture", "int8")])
 def test_only_the_factors_learn_and_are_kept(workplace, tmp_path, base, held):
     run, before = tmp_path / "run", file_sha256(workplace / base / "weights/model.safetensors")
     wishes = ADAPTER | {"adapter": ADAPTER["adapter"] | {"base": held}}
@@ -52,10 +61,35 @@ def test_only_the_factors_learn_and_are_kept(workplace, tmp_path, base, held):
     assert api.resume(str(run), "+5ktok", samples=0)["tokens"] >= 24_000
 
 
+KILLED = """
+import sys
+from sparing import api
+api.train([sys.argv[1]], "40ktok", sys.argv[2], eval(sys.argv[4]), samples=0, start=sys.argv[3])
+"""
+
+
+def test_killed_and_resumed_equals_undisturbed(workplace, tmp_path):
+    kernels = next(path for path in ("vectors", "compiled", "plain") if native.can(path))
+    wishes = ADAPTER | {"train": TRAIN | {"kernels": kernels, "checkpoint_interval_s": 0.1}}
+    data, base = str(workplace / "other"), str(workplace / "mixture")
+    api.train([data], "40ktok", str(tmp_path / "whole"), wishes, samples=0, start=base)
+    process = subprocess.Popen([sys.executable, "-c", KILLED, data, str(tmp_path / "run"), base, repr(wishes)], stderr=-1, text=True)
+    end = time.monotonic() + 300
+    while process.poll() is None and time.monotonic() < end and len(read_lines(tmp_path / "run/metrics.jsonl")) < 30:
+        time.sleep(0.001)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, process.stderr.read()
+    assert list((tmp_path / "run/state").glob("step-*")) and not (tmp_path / "run/state/summary.json").exists()
+    api.resume(str(tmp_path / "run"), samples=0)
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole") and len(losses(tmp_path / "run")) == 78
+    for file in ("adapter/adapter_model.safetensors", "state/step-00000078/optimizer.safetensors"):
+        assert (tmp_path / "run" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
 def test_an_adapter_needs_a_base_that_is_there(workplace, tmp_path):
-    with pytest.raises(UserError, match="name one as start.run"):
+    with pytest.raises(UserError, match="name one as start"):
         api.train([str(workplace / "other")], "20ktok", str(tmp_path / "run"), ADAPTER, samples=0)
-    with pytest.raises(UserError, match="adapter.base"):
+    with pytest.raises(UserError, match=r"adapter\.base"):
         wishes = ADAPTER | {"precision": {"weights": "bfloat16"}}
         api.train([str(workplace / "other")], "20ktok", str(tmp_path / "run2"), wishes, samples=0, start=str(workplace / "dense"))
     shutil.copytree(workplace / "dense", tmp_path / "base")
@@ -63,3 +97,88 @@ def test_an_adapter_needs_a_base_that_is_there(workplace, tmp_path):
     shutil.rmtree(tmp_path / "base" / "weights")
     with pytest.raises(UserError, match="its weights are gone"):
         api.resume(str(tmp_path / "run3"), "+4ktok", samples=0)
+
+
+@pytest.fixture(scope="module", params=["dense", "mixture"])
+def adapted(request, workplace):
+    """An adapter run whose base was held in int8, where that makes a difference."""
+    base, run = workplace / request.param, workplace / f"adapted-{request.param}"
+    wishes = ADAPTER | {"adapter": ADAPTER["adapter"] | {"base": "int8"}, "optim": {"lr": 0.01}}
+    api.train([str(workplace / "other")], "20ktok", str(run), wishes, samples=1, start=str(base))
+    return base, run
+
+
+def logits(run, tokens=((1, 5, 9, 30, 31, 32, 200, 7),)):
+    return api.load(str(run)).logits(tokens)
+
+
+def apart(a, b) -> float:
+    return float((a - b).abs().max() / b.abs().max())
+
+
+def test_merged_is_unmerged(adapted, workplace, tmp_path):
+    base, run = adapted
+    config = read_config(run / "config.toml")
+    trained = start_of(config).model(config)
+    fill(learned(trained), read_tensors(run / "adapter/adapter_model.safetensors"), run)
+    exact = trained.eval()(torch.tensor([[1, 5, 9, 30, 31, 32, 200, 7]])).detach()
+    result = api.merge(str(run), str(tmp_path / "merged"))
+    assert result["updates"] == len(adaptable(trained)) + len(mixtures(config.model)) - config.model.mtp_depth
+    assert apart(logits(tmp_path / "merged"), exact) < 1e-4 and apart(logits(run), exact) < 1e-4
+    assert apart(exact, logits(base)) > 0.01
+    merged = read_config(tmp_path / "merged/config.toml")
+    assert merged.adapter is None and merged.start is None and merged.model == config.model
+    assert [row["name"] for row in api.receipt(str(tmp_path / "merged"))["ancestors"]] == [run.name, base.name]
+    assert "lm_head.weight" in load_file(tmp_path / "merged/weights/model.safetensors")
+    with pytest.raises(UserError, match="is no adapter"):
+        api.merge(str(base), str(tmp_path / "no"))
+    assert not (tmp_path / "no").exists()
+
+
+def test_an_adapter_run_works_wherever_a_run_does(adapted, workplace, tmp_path):
+    base, run = adapted
+    text = api.generate(str(run), "The bird", max_tokens=12, temperature=0)["text"]
+    api.merge(str(run), str(tmp_path / "merged"))
+    assert text == api.generate(str(tmp_path / "merged"), "The bird", max_tokens=12, temperature=0)["text"]
+    assert text != api.generate(str(base), "The bird", max_tokens=12, temperature=0)["text"]
+    assert api.generate(str(run), "The bird", max_tokens=12, temperature=0, weights="int8")["tokens"] == 12
+    scores = [api.evaluate(str(folder), [str(workplace / "other")])["bpb"] for folder in (base, run, tmp_path / "merged")]
+    assert scores[1] == pytest.approx(scores[2], rel=1e-3) and scores[1] < scores[0] - 0.2
+    api.export(str(run), "hf", str(tmp_path / "hf"))
+    api.import_(str(tmp_path / "hf"), str(tmp_path / "imported"))
+    assert apart(logits(tmp_path / "imported"), logits(run)) < 1e-5
+    last = losses(run)[-1]
+    for name, wishes in (("full", {"train": TRAIN, "optim": {"lr": 0.001}}), ("again", ADAPTER)):
+        api.train([str(workplace / "other")], "4ktok", str(tmp_path / name), wishes, samples=0, start=str(run))
+        assert losses(tmp_path / name)[0] < last + 0.3
+    assert read_config(tmp_path / "again/config.toml").start.weights_sha256 != read_config(run / "config.toml").start.weights_sha256
+    assert apart(logits(tmp_path / "again"), logits(run)) < 0.5
+
+
+def test_a_base_that_moved_and_another_one(adapted, workplace, tmp_path):
+    base, run, moved = adapted[0], tmp_path / "run", tmp_path / "moved"
+    shutil.copytree(adapted[1], run)
+    shutil.copytree(base, tmp_path / "before")
+    config = (run / "config.toml").read_text()
+    (run / "config.toml").write_text(config.replace(str(base), str(tmp_path / "before")))
+    expected = logits(run)
+    (tmp_path / "before").rename(moved)
+    for use in (lambda: api.load(str(run)), lambda: api.merge(str(run), str(tmp_path / "out")), lambda: api.export(str(run), "hf", "x")):
+        with pytest.raises(UserError, match="is gone: if it has moved, say --base"):
+            use()
+    with pytest.raises(UserError, match="was not trained on its weights"):
+        api.rebase(str(run), str(run))
+    with pytest.raises(UserError, match="is no adapter"):
+        api.rebase(str(base), str(moved))
+    api.rebase(str(run), str(moved))
+    assert torch.equal(logits(run), expected)
+    assert read_config(run / "config.toml").start.run == str(moved) and read_config(run / "config.toml").adapter.base == "int8"
+    weights = load_file(moved / "weights/model.safetensors")
+    write_tensors(moved / "weights/model.safetensors", weights | {"model.norm.weight": weights["model.norm.weight"] * 2})
+    with pytest.raises(UserError, match="an adapter of other weights"):
+        api.load(str(run))
+    kept = load_file(run / "adapter/adapter_model.safetensors")
+    write_tensors(moved / "weights/model.safetensors", weights)
+    write_tensors(run / "adapter/adapter_model.safetensors", kept | {"model.layers.7.mlp.x.lora_A.weight": torch.ones(2, 2)})
+    with pytest.raises(UserError, match="updates no weight"):
+        api.load(str(run))

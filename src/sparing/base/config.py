@@ -1,8 +1,9 @@
 """The configuration of a run, as frozen dataclasses. Nothing is computed or read from disk here.
 
 `ModelConfig` speaks DeepSeek-V3's language (`config.json` of the published checkpoints, in brackets where our name differs);
-dense feed-forward, grouped-query attention and other gates are values of the same fields. `None` in a field that `resolve`
-fills in means "derive it"; a resolved `Config` has none of those left.
+dense feed-forward, grouped-query attention, biases, head norms and other gates are values of the same fields, so that models of other
+families (`sparing.interop.families`) are configurations too. `None` in a field that `resolve` fills in means "derive it"; a resolved
+`Config` has none of those left.
 """
 
 from __future__ import annotations
@@ -32,6 +33,19 @@ class YarnConfig:
 
 
 @dataclass(frozen=True)
+class Llama3RopeConfig:
+    """Llama 3.1's context extension: long waves of the rotary embedding are stretched by `factor`, short ones are kept. Field names are
+    those of `rope_scaling`."""
+
+    factor: float = 8.0
+    low_freq_factor: float = 1.0
+    """Waves longer than original_max_position_embeddings / low_freq_factor are stretched by the whole factor."""
+    high_freq_factor: float = 4.0
+    """Waves shorter than original_max_position_embeddings / high_freq_factor are kept."""
+    original_max_position_embeddings: int = 8192
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Shape of the model (DeepSeek-V3, arXiv 2412.19437 §2)."""
 
@@ -50,6 +64,12 @@ class ModelConfig:
     """GQA only: key-value heads."""
     head_dim: int = 64
     """GQA only: width of a head."""
+    attention_bias: bool = False
+    """GQA only: the projections to queries, keys and values have biases (Qwen2)."""
+    head_norm: bool = False
+    """GQA only: RMS norms of each query and key head before they are rotated (Qwen3) [use_qk_norm]."""
+    partial_rotary_factor: float = 1.0
+    """GQA only: share of a head that is rotated by its position."""
     q_lora_rank: int | None = 128
     """MLA: rank of the query compression; None: queries are projected directly."""
     kv_lora_rank: int = 64
@@ -64,6 +84,9 @@ class ModelConfig:
     n_group: int = 1
     topk_group: int = 1
     scoring_func: Literal["sigmoid", "softmax", "sqrtsoftplus"] = "sigmoid"
+    selection_bias: bool = True
+    """The router has biases that loss-free balancing moves and that only its choice reads [topk_method noaux_tc], and scores a group by its
+    two best experts. False: no biases, and a group counts as much as its best expert [greedy, group_limited_greedy]."""
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 2.5
 
@@ -72,6 +95,9 @@ class ModelConfig:
 
     rope_theta: float = 10000.0
     yarn: YarnConfig | None = None
+    llama3: Llama3RopeConfig | None = None
+    linear_rope_factor: float = 1.0
+    """All waves of the rotary embedding are stretched by this factor [rope_scaling linear]."""
     max_position_embeddings: int = 512
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False

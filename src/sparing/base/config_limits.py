@@ -18,7 +18,11 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {
         **dict.fromkeys(("intermediate_size", "max_position_embeddings", *_MLA, *_EXPERTS), _ONE),
         **dict.fromkeys(("num_dense_layers", "n_routed_experts", "n_shared_experts", "mtp_depth", "rms_norm_eps"), (0, math.inf)),
         **dict.fromkeys(("rope_theta", "routed_scaling_factor"), (1e-9, math.inf)),
+        "partial_rotary_factor": (1e-9, 1),
+        "linear_rope_factor": _ONE,
     },
+    "Llama3RopeConfig": dict.fromkeys(("factor", "original_max_position_embeddings"), _ONE)
+    | dict.fromkeys(("low_freq_factor", "high_freq_factor"), (1e-9, math.inf)),
     "OptimConfig": {
         **dict.fromkeys(("lr", "lr_embed", "lr_head", "lr_router", "lr_norm", "eps", "weight_decay", "clip"), (0, math.inf)),
         **dict.fromkeys(("momentum", "beta1", "beta2"), _BELOW_ONE),
@@ -66,6 +70,18 @@ def contradiction(c: ModelConfig, called: Callable[[str], str] = lambda name: na
     rotated = "qk_rope_head_dim" if c.attention == "mla" else "head_dim"
     if getattr(c, rotated) % 2:
         return f"{called(rotated)} is {getattr(c, rotated)}, expected an even number (rotary pairs)"
+    turned = int(c.head_dim * c.partial_rotary_factor)
+    if c.attention == "gqa" and turned % 2:
+        return f"{called('partial_rotary_factor')} rotates {turned} of a head's {c.head_dim} numbers, expected an even one (rotary pairs)"
+    if c.attention == "mla" and (c.attention_bias or c.head_norm or c.partial_rotary_factor != 1.0):
+        name = "attention_bias" if c.attention_bias else "head_norm" if c.head_norm else "partial_rotary_factor"
+        return f"{called(name)} {getattr(c, name)} needs {called('attention')} gqa: latent attention (mla) has none"
+    scalings = [name for name, on in (("yarn", c.yarn), ("llama3", c.llama3), ("linear_rope_factor", c.linear_rope_factor != 1.0)) if on]
+    if len(scalings) > 1:
+        return f"{' and '.join(map(called, scalings))} both stretch the rotary embedding: choose one"
+    if c.llama3 and c.llama3.low_freq_factor >= c.llama3.high_freq_factor:
+        low, high = c.llama3.low_freq_factor, c.llama3.high_freq_factor
+        return f"low_freq_factor ({low}) must be less than high_freq_factor ({high})"
     if c.attention == "gqa" and c.num_heads % c.num_kv_heads:
         return f"{called('num_heads')} ({c.num_heads}) is not a multiple of {called('num_kv_heads')} ({c.num_kv_heads})"
     if not experts:

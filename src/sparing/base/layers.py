@@ -46,6 +46,10 @@ class Attention:
     """MLA: rank of the query compression; None: queries are projected directly."""
     latent: int = 0
     """MLA: rank of the key-value compression."""
+    bias: bool = False
+    """GQA: whether queries, keys and values have biases."""
+    head_norm: bool = False
+    """GQA: whether query and key heads are normed."""
 
     @property
     def key(self) -> int:
@@ -66,12 +70,16 @@ class Attention:
 
     @cached_property
     def shapes(self) -> Shapes:
-        """Shapes of the tensors below `self_attn.`, in the module's order. Biases and head norms would be more entries."""
+        """Shapes of the tensors below `self_attn.`, in the module's order."""
         D, H, G = self.hidden, self.heads, self.kv_heads
         output = {"o_proj.weight": (D, H * self.value)}
-        query = {"q_proj.weight": (H * self.key, D)}
         if self.kind == "gqa":
-            return query | {"k_proj.weight": (G * self.key, D), "v_proj.weight": (G * self.value, D)} | output
+            grouped: Shapes = {}
+            for name, width in (("q_proj", H * self.key), ("k_proj", G * self.key), ("v_proj", G * self.value)):
+                grouped |= {f"{name}.weight": (width, D)} | ({f"{name}.bias": (width,)} if self.bias else {})
+            norms = {"q_norm.weight": (self.key,), "k_norm.weight": (self.key,)} if self.head_norm else {}
+            return grouped | output | norms
+        query = {"q_proj.weight": (H * self.key, D)}
         if rank := self.query_rank:
             query = {"q_a_proj.weight": (rank, D), "q_a_layernorm.weight": (rank,), "q_b_proj.weight": (H * self.key, rank)}
         latent = {
@@ -106,6 +114,8 @@ class FeedForward:
     """Routed experts that a token uses."""
     shared: int = 0
     """Shared experts, which every token uses; they are stored side by side as one SwiGLU."""
+    selection_bias: bool = True
+    """Whether the router has biases that balance its choice."""
 
     @property
     def common_width(self) -> int:
@@ -139,7 +149,7 @@ class FeedForward:
         swiglu = {"gate_proj.weight": (common, D), "up_proj.weight": (common, D), "down_proj.weight": (D, common)}
         if not self.mixture:
             return swiglu
-        gate: Shapes = {"gate.weight": (E, D), f"gate.{SELECTION_BIAS}": (E,)}
+        gate: Shapes = {"gate.weight": (E, D)} | ({f"gate.{SELECTION_BIAS}": (E,)} if self.selection_bias else {})
         routed = {"experts.gate_up_proj": (E, 2 * F, D), "experts.down_proj": (E, D, F)}
         return gate | routed | {f"shared_experts.{name}": shape for name, shape in swiglu.items() if common}
 
@@ -201,12 +211,14 @@ def layers(c: ModelConfig) -> tuple[Layer, ...]:
     """
     D = c.hidden_size
     if c.attention == "gqa":
-        attention = Attention("gqa", D, c.num_heads, c.num_kv_heads, 0, c.head_dim, c.head_dim)
+        own = {"bias": c.attention_bias, "head_norm": c.head_norm}
+        attention = Attention("gqa", D, c.num_heads, c.num_kv_heads, 0, c.head_dim, c.head_dim, **own)
     else:
         widths = (c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim)
         attention = Attention("mla", D, c.num_heads, c.num_heads, *widths, c.q_lora_rank, c.kv_lora_rank)
     dense = FeedForward(False, D, c.intermediate_size)
-    mixture = FeedForward(True, D, c.moe_intermediate_size, c.n_routed_experts, c.num_experts_per_tok, c.n_shared_experts)
+    counts = (c.n_routed_experts, c.num_experts_per_tok, c.n_shared_experts)
+    mixture = FeedForward(True, D, c.moe_intermediate_size, *counts, c.selection_bias)
     count = c.num_layers + c.mtp_depth
     leading = count if c.num_dense_layers >= c.num_layers else c.num_dense_layers
     return tuple(Layer(i, i >= c.num_layers, D, attention, dense if i < leading else mixture) for i in range(count))
@@ -224,3 +236,8 @@ def shapes(c: ModelConfig) -> Shapes:
         all_shapes |= {f"model.layers.{layer.index}.{name}": shape for name, shape in layer.shapes.items()}
     all_shapes["model.norm.weight"] = (c.hidden_size,)
     return all_shapes if c.tie_word_embeddings else all_shapes | {HEAD: all_shapes[EMBED]}
+
+
+def is_matrix(name: str, dimensions: int) -> bool:
+    """Whether a weight may be held in few bits: all but norms, biases and routers."""
+    return dimensions > 1 and not name.endswith("mlp.gate.weight")

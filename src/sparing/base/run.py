@@ -7,6 +7,7 @@ streamed, so saving and loading need the memory of one tensor besides the model'
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -14,10 +15,12 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sparing.base.config import UserError
+from sparing.base.config import AdapterConfig, UserError
+from sparing.base.config_file import read_config
 from sparing.base.files import (
     POINTER,
     DamagedError,
@@ -31,6 +34,7 @@ from sparing.base.files import (
     replace_folder,
     write_atomic,
 )
+from sparing.base.layers import is_matrix
 from sparing.base.lock import LOCK, folder_lock
 
 if TYPE_CHECKING:  # torch takes a second to import, and half of what opens a run folder never touches a tensor
@@ -66,6 +70,17 @@ class RunFolder:
     @classmethod
     def create(cls, path: str | Path) -> RunFolder:
         """Make a run folder, or take over one that died before its config was written. UserError where other files are already."""
+        run, folder = cls.vacant(path)
+        try:
+            for part in (folder, run.weights, run.state):
+                part.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make the run folder {path}: {error.strerror}") from None
+        return run
+
+    @classmethod
+    def vacant(cls, path: str | Path) -> tuple[RunFolder, Path]:
+        """-> (the run that `create` would make, where links lead). To be called before the work. UserError where it would refuse."""
         run, folder = cls(_utf8(path)), output_folder(path, "--out")
         if run.config_file.exists():
             raise UserError(f"{path} already holds a run: continue it with `sparing resume {path}`, or choose another --out")
@@ -73,12 +88,7 @@ class RunFolder:
         strangers = {entry.name for entry in run.path.glob("[!.]*") if not entry.name.startswith("ledger.")} - ours
         if strangers:
             raise UserError(f"{path} is not empty (it has {min(strangers)}): choose a new folder for --out")
-        try:
-            for part in (folder, run.weights, run.state):
-                part.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot make the run folder {path}: {error.strerror}") from None
-        return run
+        return run, folder
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
@@ -119,21 +129,30 @@ _DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF
 def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> dict:
     """Write a safetensors file atomically, one tensor after the other; returns its {"sha256", "bytes"}.
 
-    Not by safetensors' `save_file`, which first gathers the bytes of all tensors: a second copy of the model. The format: 8 bytes
-    of length, a JSON header padded to 8 bytes, the tensors' bytes (github.com/huggingface/safetensors, "Format").
+    Not by safetensors' `save_file`, which first gathers the bytes of all tensors: a second copy of the model.
+    """
+    return stream_tensors(path, {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}, tensors.items())
+
+
+def stream_tensors(
+    path: str | Path, layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], tensors: Iterable[tuple[str, torch.Tensor]]
+) -> dict:
+    """Like `write_tensors`, of tensors that come one by one: `layout` has the type and shape of each, in the order in which they come.
+
+    The format: 8 bytes of length, a JSON header padded to 8 bytes, the tensors' bytes (github.com/huggingface/safetensors, "Format").
     """
     import torch
 
     header, end = {}, 0
-    for name, tensor in tensors.items():
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        dtype = _DTYPES[str(tensor.dtype).removeprefix("torch.")]
-        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    for name, (dtype, shape) in layout.items():
+        start, end = end, end + prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _DTYPES[str(dtype).removeprefix("torch.")], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with atomic_file(path) as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        for tensor in tensors.values():
+        for (name, expected), (given, tensor) in zip(layout.items(), tensors, strict=True):
+            assert (given, tensor.dtype, tuple(tensor.shape)) == (name, *expected), (given, tensor.dtype, tensor.shape, name, expected)
             file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return file.digest()
 
@@ -149,6 +168,123 @@ def read_tensors(path: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
     except (SafetensorError, FileNotFoundError) as error:
         pointer = isinstance(error, SafetensorError) and is_pointer(path)
         raise DamagedError(f"{path}: {POINTER if pointer else error}") from None
+
+
+SCALE = "_scale"
+"""`NAME_scale` has the factor of each row of the int8 codes `NAME` (`model.linear.Adaptable.freeze`)."""
+
+
+class StoredTensors(Mapping[str, "torch.Tensor"]):
+    """The tensors of a safetensors file as floats, by their names in the state dict. Each is read when it is asked for, and int8 codes are
+    multiplied by their scales then. Raises DamagedError, also for a tensor that is missing."""
+
+    def __init__(self, path: str | Path):
+        from safetensors import SafetensorError, safe_open
+
+        self.path = Path(path)
+        try:
+            self._file = safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            pointer = isinstance(error, SafetensorError) and is_pointer(path)
+            raise DamagedError(f"{path}: {POINTER if pointer else error}") from None
+        stored = set(self._file.keys())
+        self._scaled = {name for name in stored if name + SCALE in stored}
+        self._names = [name for name in self._file.keys() if name.removesuffix(SCALE) not in self._scaled or name in self._scaled]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        from safetensors import SafetensorError
+
+        try:
+            tensor = self._file.get_tensor(name)
+            return tensor.float().mul_(self._file.get_tensor(name + SCALE).unsqueeze(-1)) if name in self._scaled else tensor
+        except (SafetensorError, RuntimeError) as error:
+            raise DamagedError(f"{self.path}: {error}") from None
+
+
+class AdaptedTensors(Mapping[str, "torch.Tensor"]):
+    """The weights of an adapter run as floats: those of its base, as they were held in training, each with its low-rank update."""
+
+    def __init__(self, base: Mapping[str, torch.Tensor], factors: Mapping[str, torch.Tensor], adapter: AdapterConfig):
+        """Raises DamagedError where a factor has no weight to go beside."""
+        self.base, self.factors, self.adapter, learned = base, factors, adapter, set(factors)
+        self.updated = {name for name in base if {factor_name(name, "A"), factor_name(name, "B")} <= learned}
+        if stray := learned - {factor_name(name, part) for name in self.updated for part in "AB"}:
+            raise DamagedError(f"{min(stray)} updates no weight of its base")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.base)
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        from sparing.base.int8_rows import from_int8, to_int8
+
+        weight = self.base[name]
+        if self.adapter.base == "int8" and is_matrix(name, weight.ndim):
+            weight = from_int8(*to_int8(weight))
+        elif self.adapter.base == "bfloat16" and is_matrix(name, weight.ndim):
+            weight = weight.bfloat16()
+        if name not in self.updated:
+            return weight
+        down, up = (self.factors[factor_name(name, part)].float() for part in "AB")
+        experts, (out, columns), rank = weight.shape[:-2].numel(), weight.shape[-2:], self.adapter.rank
+        if down.shape != (experts * rank, columns) or up.shape != (out, rank * experts):
+            raise DamagedError(f"factors of {name} are {tuple(down.shape)} and {tuple(up.shape)}, which does not fit {tuple(weight.shape)}")
+        if weight.ndim == 3:
+            down, up = down.unflatten(0, (experts, rank)), up.unflatten(1, (rank, experts)).permute(2, 0, 1)
+        return weight.float().add_(up @ down, alpha=self.adapter.alpha / rank)
+
+
+def factor_name(weight: str, part: str) -> str:
+    """The name of a weight's factor A or B (`model.linear.Adaptable`)."""
+    return f"{weight.removesuffix('weight')}lora_{part}.weight" if weight.endswith(".weight") else f"{weight}_lora_{part}.weight"
+
+
+def base_of(run: RunFolder) -> RunFolder | None:
+    """The run beside whose weights an adapter run learned, checked; None: `run` has weights of its own.
+
+    Raises UserError where it is gone or has other weights."""
+    if not run.adapter_file.exists():
+        return None
+    start = read_config(run.config_file).start
+    assert start is not None, run
+    base = RunFolder(start.run)
+    if not base.learned_file.exists():
+        raise UserError(f"{run} is an adapter of {base}, which is gone: if it has moved, say --base RUN")
+    if weights_sha256(base) != start.weights_sha256:
+        raise UserError(f"{run} is an adapter of other weights than {base} has: name the run that it was trained on, --base RUN")
+    return base
+
+
+def weights_sha256(run: RunFolder) -> str:
+    """What identifies a run's weights: the SHA-256 of their file, or of an adapter's and its base's, one after the other."""
+    digest = file_sha256(run.learned_file)
+    if not run.adapter_file.exists():
+        return digest
+    start = read_config(run.config_file).start
+    return hashlib.sha256(f"{digest} {start.weights_sha256}".encode()).hexdigest()
+
+
+def tensors_of(run: RunFolder) -> Mapping[str, torch.Tensor]:
+    """The weights of a run as floats (float32 or bfloat16), whatever they are stored in, one at a time; an adapter run's are merged.
+
+    Raises DamagedError, and UserError for an adapter run whose base is gone or another."""
+    base = base_of(run)
+    if base is None:
+        return StoredTensors(run.weights_file)
+    return AdaptedTensors(tensors_of(base), StoredTensors(run.adapter_file), read_config(run.config_file).adapter)
+
+
+def run_tensors(run: RunFolder) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, floats) of each of a run's weights, one at a time. Whatever reads a run's weights reads them here, or in `tensors_of`."""
+    yield from tensors_of(run).items()
 
 
 def fill(state: Mapping[str, torch.Tensor], tensors: Iterable[tuple[str, torch.Tensor]], where: str | Path) -> None:

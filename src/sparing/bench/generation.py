@@ -14,7 +14,7 @@ from pathlib import Path
 from sparing.base.config import Config, ModelConfig
 from sparing.base.config_file import read_config, write_config
 from sparing.base.messages import say
-from sparing.base.run import RunFolder, read_tensors, write_tensors
+from sparing.base.run import RunFolder, run_tensors, tensors_of, write_tensors
 from sparing.bench.engines import Ours
 from sparing.bench.limit import LIMIT, Limit, Rounds
 from sparing.bench.peers import available
@@ -147,7 +147,7 @@ def export_main(run: str, out: str) -> None:
     whole = read_config(folder.config_file)
     config = replace(whole.model, mtp_depth=0)
     main = ("model.embed_tokens.", "model.norm.", "lm_head.", *(f"model.layers.{i}." for i in range(config.num_layers)))
-    tensors = ((name, tensor) for name, tensor in read_tensors(folder.weights_file) if name.startswith(main))
+    tensors = ((name, tensor) for name, tensor in run_tensors(folder) if name.startswith(main))
     export_hf(config, tensors, folder.tokenizer_file, out, tokens=whole.tokens)
 
 
@@ -157,7 +157,7 @@ def export_file(run: str, out: str, type: str) -> None:
 
     folder = RunFolder.open(run)
     config = read_config(folder.config_file)
-    export_gguf(config.model, folder.weights_file, folder.tokenizer_file, out, type, tokens=config.tokens)
+    export_gguf(config.model, tensors_of(folder), folder.tokenizer_file, out, type, tokens=config.tokens)
 
 
 def random_run(path: Path, limit: Limit) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 
 from sparing.base.config import Config, ModelConfig
 from sparing.base.layers import layers, mixtures
-from sparing.budget.flops import forward_products, parameters, train_flops
+from sparing.budget.flops import factor_weights, forward_products, parameters, train_flops
 from sparing.budget.memory import matrix_weights, path_of, saved_per_token
 
 DESCRIPTION = 5
@@ -70,11 +70,15 @@ def features(config: Config, seq_len: int, peak_flops: float) -> np.ndarray:
     tokens = t.batch_size * t.seq_len
     micro = -(-t.batch_size // min(t.micro_batch_size or t.batch_size, t.batch_size))
     size = 2 if t.dtype == "bfloat16" else 4
-    common, routed, scores, heads = forward_products(c, seq_len)
+    counts = parameters(c)
+    common, routed, scores, heads = forward_products(c, seq_len, mtp=config.adapter is None)
     again = 4 / 3 if t.recompute else 1.0
+    learned = counts.total + counts.mtp
+    if config.adapter is not None:  # products with frozen weights: two of three
+        learned, used = factor_weights(c, config.adapter.rank)
+        common, routed, heads = common * 2 / 3 + 2.0 * used, routed * 2 / 3, heads * 2 / 3
     traffic = sum(saved_per_token(layer, seq_len, size, path_of(config)) for layer in layers(c)) * again
     experts = sum(layer.feed_forward.experts for layer in layers(c))
-    counts = parameters(c)
     return np.array(
         [
             3 * again * tokens * common / peak_flops,
@@ -82,7 +86,7 @@ def features(config: Config, seq_len: int, peak_flops: float) -> np.ndarray:
             3 * again * tokens * scores / peak_flops,
             3 * tokens * heads / peak_flops,
             tokens * traffic,
-            4.0 * (counts.total + counts.mtp),
+            4.0 * learned,
             _muon_flops(c, config.optim.ns_steps) / peak_flops if config.optim.matrix == "muon" else 0.0,
             micro * (len(layers(c)) + 2 + experts / 8) * (t.replicas or 1),
         ]
@@ -153,5 +157,7 @@ def _rates(x: np.ndarray, y: np.ndarray, device: str) -> np.ndarray:
 
 def profile_model(config: Config, peak_flops: float, kind: str, name: str) -> Estimate:
     """Tokens per second on a machine that is not here: its dense peak times the share that training reaches."""
-    low, middle, high = (share * peak_flops / train_flops(config.model, config.train.seq_len) for share in UTILISATION[kind])
+    low, middle, high = (
+        share * peak_flops / train_flops(config.model, config.train.seq_len, adapter=config.adapter) for share in UTILISATION[kind]
+    )
     return Estimate(middle, low, high, f"hardware table: {name}, {UTILISATION[kind][1]:.0%} of the dense peak")

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from sparing.base.config import ModelConfig
-from sparing.base.layers import Attention, layers
+from sparing.base.config import AdapterConfig, ModelConfig
+from sparing.base.layers import Attention, is_matrix, layers
 
 
 @dataclass(frozen=True)
@@ -69,12 +69,31 @@ def forward_flops(c: ModelConfig, seq_len: int, mtp: bool = True) -> float:
     return sum(forward_products(c, seq_len, mtp))
 
 
-def train_flops(c: ModelConfig, seq_len: int, recompute: bool = False) -> float:
-    """Operations per trained token: forward, and twice that for the backward pass; layers once more under recomputation.
+def factor_weights(c: ModelConfig, rank: int) -> tuple[int, int]:
+    """Numbers in the low-rank updates of the decoder's linears (`model/low_rank.py`): (all, those that one token uses)."""
+    every = used = 0
+    for layer in layers(c)[: c.num_layers]:
+        f = layer.feed_forward
+        for name, shape in layer.shapes.items():
+            if is_matrix(name, len(shape)):
+                count = rank * sum(shape[-2:])
+                every += count * (shape[0] if len(shape) == 3 else 1)
+                used += count * (f.chosen if len(shape) == 3 else 1)
+    return every, used
+
+
+def train_flops(c: ModelConfig, seq_len: int, recompute: bool = False, adapter: AdapterConfig | None = None) -> float:
+    """Operations per trained token: forward, and twice that for the backward pass; layers once more under recomputation. With an adapter,
+    frozen weights have no gradients: their backward pass is as much as forward, and MTP modules do not run.
 
     The recomputed pass is work, but not counted in MFU: pass recompute=False for that.
     """
-    forward = forward_flops(c, seq_len)
+    forward = forward_flops(c, seq_len, mtp=adapter is None)
+    if adapter is not None:
+        factors = 2.0 * factor_weights(c, adapter.rank)[1]
+        scores = forward_products(c, seq_len, mtp=False).scores
+        again = forward + factors - 2.0 * c.vocab_size * c.hidden_size if recompute else 0.0
+        return 2.0 * forward + scores + 3.0 * factors + again
     return 3.0 * forward + (forward - 2.0 * c.vocab_size * c.hidden_size if recompute else 0.0)
 
 

@@ -8,11 +8,12 @@ N tokens of a micro-batch, D hidden size, H heads, K and V their widths, E exper
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import Literal
 
-from sparing.base.config import Config, ModelConfig, PrecisionConfig
-from sparing.base.layers import FeedForward, Layer, layers
-from sparing.budget.flops import kv_cache_bytes, parameters
+from sparing.base.config import AdapterConfig, Config, ModelConfig, PrecisionConfig
+from sparing.base.layers import FeedForward, Layer, is_matrix, layers, shapes
+from sparing.budget.flops import factor_weights, kv_cache_bytes, parameters
 from sparing.kernels.sizes import ATTENTION_ROWS, EXPERT_ROWS, HEAD_TOKENS, MOMENT_BLOCK
 
 FULL = PrecisionConfig()
@@ -78,6 +79,16 @@ def _largest_group(c: ModelConfig) -> float:
     every = [layer.feed_forward for layer in layers(c)]
     stacks = sum(f.experts * 2 * f.width * f.hidden for f in every)
     return max(stacks, sum(2 * f.width * f.hidden for f in every if not f.mixture))
+
+
+def held_bytes(c: ModelConfig, adapter: AdapterConfig, dtype: str) -> float:
+    """Of frozen weights as `adapter.base` holds them (None: as `dtype`), scales included; routers, norms and biases are float32."""
+    size = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0}[adapter.base or dtype]
+    held = 0.0
+    for name, shape in shapes(c).items():
+        matrix = is_matrix(name, len(shape))
+        held += prod(shape) * (size if matrix else 4.0) + (4.0 * prod(shape[:-1]) if matrix and size == 1.0 else 0.0)
+    return held
 
 
 KernelPath = Literal["plain", "passes", "products", "cuda"]
@@ -168,7 +179,8 @@ def activations(config: Config, rows: int, seq_len: int, path: KernelPath = "pla
     heads = 1 + c.mtp_depth
     kept += size * tokens * c.hidden_size * (2 * heads + 4 * c.mtp_depth)  # last norms, their gradients; the MTP modules' joined inputs
     whole = config.precision.weights == "float32"
-    kept += (heads * 4 if whole else 4 + heads * 2) * c.vocab_size * c.hidden_size  # the head's gradient, made in the forward pass
+    if config.adapter is None:
+        kept += (heads * 4 if whole else 4 + heads * 2) * c.vocab_size * c.hidden_size  # the head's gradient, made in the forward pass
     copies = _copied(c, path, whole) * size if size == 2 and path in ("plain", "cuda") else 0.0
     mask = rows * seq_len**2 * size if t.document_mask else 0.0
     return kept + copies + mask
@@ -199,9 +211,15 @@ def training_memory(config: Config, measured: bool = False, path: KernelPath | N
         work = max(work, MUON_BYTES * _largest_group(c))
     if p.weights == "bfloat16":  # a layer's gradients, before they are rounded
         work += 4 * max(layer.feed_forward.common + layer.feed_forward.routed for layer in _ends(c)) * replicas
+    learned = weights
+    if config.adapter is not None:
+        learned = 4.0 * factor_weights(c, config.adapter.rank)[0]
+        weights, moments = held_bytes(c, config.adapter, t.dtype) + learned, 2.0 * learned
+        narrow = (config.adapter.base or t.dtype) == "int8"  # the head is multiplied as floats
+        head += replicas * c.vocab_size * c.hidden_size * size * narrow
     # Twins' gradients are added to the first model's: for a moment there are those too.
-    gradients = weights * replicas
-    process = PROCESS_BYTES[device] + work + weights * (replicas - 1) - (OPTIMIZER_IMPORT_BYTES if small and device == "cpu" else 0.0)
+    gradients = learned * replicas
+    process = PROCESS_BYTES[device] + work + learned * (replicas - 1) - (OPTIMIZER_IMPORT_BYTES if small and device == "cpu" else 0.0)
     if measured and device == "cpu":
         process += CORPUS_BYTES
     if measured and path == "plain":

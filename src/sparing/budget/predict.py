@@ -106,7 +106,7 @@ def _evaluating_s(run: PlannedRun, tokens_per_s: float) -> float:
 def tokens_and_time(run: PlannedRun) -> tuple[Estimate, Estimate]:
     """(tokens trained on, seconds of everything)."""
     budget, tokenising = run.config.budget, tokenising_s(run)
-    per_token = train_flops(run.config.model, run.config.train.seq_len)
+    per_token = train_flops(run.config.model, run.config.train.seq_len, adapter=run.config.adapter)
     if run.budget_s is not None:
 
         def trained(speed: float, slower: float) -> float:
@@ -156,7 +156,11 @@ def check(run: PlannedRun) -> None:
 
 def _smaller(run: PlannedRun) -> str:
     """The first change that makes it fit."""
-    t = run.config.train
+    t, adapter = run.config.train, run.config.adapter
+    if adapter is not None and adapter.base != "int8":
+        config = replace(run.config, adapter=replace(adapter, base="int8"))
+        if training_memory(config).total <= run.memory_limit:
+            return "--adapter.base int8"
     micro = t.micro_batch_size or t.batch_size
     while micro > 1:
         micro //= 2
@@ -199,7 +203,7 @@ def predict(run: PlannedRun) -> dict[str, Any]:
     """The keys of `plan --json`; every number as {"value", "low", "high", "source"}."""
     c, t = run.config.model, run.config.train
     tokens, time_s = tokens_and_time(run)
-    flops = tokens.times(train_flops(c, t.seq_len, t.recompute), "counted, times tokens")
+    flops = tokens.times(train_flops(c, t.seq_len, t.recompute, run.config.adapter), "counted, times tokens")
     memory = run.memory()
     hours = time_s.times(1 / 3600)
     price_source = f"{run.rates.sources['usd_per_hour']}; {run.rates.sources['usd_per_kwh']}"

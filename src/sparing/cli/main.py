@@ -47,8 +47,10 @@ HELP = f"""Sparing {__version__}: say what you can spend, get the best language 
   sparing serve    RUN [--port 8000]                                     OpenAI's interface and a chat page
   sparing receipt  RUN | --all                                           what it cost, beside what was predicted
   sparing report   RUN        sparing compare RUN RUN...                 the same and all curves as one HTML page
-  sparing export   RUN --format hf|gguf --out PATH                       for Hugging Face transformers, for llama.cpp
-  sparing import   FOLDER --out RUN                                      the other way round
+  sparing merge    RUN --out RUN2                                        an adapter and its base as one model
+  sparing export   RUN --format hf|gguf|peft --out PATH                  for Hugging Face transformers, for llama.cpp, for PEFT
+  sparing import   FOLDER | FILE.gguf | OWNER/NAME --out RUN             the other way round
+  sparing fetch    smollm2-135m --out RUN                                a small open model to begin with
   sparing bench    train|precision|infer [FIGURE]                        this code against its peers, in one run
 
 `sparing VERB --help` explains a verb. A budget is a number with a unit: 90s 20m 2h, 50Mtok, 3e17flop, $5, 0.2kWh.

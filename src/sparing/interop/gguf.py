@@ -1,29 +1,31 @@
-"""A GGUF file out, for llama.cpp and the programs built on it: metadata, tokenizer and tensors of the `deepseek2` architecture.
+"""A GGUF file out, for llama.cpp and the programs built on it: metadata, tokenizer and tensors of one of its architectures.
 
-Format and keys: github.com/ggml-org/ggml, docs/gguf.md. Names and shapes are what llama.cpp's loader asks for (llama.cpp's
-src/models/deepseek2.cpp, src/llama-vocab.cpp). Attention is in its absorbed form, so `kv_b_proj` is split into heads and its key half
-transposed. An MTP module is the block behind the last layer, and shares embedding and head.
+Format and keys: github.com/ggml-org/ggml, docs/gguf.md. Names and shapes are what llama.cpp's loader asks for (llama.cpp's src/models,
+src/llama-vocab.cpp). Latent attention is in its absorbed form (`deepseek2`), so `kv_b_proj` is split into heads and its key half
+transposed. An MTP module is the block behind the last layer, and shares embedding and head. Rotary dimensions are interleaved pairs, as
+ours are, in `deepseek2` and `llama`, and halves in the other architectures.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sparing.base.config import ModelConfig, TokensConfig, UserError
+from sparing.base.config import ModelConfig, TokensConfig, UserError, YarnConfig
 from sparing.base.files import atomic_path, output_file
 from sparing.base.layers import EMBED, HEAD, Attention, layers, mixtures, shapes
+from sparing.base.origin import Origin
 from sparing.data.tokenizer import END_NAMES, PATTERN, Tokenizer
-from sparing.interop.hf_config import read_json
-from sparing.interop.hf_tensors import LAYER
+from sparing.interop.hf_config import read_json, yarn_temperature
+from sparing.interop.hf_tensors import LAYER, rotated_rows
+from sparing.model.rope import yarn_mscale
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
@@ -36,6 +38,13 @@ TOP = {EMBED: "token_embd.weight", HEAD: "output.weight", "model.norm.weight": "
 IN_LAYER = {
     "input_layernorm.weight": "attn_norm.weight",
     "self_attn.q_proj.weight": "attn_q.weight",
+    "self_attn.k_proj.weight": "attn_k.weight",
+    "self_attn.v_proj.weight": "attn_v.weight",
+    "self_attn.q_proj.bias": "attn_q.bias",
+    "self_attn.k_proj.bias": "attn_k.bias",
+    "self_attn.v_proj.bias": "attn_v.bias",
+    "self_attn.q_norm.weight": "attn_q_norm.weight",
+    "self_attn.k_norm.weight": "attn_k_norm.weight",
     "self_attn.q_a_proj.weight": "attn_q_a.weight",
     "self_attn.q_a_layernorm.weight": "attn_q_a_norm.weight",
     "self_attn.q_b_proj.weight": "attn_q_b.weight",
@@ -59,22 +68,44 @@ IN_LAYER = {
 }
 
 
+@dataclass(frozen=True)
+class Architecture:
+    """One of llama.cpp's model architectures, as far as it differs from the others."""
+
+    name: str
+    halves: bool = False
+    """Rotary dimensions are paired (i, i + d/2); otherwise (2i, 2i + 1), as ours."""
+    names: dict[str, str] = field(default_factory=dict)
+    """Names in a layer that differ from IN_LAYER's."""
+
+
+LATENT = Architecture("deepseek2")
+DENSE = Architecture("llama")
+MIXTURE = Architecture("glm4moe", halves=True, names={"post_attention_layernorm.weight": "post_attention_norm.weight"})
+
+
+def architecture_of(c: ModelConfig) -> Architecture:
+    """The architecture that computes what a model of this shape does."""
+    return LATENT if c.attention == "mla" else MIXTURE if mixtures(c) else DENSE
+
+
 def export_gguf(
     config: ModelConfig,
-    weights: str | Path,
+    weights: Mapping[str, Tensor],
     tokenizer: str | Path | None,
     out: str | Path,
     type: str = "f32",
     chat_template: str | None = None,
     name: str = "",
     tokens: TokensConfig | None = None,
+    origin: Origin | None = None,
 ) -> list[str]:
-    """Write the model as one GGUF file of the `deepseek2` architecture, MTP module included; -> notes for the user.
+    """Write the model as one GGUF file, MTP module included where llama.cpp has one; -> notes for the user.
 
-    weights: a run's safetensors file. tokenizer: a tokenizer.json, or None. tokens: what begins and ends a text; None: what the tokenizer's
-    names say. type: of the matrices; norms, routers and selection biases
-    stay float32. Raises UserError: `out` exists, llama.cpp computes no such model, rows no multiple of 32 (q8_0, q4_0), the `gguf` package
-    is missing, weights are not this model's, disk full.
+    weights: by our names, as `base.run.tensors_of` gives them. tokenizer: a tokenizer.json, or None. tokens: what begins and ends a text;
+    None: what the tokenizer's names say. type: of the matrices; norms, routers and selection biases stay float32. Raises UserError: `out`
+    exists, llama.cpp computes no such model, rows no multiple of 32 (q8_0, q4_0), the `gguf` package is missing, weights are not this
+    model's, disk full.
     """
     named, out = out, output_file(out, "--out")
     if type not in TYPES:
@@ -85,17 +116,20 @@ def export_gguf(
         from gguf import GGMLQuantizationType, GGUFWriter
     except ImportError:
         raise UserError("--format gguf needs the gguf package: pip install 'sparing[gguf]'") from None
+    architecture = architecture_of(config)
     exported, notes = _exportable(config)
-    tensors = _tensors(exported)
+    tensors = gguf_tensors(exported, architecture)
     types = {one.name: GGMLQuantizationType.F32 if one.float32 else GGMLQuantizationType[type.upper()] for one in tensors}
     for one in tensors:
         if types[one.name].name.startswith("Q") and one.shape[-1] % 32:
             raise UserError(f"--type {type} needs rows of a multiple of 32 numbers; {one.name} has rows of {one.shape[-1]}: use f16")
 
     try:
-        with atomic_path(out) as beside, _closing(GGUFWriter(beside, "deepseek2")) as writer:
+        with atomic_path(out) as beside, _closing(GGUFWriter(beside, architecture.name)) as writer:
             writer.add_type("model")
             writer.add_name(name or out.stem)
+            if origin:
+                _add_origin(writer, origin)
             writer.add_file_type(TYPES[type])
             writer.add_quantization_version(2)
             _add_shape(writer, exported)
@@ -104,7 +138,7 @@ def export_gguf(
                 notes.append("there is no tokenizer: the file has weights only")
             else:
                 notes += _add_tokenizer(writer, Path(tokenizer), config.vocab_size, chat_template, tokens)
-            _write_tensors(writer, tensors, types, config, Path(weights))
+            _write_tensors(writer, tensors, types, config, weights)
             writer.close()
     except PermissionError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror})") from None
@@ -120,8 +154,19 @@ def _closing(writer: GGUFWriter) -> Iterator[GGUFWriter]:
             writer.close()
 
 
+def _add_origin(writer: GGUFWriter, origin: Origin) -> None:
+    said = ((writer.add_license, origin.licence), (writer.add_organization, origin.publisher), (writer.add_source_url, origin.url))
+    for add, value in said:
+        if value:
+            add(value)
+
+
 def _write_tensors(
-    writer: GGUFWriter, tensors: list[GgufTensor], types: dict[str, GGMLQuantizationType], config: ModelConfig, weights: Path
+    writer: GGUFWriter,
+    tensors: list[GgufTensor],
+    types: dict[str, GGMLQuantizationType],
+    config: ModelConfig,
+    weights: Mapping[str, Tensor],
 ) -> None:
     import numpy as np
     from gguf.quants import quant_shape_to_byte_shape, quantize
@@ -138,24 +183,23 @@ def _write_tensors(
     expected = shapes(config)
     ours, tensor = None, None
     try:
-        with safe_open(weights, framework="pt") as file:
-            for one in tensors:
-                if one.ours != ours:
-                    ours, tensor = one.ours, file.get_tensor(one.ours).float()
-                    if tuple(tensor.shape) != expected[ours]:
-                        raise UserError(f"{weights}: {ours} has shape {list(tensor.shape)}, config.toml makes it {list(expected[ours])}")
-                writer.write_tensor_data(quantize(one.make(tensor).contiguous().numpy(), types[one.name]))
-    except SafetensorError as error:
-        raise UserError(f"{weights}: {error}") from None
+        for one in tensors:
+            if one.ours != ours:
+                ours, tensor = one.ours, weights[one.ours].float()
+                if tuple(tensor.shape) != expected[ours]:
+                    raise UserError(f"{ours} has shape {list(tensor.shape)}, config.toml makes it {list(expected[ours])}")
+            writer.write_tensor_data(quantize(one.make(tensor).contiguous().numpy(), types[one.name]))
     except OSError as error:  # numpy's tofile tells a short write without its number
         raise error if error.errno else OSError(errno.ENOSPC, "a tensor was not written whole") from None
 
 
 def _exportable(config: ModelConfig) -> tuple[ModelConfig, list[str]]:
-    """-> (the model as the file will have it, notes). Raises UserError for what `deepseek2` does not compute."""
-    c, notes = config, []
-    if c.attention != "mla":
-        raise UserError("--format gguf is for latent attention (mla); a grouped-query model: --format hf, then llama.cpp's own converter")
+    """-> (the model as the file will have it, notes). Raises UserError for what its architecture does not compute."""
+    return _latent_exportable(config) if config.attention == "mla" else _grouped_exportable(config)
+
+
+def _latent_exportable(c: ModelConfig) -> tuple[ModelConfig, list[str]]:
+    notes = []
     if c.q_lora_rank and (c.num_layers in (26, 27) or (c.num_layers, c.vocab_size) == (48, 128256)):
         raise UserError(
             f"--format gguf: llama.cpp takes {c.num_layers} layers (with this vocabulary) for a model without q_lora_rank, this one has one"
@@ -172,37 +216,41 @@ def _exportable(config: ModelConfig) -> tuple[ModelConfig, list[str]]:
     return c, notes
 
 
+def _grouped_exportable(c: ModelConfig) -> tuple[ModelConfig, list[str]]:
+    if not c.mtp_depth:
+        return c, []
+    return replace(c, mtp_depth=0), ["llama.cpp has no MTP modules with grouped queries: they are left out, the logits do not change"]
+
+
 def _add_shape(writer: GGUFWriter, c: ModelConfig) -> None:
     writer.add_vocab_size(c.vocab_size)
     writer.add_context_length(c.max_position_embeddings)
     writer.add_embedding_length(c.hidden_size)
     writer.add_feed_forward_length(c.intermediate_size)
     writer.add_block_count(len(layers(c)))
-    writer.add_leading_dense_block_count(sum(not layer.mixture for layer in layers(c)))
     writer.add_layer_norm_rms_eps(c.rms_norm_eps)
     a = layers(c)[0].attention
     writer.add_head_count(a.heads)
-    writer.add_head_count_kv(1)  # absorbed: every head reads the one latent
-    writer.add_q_lora_rank(a.query_rank or 0)
-    writer.add_kv_lora_rank(a.latent)
-    writer.add_key_length(a.cache_width)
-    writer.add_value_length(a.latent)
-    writer.add_key_length_mla(a.key)
-    writer.add_value_length_mla(a.value)
+    if a.kind == "mla":
+        writer.add_head_count_kv(1)  # absorbed: every head reads the one latent
+        writer.add_q_lora_rank(a.query_rank or 0)
+        writer.add_kv_lora_rank(a.latent)
+        writer.add_key_length(a.cache_width)
+        writer.add_value_length(a.latent)
+        writer.add_key_length_mla(a.key)
+        writer.add_value_length_mla(a.value)
+    else:
+        writer.add_head_count_kv(a.kv_heads)
+        writer.add_key_length(a.key)
+        writer.add_value_length(a.value)
     writer.add_rope_dimension_count(a.rope)
     writer.add_rope_freq_base(c.rope_theta)
     if c.yarn:
-        from gguf import RopeScalingType
-
-        writer.add_rope_scaling_type(RopeScalingType.YARN)
-        writer.add_rope_scaling_factor(c.yarn.factor)
-        writer.add_rope_scaling_orig_ctx_len(c.yarn.original_max_position_embeddings)
-        writer.add_rope_scaling_yarn_beta_fast(c.yarn.beta_fast)
-        writer.add_rope_scaling_yarn_beta_slow(c.yarn.beta_slow)
-        writer.add_rope_scaling_yarn_log_mul(0.1 * c.yarn.mscale_all_dim)  # the loader divides by 0.1 again
-    # llama.cpp asks for these two of dense models too.
-    writer.add_expert_feed_forward_length(c.moe_intermediate_size)
-    writer.add_expert_shared_count(max(1, c.n_shared_experts))
+        _add_yarn(writer, c.yarn, latent=a.kind == "mla")
+    if mixtures(c) or a.kind == "mla":  # llama.cpp asks for these three of dense deepseek2 models too
+        writer.add_leading_dense_block_count(sum(not layer.mixture for layer in layers(c)))
+        writer.add_expert_feed_forward_length(c.moe_intermediate_size)
+        writer.add_expert_shared_count(max(1, c.n_shared_experts))
     if mixtures(c):
         writer.add_expert_count(c.n_routed_experts)
         writer.add_expert_used_count(c.num_experts_per_tok)
@@ -213,6 +261,20 @@ def _add_shape(writer: GGUFWriter, c: ModelConfig) -> None:
         writer.add_uint32(f"{writer.arch}.expert_gating_func", GATES[c.scoring_func])
     if c.mtp_depth:
         writer.add_nextn_predict_layers(c.mtp_depth)
+
+
+def _add_yarn(writer: GGUFWriter, yarn: YarnConfig, latent: bool) -> None:
+    from gguf import RopeScalingType
+
+    writer.add_rope_scaling_type(RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(yarn.factor)
+    writer.add_rope_scaling_orig_ctx_len(yarn.original_max_position_embeddings)
+    writer.add_rope_scaling_yarn_beta_fast(yarn.beta_fast)
+    writer.add_rope_scaling_yarn_beta_slow(yarn.beta_slow)
+    if latent:
+        writer.add_rope_scaling_yarn_log_mul(0.1 * yarn.mscale_all_dim)  # the loader divides by 0.1 again
+    elif yarn.factor > 1:  # llama.cpp has a factor of its own on queries and keys, and multiplies it by this
+        writer.add_rope_scaling_attn_factors(yarn_temperature(yarn) / yarn_mscale(yarn.factor, 1.0))
 
 
 def _add_tokenizer(writer: GGUFWriter, path: Path, vocab_size: int, chat_template: str | None, tokens: TokensConfig | None) -> list[str]:
@@ -235,7 +297,8 @@ def _add_tokenizer(writer: GGUFWriter, path: Path, vocab_size: int, chat_templat
             names.append(words.get(number, f"[PAD{number}]"))
             kinds.append(TokenType.NORMAL if number in words else TokenType.UNUSED)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(_pre_tokenizer(raw, path))
+    pre, notes = _pre_tokenizer(raw, path)
+    writer.add_tokenizer_pre(pre)
     writer.add_token_list(names)
     writer.add_token_types(kinds)
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in raw["model"]["merges"]])
@@ -250,20 +313,56 @@ def _add_tokenizer(writer: GGUFWriter, path: Path, vocab_size: int, chat_templat
     for add, number in zip((writer.add_eot_token_id, writer.add_eom_token_id), others):  # end of a turn, end of a message
         add(number)
     left = ", ".join(str(tokenizer.token_name(number)) for number in others[2:])
-    return [f"a GGUF file names three tokens that end an answer: {left} is left out"] if left else []
+    return [*notes, f"a GGUF file names three tokens that end an answer: {left} is left out"] if left else notes
 
 
-def _pre_tokenizer(raw: dict, path: Path) -> str:
-    """llama.cpp's name for how text is cut into words before merging. A wrong name would give other tokens without any warning."""
-    steps = raw.get("pre_tokenizer") or {}
-    steps = steps.get("pretokenizers", [steps])
-    if raw.get("normalizer") is None and steps and steps[-1].get("type") == "ByteLevel" and not steps[-1].get("add_prefix_space"):
-        patterns = [step.get("pattern", {}).get("Regex") for step in steps[:-1]]
-        if patterns == [PATTERN] and not steps[-1].get("use_regex", True):
-            return "qwen2"
-        if not patterns and steps[-1].get("use_regex", True):
-            return "gpt-2"
-    raise UserError(f"{path}: --format gguf knows llama.cpp's names for this program's own pre-tokeniser and GPT-2's; this is another")
+GPT_2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+"""What ByteLevel of the `tokenizers` library cuts by where it is not told otherwise."""
+DIGITS = r"\p{N}"
+PRE_TOKENIZERS = {
+    "qwen2": (PATTERN,),
+    "gpt-2": (GPT_2,),
+    "smollm": (DIGITS, GPT_2),
+    "llama-bpe": (PATTERN.replace(r"\p{N}|", r"\p{N}{1,3}|", 1),),
+    "deepseek-v3": (
+        r"\p{N}{1,3}",
+        "[一-龥\u3040-ゟ゠-ヿ]+",
+        r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+        r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    ),
+}
+"""llama.cpp's name -> what cuts text into words before merging, one expression after the other. A wrong name would give other tokens
+without any warning."""
+WHOLE_WORDS = ("llama-bpe",)
+"""Names with which llama.cpp takes a word that is a token as it is, whatever the merges say (`ignore_merges`)."""
+
+
+def _pre_tokenizer(raw: dict, path: Path) -> tuple[str, list[str]]:
+    """-> (llama.cpp's name for how text is cut into words, notes)."""
+    cuts, normalizer = _cuts(raw.get("pre_tokenizer") or {}), raw.get("normalizer")
+    name = next((name for name, expressions in PRE_TOKENIZERS.items() if cuts == expressions), None)
+    if name is None or (normalizer or {"type": "NFC"}) != {"type": "NFC"}:
+        raise UserError(f"{path}: --format gguf knows the pre-tokenisers that llama.cpp calls {', '.join(PRE_TOKENIZERS)}; this is another")
+    if bool(raw["model"].get("ignore_merges")) != (name in WHOLE_WORDS):
+        raise UserError(f"{path}: ignore_merges is {raw['model'].get('ignore_merges')}, llama.cpp's {name} means the opposite")
+    return name, ["llama.cpp does not compose characters (NFC) before it cuts text into tokens"] if normalizer else []
+
+
+def _cuts(steps: dict) -> tuple[str, ...] | None:
+    """Expressions that a tokenizer.json's pre-tokeniser cuts by, each match a word of its own; None for other kinds."""
+    *first, last = steps.get("pretokenizers") or [steps]
+    if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
+        return None
+    found = []
+    for step in first:
+        kind, expression = step.get("type"), step.get("pattern", {}).get("Regex")
+        if kind == "Digits" and step.get("individual_digits"):
+            found.append(DIGITS)
+        elif kind == "Split" and expression and step.get("behavior") == "Isolated" and not step.get("invert"):
+            found.append(expression)
+        else:
+            return None
+    return (*found, GPT_2) if last.get("use_regex", True) else tuple(found)
 
 
 @dataclass(frozen=True)
@@ -281,25 +380,28 @@ class GgufTensor:
         return len(self.shape) == 1 or self.name.endswith("ffn_gate_inp.weight")
 
 
-def _tensors(config: ModelConfig) -> list[GgufTensor]:
+def gguf_tensors(config: ModelConfig, architecture: Architecture) -> list[GgufTensor]:
     """All tensors of the file, in our order."""
-    tensors = []
+    tensors, names = [], IN_LAYER | architecture.names
     for ours, shape in shapes(config).items():
         if ours in TOP:
             tensors.append(GgufTensor(TOP[ours], ours, shape))
             continue
         match = LAYER.fullmatch(ours)
         block, inner = f"blk.{match[1]}.", match[2]
+        attention = layers(config)[int(match[1])].attention
         if inner == "self_attn.kv_b_proj.weight":
-            tensors += _absorbed(layers(config)[int(match[1])].attention, block, ours)
+            tensors += _absorbed(attention, block, ours)
         elif inner == "mlp.experts.gate_up_proj":
             E, width, D = shape[0], shape[1] // 2, shape[2]
             tensors.append(GgufTensor(block + "ffn_gate_exps.weight", ours, (E, width, D), lambda t, w=width: t[:, :w]))
             tensors.append(GgufTensor(block + "ffn_up_exps.weight", ours, (E, width, D), lambda t, w=width: t[:, w:]))
             if not config.n_shared_experts:
                 tensors += _no_shared_expert(block, ours, width, D)
+        elif architecture.halves and (rotary := rotated_rows(config, attention, inner)):
+            tensors.append(GgufTensor(block + names[inner], ours, shape, lambda t, r=rotary: r.permute(t, halves=True)))
         else:
-            tensors.append(GgufTensor(block + IN_LAYER[inner], ours, shape))
+            tensors.append(GgufTensor(block + names[inner], ours, shape))
     return tensors
 
 

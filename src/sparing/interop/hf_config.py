@@ -8,14 +8,14 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from sparing.base.config import ModelConfig, TokensConfig, UserError, YarnConfig
+from sparing.base.config import Llama3RopeConfig, ModelConfig, TokensConfig, UserError, YarnConfig
 from sparing.base.config_limits import contradiction
 from sparing.base.files import read_text
 from sparing.base.layers import layers
-from sparing.interop.families import FAMILIES, Family, family_of
+from sparing.interop.families import FAMILIES, OPTIONAL, OTHER_SPELLINGS, Family, family_of
 from sparing.model.rope import yarn_mscale
 
 LATENT_NORM_EPS = 1e-6
@@ -45,9 +45,15 @@ class Fields:
     def fail(self, message: str) -> UserError:
         return UserError(f"{self.where}: {message}")
 
+    def unsupported(self, message: str) -> UserError:
+        """Something that our model does not compute."""
+        return self.fail(f"{message} (model types that are read: {', '.join(FAMILIES)})")
+
     def get(self, key: str, kind: type, *default):
         """A value of the type; `default` where it is absent or null (without one, absence is an error)."""
         value = self.raw.get(key)
+        if value is None:
+            value = self.raw.get(OTHER_SPELLINGS.get(key, key))
         if value is None:
             if default:
                 return default[0]
@@ -63,7 +69,7 @@ class Fields:
         """Refuse any other value; absent or null is fine."""
         value = self.raw.get(key)
         if value is not None and value != allowed:
-            raise self.fail(f"{key} is {value!r}, supported: {allowed!r}")
+            raise self.unsupported(f"{key} is {value!r}, supported: {allowed!r}")
 
 
 @dataclass(frozen=True)
@@ -101,10 +107,17 @@ def to_hf(config: ModelConfig, dtype: str, tokens: TokensConfig) -> tuple[dict, 
         raw["num_key_value_heads"] = config.num_heads
         if abs(config.rms_norm_eps - LATENT_NORM_EPS) > 1e-12:
             notes.append(f"transformers uses an epsilon of {LATENT_NORM_EPS} in the latents' norms; this model's is {config.rms_norm_eps}")
-    if family.experts:
+    dense = sum(not layer.mixture for layer in layers(config))
+    if "num_dense_layers" in family.keys:
         # An all-dense model's MTP modules are dense too, and they are layers num_layers, num_layers + 1, ...
-        raw |= {"first_k_dense_replace": sum(not layer.mixture for layer in layers(config)), "ep_size": 1}
-    elif config.mtp_depth:
+        raw |= {"first_k_dense_replace": dense if "mtp_depth" in family.keys else min(dense, config.num_layers), "ep_size": 1}
+    elif family.experts:
+        raw["mlp_only_layers"] = list(range(min(dense, config.num_layers)))
+    if kind == "deepseek_v2":
+        raw["topk_method"] = "greedy" if config.n_group == 1 else "group_limited_greedy"
+    if family.window == "switch":
+        raw["use_sliding_window"] = False
+    if config.mtp_depth and "mtp_depth" not in family.keys:
         notes.append(f"{kind} has no multi-token prediction: the {config.mtp_depth} MTP module(s) are left out, the logits do not change")
     if dtype == "float8":
         raw["quantization_config"] = {
@@ -124,22 +137,53 @@ def from_hf(raw: dict, where: Path) -> tuple[ModelConfig, TensorFormat]:
         raise fields.fail(f"model_type is {raw.get('model_type')!r}, supported: {', '.join(FAMILIES)}")
     for key, value in family.fixed.items():
         fields.only(key, value)
-    values = {ours: fields.get(*key) for ours, key in family.keys.items()}
+    values = family.ours | {ours: fields.get(*key) for ours, key in family.keys.items()}
     heads = values["num_heads"]
     derived = {"num_kv_heads": heads, "head_dim": values["hidden_size"] // max(heads, 1)}
     if family.attention == "mla":
         fields.only("num_key_value_heads", heads)
         values["num_kv_heads"] = heads
-    if family.experts:
-        derived["mtp_depth"] = fields.get("num_mtp_layers", int, 0)
     values |= {ours: value for ours, value in derived.items() if ours in values and values[ours] is None}
-    values["num_dense_layers"] = min(values.get("num_dense_layers", math.inf), values["num_layers"])
+    _check_window(fields, family, values["max_position_embeddings"])
+    values["num_dense_layers"] = min(_dense_layers(fields, family, values), values["num_layers"])
+    if raw["model_type"] == "deepseek_v2":
+        method = fields.get("topk_method", str, "greedy")
+        if method not in ("greedy", "group_limited_greedy"):
+            raise fields.unsupported(f"topk_method is {method!r}, supported: 'greedy', 'group_limited_greedy'")
+        values |= {"n_group": 1, "topk_group": 1} if method == "greedy" else {}
     config = _rope_from_hf(fields, family, ModelConfig(**values, attention=family.attention))
     theirs = {ours: key[0] for ours, key in family.keys.items() if ours in ("num_layers", "num_heads", "num_kv_heads")}
     if wrong := contradiction(config, lambda name: theirs.get(name, name)):
         raise fields.fail(wrong)
-    halves = not fields.get("rope_interleave", bool, True) if family.attention == "mla" else family.halves
+    halves = not fields.get("rope_interleave", bool, True) if raw["model_type"] == "deepseek_v3" else family.halves
     return config, TensorFormat(halves, _fp8_block(fields))
+
+
+def _dense_layers(fields: Fields, family: Family, values: dict) -> int:
+    """Leading layers without experts."""
+    if not family.experts:
+        return values["num_layers"]
+    if "num_dense_layers" in values:
+        return values["num_dense_layers"]
+    dense = fields.get("mlp_only_layers", list, [])
+    if dense != list(range(len(dense))):
+        raise fields.unsupported(f"mlp_only_layers is {dense!r}, supported: leading layers such as [0, 1]")
+    return len(dense)
+
+
+def _check_window(fields: Fields, family: Family, context: int) -> None:
+    """Refuse attention to the last `sliding_window` tokens only, unless a whole context fits into the window."""
+    raw = fields.raw
+    if family.window == "no" or (family.window == "switch" and not fields.get("use_sliding_window", bool, False)):
+        window = None
+    else:
+        window = raw.get("sliding_window", 4096)  # transformers' own default; null is none
+    if window is not None and (type(window) is not int or window < context):
+        switch = "" if family.window == "yes" else " with use_sliding_window true"
+        raise fields.unsupported(f"sliding_window is {window!r}{switch}, supported: none, or max_position_embeddings ({context}) and more")
+    kinds = fields.get("layer_types", list, [])
+    if other := [kind for kind in kinds if kind != "full_attention" and not (window and kind == "sliding_attention")]:
+        raise fields.unsupported(f"layer_types has {other[0]!r}, supported: 'full_attention'")
 
 
 def _fp8_block(fields: Fields) -> tuple[int, int]:
@@ -161,6 +205,11 @@ def _fp8_block(fields: Fields) -> tuple[int, int]:
 
 def _rope_to_hf(config: ModelConfig) -> dict:
     yarn = config.yarn
+    if config.llama3:
+        return {"rope_theta": config.rope_theta, "rope_scaling": {"rope_type": "llama3", **asdict(config.llama3)}}
+    if config.linear_rope_factor != 1.0:
+        scaling = {"type": "linear", "rope_type": "linear", "factor": config.linear_rope_factor}
+        return {"rope_theta": config.rope_theta, "rope_scaling": scaling}
     if yarn is None:
         return {"rope_theta": config.rope_theta, "rope_scaling": None}
     scaling = {
@@ -175,27 +224,36 @@ def _rope_to_hf(config: ModelConfig) -> dict:
         scaling |= {"mscale": yarn.mscale, "mscale_all_dim": yarn.mscale_all_dim}
     else:
         # Outside DeepSeek's attention nothing multiplies the softmax scale, so both temperatures go into the one factor on cos and sin.
-        scaling["attention_factor"] = _temperature(yarn)
+        scaling["attention_factor"] = yarn_temperature(yarn)
     return {"rope_theta": config.rope_theta, "rope_scaling": scaling}
 
 
 def _rope_from_hf(fields: Fields, family: Family, config: ModelConfig) -> ModelConfig:
-    """The config with `rope_theta` and `yarn` set. Raises UserError for other kinds of scaling."""
+    """The config with its rotary embedding's fields set. Raises UserError for other kinds of scaling."""
     raw = fields.raw.get("rope_parameters") or fields.raw.get("rope_scaling") or {}
     if not isinstance(raw, dict):
         raise fields.fail("the rotary parameters are not an object")
     rope = Fields(raw, fields.where)
-    for place in (rope,) if family.attention == "mla" else (fields, rope):
-        place.only("partial_rotary_factor", 1.0)
-    if family.rotated != 1.0 and fields.raw.get("partial_rotary_factor") is None and "partial_rotary_factor" not in raw:
-        kind = fields.raw["model_type"]
-        raise fields.fail(f"partial_rotary_factor is absent, which means {family.rotated} for {kind}; supported: 1.0")
+    if "partial_rotary_factor" in family.keys:
+        share = rope.get("partial_rotary_factor", float, config.partial_rotary_factor)
+        if not 0 < share <= 1:
+            raise fields.fail(f"partial_rotary_factor is {share}, expected a share of a head, more than 0 and at most 1")
+        config = replace(config, partial_rotary_factor=share)
+    else:
+        for place in (rope,) if family.attention == "mla" else (fields, rope):
+            place.only("partial_rotary_factor", OPTIONAL["partial_rotary_factor"])
     config = replace(config, rope_theta=rope.get("rope_theta", float, fields.get("rope_theta", float, 10000.0)))
     kind = raw.get("rope_type", raw.get("type", "default"))
     if kind == "default":
         return config
+    if kind == "linear":
+        return replace(config, linear_rope_factor=rope.get("factor", float))
+    if kind == "llama3":
+        original = rope.get("original_max_position_embeddings", int, config.max_position_embeddings)
+        waves = (rope.get("low_freq_factor", float), rope.get("high_freq_factor", float))
+        return replace(config, llama3=Llama3RopeConfig(rope.get("factor", float), *waves, original))
     if kind != "yarn":
-        raise fields.fail(f"the rotary embedding is of type {kind!r}, supported: 'default', 'yarn'")
+        raise fields.unsupported(f"the rotary embedding is of type {kind!r}, supported: 'default', 'linear', 'llama3', 'yarn'")
     rope.only("truncate", True)
     original = rope.get("original_max_position_embeddings", int, config.max_position_embeddings)
     yarn = YarnConfig(
@@ -210,8 +268,8 @@ def _rope_from_hf(fields: Fields, family: Family, config: ModelConfig) -> ModelC
     if config.attention == "gqa":
         m = (factor - 1.0) / (0.1 * math.log(yarn.factor)) if yarn.factor > 1.0 else 0.0
         yarn = replace(yarn, mscale=m, mscale_all_dim=m)
-        if abs(_temperature(yarn) - factor) > 1e-6:
-            raise fields.fail(f"attention_factor {factor} cannot be expressed by YaRN's mscale")
+        if abs(yarn_temperature(yarn) - factor) > 1e-6:
+            raise fields.unsupported(f"attention_factor {factor} cannot be expressed by YaRN's mscale")
     elif abs(factor - _on_cos_sin(yarn)) > 1e-6:
         raise fields.fail(f"attention_factor is {factor}, supported: {_on_cos_sin(yarn)}, which follows from mscale and mscale_all_dim")
     return replace(config, yarn=yarn)
@@ -224,6 +282,6 @@ def _on_cos_sin(yarn: YarnConfig) -> float:
     return yarn_mscale(yarn.factor, 1.0)
 
 
-def _temperature(yarn: YarnConfig) -> float:
+def yarn_temperature(yarn: YarnConfig) -> float:
     """Square root of what YaRN multiplies attention logits by where the whole head is rotated."""
     return _on_cos_sin(yarn) * (yarn_mscale(yarn.factor, yarn.mscale_all_dim) if yarn.mscale_all_dim else 1.0)

@@ -23,6 +23,7 @@ from sparing.base.config import ModelConfig, UserError
 from sparing.base.files import POINTER, is_pointer
 from sparing.base.layers import EMBED, HEAD, SELECTION_BIAS, Attention, layers, shapes
 from sparing.interop.hf_config import read_json
+from sparing.model.rope import rotated_width
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 EIGHT_BIT = re.compile(r"(self_attn\.(q_a|q_b|q|k|v|o|kv_b)_proj|self_attn\.kv_a_proj_with_mqa|mlp\..*(gate|up|down)_proj)\.weight$")
@@ -30,19 +31,19 @@ EIGHT_BIT = re.compile(r"(self_attn\.(q_a|q_b|q|k|v|o|kv_b)_proj|self_attn\.kv_a
 
 @dataclass(frozen=True)
 class Rotary:
-    """Rows of a projection that are rotated: in each of `heads` heads, `dim` rows after `skip` that are not."""
+    """Rows of a projection that are rotated: in each of `heads` heads, `dim` rows after `skip` and before `rest` that are not."""
 
     heads: int
     skip: int
     dim: int
+    rest: int = 0
 
     def permute(self, weight: torch.Tensor, halves: bool) -> torch.Tensor:
-        """Rows reordered from pairs to halves (`halves`), or back. `weight`: (heads * (skip + dim), in)."""
-        grouped = weight.view(self.heads, self.skip + self.dim, -1)
-        rotated = grouped[:, self.skip :]
+        """Rows reordered from pairs to halves (`halves`), or back. `weight`: (heads * (skip + dim + rest), in), or without `in`."""
+        before, rotated, after = weight.view(self.heads, -1, *weight.shape[1:]).split([self.skip, self.dim, self.rest], 1)
         split = (self.dim // 2, 2) if halves else (2, self.dim // 2)
         rotated = rotated.unflatten(1, split).transpose(1, 2).flatten(1, 2)
-        return torch.cat([grouped[:, : self.skip], rotated], dim=1).view_as(weight)
+        return torch.cat([before, rotated, after], dim=1).view_as(weight)
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def published_tensors(config: ModelConfig, halves: bool = False) -> list[Publish
             stem = name.removesuffix("down_proj")
             tensors += [PublishedTensor(f"{stem}{j}.down_proj.weight", name, shape[1:], j) for j in range(shape[0])]
         else:
-            rotary = _rotary(layers(config)[int(match[1])].attention, match[2]) if halves and match else None
+            rotary = rotated_rows(config, layers(config)[int(match[1])].attention, match[2]) if halves and match else None
             tensors.append(PublishedTensor(name, name, shape, rotary=rotary))
     head = HEAD if HEAD in ours else EMBED
     for module in layers(config)[config.num_layers :]:
@@ -103,15 +104,20 @@ def published_tensors(config: ModelConfig, halves: bool = False) -> list[Publish
     return tensors
 
 
-def _rotary(a: Attention, name: str) -> Rotary | None:
+def rotated_rows(config: ModelConfig, a: Attention, name: str) -> Rotary | None:
     """Rotated rows of a layer's tensor, by its name inside the layer."""
     rotated = {
         "self_attn.q_proj.weight": (a.heads, a.nope),
+        "self_attn.q_proj.bias": (a.heads, a.nope),
+        "self_attn.q_norm.weight": (1, a.nope),
         "self_attn.q_b_proj.weight": (a.heads, a.nope),
         "self_attn.k_proj.weight": (a.kv_heads, a.nope),
+        "self_attn.k_proj.bias": (a.kv_heads, a.nope),
+        "self_attn.k_norm.weight": (1, a.nope),
         "self_attn.kv_a_proj_with_mqa.weight": (1, a.latent),
     }
-    return Rotary(*rotated[name], a.rope) if name in rotated else None
+    turned = rotated_width(config)
+    return Rotary(*rotated[name], turned, a.rope - turned) if name in rotated else None
 
 
 # safetensors files, read and written one tensor at a time, so that memory is one tensor and not one file. Layout: the length of the header

@@ -17,17 +17,25 @@ from typing import Literal
 import torch
 
 from sparing.base.config import ModelConfig, TokensConfig, UserError
-from sparing.base.files import disk_errors, name_beside, output_folder, sync_folder
+from sparing.base.files import disk_errors, name_beside, output_folder, read_text, sync_folder
 from sparing.base.layers import EMBED, HEAD, shapes
+from sparing.base.origin import Origin
+from sparing.base.run import RunFolder
+from sparing.data.chat import template_text
+from sparing.data.tokenizer import MAX_FILE_BYTES
 from sparing.interop.families import FAMILIES
 from sparing.interop.fp8_blocks import BLOCK, dequantise, quantise, scale_shape
 from sparing.interop.hf_config import from_hf, read_json, to_hf
 from sparing.interop.hf_tensors import LAYER, PublishedTensor, SafetensorsWriter, published_tensors, read_folder, read_tensor
-from sparing.interop.hf_tokenizer import generation_config, to_json, tokenizer_files
+from sparing.interop.hf_tokenizer import generation_config, read_tokens, to_json, tokenizer_files
+from sparing.interop.imported import Imported, spdx
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8": torch.bfloat16}
 """Types of the tensors that are not in 8 bits, by `dtype`."""
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+CARD_BYTES = 4 << 20
+"""A longer model card or licence is none."""
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 DERIVED = re.compile(r".*rotary_emb\.inv_freq")
 """Stored by some old versions of transformers; a function of the config."""
 
@@ -41,11 +49,12 @@ def export_hf(
     chat_template: str | None = None,
     shard_bytes: int = 5_000_000_000,
     tokens: TokensConfig | None = None,
+    card: str | None = None,
 ) -> list[str]:
     """Write a folder that transformers' `from_pretrained` reads; -> notes for the user.
 
     tensors: our state dict, in any order; one at a time is held. tokenizer: a tokenizer.json, or None. tokens: what
-    begins and ends a text; None: what the tokenizer's names say. float8: projections as 128x128
+    begins and ends a text; None: what the tokenizer's names say. card: README.md. float8: projections as 128x128
     blocks of e4m3 with `weight_scale_inv`, the rest bfloat16, as DeepSeek-V3 is published. Selection biases stay float32 always.
     Raises UserError: `out` exists and is not empty, no transformers type computes this model, tensors are not this model's, disk full.
     """
@@ -62,6 +71,8 @@ def export_hf(
         notes.append("some projections are no multiple of 128 wide: without a GPU, transformers misplaces such a weight's FP8 factors")
     text_files["config.json"] = to_json(raw)
     text_files["generation_config.json"] = to_json(generation_config(ends))
+    if card is not None:
+        text_files["README.md"] = card
 
     beside = name_beside(out)
     shutil.rmtree(beside, ignore_errors=True)
@@ -130,6 +141,36 @@ def import_hf(folder: str | Path) -> tuple[ModelConfig, Iterator[tuple[str, torc
     """
     checkpoint = Checkpoint(Path(folder))
     return checkpoint.config, checkpoint.tensors(), checkpoint.notes
+
+
+def read_hf(folder: str | Path) -> Imported:
+    """A folder, checked before the first tensor is read. Raises UserError."""
+    checkpoint = Checkpoint(Path(folder))
+    tokens, notes = read_tokens(checkpoint.folder, checkpoint.config)
+    file = checkpoint.folder / "tokenizer.json"
+    tokenizer = read_text(file, limit=MAX_FILE_BYTES) if file.exists() else None
+    chat = template_text(RunFolder(folder))
+    origin = _origin(checkpoint.folder)
+    return Imported(checkpoint.config, checkpoint.tensors(), tokenizer, tokens, chat, origin, [*checkpoint.notes, *notes])
+
+
+def _origin(folder: Path) -> Origin:
+    """What a folder says of its model: a model card's front matter, the name in config.json, the first line of a licence's file."""
+    card, licence = folder / "README.md", next((file for file in sorted(folder.glob("LICENSE*")) if file.is_file()), None)
+    front = re.match(r"---\n(.*?)\n---\n", read_text(card, limit=CARD_BYTES), re.DOTALL) if card.is_file() else None
+
+    def said(key: str) -> str:
+        found = re.search(rf"^{key}:[ \t]*([^\n\[{{]+)$", front[1], re.MULTILINE) if front else None
+        return found[1].strip().strip("\"'") if found else ""
+
+    name = read_json(folder / "config.json").get("_name_or_path")
+    name = name if isinstance(name, str) and HUB_NAME.fullmatch(name) else said("base_model")
+    named = spdx(said("license"))
+    if named.lower() in ("", "other"):
+        first = next((line.strip() for line in read_text(licence, limit=CARD_BYTES).splitlines() if line.strip()), "") if licence else ""
+        named = said("license_name") or first[:80]
+    publisher, _, short = name.rpartition("/")
+    return Origin(short or folder.resolve().name, str(folder), licence=named, publisher=publisher)
 
 
 class Checkpoint:

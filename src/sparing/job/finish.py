@@ -13,6 +13,7 @@ from sparing.base.config import Config
 from sparing.base.files import to_json, write_atomic
 from sparing.base.layers import mixtures
 from sparing.base.messages import say
+from sparing.base.origin import Origin, credits, origin_of
 from sparing.base.run import RunFolder
 from sparing.budget.flops import kv_cache_bytes, parameters
 from sparing.budget.units import format_budget
@@ -57,7 +58,9 @@ def finish(job: Job, config: Config, model: Transformer, data: TrainingData, res
     }
     if config.start is not None:
         summary |= _beside_its_start(run, config, model, data, result)
-    write_atomic(run.model_card_file, _model_card(config, summary, [entry["paths"] for entry in corpora(run)] or [config.data.paths]))
+    write_atomic(
+        run.model_card_file, _model_card(config, summary, origin_of(run), [entry["paths"] for entry in corpora(run)] or [config.data.paths])
+    )
     summary |= {"seconds": job.clock.seconds()} | bill(job.meter.earlier() + job.meter.rows())
     write_atomic(run.state / "summary.json", json.dumps(to_json(summary), indent=1))
     cost = f"${summary['cost_usd']:.3g}, {1000 * summary['energy_kwh']:.3g} Wh ({summary['energy_how']}), {summary['co2e_g']:.3g} gCO2e"
@@ -107,10 +110,12 @@ def _named(paths: Sequence[str]) -> str:
     return ", ".join(paths) or "the Python standard library's source"
 
 
-def _model_card(config: Config, summary: dict, texts: list[Sequence[str]]) -> str:
-    """MODEL_CARD.md as model hubs read it. summary: what `train` returns. texts: paths of each corpus that it was trained on in turn."""
+def _model_card(config: Config, summary: dict, origin: Origin | None, texts: list[Sequence[str]]) -> str:
+    """MODEL_CARD.md as model hubs read it. summary: what `train` returns. origin: of the model that it began with. texts: paths of each
+    corpus that it was trained on in turn."""
     m, bits = config.model, summary["bpb"]
     kind = f"mixture of {m.n_routed_experts} experts, {m.num_experts_per_tok} a token" if mixtures(m) else "dense"
+    ancestry = "\n" + "\n".join(credits(origin)) if origin else ""
     score = "not evaluated" if bits is None else f"{bits:.4f} bits per byte"
     return f"""# Model card
 
@@ -119,7 +124,7 @@ A {kind} language model of {summary["parameters"]:,} parameters ({summary["activ
 - Data: {", then ".join(map(_named, texts))}; {summary["tokens"]:,} tokens in {summary["steps"]:,} steps
 - Held-out text: {score} (context {config.train.seq_len} tokens)
 - Vocabulary {m.vocab_size:,}, {m.num_layers} layers of width {m.hidden_size}, {kv_cache_bytes(m):,} bytes of cache per token (16 bit)
-- Budget {summary["budget"]}; the whole recipe is in config.toml
+- Budget {summary["budget"]}; the whole recipe is in config.toml{ancestry}
 
 {WARNING if config.chats is None else ANSWERS}
 """

@@ -10,8 +10,9 @@ from typing import Protocol
 from sparing.account.history import inherit
 from sparing.base.config import Config, ModelConfig, UserError
 from sparing.base.config_file import Wishes, build, read_config
-from sparing.base.files import DamagedError, file_sha256, link_or_copy, write_atomic
-from sparing.base.run import RunFolder, fill, read_tensors
+from sparing.base.files import DamagedError, link_or_copy, write_atomic
+from sparing.base.origin import inherit_origin
+from sparing.base.run import RunFolder, fill, run_tensors, weights_sha256
 from sparing.job.texts import corpora
 from sparing.model.init import init_weights
 from sparing.model.low_rank import add_low_rank, fill_frozen
@@ -40,18 +41,19 @@ class FromRun:
 
     def model(self, config: Config) -> Transformer:
         """Raises UserError where that run is gone, has changed, or is damaged."""
-        file = RunFolder(config.start.run).weights_file
+        run = RunFolder(config.start.run)
+        file = run.learned_file
         if not file.exists():
             raise UserError(f"start.run {config.start.run}: its weights are gone")
-        if file_sha256(file) != config.start.weights_sha256:
+        if weights_sha256(run) != config.start.weights_sha256:
             raise UserError(f"start.run {config.start.run}: its weights have changed since this run was begun")
         model = Transformer(config.model)
         adapter = config.adapter
         try:
             if adapter is None:
-                fill(model.state_dict(), read_tensors(file), file)
+                fill(model.state_dict(), run_tensors(run), file)
             else:
-                fill_frozen(model, read_tensors(file), None if adapter.base == "float32" else adapter.base, file)
+                fill_frozen(model, run_tensors(run), None if adapter.base == "float32" else adapter.base, file)
                 add_low_rank(model, adapter, config.train.seed)
         except DamagedError as error:
             raise UserError(f"start.run {config.start.run} has no usable weights: {error}") from None
@@ -79,7 +81,7 @@ def with_start(wishes: Wishes) -> Wishes:
         return wishes
     run = RunFolder.open(Path(wishes.value("start.run")).resolve())
     config = read_config(run.config_file)
-    for file in (run.weights_file, run.tokenizer_file):
+    for file in (run.learned_file, run.tokenizer_file):
         if not file.exists():
             raise UserError(f"{run} has no {file.name}: no run can start from it")
     shape = asdict(config.model)
@@ -90,7 +92,7 @@ def with_start(wishes: Wishes) -> Wishes:
     own = wishes.value("data.tokenizer")
     if own and Path(own).resolve() != run.tokenizer_file:
         raise UserError(f"data.tokenizer {own}: a run that starts from {run} keeps its tokenizer")
-    digest = file_sha256(run.weights_file)
+    digest = weights_sha256(run)
     if wishes.value("start.weights_sha256", digest) != digest:
         raise UserError(f"start.weights_sha256: {run} has other weights, {digest}")
     settled = {"model": shape, "data": {"tokenizer": str(run.tokenizer_file)}, "start": {"run": str(run), "weights_sha256": digest}}
@@ -106,7 +108,8 @@ def with_start(wishes: Wishes) -> Wishes:
 
 
 def keep_origin(run: RunFolder, config: Config) -> None:
-    """Note in state/start.json, and in the ledgers for the receipt, which run `run` was started from; take over its chat template."""
+    """Note in state/start.json, and in the ledgers for the receipt, which run `run` was started from; take over its chat template and
+    where its model came from."""
     note = run.state / "start.json"
     if config.start is None or note.exists():
         return
@@ -116,4 +119,5 @@ def keep_origin(run: RunFolder, config: Config) -> None:
         link_or_copy(template, run.path / template.name)
     if parent.path.is_dir():
         inherit(run, parent, "first weights")
+        inherit_origin(run, parent)
     write_atomic(note, json.dumps(asdict(config.start)))

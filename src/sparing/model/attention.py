@@ -66,32 +66,44 @@ class MLA(nn.Module):
 
 
 class GQA(nn.Module):
-    """Grouped-query attention with the same interleaved rotary pairs."""
+    """Grouped-query attention with the same interleaved rotary pairs; with biases and norms of the heads where the model has them."""
 
     def __init__(self, c: ModelConfig, shapes: Shapes):
         """shapes: `layers.Attention.shapes`."""
         super().__init__()
         self.c = c
         self.scale = softmax_scale(c)
-        self.q_proj = Linear.shaped(shapes["q_proj.weight"])
-        self.k_proj = Linear.shaped(shapes["k_proj.weight"])
-        self.v_proj = Linear.shaped(shapes["v_proj.weight"])
+        self.q_proj = Linear.shaped(shapes["q_proj.weight"], c.attention_bias)
+        self.k_proj = Linear.shaped(shapes["k_proj.weight"], c.attention_bias)
+        self.v_proj = Linear.shaped(shapes["v_proj.weight"], c.attention_bias)
         self.o_proj = Linear.shaped(shapes["o_proj.weight"])
+        if c.head_norm:
+            self.q_norm = RMSNorm(*shapes["q_norm.weight"], c.rms_norm_eps)
+            self.k_norm = RMSNorm(*shapes["k_norm.weight"], c.rms_norm_eps)
 
     def residual(self, x_BTD: Tensor, norm: RMSNorm, table: Tensor, mask: DocumentMask | None) -> Tensor:
         """x + attention(norm(x))."""
         c = self.c
-        if not products.even(c.hidden_size, c.head_dim) or not native.usable(x_BTD):
+        if c.attention_bias or c.head_norm or not products.even(c.hidden_size, c.head_dim) or not native.usable(x_BTD):
             return x_BTD + self(norm(x_BTD), table, mask)
         operands = (self.q_proj.operand, self.k_proj.operand, self.v_proj.operand, self.o_proj.operand)
         widths = (c.num_kv_heads, c.num_heads // c.num_kv_heads, c.head_dim)
         return grouped_attention(x_BTD, norm.weight, operands, table, c.rms_norm_eps, widths, self.scale, mask)
 
+    def queries(self, x_ND: Tensor, table: Tensor) -> Tensor:
+        """(..., D) -> (..., H, K), normed and rotated."""
+        q = self.q_proj(x_ND).unflatten(-1, (self.c.num_heads, self.c.head_dim))
+        return rotate(self.q_norm(q) if self.c.head_norm else q, table)
+
+    def keys(self, x_ND: Tensor, table: Tensor) -> Tensor:
+        """(..., D) -> (..., key-value heads, K), normed and rotated."""
+        k = self.k_proj(x_ND).unflatten(-1, (self.c.num_kv_heads, self.c.head_dim))
+        return rotate(self.k_norm(k) if self.c.head_norm else k, table)
+
     def forward(self, x_BTD: Tensor, table: Tensor, mask: DocumentMask | None) -> Tensor:
         c = self.c
         B, T, _ = x_BTD.shape
-        q = rotate(self.q_proj(x_BTD).view(B, T, c.num_heads, c.head_dim), table)
-        k = rotate(self.k_proj(x_BTD).view(B, T, c.num_kv_heads, c.head_dim), table)
+        q, k = self.queries(x_BTD, table), self.keys(x_BTD, table)
         v = self.v_proj(x_BTD).view(B, T, c.num_kv_heads, c.head_dim)
         groups = c.num_heads // c.num_kv_heads
         k, v = (t.transpose(1, 2).repeat_interleave(groups, 1) for t in (k, v))

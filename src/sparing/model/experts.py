@@ -1,7 +1,7 @@
 """Feed-forward blocks: dense SwiGLU, and the mixture of fine-grained routed experts beside shared ones (DeepSeekMoE, arXiv 2401.06066).
 
 The router scores the experts, chooses by group-limited top-k, and is balanced without a loss (DeepSeek-V3 §2.1.2; arXiv 2408.15664). Its
-selection bias decides which experts are used and never how much: gate weights come from the unbiased scores.
+selection bias, where it has one, decides which experts are used and never how much: gate weights come from the unbiased scores.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparing.base.config import ModelConfig
-from sparing.base.layers import FeedForward
+from sparing.base.layers import SELECTION_BIAS, FeedForward
 from sparing.kernels import native, products
 from sparing.kernels.feed_forward import LOCAL, Dispatcher, Local, dense_feed_forward, mixture, mixture_feed_forward, swiglu
 from sparing.kernels.products import Operand
@@ -39,7 +39,8 @@ class Router(nn.Module):
         super().__init__()
         self.c = c
         self.weight = nn.Parameter(torch.empty(c.n_routed_experts, c.hidden_size))
-        self.register_buffer("e_score_correction_bias", torch.zeros(c.n_routed_experts))
+        # Without selection biases these stay zero, and no checkpoint has them.
+        self.register_buffer(SELECTION_BIAS, torch.zeros(c.n_routed_experts), persistent=c.selection_bias)
         self.register_buffer("tokens_per_expert", torch.zeros(c.n_routed_experts), persistent=False)
         self.counting = True
 
@@ -56,12 +57,13 @@ class Router(nn.Module):
         raise AssertionError(self.c.scoring_func)
 
     def select(self, scores_NE: Tensor) -> Tensor:
-        """(N, K) experts with the highest biased score, among the topk_group groups whose two best experts score highest."""
+        """(N, K) experts with the highest biased score, among the topk_group groups whose two best experts (without selection biases: whose
+        best expert) score highest."""
         c = self.c
         choice = scores_NE.detach() + self.e_score_correction_bias
         if c.n_group > 1:
             grouped = choice.unflatten(-1, (c.n_group, -1))
-            best = grouped.topk(min(2, grouped.shape[-1]), -1).values.sum(-1).topk(c.topk_group, -1).indices
+            best = grouped.topk(min(1 + c.selection_bias, grouped.shape[-1]), -1).values.sum(-1).topk(c.topk_group, -1).indices
             closed = torch.ones_like(choice[:, : c.n_group], dtype=torch.bool).scatter_(-1, best, False)
             choice = grouped.masked_fill(closed.unsqueeze(-1), float("-inf")).flatten(-2)
         return choice.topk(c.num_experts_per_tok, -1, sorted=False).indices
@@ -120,15 +122,16 @@ def update_biases(model: nn.Module, rate: float) -> list[float]:
     """One loss-free step: b += rate * sign(mean load - load), centred so that the biases' sum stays 0; the counts start anew.
 
     Call once per optimizer step, with the counts summed over ranks where there are several. Returns each layer's MaxVio = max load / mean
-    load - 1 (arXiv 2408.15664 §3). Layers that saw no token keep their bias.
+    load - 1 (arXiv 2408.15664 §3). Layers that saw no token keep their bias, and routers without one have none to move.
     """
     violations = []
     for router in routers(model):
         load = router.tokens_per_expert
         mean = load.mean()
         if mean > 0:
-            delta = torch.sign(mean - load) * rate
-            router.e_score_correction_bias += delta - delta.mean()
+            if router.c.selection_bias:
+                delta = torch.sign(mean - load) * rate
+                router.e_score_correction_bias += delta - delta.mean()
             violations.append(float(load.max() / mean - 1.0))
         else:
             violations.append(0.0)

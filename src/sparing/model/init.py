@@ -18,7 +18,9 @@ def init_weights(model: Transformer, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     published = model.config.init == "deepseek"
     for name, parameter in model.named_parameters():
-        if parameter.dim() == 1:
+        if name.endswith(".bias"):
+            nn.init.zeros_(parameter)
+        elif parameter.dim() == 1:
             nn.init.ones_(parameter)
         elif published:
             nn.init.normal_(parameter, std=0.006, generator=generator)

@@ -8,14 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparing.base.int8_rows import to_int8
 from sparing.kernels import products
 from sparing.kernels.norm import rms_norm
 from sparing.kernels.products import Frozen, LowRank, Operand, Weight
 from sparing.kernels.vocabulary import embedding
-from sparing.precision.compensation import slices
 from sparing.precision.eight_bit import EightBit
-from sparing.precision.formats import INT8
-from sparing.precision.quantise import quantise
 
 
 class Factor(nn.Module):
@@ -43,6 +41,7 @@ class Adaptable(nn.Module):
     def freeze(self, kind: Literal["int8", "bfloat16"] | None = None) -> None:
         """Stop learning. kind: what to keep the weights in from here on; None: what they are. int8 has a float32 scale for each row, its
         largest magnitude / 127. Raises ValueError where weights are kept in few bits already."""
+        self._freeze_bias()
         for name in self.weights:
             if kind is None:
                 getattr(self, name).requires_grad_(False)
@@ -54,11 +53,7 @@ class Adaptable(nn.Module):
             if kind == "bfloat16":
                 self.register_buffer(name, weight.to(torch.bfloat16))
                 continue
-            codes, scale = torch.empty_like(weight, dtype=torch.int8), weight.new_empty(weight.shape[:-1], dtype=torch.float32)
-            rows = weight.flatten(0, -2)
-            for part in slices(*rows.shape):  # a few rows at a time: quantising makes copies
-                q = quantise(rows[part], INT8, (1, None))
-                codes.view(rows.shape)[part], scale.view(-1)[part] = q.values, q.scale.squeeze(1)
+            codes, scale = to_int8(weight)
             self.register_buffer(name, codes)
             self.register_buffer(f"{name}_scale", scale)
 
@@ -67,6 +62,7 @@ class Adaptable(nn.Module):
         nothing changes at first. Raises ValueError where there is an update already."""
         if self.low_rank_scale is not None:
             raise ValueError("there is a low-rank update already: merge it first")
+        self._freeze_bias()
         for name in self.weights:
             weight = getattr(self, name)
             weight.requires_grad_(False)
@@ -75,6 +71,11 @@ class Adaptable(nn.Module):
             setattr(self, _factor(name, "A"), Factor(down.to(weight.device)))
             setattr(self, _factor(name, "B"), Factor(torch.zeros(out, rank * experts, device=weight.device)))
         self.low_rank_scale = alpha / rank
+
+    def _freeze_bias(self) -> None:
+        """A bias learns where the weights do."""
+        if (bias := getattr(self, "bias", None)) is not None:
+            bias.requires_grad_(False)
 
     def _operand(self, name: str, by) -> Operand:
         """A weight with its products. by: products of one that is not in few bits."""
@@ -99,21 +100,22 @@ def _factor(name: str, part: str) -> str:
 
 
 class Linear(Adaptable):
-    """y = x Wᵀ, weight (out, in), no bias (DeepSeek-V3 has none)."""
+    """y = x Wᵀ + b, weight (out, in); most have no bias b (out,), which stays float32."""
 
     eight_bit: EightBit | None = None
     """Set by `precision.eight_bit.install`; used in training, so that evaluations show the model as it is saved."""
     active = 1.0
     """Share of the weights that a token meets."""
 
-    def __init__(self, in_features: int, out_features: int):
+    def __init__(self, in_features: int, out_features: int, bias: bool = False):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.register_parameter("bias", nn.Parameter(torch.empty(out_features)) if bias else None)
 
     @classmethod
-    def shaped(cls, shape: tuple[int, ...]) -> Linear:
+    def shaped(cls, shape: tuple[int, ...], bias: bool = False) -> Linear:
         """One whose weight has the shape (out, in)."""
-        return cls(shape[1], shape[0])
+        return cls(shape[1], shape[0], bias)
 
     @property
     def operand(self) -> Operand:
@@ -121,7 +123,8 @@ class Linear(Adaptable):
         return self._operand("weight", self.eight_bit if self.eight_bit and self.training else products.FLOATS)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.operand(x)
+        y = self.operand(x)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 class Embedding(Adaptable):
@@ -141,8 +144,8 @@ class Embedding(Adaptable):
 
 
 def side_by_side(x: Tensor, *linears: Linear) -> Tensor:
-    """Several linears of one input, (..., sum of their widths). Plain weights are joined into one product: the input is read once, and its
-    gradient needs no addition. Other operands have each their own."""
+    """Several linears of one input, without biases: (..., sum of their widths). Plain weights are joined into one product: the input is
+    read once, and its gradient needs no addition. Other operands have each their own."""
     operands = [linear.operand for linear in linears]
     if not all(operand.joins for operand in operands):
         return torch.cat([operand(x) for operand in operands], -1)

@@ -14,8 +14,8 @@ from sparing.model.transformer import MTPBlock, Transformer
 
 
 def adaptable(model: Transformer) -> dict[str, Adaptable]:
-    """What gets an update, by name: all linears of the decoder's layers, a mixture's experts as one module. Embedding, head and routers stay
-    as they are, and so do MTP modules, which PEFT does not know and which only draft."""
+    """What gets an update, by name: all linears of the decoder's layers, a mixture's experts as one module. Embedding, head and routers
+    stay as they are, and so do MTP modules, which PEFT does not know and which only draft."""
     drafting = {id(module) for block in model.model.layers if isinstance(block, MTPBlock) for module in block.modules()}
     inside = ((f"model.layers.{name}", module) for name, module in model.model.layers.named_modules())
     return {name: module for name, module in inside if isinstance(module, Adaptable) and id(module) not in drafting}
@@ -23,8 +23,8 @@ def adaptable(model: Transformer) -> dict[str, Adaptable]:
 
 @torch.no_grad()
 def fill_frozen(model: Transformer, tensors: Iterable[tuple[str, Tensor]], hold: str | None, where: object) -> None:
-    """Fill an unfilled model with weights that do not learn. Matrices are held in `hold` ("bfloat16", "int8"; None: float32) as soon as each
-    is there, so that the model is never whole in float32. Routers and norms stay float32. Raises DamagedError, as `base.run.fill`."""
+    """Fill an unfilled model with weights that do not learn. Matrices are held in `hold` ("bfloat16", "int8"; None: float32) as soon as
+    each is there, so that the model is never whole in float32. Routers and norms stay float32. Raises DamagedError, as `base.run.fill`."""
     model.requires_grad_(False)
     state = model.state_dict()
     modules = {name: module for name, module in model.named_modules() if isinstance(module, Adaptable)} if hold else {}
@@ -52,5 +52,5 @@ def add_low_rank(model: Transformer, adapter: AdapterConfig, seed: int) -> None:
 
 
 def learned(model: Transformer) -> dict[str, Tensor]:
-    """The tensors that learn, by name: of an adapted model, its factors."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    """The tensors that learn, by name and without their gradients: of an adapted model, its factors."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}

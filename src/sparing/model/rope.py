@@ -1,4 +1,5 @@
-"""Rotary position embedding on interleaved pairs, with YaRN (arXiv 2104.09864; 2309.00071 §3.2; DeepSeek-V3 §4.3)."""
+"""Rotary position embedding on interleaved pairs (arXiv 2104.09864), with YaRN (2309.00071 §3.2; DeepSeek-V3 §4.3), Llama 3.1's and linear
+stretching of its waves."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from sparing.base.config import ModelConfig, YarnConfig
+from sparing.base.config import Llama3RopeConfig, ModelConfig, YarnConfig
 from sparing.base.layers import layers
 
 
@@ -22,6 +23,12 @@ def softmax_scale(config: ModelConfig) -> float:
     return layers(config)[0].attention.key ** -0.5 * m * m
 
 
+def rotated_width(config: ModelConfig) -> int:
+    """Numbers of a head's rotary part that are turned: all of them, or GQA's `partial_rotary_factor`."""
+    width = layers(config)[0].attention.rope
+    return width if config.attention == "mla" else int(width * config.partial_rotary_factor)
+
+
 def _yarn_frequencies(frequencies: Tensor, dim: int, theta: float, yarn: YarnConfig) -> Tensor:
     """Interpolate the slow dimensions by `factor`, keep the fast ones, ramp between beta_fast and beta_slow rotations."""
 
@@ -34,9 +41,18 @@ def _yarn_frequencies(frequencies: Tensor, dim: int, theta: float, yarn: YarnCon
     return frequencies / yarn.factor * ramp + frequencies * (1 - ramp)
 
 
+def _llama3_frequencies(frequencies: Tensor, rope: Llama3RopeConfig) -> Tensor:
+    """Waves are stretched the more, the fewer times they turn in the original context: `ROPE_INIT_FUNCTIONS["llama3"]` of transformers."""
+    turns = rope.original_max_position_embeddings * frequencies / (2 * math.pi)
+    kept = ((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)).clamp(0, 1)
+    return frequencies / rope.factor * (1 - kept) + frequencies * kept
+
+
 def rotary_table(config: ModelConfig, length: int) -> Tensor:
-    """(length, R/2) complex64: the rotation of every position and pair, YaRN's cos/sin factor applied."""
-    dim = layers(config)[0].attention.rope
+    """(length, R/2) complex64: the rotation of every position and pair, YaRN's cos/sin factor applied. Pairs behind the rotated share of a
+    head are turned by nothing."""
+    width = layers(config)[0].attention.rope
+    dim = rotated_width(config)
     frequencies = config.rope_theta ** (-torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     factor = 1.0
     if config.yarn:
@@ -46,8 +62,11 @@ def rotary_table(config: ModelConfig, length: int) -> Tensor:
             factor = yarn_mscale(y.factor, y.mscale) / yarn_mscale(y.factor, y.mscale_all_dim)
         else:
             factor = yarn_mscale(y.factor, 1.0)
-    angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies)
-    return torch.polar(torch.full_like(angles, factor), angles)
+    elif config.llama3:
+        frequencies = _llama3_frequencies(frequencies, config.llama3)
+    angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies / config.linear_rope_factor)
+    turns = torch.polar(torch.full_like(angles, factor), angles)
+    return turns if dim == width else torch.cat((turns, turns.new_ones(length, (width - dim) // 2)), 1)
 
 
 class _Rotate(torch.autograd.Function):

@@ -320,7 +320,7 @@ def install(model: Module, kind: Kind | None) -> list[EightBit]:
     for name, module in model.named_modules():
         if not hasattr(module, "eight_bit") or name.endswith(("lm_head", "eh_proj")):
             continue
-        parts = {f"{name}.{part}": weight for part, weight in module.named_parameters(recurse=False)}
+        parts = {f"{name}.{part}": weight for part, weight in module.named_parameters(recurse=False) if part in module.weights}
         mine: list = [None]
         if kind and parts:
             mine = [EightBit(part.removesuffix(".weight"), kind, module.active * w.numel(), w.device) for part, w in parts.items()]

@@ -93,7 +93,7 @@ def choose(
 
     def pass_s(micro: int) -> float:
         """Seconds of a forward and backward pass over `micro` rows, by what was timed, or by a share of the peak."""
-        guess = FIRST_GUESS * peak / train_flops(config.model, t.seq_len) if peak else math.inf
+        guess = FIRST_GUESS * peak / train_flops(config.model, t.seq_len, adapter=config.adapter) if peak else math.inf
         return micro * t.seq_len / max(timed.values(), default=guess)
 
     def fits(micro: int) -> bool:

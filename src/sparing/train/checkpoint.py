@@ -1,8 +1,9 @@
 """Checkpoints: state/step-00000123/{weights.safetensors optimizer.safetensors state.json checksums.json}.
 
 The number is that of finished steps. Weights are of the type they are trained in, under Hugging Face's names; the newest are hard-linked to
-weights/model.safetensors too, so that a killed run can be served. An adapter run has its low-rank factors instead, and adapter/. Kept: the newest two, and state/pre-decay, from which a finished
-run can be extended. Step 0 is saved like any other, so there is always something to go back to.
+weights/model.safetensors too, so that a killed run can be served. An adapter run has its low-rank factors instead, and adapter/. Kept: the
+newest two, and state/pre-decay, from which a finished run can be extended. Step 0 is saved like any other, so there is always something to
+go back to.
 """
 
 from __future__ import annotations
