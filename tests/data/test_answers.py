@@ -153,10 +153,15 @@ def test_what_becomes_of_conversations_is_counted(tokenizer):
     assert "never" in cutting.refusal and cutting.refusal.endswith("a.jsonl:1")
 
 
-def test_a_template_that_changes_what_was_said_is_refused(tokenizer):
-    counted = "{{ messages | length }}{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
-    with pytest.raises(UserError, match="shows a conversation otherwise once it is answered"):
-        sequences(chat(("user", "Hi"), ("assistant", "Hello")), ChatTemplate(counted), tokenizer)
+def test_templates_that_show_a_question_otherwise_once_it_is_answered(tokenizer):
+    asked = chat(("user", "Hi"), ("assistant", "Hello"))
+    shown = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
+    counted = ChatTemplate("{{ messages | length }}" + shown)
+    (piece,) = sequences(asked, counted, tokenizer)
+    assert learnt(piece, tokenizer) == "Hello<|im_end|>"
+    assert piece.ids[: piece.trained.index(True)] == counted.encode(tokenizer, asked.messages[:1])
+    with pytest.raises(UserError, match="does not show the answer behind the question"):
+        sequences(asked, ChatTemplate(shown.replace("in messages", "in messages | reverse")), tokenizer)
 
 
 def test_pieces_are_kept(tokenizer, tmp_path):

@@ -60,8 +60,10 @@ def _answer(template: ChatTemplate, tokenizer: Tokenizer, chat: Chat, at: int, a
     whole = template.text(tokenizer, chat.messages[: at + 1], chat.tools, ask=False)
     shared = _shared(asked, whole)
     extra, said = asked[shared:], whole[shared:]
-    if not all(extra.own):
-        raise UserError("the chat template shows a conversation otherwise once it is answered")
+    if not all(extra.own):  # it shows what was asked otherwise once it is answered (the system's words go with the last question only)
+        extra, said = own(""), whole[_end_of_question(asked, whole) :]
+    if all(said.own):
+        raise UserError("the chat template does not show the answer behind the question")
     if extra.rstrip().endswith("<think>"):  # the prompt begins the reasoning, which the template leaves out of answers
         said = concat((_reasoning(chat.messages[at]), own("\n</think>\n\n"), said))
     ids = token_ids(tokenizer, said)
@@ -84,6 +86,19 @@ def _shared(left: Traced, right: Traced) -> int:
         else:
             high = middle - 1
     return low
+
+
+def _end_of_question(asked: Traced, whole: Traced) -> int:
+    """Where in `whole` the longest ending of `asked` ends that reaches into a message; its own end where none is in it."""
+    a, b = list(zip("".join(asked), asked.own, strict=True)), list(zip("".join(whole), whole.own, strict=True))
+    best, place = 0, 0
+    for end in range(1, len(b) + 1):
+        length = 0
+        while length < min(len(a), end) and a[-1 - length] == b[end - 1 - length]:
+            length += 1
+        if length >= best and length and not all(asked.own[len(a) - length :]):
+            best, place = length, end
+    return place if best else len(b)
 
 
 def _reasoning(message: dict) -> str:
