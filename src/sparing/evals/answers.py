@@ -24,7 +24,7 @@ def score_answers(
     nll_fn: NllFn, pieces: Pieces, lengths: np.ndarray, *, batch_tokens: int = 8192, should_stop: Callable[[], bool] | None = None
 ) -> dict:
     """{"loss" (nats per trained token, ends of answers included), "bpb" (bits of those that stand for text, per byte of it), "bytes",
-    "tokens" (trained ones), "documents" (pieces)}. lengths: `bytes_of_tokens`. Each piece is a row of its own: it is scored as it is served.
+    "tokens" (trained ones), "documents" (pieces)}. lengths: `bytes_of_tokens`. Each piece is a row of its own, as it is served.
 
     Raises Stopped when asked to."""
     order = np.argsort(np.diff(pieces.starts), kind="stable")[::-1]

@@ -36,7 +36,7 @@ class TrainResult:
     evaluation: dict = field(default_factory=dict)
     """What `evaluate` returned for the weights that were kept; empty without one."""
     before: dict = field(default_factory=dict)
-    """What it returned before the first step, of a run that starts from another one."""
+    """The same before the first step, of a run that starts from another one."""
     seconds: float = 0.0
     """Of the budget, used by the whole run so far."""
     tokens_per_s: float = 0.0

@@ -119,10 +119,10 @@ class Pace:
         if self.measured >= 3:  # the first two warm caches (and compile): they tell nothing about the others
             self.durations.append(seconds)
 
-    def eval_took(self, seconds: float, counts: bool = True) -> None:
-        """counts: False for the evaluation before the first step."""
+    def eval_took(self, seconds: float, planned: bool = True) -> None:
+        """planned: it is one of the evenly spaced ones, or the last."""
         self.eval_s = seconds
-        self.evals_done += counts
+        self.evals_done += planned
 
     def save_took(self, seconds: float) -> None:
         self.save_s = max(seconds, 0.5 * self.save_s)

@@ -248,7 +248,7 @@ class Trainer:
             if any(self.world.agree([float(self.signals.requested)])):
                 raise Interrupted(self.signals.message)
             # Asked before a step, so that a resumed run makes up for a missed one.
-            if self.evaluate and self._decided(self._before_due() or pace.eval_due(state.step)):
+            if self.evaluate and self._decided(pace.eval_due(state.step) or self._before_all()):
                 self._evaluate()
             decaying = state.step >= decay_start(total, self.config.optim)
             if self._decided((stable and decaying) or pace.checkpoint_due(state.step, time.monotonic() - saved)):
@@ -268,9 +268,9 @@ class Trainer:
                 pace.step_took(time.monotonic() - before)  # with what telling about it takes
         return self._finish()
 
-    def _before_due(self) -> bool:
-        """Is what the run starts from, another run, to be scored now?"""
-        return self.state.step == 0 and self.config.start is not None and self.log.evaluated(0) is None
+    def _before_all(self) -> bool:
+        """Whether the weights that a run starts from are still to be scored, before its first step."""
+        return self.config.start is not None and self.state.step == 0 and self.log.evaluated(0) is None
 
     def _decided(self, value: float) -> int:
         """Rank 0's value."""
@@ -360,11 +360,10 @@ class Trainer:
                 result = self.evaluate(self.replicas.nll)
         finally:
             self.replicas.train(True)
-        took, inside = time.monotonic() - before, self.state.step > 0
-        self.pace.eval_took(took, counts=inside)
+        self.pace.eval_took(took := time.monotonic() - before, planned=self.state.step > 0)
         line = {"step": self.state.step, "tokens": self.state.tokens, "seconds": self.clock.seconds(), "took_s": took}
         self.log.evaluation(line, result)
-        if self.session.keeps_best and self.writes and inside and self.state.step < self.pace.total:
+        if self.session.keeps_best and self.writes and 0 < self.state.step < self.pace.total:
             self._note_best(result)
         return result
 
@@ -387,9 +386,8 @@ class Trainer:
             return self.state.step
         self.checkpoints.use_best()
         step, loss = best["step"], best["loss"]
-        self.log.progress.say(
-            f"the held-out loss was lowest after step {step:,}: {loss:.4f}, at the end {last['loss']:.4f}; those weights stay"
-        )
+        found = f"the held-out loss was lowest after step {step:,}: {loss:.4f}, at the end {last['loss']:.4f}"
+        self.log.progress.say(f"{found}; those weights stay")
         return step
 
     def _save(self, *, keep_as_pre_decay: bool = False) -> None:
