@@ -288,6 +288,8 @@ def _stages(run: PlannedRun, tokens: Estimate) -> dict[str, Estimate]:
 
 def _reached(run: PlannedRun, tokens: Estimate) -> dict[str, Estimate]:
     """bpb; of a run that starts from another one also gain, the share of that one's bits per byte that it takes away."""
+    if run.config.chats is not None:
+        return {"bpb": Estimate(None, None, None, "the laws are of texts, not of answers")}
     if run.beginning is not None:
         gain = _gain(run, run.beginning, tokens)
         return {"bpb": after_gain(run.beginning.before, gain), "gain": gain}

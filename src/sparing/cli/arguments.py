@@ -59,9 +59,9 @@ def _type_of(field: dataclasses.Field) -> str:
 
 
 def recipe_options() -> dict[str, tuple[Any, Any, str]]:
-    """The fields of a recipe that are options, by dotted name; budget and start have options of their own, and an imported model's tokens
-    come with it."""
-    return {name: row for name, row in options().items() if name.partition(".")[0] not in ("budget", "start", "tokens")}
+    """The fields of a recipe that are options, by dotted name; budget, start and conversations have options of their own, and an imported
+    model's tokens come with it."""
+    return {name: row for name, row in options().items() if name.partition(".")[0] not in ("budget", "start", "chats", "tokens")}
 
 
 def parse(verb: str, kind: type, argv: list[str]) -> tuple[Any, dict[str, Any]]:

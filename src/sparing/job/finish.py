@@ -19,12 +19,14 @@ from sparing.budget.flops import kv_cache_bytes, parameters
 from sparing.budget.units import format_budget
 from sparing.infer.generate import Model
 from sparing.job.begin import Job
-from sparing.job.corpus import TrainingData
+from sparing.job.corpus import Prompt, TrainingData
 from sparing.job.texts import corpora
 from sparing.model.transformer import Transformer
 from sparing.train.log import TrainResult
 
 SAMPLE_TOKENS = 64
+WARNING = "It continues text. It was not taught to follow instructions, and what it says may be false."
+ANSWERS = "It was taught to answer, by conversations in the form of its chat_template.jinja. What it says may be false."
 
 
 class _BudgetSpent(Exception):
@@ -52,12 +54,13 @@ def finish(job: Job, config: Config, model: Transformer, data: TrainingData, res
         "skipped": result.skipped,
         "seconds": 0.0,
         "budget": format_budget(config.budget),
-        "samples": _completions(job, config, Model(run, config, model, data.tokenizer), data.held_out[:samples]),
+        "samples": _completions(job, config, Model(run, config, model, data.tokenizer), data.prompts(samples)),
     }
     if config.start is not None:
-        summary |= _beside_its_start(run, config, model, result)
-    paths = [entry["paths"] for entry in corpora(run)] or [config.data.paths]
-    write_atomic(run.model_card_file, _model_card(config, summary, origin_of(run), paths))
+        summary |= _beside_its_start(run, config, model, data, result)
+    write_atomic(
+        run.model_card_file, _model_card(config, summary, origin_of(run), [entry["paths"] for entry in corpora(run)] or [config.data.paths])
+    )
     summary |= {"seconds": job.clock.seconds()} | bill(job.meter.earlier() + job.meter.rows())
     write_atomic(run.state / "summary.json", json.dumps(to_json(summary), indent=1))
     cost = f"${summary['cost_usd']:.3g}, {1000 * summary['energy_kwh']:.3g} Wh ({summary['energy_how']}), {summary['co2e_g']:.3g} gCO2e"
@@ -67,32 +70,28 @@ def finish(job: Job, config: Config, model: Transformer, data: TrainingData, res
     return summary
 
 
-def _beside_its_start(run: RunFolder, config: Config, model: Transformer, result: TrainResult) -> dict:
+def _beside_its_start(run: RunFolder, config: Config, model: Transformer, data: TrainingData, result: TrainResult) -> dict:
     """What the summary of a run that starts from another one has more: scores before and after, how much it learnt with, its origin."""
     return {
-        "before": {"new": _score(result.before)},
-        "after": {"new": _score(result.evaluation)},
-        "trained_tokens": result.tokens,
+        "before": data.score(result.before),
+        "after": data.score(result.evaluation),
+        "trained_tokens": data.trained_tokens(result),
         "trainable_parameters": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         "base": config.start.weights_sha256,
         "ancestors": [{"name": row.name, "relation": row.relation, "generation": row.generation} for row in ancestors_of(run)],
     }
 
 
-def _score(evaluation: dict) -> dict:
-    return {key: evaluation.get(key) for key in ("loss", "bpb", "bytes")}
-
-
-def _completions(job: Job, config: Config, model: Model, documents: list[str]) -> list[dict[str, str]]:
+def _completions(job: Job, config: Config, model: Model, prompts: list[Prompt]) -> list[dict[str, str]]:
     lasts, texts = job.lasts(config.budget), []
 
     def spent() -> bool:
         return lasts is not None and job.clock.seconds() > lasts
 
-    for document in documents:
+    for prompt in prompts:
         if spent():
             break
-        prompt, pieces = _prompt(document), []
+        pieces = []
 
         def show(piece: str, pieces: list[str] = pieces) -> None:
             pieces.append(piece)
@@ -100,17 +99,11 @@ def _completions(job: Job, config: Config, model: Model, documents: list[str]) -
                 raise _BudgetSpent
 
         with suppress(_BudgetSpent):
-            model.generate(prompt, SAMPLE_TOKENS, temperature=0.7, seed=config.train.seed, stream=show)
-        texts.append({"prompt": prompt, "text": "".join(pieces)})
+            model.generate(prompt.ids, SAMPLE_TOKENS, temperature=0.7, seed=config.train.seed, stream=show)
+        texts.append({"prompt": prompt.text, "text": "".join(pieces)})
     if spent():
-        job.cut_short(f"the budget was used up while completions were written: {len(texts)} of {len(documents)}, the last one cut")
+        job.cut_short(f"the budget was used up while completions were written: {len(texts)} of {len(prompts)}, the last one cut")
     return texts
-
-
-def _prompt(document: str) -> str:
-    """The beginning of a document: up to its third line or 120 characters, not ending inside a word."""
-    start = "\n".join(document.splitlines()[:3])[:120]
-    return start if len(start) < 120 or " " not in start else start.rsplit(" ", 1)[0]
 
 
 def _named(paths: Sequence[str]) -> str:
@@ -133,5 +126,5 @@ A {kind} language model of {summary["parameters"]:,} parameters ({summary["activ
 - Vocabulary {m.vocab_size:,}, {m.num_layers} layers of width {m.hidden_size}, {kv_cache_bytes(m):,} bytes of cache per token (16 bit)
 - Budget {summary["budget"]}; the whole recipe is in config.toml{ancestry}
 
-It continues text. It was not taught to follow instructions, and what it says may be false.
+{WARNING if config.chats is None else ANSWERS}
 """

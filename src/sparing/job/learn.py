@@ -98,6 +98,7 @@ def learn(
         peak_flops=peak,
         limit=Limit(config.budget, job.meter) if config.budget.unit in ("usd", "kwh") else None,
         reserve_s=0.5 + samples * SAMPLE_TOKENS * max(SAMPLE_S, 4 * parameters(config.model).active / SAMPLE_BYTES_PER_S),
+        keeps_best=material.keeps_best,
     )
     with job.meter.stage("train"):
         trainer = Trainer(model, material.feed, objective or NextToken.of(config), config=config)
