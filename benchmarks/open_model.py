@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,12 +27,13 @@ from sparing.bench.limit import Limit
 from sparing.bench.results import print_table, row, stored_result
 from sparing.bench.worker import Worker
 from sparing.data.tokenizer import Tokenizer
+from sparing.evals.bpb import bpb, nll_from_logits
 
 OURS = {"avx512": {}, "avx2": {"SPARING_PROCESSOR": "x86-64-v3"}}
 CASES = {"decode, 1 text": (1, 32, 64), "decode, 8 texts at once": (8, 32, 64), "a prompt of 512": (1, 512, 1)}
 """Texts, tokens of a prompt, tokens written."""
-WINDOW, PIECE_BYTES = 512, 4000
-"""Tokens of a scored piece of text; bytes that are taken of each file."""
+CONTEXT, PIECE_BYTES = 512, 4000
+"""Tokens that are scored together; bytes that are taken of each file."""
 
 
 def compare(run: str, out: Path, isa: str, name: str, rounds: int, threads: int, weights: str) -> list[dict]:
@@ -74,25 +74,34 @@ def machine_facts() -> dict:
 
 
 def bits_per_byte(run: str, weights: str, texts: Sequence[str]) -> dict:
-    """Of PIECE_BYTES from the middle of each file, by the compiled step."""
-    from sparing.infer.calibration import token_losses
-    from sparing.infer.network import CompiledNetwork
+    """`evals.bpb.bpb` of PIECE_BYTES from the middle of each file, by the compiled step."""
+    import torch
+
+    from sparing.infer.network import CompiledNetwork, Rows
     from sparing.infer.packed_weights import open_packed
+    from sparing.kernels.sizes import CACHE_BLOCK
 
     folder = RunFolder.open(run)
     config = read_config(folder.config_file)
-    tokenizer = Tokenizer.load(folder.tokenizer_file, config.tokens)
-    network = CompiledNetwork(config.model, open_packed(folder, config.model, weights), weights, 64, cores())
-    nats = count = 0.0
+    context = min(CONTEXT, config.model.max_position_embeddings)
+    blocks = -(-context // CACHE_BLOCK)
+    network = CompiledNetwork(config.model, open_packed(folder, config.model, weights), weights, blocks, cores())
+
+    def logits(tokens: torch.Tensor) -> torch.Tensor:
+        found = []
+        for text in tokens.tolist():  # one after the other, over the same cache
+            rows = Rows()
+            rows.add(list(range(blocks)), text, 0, len(text))
+            found.append(torch.from_numpy(network.forward(rows)))
+        return torch.stack(found)
+
+    pieces = []
     for path in texts:
         raw = Path(path).read_bytes()
-        text = raw[len(raw) // 2 :][:PIECE_BYTES].decode(errors="ignore")
-        ids = [tokenizer.first_id, *tokenizer.encode(text)]
-        pieces = [ids[start : start + WINDOW + 1] for start in range(0, len(ids) - 1, WINDOW)]
-        nats += float(token_losses(network, pieces, None)[0].sum())
-        count += len(text.encode())
+        pieces.append(raw[len(raw) // 2 :][:PIECE_BYTES].decode(errors="ignore"))
+    found = bpb(nll_from_logits(logits), Tokenizer.load(folder.tokenizer_file, config.tokens), pieces, context, batch=1)
     network.close()
-    return {"bpb": nats / math.log(2) / count, "bytes": count}
+    return found
 
 
 def main() -> None:
