@@ -117,7 +117,14 @@ KINDS = {"mla": ONE, "queries not compressed": replace(ONE, q_lora_rank=None), "
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("path", "dtype"),
-    [("plain", "float32"), ("plain", "bfloat16"), ("passes", "float32"), ("passes", "bfloat16"), ("products", "float32"), ("products", "bfloat16")],
+    [
+        ("plain", "float32"),
+        ("plain", "bfloat16"),
+        ("passes", "float32"),
+        ("passes", "bfloat16"),
+        ("products", "float32"),
+        ("products", "bfloat16"),
+    ],
 )
 def test_a_layer_keeps_what_is_counted(path, dtype, kind, mixture):
     """The plan may be off by half of the narrowest activation (64 numbers of a token): a kernel that keeps one more, or one less, fails.

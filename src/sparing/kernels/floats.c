@@ -156,15 +156,16 @@ static inline __attribute__((always_inline)) void tile(int rows, int64_t depth, 
 static void multiply(int64_t M, int64_t N, int64_t K, Left a, const float *b, int64_t panel, void *out, int64_t stride, int kind,
                      const float *base, int64_t base_stride) {
     float *c = out;
-    int64_t depth = (K + (K + DEPTH - 1) / DEPTH - 1) / ((K + DEPTH - 1) / DEPTH);
-    for (int64_t k = 0; k < K; k += depth) {
+    int64_t parts = (K + DEPTH - 1) / DEPTH + !K, depth = (K + parts - 1) / parts + !K;
+    for (int64_t k = 0; !k || k < K; k += depth) {
         int add = k || kind == ADD_F32;
         int64_t deep = K - k < depth ? K - k : depth;
         for (int64_t start = 0; start < M; start += HEIGHT)
             for (int64_t n = 0; n < N; n += NR) {
                 const float *right = b + n / NR * panel + k * NR;
                 for (int64_t m = start, stop = M - start < HEIGHT ? M : start + HEIGHT; m < stop;) {
-                    const float *left = a.at + m / MR * a.block + m % MR * a.row + k * a.step, *from = base && !k ? base + m * base_stride + n : 0;
+                    const float *left = a.at + m / MR * a.block + m % MR * a.row + k * a.step;
+                    const float *from = base && !k ? base + m * base_stride + n : 0;
                     float *to = c + m * stride + n;
 #define TILE(R) (tile(R, deep, left, a.row, a.step, right, to, stride, add, from, base_stride, N - n), m += R)
                     if (stop - m >= MR) TILE(MR);

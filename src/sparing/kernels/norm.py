@@ -11,8 +11,8 @@ from sparing.kernels import native
 from sparing.kernels.native import new_like
 
 recomputed = ContextVar("sparing_norms_recomputed", default=False)
-"""Whether sub-layers make normed and gathered rows again in the backward pass instead of keeping them beside what they were made from. Those
-of float32 always do: they are a quarter of what is kept, and making them is a hundredth of a step."""
+"""Whether sub-layers make normed and gathered rows again in the backward pass instead of keeping them beside what they were made from.
+Those of float32 always do: the rows are a quarter of what is kept, and making them is a hundredth of a step."""
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
