@@ -37,12 +37,12 @@ SOURCES = {
     "passes": (
         "native.c", "numbers.inc", "passes.inc", "cross_entropy.inc",
         "scratch.inc", "vectors.inc", "products.c", "products.inc", "tiles.inc",
-    ),  # fmt: skip
+    ),
     "floats": ("floats.c", "numbers.inc", "scratch.inc", "cross_entropy.inc", "products.inc"),
     "storage": ("storage.c", "numbers.inc"),
     "int8": ("int8.c", "numbers.inc", "scratch.inc", "vectors.inc"),
     "pool": ("pool.c",),
-}
+}  # fmt: skip
 """What each library is made of, first the file that includes the others.
 floats: our own products of float32. All but the passes are compiled when asked for: those after it are for `[precision]`."""
 UNUSED_S = 30 * 86400
