@@ -72,7 +72,8 @@ def merged(*wishes: dict) -> dict:
     return result
 
 
-FLOAT32 = {"train": {"dtype": "float32"}}
+FLOAT32 = {"train": {"dtype": "float32", "kernels": "compiled"}}
+OWN_FLOAT32 = {"train": {"dtype": "float32", "kernels": "vectors"}}
 MIXTURE = {
     "model": {
         "num_layers": 3, "num_dense_layers": 1, "n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2,
@@ -84,7 +85,7 @@ GATES = {"model": {"n_shared_experts": 0, "scoring_func": "softmax", "norm_topk_
 MTP = {"model": {"mtp_depth": 1}}
 GQA = {"model": {"attention": "gqa", "num_heads": 4, "num_kv_heads": 2, "head_dim": 16}}
 REPLICAS = {"train": {"threads": 2, "replicas": 2}}
-TWO_THREADS = {"train": {"threads": 2}}
+TWO_THREADS = {"train": {"threads": 2, "kernels": "plain"}}
 STORAGE = {"precision": {"weights": "bfloat16", "moments": "int8", "activations": "int8"}}
 # A budget of errors so small that some products move to finer blocks and to 16 bits.
 FEW_BITS = merged(STORAGE, {"precision": {"linear": "int8", "error_budget": 0.0115, "measure_every": 4}})
@@ -101,11 +102,13 @@ RUNS: dict[str, dict] = {
     "mixture in groups": merged(MIXTURE, GROUPS, FLOAT32),
     "mixture, softmax gate": merged(MIXTURE, GATES, FLOAT32),
     "mtp": merged(MIXTURE, MTP, FLOAT32),
+    "own products, float32": merged(MIXTURE, MTP, OWN_FLOAT32),
+    "own products of gqa, float32": merged(GQA, OWN_FLOAT32),
     "accumulation": merged(MIXTURE, {"train": {"micro_batch_size": 3}}),
     "recomputation": merged(MIXTURE, MTP, {"train": {"recompute": True}}),
     "two replicas": merged(MIXTURE, MTP, REPLICAS),
     "two threads": merged(MIXTURE, MTP, TWO_THREADS),
-    "two threads, float32": merged(GQA, TWO_THREADS, FLOAT32),
+    "two threads, float32": merged(GQA, FLOAT32, TWO_THREADS),
     "few bits": merged(MIXTURE, FEW_BITS),
     "few bits, resumed": merged(MIXTURE, FEW_BITS),
     "few bits, two replicas": merged(MIXTURE, FEW_BITS, REPLICAS),

@@ -118,7 +118,14 @@ KINDS["biases and head norms"] = replace(KINDS["gqa"], num_heads=4, num_kv_heads
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("path", "dtype"),
-    [("plain", "float32"), ("plain", "bfloat16"), ("passes", "float32"), ("passes", "bfloat16"), ("products", "bfloat16")],
+    [
+        ("plain", "float32"),
+        ("plain", "bfloat16"),
+        ("passes", "float32"),
+        ("passes", "bfloat16"),
+        ("products", "float32"),
+        ("products", "bfloat16"),
+    ],
 )
 def test_a_layer_keeps_what_is_counted(path, dtype, kind, mixture):
     """The plan may be off by half of the narrowest activation (64 numbers of a token): a kernel that keeps one more, or one less, fails.
@@ -126,7 +133,7 @@ def test_a_layer_keeps_what_is_counted(path, dtype, kind, mixture):
     That leaves room for what the plan does not count: statistics, a number of a token for each norm, head or expert.
     """
     kernels = {"plain": "plain", "passes": "compiled", "products": "vectors"}[path]
-    if not native.can(kernels):
+    if not native.can(kernels, getattr(torch, dtype)):
         pytest.skip("this machine cannot run these kernels")
     c, T = KINDS[kind], 320
     layer = layers(c)[int(mixture)]

@@ -31,7 +31,7 @@ pytestmark = [
 ]
 
 PLAYER = r"""
-#include "native.c"
+#include "LIBRARY"
 #include <stdio.h>
 #include <stdlib.h>
 /* Repeats recorded calls and compares what they leave in memory. */
@@ -128,13 +128,14 @@ def run(source: str, folder: Path, name: str, *arguments: str, here: bool = Fals
     return found.stdout
 
 
-def recorded(monkeypatch, steps) -> tuple[bytes, str]:
-    """(all calls of our passes that `steps` makes, with the memory before and after each; the C that repeats one of them)."""
+def recorded(monkeypatch, library: str, steps) -> tuple[bytes, str, int]:
+    """(all calls of a library of ours that `steps` makes, with the memory before and after each; the C that repeats one of them; how many
+    functions there are)."""
     calls, functions = [], {}
     original = native.call
 
     def call(name, dtype, *arguments, of="passes"):
-        if of != "passes":
+        if of != library:
             return original(name, dtype, *arguments, of=of)
         tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
         storages = {t.untyped_storage().data_ptr(): t for t in tensors}
@@ -172,12 +173,12 @@ def recorded(monkeypatch, steps) -> tuple[bytes, str]:
         f"case {number}: {name}({', '.join(f'{kind}[{a}]' for a, kind in enumerate(kinds))}); break;"
         for (name, kinds), number in functions.items()
     ]
-    assert len(functions) > 20, functions
-    return struct.pack("<q", len(calls)) + b"".join(calls), "\n".join(cases)
+    return struct.pack("<q", len(calls)) + b"".join(calls), "\n".join(cases), len(functions)
 
 
-def test_training_passes(tmp_path, monkeypatch, one_thread):
-    """Every call of a forward and backward pass: latent and grouped attention, mixture, MTP, documents; both number types."""
+@pytest.mark.parametrize(("library", "kernels", "functions"), [("passes", "compiled", 20), ("floats", "vectors", 8)])
+def test_training(library, kernels, functions, tmp_path, monkeypatch, one_thread):
+    """Every call of a forward and backward pass: latent and grouped attention, mixture, MTP, documents; both number types of the passes."""
 
     def steps() -> None:
         for changes in ({"mtp_depth": 1}, {"attention": "gqa", "num_heads": 4, "num_kv_heads": 2, "head_dim": 16}):
@@ -188,11 +189,14 @@ def test_training_passes(tmp_path, monkeypatch, one_thread):
             documents = (torch.arange(30) // 12).to(torch.int32).expand(2, 30).contiguous()
             for dtype in (torch.float32, torch.bfloat16):
                 model.compute_dtype = dtype
-                loss_of(model, tokens, targets, documents, sequence_balance=0.01).total.backward()
+                with native.path(kernels):
+                    loss_of(model, tokens, targets, documents, sequence_balance=0.01).total.backward()
 
-    record, cases = recorded(monkeypatch, steps)
+    record, cases, found = recorded(monkeypatch, library, steps)
+    assert found >= functions
     (tmp_path / "calls").write_bytes(record)
-    assert run(PLAYER.replace("CASES", cases), tmp_path, "player", str(tmp_path / "calls")).endswith(" 0 bad\n")
+    player = PLAYER.replace("LIBRARY", native.SOURCES[library][0]).replace("CASES", cases)
+    assert run(player, tmp_path, "player", str(tmp_path / "calls")).endswith(" 0 bad\n")
 
 
 def test_inference_products(tmp_path):

@@ -58,12 +58,12 @@ DENSE = (
 @pytest.mark.skipif(native.passes() is None, reason="no C compiler here")
 @pytest.mark.parametrize(
     "case, dtype, tolerance, kernels",
-    [(case, torch.float32, 2e-5, "compiled") for case in CASES]
+    [(case, torch.float32, 2e-5, kernels) for case in CASES for kernels in ("compiled", "vectors")]
     + [(case, torch.bfloat16, 6e-2, kernels) for case in DENSE for kernels in ("compiled", "vectors", "tiles")],
 )
 @pytest.mark.parametrize("length", [7, 150])
 def test_compiled_equals_plain(case, dtype, tolerance, kernels, length):
-    if not native.can(kernels):
+    if not native.can(kernels, dtype):
         pytest.skip("this machine cannot run these kernels")
     config = replace(TINY, **CASES[case])
     model = Transformer(config)

@@ -166,7 +166,7 @@ class TrainConfig:
     """None: the GPU where there is one."""
     kernels: Literal["tiles", "vectors", "compiled", "plain"] | None = None
     """What computes on a CPU: PyTorch's own operations (plain), our compiled kernels with PyTorch's matrix products (compiled), or with our
-    own, by AVX512_BF16 (vectors) or AMX (tiles); None: measured."""
+    own, by vectors (float32, or bfloat16 with AVX512_BF16) or AMX (tiles, of bfloat16); None: measured."""
     threads: int | None = None
     """CPU threads; None: measured."""
     replicas: int | None = None

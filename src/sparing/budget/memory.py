@@ -92,19 +92,20 @@ def held_bytes(c: ModelConfig, adapter: AdapterConfig, dtype: str) -> float:
 
 
 KernelPath = Literal["plain", "passes", "products", "cuda"]
-"""Which kernels run: plain ones, our compiled passes (`kernels/native.py`), those with our own bf16 products, PyTorch's on a GPU."""
+"""Which kernels run: plain ones, our compiled passes (`kernels/native.py`), those with our own products, PyTorch's on a GPU."""
 
 
-def path_of(config: Config, compiled: bool = True, bf16: bool = True) -> KernelPath:
-    """compiled: there is a C compiler. bf16: whether our own products of bfloat16 will be chosen, where `train.kernels` is open. Compiled
-    kernels want one thread an operation."""
+def path_of(config: Config, compiled: bool = True, own: bool = True) -> KernelPath:
+    """compiled: there is a C compiler. own: whether our own products will be chosen, where `train.kernels` is open. Compiled kernels want
+    one thread an operation."""
     t = config.train
     if t.device == "cuda":
         return "cuda"
     if not compiled or t.kernels == "plain" or not (t.threads == 1 or (t.replicas or 1) > 1):
         return "plain"
-    own = bf16 if t.kernels is None else t.kernels in ("tiles", "vectors")
-    return "products" if own and t.dtype == "bfloat16" else "passes"
+    if t.kernels is not None:
+        own = t.kernels == "vectors" or (t.kernels == "tiles" and t.dtype == "bfloat16")
+    return "products" if own else "passes"
 
 
 def saved_per_token(
@@ -114,7 +115,7 @@ def saved_per_token(
     a, f, D = layer.attention, layer.feed_forward, layer.hidden
     H, K, V = a.heads, a.key, a.value
     fused = path in ("passes", "products")
-    again = fused and eight_bit  # what can be normed or gathered again is not kept
+    again = fused and (eight_bit or size == 4)  # what can be normed or gathered again is not kept
     numbers = (3 if again else 4) * D  # of two norms: the rows, normed or (fused) not, and what the projections take
     shared = a.kv_heads if a.kind == "gqa" and fused else H  # the plain path repeats keys and values for every query head
     numbers += H * K + shared * (K + V) + H * V  # q, k, v laid out for attention, and its output

@@ -85,8 +85,9 @@ def learn(
         with job.meter.stage("calibrate"):
             peak = peak_flops(machine, device.type, t.dtype, peak_seconds(job.lasts(config.budget)))
             config = _calibrated(job, config, model, material.feed, peak)
-    if config.train.kernels and not native.can(config.train.kernels):
-        instead = next(kernels for kernels in ("vectors", "compiled", "plain") if native.can(kernels))
+    dtype = getattr(torch, t.dtype)
+    if config.train.kernels and not native.can(config.train.kernels, dtype):
+        instead = next(kernels for kernels in ("vectors", "compiled", "plain") if native.can(kernels, dtype))
         say(f"train.kernels = {config.train.kernels} cannot run here: {instead} ones do, slower and with other last bits")
     if samples:
         decode.library()  # is compiled at its first use: seconds, which would be missing at the end

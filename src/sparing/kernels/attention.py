@@ -133,7 +133,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: DocumentMask | N
     mixed = new(v, B * T, H * G * V)
     if products.usable(q):
         log_sum = torch.empty(B, H, T, G)
-        native.call("attention_forward", None, q, k, v, mask and mask.first, scale, mixed, log_sum, B, H, T, G, q.shape[-1], V)
+        products.call("attention_forward", q, q, k, v, mask and mask.first, scale, mixed, log_sum, B, H, T, G, q.shape[-1], V)
         return mixed, [log_sum]
     out, blocks = blocks_forward(*(t.flatten(0, 1) for t in (q, k, v)), scale, mask, H)
     native.call("heads_last", v.dtype, out, mixed, B, H, T, G * V)
@@ -147,8 +147,8 @@ def attend_backward(
     (B, H, T, V), G = v.shape, q.shape[2] // v.shape[2]
     if products.usable(q):
         grads = tuple(new_like(t) for t in (q, k, v))
-        native.call(
-            "attention_backward", None, q, k, v, mask and mask.first, scale, mixed, kept[0], grad, *grads, B, H, T, G, q.shape[-1], V
+        products.call(
+            "attention_backward", q, q, k, v, mask and mask.first, scale, mixed, kept[0], grad, *grads, B, H, T, G, q.shape[-1], V
         )  # fmt: skip
         return grads
     grad_out = new(v, B, H, T * G, V)

@@ -16,6 +16,10 @@
 #define put(x) (x)
 #define NAME(name) name##_f32
 #include "passes.inc"
+#undef number
+#undef get
+#undef put
+#undef NAME
 
 #ifdef __AVX512BF16__
 #include "vectors.inc"

@@ -31,16 +31,20 @@ from sparing.base.messages import say
 from sparing.kernels.sizes import CACHE_BLOCK, MOMENT_BLOCK, NEWTON_SCHULZ
 
 Path = Literal["tiles", "vectors", "compiled", "plain"]
-"""plain: PyTorch's operations. compiled: our passes, and matrix products by PyTorch. vectors, tiles: our passes with our own products of
-bfloat16, by AVX512_BF16 or by the matrix unit of Intel's servers (AMX); other number types as compiled."""
+"""plain: PyTorch's operations. compiled: our passes, and matrix products by PyTorch. vectors: our passes with our own products, of float32
+on any processor, of bfloat16 with AVX512_BF16. tiles: of bfloat16 by the matrix unit of Intel's servers (AMX), float32 as compiled."""
 SOURCES = {
-    "passes": ("native.c", "numbers.inc", "passes.inc", "vectors.inc", "products.c", "tiles.inc"),
+    "passes": (
+        "native.c", "numbers.inc", "passes.inc", "cross_entropy.inc",
+        "scratch.inc", "vectors.inc", "products.c", "products.inc", "tiles.inc",
+    ),
+    "floats": ("floats.c", "numbers.inc", "scratch.inc", "cross_entropy.inc", "products.inc"),
     "storage": ("storage.c", "numbers.inc"),
-    "int8": ("int8.c", "numbers.inc", "vectors.inc"),
+    "int8": ("int8.c", "numbers.inc", "scratch.inc", "vectors.inc"),
     "pool": ("pool.c",),
-}
+}  # fmt: skip
 """What each library is made of, first the file that includes the others.
-All but the passes are for `[precision]`, and compiled when asked for."""
+floats: our own products of float32. All but the passes are compiled when asked for: those after it are for `[precision]`."""
 UNUSED_S = 30 * 86400
 """Builds that nobody has used for so long are deleted when another is made."""
 FLAGS = (
@@ -49,6 +53,8 @@ FLAGS = (
     f"-DMOMENT_BLOCK={MOMENT_BLOCK}", f"-DCACHE_BLOCK={CACHE_BLOCK}", "-DNEWTON_SCHULZ=" + ",".join(f"{x}f" for x in NEWTON_SCHULZ),
 )  # fmt: skip
 SUFFIXES = {torch.bfloat16: "_bf16", torch.float32: "_f32"}
+OWN = {torch.bfloat16: "passes", torch.float32: "floats"}
+"""The libraries of our own products, by the type of the activations."""
 
 
 def processor() -> str:
@@ -131,11 +137,17 @@ def choose(path: Path) -> None:
 
 
 @cache
-def can(path: Path) -> bool:
-    """Whether kernels can run on this machine."""
+def can(path: Path, dtype: torch.dtype = torch.bfloat16) -> bool:
+    """Whether kernels can run on this machine for activations of `dtype`."""
+    if path == "plain":
+        return True
+    if passes() is None:
+        return False
+    if dtype == torch.float32:
+        return path == "compiled" or (path == "vectors" and library("floats") is not None)
     if path == "tiles":
         return "amx_bf16" in cpu_flags() and can("vectors") and bool(passes().may_use_tiles())
-    return path == "plain" or (passes() is not None and (path == "compiled" or hasattr(passes(), "use_tiles")))
+    return path == "compiled" or hasattr(passes(), "use_tiles")
 
 
 def chosen() -> Path:
@@ -159,9 +171,11 @@ def compiled() -> bool:
     return _path.get() != "plain"
 
 
-def own_products() -> bool:
-    """Whether this thread was told to run our own products of bfloat16, and can."""
-    return _path.get() in ("tiles", "vectors") and can("vectors")
+def own_products(dtype: torch.dtype = torch.bfloat16) -> bool:
+    """Whether this thread was told to run our own products of a number type, and can."""
+    if dtype == torch.float32:
+        return _path.get() == "vectors" and can("vectors", dtype)
+    return dtype in OWN and _path.get() in ("tiles", "vectors") and can("vectors")
 
 
 def arithmetic(kernels: Path) -> str:

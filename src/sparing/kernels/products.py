@@ -1,8 +1,8 @@
 """Matrix products, and weights that know theirs.
 
 The products take master weights as they are: float32 (or bfloat16) in, rounded to the activations' type on the way, sums in float32. Our
-own ones (products.c) serve bfloat16 on one thread of a processor with AVX512_BF16, in vectors or in the tiles of a matrix unit (AMX);
-`fastest` measures whether they are faster than torch.mm, which does the rest.
+own ones serve one thread: bfloat16 on a processor with AVX512_BF16, in vectors or in the tiles of a matrix unit (AMX) (products.c), and
+float32 on any (floats.c). `fastest` measures whether they are faster than torch.mm, which does the rest.
 
 An `Operand` holds one matrix W (out, in) or a layer's experts W (E, out, in). It has a linear's three products: `nt` multiplies rows by Wᵀ,
 `nn` multiplies the output's gradient by W, and `tn` makes the gradients of what learns. `grouped_nt`, `grouped_nn` and `grouped_tn` do the
@@ -32,7 +32,7 @@ TO_BF16, TO_F32 = 0, 1
 
 def usable(x: Tensor) -> bool:
     """Whether products with rows of `x` should be the compiled ones, which take the numbers of a row in pairs."""
-    return x.dtype == torch.bfloat16 and x.shape[-1] % 2 == 0 and x.stride(0) % 2 == 0 and native.usable(x) and native.own_products()
+    return x.shape[-1] % 2 == 0 and x.stride(0) % 2 == 0 and native.usable(x) and native.own_products(x.dtype)
 
 
 def even(*widths: int | None) -> bool:
@@ -46,22 +46,22 @@ MUCH = 1.1
 """How much faster PyTorch's products must be: ours also save the time between products (fused attention and head, no copies of weights)."""
 
 
-def rates() -> dict[native.Path, float]:
+def rates(dtype: torch.dtype = torch.bfloat16) -> dict[native.Path, float]:
     """FLOP/s of the three products of a linear, by kernels that can run here, in the geometric mean over MEASURED. About 0.2 s."""
     found: dict[native.Path, float] = {}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for kernels in [path for path in ("tiles", "vectors", "compiled") if native.can(path)]:
+        for kernels in [path for path in ("tiles", "vectors", "compiled") if native.can(path, dtype)]:
             with native.path(kernels):
-                found[kernels] = prod(_rate(*shape) for shape in MEASURED) ** (1 / len(MEASURED))
+                found[kernels] = prod(_rate(*shape, dtype) for shape in MEASURED) ** (1 / len(MEASURED))
     finally:
         torch.set_num_threads(threads)
     return found
 
 
-def _rate(rows: int, outputs: int, inputs: int) -> float:
-    x, grad, weight = torch.randn(rows, inputs).bfloat16(), torch.randn(rows, outputs).bfloat16(), torch.randn(outputs, inputs)
+def _rate(rows: int, outputs: int, inputs: int, dtype: torch.dtype) -> float:
+    x, grad, weight = torch.randn(rows, inputs).to(dtype), torch.randn(rows, outputs).to(dtype), torch.randn(outputs, inputs)
     best = math.inf
     for _ in range(4):  # the first one makes PyTorch's kernels
         before = time.perf_counter()
@@ -73,11 +73,11 @@ def _rate(rows: int, outputs: int, inputs: int) -> float:
 
 
 @cache
-def fastest() -> tuple[native.Path, str]:
-    """The kernels for training in bfloat16 with one thread an operation, and why; measured once in a process."""
-    if not native.can("vectors"):
+def fastest(dtype: torch.dtype = torch.bfloat16) -> tuple[native.Path, str]:
+    """The kernels for training in `dtype` with one thread an operation, and why; measured once in a process."""
+    if not native.can("vectors", dtype):
         return "compiled", "each operation has one thread: what our compiled kernels are for"
-    found = rates()
+    found = rates(dtype)
     ours = max((path for path in found if path != "compiled"), key=found.get)
     told = ", ".join(f"{path} {rate / 1e9:,.0f}" for path, rate in found.items())
     return ours if MUCH * found[ours] > found["compiled"] else "compiled", f"measured, GFLOP/s of small products on one core: {told}"
@@ -87,7 +87,7 @@ def fitting(replicas: int, threads: int | None, device: str, dtype: str) -> tupl
     """The kernels for training with so many replicas, or threads in each operation, and why: the compiled passes have one thread each."""
     if device != "cpu" or not (replicas > 1 or threads == 1) or native.passes() is None:
         return "plain", "operations have several threads, or there is no C compiler"
-    return fastest() if dtype == "bfloat16" else ("compiled", "each operation has one thread: what our compiled kernels are for")
+    return fastest(getattr(torch, dtype))
 
 
 def kind_of(dtype: torch.dtype) -> int:
@@ -98,11 +98,22 @@ def _out(a: Tensor, columns: int, out: Tensor | None) -> Tensor:
     return new(a, len(a), columns) if out is None else out
 
 
+def call(name: str, like: Tensor, *arguments) -> None:
+    """A function of products.inc, in the library for activations of the type of `like`."""
+    native.call(name, None, *arguments, of=native.OWN[like.dtype])
+
+
+def readable(a: Tensor, b: Tensor) -> Tensor:
+    """A weight as the products of `a` read it: those of float32 do not take bfloat16."""
+    return b if a.dtype == torch.bfloat16 else b.to(a.dtype)
+
+
 def _product(name: str, a: Tensor, b: Tensor, out: Tensor, base: Tensor | None, inner: int) -> Tensor:
+    b = readable(a, b)
     base_stride = 0 if base is None else base.stride(0)
     wide = int(b.dtype == torch.float32)
-    sizes = (TO_BF16, base, base_stride, len(a), out.shape[1], inner)
-    native.call(name, None, a, a.stride(0), b, wide, b.stride(0), out, out.stride(0), *sizes)
+    sizes = (kind_of(a.dtype), base, base_stride, len(a), out.shape[1], inner)
+    call(name, a, a, a.stride(0), b, wide, b.stride(0), out, out.stride(0), *sizes)
     return out
 
 
@@ -150,6 +161,11 @@ class Plain:
         return out
 
 
+def _summed(a: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """The type in which a product of `a` makes a gradient that is wanted in `dtype`."""
+    return dtype if a.dtype == torch.bfloat16 else torch.float32
+
+
 def nt(a: Tensor, b: Tensor, out: Tensor | None = None, base: Tensor | None = None) -> Tensor:
     """a (M, K) b (N, K)ᵀ (+ base (M, N)) in a's type; rows of a, base and out may be strided."""
     if usable(a):
@@ -168,17 +184,17 @@ def tn(a: Tensor, b: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """a (K, M)ᵀ b (K, N): a weight's gradient, in the weight's type (in b's by torch.mm)."""
     if not usable(a):
         return Plain.tn(a, b)
-    out = new(a, a.shape[1], b.shape[1], dtype=dtype)
-    native.call("tn", None, a, a.stride(0), b, b.stride(0), out, out.stride(0), kind_of(dtype), *out.shape, len(a))
-    return out
+    out = new(a, a.shape[1], b.shape[1], dtype=_summed(a, dtype))
+    call("tn", a, a, a.stride(0), b, b.stride(0), out, out.stride(0), kind_of(out.dtype), *out.shape, len(a))
+    return out.to(dtype)
 
 
 def grouped_nt(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
     """Rows of a (S, K) in groups that end at ends (E,) int64, each with its own b (E, N, K): (S, N)."""
     if not usable(a):
         return Plain.grouped_nt(a, b, ends)
-    out = new(a, len(a), b.shape[1])
-    native.call("grouped_nt", None, a, b, int(b.dtype == torch.float32), out, ends, *b.shape)
+    out, b = new(a, len(a), b.shape[1]), readable(a, b)
+    call("grouped_nt", a, a, b, int(b.dtype == torch.float32), out, ends, *b.shape)
     return out
 
 
@@ -186,8 +202,8 @@ def grouped_nn(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
     """The same with b (E, K, N)."""
     if not usable(a):
         return Plain.grouped_nn(a, b, ends)
-    out = new(a, len(a), b.shape[2])
-    native.call("grouped_nn", None, a, b, int(b.dtype == torch.float32), out, ends, len(b), b.shape[2], b.shape[1])
+    out, b = new(a, len(a), b.shape[2]), readable(a, b)
+    call("grouped_nn", a, a, b, int(b.dtype == torch.float32), out, ends, len(b), b.shape[2], b.shape[1])
     return out
 
 
@@ -195,9 +211,9 @@ def grouped_tn(a: Tensor, b: Tensor, ends: Tensor, dtype: torch.dtype = torch.fl
     """a (S, M), b (S, N) -> each group's aᵀ b, as `tn`: (E, M, N), zero for an empty group."""
     if not usable(a):
         return Plain.grouped_tn(a, b, ends)
-    out = new(a, len(ends), a.shape[1], b.shape[1], dtype=dtype)
-    native.call("grouped_tn", None, a, b, out, kind_of(dtype), ends, *out.shape)
-    return out
+    out = new(a, len(ends), a.shape[1], b.shape[1], dtype=_summed(a, dtype))
+    call("grouped_tn", a, a, b, out, kind_of(out.dtype), ends, *out.shape)
+    return out.to(dtype)
 
 
 FLOATS = SimpleNamespace(nt=nt, nn=nn, tn=tn, grouped_nt=grouped_nt, grouped_nn=grouped_nn, grouped_tn=grouped_tn)

@@ -97,10 +97,10 @@ class _CompiledCrossEntropy(torch.autograd.Function):
         x = x_ND.contiguous()
         nll = torch.empty(len(x), dtype=torch.float32)
         grad_x, grad_weight = new_like(x), new_like(weight_WD, torch.float32) if ctx.needs_input_grad[1] else None
-        wide, targets = int(weight_WD.dtype == torch.float32), targets_N.contiguous()
-        sizes = (*x.shape, len(weight_WD))
-        native.call("head_loss", None, x, weight_WD, wide, targets, weights_N, 1.0 / denominator, nll, grad_x, grad_weight, *sizes)
-        if grad_weight is not None and not wide:
+        weight, targets = products.readable(x, weight_WD), targets_N.contiguous()
+        wide, sizes = int(weight.dtype == torch.float32), (*x.shape, len(weight))
+        products.call("head_loss", x, x, weight, wide, targets, weights_N, 1.0 / denominator, nll, grad_x, grad_weight, *sizes)
+        if grad_weight is not None and weight_WD.dtype != torch.float32:
             grad_weight = new_like(weight_WD).copy_(grad_weight)
         ctx.save_for_backward(grad_x, grad_weight)
         return nll.sum() / denominator

@@ -145,7 +145,8 @@ def planned_run(config: Config, corpus: Corpus, place: Place, budget_s: float | 
             config, train=replace(config.train, replicas=min(config.train.threads or place.machine.cores_physical, config.train.batch_size))
         )
     compiled = any(shutil.which(name) for name in ("cc", "gcc", "clang"))
-    own = place.machine.fast("bfloat16") and (place.name is not None or "avx512_bf16" in hardware.cpu_flags())
+    bf16 = place.machine.fast("bfloat16") and (place.name is not None or "avx512_bf16" in hardware.cpu_flags())
+    own = config.train.dtype == "float32" or bf16
     path = path_of(config, compiled, own)
     if config.train.micro_batch_size is None:
         micro = config.train.batch_size

@@ -177,7 +177,7 @@ class Muon:
         self.parameters, self.steps, self.weight_decay, self.dtype = parameters, steps, weight_decay, dtype
         self.momentum = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
         # The compiled products take pairs of numbers, and neither other devices nor other types.
-        self._compiled = dtype == torch.bfloat16 and all(
+        self._compiled = dtype in native.OWN and all(
             p.device.type == "cpu" and p.shape[-1] % 2 == 0 and p.shape[-2] % 4 == 0 for p in parameters.values()
         )
         self._pool: ThreadPoolExecutor | None = None
@@ -189,7 +189,7 @@ class Muon:
     @torch.no_grad()
     def step(self, lr: float, momentum: float) -> None:
         """One update from the parameters' `.grad` (which may be overwritten). lr: peak x schedule."""
-        if self._compiled and native.own_products():
+        if self._compiled and native.own_products(self.dtype):
             self._compiled_step(lr, momentum)
         else:
             self._batched_step(lr, momentum)
@@ -210,7 +210,7 @@ class Muon:
                 rows, columns = weight.shape
                 scale = lr * max(1.0, rows / columns) ** 0.5
                 sizes = (rows, columns, float(momentum), self.steps, float(scale), 1.0 - lr * self.weight_decay)
-                native.call("muon", None, weight, grad, average, *sizes)
+                native.call("muon", None, weight, grad, average, *sizes, of=native.OWN[self.dtype])
 
         if self._pool is None:
             update(0)

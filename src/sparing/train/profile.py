@@ -20,7 +20,7 @@ from sparing.base.hardware import Machine, load_calibration, save_calibration
 from sparing.budget.estimate import DESCRIPTION, features
 from sparing.budget.flops import train_flops
 from sparing.kernels.formats import this_machine
-from sparing.kernels.products import fastest
+from sparing.kernels.products import fitting
 from sparing.resolve import LADDER, Shape, shaped
 from sparing.train.calibrate import FIRST_GUESS
 from sparing.train.peak import peak_flops, wait
@@ -83,7 +83,7 @@ def measure(machine: Machine, device: str, seconds: float, say: Callable[[str], 
     """As `step_timings`, in this process."""
     dtype = machine.training_dtype(device)
     peak = peak_flops(machine, device, dtype, seconds / 3, say)
-    fastest()  # compiles what was never compiled, and measures products: no part of a step
+    fitting(1, 1, device, dtype)  # compiles what was never compiled, and measures products: no part of a step
     trainer_of(next(_configs(machine, device, dtype)))  # imports what optimizers need, for seconds
     start, probes, speed, left_out = time.monotonic(), [], FIRST_GUESS * peak, 0
     for config in _configs(machine, device, dtype):
