@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file
 from tiny import MODEL, Counting, config, fit, held_out, new_run, steps
 
-from sparing.base.config import Budget, OptimConfig, UserError
+from sparing.base.config import Budget, Config, ModelConfig, OptimConfig, UserError
 from sparing.base.files import read_lines
 from sparing.base.run import RunFolder, verify_folder
 from sparing.model.init import init_weights
 from sparing.model.transformer import Transformer
-from sparing.train.checkpoint import rewind
+from sparing.train.checkpoint import fingerprint, rewind
 from sparing.train.optim import decay_start
 
 
@@ -121,6 +121,11 @@ def test_another_model_is_refused_and_another_recipe_is_said(tmp_path, capsys):
 
 def losses_of(run) -> list[float]:
     return [line["loss"] for line in read_lines(run.metrics_file) if "loss" in line]
+
+
+def test_new_fields_of_the_configuration_do_not_part_a_run_from_its_older_checkpoints():
+    assert fingerprint(Config()) == {"model": "dc149a8e8090b1a9", "recipe": "4271b15c7db36797"}  # as of checkpoints of November 2026
+    assert fingerprint(Config(model=ModelConfig(head_norm=True)))["model"] == "1bff99fec37ca5c8"
 
 
 @pytest.mark.parametrize("back", [False, True])

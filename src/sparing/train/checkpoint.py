@@ -12,7 +12,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 
 import torch
@@ -55,11 +55,26 @@ class TrainState:
     format: int = FORMAT
 
 
+LATER_FIELDS = ("attention_bias", "head_norm", "partial_rotary_factor", "selection_bias", "llama3", "linear_rope_factor")
+"""Fields that the configuration did not have from the start. At their defaults they are not hashed, so that older checkpoints still fit. Every
+new field of a hashed section belongs here."""
+
+
+def _text(value: object) -> str:
+    """`repr`, without later fields that are at their defaults."""
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_text, value))}{',' if len(value) == 1 else ''})"
+    if not is_dataclass(value):
+        return repr(value)
+    hashed = (one for one in fields(value) if one.name not in LATER_FIELDS or getattr(value, one.name) != one.default)
+    return f"{type(value).__name__}({', '.join(f'{one.name}={_text(getattr(value, one.name))}' for one in hashed)})"
+
+
 def fingerprint(config: Config) -> dict[str, str]:
     """Hashes of what must be the same on resuming: the model's shape, and what else decides about losses."""
 
     def digest(*parts: object) -> str:
-        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+        return hashlib.sha256(f"({', '.join(map(_text, parts))}{',' if len(parts) == 1 else ''})".encode()).hexdigest()[:16]
 
     train = config.train
     rows = (train.seq_len, train.short_seq_len, train.short_until, train.batch_size, train.micro_batch_size, train.replicas)
