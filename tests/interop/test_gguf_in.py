@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tests.interop import ggml, llama_cpp
 
 from sparing import api
@@ -323,6 +325,47 @@ def test_nothing_of_a_broken_import_stays(written, tmp_path):
 def test_a_broken_template_is_told_before_anything_is_written(written, tmp_path):
     _, file = written("llama", LLAMA, **{"tokenizer.chat_template": "{{ messages[ }}"})
     with pytest.raises(UserError, match="no Jinja template"):
+        api.import_(str(file), str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def small_file(tokenizer, random_model, tmp_path_factory) -> bytes:
+    """A whole file of a tiny model, with a tokenizer of bytes alone in front of its tensors."""
+    config = replace(LLAMA, hidden_size=16, num_layers=1, num_dense_layers=1, intermediate_size=32, num_heads=2, num_kv_heads=1, head_dim=8)
+    path = tmp_path_factory.mktemp("small") / "m.gguf"
+    return write(path, "llama", config, random_model(config), tokenizer).read_bytes()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_no_bytes_make_half_a_model(small_file, tmp_path_factory, data):
+    """A file with some bytes of its header changed is read whole, or refused in one line."""
+    changed = bytearray(small_file)
+    keys, listed = small_file.index(b"llama.block_count"), small_file.index(b"token_embd.weight")
+    for _ in range(data.draw(st.integers(1, 3))):
+        begin, end = data.draw(st.sampled_from([(0, keys), (keys, keys + 900), (listed - 30, listed + 700)]))
+        at = data.draw(st.integers(begin, end))
+        large = st.sampled_from([b"\xff" * 4, b"\0" * 4, b"\1\0\0\0", b"\0\0\0\x40"])
+        piece = data.draw(st.one_of(st.binary(min_size=1, max_size=4), large))
+        changed[at : at + len(piece)] = piece
+    path = tmp_path_factory.getbasetemp() / "mutant.gguf"
+    path.write_bytes(changed)
+    try:
+        found = read_gguf(path)
+        assert {name: tuple(tensor.shape) for name, tensor in found.tensors} == shapes(found.config)
+    except UserError as error:
+        assert "\n" not in str(error) and len(str(error)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [({"attention.layer_norm_rms_epsilon": -1.0}, "rms_norm_eps must be at least 0"), ({"rope.freq_base": 0.0}, "rope_theta must be more than 0"),
+     ({"tokenizer.chat_template": "x" * (1 << 21)}, "its chat template is larger than 1 MiB")],
+)  # fmt: skip
+def test_what_no_run_could_be_read_with_is_refused_before(changes, says, written, tmp_path):
+    _, file = written("llama", LLAMA, **changes)
+    with pytest.raises(UserError, match=says):
         api.import_(str(file), str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 

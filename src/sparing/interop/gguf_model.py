@@ -346,10 +346,14 @@ class GgufModel:
         return parts
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(our name, float32 tensor), one at a time."""
+        """(our name, floats), one at a time."""
         for ours, shape in shapes(self.config).items():
+            parts = self.stored[ours]
+            if len(parts) == 1 and parts[0].shape == shape:
+                yield ours, self._read(parts[0])
+                continue
             tensor = torch.empty(shape)
-            for one in self.stored[ours]:
+            for one in parts:
                 one.make(tensor).copy_(self._read(one))
             yield ours, tensor
             del tensor  # before the next one is allocated
