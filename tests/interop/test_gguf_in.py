@@ -360,9 +360,12 @@ def test_no_bytes_make_half_a_model(small_file, tmp_path_factory, data):
 
 @pytest.mark.parametrize(
     ("changes", "says"),
-    [({"attention.layer_norm_rms_epsilon": -1.0}, "rms_norm_eps must be at least 0"), ({"rope.freq_base": 0.0}, "rope_theta must be more than 0"),
-     ({"tokenizer.chat_template": "x" * (1 << 21)}, "its chat template is larger than 1 MiB")],
-)  # fmt: skip
+    [
+        ({"attention.layer_norm_rms_epsilon": -1.0}, "rms_norm_eps must be at least 0"),
+        ({"rope.freq_base": 0.0}, "rope_theta must be more than 0"),
+        ({"tokenizer.chat_template": "x" * (1 << 21)}, "its chat template is larger than 1 MiB"),
+    ],
+)
 def test_what_no_run_could_be_read_with_is_refused_before(changes, says, written, tmp_path):
     _, file = written("llama", LLAMA, **changes)
     with pytest.raises(UserError, match=says):
