@@ -18,7 +18,7 @@ def test_importing_and_looking_up_light_verbs_loads_no_torch():
 
 
 def test_all_verbs_are_there():
-    for verb in "plan train resume evaluate generate export import_ fetch receipt report compare serve bench".split():
+    for verb in "plan train sft resume evaluate generate export import_ fetch receipt report compare serve bench".split():
         assert callable(getattr(sparing, verb)) and verb in dir(sparing), verb
         if verb not in ("train", "serve", "bench"):
             assert inspect.isfunction(getattr(sparing, verb))

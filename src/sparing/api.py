@@ -15,6 +15,7 @@ from sparing.account.meter import Meter, metered
 from sparing.account.paper import compare as compare
 from sparing.account.paper import receipt as receipt
 from sparing.account.paper import report as report
+from sparing.adapt import sft as adapt_sft
 from sparing.base.config import Budget, Config, StartConfig, UserError
 from sparing.base.config_file import Wishes, nested, read_config, write_config
 from sparing.base.files import DamagedError, link_or_copy, write_atomic
@@ -25,8 +26,11 @@ from sparing.base.origin import hub_card, inherit_origin, origin_of
 from sparing.base.run import RunFolder, StoredTensors, run_tensors, stream_tensors, tensors_of, weights_sha256, write_tensors
 from sparing.budget.flops import forward_flops, parameters
 from sparing.budget.units import format_budget, parse_budget, parse_extension
+from sparing.data.answers import Cutting
 from sparing.data.chat import ChatTemplate, template_text
+from sparing.data.chats import chats, looks_like_chats
 from sparing.data.sources import Tally, documents
+from sparing.evals.answers import bytes_of_tokens, score_answers
 from sparing.evals.bpb import NllFn, bpb
 from sparing.evals.sixteen_bits import CheaperNll
 from sparing.infer.engine import Engine
@@ -40,7 +44,7 @@ from sparing.interop.imported import Imported, chosen_dtype, save
 from sparing.interop.known_models import known_model, recognised
 from sparing.interop.peft import export_peft, import_peft
 from sparing.job.begin import begin, reasons_of, resolved
-from sparing.job.corpus import EVAL_TOKENS
+from sparing.job.corpus import EVAL_TOKENS, text
 from sparing.job.learn import learn
 from sparing.job.start import keep_origin
 from sparing.job.texts import bind, corpora, texts_to_go_on_with
@@ -82,6 +86,44 @@ def train(
         return learn(job, resolved(job, wishes, amount), samples)
 
 
+def sft(
+    run: str,
+    data: Sequence[str],
+    budget: str,
+    out: str,
+    method: str = "lora",
+    val: Sequence[str] = (),
+    keep: Sequence[str] = (),
+    wishes: dict | None = None,
+    seed: int | None = None,
+    started: float | None = None,
+    samples: int = 3,
+) -> dict:
+    """Teach a run to answer, by conversations, inside a budget; into the new run folder `out`.
+
+    data: files, folders, globs of JSON lines or Parquet: OpenAI's messages, ShareGPT, Alpaca, pairs such as prompt and completion.
+    method: "lora" (low-rank updates beside frozen weights) or "full". val: conversations to score on; none: 5 % of the others, by a hash of
+    the first question. keep: text whose loss is watched; none: what the run writes by itself. wishes, started: as for `train`.
+    -> what `train` gives, and before, after ({"new": {"loss", "bpb"}, "old": ...}), trained_tokens, trainable_parameters, base, ancestors.
+    Raises UserError; Interrupted on a signal (the run can be resumed).
+    """
+    started = time.monotonic() if started is None else started
+    amount = parse_budget(budget)
+    if method not in adapt_sft.METHODS:
+        raise UserError(f"--method {method}: choose {' or '.join(adapt_sft.METHODS)}")
+    if not data:
+        raise UserError("sft needs --data: conversations, such as JSON lines with messages")
+    arguments = {"data.paths": tuple(data), "train.seed": seed, "start.run": run, "chats.val": tuple(val), "chats.keep": tuple(keep)}
+    wishes = Wishes.of(wishes, nested({name: value for name, value in arguments.items() if value is not None}))
+    if method == "full" and wishes.get("adapter") is not None:
+        raise UserError("adapter: low-rank updates are what --method lora learns; leave it out with full")
+    if method == "lora":
+        wishes = Wishes.of({"adapter": {}}, wishes)
+    folder = RunFolder.create(out)
+    with begin("sft", folder, started) as job:
+        return learn(job, adapt_sft.resolved(job, wishes, amount), samples, data=adapt_sft.data)
+
+
 def resume(
     run: str,
     budget: str | None = None,
@@ -98,7 +140,8 @@ def resume(
     started = time.monotonic() if started is None else started
     folder = RunFolder.open(run)
     with begin("resume", folder, started, ready=partial(_make_ready, folder, budget, data, text_key)) as job:
-        return learn(job, read_config(folder.config_file), samples)
+        config = read_config(folder.config_file)
+        return learn(job, config, samples, data=text if config.chats is None else adapt_sft.data)
 
 
 def _make_ready(run: RunFolder, budget: str | None, paths: Sequence[str], text_key: str | None) -> None:
@@ -143,10 +186,14 @@ def evaluate(
     text_key: str | None = None,
 ) -> dict:
     """{"bpb", "loss", "bytes", "tokens", "documents", "context", "rejected", "reasons", "dtype"} of a run on documents: "dtype" is what
-    the text was computed in, bfloat16 where that is faster here and changes the score by less than 0.1 %. With `tasks`,
+    the text was computed in, bfloat16 where that is faster here and changes the score by less than 0.1 %. Of conversations, which are
+    recognised by their first row: {"bpb" (of the answers), "answer_loss", "answer_tokens", "examples", ...}. With `tasks`,
     {"weights", "rows"}: the scores of each (`evals.harness.run_tasks`), by the engine with these weights. Raises UserError."""
     with metered("eval", RunFolder.open(run), "evaluate", started) as meter:
-        result = _bpb(run, data, context, text_key, meter) if data else {}
+        result = {}
+        if data:
+            key = text_key or read_config(RunFolder.open(run).config_file).data.text_key
+            result = _answers(run, data, context, meter) if looks_like_chats(data, key) else _bpb(run, data, context, key, meter)
         if tasks:
             from sparing.evals.harness import HarnessModel, run_tasks
 
@@ -162,9 +209,34 @@ COMPARED_FROM = 32_768
 """Characters of text from which 16 bits save more time than it takes to compare them."""
 
 
-def _bpb(run: str, data: Sequence[str], context: int | None, text_key: str | None, meter: Meter) -> dict:
+def _answers(run: str, data: Sequence[str], context: int | None, meter: Meter) -> dict:
+    """Scores of conversations, in the form of the run's own chat template."""
+    model, rejected = load(run), Tally()
+    context = context or model.config.train.seq_len
+    cutting = Cutting(ChatTemplate(template_text(model.run)), model.tokenizer, context)
+    pieces = cutting.pieces(chats(data, rejected))
+    if not len(pieces):
+        raise UserError(
+            f"{', '.join(data)}: no answer to score: {rejected if rejected.total else cutting.refusal or 'none in the context'}"
+        )
+    lengths = bytes_of_tokens(model.tokenizer)
+    nll, dtype = _scorers(model.network, lengths[pieces.tokens].sum() >= COMPARED_FROM)
+    found = score_answers(nll, pieces, lengths, batch_tokens=max(cores() * context, EVAL_TOKENS))
+    counts = cutting.counts
+    if rejected.reasons or counts["refused"]:
+        refused = f"; {counts['refused']} × {cutting.refusal}" if counts["refused"] else ""
+        say(f"{counts['chats']} conversations were scored, {rejected.total + counts['refused']} could not be used: {rejected}{refused}")
+    meter.add(len(pieces.tokens), len(pieces.tokens) * forward_flops(model.config.model, context, mtp=False))
+    return {
+        "bpb": found["bpb"], "answer_loss": found["loss"], "answer_tokens": found["tokens"], "examples": counts["chats"],
+        "bytes": found["bytes"], "context": context, "truncated": counts["truncated"], "rejected": rejected.total + counts["refused"],
+        "reasons": dict(rejected.reasons), "dtype": dtype(),
+    }  # fmt: skip
+
+
+def _bpb(run: str, data: Sequence[str], context: int | None, text_key: str, meter: Meter) -> dict:
     model = load(run)
-    context, text_key = context or model.config.train.seq_len, text_key or model.config.data.text_key
+    context = context or model.config.train.seq_len
     rejected, size = Tally(), 0
     for document in documents(data, text_key, rejected):
         size += len(document.text)

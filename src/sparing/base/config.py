@@ -245,6 +245,16 @@ class AdapterConfig:
 
 
 @dataclass(frozen=True)
+class ChatsConfig:
+    """Learning to answer (supervised fine-tuning): `data.paths` are conversations, and only their answers are learnt."""
+
+    val: tuple[str, ...] = ()
+    """Files of conversations to score on; none: a part of the others, held out by a hash of the first question."""
+    keep: tuple[str, ...] = ()
+    """Text whose loss is watched, so that forgetting shows; none: what the base writes by itself."""
+
+
+@dataclass(frozen=True)
 class TokensConfig:
     """Ids of the tokens that begin and end a text, as an imported model has them."""
 
@@ -270,5 +280,7 @@ class Config:
     """None: random weights from train.seed."""
     adapter: AdapterConfig | None = None
     """None: the weights themselves learn; otherwise those of `start.run` stay, and only updates beside them learn."""
+    chats: ChatsConfig | None = None
+    """None: texts are learnt as they are."""
     tokens: TokensConfig | None = None
     """None: what the tokenizer's names say; the end-of-text token also begins every text."""

@@ -51,9 +51,9 @@ def flag_of(name: str) -> str:
 
 
 def recipe_options() -> dict[str, tuple[Any, Any, str]]:
-    """The fields of a recipe that are options, by dotted name; the budget has an option of its own, the start none yet, and an
-    imported model's tokens come with it."""
-    return {name: row for name, row in options().items() if name.partition(".")[0] not in ("budget", "start", "tokens")}
+    """The fields of a recipe that are options, by dotted name; budget, start and conversations have options of their own, and an imported
+    model's tokens come with it."""
+    return {name: row for name, row in options().items() if name.partition(".")[0] not in ("budget", "start", "chats", "tokens")}
 
 
 def parse(verb: str, kind: type, argv: list[str]) -> tuple[Any, dict[str, Any]]:

@@ -95,6 +95,42 @@ class Train:
 
 
 @dataclass
+class Sft:
+    """Teach a run to answer, by conversations, inside a budget. What no option sets is derived from budget, data and machine."""
+
+    takes: ClassVar[str] = "recipe"
+    run: tyro.conf.Positional[str | None] = None
+    """The run, or imported model, to begin with; it stays as it is."""
+    data: list[str] = field(default_factory=list)
+    """Files, folders, globs of JSON lines (.gz, .zst) or Parquet: OpenAI's messages with tool calls, ShareGPT's conversations, Alpaca's
+    instructions, pairs of prompt and completion."""
+    budget: str | None = None
+    """90s 20m 2h, 50Mtok, 3e17flop, $5, 0.2kWh. It covers everything: reading, training, scoring, saving."""
+    out: str | None = None
+    """The run folder to make."""
+    method: str = "lora"
+    """lora: low-rank updates beside the run's weights, which stay; full: all weights learn."""
+    val: list[str] = field(default_factory=list)
+    """Conversations to score on; default: 5 % of the others, by a hash of the first question."""
+    keep: list[str] = field(default_factory=list)
+    """Text that must not be forgotten, whose loss is told before and after; default: what the run writes by itself."""
+    seed: int | None = None
+    samples: int = 3
+    """Held-out questions to answer at the end."""
+    json: bool = False
+    """Print one JSON object on standard output, and nothing else there."""
+
+    def __call__(self, call: Call) -> dict:
+        call.need(RUN=self.run, data=self.data, budget=self.budget, out=self.out)
+        call.choice("--method", self.method, ("lora", "full"))
+        if self.samples < 0:
+            raise UserError(f"--samples {self.samples}: must be 0 or more")
+        parse_budget(self.budget)  # a slip is told before torch is loaded
+        options = {"wishes": nested(call.overrides), "seed": self.seed, "started": call.started, "samples": self.samples}
+        return call.api.sft(self.run, self.data, self.budget, self.out, self.method, self.val, self.keep, **options)
+
+
+@dataclass
 class Resume:
     """Go on with an interrupted run, or extend a finished one."""
 
@@ -119,7 +155,8 @@ class Resume:
 
 @dataclass
 class Eval:
-    """What a run knows: bits per byte of documents (--data; each is scored once, in windows of --context tokens), and tasks (--tasks)."""
+    """What a run knows: bits per byte of documents (--data; each is scored once, in windows of --context tokens) or of the answers in
+    conversations (recognised by their rows, as `sft` takes them), and tasks (--tasks)."""
 
     run: tyro.conf.Positional[str | None] = None
     data: list[str] = field(default_factory=list)
@@ -417,6 +454,6 @@ class Bench:
 
 
 VERBS = {
-    "plan": Plan, "train": Train, "resume": Resume, "eval": Eval, "generate": Generate, "receipt": Receipt, "report": Report,
+    "plan": Plan, "train": Train, "sft": Sft, "resume": Resume, "eval": Eval, "generate": Generate, "receipt": Receipt, "report": Report,
     "compare": Compare, "merge": Merge, "export": Export, "import": Import, "fetch": Fetch, "serve": Serve, "bench": Bench,
 }  # fmt: skip

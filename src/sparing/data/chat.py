@@ -15,7 +15,7 @@ from sparing.base.config import UserError
 from sparing.base.files import read_text
 from sparing.base.run import RunFolder
 from sparing.data.tokenizer import Tokenizer
-from sparing.data.traced import Traced, TracedEnvironment, own
+from sparing.data.traced import Traced, TracedEnvironment, concat, own
 
 MAX_BYTES = 1 << 20
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "model")
@@ -80,6 +80,14 @@ def _arguments(text: Any) -> Any:
     return Arguments(values, text or "{}") if isinstance(values, dict) else text
 
 
+def flat(message: dict[str, Any]) -> dict[str, Any]:
+    """A message with its content as one text, which is what templates expect. Content parts are objects with a text each."""
+    content = message.get("content") or ""
+    if isinstance(content, list):
+        content = "".join(part["text"] for part in content)
+    return {**message, "content": content, "role": "system" if message["role"] == "developer" else message["role"]}
+
+
 def _for_template(message: dict[str, Any]) -> dict[str, Any]:
     """A message as templates expect it."""
     role, calls = message.get("role"), message.get("tool_calls")
@@ -105,11 +113,13 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise UserError(f"the chat template is no Jinja template: {error}") from None
 
-    def render(self, messages: list[dict[str, Any]], tools: list[dict] | None = None, bos_token: str = "", eos_token: str = "") -> Traced:
-        """The text before the answer, with the words that begin one. Raises UserError when the template refuses."""
+    def render(
+        self, messages: list[dict[str, Any]], tools: list[dict] | None = None, bos_token: str = "", eos_token: str = "", ask: bool = True
+    ) -> Traced:
+        """The text of the messages. ask: with the words that begin an answer. Raises UserError when the template refuses."""
         try:
             return self._template.render(
-                messages=[_for_template(message) for message in messages], tools=tools, documents=None, add_generation_prompt=True,
+                messages=[_for_template(message) for message in messages], tools=tools, documents=None, add_generation_prompt=ask,
                 bos_token=own(bos_token), eos_token=own(eos_token),
             )  # fmt: skip
         except UserError:
@@ -117,24 +127,45 @@ class ChatTemplate:
         except Exception as error:  # a template is a program: it can fail in every way that one can
             raise UserError(f"the chat template cannot show these messages: {str(error)[:200]}") from None
 
+    def text(self, tokenizer: Tokenizer, messages: list[dict[str, Any]], tools: list[dict] | None = None, ask: bool = True) -> Traced:
+        """`render` with the names of the tokenizer's tokens."""
+        bos, eos = tokenizer.bos_id, tokenizer.eos_ids[0]
+        bos_token = "" if bos is None else tokenizer.token_name(bos)
+        return concat((self.render(messages, tools or None, bos_token, tokenizer.token_name(eos), ask),))
+
     def encode(self, tokenizer: Tokenizer, messages: list[dict[str, Any]], tools: list[dict] | None = None) -> list[int]:
-        """Token ids of `render`. Special tokens are those that the template writes: their names inside a message stay text.
+        """Token ids of the text before the answer.
 
         A run's own template says everything, its beginning too; before the plain one goes the token that begins any prompt.
         """
-        names = sorted(tokenizer.special, key=len, reverse=True)
-        special = re.compile("|".join(map(re.escape, names)) or "(?!)")
-        bos, eos = tokenizer.bos_id, tokenizer.eos_ids[0]
-        ends = {"bos_token": "" if bos is None else tokenizer.token_name(bos), "eos_token": tokenizer.token_name(eos)}
-        rendered = self.render(messages, tools or None, **ends)
-        text = "".join(rendered)
-        ids, begin, at = list(tokenizer.start) if self.plain else [], 0, 0
-        while match := special.search(text, at):
-            at = match.start() + 1
-            if all(rendered.own[match.start() : match.end()]):
-                ids += [*tokenizer.encode(text[begin : match.start()]), tokenizer.special[match[0]]]
-                begin = at = match.end()
-        return [*ids, *tokenizer.encode(text[begin:])]
+        return [*self.start(tokenizer), *token_ids(tokenizer, self.text(tokenizer, messages, tools))]
+
+    def start(self, tokenizer: Tokenizer) -> list[int]:
+        """What goes before the text."""
+        return list(tokenizer.start) if self.plain else []
+
+
+def token_ids(tokenizer: Tokenizer, rendered: Traced) -> list[int]:
+    """Token ids of a rendered text. Special tokens are those that the template writes: their names inside a message stay text."""
+    names = sorted(tokenizer.special, key=len, reverse=True)
+    special = re.compile("|".join(map(re.escape, names)) or "(?!)")
+    text, ids, begin, at = "".join(rendered), [], 0, 0
+    while match := special.search(text, at):
+        at = match.start() + 1
+        if all(rendered.own[match.start() : match.end()]):
+            ids += [*tokenizer.encode(text[begin : match.start()]), tokenizer.special[match[0]]]
+            begin = at = match.end()
+    return [*ids, *tokenizer.encode(text[begin:])]
+
+
+def taught(tokenizer: Tokenizer) -> str:
+    """The plain template for a run that learns to chat: as PLAIN, but with the tokens that begin a text and end an answer.
+
+    A run that has it as its own needs no stop strings."""
+    end = r'{% endfor %}{{ "\n\n" }}'
+    ended = PLAIN.replace(end, end.replace("{{", '{{ eos_token if message.role == "assistant" }}{{', 1))
+    assert ended != PLAIN
+    return ("{{ bos_token }}" if tokenizer.start else "") + ended
 
 
 def _refuse(message: str):

@@ -24,6 +24,8 @@ WHOLE_BYTES = 2 << 20
 PIECE_BYTES = 1 << 20
 LINE_BYTES = 16 << 20
 """A longer JSON line is not read."""
+JSON, PARQUET = ("jsonl", "json", "ndjson"), ("parquet", "pq")
+"""Suffixes (`files.kind_of`) of what is read row by row."""
 JSON_BYTES = 64 << 20
 """A `.json` file that is not JSON lines is read whole, up to this size."""
 
@@ -40,6 +42,14 @@ class Document(NamedTuple):
     source: str
     line: int
     """Line of the file from 1 (row of a Parquet file from 0) at which the document begins."""
+
+
+class Row(NamedTuple):
+    """One value of a file of JSON or Parquet, and where it was found, as `Document` says it."""
+
+    value: object
+    source: str
+    line: int
 
 
 @dataclass(frozen=True)
@@ -93,17 +103,40 @@ def documents(
     `reject` receives what was skipped; `tick(bytes)` hears of the bytes read from the disk, about once a megabyte, and may raise to
     end the reading. Raises UserError for paths that name nothing.
     """
-    reject = reject or (lambda rejected: None)
-    tick = tick or (lambda size: None)
-    files = paths if paths and isinstance(paths[0], SourceFile) else find_files(paths)
-    for file in files:
-        kind = kind_of(file.path)
-        read = _parquet if kind in ("parquet", "pq") else _json if kind in ("jsonl", "json", "ndjson") else _text
+
+    def read(path: str, reject: Reject, tick: Tick) -> Iterator[Document]:
+        kind = kind_of(path)
+        reader = _parquet if kind in PARQUET else _json if kind in JSON else _text
+        return reader(path, text_key, reject, tick)
+
+    return _each_file(paths, read, reject, tick)
+
+
+def rows(paths: Sequence[str] | Sequence[SourceFile], reject: Reject | None = None, tick: Tick | None = None) -> Iterator[Row]:
+    """Every row behind `paths` as it is: JSON lines, arrays in `.json` files, Parquet. Otherwise as `documents`."""
+
+    def read(path: str, reject: Reject, tick: Tick) -> Iterator[Row]:
+        if kind_of(path) in PARQUET:
+            values = ((dict(zip(batch, row, strict=True)), at) for batch, row, at in _parquet_rows(path, None, reject, tick))
+        elif kind_of(path) in JSON:
+            values = _json_values(path, reject, tick)
+        else:
+            return reject(Rejected(path, None, "neither JSON lines nor Parquet"))
+        for value, line in values:
+            yield Row(value, path, line)
+
+    return _each_file(paths, read, reject, tick)
+
+
+def _each_file(paths, read: Callable, reject: Reject | None, tick: Tick | None) -> Iterator:
+    """What `read(path, reject, tick)` finds in each of the files, in sorted order."""
+    reject, tick = reject or (lambda rejected: None), tick or (lambda size: None)
+    for file in paths if paths and isinstance(paths[0], SourceFile) else find_files(paths):
         try:
             if file.bytes < 1024 and is_pointer(file.path):
                 reject(Rejected(file.path, 1, POINTER))
                 continue
-            yield from read(file.path, text_key, reject, tick)
+            yield from read(file.path, reject, tick)
         except OSError as error:
             reject(Rejected(file.path, None, f"cannot be read: {error.strerror or error}"))
 
@@ -155,6 +188,12 @@ def _decoded(raw: bytes, path: str, line: int, reject: Reject) -> Iterator[Docum
 
 
 def _json(path: str, text_key: str, reject: Reject, tick: Tick) -> Iterator[Document]:
+    for value, line in _json_values(path, reject, tick):
+        yield from _field(value, path, line, text_key, reject)
+
+
+def _json_values(path: str, reject: Reject, tick: Tick) -> Iterator[tuple[object, int]]:
+    """(value, line) of JSON lines, or of the array that a `.json` file holds."""
     number, first = 0, kind_of(path) == "json"  # JSON lines unless the first line says otherwise
     try:
         for number, line in _lines(_blocks(path, tick), LINE_BYTES):
@@ -162,13 +201,13 @@ def _json(path: str, text_key: str, reject: Reject, tick: Tick) -> Iterator[Docu
                 continue
             value, reason = (None, f"line longer than {LINE_BYTES >> 20} MiB") if line is None else _parsed(line.strip())
             if first and (isinstance(value, list) or (reason and not reason.startswith("not UTF-8"))):
-                yield from _json_whole(path, text_key, reject, lambda size: tick(0))
+                yield from _json_whole(path, reject, lambda size: tick(0))
                 return
             first = False
             if reason:
                 reject(Rejected(path, number, reason))
             else:
-                yield from _field(value, path, number, text_key, reject)
+                yield value, number
     except Damaged as damage:
         return reject(Rejected(path, number + 1, str(damage)))
     if number == 0:
@@ -185,7 +224,7 @@ def _parsed(line: bytes) -> tuple[object, str]:
         return None, f"not JSON ({str(error).split(':')[0].lower()})"
 
 
-def _json_whole(path: str, text_key: str, reject: Reject, tick: Tick) -> Iterator[Document]:
+def _json_whole(path: str, reject: Reject, tick: Tick) -> Iterator[tuple[object, int]]:
     """One value over many lines: an object, or an array of objects."""
     raw = bytearray()
     try:
@@ -201,7 +240,7 @@ def _json_whole(path: str, text_key: str, reject: Reject, tick: Tick) -> Iterato
     except Damaged as damage:
         return reject(Rejected(path, None, str(damage)))
     for index, item in enumerate(value if isinstance(value, list) else [value]):
-        yield from _field(item, path, index + 1, text_key, reject)
+        yield item, index + 1
 
 
 def _field(value: object, path: str, line: int, text_key: str, reject: Reject) -> Iterator[Document]:
@@ -229,6 +268,17 @@ def _value(text: object, path: str, line: int, text_key: str, reject: Reject) ->
 
 
 def _parquet(path: str, text_key: str, reject: Reject, tick: Tick) -> Iterator[Document]:
+    for _, (value,), row in _parquet_rows(path, text_key, reject, tick):
+        if isinstance(value, UnicodeDecodeError):
+            reject(Rejected(path, row, "not UTF-8"))
+        elif isinstance(value, bytes):
+            yield from _decoded(value, path, row, reject)
+        else:
+            yield from _value(value, path, row, text_key, reject)
+
+
+def _parquet_rows(path: str, only: str | None, reject: Reject, tick: Tick) -> Iterator[tuple[list[str], tuple, int]]:
+    """(columns, values, row from 0) of one column or of all (None). A text that is not UTF-8 is the error that says so."""
     import pyarrow
     import pyarrow.parquet
 
@@ -236,25 +286,21 @@ def _parquet(path: str, text_key: str, reject: Reject, tick: Tick) -> Iterator[D
         name = os.fsencode(path)  # which may be no UTF-8: pyarrow would not take the text
         with pyarrow.memory_map(name) if os.path.getsize(path) else pyarrow.OSFile(name) as raw, pyarrow.parquet.ParquetFile(raw) as file:
             names = file.schema_arrow.names
-            if text_key not in names:
-                return reject(Rejected(path, None, f"no column {text_key!r} (columns: {', '.join(names[:8])})"))
-            row, per_row = 0, os.path.getsize(path) / max(1, file.metadata.num_rows)
-            for batch in file.iter_batches(batch_size=256, columns=[text_key], use_threads=False):
+            if only is not None and only not in names:
+                return reject(Rejected(path, None, f"no column {only!r} (columns: {', '.join(names[:8])})"))
+            row, per_row, chosen = 0, os.path.getsize(path) / max(1, file.metadata.num_rows), names if only is None else [only]
+            for batch in file.iter_batches(batch_size=256, columns=chosen, use_threads=False):
                 tick(int(batch.num_rows * per_row))
-                column = batch.column(0)
-                if pyarrow.types.is_dictionary(column.type):
-                    column = column.dictionary_decode()
-                try:
-                    values = column.to_pylist()
-                except UnicodeDecodeError:  # one bad row must not take its neighbours along
-                    values = [_scalar(item) for item in column]
-                for value in values:
-                    if isinstance(value, UnicodeDecodeError):
-                        reject(Rejected(path, row, "not UTF-8"))
-                    elif isinstance(value, bytes):
-                        yield from _decoded(value, path, row, reject)
-                    else:
-                        yield from _value(value, path, row, text_key, reject)
+                columns = []
+                for column in batch.columns:
+                    if pyarrow.types.is_dictionary(column.type):
+                        column = column.dictionary_decode()
+                    try:
+                        columns.append(column.to_pylist())
+                    except UnicodeDecodeError:  # one bad row must not take its neighbours along
+                        columns.append([_scalar(item) for item in column])
+                for values in zip(*columns, strict=True):
+                    yield batch.schema.names, values, row
                     row += 1
     except pyarrow.ArrowException as error:
         reject(Rejected(path, None, f"damaged Parquet ({str(error).splitlines()[0][:120]})"))

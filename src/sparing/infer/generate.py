@@ -47,7 +47,7 @@ class Model:
 
     def generate(
         self,
-        prompt: str,
+        prompt: str | list[int],
         max_tokens: int = 200,
         temperature: float = 0.8,
         top_p: float = 1.0,
@@ -69,14 +69,15 @@ def load(run: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float3
     return Model(folder, config, network, tokenizer)
 
 
-def complete(engine: Engine, prompt: str, sampling: Sampling, stream: Callable[[str], None] | None = None) -> tuple[str, int]:
-    """-> (the text that follows `prompt`, its number of tokens). stream: called with each new piece of text, whole characters only.
+def complete(engine: Engine, prompt: str | list[int], sampling: Sampling, stream: Callable[[str], None] | None = None) -> tuple[str, int]:
+    """-> (the text that follows `prompt`, a text or its tokens; its number of tokens). stream: called with each new piece of text, whole
+    characters only.
 
     `max_tokens` may exceed the context: when the context is full, its last half becomes the new prompt. Raises UserError for prompts and
     settings that the engine refuses, RuntimeError if the engine fails.
     """
     tokenizer, text, parts, generated = engine.tokenizer, TextStream(engine.tokenizer), [], 0
-    ids = tokenizer.encode_prompt(prompt)
+    ids = tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else prompt
 
     def show(piece: Piece | None) -> None:
         if piece and piece.text:

@@ -17,15 +17,16 @@ from sparing.base.hardware import Machine
 from sparing.base.messages import say
 from sparing.base.preempt import Interrupted, Preempt
 from sparing.base.run import RunFolder
-from sparing.budget.predict import in_seconds
+from sparing.budget.predict import Corpus, in_seconds
 from sparing.budget.units import format_budget
-from sparing.data.progress import Bars, Stopped
-from sparing.data.scan import scan
+from sparing.data.chats import ChatFacts
+from sparing.data.progress import Stopped
+from sparing.data.scan import CorpusFacts
 from sparing.job.start import SETTLED, with_start
-from sparing.job.texts import bind, same_texts, with_absolute_paths
-from sparing.planning.places import MEASURE_S, Given, here, with_vocabulary
+from sparing.job.texts import bind, facts_of, same_texts, with_absolute_paths
+from sparing.planning.places import MEASURE_S, Given, Place, here, with_vocabulary
 from sparing.planning.plan import foresee
-from sparing.resolve import resolve
+from sparing.resolve import Resolved, resolve
 from sparing.train.log import check_log
 from sparing.train.pace import Clock
 from sparing.train.peak import peak_flops, peak_seconds
@@ -98,41 +99,70 @@ def begin(verb: str, run: RunFolder, started: float | None = None, ready: Callab
 def resolved(job: Job, wishes: Wishes, budget: Budget) -> Config:
     """The configuration of a new run, written into its folder and shown with its reasons. Raises UserError for what cannot be, before any
     text is read."""
-    machine, signals, run = job.machine, job.signals, job.run
     names_texts = bool(wishes.value("data.paths"))
+    if wishes.get("chats") is not None:
+        raise UserError("chats: conversations are for `sparing sft`; `train` learns texts as they are")
     wishes = with_vocabulary(with_start(with_absolute_paths(wishes)))
-    lasts = job.lasts(budget)
-    spends = budget if lasts is None else Budget(lasts, "s")
-    check_log(wishes.value("train.log", "none"))
-    resolve(wishes, spends, machine, Given(SOME_BYTES), lambda _: SOME_SPEED)  # for its checks alone: they hold for any text and any speed
-    with job.meter.stage("scan"), Bars() as bars:
-        facts = scan(wishes.config().data, progress=bars, should_stop=signals.should_stop)
+    try_out(job, wishes, budget)
+    with job.meter.stage("scan"):
+        facts = facts_of(wishes.config().data, None, job.signals.should_stop)
     if wishes.value("start.run") and not names_texts:
         same_texts(RunFolder(wishes.value("start.run")), facts, "name the texts to go on with")
     if facts.quarantined:
         say(f"{facts.quarantined} documents cannot be used ({', '.join(facts.reasons)}): see quarantine.jsonl in the run folder")
+    place = look_at(job, wishes, budget)
+    config, reasons = derive(job, wishes, budget, facts, place)
+    keep(job, config, reasons, facts, facts, place, f"{facts.documents:,} documents, {facts.bytes / 1e6:.1f} MB")
+    return config
+
+
+def try_out(job: Job, wishes: Wishes, budget: Budget) -> None:
+    """Resolve for the checks alone, which hold for any text and any speed. Raises UserError."""
+    check_log(wishes.value("train.log", "none"))
+    resolve(wishes, _spends(job, budget), job.machine, Given(SOME_BYTES), lambda _: SOME_SPEED)
+
+
+def look_at(job: Job, wishes: Wishes, budget: Budget) -> Place:
+    """This machine with its measured speeds; a new one is measured within a small share of the budget."""
+    machine, lasts = job.machine, job.lasts(budget)
     device = wishes.value("train.device") or ("cuda" if machine.gpus else "cpu")
-    with job.meter.stage("calibrate"), signals.interruptible():
-        dtype = wishes.value("train.dtype")
+    with job.meter.stage("calibrate"), job.signals.interruptible():
         if lasts is not None and lasts >= MEASURE_FROM_S:  # before the peak, which that process measures too, in memory of its own
             step_timings(machine, device, min(MEASURE_S, MEASURE_SHARE * lasts), say)
-        peak = peak_flops(machine, device if machine.gpus else "cpu", dtype, peak_seconds(lasts), job.cut_short)
-        place = here(home_rent(), machine=machine)
-    start_s = job.clock.seconds()
-    left = spends if lasts is None else Budget(max(0.1, lasts - start_s), "s")
-    config, reasons = resolve(wishes, left, machine, facts, place.tokens_per_second)
-    config = replace(config, budget=budget)
+        peak_flops(machine, device if machine.gpus else "cpu", wishes.value("train.dtype"), peak_seconds(lasts), job.cut_short)
+        return here(home_rent(), machine=machine)
+
+
+def derive(job: Job, wishes: Wishes, budget: Budget, corpus: Corpus, place: Place) -> Resolved:
+    """What the wishes leave open, for what is left of the budget now."""
+    lasts = job.lasts(budget)
+    left = _spends(job, budget) if lasts is None else Budget(max(0.1, lasts - job.clock.seconds()), "s")
+    config, reasons = resolve(wishes, left, job.machine, corpus, place.tokens_per_second)
     if budget.unit in ("usd", "kwh"):
         reasons["budget.amount"] = f"lasts about {lasts:,.0f} s at the prices and the power of this machine"
     if config.start is not None:
         reasons |= dict.fromkeys(SETTLED, f"as in {config.start.run}")
-    say(f"{facts.documents:,} documents, {facts.bytes / 1e6:.1f} MB; budget {format_budget(budget)}; peak {peak / 1e9:,.0f} GFLOP/s")
+    return Resolved(replace(config, budget=budget), reasons)
+
+
+def keep(
+    job: Job, config: Config, reasons: dict[str, str], facts: CorpusFacts | ChatFacts, corpus: Corpus, place: Place, read: str
+) -> None:
+    """Write a new run's configuration, what it is trained on and what is expected of it; show what was derived. read: what it learns from,
+    in words."""
+    run, peak = job.run, place.peak_flops
+    say(f"{read}; budget {format_budget(config.budget)}; peak {peak / 1e9:,.0f} GFLOP/s")
     show(config, reasons)
     run.tokenizer_file.unlink(missing_ok=True)  # of an import that died in this folder
     bind(run, config.data, facts, earlier=[])
     job.write(config, reasons)
     try:
-        write_atomic(run.state / "prediction.json", json.dumps(foresee(config, facts, place, lasts, start_s), indent=1))
+        forecast = foresee(config, corpus, place, job.lasts(config.budget), job.clock.seconds())
+        write_atomic(run.state / "prediction.json", json.dumps(forecast, indent=1))
     except UserError as error:  # a forecast that cannot be made is no reason not to train
         say(f"no prediction: {error}")
-    return config
+
+
+def _spends(job: Job, budget: Budget) -> Budget:
+    lasts = job.lasts(budget)
+    return budget if lasts is None else Budget(lasts, "s")

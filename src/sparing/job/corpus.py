@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 from sparing.base.config import Config
 from sparing.base.files import atomic_path
@@ -15,25 +16,53 @@ from sparing.data.tokenizer import Tokenizer
 from sparing.evals.bpb import NllFn, bpb
 from sparing.job.begin import Job
 from sparing.job.texts import with_own_tokenizer
+from sparing.train.log import TrainResult
 from sparing.train.trainer import Feed
 
 EVAL_TOKENS = 8192
 """Tokens of a forward pass in evaluations."""
 
 
+class Prompt(NamedTuple):
+    """What a model goes on with: the text as it is shown, and its tokens."""
+
+    text: str
+    ids: list[int]
+
+
 @dataclass(frozen=True)
 class TrainingData:
     """Batches, and the held-out documents that a run is scored on and continues at its end."""
 
+    keeps_best: ClassVar[bool] = False
+    """The weights with the lowest held-out loss are what stays of a run, not the last ones."""
     feed: Feed
     tokenizer: Tokenizer
     held_out: list[str]
+
+    def prompts(self, count: int) -> list[Prompt]:
+        """What a run goes on with at its end: beginnings of held-out documents."""
+        return [Prompt(text := _beginning(document), self.tokenizer.encode_prompt(text)) for document in self.held_out[:count]]
+
+    def score(self, evaluation: dict) -> dict:
+        """What a summary says of an evaluation, beside that of the run's start."""
+        return {"new": {key: evaluation.get(key) for key in ("loss", "bpb", "bytes")}}
+
+    def trained_tokens(self, result: TrainResult) -> int:
+        """How many tokens the run was taught to write."""
+        return result.tokens
 
     def scorer(self, config: Config, should_stop: Callable[[], bool]) -> Callable[[NllFn], dict]:
         """evaluate(nll) -> the loss and bits per byte of the held-out documents."""
         context = config.train.seq_len
         options = {"batch": max(1, EVAL_TOKENS // context), "max_bytes": config.train.eval_bytes, "should_stop": should_stop}
         return lambda nll: bpb(nll, self.tokenizer, self.held_out, context, **options)
+
+
+def _beginning(document: str) -> str:
+    """Up to its third line or 120 characters, not ending inside a word."""
+    start = "\n".join(document.splitlines()[:3])[:120]
+    return start if len(start) < 120 or " " not in start else start.rsplit(" ", 1)[0]
 
 
 def text(job: Job, config: Config) -> TrainingData:

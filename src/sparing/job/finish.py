@@ -8,22 +8,25 @@ from contextlib import suppress
 
 import torch
 
-from sparing.account.history import bill
+from sparing.account.history import ancestors_of, bill
 from sparing.base.config import Config
 from sparing.base.files import to_json, write_atomic
 from sparing.base.layers import mixtures
 from sparing.base.messages import say
 from sparing.base.origin import Origin, credits, origin_of
+from sparing.base.run import RunFolder
 from sparing.budget.flops import kv_cache_bytes, parameters
 from sparing.budget.units import format_budget
 from sparing.infer.generate import Model
 from sparing.job.begin import Job
-from sparing.job.corpus import TrainingData
+from sparing.job.corpus import Prompt, TrainingData
 from sparing.job.texts import corpora
 from sparing.model.transformer import Transformer
 from sparing.train.log import TrainResult
 
 SAMPLE_TOKENS = 64
+WARNING = "It continues text. It was not taught to follow instructions, and what it says may be false."
+ANSWERS = "It was taught to answer, by conversations in the form of its chat_template.jinja. What it says may be false."
 
 
 class _BudgetSpent(Exception):
@@ -51,8 +54,10 @@ def finish(job: Job, config: Config, model: Transformer, data: TrainingData, res
         "skipped": result.skipped,
         "seconds": 0.0,
         "budget": format_budget(config.budget),
-        "samples": _completions(job, config, Model(run, config, model, data.tokenizer), data.held_out[:samples]),
+        "samples": _completions(job, config, Model(run, config, model, data.tokenizer), data.prompts(samples)),
     }
+    if config.start is not None:
+        summary |= _beside_its_start(run, config, model, data, result)
     write_atomic(
         run.model_card_file, _model_card(config, summary, origin_of(run), [entry["paths"] for entry in corpora(run)] or [config.data.paths])
     )
@@ -65,16 +70,28 @@ def finish(job: Job, config: Config, model: Transformer, data: TrainingData, res
     return summary
 
 
-def _completions(job: Job, config: Config, model: Model, documents: list[str]) -> list[dict[str, str]]:
+def _beside_its_start(run: RunFolder, config: Config, model: Transformer, data: TrainingData, result: TrainResult) -> dict:
+    """What the summary of a run that starts from another one has more: scores before and after, how much it learnt with, its origin."""
+    return {
+        "before": data.score(result.before),
+        "after": data.score(result.evaluation),
+        "trained_tokens": data.trained_tokens(result),
+        "trainable_parameters": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        "base": config.start.weights_sha256,
+        "ancestors": [{"name": row.name, "relation": row.relation, "generation": row.generation} for row in ancestors_of(run)],
+    }
+
+
+def _completions(job: Job, config: Config, model: Model, prompts: list[Prompt]) -> list[dict[str, str]]:
     lasts, texts = job.lasts(config.budget), []
 
     def spent() -> bool:
         return lasts is not None and job.clock.seconds() > lasts
 
-    for document in documents:
+    for prompt in prompts:
         if spent():
             break
-        prompt, pieces = _prompt(document), []
+        pieces = []
 
         def show(piece: str, pieces: list[str] = pieces) -> None:
             pieces.append(piece)
@@ -82,17 +99,11 @@ def _completions(job: Job, config: Config, model: Model, documents: list[str]) -
                 raise _BudgetSpent
 
         with suppress(_BudgetSpent):
-            model.generate(prompt, SAMPLE_TOKENS, temperature=0.7, seed=config.train.seed, stream=show)
-        texts.append({"prompt": prompt, "text": "".join(pieces)})
+            model.generate(prompt.ids, SAMPLE_TOKENS, temperature=0.7, seed=config.train.seed, stream=show)
+        texts.append({"prompt": prompt.text, "text": "".join(pieces)})
     if spent():
-        job.cut_short(f"the budget was used up while completions were written: {len(texts)} of {len(documents)}, the last one cut")
+        job.cut_short(f"the budget was used up while completions were written: {len(texts)} of {len(prompts)}, the last one cut")
     return texts
-
-
-def _prompt(document: str) -> str:
-    """The beginning of a document: up to its third line or 120 characters, not ending inside a word."""
-    start = "\n".join(document.splitlines()[:3])[:120]
-    return start if len(start) < 120 or " " not in start else start.rsplit(" ", 1)[0]
 
 
 def _named(paths: Sequence[str]) -> str:
@@ -115,5 +126,5 @@ A {kind} language model of {summary["parameters"]:,} parameters ({summary["activ
 - Vocabulary {m.vocab_size:,}, {m.num_layers} layers of width {m.hidden_size}, {kv_cache_bytes(m):,} bytes of cache per token (16 bit)
 - Budget {summary["budget"]}; the whole recipe is in config.toml{ancestry}
 
-It continues text. It was not taught to follow instructions, and what it says may be false.
+{WARNING if config.chats is None else ANSWERS}
 """

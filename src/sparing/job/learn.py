@@ -89,6 +89,7 @@ def learn(
         peak_flops=peak,
         limit=Limit(config.budget, job.meter) if config.budget.unit in ("usd", "kwh") else None,
         reserve_s=0.5 + samples * SAMPLE_TOKENS * 0.004,
+        keeps_best=material.keeps_best,
     )
     with job.meter.stage("train"):
         trainer = Trainer(model, material.feed, objective or NextToken.of(config), config=config)

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from sparing.account.receipt import read_state
-from sparing.base.config import Config, DataConfig, UserError
+from sparing.base.config import ChatsConfig, Config, DataConfig, UserError
 from sparing.base.config_file import Wishes
 from sparing.base.files import write_atomic
 from sparing.base.messages import say
 from sparing.base.run import RunFolder
+from sparing.data.chats import ChatFacts, scan_chats
 from sparing.data.files import absolute
 from sparing.data.progress import Bars
 from sparing.data.scan import CorpusFacts, scan
@@ -29,7 +30,18 @@ def with_absolute_paths(wishes: Wishes) -> Wishes:
         wishes = Wishes.of(wishes, {"data": {"paths": tuple(map(absolute, paths))}})
     if tokenizer:
         wishes = Wishes.of(wishes, {"data": {"tokenizer": absolute(tokenizer)}})
+    for name in ("val", "keep"):
+        if named := wishes.value(f"chats.{name}"):
+            wishes = Wishes.of(wishes, {"chats": {name: tuple(map(absolute, named))}})
     return wishes
+
+
+def facts_of(data: DataConfig, chats: ChatsConfig | None, should_stop: Callable[[], bool] | None = None) -> CorpusFacts | ChatFacts:
+    """How much text there is, or how many conversations. Raises UserError where there is nothing usable, Stopped when asked to."""
+    with Bars() as bars:
+        if chats is None:
+            return scan(data, progress=bars, should_stop=should_stop)
+        return scan_chats(data.paths, data.holdout_fraction, chats.val, progress=bars, should_stop=should_stop)
 
 
 def with_own_tokenizer(run: RunFolder, data: DataConfig) -> DataConfig:
@@ -43,7 +55,7 @@ def corpora(run: RunFolder) -> list[dict]:
     return [entry for entry in entries if isinstance(entry, dict) and entry.keys() >= {"paths", "fingerprint", "documents", "bytes"}]
 
 
-def bind(run: RunFolder, data: DataConfig, facts: CorpusFacts, earlier: list[dict]) -> None:
+def bind(run: RunFolder, data: DataConfig, facts: CorpusFacts | ChatFacts, earlier: list[dict]) -> None:
     """Note what the run is trained on from here on. earlier: what it was trained on before, `corpora(run)`; of a new run nothing."""
     entry = {"paths": list(data.paths), "fingerprint": facts.content, "documents": facts.documents, "bytes": facts.bytes}
     if earlier and earlier[-1]["fingerprint"] == facts.content:
@@ -51,7 +63,7 @@ def bind(run: RunFolder, data: DataConfig, facts: CorpusFacts, earlier: list[dic
     write_atomic(run.state / "corpus.json", json.dumps([*earlier, entry], indent=1))
 
 
-def same_texts(run: RunFolder, facts: CorpusFacts, way_on: str) -> None:
+def same_texts(run: RunFolder, facts: CorpusFacts | ChatFacts, way_on: str) -> None:
     """Raises UserError, which ends with `way_on`, where these are not the texts that the run was trained on last."""
     known = corpora(run)
     if known and known[-1]["fingerprint"] != facts.content:
@@ -62,7 +74,7 @@ def same_texts(run: RunFolder, facts: CorpusFacts, way_on: str) -> None:
 
 def texts_to_go_on_with(
     run: RunFolder, config: Config, paths: Sequence[str], text_key: str | None, longer: float, budget: str | None
-) -> tuple[DataConfig, CorpusFacts]:
+) -> tuple[DataConfig, CorpusFacts | ChatFacts]:
     """What a run is trained on when it goes on, and how much that is: `paths`, or the texts that it has been trained on.
 
     longer: its budget from now on, in budgets until now. budget: the extension as it was asked for. Raises UserError, naming the way on,
@@ -79,8 +91,7 @@ def texts_to_go_on_with(
     named = shlex.join(data.paths) if 1 <= len(data.paths) <= 3 else "PATH..."
     way_on = shlex.join(["sparing", "resume", str(run), *(["--budget", budget] if budget else [])]) + f" --data {named}"
     try:
-        with Bars() as bars:
-            facts = scan(data, progress=bars)
+        facts = facts_of(data, config.chats)
     except UserError as error:
         raise error if paths else UserError(f"{error}; to go on with other texts: {way_on}") from None
     if not paths:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from sparing.base.config import UserError
-from sparing.data.chat import PLAIN_STOPS, ChatTemplate
+from sparing.data.chat import PLAIN_STOPS, ChatTemplate, flat
 from sparing.infer.engine import Engine
 from sparing.infer.request import Sampling
 from sparing.serve.audit import Audit
@@ -88,7 +88,7 @@ class Service:
 
     def chat_prompt(self, body: dict) -> list[int]:
         """Token ids of a chat's messages."""
-        messages = [_flat(message) for message in body["messages"]]
+        messages = [flat(message) for message in body["messages"]]
         tools = None if body.get("tool_choice") == "none" else body.get("tools")
         self._not_too_long(sum(len(message["content"].encode()) for message in messages))
         try:
@@ -174,11 +174,3 @@ class Service:
             **({} if approximate is None else {"approximate": experts | approximate}),
             "weights": self.engine.weights,
         }
-
-
-def _flat(message: dict) -> dict:
-    """Join content parts to one text, which is what templates expect."""
-    content = message.get("content") or ""
-    if isinstance(content, list):
-        content = "".join(part["text"] for part in content)
-    return {**message, "content": content, "role": "system" if message["role"] == "developer" else message["role"]}

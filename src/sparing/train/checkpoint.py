@@ -27,6 +27,7 @@ from sparing.train.optim import Optimizer
 
 KEEP = 2
 FORMAT = 1
+BEST = "best"
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
 
 
@@ -90,6 +91,10 @@ class Checkpoints:
         """What is saved and loaded: live tensors by name."""
         return learned(self.model) if self.adapts else self.model.state_dict()
 
+    @property
+    def _newest(self) -> Path:
+        return self.run.adapter_file if self.adapts else self.run.weights_file
+
     def folders(self) -> list[Path]:
         """Checkpoints, oldest first."""
         return sorted(self.run.state.glob("step-*"))
@@ -102,9 +107,8 @@ class Checkpoints:
             return folder  # a signal right after a save
         text = json.dumps(asdict(state), indent=1)
         write_folder(folder, {WEIGHTS: self._weights(), OPTIMIZER: self.optimizer.state(), STATE: text})
-        newest = self.run.adapter_file if self.adapts else self.run.weights_file
-        newest.parent.mkdir(exist_ok=True)
-        link_or_copy(folder / WEIGHTS, newest)
+        self._newest.parent.mkdir(exist_ok=True)
+        link_or_copy(folder / WEIGHTS, self._newest)
         if self.adapts and self.run.weights.is_dir():  # made before it was known what would be in it
             self.run.weights.rmdir()
         if keep_as_pre_decay:
@@ -112,6 +116,30 @@ class Checkpoints:
         self._prune(state.step)
         self._saved = (state.step, state.cursor)
         return folder
+
+    def keep_best(self, step: int, loss: float) -> None:
+        """Write the weights aside: none scored better until now."""
+        write_folder(self.run.state / BEST, {WEIGHTS: self._weights(), STATE: json.dumps({"step": step, "loss": loss})})
+
+    def best(self) -> dict | None:
+        """{"step", "loss"} of the weights written aside; None where there are none, or they are damaged."""
+        try:
+            verify_folder(self.run.state / BEST)
+            return json.loads((self.run.state / BEST / STATE).read_text())
+        except DamagedError:
+            return None
+
+    def forget_best_after(self, step: int) -> None:
+        """Steps after this one are made anew, with their evaluations."""
+        if (best := self.best()) is None or best["step"] > step:
+            shutil.rmtree(self.run.state / BEST, ignore_errors=True)
+
+    @torch.no_grad()
+    def use_best(self) -> None:
+        """Make the weights written aside the run's and the model's."""
+        file = self.run.state / BEST / WEIGHTS
+        link_or_copy(file, self._newest)
+        fill(self._weights(), read_tensors(file), BEST)
 
     def _keep(self, folder: Path) -> None:
         beside = self.run.state / ".pre-decay.tmp"

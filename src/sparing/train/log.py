@@ -34,7 +34,9 @@ class TrainResult:
     loss: float
     """Mean main-token loss of the last steps (at most 64), nats."""
     evaluation: dict = field(default_factory=dict)
-    """What `evaluate` returned at the end; empty without one."""
+    """What `evaluate` returned for the weights that were kept; empty without one."""
+    before: dict = field(default_factory=dict)
+    """The same before the first step, of a run that starts from another one."""
     seconds: float = 0.0
     """Of the budget, used by the whole run so far."""
     tokens_per_s: float = 0.0

@@ -119,9 +119,10 @@ class Pace:
         if self.measured >= 3:  # the first two warm caches (and compile): they tell nothing about the others
             self.durations.append(seconds)
 
-    def eval_took(self, seconds: float) -> None:
+    def eval_took(self, seconds: float, planned: bool = True) -> None:
+        """planned: it is one of the evenly spaced ones, or the last."""
         self.eval_s = seconds
-        self.evals_done += 1
+        self.evals_done += planned
 
     def save_took(self, seconds: float) -> None:
         self.save_s = max(seconds, 0.5 * self.save_s)

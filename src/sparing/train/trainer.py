@@ -73,6 +73,8 @@ class Session:
     reserve_s: float = 0.0
     """What the verb does after training."""
     on_progress: Callable[[dict], None] | None = None
+    keeps_best: bool = False
+    """The weights with the lowest held-out loss are what is kept at the end, not the last ones."""
 
 
 class Guard:
@@ -246,7 +248,7 @@ class Trainer:
             if any(self.world.agree([float(self.signals.requested)])):
                 raise Interrupted(self.signals.message)
             # Asked before a step, so that a resumed run makes up for a missed one.
-            if self.evaluate and self._decided(pace.eval_due(state.step)):
+            if self.evaluate and self._decided(pace.eval_due(state.step) or self._before_all()):
                 self._evaluate()
             decaying = state.step >= decay_start(total, self.config.optim)
             if self._decided((stable and decaying) or pace.checkpoint_due(state.step, time.monotonic() - saved)):
@@ -265,6 +267,10 @@ class Trainer:
                 self._show(self.log.step(values | self.meter.now(), time.monotonic() - before, self.clock.seconds()))
                 pace.step_took(time.monotonic() - before)  # with what telling about it takes
         return self._finish()
+
+    def _before_all(self) -> bool:
+        """Whether the weights that a run starts from are still to be scored, before its first step."""
+        return self.config.start is not None and self.state.step == 0 and self.log.evaluated(0) is None
 
     def _decided(self, value: float) -> int:
         """Rank 0's value."""
@@ -311,13 +317,14 @@ class Trainer:
             evals=t.evals if self.evaluate else None,
             interval_s=t.checkpoint_interval_s,
         )
-        self.pace.evals_done = len(self.log.metrics.evals())
+        self.pace.evals_done = sum(line["step"] > 0 for line in self.log.metrics.evals())
 
     def _finish(self) -> TrainResult:
         """Save first: a kill during the last evaluation then costs only the evaluation."""
         self._save()
         if self.evaluate and not self._decided(self.log.evaluated(self.state.step) is not None):
             self._evaluate()
+        kept = self._keep_best()
         if self.writes:
             self.clock.record()
         if self.log.last:
@@ -328,7 +335,8 @@ class Trainer:
             steps=self.state.step,
             tokens=self.state.tokens,
             loss=sum(losses) / len(losses),
-            evaluation=self.log.evaluated(self.state.step) or {},
+            evaluation=self.log.evaluated(kept) or {},
+            before=self.log.evaluated(0) or {},
             seconds=self.clock.seconds(),
             tokens_per_s=speed,
             mfu=self.log.mfu(speed) if speed else None,
@@ -352,10 +360,35 @@ class Trainer:
                 result = self.evaluate(self.replicas.nll)
         finally:
             self.replicas.train(True)
-        self.pace.eval_took(took := time.monotonic() - before)
+        self.pace.eval_took(took := time.monotonic() - before, planned=self.state.step > 0)
         line = {"step": self.state.step, "tokens": self.state.tokens, "seconds": self.clock.seconds(), "took_s": took}
         self.log.evaluation(line, result)
+        if self.session.keeps_best and self.writes and 0 < self.state.step < self.pace.total:
+            self._note_best(result)
         return result
+
+    def _note_best(self, result: dict) -> None:
+        """Keep these weights aside if no others scored better."""
+        losses = [line["eval_loss"] for line in self.log.metrics.evals() if 0 < line["step"] < self.state.step]
+        if result["loss"] < min(losses, default=math.inf):
+            before = time.monotonic()
+            with self.meter.stage("save"), self.signals.finishing("saving the best weights"):
+                self.checkpoints.keep_best(self.state.step, result["loss"])
+            self.pace.save_took(time.monotonic() - before)
+
+    def _keep_best(self) -> int:
+        """Make the weights with the lowest held-out loss the run's; -> their step, by default the last."""
+        last = self.log.evaluated(self.state.step)
+        if not (self.session.keeps_best and last):
+            return self.state.step
+        best = self.checkpoints.best()
+        if self._decided(best is None or last["loss"] <= best["loss"]):
+            return self.state.step
+        self.checkpoints.use_best()
+        step, loss = best["step"], best["loss"]
+        found = f"the held-out loss was lowest after step {step:,}: {loss:.4f}, at the end {last['loss']:.4f}"
+        self.log.progress.say(f"{found}; those weights stay")
+        return step
 
     def _save(self, *, keep_as_pre_decay: bool = False) -> None:
         if not self.writes:
@@ -396,6 +429,8 @@ class Trainer:
         self.world.agree([0.0])
         loaded = loaded if self.writes else self.checkpoints.load_newest(before)
         self.world.agree([0.0])
+        if loaded and self.writes and self.session.keeps_best:
+            self.checkpoints.forget_best_after(loaded.step)
         return loaded
 
     def _forget_batch(self) -> None:

@@ -1,0 +1,270 @@
+"""Fine-tuning beside its peers, and LoRA beside full fine-tuning: two figures, each one resumable command.
+
+    python -m benchmarks.fine_tuning speed --run RUN --hf FOLDER --data CHATS... --out FOLDER
+    python -m benchmarks.fine_tuning methods --run RUN --data MEDQUAD --budget 10m --out FOLDER
+
+Every arm is a process of its own and leaves ARM.json in the folder; an arm that is there is not run again. RUN and FOLDER are the same
+model, imported and as transformers loads it. MEDQUAD has rows with "focus", "question" and "answer".
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+ROWS, LENGTH = 8, 512
+STEPS = {"ours": 8, "peers": 3}
+"""Timed steps; a peer's first step is not among them."""
+RANK, ALPHA = 16, 32
+PRECISIONS = ("autocast", "bfloat16", "float32")
+MICRO = (8, 2)
+RATES = {"lora": ("3e-4", "1e-3", "3e-3"), "full": ("3e-5", "1e-4", "3e-4")}
+HELD_OUT = 0.05
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="benchmarks.fine_tuning")
+    parser.add_argument("figure", choices=("speed", "methods", "peer"))
+    parser.add_argument("--run", help="the imported model")
+    parser.add_argument("--hf", help="the same model as transformers loads it")
+    parser.add_argument("--data", nargs="+", default=[])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--budget", default="10m")
+    parser.add_argument("--only", nargs="*", help="arms whose names begin so; default: all")
+    parser.add_argument("--method", default="lora")
+    parser.add_argument("--trainer", default="loop")
+    parser.add_argument("--precision", default="autocast")
+    parser.add_argument("--micro", type=int, default=ROWS)
+    parser.add_argument("--recompute", action="store_true")
+    options = parser.parse_args(argv)
+    options.out.mkdir(parents=True, exist_ok=True)
+    {"speed": speed, "methods": methods, "peer": peer}[options.figure](options)
+
+
+def stored(options: argparse.Namespace, arm: str, run) -> dict | None:
+    """The result of an arm: what its file holds, or what `run()` gives, which is kept. None: not asked for."""
+    file = options.out / f"{arm}.json"
+    if file.exists():
+        return json.loads(file.read_text())
+    if options.only and not any(arm.startswith(name) for name in options.only):
+        return None
+    print(f"--- {arm}", flush=True)
+    result = run()
+    beside = file.with_suffix(".tmp")
+    beside.write_text(json.dumps(result, indent=1))
+    beside.replace(file)
+    return result
+
+
+def sparing(*arguments: object) -> dict:
+    """The JSON of a verb in a process of its own."""
+    done = subprocess.run([sys.executable, "-m", "sparing", *map(str, arguments), "--json"], stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+# speed and memory
+
+
+def speed(options: argparse.Namespace) -> None:
+    """Tokens per second of training steps, and the peak of resident memory, of rows of 512 tokens in batches of 8."""
+    rows = []
+    for method in ("lora", "full"):
+
+        def ours(method=method) -> dict:
+            out = options.out / f"run-{method}-{time.time_ns()}"
+            settings = (
+                "--train.seq-len",
+                LENGTH,
+                "--train.batch-size",
+                ROWS,
+                "--train.evals",
+                0,
+                "--samples",
+                0,
+                "--train.eval-bytes",
+                2000,
+            )
+            budget = f"{STEPS['ours'] * ROWS * LENGTH}tok"
+            result = sparing("sft", options.run, "--data", *options.data, "--method", method, "--budget", budget, "--out", out, *settings)
+            receipt = sparing("receipt", out)
+            train = next(stage for stage in receipt["stages"] if stage["stage"] == "train")
+            return {"tokens_per_s": result["tokens_per_s"], "memory_bytes": train["memory_bytes"], "loss": result["loss"]}
+
+        rows.append((f"ours, {method}", stored(options, f"ours-{method}", ours)))
+    if options.hf:
+        for method in ("lora", "full"):
+            for trainer in ("loop", "trl"):
+                for precision in PRECISIONS:
+                    for micro in MICRO:
+                        arm = f"{trainer}-{method}-{precision}-{micro}"
+                        call = [sys.executable, "-m", "benchmarks.fine_tuning", "peer", "--hf", options.hf, "--run", options.run]
+                        call += ["--data", *options.data, "--method", method, "--trainer", trainer, "--precision", precision]
+                        call += ["--micro", str(micro), "--out", str(options.out)]
+
+                        def theirs(call=call) -> dict:
+                            done = subprocess.run(call, stdout=subprocess.PIPE, text=True)
+                            last = done.stdout.strip().splitlines()[-1:] if done.returncode == 0 else []
+                            return json.loads(last[0]) if last else {"failed": done.returncode}
+
+                        rows.append((arm, stored(options, arm, theirs)))
+    for name, row in rows:
+        if row and "failed" not in row:
+            print(f"{name:>28}  {row['tokens_per_s']:8.0f} tokens/s  {row['memory_bytes'] / 2**20:8.0f} MiB  loss {row['loss']:.3f}")
+
+
+def rows_of(options: argparse.Namespace, count: int):
+    """(count, 512) token ids and labels: the rows that ours trains on."""
+    import torch
+
+    from sparing.base.config_file import read_config
+    from sparing.base.run import RunFolder
+    from sparing.data.answers import Cutting
+    from sparing.data.chat import ChatTemplate, template_text
+    from sparing.data.chats import chats
+    from sparing.data.packed import Packed
+    from sparing.data.tokenizer import Tokenizer
+
+    run = RunFolder.open(options.run)
+    tokenizer = Tokenizer.load(run.tokenizer_file, read_config(run.config_file).tokens)
+    some = (chat for _, chat in zip(range(40 * count), chats(options.data), strict=False))
+    pieces = Cutting(ChatTemplate(template_text(run)), tokenizer, LENGTH).pieces(some)
+    batch = Packed(pieces, LENGTH, count, pad_id=tokenizer.eot_id).batch(0)
+    labels = torch.full_like(batch.tokens, -100)
+    labels[:, 1:] = batch.targets[:, :-1, 0]  # transformers shifts them itself
+    return batch.tokens, labels
+
+
+def peer(options: argparse.Namespace) -> None:
+    """One setting of transformers with PEFT: a plain loop, or TRL's SFTTrainer; prints one line of JSON."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    tokens, labels = rows_of(options, ROWS)
+    kind = torch.bfloat16 if options.precision == "bfloat16" else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(options.hf, dtype=kind, attn_implementation="sdpa")
+    if options.method == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"))
+    rate = 1e-3 if options.method == "lora" else 1e-4
+    if options.recompute:
+        model.gradient_checkpointing_enable()
+    model.train()
+    steps, times, losses = STEPS["peers"], [], []
+    if options.trainer == "trl":
+        times, losses = _trl(model, options, tokens, labels, rate)
+    else:
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, fused=True)
+        counted = int((labels != -100).sum())
+        for _ in range(1 + steps):
+            before, total = time.perf_counter(), 0.0
+            for start in range(0, ROWS, options.micro):
+                part = slice(start, start + options.micro)
+                with torch.autocast("cpu", torch.bfloat16) if options.precision == "autocast" else nullcontext():
+                    loss = model(input_ids=tokens[part], labels=labels[part], use_cache=False, num_items_in_batch=counted).loss
+                loss.backward()
+                total += float(loss)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            times.append(time.perf_counter() - before)
+            losses.append(total)
+    with open("/proc/self/status") as file:
+        peak = next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+    best = sorted(times[1:])[len(times[1:]) // 2]
+    print(json.dumps({"tokens_per_s": ROWS * LENGTH / best, "memory_bytes": peak, "loss": losses[-1], "seconds": times}))
+
+
+def _trl(model, options: argparse.Namespace, tokens, labels, rate: float) -> tuple[list[float], list[float]]:
+    """Times and losses of the steps of TRL's SFTTrainer on the same rows."""
+    from datasets import Dataset
+    from transformers import AutoTokenizer, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    class Watch(TrainerCallback):
+        def __init__(self):
+            self.times, self.losses = [], []
+
+        def on_step_begin(self, *_args, **_kwargs):
+            self.begun = time.perf_counter()
+
+        def on_step_end(self, *_args, **_kwargs):
+            self.times.append(time.perf_counter() - self.begun)
+
+        def on_log(self, _args, _state, _control, logs=None, **_kwargs):
+            if "loss" in (logs or {}):
+                self.losses.append(logs["loss"])
+
+    watch = Watch()
+    data = Dataset.from_dict({"input_ids": tokens.tolist(), "labels": labels.tolist()})
+    config = SFTConfig(
+        output_dir=str(options.out / "trl"), per_device_train_batch_size=options.micro, gradient_accumulation_steps=ROWS // options.micro,
+        max_steps=1 + STEPS["peers"], learning_rate=rate, use_cpu=True, bf16=options.precision == "autocast", logging_steps=1, report_to=[],
+        save_strategy="no", gradient_checkpointing=options.recompute, max_length=LENGTH, optim="adamw_torch_fused", disable_tqdm=True,
+        dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False,
+    )  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(options.hf)
+    from transformers import default_data_collator
+
+    trainer = SFTTrainer(
+        model, args=config, train_dataset=data, processing_class=tokenizer, callbacks=[watch], data_collator=default_data_collator
+    )
+    trainer.train()
+    return watch.times, watch.losses
+
+
+# LoRA and full fine-tuning
+
+
+def methods(options: argparse.Namespace) -> None:
+    """What each method gains on held-out questions in equal minutes, at three learning rates each."""
+    train, val = options.out / "train.jsonl", options.out / "val.jsonl"
+    if not val.exists():
+        split(options.data[0], train, val)
+    best: dict[str, float] = {}
+    for method, rates in RATES.items():
+        for rate in rates:
+            out = options.out / f"{method}-{rate}"
+
+            def tune(method=method, rate=rate, out=out) -> dict:
+                if (out / "config.toml").exists():
+                    return sparing("resume", out)
+                own = ["--optim.lr", rate]
+                for name in ("embed", "head", "norm", "router") if method == "full" else ():
+                    own += [f"--optim.lr-{name}", rate]
+                call = ("--data", train, "--val", val, "--method", method, "--budget", options.budget, "--samples", 0, *own)
+                return sparing("sft", options.run, *call, "--out", out)
+
+            result = stored(options, f"{method}-{rate}", tune)
+            if result:
+                before, after = result["before"]["new"]["loss"], result["after"]["new"]["loss"]
+                best[method] = max(best.get(method, -1.0), before - after)
+                old = result["before"].get("old", {}).get("loss"), result["after"].get("old", {}).get("loss")
+                told = f"{result['tokens']:,} tokens, {result['trained_tokens']:,} trained; old text {old[0]:.3f} -> {old[1]:.3f}"
+                print(f"{method:>6} {rate:>6}  answers {before:.4f} -> {after:.4f} nats; {told}")
+    if len(best) == 2:
+        print(f"LoRA reaches {best['lora'] / best['full']:.1%} of full fine-tuning's gain")
+
+
+def split(file: str, train: Path, val: Path) -> None:
+    """Questions about 5 % of the subjects, by a hash of their names, are held out."""
+    parts: dict[bool, list[str]] = {True: [], False: []}
+    with open(file, encoding="utf-8") as lines:
+        for line in lines:
+            row = json.loads(line)
+            digest = hashlib.blake2b(str(row["focus"]).encode(), digest_size=8).digest()
+            pair = {"prompt": row["question"], "completion": row["answer"]}
+            parts[int.from_bytes(digest, "little") < HELD_OUT * 2**64].append(json.dumps(pair) + "\n")
+    train.write_text("".join(parts[False]))
+    val.write_text("".join(parts[True]))
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    main(sys.argv[1:])

@@ -1,0 +1,247 @@
+"""`sft`: a run learns to answer, inside a budget, bit for bit the same after a kill; what cannot be learnt from leaves nothing behind."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from sparing import api
+from sparing.base.config import UserError
+from sparing.base.config_file import read_config
+from sparing.base.files import file_sha256, read_lines
+from sparing.base.run import RunFolder
+from sparing.data.chat import ChatTemplate, template_text
+from sparing.data.tokenizer import Tokenizer
+
+TRAIN = {"threads": 1, "replicas": 1, "compile": False, "micro_batch_size": 8, "kernels": "plain", "dtype": "float32"}
+BASE = {
+    "model": {
+        "hidden_size": 64, "num_layers": 2, "num_heads": 2, "vocab_size": 512, "num_dense_layers": 2, "max_position_embeddings": 256,
+    },
+    "train": TRAIN | {"seq_len": 64, "batch_size": 8, "evals": 0},
+}  # fmt: skip
+WISHES = {"train": TRAIN | {"batch_size": 8, "evals": 2}, "optim": {"lr": 0.003}}
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def say(number: int, answer: str = "It is number {} of the ship.") -> dict:
+    return {"messages": [{"role": "user", "content": f"What is {number}?"}, {"role": "assistant", "content": answer.format(number)}]}
+
+
+def write(path, rows) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    root = tmp_path_factory.mktemp("sft")
+    (root / "text").mkdir()
+    for i in range(40):
+        lines = [f"The {word} number {j} of book {i} went to the sea. What is it?" for j, word in enumerate(["cat", "dog", "ship"] * 20)]
+        (root / "text" / f"{i:02d}.txt").write_text("\n".join(lines))
+    write(root / "chats.jsonl", map(say, range(300)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPARING_HOME", str(root / "home"))
+        api.train([str(root / "text")], "60ktok", str(root / "base"), BASE, seed=3, samples=0)
+        yield root
+
+
+@pytest.fixture(scope="module", params=["full", "lora"])
+def tuned(workplace, request):
+    """(summary, run folder)."""
+    out = workplace / request.param
+    summary = api.sft(
+        str(workplace / "base"), [str(workplace / "chats.jsonl")], "40ktok", str(out), request.param, wishes=WISHES, samples=2
+    )
+    return summary, RunFolder(out)
+
+
+def test_it_learns_to_answer(tuned, workplace):
+    summary, run = tuned
+    before, after = summary["before"], summary["after"]
+    assert after["new"]["loss"] < 0.7 * before["new"]["loss"] and after["new"]["bpb"] < before["new"]["bpb"]
+    assert summary["bpb"] == after["new"]["bpb"] and summary["base"] == file_sha256(workplace / "base/weights/model.safetensors")
+    assert before["old"]["loss"] > 0 and after["old"]["loss"] != before["old"]["loss"]
+    assert [row["name"] for row in summary["ancestors"]] == ["base"]
+    assert 0 < summary["trained_tokens"] < summary["tokens"] <= 40_000
+    metrics = read_lines(run.metrics_file)
+    assert metrics[0]["step"] == 0 and metrics[0]["eval_loss"] == before["new"]["loss"]
+    counts = json.loads((run.state / "chats/counts.json").read_text())
+    assert counts["train"]["chats"] + counts["held_out"]["chats"] == 300 and counts["train"]["trained"] > 0
+    assert "conversations" in run.model_card_file.read_text()
+    small = summary["trainable_parameters"] < 0.3 * summary["parameters"]
+    assert small == (read_config(run.config_file).adapter is not None)
+
+
+def test_it_was_asked_as_the_server_asks(tuned):
+    summary, run = tuned
+    text = template_text(run)
+    assert "User: " in text or "capitalize" in text, "a base without a template gets the plain one, which is the run's own from now on"
+    assert not ChatTemplate(text).plain
+    for sample in summary["samples"]:
+        assert sample["prompt"].endswith("\n\nAssistant:")
+    config = read_config(run.config_file)
+    assert config.train.seq_len == 256 and config.optim.final_lr == 0 and config.optim.matrix == "adamw"
+    assert config.data.holdout_fraction == 0.05
+
+
+def test_eval_of_conversations(workplace):
+    """The base, scored by `eval`, is what `sft` saw before its first step."""
+    file = write(workplace / "asked.jsonl", [say(number) for number in range(1000, 1040)])
+    result = api.evaluate(str(workplace / "base"), [file], context=256)
+    assert result["examples"] == 40 and result["answer_tokens"] > 200 and result["bpb"] > 0 and result["truncated"] == 0
+    out = api.sft(
+        str(workplace / "base"), [str(workplace / "chats.jsonl")], "4096tok", str(workplace / "scored"), "full", [file], wishes=WISHES,
+        samples=0,
+    )  # fmt: skip
+    assert out["before"]["new"]["loss"] == pytest.approx(result["answer_loss"], rel=1e-4)
+    assert out["before"]["new"]["bpb"] == pytest.approx(result["bpb"], rel=1e-4)
+    with pytest.raises(UserError, match="no answer to score: 1 × no answer"):
+        api.evaluate(str(workplace / "base"), [write(workplace / "none.jsonl", [{"messages": [{"role": "user", "content": "Hi"}]}])])
+
+
+def test_the_best_weights_are_kept(workplace, tmp_path, capsys):
+    """Answers that are the contrary of the held-out ones: the longer it learns, the worse it is."""
+    val = write(tmp_path / "val.jsonl", [say(number) for number in range(400, 420)])
+    contrary = write(tmp_path / "contrary.jsonl", [say(number, "zzz qqq {} xxx vvv jjj") for number in range(40)])
+    wishes = {"train": WISHES["train"] | {"evals": 4}, "optim": {"lr": 0.01, "warmup": 0.5, "decay": 0.5}}
+    first = tmp_path / "first"
+    api.sft(
+        str(workplace / "base"), [str(workplace / "chats.jsonl"), contrary], "30ktok", str(first), "full", [val], wishes=wishes, samples=0
+    )
+    summary = api.sft(str(first), [contrary], "80ktok", str(tmp_path / "run"), "full", [val], wishes=wishes, samples=0)
+    losses = {
+        line["step"]: line["eval_loss"] for line in read_lines(tmp_path / "run/metrics.jsonl") if line.get("step") and "eval_loss" in line
+    }
+    best = min(losses, key=losses.get)
+    assert best < max(losses) and summary["after"]["new"]["loss"] == losses[best]
+    assert f"lowest after step {best}" in capsys.readouterr().err
+    kept = api.evaluate(str(tmp_path / "run"), [val])
+    assert kept["answer_loss"] == pytest.approx(losses[best], rel=1e-3), "and served"
+
+
+def test_old_text_that_is_named(workplace, tmp_path):
+    keep = str(workplace / "text" / "00.txt")
+    summary = api.sft(
+        str(workplace / "base"), [str(workplace / "chats.jsonl")], "20ktok", str(tmp_path / "run"), "full", keep=[keep], wishes=WISHES,
+        samples=0,
+    )  # fmt: skip
+    of_base = api.evaluate(str(workplace / "base"), [keep])
+    assert summary["before"]["old"]["bpb"] == pytest.approx(of_base["bpb"], rel=0.2), "its beginning"
+    assert summary["after"]["old"]["loss"] > summary["before"]["old"]["loss"], "forgetting shows"
+    assert len(read_lines(tmp_path / "run/state/old.jsonl")) == 1
+
+
+def test_a_run_with_a_template_keeps_it(workplace, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(workplace / "base", base)
+    (base / "chat_template.jinja").write_text(TEMPLATE)
+    summary = api.sft(str(base), [str(workplace / "chats.jsonl")], "8ktok", str(tmp_path / "run"), "full", wishes=WISHES, samples=1)
+    assert (tmp_path / "run/chat_template.jinja").read_text() == TEMPLATE
+    run = RunFolder(tmp_path / "run")
+    tokenizer = Tokenizer.load(run.tokenizer_file)
+    (sample,) = summary["samples"]
+    assert sample["prompt"].startswith("<|user|>What is") and sample["prompt"].endswith("<|end|>\n<|assistant|>")
+    assert tokenizer.special["<|end|>"] in tokenizer.eos_ids
+
+
+@pytest.mark.parametrize(
+    ("rows", "template", "method", "said"),
+    [
+        ([{"messages": [{"role": "user", "content": "Hi"}]}], None, "full", "no usable conversation in .*no answer"),
+        ([{"text": "a document"}], None, "full", r"no conversation in it \(keys: text\)"),
+        ([say(1)], None, "full", "all questions are alike"),
+        (
+            list(map(say, range(9))),
+            "{{ raise_exception('no chats') }}",
+            "full",
+            "nothing can be learnt .* refuses these messages: no chats",
+        ),
+        (list(map(say, range(9))), "{% if %}", "full", "no Jinja template"),
+        ([say(n, "word " * 9) for n in range(9)], None, "both", "--method both: choose lora or full"),
+    ],
+)
+def test_what_cannot_be_learnt_from_leaves_nothing(workplace, tmp_path, rows, template, method, said):
+    base = workplace / "base"
+    if template:
+        base = tmp_path / "base"
+        shutil.copytree(workplace / "base", base)
+        (base / "chat_template.jinja").write_text(template)
+    with pytest.raises(UserError, match=said) as error:
+        api.sft(str(base), [write(tmp_path / "c.jsonl", rows)], "20ktok", str(tmp_path / "run"), method, wishes=WISHES)
+    assert "\n" not in str(error.value) and not (tmp_path / "run/config.toml").exists()
+
+
+def test_answers_that_no_row_reaches(workplace, tmp_path):
+    long = [say(number) for number in range(20)]
+    for row in long:
+        row["messages"][0]["content"] += " word" * 300
+    with pytest.raises(UserError, match="nothing can be learnt"):
+        api.sft(str(workplace / "base"), [write(tmp_path / "c.jsonl", long)], "20ktok", str(tmp_path / "run"), "full", wishes=WISHES)
+
+
+def test_other_verbs_say_what_they_are_not_for(workplace, tmp_path):
+    with pytest.raises(UserError, match=r"conversations are for .sparing sft"):
+        api.train([str(workplace / "text")], "20ktok", str(tmp_path / "run"), {"chats": {}})
+    with pytest.raises(UserError, match="leave it out with full"):
+        api.sft(str(workplace / "base"), [str(workplace / "chats.jsonl")], "1ktok", str(tmp_path / "run"), "full", wishes={"adapter": {}})
+
+
+OPTIONS = (
+    "--budget 60ktok --samples 0 --train.threads 1 --train.replicas 1 --train.compile false --train.micro-batch-size 8 --train.batch-size 8"
+    " --train.kernels plain --train.dtype float32 --train.evals 3 --train.checkpoint-interval-s 0.2 --optim.lr 0.003"
+).split()
+TIMING = ("seconds", "tokens_per_s", "mfu", "took_s", "watts", "memory_bytes")
+
+
+def losses(run) -> list[dict]:
+    return [{key: value for key, value in line.items() if key not in TIMING} for line in read_lines(run / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_killed_and_resumed_bit_for_bit(workplace, tmp_path, method):
+    def start(*arguments) -> subprocess.Popen:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.Popen([sys.executable, "-m", "sparing", *map(str, arguments)], env=environment, stdout=-1, stderr=-1, text=True)
+
+    def sft(out) -> tuple:
+        return ("sft", workplace / "base", "--data", workplace / "chats.jsonl", "--out", out, "--method", method, *OPTIONS)
+
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    process = start(*sft(killed))
+    end = time.monotonic() + 300
+    while time.monotonic() < end and process.poll() is None:
+        done = losses(killed) if (killed / "metrics.jsonl").exists() else []
+        if any(line.get("step", 0) >= 12 for line in done):
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.01)
+    assert process.wait() == -signal.SIGKILL, process.stderr.read()
+    api.resume(str(killed), samples=0)
+    wishes = {"train": TRAIN | {"batch_size": 8, "evals": 3, "checkpoint_interval_s": 0.2}, "optim": {"lr": 0.003}}
+    api.sft(str(workplace / "base"), [str(workplace / "chats.jsonl")], "60ktok", str(straight), method, wishes=wishes, samples=0)
+    assert losses(killed) == losses(straight) and len(losses(killed)) > 25
+    for name in ("state/old.jsonl", "state/chats/train.safetensors"):
+        assert (killed / name).read_bytes() == (straight / name).read_bytes()
+    assert file_sha256(RunFolder(killed).learned_file) == file_sha256(RunFolder(straight).learned_file)
+
+
+def test_a_finished_run_is_extended_and_other_conversations_are_noticed(workplace, tmp_path):
+    file = write(tmp_path / "c.jsonl", map(say, range(100)))
+    run = tmp_path / "run"
+    api.sft(str(workplace / "base"), [file], "10ktok", str(run), "full", wishes=WISHES, samples=0)
+    longer = api.resume(str(run), "+10ktok", samples=0)
+    assert longer["tokens"] > 10_000 and longer["before"]["new"]["loss"] > longer["after"]["new"]["loss"]
+    write(tmp_path / "c.jsonl", map(say, range(120)))
+    with pytest.raises(UserError, match=r"the texts of .* have changed"):
+        api.resume(str(run), "+10ktok", samples=0)
+    more = api.resume(str(run), "+10ktok", samples=0, data=[file])
+    assert json.loads((run / "state/chats/counts.json").read_text())["train"]["chats"] > 100 and more["tokens"] > 20_000
