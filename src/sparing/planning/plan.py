@@ -93,7 +93,7 @@ def plan(
 def predicted(run: PlannedRun) -> dict[str, Any]:
     """`predict`, without bits per byte where the law does not hold."""
     numbers = predict(run)
-    if run.config.start is not None:
+    if run.config.start is not None or run.config.adapter is not None:
         numbers["bpb"] = {"value": None, "low": None, "high": None, "source": "the law is of runs that begin with noise"}
     return numbers
 
