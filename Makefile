@@ -1,5 +1,5 @@
 # Needs only make and Python >= 3.11. Variables: TORCH=auto|cpu|cuda (which build of PyTorch), PYTHON=... (which interpreter),
-# BUDGET=5m (what quickstart may spend), TESTS=... (what `make test` runs), REV=COMMIT or SAVE=1 (for `make golden`).
+# BUDGET=5m (what quickstart and assistant may spend), TESTS=... (what `make test` runs), REV=COMMIT or SAVE=1 (for `make golden`).
 TORCH ?= auto
 BUDGET ?= 5m
 TESTS ?=
@@ -7,10 +7,11 @@ WORKERS ?= auto
 REV ?=
 SAVE ?=
 
-.PHONY: help quickstart test golden lint clean
+.PHONY: help quickstart assistant test golden lint clean
 
 help:
 	@echo "make quickstart   install into .venv, train for $(BUDGET) on the Python standard library's source, show what the model writes"
+	@echo "make assistant    install into .venv, fetch SmolLM2-135M (93 MB), teach it for $(BUDGET) to answer questions about Sparing"
 	@echo "make test         install into .venv-test and run the tests (TESTS='tests/data -x' narrows them)"
 	@echo "make golden       compare the losses of small runs with those stored; REV=COMMIT: with a commit's; SAVE=1: store them"
 	@echo "make lint         ruff, from .venv-test"
@@ -27,6 +28,14 @@ quickstart:
 	@$(FIND_PYTHON); "$$python" tools/environment.py .venv --torch $(TORCH)
 	@out=runs/quickstart; n=1; while [ -e "$$out" ]; do n=$$((n + 1)); out=runs/quickstart-$$n; done; \
 	.venv/bin/sparing train --budget $(BUDGET) --out "$$out" --samples 3
+
+# The fetched model stays in runs/smollm2-135m for the next time.
+assistant:
+	@$(FIND_PYTHON); "$$python" tools/environment.py .venv --extra gguf,serve --torch $(TORCH)
+	@[ -e runs/smollm2-135m/config.toml ] || { mkdir -p runs && .venv/bin/sparing fetch smollm2-135m --out runs/smollm2-135m; }
+	@out=runs/assistant; n=1; while [ -e "$$out" ]; do n=$$((n + 1)); out=runs/assistant-$$n; done; \
+	.venv/bin/sparing sft runs/smollm2-135m --data recipes/assistant/questions.jsonl --budget $(BUDGET) --out "$$out" && \
+	echo "to chat: .venv/bin/sparing chat $$out   in a browser: .venv/bin/sparing serve $$out"
 
 test:
 	@$(FIND_PYTHON); "$$python" tools/environment.py .venv-test --extra dev --torch $(TORCH)

@@ -1,4 +1,4 @@
-"""Make a virtual environment with Sparing in it: `python tools/environment.py ENV [--extra dev] [--torch auto|cpu|cuda]`.
+"""Make a virtual environment with Sparing in it: `python tools/environment.py ENV [--extra dev|gguf,serve] [--torch auto|cpu|cuda]`.
 
 Standard library only. Keeps a torch that already satisfies pyproject.toml's range, says what will be downloaded before it downloads,
 and does nothing when ENV is up to date (ENV/installed holds a hash of all that the result depends on).
@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"  # on Linux, PyPI's torch carries CUDA; the CPU builds live here
 # Download sizes, dependencies included ("cuda": NVIDIA's libraries), measured with torch 2.13.0 for Python 3.11 on Linux x86-64.
-MB = {"cpu": 192, "cuda": 2731, "sparing": 101, "dev": 110}
+MB = {"cpu": 192, "cuda": 2731, "sparing": 101, "dev": 110, "gguf,serve": 7}
 PROBE = "import torch; print(torch.__version__, torch.version.cuda, torch.__file__, sep='\\n')"
 
 
@@ -85,7 +85,7 @@ def announce(torch_kept: bool, torch_builds: list[str], extra: str):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("env", type=Path)
-    parser.add_argument("--extra", choices=["dev"], default="")
+    parser.add_argument("--extra", choices=["dev", "gguf,serve"], default="")
     parser.add_argument("--torch", choices=["auto", "cpu", "cuda"], default="auto")
     args = parser.parse_args()
 

@@ -44,8 +44,8 @@ def dequantised(blocks: np.ndarray, kind: str, numbers: int) -> np.ndarray:
 
 def token_ids(model: str, texts: list[str]) -> list[list[int]]:
     """Token ids of texts by the vocabulary of a GGUF file; names of special tokens are ordinary text, nothing is put before."""
-    done = subprocess.run([sys.executable, __file__, model], input=json.dumps(texts), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, f"llama.cpp ended with {done.returncode}: {done.stderr[-3000:]}"
+    done = subprocess.run([sys.executable, __file__, model], input=json.dumps(texts).encode(), capture_output=True, timeout=300)
+    assert done.returncode == 0, f"llama.cpp ended with {done.returncode}: {done.stderr[-3000:].decode(errors='replace')}"
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -68,8 +68,7 @@ def test_a_wheel_is_downloaded_checked_and_kept(index, tmp_path):
     file.write_bytes(content[:-1] + b"x")  # damaged since: it has to be downloaded again
     with pytest.raises(CannotGoOn, match=r"pip could not download a-model==1\.0: .*No matching distribution"):
         from_index(package)
-    index(content)
-    assert from_index(package).read_bytes() == content
+    assert from_index(index(content)).read_bytes() == content
     assert {path.name for path in (tmp_path / "home/models").iterdir()} == {".lock", file.name}
 
 
@@ -159,13 +158,13 @@ def sparing(tmp_path: Path, endpoint: str, *words: str) -> subprocess.CompletedP
     environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf"), "SPARING_HOME": str(tmp_path / "home")}
     environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1"}
     command = [sys.executable, "-m", "sparing", *words]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, cwd=tmp_path)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
 
 
 def test_a_model_of_the_hub_is_imported_by_its_name(hub, tmp_path):
     pytest.importorskip("huggingface_hub")
     endpoint, asked = hub
-    done = sparing(tmp_path, endpoint, "import", "somebody/small", "--out", "run", "--json")
+    done = sparing(tmp_path, endpoint, "import", "somebody/small", "--out", str(tmp_path / "run"), "--json")
     assert done.returncode == 0, done.stderr
     origin = origin_of(RunFolder(tmp_path / "run"))
     assert origin.source == f"somebody/small@{REVISION}" and (origin.publisher, origin.name) == ("somebody", "small")
@@ -181,7 +180,7 @@ def test_a_hub_that_does_not_have_it_or_is_not_there_is_one_line(hub, tmp_path):
         (endpoint, ("import", "somebody/other"), 2, "the hub has no such repository"),
         ("http://127.0.0.1:9", ("fetch", "smollm2-135m", "--source", "hub"), 3, "the hub cannot be reached"),
     ):
-        done = sparing(tmp_path, address, *words, "--out", "run")
+        done = sparing(tmp_path, address, *words, "--out", str(tmp_path / "run"))
         lines = done.stderr.strip().splitlines()
         assert (done.returncode, says in lines[-1]) == (status, True), done.stderr
         assert not (tmp_path / "run").exists() and "Traceback" not in done.stderr

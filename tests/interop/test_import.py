@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sparing.interop.huggingface import export_hf, import_hf
+from sparing.interop.huggingface import export_hf, import_hf, read_hf
 from sparing.model.transformer import Transformer
 
 
@@ -122,3 +122,14 @@ def test_tensors_stream_one_by_one(small, tmp_path):
     assert total > 200e6
     done = subprocess.run([sys.executable, "-c", PEAK, str(tmp_path / "hf")], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 2 * (48 * 512 * 256 * 4) + 16e6 < total / 3
+
+
+def test_what_a_folder_says_of_its_licence(exported):
+    assert read_hf(exported).origin.licence == ""
+    (exported / "LICENSE.txt").write_text("\n  Some Licence of Ours\n\nYou may ...")
+    assert read_hf(exported).origin.licence == "Some Licence of Ours"
+    (exported / "README.md").write_text('---\ntags: [x]\nlicense: other\nlicense_name: "ours-2.0"\n---\nlicense: mit\n')
+    assert read_hf(exported).origin.licence == "ours-2.0"
+    (exported / "README.md").write_text("---\nlicense: Apache-2.0\nbase_model: somebody/first\n---\n")
+    origin = read_hf(exported).origin
+    assert (origin.licence, origin.publisher, origin.name) == ("Apache-2.0", "somebody", "first")

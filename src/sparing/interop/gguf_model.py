@@ -29,7 +29,7 @@ from sparing.interop.gguf_reader import GgufFile
 from sparing.interop.gguf_tokenizer import read_tokenizer
 from sparing.interop.hf_tensors import LAYER, rotated_rows
 from sparing.interop.imported import Imported, spdx
-from sparing.model.rope import rotary_table, yarn_mscale
+from sparing.model.rope import rotary_frequencies, yarn_mscale
 
 ARCHITECTURES = {one.name: one for one in (LLAMA, QWEN2, QWEN3, QWEN3_MOE, DEEPSEEK2)}
 MIXTURES = (QWEN3_MOE.name, DEEPSEEK2.name)
@@ -293,20 +293,15 @@ class GgufModel:
         return replace(config, yarn=YarnConfig(factor, original, fast, slow, m, m))
 
     def _llama3(self, config: ModelConfig) -> ModelConfig:
-        """Its parameters are in no key, only their result: those that were published are tried."""
+        """Its parameters are in no key, only their result: the factor is in it, the others are as published."""
         stored = self.file.tensors[ROPE_FACTORS]
         if stored.shape != (config.head_dim // 2,) or config.attention != "gqa":
             raise UserError(f"{self.file.path}: tensor {ROPE_FACTORS} has shape {list(stored.shape)}, expected {[config.head_dim // 2]}")
         divisors = self.file.read(ROPE_FACTORS).double()
-        plain = rotary_table(config, 2)[1].angle().double()
-        for low, high, original in ((1.0, 4.0, 8192),):
-            rope = Llama3RopeConfig(float(f"{divisors.max().item():.6g}"), low, high, original)
-            if rope.factor < 1 or low >= high:
-                break
-            stretched = replace(config, llama3=rope)
-            found = plain / rotary_table(stretched, 2)[1].angle().double()
-            if torch.allclose(found, divisors, rtol=1e-3):
-                return stretched
+        rope = Llama3RopeConfig(float(f"{divisors.max().item():.6g}"))
+        stretched = replace(config, llama3=rope)
+        if rope.factor >= 1 and torch.allclose((rotary_frequencies(config) / rotary_frequencies(stretched)).double(), divisors, rtol=1e-3):
+            return stretched
         raise UserError(f"{self.file.path}: {ROPE_FACTORS} is not Llama 3.1's stretching of the rotary embedding, which alone is supported")
 
     def _wanted(self) -> list[GgufTensor]:
@@ -321,7 +316,7 @@ class GgufModel:
                 if one.name.endswith("attn_k_b.weight")
             }
             wanted = [made.get(one.ours, one) for one in wanted if not one.name.endswith("attn_v_b.weight")]
-        return [one for one in wanted if one.ours in shapes(self.config) and not (self._without_shared(one))]
+        return [one for one in wanted if one.name != ROPE_FACTORS and not self._without_shared(one)]
 
     def _without_shared(self, one: GgufTensor) -> bool:
         """Whether a tensor is a shared expert of a model that has none: exports add one of zeros."""
@@ -351,10 +346,14 @@ class GgufModel:
         return parts
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(our name, float32 tensor), one at a time."""
+        """(our name, floats), one at a time."""
         for ours, shape in shapes(self.config).items():
+            parts = self.stored[ours]
+            if len(parts) == 1 and parts[0].shape == shape:
+                yield ours, self._read(parts[0])
+                continue
             tensor = torch.empty(shape)
-            for one in self.stored[ours]:
+            for one in parts:
                 one.make(tensor).copy_(self._read(one))
             yield ours, tensor
             del tensor  # before the next one is allocated

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 import torch
@@ -15,12 +15,13 @@ from torch import Tensor
 
 from sparing.base.config import Config, ModelConfig, TokensConfig, UserError
 from sparing.base.config_file import write_config
+from sparing.base.config_limits import in_range
 from sparing.base.files import write_atomic
 from sparing.base.int8_rows import to_int8
 from sparing.base.layers import EMBED, Shapes, mixtures, shapes
 from sparing.base.origin import Origin, credits, write_origin
 from sparing.base.run import SCALE, RunFolder, stream_tensors
-from sparing.data.chat import ChatTemplate
+from sparing.data.chat import MAX_BYTES, ChatTemplate
 
 DTYPES = ("float32", "bfloat16", "int8")
 FLOAT32_BYTES = 2_000_000_000
@@ -63,7 +64,7 @@ def chosen_dtype(numbers: int, dtype: str | None) -> str:
 
 def save(model: Imported, run: str, dtype: Literal["float32", "bfloat16", "int8"]) -> None:
     """Make the run folder `run`. Raises UserError; then, and when it is interrupted, nothing of the model stays there."""
-    ChatTemplate(model.chat_template)  # a broken one is told before anything is written
+    _check(model)
     folder = RunFolder(run)
     new = not folder.path.exists()
     folder = RunFolder.create(run)
@@ -78,6 +79,15 @@ def save(model: Imported, run: str, dtype: Literal["float32", "bfloat16", "int8"
         for file in (folder.tokenizer_file, folder.path / "chat_template.jinja", folder.model_card_file):
             file.unlink(missing_ok=True)
         raise
+
+
+def _check(model: Imported) -> None:
+    """What would make a run that cannot be used. Raises UserError."""
+    for one in fields(ModelConfig):
+        in_range(ModelConfig, one.name, getattr(model.config, one.name), f"{model.origin.source}: the model's {one.name}")
+    if model.chat_template is not None and len(model.chat_template.encode()) > MAX_BYTES:
+        raise UserError(f"{model.origin.source}: its chat template is larger than {MAX_BYTES >> 20} MiB")
+    ChatTemplate(model.chat_template)
 
 
 def _write(model: Imported, run: RunFolder, dtype: str) -> None:
