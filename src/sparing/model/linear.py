@@ -17,7 +17,6 @@ from sparing.kernels.products import Frozen, LowRank, Operand, Weight
 from sparing.kernels.vocabulary import embedding
 from sparing.precision.eight_bit import EightBit
 
-
 _making = Lock()
 _made: WeakValueDictionary[tuple[int, torch.dtype], Tensor] = WeakValueDictionary()
 """Weights of few bits as floats, for as long as somebody uses them."""
