@@ -11,16 +11,28 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparing.model.transformer as block_module
 import sparing.precision.activations as activations_module
-from sparing.base.config import Config, ModelConfig, OptimConfig, PrecisionConfig, TrainConfig
+from sparing.base.config import AdapterConfig, Config, ModelConfig, OptimConfig, PrecisionConfig, TrainConfig, UserError
 from sparing.base.layers import layers
-from sparing.budget.memory import activations, optimizer_bytes, path_of, saved_per_token, serving_memory, training_memory, weight_bytes
+from sparing.budget.flops import factor_weights
+from sparing.budget.memory import (
+    activations,
+    held_bytes,
+    optimizer_bytes,
+    path_of,
+    saved_per_token,
+    serving_memory,
+    training_memory,
+    weight_bytes,
+)
 from sparing.kernels import native, products
 from sparing.kernels.norm import recomputed
 from sparing.kernels.sizes import EXPERT_ROWS, HEAD_TOKENS, MOMENT_BLOCK
 from sparing.kernels.vocabulary import linear_cross_entropy
 from sparing.model.init import init_weights
+from sparing.model.low_rank import add_low_rank, fill_frozen, learned
 from sparing.model.rope import rotary_table
 from sparing.model.transformer import Block, Transformer
+from sparing.planning.plan import plan
 from sparing.precision.moments import Average
 from sparing.resolve import LADDER, shaped
 from sparing.train.optim import Optimizer, keep_as
@@ -259,6 +271,35 @@ def test_what_makes_it_larger_and_smaller():
     assert with_train(dtype="float32").total > total
     parts = training_memory(base)
     assert parts.total == parts.weights + parts.gradients + parts.optimizer + parts.activations + parts.process - parts.reused
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("base", ["float32", "bfloat16", "int8"])
+def test_an_adapter_and_what_it_is_beside(name, base):
+    config, adapter = replace(SHAPES[name], mtp_depth=1), AdapterConfig(4, 8.0, base)
+    model, whole = Transformer(config), Transformer(config)
+    init_weights(whole, 0)
+    fill_frozen(model, whole.state_dict().items(), None if base == "float32" else base, "here")
+    held = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    assert held_bytes(config, adapter, "float32") == held
+    add_low_rank(model, adapter, 0)
+    factors = sum(t.numel() for t in learned(model).values())
+    assert factor_weights(config, 4)[0] == factors
+    t = TrainConfig(seq_len=512, batch_size=8, threads=1, replicas=1, device="cpu")
+    full = Config(model=config, train=t, optim=OptimConfig(matrix="adamw"))
+    parts, before = training_memory(replace(full, adapter=adapter)), training_memory(full)
+    assert (parts.weights, parts.gradients, parts.optimizer) == (held + 4 * factors, 4 * factors, 8 * factors)
+    assert parts.total < before.total
+
+
+def test_the_plan_says_what_fits_beside_an_adapter():
+    """A mixture of 16 B parameters on a card of 24 GB."""
+    train = {"micro_batch_size": 1, "seq_len": 1024, "batch_size": 16, "recompute": True}
+    fits = plan("v2-lite", budget="2h", machine="4090", wishes={"adapter": {"base": "int8"}, "train": train})
+    assert 16e9 < fits["memory_bytes"]["weights"]["value"] and fits["memory_bytes"]["total"]["value"] < 0.95 * 24e9
+    assert fits["bpb"]["value"] is None
+    with pytest.raises(UserError, match=r"what fits: --adapter\.base int8"):
+        plan("v2-lite", budget="2h", machine="4090", wishes={"adapter": {"base": "bfloat16"}, "train": train})
 
 
 def test_serving_counts_weights_and_cache():

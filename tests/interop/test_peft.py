@@ -82,7 +82,7 @@ def test_out(base, adapted, tokens, tmp_path):
         api.export(str(adapted), "peft", str(tmp_path / "peft"))
     with pytest.raises(UserError, match="is no adapter"):
         api.export(str(base[0]), "peft", str(tmp_path / "other"))
-    api.import_(str(tmp_path / "peft"), str(tmp_path / "back"), str(base[0]))
+    api.import_(str(tmp_path / "peft"), str(tmp_path / "back"), base=str(base[0]))
     before, after = (load_file(run / "adapter/adapter_model.safetensors") for run in (tmp_path / "run", tmp_path / "back"))
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
@@ -104,7 +104,7 @@ def test_in(base, tokens, tmp_path, kind):
             if "lora_" in name:
                 parameter.normal_(std=0.3)
     model.save_pretrained(tmp_path / "peft")
-    result = api.import_(str(tmp_path / "peft"), str(tmp_path / "run"), str(base[0]))
+    result = api.import_(str(tmp_path / "peft"), str(tmp_path / "run"), base=str(base[0]))
     assert result["rank"] == (6 if mixture and kind != "queries" else 3)
     assert apart(api.load(str(tmp_path / "run")).logits(tokens), peft_logits(base[1], tmp_path / "peft", tokens)) < 1e-4
     if kind == "queries":
@@ -129,7 +129,7 @@ def test_single_experts_as_transformers_4_had_them(base, adapted, tokens, tmp_pa
     (tmp_path / "peft").mkdir()
     save_file(stored, tmp_path / "peft/adapter_model.safetensors")
     (tmp_path / "peft/adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 3}))
-    api.import_(str(tmp_path / "peft"), str(tmp_path / "in"), str(base[0]))
+    api.import_(str(tmp_path / "peft"), str(tmp_path / "in"), base=str(base[0]))
     whole = Transformer(config)
     whole.load_state_dict(weights)
     assert apart(api.load(str(tmp_path / "in")).logits(tokens), whole(tokens).detach()) < 1e-5
@@ -153,7 +153,7 @@ def test_what_is_no_plain_update_is_refused(base, adapted, tmp_path, change, com
     settings = json.loads((tmp_path / "peft/adapter_config.json").read_text())
     (tmp_path / "peft/adapter_config.json").write_text(json.dumps(settings | change))
     with pytest.raises(UserError, match=complaint):
-        api.import_(str(tmp_path / "peft"), str(tmp_path / "out"), str(base[0]))
+        api.import_(str(tmp_path / "peft"), str(tmp_path / "out"), base=str(base[0]))
     assert not (tmp_path / "out").exists()
 
 
@@ -180,4 +180,4 @@ def test_tensors_that_have_no_place_are_refused(base, adapted, tmp_path):
     with pytest.raises(UserError, match="a pickle, which is not loaded"):
         import_peft(tmp_path / "peft", config)
     with pytest.raises(UserError, match="is no PEFT adapter"):
-        api.import_(str(base[1]), str(tmp_path / "out"), str(base[0]))
+        api.import_(str(base[1]), str(tmp_path / "out"), base=str(base[0]))

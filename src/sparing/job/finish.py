@@ -65,7 +65,8 @@ def finish(job: Job, config: Config, model: Transformer, data: TrainingData, res
     write_atomic(run.state / "summary.json", json.dumps(to_json(summary), indent=1))
     cost = f"${summary['cost_usd']:.3g}, {1000 * summary['energy_kwh']:.3g} Wh ({summary['energy_how']}), {summary['co2e_g']:.3g} gCO2e"
     say(f"\nspent: {summary['seconds']:,.0f} s, {cost}; sparing receipt {run} has the details")
-    say(f"{run}: the recipe with its reasons is config.toml, the model weights/, every step metrics.jsonl, a summary MODEL_CARD.md")
+    kept = "weights/" if config.adapter is None else f"adapter/ beside the weights of {config.start.run}"
+    say(f"{run}: the recipe with its reasons is config.toml, the model {kept}, every step metrics.jsonl, a summary MODEL_CARD.md")
     say(f'next: sparing generate {run} --prompt "..."   sparing eval {run} --data PATH   sparing export {run} --format hf --out FOLDER')
     return summary
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from threading import Lock
 from typing import Literal
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,10 @@ from sparing.kernels.norm import rms_norm
 from sparing.kernels.products import Frozen, LowRank, Operand, Weight
 from sparing.kernels.vocabulary import embedding
 from sparing.precision.eight_bit import EightBit
+
+_making = Lock()
+_made: WeakValueDictionary[tuple[int, torch.dtype], Tensor] = WeakValueDictionary()
+"""Weights of few bits as floats, for as long as somebody uses them."""
 
 
 class Factor(nn.Module):
@@ -91,8 +97,16 @@ class Adaptable(nn.Module):
     def floats(self, dtype: torch.dtype) -> Tensor:
         """The only weight, for what has a product of its own, as the head's cross-entropy: as it is where it is floats alone, otherwise as
         one tensor in `dtype`."""
-        plain = self.low_rank_scale is None and self.weight.is_floating_point()
-        return self.weight if plain else self._operand("weight", products.FLOATS).whole(dtype)
+        operand = self._operand("weight", products.FLOATS)
+        if isinstance(operand, LowRank):
+            return operand.whole(dtype)
+        if self.weight.is_floating_point():
+            return self.weight
+        with _making:  # replicas need it at the same time: one of them makes it for all
+            place = self.weight.data_ptr(), dtype
+            if (made := _made.get(place)) is None:
+                made = _made[place] = operand.whole(dtype)
+            return made
 
 
 def _factor(name: str, part: str) -> str:
@@ -128,11 +142,14 @@ class Linear(Adaptable):
 
 
 class Embedding(Adaptable):
-    """A row of its weight (words, width) for each word."""
+    """A row of its weight (words, width) for each word. It can be frozen, and has no low-rank update."""
 
     def __init__(self, words: int, width: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(words, width))
+
+    def add_low_rank(self, rank: int, alpha: float, generator: torch.Generator | None = None) -> None:
+        raise ValueError("an embedding has no low-rank update")
 
     def forward(self, words: Tensor) -> Tensor:
         """(...,) integers -> (..., width), in the weight's type; of int8 codes float32."""

@@ -34,7 +34,7 @@ def with_start(wishes: Wishes) -> Wishes:
     Raises UserError where it is no run with weights and a tokenizer, where nobody names texts, and for wishes that it contradicts.
     """
     if not wishes.value("start.run"):
-        if wishes.get("adapter"):
+        if wishes.get("adapter") is not None:
             raise UserError("adapter: low-rank updates go beside the weights of a run: name one as start.run")
         return wishes
     run = RunFolder.open(Path(wishes.value("start.run")).resolve())
