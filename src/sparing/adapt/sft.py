@@ -141,7 +141,6 @@ def resolved(job: Job, wishes: Wishes, budget: Budget) -> Config:
         _prepare(job, config, facts, sample, template, facts.content)
     corpus = Given(facts.train_bytes)
     keep(job, config, reasons | more, facts, corpus, place, f"{facts.bytes / 1e6:.1f} MB of conversations")
-    write_atomic(job.run.path / "chat_template.jinja", template)
     return config
 
 
@@ -151,7 +150,10 @@ def data(job: Job, config: Config) -> ChatData:
     if not run.tokenizer_file.exists():
         write_atomic(run.tokenizer_file, Path(config.data.tokenizer).read_text(encoding="utf-8"))
     tokenizer = Tokenizer.load(run.tokenizer_file, config.tokens)
-    template = template_text(run) or _template_of(base, tokenizer)
+    template = template_text(run)
+    if template is None:
+        template = _template_of(base, tokenizer)
+        write_atomic(run.path / "chat_template.jinja", template)
     content = corpora(run)[-1]["fingerprint"]
     try:
         pieces = _open(run, _key(config, template, content))
