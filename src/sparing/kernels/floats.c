@@ -2,7 +2,7 @@
  *
  * B is packed into panels of NR columns, so that two registers hold a row of a panel; A is read as it lies, or packed likewise, MR to a panel,
  * where it is transposed and long. An MR x NR block of C stays in registers over up to DEPTH of the inner dimension, for which a panel of B
- * stays in the first cache; HEIGHT rows of A stay in the second one meanwhile. All sizes in numbers, not bytes. What is done with these
+ * stays in the first cache; HEIGHT rows of A and WIDTH columns of B stay in the second one meanwhile. All sizes in numbers, not bytes. What is done with these
  * products is in products.inc.
  */
 #include "numbers.inc"
@@ -26,7 +26,7 @@ enum { LANES = 4, MR = 12 };
 #else
 enum { LANES = 4, MR = 6 };
 #endif
-enum { NR = 2 * LANES, DEPTH = 256, HEIGHT = 32 * MR };
+enum { NR = 2 * LANES, DEPTH = 256, HEIGHT = 32 * MR, WIDTH = 256 };
 enum { TO_F32 = 1, ADD_F32, TO_NUMBER = TO_F32, SKEW = 16, TOKENS = HEIGHT };
 
 typedef float vec __attribute__((vector_size(LANES * 4)));
@@ -157,17 +157,19 @@ static void multiply(int64_t M, int64_t N, int64_t K, Left a, const float *b, in
                      const float *base, int64_t base_stride) {
     float *c = out;
     int64_t parts = (K + DEPTH - 1) / DEPTH + !K, depth = (K + parts - 1) / parts + !K;
+    int64_t high = (M + HEIGHT - 1) / HEIGHT, blocks = high * ((N + WIDTH - 1) / WIDTH);
     for (int64_t k = 0; !k || k < K; k += depth) {
         int add = k || kind == ADD_F32;
         int64_t deep = K - k < depth ? K - k : depth;
-        for (int64_t start = 0; start < M; start += HEIGHT)
-            for (int64_t n = 0; n < N; n += NR) {
+        for (int64_t block = 0; block < blocks; block++)
+            for (int64_t n = block / high * WIDTH, end = n + WIDTH < N ? n + WIDTH : N; n < end; n += NR) {
+                int64_t start = block % high * HEIGHT;
                 const float *right = b + n / NR * panel + k * NR;
                 for (int64_t m = start, stop = M - start < HEIGHT ? M : start + HEIGHT; m < stop;) {
                     const float *left = a.at + m / MR * a.block + m % MR * a.row + k * a.step;
-                    const float *from = base && !k ? base + m * base_stride + n : 0;
+                    const float *more = base && !k ? base + m * base_stride + n : 0;
                     float *to = c + m * stride + n;
-#define TILE(R) (tile(R, deep, left, a.row, a.step, right, to, stride, add, from, base_stride, N - n), m += R)
+#define TILE(R) (tile(R, deep, left, a.row, a.step, right, to, stride, add, more, base_stride, N - n), m += R)
                     if (stop - m >= MR) TILE(MR);
                     else if (MR > 8 && stop - m >= 8) TILE(8);
                     else if (stop - m >= 4) TILE(4);

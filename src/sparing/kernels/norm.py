@@ -65,7 +65,7 @@ def norm_gradient_into(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor,
 
 
 def kept_rows(rows: Tensor | None) -> Tensor | None:
-    """What a sub-layer saves of rows that can be made again."""
+    """What a sub-layer saves of rows that can be made again; None where there are none."""
     return None if rows is None or recomputed.get() or rows.dtype == torch.float32 else rows
 
 

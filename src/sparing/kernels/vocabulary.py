@@ -37,7 +37,7 @@ def _softmax_and_nll(logits: Tensor, targets: Tensor, weights: Tensor | None) ->
     valid = targets != IGNORE
     if native.usable(logits):
         nll = torch.empty(len(logits), dtype=torch.float32)
-        native.call("cross_entropy", logits.dtype, logits, targets.contiguous(), weights, 1.0, nll, *logits.shape)
+        native.call("cross_entropy", logits.dtype, logits, targets.contiguous(), weights, 1.0, nll, *logits.shape, logits.stride(0))
         return logits, nll
     probability = logits.softmax(-1)
     rows, words = probability.shape
