@@ -124,7 +124,7 @@ def test_python_dash_m_and_version():
         ("serve r --speculate maybe", "--speculate maybe: not available; choose auto or on or off"),
         ("serve r --host 0.0.0.0", "--host 0.0.0.0 lets others on the network in"),
         ("export r --dtype int4 --out x", "--dtype int4: not available; choose float32 or bfloat16"),
-        ("import", "import needs FOLDER"),
+        ("import", "import needs SOURCE"),
         ("import f", "import needs --out"),
         ("bench", "bench needs NAME"),
         ("bench train --steps", "--steps needs a value"),
