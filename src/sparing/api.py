@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -358,6 +359,20 @@ def rebase(run: str, base: str | None) -> None:
             write_atomic(folder.config_file, write_config(changed, reasons_of(folder)))
 
 
+@contextmanager
+def _whole_or_none(out: str) -> Iterator[RunFolder]:
+    """A new run folder, under its lock; where making it fails, a folder that was not there before is not there afterwards."""
+    new = not Path(out).exists()
+    run = RunFolder.create(out)
+    try:
+        with run.lock():
+            yield run
+    except BaseException:
+        if new:
+            shutil.rmtree(run.path, ignore_errors=True)
+        raise
+
+
 def merge(run: str, out: str, started: float | None = None) -> dict:
     """Make a run with weights of its own of an adapter run: those of the base, as they were held in training, and the updates.
 
@@ -373,8 +388,7 @@ def merge(run: str, out: str, started: float | None = None) -> dict:
         layout = {name: (torch.float32, shape) for name, shape in shapes(config.model).items()}
         if strange := layout.keys() ^ set(tensors):
             raise DamagedError(f"{min(strange)} does not belong to the model")
-        merged = RunFolder.create(out)
-        with merged.lock(), metered("merge", merged, "merge", started):
+        with _whole_or_none(out) as merged, metered("merge", merged, "merge", started):
             stream_tensors(merged.weights_file, layout, ((name, tensors[name].float()) for name in layout))
             for file in (folder.tokenizer_file, folder.path / "chat_template.jinja", folder.model_card_file):
                 if file.exists():
@@ -437,9 +451,9 @@ def _import_adapter(folder: str, out: str, base: str | None) -> dict:
     config = read_config(parent.config_file)
     if not parent.learned_file.exists():
         raise UserError(f"--base {base}: has no weights yet")
-    found = import_peft(folder, config.model)
-    run = RunFolder.create(out)
-    with run.lock():
+    found, chat = import_peft(folder, config.model), template_text(RunFolder(folder))
+    ChatTemplate(chat)  # a broken one is told before anything is written
+    with _whole_or_none(out) as run:
         run.adapter_file.parent.mkdir(exist_ok=True)
         run.weights.rmdir()
         write_tensors(run.adapter_file, found.factors)
@@ -450,9 +464,7 @@ def _import_adapter(folder: str, out: str, base: str | None) -> dict:
         keep_origin(run, config)
         if parent.tokenizer_file.exists():
             link_or_copy(parent.tokenizer_file, run.tokenizer_file)
-        chat = template_text(RunFolder(folder))
         if chat is not None:
-            ChatTemplate(chat)
             write_atomic(run.path / "chat_template.jinja", chat)
         write_atomic(run.config_file, write_config(config))
     notes = [f"made for {found.base}, used on {base}", *found.notes] if found.base else found.notes

@@ -197,8 +197,8 @@ def test_other_verbs_say_what_they_are_not_for(workplace, tmp_path):
 
 
 OPTIONS = (
-    "--budget 24ktok --train.seq-len 64 --samples 0 --train.threads 1 --train.replicas 1 --train.compile false --train.micro-batch-size 8 --train.batch-size 8"
-    " --train.kernels plain --train.dtype float32 --train.evals 3 --train.checkpoint-interval-s 0.2 --optim.lr 0.003"
+    "--budget 24ktok --samples 0 --train.seq-len 64 --train.batch-size 8 --train.micro-batch-size 8 --train.threads 1 --train.replicas 1"
+    " --train.compile false --train.kernels plain --train.dtype float32 --train.evals 3 --train.checkpoint-interval-s 0.2 --optim.lr 0.003"
 ).split()
 TIMING = ("seconds", "tokens_per_s", "mfu", "took_s", "watts", "memory_bytes")
 

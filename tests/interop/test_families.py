@@ -431,7 +431,7 @@ PUBLISHED = {
             "max_position_embeddings": 40960, "tie_word_embeddings": False, "use_sliding_window": False, "sliding_window": None,
         },
         30_532_122_624,
-        3.35e9,
+        3.35e9 - 151936 * 2048,  # published with the input embedding, which ours leaves out
     ),
     "DeepSeek-V2-Lite": (
         {

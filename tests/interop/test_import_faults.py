@@ -97,7 +97,7 @@ CONFIG_FAULTS = {
     "misspelt": ({"hidden_size": ..., "hiden_size": 32}, r"hidden_size is missing \(nearest present: hiden_size\)"),
     "not a number": ({"num_hidden_layers": "3"}, "num_hidden_layers is '3'"),
     "negative": ({"vocab_size": -1}, "vocab_size is -1"),
-    "zero": ({"num_attention_heads": 0, "num_key_value_heads": 0}, "num_attention_heads is 0"),
+    "zero": ({"num_attention_heads": 0, "num_key_value_heads": 0}, "num_attention_heads must be at least 1, not 0"),
     "a truth as a number": ({"n_group": True}, "n_group is True"),
     "activation": ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
     "attention bias": ({"attention_bias": True}, "attention_bias is True"),

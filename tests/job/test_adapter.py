@@ -182,3 +182,8 @@ def test_a_base_that_moved_and_another_one(adapted, workplace, tmp_path):
     write_tensors(run / "adapter/adapter_model.safetensors", kept | {"model.layers.7.mlp.x.lora_A.weight": torch.ones(2, 2)})
     with pytest.raises(UserError, match="updates no weight"):
         api.load(str(run))
+    name = "model.layers.0.self_attn.o_proj.lora_A.weight"
+    write_tensors(run / "adapter/adapter_model.safetensors", kept | {name: kept[name][:1]})
+    with pytest.raises(UserError, match=r"cannot be merged: factors of .*o_proj"):
+        api.merge(str(run), str(tmp_path / "torn"))
+    assert not (tmp_path / "torn").exists()

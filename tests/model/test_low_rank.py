@@ -8,12 +8,14 @@ from tests.losses import loss_of
 from tests.model.shapes import TINY
 from tests.model.test_frozen import filled, gradients
 
-from sparing.base.config import OptimConfig, PrecisionConfig
-from sparing.base.layers import layers
+from sparing.base.config import AdapterConfig, OptimConfig, PrecisionConfig
+from sparing.base.layers import is_matrix, layers
+from sparing.base.run import AdaptedTensors, fill
 from sparing.data.loader import Batch
 from sparing.kernels import native
 from sparing.model.experts import Experts
 from sparing.model.linear import Adaptable, Linear
+from sparing.model.low_rank import add_low_rank, fill_frozen, learned
 from sparing.model.transformer import Transformer
 from sparing.precision.activations import kept_in_int8
 from sparing.precision.eight_bit import install
@@ -32,7 +34,8 @@ SHAPES = {
 
 
 def adaptable(model) -> dict[str, Adaptable]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, Adaptable) and name != "lm_head"}
+    left_out = ("lm_head", "model.embed_tokens")
+    return {name: module for name, module in model.named_modules() if isinstance(module, Adaptable) and name not in left_out}
 
 
 def adapted(config, kind: str | None = "int8", rank: int = 4) -> Transformer:
@@ -252,3 +255,37 @@ def test_the_head_too(kind, rank):
         assert distance(found["lm_head.lora_B.weight"], 2.0 * whole @ a.T) < 0.05
     tokens, _ = batch(model.config)
     assert distance(model.eval()(tokens), before.eval()(tokens)) < 0.03
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", ["int8", "bfloat16", None])
+def test_a_model_is_frozen_as_it_is_read(shape, tied, kind):
+    c = replace(SHAPES[shape], tie_word_embeddings=tied)
+    whole, model = filled(c), Transformer(c)
+    fill_frozen(model, whole.state_dict().items(), kind, "here")
+    assert not learned(model)
+    sizes = {name: t.element_size() for name, t in model.state_dict().items() if is_matrix(name, t.ndim)}
+    assert set(sizes.values()) == {{"int8": 1, "bfloat16": 2, None: 4}[kind]} and "model.embed_tokens.weight" in sizes
+    merged, held = Transformer(c), AdaptedTensors(whole.state_dict(), {}, AdapterConfig(4, 8.0, kind or "float32"))
+    fill(merged.state_dict(), held.items(), "here")  # what merging makes of the weights is what is trained beside
+    tokens, _ = batch(c)
+    assert distance(model.eval()(tokens), merged.eval()(tokens)) < 1e-5
+    assert (distance(merged.model.embed_tokens.weight, whole.model.embed_tokens.weight) > 1e-4) == (kind is not None)
+    add_low_rank(model, AdapterConfig(4, 8.0), 0)
+    names = learned(model).keys()
+    mtp = f"layers.{c.num_layers}."
+    assert names and all("lora_" in name and mtp not in name and "embed" not in name and "mlp.gate." not in name for name in names)
+    loss_of(model.train(), *batch(c)).total.backward()
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == set(names)
+    with pytest.raises(ValueError, match="no low-rank update"):
+        model.model.embed_tokens.add_low_rank(4, 8.0)
+
+
+def test_floats_of_few_bits_are_made_once_at_a_time():
+    model = filled(replace(SHAPES["dense"], tie_word_embeddings=True))
+    model.model.embed_tokens.freeze("int8")
+    first, second = model.head_weight, model.head_weight
+    assert first is second and first.dtype == torch.float32
+    model.compute_dtype = torch.bfloat16
+    assert model.head_weight.dtype == torch.bfloat16 and torch.equal(model.head_weight.float(), first.bfloat16().float())

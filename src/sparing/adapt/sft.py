@@ -57,6 +57,8 @@ LOST = 0.02
 BATCH_TOKENS = (2048, 16384)
 STEPS = 100
 """A batch is as large as leaves about this many steps, within BATCH_TOKENS."""
+FEW_STEPS, LEAST_ROWS = 32, 2
+"""Rows are no longer than leaves so many steps of so many rows: fewer steps are all warm-up, and a core takes a row."""
 EPOCHS = 4.0
 """More seldom help (Muennighoff and others, arXiv 2305.16264, of pre-training; answers are learnt by heart sooner)."""
 SCORED, FEWEST = 0.033, 2000
@@ -141,7 +143,6 @@ def resolved(job: Job, wishes: Wishes, budget: Budget) -> Config:
         _prepare(job, config, facts, sample, template, facts.content)
     corpus = Given(facts.train_bytes)
     keep(job, config, reasons | more, facts, corpus, place, f"{facts.bytes / 1e6:.1f} MB of conversations")
-    write_atomic(job.run.path / "chat_template.jinja", template)
     return config
 
 
@@ -151,7 +152,10 @@ def data(job: Job, config: Config) -> ChatData:
     if not run.tokenizer_file.exists():
         write_atomic(run.tokenizer_file, Path(config.data.tokenizer).read_text(encoding="utf-8"))
     tokenizer = Tokenizer.load(run.tokenizer_file, config.tokens)
-    template = template_text(run) or _template_of(base, tokenizer)
+    template = template_text(run)
+    if template is None:
+        template = _template_of(base, tokenizer)
+        write_atomic(run.path / "chat_template.jinja", template)
     content = corpora(run)[-1]["fingerprint"]
     try:
         pieces = _open(run, _key(config, template, content))
@@ -204,16 +208,17 @@ def _tokens(job: Job, wishes: Wishes, budget: Budget, place: Place) -> float:
 def _derived(own: Wishes, wishes: Wishes, facts: ChatFacts, sample: _Sample, tokens: float) -> tuple[dict, dict[str, str]]:
     """(settings that the user's own wishes leave open, the reason for each by dotted name). tokens: that the budget trains on."""
     longest = wishes.config().model.max_position_embeddings
+    longest = min(longest, max(LENGTHS[1], int(tokens / FEW_STEPS / LEAST_ROWS)))
     lengths = [length for length in LENGTHS if length <= longest] or [longest]
     length = own.value("train.seq_len") or next((length for length in lengths if sample.lost(length) <= LOST), lengths[-1])
     all_tokens = facts.train_bytes * sample.tokens_per_byte
-    rows = 2 ** round(np.log2(max(1.0, min(max(tokens / STEPS, BATCH_TOKENS[0]), BATCH_TOKENS[1]) / length)))
+    rows = 2 ** round(np.log2(max(LEAST_ROWS, min(max(tokens / STEPS, BATCH_TOKENS[0]), BATCH_TOKENS[1]) / length)))
     scored = int(min(max(SCORED * tokens, FEWEST), tokens))
     settings: dict = {
         "train": {"seq_len": length, "batch_size": rows, "short_seq_len": None, "eval_bytes": max(1, int(scored / sample.tokens_per_byte))},
     }
     reasons = {
-        "train.seq_len": f"the shortest rows that hold {1 - sample.lost(length):.1%} of the answers",
+        "train.seq_len": f"rows that hold {1 - sample.lost(length):.1%} of the answers, and leave {FEW_STEPS} steps",
         "train.batch_size": f"{rows * length:,} tokens: about {tokens / rows / length:,.0f} steps",
         "train.eval_bytes": f"about {scored:,} tokens of held-out conversations: scoring may take a small share of the budget",
     }

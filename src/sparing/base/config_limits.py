@@ -12,15 +12,21 @@ from sparing.base.layers import mixtures
 _ONE, _SHARE, _BELOW_ONE = (1, math.inf), (0, 1), (0, math.nextafter(1, 0))
 _MLA = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 _EXPERTS = ("num_experts_per_tok", "moe_intermediate_size", "n_group", "topk_group")
+_LAYERS = 100_000
+"""More layers are a slip, or a file that means harm: each is an object in memory."""
 RANGES: dict[str, dict[str, tuple[float, float]]] = {
     "ModelConfig": {
-        **dict.fromkeys(("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "q_lora_rank"), _ONE),
+        **dict.fromkeys(("vocab_size", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "q_lora_rank"), _ONE),
         **dict.fromkeys(("intermediate_size", "max_position_embeddings", *_MLA, *_EXPERTS), _ONE),
-        **dict.fromkeys(("num_dense_layers", "n_routed_experts", "n_shared_experts", "mtp_depth", "rms_norm_eps"), (0, math.inf)),
+        **dict.fromkeys(("num_dense_layers", "n_routed_experts", "n_shared_experts", "rms_norm_eps"), (0, math.inf)),
+        "num_layers": (1, _LAYERS),
+        "mtp_depth": (0, _LAYERS),
         **dict.fromkeys(("rope_theta", "routed_scaling_factor"), (1e-9, math.inf)),
         "partial_rotary_factor": (1e-9, 1),
         "linear_rope_factor": _ONE,
     },
+    "YarnConfig": dict.fromkeys(("factor", "original_max_position_embeddings"), _ONE)
+    | dict.fromkeys(("beta_fast", "beta_slow"), (1e-9, math.inf)),
     "Llama3RopeConfig": dict.fromkeys(("factor", "original_max_position_embeddings"), _ONE)
     | dict.fromkeys(("low_freq_factor", "high_freq_factor"), (1e-9, math.inf)),
     "OptimConfig": {

@@ -293,8 +293,8 @@ def _reached(run: PlannedRun, tokens: Estimate) -> dict[str, Estimate]:
     if run.beginning is not None:
         gain = _gain(run, run.beginning, tokens)
         return {"bpb": after_gain(run.beginning.before, gain), "gain": gain}
-    if run.config.adapter is not None:
-        return {"bpb": Estimate(None, None, None, "the law is of runs that begin with noise")}
+    if run.config.adapter is not None:  # a plan that names no run to begin with
+        return {"bpb": Estimate(None, None, None, "what low-rank updates reach depends on the model that they go beside")}
     counts = parameters(run.config.model)
 
     def bpb(count: float) -> Estimate:

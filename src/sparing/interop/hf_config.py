@@ -9,10 +9,11 @@ import difflib
 import json
 import math
 from dataclasses import asdict, dataclass, replace
+from dataclasses import fields as fields_of
 from pathlib import Path
 
 from sparing.base.config import Llama3RopeConfig, ModelConfig, TokensConfig, UserError, YarnConfig
-from sparing.base.config_limits import contradiction
+from sparing.base.config_limits import contradiction, in_range
 from sparing.base.files import read_text
 from sparing.base.layers import layers
 from sparing.interop.families import FAMILIES, OPTIONAL, OTHER_SPELLINGS, Family, family_of
@@ -132,7 +133,8 @@ def to_hf(config: ModelConfig, dtype: str, tokens: TokensConfig) -> tuple[dict, 
 def from_hf(raw: dict, where: Path) -> tuple[ModelConfig, TensorFormat]:
     """config.json -> (our config, how to read its tensors). Raises UserError for what our model cannot compute; `where` is for messages."""
     fields = Fields(raw, where)
-    family = FAMILIES.get(raw.get("model_type"))
+    named = raw.get("model_type")
+    family = FAMILIES.get(named) if isinstance(named, str) else None
     if family is None:
         raise fields.fail(f"model_type is {raw.get('model_type')!r}, supported: {', '.join(FAMILIES)}")
     for key, value in family.fixed.items():
@@ -152,7 +154,10 @@ def from_hf(raw: dict, where: Path) -> tuple[ModelConfig, TensorFormat]:
             raise fields.unsupported(f"topk_method is {method!r}, supported: 'greedy', 'group_limited_greedy'")
         values |= {"n_group": 1, "topk_group": 1} if method == "greedy" else {}
     config = _rope_from_hf(fields, family, ModelConfig(**values, attention=family.attention))
-    theirs = {ours: key[0] for ours, key in family.keys.items() if ours in ("num_layers", "num_heads", "num_kv_heads")}
+    theirs = {ours: key[0] for ours, key in family.keys.items()}
+    for part in (config, config.yarn, config.llama3):
+        for field in fields_of(part) if part else ():
+            in_range(type(part), field.name, getattr(part, field.name), f"{where}: {theirs.get(field.name, field.name)}")
     if wrong := contradiction(config, lambda name: theirs.get(name, name)):
         raise fields.fail(wrong)
     halves = not fields.get("rope_interleave", bool, True) if raw["model_type"] == "deepseek_v3" else family.halves
@@ -264,9 +269,15 @@ def _rope_from_hf(fields: Fields, family: Family, config: ModelConfig) -> ModelC
         mscale=rope.get("mscale", float, 0.0),
         mscale_all_dim=rope.get("mscale_all_dim", float, 0.0),
     )
+    for key in ("mscale", "mscale_all_dim"):
+        if rope.get(key, float, 0.0) < 0:
+            raise fields.fail(f"{key} is {raw[key]}, expected 0 or more")
     factor = rope.get("attention_factor", float, _on_cos_sin(yarn))
+    if factor <= 0:
+        raise fields.fail(f"attention_factor is {factor}, expected more than 0")
     if config.attention == "gqa":
         m = (factor - 1.0) / (0.1 * math.log(yarn.factor)) if yarn.factor > 1.0 else 0.0
+        m = m or 1e-9  # a factor of 1; an mscale of 0 would mean that none is given, which is another temperature
         yarn = replace(yarn, mscale=m, mscale_all_dim=m)
         if abs(yarn_temperature(yarn) - factor) > 1e-6:
             raise fields.unsupported(f"attention_factor {factor} cannot be expressed by YaRN's mscale")

@@ -64,9 +64,9 @@ def norm_gradient_into(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor,
     return grad_weight
 
 
-def kept_rows(rows: Tensor) -> Tensor | None:
-    """What a sub-layer saves of rows that can be made again."""
-    return None if recomputed.get() or rows.dtype == torch.float32 else rows
+def kept_rows(rows: Tensor | None) -> Tensor | None:
+    """What a sub-layer saves of rows that can be made again; None where there are none."""
+    return None if rows is None or recomputed.get() or rows.dtype == torch.float32 else rows
 
 
 def normed_again(rows: Tensor | None, x: Tensor, weight: Tensor, eps: float) -> Tensor:

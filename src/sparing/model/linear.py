@@ -142,11 +142,14 @@ class Linear(Adaptable):
 
 
 class Embedding(Adaptable):
-    """A row of its weight (words, width) for each word."""
+    """A row of its weight (words, width) for each word. It can be frozen, and has no low-rank update."""
 
     def __init__(self, words: int, width: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(words, width))
+
+    def add_low_rank(self, rank: int, alpha: float, generator: torch.Generator | None = None) -> None:
+        raise ValueError("an embedding has no low-rank update")
 
     def forward(self, words: Tensor) -> Tensor:
         """(...,) integers -> (..., width), in the weight's type; of int8 codes float32."""
