@@ -15,6 +15,7 @@ from sparing.base.config import UserError
 from sparing.base.config_file import read_config
 from sparing.base.files import file_sha256, read_lines
 from sparing.base.run import RunFolder
+from sparing.cli.main import main
 from sparing.data.chat import ChatTemplate, template_text
 from sparing.data.tokenizer import Tokenizer
 
@@ -246,3 +247,21 @@ def test_a_finished_run_is_extended_and_other_conversations_are_noticed(workplac
         api.resume(str(run), "+4ktok", samples=0)
     more = api.resume(str(run), "+4ktok", samples=0, data=[file])
     assert json.loads((run / "state/chats/counts.json").read_text())["train"]["chats"] > 100 and more["tokens"] > 8000
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("sft", "sft needs RUN"),
+        ("sft r --budget 5m --out o", "sft needs --data"),
+        ("sft r --data d --out o", "sft needs --budget"),
+        ("sft r --data d --budget soon --out o", "not a number with a unit"),
+        ("sft r --data d --budget 5m --out o --method both", "--method both: not available; choose lora or full"),
+        ("sft r --data d --budget 5m --out o --samples -1", "--samples -1: must be 0 or more"),
+        ("sft r --data d --budget 5m --out o --vall x", "unknown option --vall; nearest: --val"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(capsys, line, says):
+    assert main(line.split()) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and says in err
