@@ -138,13 +138,15 @@ def saved_per_token(
         return size * (numbers - again * D) + scales
     rows = f.chosen
     per_row = (0 if again else D) + 2 * f.width + 1 + (2 * f.width if path == "cuda" else 0)
-    router = (2 if eight_bit else 4) * D + 4 * f.experts * (3 if balance else 1) + rows * (8 + 4 + 4 + 8)
+    copied = 2 if eight_bit else 4 if size == 2 else 0  # the router's input in float32, which float32 rows are already
+    router = copied * D + 4 * f.experts * (3 if balance else 1) + rows * (8 + 4 + 4 + 8)
     return size * (numbers + rows * per_row) + scales + router + rows * 8
 
 
-def filler_bytes(f: FeedForward, size: int) -> float:
-    """Rows that fill each expert's group up to a multiple of EXPERT_ROWS on a CPU, on average half of one, in one layer."""
-    return f.experts * EXPERT_ROWS / 2 * (size * (f.hidden + 2 * f.width + 1) + 8)
+def filler_bytes(f: FeedForward, size: int, again: bool) -> float:
+    """Rows that fill each expert's group up to a multiple of EXPERT_ROWS on a CPU, on average half of one, in one layer. again: what goes
+    into the experts is gathered again for the backward pass."""
+    return f.experts * EXPERT_ROWS / 2 * (size * ((0 if again else f.hidden) + 2 * f.width + 1) + 8)
 
 
 def _copied(c: ModelConfig, path: KernelPath, whole: bool) -> float:
@@ -176,7 +178,8 @@ def activations(config: Config, rows: int, seq_len: int, path: KernelPath = "pla
             kept += tokens * c.hidden_size * size
             continue
         kept += tokens * saved_per_token(layer, seq_len, size, path, t.sequence_balance > 0, eight_bit)
-        kept += filler_bytes(layer.feed_forward, size) if layer.mixture and path in ("plain", "passes") else 0.0
+        if layer.mixture and path in ("plain", "passes"):
+            kept += filler_bytes(layer.feed_forward, size, again=path == "passes" and size == 4)
     if t.recompute:  # one layer at a time is whole
         kept += tokens * max(saved_per_token(layer, seq_len, size, path) for layer in _ends(c))
     heads = 1 + c.mtp_depth
