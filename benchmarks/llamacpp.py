@@ -49,7 +49,10 @@ class LlamaCppBuild(EngineSide):
     """llama.cpp's library itself, by the least there can be around it: one call a step, and the largest logit of each text."""
 
     def import_libraries(self) -> None:
-        sys.path.insert(0, os.environ[BUILD])
+        folder = os.environ[BUILD]
+        for name in ("ggml-base", "ggml-cpu", "ggml"):  # this build's, whichever libllama would find first
+            ctypes.CDLL(os.path.join(folder, "llama_cpp", "lib", f"lib{name}.so"), ctypes.RTLD_GLOBAL)
+        sys.path.insert(0, folder)
         import llama_cpp.llama_cpp as library
 
         self.library = library

@@ -31,12 +31,14 @@ def build(folder: Path, isa: str, jobs: int = 1) -> Path:
     options = [f"-DGGML_{name}=ON" for name in OPTIONS[isa]] + [f"-DLLAMA_BUILD_{name}=OFF" for name in LEFT_OUT]
     work = folder / f"build-{isa}"
     say(f"building llama.cpp for {isa} in {work}")
-    common = ["-DCMAKE_BUILD_TYPE=Release", "-DBUILD_SHARED_LIBS=ON", "-DGGML_NATIVE=OFF"]
+    common = ["-DCMAKE_BUILD_TYPE=Release", "-DBUILD_SHARED_LIBS=ON", "-DGGML_NATIVE=OFF", "-DCMAKE_BUILD_RPATH_USE_ORIGIN=ON"]
     _run("cmake", "-S", sources / "vendor" / "llama.cpp", "-B", work, *common, *options)
     _run("cmake", "--build", work, "--target", "llama", "-j", jobs)
-    shutil.copytree(sources / "llama_cpp", made / "llama_cpp", dirs_exist_ok=True)
     libraries = made / "llama_cpp" / "lib"
-    libraries.mkdir(exist_ok=True)
+    libraries.mkdir(parents=True, exist_ok=True)
+    (made / "llama_cpp" / "__init__.py").touch()  # the package's own asks for more packages
+    for name in ("llama_cpp.py", "_ctypes_extensions.py", "_ggml.py"):
+        shutil.copy2(sources / "llama_cpp" / name, made / "llama_cpp" / name)
     for file in sorted((work / "bin").glob("*.so*"), key=lambda path: "libllama" in path.name):  # its presence says that all are there
         shutil.copy2(file, libraries / file.name)
     return made

@@ -296,13 +296,14 @@ class CompiledNetwork:
     """`forward` and `draft` in C. Each row's result is the same, bit for bit, whatever other rows its step has.
 
     blocks: size of the cache. threads: at most 255. expert_bytes: keep at most so many bytes of experts in memory; 0: no limit.
-    processor: compile for another processor than this one. adapters: whose numbers `Rows.adapters` has. After a step with `Rows.shares`,
-    `used` (rows,) has each row's experts, summed over layers; otherwise it is None.
+    processor: compile for another processor than this one. adapters: whose numbers `Rows.adapters` has. two_digits: products whose rows are
+    rounded to two digits of 8 bits instead of one, by their names in `decode.TWO_DIGITS`: more exact, and twice the work. After a step with
+    `Rows.shares`, `used` (rows,) has each row's experts, summed over layers; otherwise it is None.
     """
 
     def __init__(
         self, c: ModelConfig, weights: PackedWeights, format: str, blocks: int, threads: int, expert_bytes: int = 0,
-        processor: str | None = None, adapters: Sequence[Factors] = (),
+        processor: str | None = None, adapters: Sequence[Factors] = (), two_digits: tuple[str, ...] = ("o",),
     ):  # fmt: skip
         self.c, self.packed_weights, self.format = c, weights, format
         self._library = library(processor)
@@ -320,9 +321,11 @@ class CompiledNetwork:
             latent=c.kv_lora_rank, q_rank=c.q_lora_rank or 0, kv_heads=c.num_kv_heads, head_dim=c.head_dim, latent_attention=int(mla),
             experts=c.n_routed_experts if moe else 0, chosen=c.num_experts_per_tok, least=1, groups=c.n_group, chosen_groups=c.topk_group,
             scoring=decode.SCORING[c.scoring_func], normalise=int(c.norm_topk_prob), expert_width=c.moe_intermediate_size,
+            digits=sum(decode.TWO_DIGITS[name] for name in two_digits),
             vocabulary=c.vocab_size, layers=c.num_layers, all_layers=every, width=width, embed_bf16=int(format != "float32"),
             quantised=int(format in ("int8", "int4")), eps=c.rms_norm_eps, scale=softmax_scale(c), routed_scale=c.routed_scaling_factor,
-            embed=weights.address("embed") if "embed" in weights.parts else None, final_norm=weights.address("norm"), rotary=self._turns.data_ptr(), cache=self.cache.data_ptr(),
+            embed=weights.address("embed") if "embed" in weights.parts else None, final_norm=weights.address("norm"),
+            rotary=self._turns.data_ptr(), cache=self.cache.data_ptr(),
             head=self._matrix("head"), layer=self._layers,
         )  # fmt: skip
         if expert_bytes and moe:

@@ -63,7 +63,7 @@ typedef struct { /* room for some of the experts of a mixture that does not fit 
 
 typedef struct {
     int64_t hidden, heads, nope, rope, value, latent, q_rank, kv_heads, head_dim, latent_attention;
-    int64_t experts, chosen, least, groups, chosen_groups, scoring, normalise, expert_width, shared_width;
+    int64_t experts, chosen, least, groups, chosen_groups, scoring, normalise, expert_width, shared_width, digits;
     int64_t vocabulary, layers, all_layers, width, embed_bf16, quantised;
     float eps, scale, routed_scale;
     const void *embed; /* 0: tied, the head's rows */
@@ -425,7 +425,7 @@ static void reserve(Model *m, int64_t rows, int64_t longest, int T) {
     if (wide > widest) widest = wide;
     if (2 * m->hidden > widest) widest = 2 * m->hidden;
     if (H * (m->nope + m->rope) > widest) widest = H * (m->nope + m->rope);
-    int64_t inputs = rows * widest;
+    int64_t inputs = 2 * rows * widest; /* two digits */
     int64_t floats[24] = {0};
     floats[X] = floats[NORMED] = rows * m->hidden;
     floats[FIRST] = rows * up(l[0].first.outputs, PANEL);
@@ -442,7 +442,7 @@ static void reserve(Model *m, int64_t rows, int64_t longest, int T) {
     floats[ENDS] = m->experts + 1;
     floats[JOINED] = rows * 2 * m->hidden;
     floats[BYTES] = (inputs + rows * (H + 1) * 128) / 4 + 64;
-    floats[SCALES] = rows * H;
+    floats[SCALES] = rows * (H > 2 ? H : 2);
     floats[SUMS] = inputs / 16 + 2 * floats[SCALES];
     floats[EXPERT_BYTES] = slots * apart(m->expert_width) / 4;
     floats[EXPERT_SCALES] = slots;
@@ -462,6 +462,26 @@ void release(Model *m) {
 
 static Input input(const Model *m, float *x, int64_t stride, int64_t inner) {
     return (Input){x, stride, m->scratch[BYTES], m->scratch[SCALES], m->scratch[SUMS], apart(inner), 1 + (inner + GROUP - 1) / GROUP};
+}
+
+enum { DOWN_TWICE = 1, O_TWICE = 2, FIRST_TWICE = 4, GATE_UP_TWICE = 8, HEAD_TWICE = 16 }; /* m->digits */
+
+/* Row i of N for a product. With two digits what the rounding left is row N + i, rounded like a number of its own; x is overwritten then. */
+static void to_bytes(const Model *m, int twice, const Input *in, int64_t i, int64_t N, float *x, int64_t n) {
+    if (!m->quantised) return;
+    quantise(in, i, x, n);
+    if (!twice) return;
+    const int8_t *q = in->q + i * in->q_stride;
+    float scale = in->scale[i];
+    SIMD for (int64_t k = 0; k < n; k++) x[k] -= (float)q[k] * scale;
+    quantise(in, N + i, x, n);
+}
+
+/* out (N, outputs) (+)= m times the N rows of `to_bytes`, or of floats. */
+static void product_of_rows(const Model *model, int twice, const Matrix *m, const Input *in, int64_t N, float *out, int64_t stride, int add, int t,
+                            int T) {
+    product(m, in, 0, 0, N, out, stride, add, t, T);
+    if (model->quantised && twice) product(m, in, 0, N, N, out, stride, 1, t, T);
 }
 
 #define MINE(i, count) for (int64_t i = (count) * t / T, end_##i = (count) * (t + 1) / T; i < end_##i; i++)
@@ -643,10 +663,10 @@ static void block(Model *m, const Batch *b, int64_t layer, int t, int T) {
     Input in = input(m, normed, D, D);
     MINE(i, N) {
         norm(x + i * D, l->input_norm, m->eps, D, normed + i * D);
-        if (m->quantised) quantise(&in, i, normed + i * D, D);
+        to_bytes(m, m->digits & FIRST_TWICE, &in, i, N, normed + i * D, D);
     }
     WAIT();
-    product(&l->first, &in, 0, 0, N, m->scratch[FIRST], up(l->first.outputs, PANEL), 0, t, T);
+    product_of_rows(m, m->digits & FIRST_TWICE, &l->first, &in, N, m->scratch[FIRST], up(l->first.outputs, PANEL), 0, t, T);
     WAIT();
     adapt(m, b, layer, FIRST_SITE, normed, D, m->scratch[FIRST], up(l->first.outputs, PANEL), t, T);
     float *heads = m->scratch[m->latent_attention ? HEADS : MIXED];
@@ -655,20 +675,20 @@ static void block(Model *m, const Batch *b, int64_t layer, int t, int T) {
     WAIT();
     Input mixed = input(m, heads, wide, wide);
     if (m->quantised) {
-        MINE(i, N) quantise(&mixed, i, heads + i * wide, wide);
+        MINE(i, N) to_bytes(m, m->digits & O_TWICE, &mixed, i, N, heads + i * wide, wide);
         WAIT();
     }
-    product(&l->o, &mixed, 0, 0, N, x, D, 1, t, T);
+    product_of_rows(m, m->digits & O_TWICE, &l->o, &mixed, N, x, D, 1, t, T);
     WAIT();
     adapt(m, b, layer, OUTPUT_SITE, heads, wide, x, D, t, T);
     MINE(i, N) {
         norm(x + i * D, l->post_norm, m->eps, D, normed + i * D);
-        if (m->quantised) quantise(&in, i, normed + i * D, D);
+        to_bytes(m, (m->digits & GATE_UP_TWICE) && !l->router.outputs, &in, i, N, normed + i * D, D);
     }
     WAIT();
     if (l->gate_up.outputs) {
         int64_t F = l->down.inner;
-        product(&l->gate_up, &in, 0, 0, N, shared, 2 * F, 0, t, T);
+        product_of_rows(m, (m->digits & GATE_UP_TWICE) && !l->router.outputs, &l->gate_up, &in, N, shared, 2 * F, 0, t, T);
     }
     if (l->router.outputs) experts(m, b, l, layer, &in, t, T);
     if (l->gate_up.outputs) {
@@ -678,10 +698,10 @@ static void block(Model *m, const Batch *b, int64_t layer, int t, int T) {
         Input hidden = input(m, shared, 2 * F, F);
         MINE(i, N) {
             swiglu(shared + i * 2 * F, F);
-            if (m->quantised) quantise(&hidden, i, shared + i * 2 * F, F);
+            to_bytes(m, m->digits & DOWN_TWICE, &hidden, i, N, shared + i * 2 * F, F);
         }
         WAIT();
-        product(&l->down, &hidden, 0, 0, N, x, D, 1, t, T);
+        product_of_rows(m, m->digits & DOWN_TWICE, &l->down, &hidden, N, x, D, 1, t, T);
         WAIT();
         adapt(m, b, layer, DOWN_SITE, shared, 2 * F, x, D, t, T);
     } else
@@ -736,12 +756,14 @@ static void step(Model *m, const Batch *b, int t, int T) {
     }
     MINE(i, N) norm(x + i * D, last, m->eps, D, b->after + i * D);
     WAIT();
-    Input in = input(m, b->after, D, D);
-    if (m->quantised) {
-        MINE(i, b->wanted) quantise(&in, b->wanted_rows[i], b->after + b->wanted_rows[i] * D, D);
-        WAIT();
+    float *wanted = m->scratch[NORMED]; /* a copy: the caller gets what is after the norm */
+    Input in = input(m, wanted, D, D);
+    MINE(i, b->wanted) {
+        memcpy(wanted + i * D, b->after + b->wanted_rows[i] * D, D * 4);
+        to_bytes(m, m->digits & HEAD_TWICE, &in, i, b->wanted, wanted + i * D, D);
     }
-    product(&m->head, &in, b->wanted_rows, 0, b->wanted, b->logits, up(m->vocabulary, PANEL), 0, t, T);
+    WAIT();
+    product_of_rows(m, m->digits & HEAD_TWICE, &m->head, &in, b->wanted, b->logits, up(m->vocabulary, PANEL), 0, t, T);
 }
 
 /* One step on `threads` of the pool's threads. longest: the longest text in it, in tokens. */

@@ -20,6 +20,9 @@ FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
 PANEL, GROUP = 16, 32
 PRODUCTS = ("plain C", "AVX2", "AVX-VNNI", "AVX512-VNNI")
 """What multiplies int8, by number; a processor with AMX reads prompts by that (`choose_tiles`)."""
+TWO_DIGITS = {"down": 1, "o": 2, "first": 4, "gate_up": 8, "head": 16}
+"""Products of all layers whose rows may be multiplied as two digits of 8 bits in int8 and int4; `gate_up` and `down` of mixtures are those
+of their shared experts, `gate_up` in dense layers only."""
 SCORING = {"sigmoid": 0, "softmax": 1, "sqrtsoftplus": 2}
 
 
@@ -60,7 +63,7 @@ class Update(ctypes.Structure):
 class ModelStruct(ctypes.Structure):
     _fields_ = [
         *_fields(int="hidden heads nope rope value latent q_rank kv_heads head_dim latent_attention"),
-        *_fields(int="experts chosen least groups chosen_groups scoring normalise expert_width shared_width"),
+        *_fields(int="experts chosen least groups chosen_groups scoring normalise expert_width shared_width digits"),
         *_fields(int="vocabulary layers all_layers width embed_bf16 quantised", float="eps scale routed_scale"),
         *_fields(at="embed final_norm rotary cache"),
         ("head", Matrix),
