@@ -466,15 +466,15 @@ static Input input(const Model *m, float *x, int64_t stride, int64_t inner) {
 
 enum { DOWN_TWICE = 1, O_TWICE = 2, FIRST_TWICE = 4, GATE_UP_TWICE = 8, HEAD_TWICE = 16 }; /* m->digits */
 
-/* Row i of N for a product. With two digits what the rounding left is row N + i, rounded like a number of its own; x is overwritten then. */
-static void to_bytes(const Model *m, int twice, const Input *in, int64_t i, int64_t N, float *x, int64_t n) {
+/* Row i of N for a product. With two digits what the rounding left is row N + i, rounded like a row of its own. */
+static void to_bytes(const Model *m, int twice, const Input *in, int64_t i, int64_t N, const float *x, int64_t n) {
     if (!m->quantised) return;
     quantise(in, i, x, n);
     if (!twice) return;
     const int8_t *q = in->q + i * in->q_stride;
-    float scale = in->scale[i];
-    SIMD for (int64_t k = 0; k < n; k++) x[k] -= (float)q[k] * scale;
-    quantise(in, N + i, x, n);
+    float scale = in->scale[i], left[n];
+    SIMD for (int64_t k = 0; k < n; k++) left[k] = x[k] - (float)q[k] * scale;
+    quantise(in, N + i, left, n);
 }
 
 /* out (N, outputs) (+)= m times the N rows of `to_bytes`, or of floats. */
@@ -683,12 +683,12 @@ static void block(Model *m, const Batch *b, int64_t layer, int t, int T) {
     adapt(m, b, layer, OUTPUT_SITE, heads, wide, x, D, t, T);
     MINE(i, N) {
         norm(x + i * D, l->post_norm, m->eps, D, normed + i * D);
-        to_bytes(m, (m->digits & GATE_UP_TWICE) && !l->router.outputs, &in, i, N, normed + i * D, D);
+        to_bytes(m, m->digits & GATE_UP_TWICE, &in, i, N, normed + i * D, D);
     }
     WAIT();
     if (l->gate_up.outputs) {
         int64_t F = l->down.inner;
-        product_of_rows(m, (m->digits & GATE_UP_TWICE) && !l->router.outputs, &l->gate_up, &in, N, shared, 2 * F, 0, t, T);
+        product_of_rows(m, m->digits & GATE_UP_TWICE, &l->gate_up, &in, N, shared, 2 * F, 0, t, T);
     }
     if (l->router.outputs) experts(m, b, l, layer, &in, t, T);
     if (l->gate_up.outputs) {

@@ -22,7 +22,7 @@ PRODUCTS = ("plain C", "AVX2", "AVX-VNNI", "AVX512-VNNI")
 """What multiplies int8, by number; a processor with AMX reads prompts by that (`choose_tiles`)."""
 TWO_DIGITS = {"down": 1, "o": 2, "first": 4, "gate_up": 8, "head": 16}
 """Products of all layers whose rows may be multiplied as two digits of 8 bits in int8 and int4; `gate_up` and `down` of mixtures are those
-of their shared experts, `gate_up` in dense layers only."""
+of their shared experts."""
 SCORING = {"sigmoid": 0, "softmax": 1, "sqrtsoftplus": 2}
 
 
