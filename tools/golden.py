@@ -73,7 +73,6 @@ def merged(*wishes: dict) -> dict:
 
 
 FLOAT32 = {"train": {"dtype": "float32", "kernels": "compiled"}}
-OWN_FLOAT32 = {"train": {"dtype": "float32", "kernels": "vectors"}}
 MIXTURE = {
     "model": {
         "num_layers": 3, "num_dense_layers": 1, "n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2,
@@ -102,8 +101,6 @@ RUNS: dict[str, dict] = {
     "mixture in groups": merged(MIXTURE, GROUPS, FLOAT32),
     "mixture, softmax gate": merged(MIXTURE, GATES, FLOAT32),
     "mtp": merged(MIXTURE, MTP, FLOAT32),
-    "own products, float32": merged(MIXTURE, MTP, OWN_FLOAT32),
-    "own products of gqa, float32": merged(GQA, OWN_FLOAT32),
     "accumulation": merged(MIXTURE, {"train": {"micro_batch_size": 3}}),
     "recomputation": merged(MIXTURE, MTP, {"train": {"recompute": True}}),
     "two replicas": merged(MIXTURE, MTP, REPLICAS),
