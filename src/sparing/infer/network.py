@@ -303,7 +303,7 @@ class CompiledNetwork:
 
     def __init__(
         self, c: ModelConfig, weights: PackedWeights, format: str, blocks: int, threads: int, expert_bytes: int = 0,
-        processor: str | None = None, adapters: Sequence[Factors] = (), two_digits: tuple[str, ...] = ("o",),
+        processor: str | None = None, adapters: Sequence[Factors] = (), two_digits: tuple[str, ...] = ("first", "o", "down"),
     ):  # fmt: skip
         self.c, self.packed_weights, self.format = c, weights, format
         self._library = library(processor)
