@@ -28,6 +28,7 @@ class Fake:
         return {"flops": 1.0, "cut_short": None, "setting": {}}
 
 
+@pytest.mark.slow
 def test_figure_where_only_float32_is_fast(text, slow_formats, monkeypatch, capfd):
     """Both sides really train; of the peer's grid only what is far slower is skipped."""
     monkeypatch.setattr("sparing.bench.throughput.PEAK_S", 1.0)

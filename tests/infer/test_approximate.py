@@ -175,6 +175,7 @@ def test_backing_off_ends_at_every_expert():
     assert replace(kept, back_offs=steps).current_shares is replace(kept, back_offs=steps + 3).current_shares is None
 
 
+@pytest.mark.slow
 def test_calibrations_are_kept_and_made_anew_for_another_text(trained, tokenizer, monkeypatch, tmp_path):
     path = trained.path / "packed" / "int8-experts.json"
     path.unlink(missing_ok=True)

@@ -68,6 +68,7 @@ api.train([sys.argv[1]], "40ktok", sys.argv[2], eval(sys.argv[4]), samples=0, st
 """
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_undisturbed(workplace, tmp_path):
     kernels = next(path for path in ("vectors", "compiled", "plain") if native.can(path))
     wishes = ADAPTER | {"train": TRAIN | {"kernels": kernels, "checkpoint_interval_s": 0.1}}
