@@ -158,18 +158,18 @@ def test_a_missing_file_and_a_folder_are_one_line(tmp_path):
 
 
 MEMORY = """
-import sys, time
+import sys
 from sparing.base.config import UserError
 from sparing.interop.gguf_reader import GgufFile
 def peak():
     return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
 open("/proc/self/clear_refs", "w").write("5")  # a new process begins with its parent's peak
-before, start = peak(), time.process_time()
+before = peak()
 try:
     GgufFile(sys.argv[1])
 except UserError as error:
     print(str(error)[:200])
-print(peak() - before, time.process_time() - start)
+print(peak() - before)
 """
 
 
@@ -187,8 +187,7 @@ def test_what_a_large_header_costs_is_bounded(name, tmp_path):
         with open(path, "r+b") as file:
             file.truncate(1 << 40)
     done = subprocess.run([sys.executable, "-c", MEMORY, str(path)], capture_output=True, text=True, check=True, timeout=100)
-    kibibytes, seconds = map(float, done.stdout.splitlines()[-1].split())
-    assert kibibytes < 300_000 and seconds < 60
+    assert float(done.stdout.splitlines()[-1]) < 300_000  # KiB; a reader that never ends meets the time-out
     assert (name == "a hole") == ("no name" in done.stdout or "twice" in done.stdout)
 
 

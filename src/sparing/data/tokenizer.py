@@ -151,9 +151,6 @@ class Tokenizer:
             return self.decode([number]).encode()
         return bytes(_BYTES[char] for char in name if char in _BYTES)
 
-    def token_id(self, token: str) -> int | None:
-        return self._library.token_to_id(token)
-
     def token_name(self, number: int) -> str | None:
         return self._library.id_to_token(number)
 
