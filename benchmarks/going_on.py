@@ -25,7 +25,7 @@ from sparing.evals.select import select
 
 @dataclass
 class GoingOn:
-    """Forecast, train and score a run from an open model and one from scratch, with one budget each."""
+    """Forecast, train and score a run from an open model, and runs from scratch beside it."""
 
     data: str
     """What both are trained on."""
@@ -37,8 +37,8 @@ class GoingOn:
     """Folder for runs and results."""
     budget: str = "5m"
     val_bytes: int = 300_000
-    scratch: bool = True
-    """Train from scratch too."""
+    scratch: tuple[str, ...] = ("5m", "20m")
+    """Budgets of the runs from scratch beside it."""
 
     def __call__(self) -> dict:
         """The figure's numbers, also in OUT/result.json."""
@@ -46,14 +46,15 @@ class GoingOn:
         (folder / "val").mkdir(parents=True, exist_ok=True)
         for number, text in enumerate(select((document.text for document in documents([self.val])), self.val_bytes)):
             write_atomic(folder / "val" / f"{number:03d}.txt", text)
-        runs = {"from the open model": ["--from", self.base], **({"from scratch": []} if self.scratch else {})}
+        runs = {"from the open model": (self.budget, ["--from", self.base])}
+        runs |= {f"from scratch {budget}": (budget, []) for budget in self.scratch}
         plan = self._kept("plan", "plan", "--data", self.data, "--budget", self.budget, "--compare", "--from", self.base)
         rows = [self._scored("the base", self.base)]
-        for name, more in runs.items():
+        for name, (budget, more) in runs.items():
             run = folder / f"run-{name.replace(' ', '-')}"
             if not (run / "state" / "summary.json").exists():
                 shutil.rmtree(run, ignore_errors=True)
-            summary = self._kept(f"{run.name}", "train", "--data", self.data, "--budget", self.budget, "--out", str(run), *more)
+            summary = self._kept(f"{run.name}", "train", "--data", self.data, "--budget", budget, "--out", str(run), *more)
             forecast = json.loads((run / "state" / "prediction.json").read_text())
             numbers = {key: forecast[key] for key in ("gain", "tokens", "tokens_per_s", "bpb") if key in forecast}
             measured = {key: summary.get(key) for key in ("tokens", "tokens_per_s", "seconds", "bpb", "before", "after")}
