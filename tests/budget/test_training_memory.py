@@ -272,7 +272,7 @@ def test_what_makes_it_larger_and_smaller():
 
 
 @pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize("base", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("base", ["float32", "bfloat16", "int8", "int4"])
 def test_an_adapter_and_what_it_is_beside(name, base):
     config, adapter = replace(SHAPES[name], mtp_depth=1), AdapterConfig(4, 8.0, base)
     model, whole = Transformer(config), Transformer(config)

@@ -12,13 +12,14 @@ import torch
 from sparing.account.power import resident_memory
 from sparing.base.config import Llama3RopeConfig, ModelConfig, UserError
 from sparing.base.hardware import cpu_flags
+from sparing.base.held import GROUP, PANEL
 from sparing.base.layers import layers
 from sparing.base.run import RunFolder, read_tensors, write_tensors
 from sparing.infer.generate import load
 from sparing.infer.network import CompiledNetwork, Rows, TorchNetwork, cannot_compile
 from sparing.infer.packed_weights import open_packed, pack_matrix
 from sparing.interop.huggingface import export_hf
-from sparing.kernels.decode import GROUP, PANEL, library
+from sparing.kernels.decode import library
 
 pytestmark = pytest.mark.skipif(library() is None, reason="there is no C compiler")
 TABLE = [3, 1, 4, 5, 9]

@@ -40,7 +40,7 @@ def workplace(tmp_path_factory):
         yield root
 
 
-@pytest.mark.parametrize("base, held", [("dense", "float32"), ("mixture", "bfloat16"), ("mixture", "int8")])
+@pytest.mark.parametrize("base, held", [("dense", "float32"), ("mixture", "bfloat16"), ("mixture", "int8"), ("dense", "int4")])
 def test_only_the_factors_learn_and_are_kept(workplace, tmp_path, base, held):
     run, before = tmp_path / "run", file_sha256(workplace / base / "weights/model.safetensors")
     wishes = ADAPTER | {"adapter": ADAPTER["adapter"] | {"base": held}}

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from sparing.base.int4_groups import to_int4
 from sparing.kernels import native, products
 from sparing.kernels.products import Frozen, LowRank, Operand, Weight
 
@@ -30,11 +31,12 @@ def make(kind: str, *shape: int) -> Operand:
         "not learning": lambda: Weight(weight),
         "frozen bfloat16": lambda: Frozen(weight.bfloat16()),
         "frozen int8": lambda: codes(weight),
+        "frozen int4": lambda: Frozen(to_int4(weight), None, weight.shape),
     }[kind.removeprefix("low rank, ")]()
     return low_rank(base, generator) if kind.startswith("low rank") else base
 
 
-KINDS = ["float32", "bfloat16", "not learning", "frozen bfloat16", "frozen int8"]
+KINDS = ["float32", "bfloat16", "not learning", "frozen bfloat16", "frozen int8", "frozen int4"]
 KINDS += [f"low rank, {kind}" for kind in KINDS[2:]]
 
 
@@ -63,9 +65,9 @@ def reference_gradients(operand: Operand, product) -> list[torch.Tensor | None]:
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_products_of_a_matrix(kind, dtype, path, monkeypatch):
     monkeypatch.setattr(products, "PIECE", 1 << 16)
-    operand = make(kind, 700, 900)  # in several pieces
+    operand = make(kind, 700, 928)  # in several pieces
     generator = torch.Generator().manual_seed(1)
-    x, grad, base, base_x = (torch.randn(50, size, generator=generator).to(dtype) for size in (900, 700, 700, 900))
+    x, grad, base, base_x = (torch.randn(50, size, generator=generator).to(dtype) for size in (928, 700, 700, 928))
     with torch.no_grad():
         w = operand.whole(torch.float64)
         y, out = operand.nt(x), torch.zeros(50, 1400, dtype=dtype)

@@ -242,7 +242,7 @@ class AdapterConfig:
     rank: int = 16
     alpha: float = 32.0
     """An update is alpha / rank times the product of its two factors."""
-    base: Literal["float32", "bfloat16", "int8"] | None = None
+    base: Literal["float32", "bfloat16", "int8", "int4"] | None = None
     """How the frozen weights are held while the factors learn; None: bfloat16 where products are computed in it, else float32."""
 
 

@@ -34,7 +34,7 @@ from sparing.base.files import (
     replace_folder,
     write_atomic,
 )
-from sparing.base.layers import is_matrix
+from sparing.base.held import held_as
 from sparing.base.lock import LOCK, folder_lock
 
 if TYPE_CHECKING:  # torch takes a second to import, and half of what opens a run folder never touches a tensor
@@ -224,13 +224,17 @@ class AdaptedTensors(Mapping[str, "torch.Tensor"]):
         return len(self.base)
 
     def __getitem__(self, name: str) -> torch.Tensor:
+        from sparing.base.int4_groups import from_int4, to_int4
         from sparing.base.int8_rows import from_int8, to_int8
 
         weight = self.base[name]
-        if self.adapter.base == "int8" and is_matrix(name, weight.ndim):
-            weight = from_int8(*to_int8(weight))
-        elif self.adapter.base == "bfloat16" and is_matrix(name, weight.ndim):
-            weight = weight.bfloat16()
+        match held_as(name, tuple(weight.shape), self.adapter.base or "float32"):
+            case "int4":
+                weight = from_int4(to_int4(weight), weight.shape[-2])
+            case "int8":
+                weight = from_int8(*to_int8(weight))
+            case "bfloat16":
+                weight = weight.bfloat16()
         if name not in self.updated:
             return weight
         down, up = (self.factors[factor_name(name, part)].float() for part in "AB")

@@ -8,11 +8,11 @@ N tokens of a micro-batch, D hidden size, H heads, K and V their widths, E exper
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
 from typing import Literal
 
 from sparing.base.config import AdapterConfig, Config, ModelConfig, PrecisionConfig
-from sparing.base.layers import FeedForward, Layer, is_matrix, layers, shapes
+from sparing.base.held import held_as, held_bytes_of
+from sparing.base.layers import FeedForward, Layer, layers, shapes
 from sparing.budget.flops import factor_weights, kv_cache_bytes, parameters
 from sparing.kernels.sizes import ATTENTION_ROWS, EXPERT_ROWS, HEAD_TOKENS, MOMENT_BLOCK
 
@@ -83,12 +83,7 @@ def _largest_group(c: ModelConfig) -> float:
 
 def held_bytes(c: ModelConfig, adapter: AdapterConfig, dtype: str) -> float:
     """Of frozen weights as `adapter.base` holds them (None: as `dtype`), scales included; routers, norms and biases are float32."""
-    size = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0}[adapter.base or dtype]
-    held = 0.0
-    for name, shape in shapes(c).items():
-        matrix = is_matrix(name, len(shape))
-        held += prod(shape) * (size if matrix else 4.0) + (4.0 * prod(shape[:-1]) if matrix and size == 1.0 else 0.0)
-    return held
+    return float(sum(held_bytes_of(shape, held_as(name, shape, adapter.base or dtype)) for name, shape in shapes(c).items()))
 
 
 KernelPath = Literal["plain", "passes", "products", "cuda"]
@@ -221,8 +216,8 @@ def training_memory(config: Config, measured: bool = False, path: KernelPath | N
     if config.adapter is not None:
         learned = 4.0 * factor_weights(c, config.adapter.rank)[0]
         weights, moments = held_bytes(c, config.adapter, t.dtype) + learned, 2.0 * learned
-        narrow = (config.adapter.base or t.dtype) == "int8"  # the head is multiplied as floats
-        head += replicas * c.vocab_size * c.hidden_size * size * narrow
+        if config.adapter.base in ("int8", "int4") and path != "products":  # the head is multiplied as floats
+            head += c.vocab_size * c.hidden_size * size
     # Twins' gradients are added to the first model's: for a moment there are those too.
     gradients = learned * replicas
     process = PROCESS_BYTES[device] + work + learned * (replicas - 1) - (OPTIMIZER_IMPORT_BYTES if small and device == "cpu" else 0.0)

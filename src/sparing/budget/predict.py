@@ -199,10 +199,10 @@ def check(run: PlannedRun) -> None:
 def _smaller(run: PlannedRun) -> str:
     """The first change that makes it fit."""
     t, adapter = run.config.train, run.config.adapter
-    if adapter is not None and adapter.base != "int8":
-        config = replace(run.config, adapter=replace(adapter, base="int8"))
-        if training_memory(config).total <= run.memory_limit:
-            return "--adapter.base int8"
+    few = ("int8", "int4")
+    for base in few[few.index(adapter.base) + 1 if adapter.base in few else 0 :] if adapter is not None else ():
+        if training_memory(replace(run.config, adapter=replace(adapter, base=base))).total <= run.memory_limit:
+            return f"--adapter.base {base}"
     micro = t.micro_batch_size or t.batch_size
     while micro > 1:
         micro //= 2

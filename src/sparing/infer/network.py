@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sparing.base.config import ModelConfig, UserError
@@ -26,6 +25,7 @@ from sparing.kernels import decode
 from sparing.kernels.decode import Matrix, address, library
 from sparing.kernels.formats import this_machine, warning
 from sparing.kernels.sizes import CACHE_BLOCK as BLOCK
+from sparing.kernels.vocabulary import logits_of
 from sparing.model.rope import rotary_table, rotate, softmax_scale
 from sparing.model.transformer import Transformer
 
@@ -46,7 +46,7 @@ def choose_backend(c: ModelConfig, device: str, weights: str, network: Transform
     """Resolve "auto": a GPU before the CPU, and there the fastest format without noticeable loss of quality. network: a model in memory,
     which stays on its device and in its format. Raises UserError for what cannot run here."""
     if network is not None:
-        return Backend(network.head_weight.device.type, str(network.compute_dtype).removeprefix("torch."), "the model is in memory")
+        return Backend(network.device.type, str(network.compute_dtype).removeprefix("torch."), "the model is in memory")
     for name, value, choices in (("weights", weights, FORMATS), ("device", device, DEVICES)):
         if value not in choices:
             raise UserError(f"{name} {value}: choose from {', '.join(choices)}")
@@ -156,7 +156,7 @@ class TorchNetwork:
     threads = 1
 
     def __init__(self, model: Transformer, blocks: int):
-        self.model, self.c, self.device = model.eval(), model.config, model.head_weight.device
+        self.model, self.c, self.device = model.eval(), model.config, model.device
         shape = (len(layers(model.config)), blocks, BLOCK, layers(model.config)[0].attention.cache_width)
         self.cache = torch.empty(shape, dtype=model.compute_dtype, device=self.device)
         self.table = rotary_table(model.config, model.config.max_position_embeddings).to(self.device)
@@ -189,7 +189,7 @@ class TorchNetwork:
     def _logits(self, x: Tensor, rows: Rows) -> np.ndarray:
         if self.c.mtp_depth:
             self.hidden = x.float().cpu().numpy()
-        return F.linear(x[rows.wanted], self.model.head_weight.to(x.dtype)).float().cpu().numpy()
+        return logits_of(x[rows.wanted], self.model.head_weight).float().cpu().numpy()
 
     def _run(self, x: Tensor, rows: Rows, layers: Iterable[int]) -> Tensor:
         positions = torch.tensor(rows.positions, device=self.device)

@@ -23,9 +23,10 @@ from torch import Tensor
 from sparing.base.config import ModelConfig, UserError
 from sparing.base.files import DamagedError, DiskFullError, atomic_file
 from sparing.base.hardware import home
+from sparing.base.held import BLOCK_BYTES, GROUP, PANEL
+from sparing.base.int4_groups import to_int4
 from sparing.base.layers import EMBED, HEAD, SELECTION_BIAS, Layer, layers, shapes
 from sparing.base.run import RunFolder, tensors_of
-from sparing.kernels.decode import GROUP, PANEL
 
 VERSION = 2
 PAGE = 4096
@@ -44,13 +45,7 @@ def pack_matrix(w_NK: Tensor, format: str) -> Tensor:
         q = (w / scale.clamp(min=1e-30)[:, None]).round_().add_(128).to(torch.uint8)
         panels = q.view(N // PANEL, PANEL, K // 4, 4).transpose(1, 2).contiguous().flatten()
         return torch.cat((panels, scale.view(torch.uint8)))
-    groups = w.view(N // PANEL, PANEL, K // GROUP, GROUP)
-    extreme = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
-    scale = (extreme / -8).bfloat16()  # the largest number is exact at -8 (llama.cpp's Q4_0)
-    divisor = torch.where(scale == 0, torch.ones((), dtype=scale.dtype), scale).float()
-    q = (groups / divisor).round_().clamp_(-8, 7).add_(8).to(torch.uint8).unflatten(-1, (2, 4, 4))
-    halves = (q[..., 0, :, :] | q[..., 1, :, :] << 4).permute(0, 2, 3, 1, 4).flatten(2)  # panel, group, quad, output, number
-    return torch.cat((halves.contiguous(), scale.squeeze(-1).transpose(1, 2).contiguous().view(torch.uint8)), -1).flatten()
+    return to_int4(w).flatten()
 
 
 @dataclass
@@ -76,7 +71,7 @@ def _bytes(format: str, N: int, K: int) -> int:
     if N == 0:
         return K * per_number[format]
     N = -(-N // PANEL) * PANEL
-    return N * K // GROUP * (GROUP // 2 + 2) if format == "int4" else N * K * per_number[format] + (4 * N if format == "int8" else 0)
+    return N // PANEL * (K // GROUP) * BLOCK_BYTES if format == "int4" else N * K * per_number[format] + (4 * N if format == "int8" else 0)
 
 
 class _Writer:

@@ -17,7 +17,6 @@ from sparing.kernels import native
 SOURCES = ("decode.c", "decode_products.inc", "tiles.inc", "numbers.inc")
 FLAGS = (*native.FLAGS, "-pthread", "-Wno-psabi")
 FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
-PANEL, GROUP = 16, 32
 PRODUCTS = ("plain C", "AVX2", "AVX-VNNI", "AVX512-VNNI")
 """What multiplies int8, by number; a processor with AMX reads prompts by that (`choose_tiles`)."""
 TWO_DIGITS = {"down": 1, "o": 2, "first": 4, "gate_up": 8, "head": 16}

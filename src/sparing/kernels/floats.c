@@ -6,6 +6,7 @@
  * products is in products.inc.
  */
 #include "numbers.inc"
+#include "held.inc"
 #include "scratch.inc"
 #ifdef __AVX__
 #include <immintrin.h>
@@ -27,7 +28,7 @@ enum { LANES = 4, MR = 12 };
 enum { LANES = 4, MR = 6 };
 #endif
 enum { NR = 2 * LANES, DEPTH = 256, HEIGHT = 32 * MR, WIDTH = 256 };
-enum { TO_F32 = 1, ADD_F32, TO_NUMBER = TO_F32, SKEW = 16, TOKENS = HEIGHT };
+enum { TO_F32 = 1, ADD_F32, TO_NUMBER = TO_F32, OWN = FLOAT32, SKEW = 16, TOKENS = HEIGHT };
 
 typedef float vec __attribute__((vector_size(LANES * 4)));
 typedef float loose_vec __attribute__((vector_size(LANES * 4), aligned(4)));
@@ -41,20 +42,34 @@ typedef struct { const float *at; int64_t row, step, block; } Left;
 
 static inline Left rows_of(const float *a, int64_t stride) { return (Left){a, stride, 1, MR * stride}; }
 
-/* source (K, N) -> panels (N / NR, K, NR). */
-static void pack_rows(const void *source, int f32, int64_t stride, int64_t K, int64_t N, float *out) {
-    (void)f32;
-    for (int64_t n = 0; n < N; n += NR) {
-        const float *from = (const float *)source + n;
-        float *to = out + n * K;
-        if (N - n >= NR)
-            for (int64_t k = 0; k < K; k++) memcpy(to + k * NR, from + k * stride, NR * 4);
-        else
-            for (int64_t k = 0; k < K; k++) {
-                memset(to + k * NR, 0, NR * 4);
-                memcpy(to + k * NR, from + k * stride, (N - n) * 4);
+/* Numbers of our own type. */
+static inline Held own(const float *at, int64_t stride) { return (Held){at, FLOAT32, stride, 0}; }
+
+/* `count` numbers of a row from column `from`, as they lie or, where they are held in fewer bits, in `room`. */
+static inline const float *numbers_of(Held w, int64_t row, int64_t from, int64_t count, float *room) {
+    if (w.held == FLOAT32) return (const float *)w.at + row * w.stride + from;
+    floats_of(w, row, from, count, room);
+    return room;
+}
+
+/* w (K, N) -> panels (N / NR, K, NR). */
+static void pack_rows(Held w, int64_t K, int64_t N, float *out) {
+    float room[WIDTH] __attribute__((aligned(64)));
+    int64_t wide = w.held == FLOAT32 ? NR : WIDTH; /* others become floats some groups at a time */
+    for (int64_t start = 0; start < N; start += wide)
+        for (int64_t k = 0; k < K; k++) {
+            int64_t count = N - start < wide ? N - start : wide;
+            const float *from = numbers_of(w, k, start, count, room);
+            for (int64_t n = 0; n < count; n += NR) {
+                float *to = out + (start + n) * K + k * NR;
+                if (count - n >= NR)
+                    memcpy(to, from + n, NR * 4);
+                else {
+                    memset(to, 0, NR * 4);
+                    memcpy(to, from + n, (count - n) * 4);
+                }
             }
-    }
+        }
 }
 
 #ifdef __AVX__
@@ -79,20 +94,24 @@ static inline void transpose8(const float *from, int64_t stride, float *to) {
 }
 #endif
 
-/* source (N, K) -> the same panels of its transpose. */
-static void pack_columns(const void *source, int f32, int64_t stride, int64_t K, int64_t N, float *out) {
-    (void)f32;
-    for (int64_t n = 0; n < N; n += 8) {
-        const float *from = (const float *)source + n * stride;
-        float *to = out + n / NR * NR * K + n % NR;
-        int64_t k = 0, columns = N - n < 8 ? N - n : 8;
+/* w (N, K) -> the same panels of its transpose. */
+static void pack_columns(Held w, int64_t K, int64_t N, float *out) {
+    float room[8 * DEPTH] __attribute__((aligned(64)));
+    int64_t deep = w.held == FLOAT32 ? K : DEPTH; /* as in `pack_rows` */
+    for (int64_t n = 0; n < N; n += 8)
+        for (int64_t start = 0; start < K; start += deep) {
+            int64_t count = K - start < deep ? K - start : deep, k = 0, columns = N - n < 8 ? N - n : 8;
+            int64_t stride = w.held == FLOAT32 ? w.stride : DEPTH;
+            const float *from = numbers_of(w, n, start, count, room);
+            for (int64_t i = 1; i < columns; i++) numbers_of(w, n + i, start, count, room + i * DEPTH);
+            float *to = out + n / NR * NR * K + n % NR + start * NR;
 #ifdef __AVX__
-        if (columns == 8)
-            for (; k + 8 <= K; k += 8) transpose8(from + k, stride, to + k * NR);
+            if (columns == 8)
+                for (; k + 8 <= count; k += 8) transpose8(from + k, stride, to + k * NR);
 #endif
-        for (; k < K; k++)
-            for (int64_t i = 0; i < 8; i++) to[k * NR + i] = i < columns ? from[i * stride + k] : 0.0f;
-    }
+            for (; k < count; k++)
+                for (int64_t i = 0; i < 8; i++) to[k * NR + i] = i < columns ? from[i * stride + k] : 0.0f;
+        }
     if (N % NR && N % NR <= NR - 8) /* the rest of the last panel */
         for (int64_t k = 0; k < K; k++) memset(out + N / NR * NR * K + k * NR + up(N % NR, 8), 0, (NR - up(N % NR, 8)) * 4);
 }

@@ -1,5 +1,6 @@
 /* What kernels/native.py compiles: helpers, then the passes for each number type. */
 #include "numbers.inc"
+#include "held.inc"
 
 #define number bf16
 #define get get_bf16

@@ -31,29 +31,74 @@ static inline Left rows_of(const bf16 *a, int64_t stride) {
     return tiles_on ? (Left){(const int32_t *)a, stride / 2, 16, 16 * stride / 2} : (Left){(const int32_t *)a, stride / 2, 1, MR * stride / 2};
 }
 
-/* 16 columns of a pair of rows; `low` may be there without `high`. */
-static inline __m512i pair(const void *low, const void *high, int f32, __mmask16 mask) {
-    __m512i a, b = _mm512_setzero_si512();
-    if (f32) {
-        a = _mm512_cvtepu16_epi32(narrow(_mm512_maskz_loadu_ps(mask, low)));
-        if (high) b = _mm512_cvtepu16_epi32(narrow(_mm512_maskz_loadu_ps(mask, high)));
-    } else {
-        a = widen(low, mask);
-        if (high) b = widen(high, mask);
-    }
-    return _mm512_or_si512(a, _mm512_slli_epi32(b, 16));
+/* Numbers of our own type. */
+static inline Held own(const bf16 *at, int64_t stride) { return (Held){at, BFLOAT16, stride, 0}; }
+
+static inline __m512 codes_as_floats(const void *at, __mmask16 mask, float scale) {
+    return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask, at))), _mm512_set1_ps(scale));
 }
 
-/* source (K, N) -> panels (N / 32, K / 2, 32) of pairs. */
-static void pack_rows(const void *source, int f32, int64_t stride, int64_t K, int64_t N, int32_t *out) {
-    int64_t pairs = (K + 1) / 2, all = filled(pairs), size = f32 ? 4 : 2;
+/* Codes of four bits in the lowest bits of words, times scales, narrowed. */
+static inline __m256i narrow_codes(__m512i words, __m512 scale) {
+    __m512i codes = _mm512_sub_epi32(_mm512_and_si512(words, _mm512_set1_epi32(15)), _mm512_set1_epi32(8));
+    return narrow(_mm512_mul_ps(_mm512_cvtepi32_ps(codes), scale));
+}
+
+static inline __m512 block_scales(const uint8_t *block) {
+    return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(block + PANEL * GROUP / 2))), 16);
+}
+
+/* 16 columns of a row (not of INT4) from column `from`, each in a word. */
+static inline __m512i sixteen(Held w, int64_t row, int64_t from, __mmask16 mask) {
+    int64_t place = row * w.stride + from;
+    if (w.held == BFLOAT16) return widen((const bf16 *)w.at + place, mask);
+    __m512 x = w.held == FLOAT32 ? _mm512_maskz_loadu_ps(mask, (const float *)w.at + place)
+                                 : codes_as_floats((const int8_t *)w.at + place, mask, w.scale[row]);
+    return _mm512_cvtepu16_epi32(narrow(x));
+}
+
+/* 16 columns of row `row` of w (K rows) and the one after it, which need not be there. */
+static inline __m512i pair(Held w, int64_t row, int64_t K, int64_t from, __mmask16 mask) {
+    __m512i low = sixteen(w, row, from, mask);
+    return row + 1 < K ? _mm512_or_si512(low, _mm512_slli_epi32(sixteen(w, row + 1, from, mask), 16)) : low;
+}
+
+/* INT4 (K, N) -> the panels of `pack_rows`, block by block: 16 rows are 8 pairs, 32 columns a panel. */
+static void pack_rows_of_int4(Held w, int64_t K, int64_t N, int32_t *out) {
+    int64_t pairs = (K + 1) / 2, all = filled(pairs);
+    for (int64_t n = 0; n < N; n += NR) {
+        int32_t *to = out + n * all;
+        for (int64_t k = 0; k < K; k += PANEL) {
+            const uint8_t *block = block_of(w, k, n);
+            __m512 scale = block_scales(block);
+            __m512i r[16];
+            for (int q = 0; q < 4; q++) {
+                __m512i words = _mm512_loadu_si512(block + q * PANEL * 4);
+                for (int j = 0; j < 4; j++, words = _mm512_srli_epi32(words, 8))
+                    r[4 * q + j] = _mm512_inserti64x4(_mm512_castsi256_si512(narrow_codes(words, scale)),
+                                                      narrow_codes(_mm512_srli_epi32(words, 4), scale), 1);
+            }
+            transpose16(r);
+            for (int64_t p = 0; p < 8 && k / 2 + p < pairs; p++) {
+                _mm512_storeu_si512(to + (k / 2 + p) * NR, r[p]);
+                _mm512_storeu_si512(to + (k / 2 + p) * NR + 16, r[8 + p]);
+            }
+        }
+        memset(to + pairs * NR, 0, (all - pairs) * NR * 4);
+    }
+}
+
+/* w (K, N) -> panels (N / 32, K / 2, 32) of pairs. */
+static void pack_rows(Held w, int64_t K, int64_t N, int32_t *out) {
+    int64_t pairs = (K + 1) / 2, all = filled(pairs);
+    if (w.held == INT4) {
+        pack_rows_of_int4(w, K, N, out);
+        return;
+    }
     for (int64_t n = 0; n < up(N, NR); n += NR) { /* a cache line of columns at a time, down all rows */
         int32_t *to = out + n * all;
-        for (int64_t p = 0; p < pairs; p++) {
-            const char *low = (const char *)source + (2 * p * stride + n) * size, *high = 2 * p + 1 < K ? low + stride * size : 0;
-            for (int64_t h = 0; h < NR; h += 16)
-                _mm512_storeu_si512(to + p * NR + h, pair(low + h * size, high ? high + h * size : 0, f32, first(N - n - h)));
-        }
+        for (int64_t p = 0; p < pairs; p++)
+            for (int64_t h = 0; h < NR; h += 16) _mm512_storeu_si512(to + p * NR + h, pair(w, 2 * p, K, n + h, first(N - n - h)));
         memset(to + pairs * NR, 0, (all - pairs) * NR * 4);
     }
 }
@@ -67,8 +112,7 @@ static Left turn(const bf16 *source, int64_t stride, int64_t K, int64_t M, int32
             __mmask16 mask = first(M - m);
             int64_t count = all - p < 16 ? all - p : 16;
             for (int64_t i = 0; i < count; i++) {
-                const bf16 *low = source + 2 * (p + i) * stride + m;
-                r[i] = p + i >= pairs ? _mm512_setzero_si512() : pair(low, 2 * (p + i) + 1 < K ? low + stride : 0, 0, mask);
+                r[i] = p + i >= pairs ? _mm512_setzero_si512() : pair(own(source, stride), 2 * (p + i), K, m, mask);
             }
             if (tiles_on) {
                 transpose16(r);
@@ -82,22 +126,53 @@ static Left turn(const bf16 *source, int64_t stride, int64_t K, int64_t M, int32
     return tiles_on ? (Left){out, 16, 256, 16 * all} : (Left){out, 1, MR, MR * pairs};
 }
 
-/* source (N, K), K even -> the same panels of its transpose. */
-static void pack_columns(const void *source, int f32, int64_t stride, int64_t K, int64_t N, int32_t *out) {
-    int64_t pairs = K / 2, all = filled(pairs), size = f32 ? 4 : 2;
+/* INT4 (N, K) -> the panels of `pack_columns`: a block is 16 columns of 16 pairs. */
+static void pack_columns_of_int4(Held w, int64_t K, int64_t N, int32_t *out) {
+    int64_t pairs = K / 2; /* a multiple of 16 */
+    for (int64_t n = 0; n < up(N, NR); n += PANEL)
+        for (int64_t p = 0; p < pairs; p += 16) {
+            int32_t *to = out + (n / NR * pairs + p) * NR + n % NR;
+            if (n >= N) {
+                for (int i = 0; i < 16; i++) _mm512_storeu_si512(to + i * NR, _mm512_setzero_si512());
+                continue;
+            }
+            const uint8_t *block = block_of(w, n, 2 * p);
+            __m512 scale = block_scales(block);
+            for (int i = 0; i < 16; i++) { /* pairs 0 to 7 have low halves of bytes, the rest high ones */
+                __m512i words = _mm512_srli_epi32(_mm512_loadu_si512(block + i % 8 / 2 * PANEL * 4), i % 2 * 16 + i / 8 * 4);
+                __m512i low = _mm512_cvtepu16_epi32(narrow_codes(words, scale));
+                __m512i high = _mm512_cvtepu16_epi32(narrow_codes(_mm512_srli_epi32(words, 8), scale));
+                _mm512_storeu_si512(to + i * NR, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+            }
+        }
+}
+
+/* w (N, K), K even -> the same panels of its transpose. */
+static void pack_columns(Held w, int64_t K, int64_t N, int32_t *out) {
+    int64_t pairs = K / 2, all = filled(pairs);
+    if (w.held == INT4) {
+        pack_columns_of_int4(w, K, N, out);
+        return;
+    }
     for (int64_t n = 0; n < up(N, NR); n += 16)
         for (int64_t p = 0; p < pairs; p += 16) {
             __m512i r[16];
             __mmask16 mask = first(pairs - p);
             for (int i = 0; i < 16; i++) {
-                const char *s = (const char *)source + ((n + i) * stride + 2 * p) * size;
+                int64_t place = (n + i) * w.stride + 2 * p;
+                __mmask16 left = first(K - 2 * p), right = first(K - 2 * p - 16);
                 if (n + i >= N)
                     r[i] = _mm512_setzero_si512();
-                else if (f32) {
-                    __m512 a = _mm512_maskz_loadu_ps(first(K - 2 * p), s), b = _mm512_maskz_loadu_ps(first(K - 2 * p - 16), s + 64);
-                    r[i] = (__m512i)_mm512_cvtne2ps_pbh(b, a);
-                } else
-                    r[i] = _mm512_maskz_loadu_epi32(mask, s);
+                else if (w.held == BFLOAT16)
+                    r[i] = _mm512_maskz_loadu_epi32(mask, (const bf16 *)w.at + place);
+                else if (w.held == FLOAT32) {
+                    const float *x = (const float *)w.at + place;
+                    r[i] = (__m512i)_mm512_cvtne2ps_pbh(_mm512_maskz_loadu_ps(right, x + 16), _mm512_maskz_loadu_ps(left, x));
+                } else {
+                    const int8_t *x = (const int8_t *)w.at + place;
+                    __m512 scaled = codes_as_floats(x, left, w.scale[n + i]);
+                    r[i] = (__m512i)_mm512_cvtne2ps_pbh(codes_as_floats(x + 16, right, w.scale[n + i]), scaled);
+                }
             }
             transpose16(r);
             int64_t stop = all - p < 16 ? all - p : 16;
@@ -253,7 +328,7 @@ static int32_t *left_words(int slot, int64_t K, int64_t M) { return scratch(slot
 /* Words from a panel to the next. */
 static inline int64_t apart(int64_t K) { return filled((K + 1) / 2) * NR; }
 
-enum { TO_NUMBER = TO_BF16, SKEW = 0, TOKENS = 256 };
+enum { TO_NUMBER = TO_BF16, OWN = BFLOAT16, SKEW = 0, TOKENS = 256 };
 #define LONG INT64_MAX
 
 #define number bf16

@@ -17,12 +17,16 @@ import math
 import time
 from functools import cache
 from math import prod
+from threading import Lock
 from types import SimpleNamespace
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparing.base.held import GROUP, PANEL
+from sparing.base.int4_groups import from_int4
 from sparing.kernels import native
 from sparing.kernels.native import new
 from sparing.kernels.sizes import NEWTON_SCHULZ
@@ -103,17 +107,30 @@ def call(name: str, like: Tensor, *arguments) -> None:
     native.call(name, None, *arguments, of=native.OWN[like.dtype])
 
 
-def readable(a: Tensor, b: Tensor) -> Tensor:
-    """A weight as the products of `a` read it: those of float32 do not take bfloat16."""
-    return b if a.dtype == torch.bfloat16 else b.to(a.dtype)
+HELD = {torch.bfloat16: 0, torch.float32: 1, torch.int8: 2, torch.uint8: 3}
+"""What weights are held in, as held.inc has it, by the type of their numbers or codes; uint8 is int4's blocks."""
 
 
-def _product(name: str, a: Tensor, b: Tensor, out: Tensor, base: Tensor | None, inner: int) -> Tensor:
-    b = readable(a, b)
+def _product(name: str, a: Tensor, b: Tensor | Frozen, out: Tensor, base: Tensor | None, inner: int) -> Tensor:
     base_stride = 0 if base is None else base.stride(0)
-    wide = int(b.dtype == torch.float32)
     sizes = (kind_of(a.dtype), base, base_stride, len(a), out.shape[1], inner)
-    call(name, a, a, a.stride(0), b, wide, b.stride(0), out, out.stride(0), *sizes)
+    call(name, a, a, a.stride(0), *held(b), out, out.stride(0), *sizes)
+    return out
+
+
+def held(b: Tensor | Frozen) -> tuple[Tensor, int, int, Tensor | None]:
+    """A matrix as products.inc takes it: numbers, what they are held in, from a row to the next, scales of the rows."""
+    if isinstance(b, Frozen):
+        return b.values, HELD[b.values.dtype], b.shape[1] if b.values.dtype == torch.uint8 else b.values.stride(0), b.scale
+    return b, HELD[b.dtype], b.stride(0), None
+
+
+def _grouped(name: str, a: Tensor, b: Tensor | Frozen, columns: int, inner: int, ends: Tensor) -> Tensor:
+    """A product of groups with the experts' b (E, ., .)."""
+    values, scale = (b.values, b.scale) if isinstance(b, Frozen) else (b, None)
+    apart = values.stride(0) * values.element_size()
+    out = new(a, len(a), columns)
+    call(name, a, a, values, HELD[values.dtype], scale, apart, out, ends, len(values), columns, inner)
     return out
 
 
@@ -193,18 +210,14 @@ def grouped_nt(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
     """Rows of a (S, K) in groups that end at ends (E,) int64, each with its own b (E, N, K): (S, N)."""
     if not usable(a):
         return Plain.grouped_nt(a, b, ends)
-    out, b = new(a, len(a), b.shape[1]), readable(a, b)
-    call("grouped_nt", a, a, b, int(b.dtype == torch.float32), out, ends, *b.shape)
-    return out
+    return _grouped("grouped_nt", a, b, b.shape[1], b.shape[2], ends)
 
 
 def grouped_nn(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
     """The same with b (E, K, N)."""
     if not usable(a):
         return Plain.grouped_nn(a, b, ends)
-    out, b = new(a, len(a), b.shape[2]), readable(a, b)
-    call("grouped_nn", a, a, b, int(b.dtype == torch.float32), out, ends, len(b), b.shape[2], b.shape[1])
-    return out
+    return _grouped("grouped_nn", a, b, b.shape[2], b.shape[1], ends)
 
 
 def grouped_tn(a: Tensor, b: Tensor, ends: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -238,7 +251,11 @@ def orthogonalise(x_NRC: Tensor, steps: int) -> Tensor:
 # Weights with their products
 
 PIECE = 1 << 20
-"""Numbers of a frozen weight that are floats at a time. Smaller pieces were slower: their products are (LAB.md)."""
+"""Numbers of a frozen weight that are floats at a time, where the product is not our own. Smaller pieces were slower: their products are
+(LAB.md)."""
+_making = Lock()
+_made: WeakValueDictionary[tuple[int, torch.dtype], Tensor] = WeakValueDictionary()
+"""Frozen weights as floats, for as long as somebody uses them."""
 
 
 class Operand:
@@ -333,32 +350,48 @@ class Weight(Operand):
 
 
 class Frozen(Operand):
-    """Numbers that do not learn: floats, or int8 codes with a float32 scale for each row (out).
+    """Numbers that do not learn: floats, int8 codes with a float32 scale for each row (out), or int4 blocks (`base.int4_groups`).
 
-    Unless they are of the rows' type they become floats at most PIECE numbers at a time, so that no float copy of a large weight exists.
-    The results are those of the same numbers in a float32 `Weight`.
+    Our own products read them as they are. Others are given floats, at most PIECE numbers at a time, so that no float copy of a large
+    weight exists. The results are those of the same numbers in a float32 `Weight`.
     """
 
-    def __init__(self, values: Tensor, scale: Tensor | None = None):
-        """values: (out, in) or (E, out, in); scale: (out) or (E, out)."""
-        self.values, self.scale, self.shape = values, scale, values.shape
+    def __init__(self, values: Tensor, scale: Tensor | None = None, shape: torch.Size | None = None):
+        """values: (out, in) or (E, out, in), or blocks of such a weight, whose shape is given then; scale: (out) or (E, out)."""
+        self.values, self.scale, self.shape = values, scale, values.shape if shape is None else shape
 
     def _expert(self, e: int) -> Frozen:
-        return Frozen(self.values[e], None if self.scale is None else self.scale[e])
+        return Frozen(self.values[e], None if self.scale is None else self.scale[e], self.shape[1:])
 
-    def _pieces(self, dimension: int):
-        """(slice, its numbers as floats) of one matrix, cut along a dimension."""
-        step = max(1, PIECE // self.shape[1 - dimension])
+    def _pieces(self, dimension: int, dtype: torch.dtype):
+        """(slice, its numbers in dtype) of one matrix, cut along a dimension."""
+        step = max(GROUP, PIECE // self.shape[1 - dimension] // GROUP * GROUP)  # whole blocks of int4
         for start in range(0, self.shape[dimension], step):
-            part = slice(start, start + step)
-            cut = (part, slice(None)) if dimension == 0 else (slice(None), part)
-            yield part, self.values[cut].float() if self.scale is None else self.values[cut] * self.scale[cut[0], None]
+            part = slice(start, min(start + step, self.shape[dimension]))
+            rows, columns = (part, slice(0, self.shape[1])) if dimension == 0 else (slice(0, self.shape[0]), part)
+            yield part, self._floats(rows, columns, dtype)
+
+    def _floats(self, rows: slice, columns: slice, dtype: torch.dtype) -> Tensor:
+        """Some of a matrix's rows and columns; of int4 whole blocks, but for the last rows."""
+        count, wide = rows.stop - rows.start, columns.stop - columns.start
+        if native.compiled() and self.values.device.type == "cpu" and dtype in native.SUFFIXES and not torch.compiler.is_compiling():
+            out = torch.empty(count, wide, dtype=dtype)
+            values, kind, stride, scale = held(self)
+            native.call("unpack", dtype, values, kind, stride, scale, out, rows.start, count, columns.start, wide)
+            return out
+        if self.values.dtype == torch.uint8:
+            blocks = self.values[rows.start // PANEL : -(-rows.stop // PANEL), columns.start // GROUP : columns.stop // GROUP]
+            return from_int4(blocks, count).to(dtype)
+        floats = self.values[rows, columns].float()
+        return (floats if self.scale is None else floats.mul_(self.scale[rows, None])).to(dtype)
 
     def nt(self, x: Tensor, out: Tensor | None = None, base: Tensor | None = None) -> Tensor:
         if self.values.dtype == x.dtype:
             return nt(x, self.values, out=out, base=base)
         out = new(x, len(x), self.shape[0]) if out is None else out
-        for part, weight in self._pieces(0):
+        if usable(x):
+            return _product("nt", x, self, out, base, self.shape[1])
+        for part, weight in self._pieces(0, x.dtype):
             nt(x, weight, out=out[:, part], base=None if base is None else base[:, part])
         return out
 
@@ -366,7 +399,9 @@ class Frozen(Operand):
         if self.values.dtype == grad.dtype:
             return nn(grad, self.values, base=base)
         out = new(grad, len(grad), self.shape[1])
-        for part, weight in self._pieces(1):  # along the sum, partial sums would be rounded
+        if usable(grad):
+            return _product("nn", grad, self, out, base, self.shape[0])
+        for part, weight in self._pieces(1, grad.dtype):  # along the sum, partial sums would be rounded
             out[:, part] = nn(grad, weight, base=None if base is None else base[:, part])
         return out
 
@@ -376,6 +411,8 @@ class Frozen(Operand):
     def grouped_nt(self, x: Tensor, ends: Tensor) -> Tensor:
         if self.values.dtype == x.dtype:
             return grouped_nt(x, self.values, ends)
+        if usable(x):
+            return _grouped("grouped_nt", x, self, *self.shape[1:], ends)
         out = new(x, len(x), self.shape[1])
         for e, rows in spans(ends):
             self._expert(e).nt(x[rows], out=out[rows])
@@ -384,6 +421,8 @@ class Frozen(Operand):
     def grouped_nn(self, grad: Tensor, ends: Tensor) -> Tensor:
         if self.values.dtype == grad.dtype:
             return grouped_nn(grad, self.values, ends)
+        if usable(grad):
+            return _grouped("grouped_nn", grad, self, self.shape[2], self.shape[1], ends)
         out = new(grad, len(grad), self.shape[2])
         for e, rows in spans(ends):
             out[rows] = self._expert(e).nn(grad[rows])
@@ -393,11 +432,20 @@ class Frozen(Operand):
         return ()
 
     def whole(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        rows = Frozen(self.values.flatten(0, -2), None if self.scale is None else self.scale.flatten())
-        out = self.values.new_empty(rows.shape, dtype=dtype)
-        for part, weight in rows._pieces(0):
-            out[part] = weight
-        return out.view(self.shape)
+        out = self.values.new_empty(self.shape, dtype=dtype)
+        matrices = [self] if len(self.shape) == 2 else [self._expert(e) for e in range(self.shape[0])]
+        for matrix, to in zip(matrices, out.view(-1, *self.shape[-2:]), strict=True):
+            for part, weight in matrix._pieces(0, dtype):
+                to[part] = weight
+        return out
+
+    def shared(self, dtype: torch.dtype) -> Tensor:
+        """`whole`, made once for all who need it at the same time, as replicas do."""
+        with _making:
+            place = self.values.data_ptr(), dtype
+            if (made := _made.get(place)) is None:
+                made = _made[place] = self.whole(dtype)
+            return made
 
 
 class LowRank(Operand):

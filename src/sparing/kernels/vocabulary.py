@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sparing.kernels import native, products
 from sparing.kernels.native import new, new_like
+from sparing.kernels.products import Frozen
 from sparing.kernels.sizes import HEAD_TOKENS
 
 IGNORE = -100
@@ -93,13 +94,12 @@ class _CompiledCrossEntropy(torch.autograd.Function):
     """Gradients are computed with the loss and already divided; `backward` only passes them on."""
 
     @staticmethod
-    def forward(ctx, x_ND: Tensor, weight_WD: Tensor, targets_N: Tensor, denominator: float, weights_N: Tensor | None) -> Tensor:
+    def forward(ctx, x_ND: Tensor, weight_WD: Tensor | Frozen, targets_N: Tensor, denominator: float, weights_N: Tensor | None) -> Tensor:
         x = x_ND.contiguous()
         nll = torch.empty(len(x), dtype=torch.float32)
         grad_x, grad_weight = new_like(x), new_like(weight_WD, torch.float32) if ctx.needs_input_grad[1] else None
-        weight, targets = products.readable(x, weight_WD), targets_N.contiguous()
-        wide, sizes = int(weight.dtype == torch.float32), (*x.shape, len(weight))
-        products.call("head_loss", x, x, weight, wide, targets, weights_N, 1.0 / denominator, nll, grad_x, grad_weight, *sizes)
+        sizes, weight = (*x.shape, weight_WD.shape[0]), products.held(weight_WD)
+        products.call("head_loss", x, x, *weight, targets_N.contiguous(), weights_N, 1.0 / denominator, nll, grad_x, grad_weight, *sizes)
         if grad_weight is not None and weight_WD.dtype != torch.float32:
             grad_weight = new_like(weight_WD).copy_(grad_weight)
         ctx.save_for_backward(grad_x, grad_weight)
@@ -113,29 +113,41 @@ class _CompiledCrossEntropy(torch.autograd.Function):
         return grad_x, grad_weight, None, None, None
 
 
-def linear_cross_entropy(x_ND: Tensor, weight_WD: Tensor, targets_N: Tensor, denominator: float, weights_N: Tensor | None = None) -> Tensor:
+def linear_cross_entropy(
+    x_ND: Tensor, weight_WD: Tensor | Frozen, targets_N: Tensor, denominator: float, weights_N: Tensor | None = None
+) -> Tensor:
     """Mean-like cross-entropy of `x @ weight.T` against targets, each times its weight (float32); see the reference for the definition.
+    Our own products read a weight of few bits as it is; others get one copy of it in x's type.
 
     Raises IndexError for a target that is no word (not looked for on a GPU, where it would cost a wait)."""
-    if (
-        not x_ND.is_cuda and len(targets_N) and int(targets_N.max()) >= len(weight_WD)
-    ):  # it would be read from the next row, or past the end
-        raise IndexError(f"target {int(targets_N.max())} is no word of a vocabulary of {len(weight_WD)}")
-    even = x_ND.shape[1] % 2 == 0 and len(weight_WD) % 2 == 0  # the compiled products take numbers in pairs
-    compiled = even and len(x_ND) and weight_WD.dtype in native.SUFFIXES and torch.is_grad_enabled() and products.usable(x_ND)
+    words = weight_WD.shape[0]
+    if not x_ND.is_cuda and len(targets_N) and int(targets_N.max()) >= words:  # it would be read from the next row, or past the end
+        raise IndexError(f"target {int(targets_N.max())} is no word of a vocabulary of {words}")
+    frozen = isinstance(weight_WD, Frozen)
+    even = products.even(x_ND.shape[1], words)
+    compiled = even and len(x_ND) and (frozen or weight_WD.dtype in native.SUFFIXES) and torch.is_grad_enabled() and products.usable(x_ND)
+    if frozen and not compiled:
+        weight_WD = weight_WD.shared(x_ND.dtype)
     return (_CompiledCrossEntropy if compiled else _LinearCrossEntropy).apply(
         x_ND, weight_WD, targets_N, float(denominator), None if weights_N is None else weights_N.contiguous()
     )
 
 
-def token_nll(x_ND: Tensor, weight_WD: Tensor, targets_N: Tensor) -> Tensor:
+def logits_of(x_ND: Tensor, weight_WD: Tensor | Frozen) -> Tensor:
+    """x @ weight.T in x's type, in one product."""
+    return weight_WD(x_ND) if isinstance(weight_WD, Frozen) else F.linear(x_ND, weight_WD.to(x_ND.dtype))
+
+
+def token_nll(x_ND: Tensor, weight_WD: Tensor | Frozen, targets_N: Tensor) -> Tensor:
     """Cross-entropy (nats) of every token, (N,) float32, 0 where the target is IGNORE; softmax in float32, no gradient."""
     with torch.no_grad():
-        weight = weight_WD.to(x_ND.dtype)
+        weight = weight_WD.to(x_ND.dtype) if isinstance(weight_WD, Tensor) else weight_WD
+        if isinstance(weight, Frozen) and not (products.usable(x_ND) and products.even(*weight.shape)):
+            weight = weight.shared(x_ND.dtype)
         out = torch.empty(len(x_ND), dtype=torch.float32, device=x_ND.device)
         for start in range(0, len(x_ND), HEAD_TOKENS):
             part = slice(start, start + HEAD_TOKENS)
-            logits = F.linear(x_ND[part], weight).float()
+            logits = logits_of(x_ND[part], weight).float()
             out[part] = F.cross_entropy(logits, targets_N[part], ignore_index=IGNORE, reduction="none")
         return out
 

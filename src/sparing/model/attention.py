@@ -51,7 +51,7 @@ class MLA(nn.Module):
         B, T, _ = x_BTD.shape
         first = self.q_proj if c.q_lora_rank is None else self.q_a_proj
         both = side_by_side(x_BTD, first, self.kv_a_proj_with_mqa)
-        q, latent, k_rope = both.split([first.weight.shape[0], c.kv_lora_rank, c.qk_rope_head_dim], -1)
+        q, latent, k_rope = both.split([first.shape()[0], c.kv_lora_rank, c.qk_rope_head_dim], -1)
         if c.q_lora_rank is not None:
             q = self.q_b_proj(self.q_a_layernorm(q))
         q_nope, q_rope = q.unflatten(-1, (c.num_heads, -1)).split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)

@@ -155,7 +155,7 @@ class MLP(nn.Module):
 
     def residual(self, x_BTD: Tensor, norm: RMSNorm, balance: list[Tensor] | None = None) -> Tensor:
         """x + mlp(norm(x)); no experts, so nothing to balance."""
-        if products.even(*self.gate_proj.weight.shape) and native.usable(x_BTD):
+        if products.even(*self.gate_proj.shape()) and native.usable(x_BTD):
             return dense_feed_forward(x_BTD, norm.weight, norm.eps, self.operands)
         return x_BTD + self(norm(x_BTD))
 

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from threading import Lock
+from collections.abc import Mapping
+from math import prod
+from types import MappingProxyType
 from typing import Literal
-from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparing.base.held import GROUP
+from sparing.base.int4_groups import to_int4
 from sparing.base.int8_rows import to_int8
 from sparing.kernels import products
 from sparing.kernels.norm import rms_norm
 from sparing.kernels.products import Frozen, LowRank, Operand, Weight
 from sparing.kernels.vocabulary import embedding
 from sparing.precision.eight_bit import EightBit
-
-_making = Lock()
-_made: WeakValueDictionary[tuple[int, torch.dtype], Tensor] = WeakValueDictionary()
-"""Weights of few bits as floats, for as long as somebody uses them."""
 
 
 class Factor(nn.Module):
@@ -33,32 +32,47 @@ class Factor(nn.Module):
 class Adaptable(nn.Module):
     """A module whose weights can stop learning, be kept in few bits and get a low-rank update (LoRA, arXiv 2106.09685).
 
-    A weight kept in few bits is a buffer of the parameter's name, and int8 codes have `NAME_scale` beside them. The factors of `weight` are
-    `lora_A.weight` (rank, in) and `lora_B.weight` (out, rank). Those of experts' `NAME` (E, out, in) have PEFT's shapes for fused experts:
-    `NAME_lora_A.weight` (E*rank, in), the expert slowest, and `NAME_lora_B.weight` (out, rank*E), the expert fastest.
+    A weight kept in few bits is a buffer of the parameter's name: int8 codes, with `NAME_scale` beside them, or int4's blocks. The factors
+    of `weight` are `lora_A.weight` (rank, in) and `lora_B.weight` (out, rank). Those of experts' `NAME` (E, out, in) have PEFT's shapes for
+    fused experts: `NAME_lora_A.weight` (E*rank, in), the expert slowest, and `NAME_lora_B.weight` (out, rank*E), the expert fastest.
     """
 
     weights: tuple[str, ...] = ("weight",)
     """Names of its weights, each (out, in), or (E, out, in) of a layer's experts."""
     low_rank_scale: float | None = None
     """alpha / rank, where there is a low-rank update."""
+    _blocked: Mapping[str, torch.Size] = MappingProxyType({})
+    """Shapes of weights that are blocks."""
 
-    @torch.no_grad()
-    def freeze(self, kind: Literal["int8", "bfloat16"] | None = None) -> None:
-        """Stop learning. kind: what to keep the weights in from here on; None: what they are. int8 has a float32 scale for each row, its
-        largest magnitude / 127. Raises ValueError where weights are kept in few bits already."""
+    def shape(self, name: str = "weight") -> torch.Size:
+        """Of a weight, whatever it is kept in."""
+        return self._blocked.get(name) or getattr(self, name).shape
+
+    def freeze(self, kind: Literal["int4", "int8", "bfloat16"] | None = None) -> None:
+        """Stop learning. kind: what to keep the weights in from here on; None: what they are. Raises ValueError where
+        weights are kept in few bits already."""
         self._freeze_bias()
         for name in self.weights:
             if kind is None:
                 getattr(self, name).requires_grad_(False)
-                continue
-            if name in self._buffers:
-                raise ValueError(f"{name} is frozen in {getattr(self, name).dtype} already")
-            weight = getattr(self, name).detach()
-            delattr(self, name)
-            if kind == "bfloat16":
-                self.register_buffer(name, weight.to(torch.bfloat16))
-                continue
+            else:
+                self.keep(name, kind)
+
+    @torch.no_grad()
+    def keep(self, name: str, kind: Literal["int4", "int8", "bfloat16"]) -> None:
+        """Keep one weight, which stops learning, in few bits. int8 has a float32 scale for each row, its largest magnitude / 127; int4 a
+        bfloat16 scale for each 32 numbers of a row, and where rows have no whole 32s it is int8. Raises ValueError where the weight is kept
+        in few bits already."""
+        if name in self._buffers:
+            raise ValueError(f"{name} is frozen in {getattr(self, name).dtype} already")
+        weight = getattr(self, name).detach()
+        delattr(self, name)
+        if kind == "bfloat16":
+            self.register_buffer(name, weight.to(torch.bfloat16))
+        elif kind == "int4" and not weight.shape[-1] % GROUP:
+            self.register_buffer(name, to_int4(weight))
+            self._blocked = {**self._blocked, name: weight.shape}
+        else:
             codes, scale = to_int8(weight)
             self.register_buffer(name, codes)
             self.register_buffer(f"{name}_scale", scale)
@@ -72,7 +86,8 @@ class Adaptable(nn.Module):
         for name in self.weights:
             weight = getattr(self, name)
             weight.requires_grad_(False)
-            experts, (out, columns) = weight.shape[:-2].numel(), weight.shape[-2:]
+            *stack, out, columns = self.shape(name)
+            experts = prod(stack)
             down = torch.empty(experts * rank, columns).uniform_(-(columns**-0.5), columns**-0.5, generator=generator)
             setattr(self, _factor(name, "A"), Factor(down.to(weight.device)))
             setattr(self, _factor(name, "B"), Factor(torch.zeros(out, rank * experts, device=weight.device)))
@@ -86,27 +101,21 @@ class Adaptable(nn.Module):
     def _operand(self, name: str, by) -> Operand:
         """A weight with its products. by: products of one that is not in few bits."""
         weight = getattr(self, name)
-        operand = Frozen(weight, getattr(self, f"{name}_scale", None)) if name in self._buffers else Weight(weight, by)
+        frozen = name in self._buffers
+        operand = Frozen(weight, getattr(self, f"{name}_scale", None), self.shape(name)) if frozen else Weight(weight, by)
         if self.low_rank_scale is None:
             return operand
         down, up = (getattr(self, _factor(name, part)).weight for part in "AB")
-        if weight.ndim == 3:
+        if len(operand.shape) == 3:
             down, up = down.unflatten(0, (len(weight), -1)), up.unflatten(1, (-1, len(weight))).permute(2, 0, 1).contiguous()
         return LowRank(operand, down, up, self.low_rank_scale)
 
-    def floats(self, dtype: torch.dtype) -> Tensor:
-        """The only weight, for what has a product of its own, as the head's cross-entropy: as it is where it is floats alone, otherwise as
-        one tensor in `dtype`."""
+    def alone(self, dtype: torch.dtype) -> Tensor | Frozen:
+        """The only weight, for what has a product of its own, as the head's cross-entropy. In `dtype` where there is an update."""
         operand = self._operand("weight", products.FLOATS)
         if isinstance(operand, LowRank):
             return operand.whole(dtype)
-        if self.weight.is_floating_point():
-            return self.weight
-        with _making:  # replicas need it at the same time: one of them makes it for all
-            place = self.weight.data_ptr(), dtype
-            if (made := _made.get(place)) is None:
-                made = _made[place] = operand.whole(dtype)
-            return made
+        return self.weight if self.weight.is_floating_point() else operand
 
 
 def _factor(name: str, part: str) -> str:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sparing.base.config import AdapterConfig
+from sparing.base.held import held_as
 from sparing.base.run import fill
 from sparing.model.linear import Adaptable
 from sparing.model.transformer import MTPBlock, Transformer
@@ -23,22 +24,20 @@ def adaptable(model: Transformer) -> dict[str, Adaptable]:
 
 @torch.no_grad()
 def fill_frozen(model: Transformer, tensors: Iterable[tuple[str, Tensor]], hold: str | None, where: object) -> None:
-    """Fill an unfilled model with weights that do not learn. Matrices are held in `hold` ("bfloat16", "int8"; None: float32) as soon as
-    each is there, so that the model is never whole in float32. Routers and norms stay float32. Raises DamagedError, as `base.run.fill`."""
+    """Fill an unfilled model with weights that do not learn. Matrices are held as `base.held.held_as` has it for `hold`
+    ("bfloat16", "int8", "int4"; None: float32) as soon as each is there, so that the model is never whole in float32.
+    Routers and norms stay float32. Raises DamagedError, as `base.run.fill`."""
     model.requires_grad_(False)
     state = model.state_dict()
-    modules = {name: module for name, module in model.named_modules() if isinstance(module, Adaptable)} if hold else {}
-    left = {id(module): len(module.weights) for module in modules.values()}
+    modules = {name: module for name, module in model.named_modules() if isinstance(module, Adaptable)}
 
     def freezing():
         for name, tensor in tensors:
             yield name, tensor
             state.pop(name, None)
-            module = modules.get(name.rpartition(".")[0])
-            if module is not None and name.rpartition(".")[2] in module.weights:
-                left[id(module)] -= 1
-                if not left[id(module)]:
-                    module.freeze(hold)
+            at, _, own = name.rpartition(".")
+            if hold and own in getattr(modules.get(at), "weights", ()):
+                modules[at].keep(own, held_as(name, tuple(tensor.shape), hold))
 
     fill(state, freezing(), where)
 

@@ -6,14 +6,14 @@ from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sparing.base.config import ModelConfig
 from sparing.base.layers import Layer, layers
 from sparing.kernels.attention import DocumentMask
-from sparing.kernels.vocabulary import token_nll
+from sparing.kernels.products import Frozen
+from sparing.kernels.vocabulary import logits_of, token_nll
 from sparing.model.attention import GQA, MLA
 from sparing.model.experts import MLP, MoE, not_counting
 from sparing.model.linear import Embedding, Linear, RMSNorm
@@ -113,9 +113,13 @@ class Transformer(nn.Module):
         self.register_buffer("rotary", rotary_table(config, 0), persistent=False)
 
     @property
-    def head_weight(self) -> Tensor:
-        """(V, D) weights of the output head."""
-        return (self.lm_head or self.model.embed_tokens).floats(self.compute_dtype)
+    def device(self) -> torch.device:
+        return self.model.norm.weight.device
+
+    @property
+    def head_weight(self) -> Tensor | Frozen:
+        """(V, D) weights of the output head, as they are held."""
+        return (self.lm_head or self.model.embed_tokens).alone(self.compute_dtype)
 
     def set_recompute(self, on: bool) -> None:
         """Recompute each layer's activations in the backward pass instead of keeping them."""
@@ -129,7 +133,7 @@ class Transformer(nn.Module):
 
     def _table(self, length: int) -> Tensor:
         if len(self.rotary) < length:
-            self.rotary = rotary_table(self.config, max(length, self.config.max_position_embeddings)).to(self.model.norm.weight.device)
+            self.rotary = rotary_table(self.config, max(length, self.config.max_position_embeddings)).to(self.device)
         return self.rotary
 
     def _embed(self, tokens_BT: Tensor) -> Tensor:
@@ -166,7 +170,7 @@ class Transformer(nn.Module):
     def forward(self, tokens_BT: Tensor, documents_BT: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         """(B, T) token ids -> (B, T, V) float32 logits."""
         x = self.hidden(tokens_BT, documents_BT, positions)
-        return F.linear(x, self.head_weight.to(x.dtype)).float()
+        return logits_of(x, self.head_weight).float()
 
     @torch.no_grad()
     def nll(self, tokens_BT: Tensor, targets_BT: Tensor, documents_BT: Tensor | None = None) -> Tensor:

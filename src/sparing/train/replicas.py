@@ -85,7 +85,7 @@ class Replicas:
 
     def nll(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """`Transformer.nll` of (B, T), rows divided; moved to the model's device, (B, T) nats."""
-        device = self.models[0].model.norm.weight.device
+        device = self.models[0].device
         tokens, targets = tokens.to(device), targets.to(device)
         if self.pool is None:
             with native.path(self.kernels):

@@ -141,7 +141,7 @@ class Trainer:
         keep_as(model, config)
         model.set_recompute(t.recompute)
         model.train()
-        self.device = model.head_weight.device
+        self.device = model.device
         self.policy = Policy.of(model, config)
         self.moves: list[Move] = []
         """Linears that the last step's errors moved to another precision."""
