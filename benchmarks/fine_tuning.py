@@ -1,7 +1,8 @@
-"""Fine-tuning beside its peers, and LoRA beside full fine-tuning: two figures, each one resumable command.
+"""Fine-tuning beside its peers, LoRA beside full fine-tuning, and what a frozen base is held in: three figures, each one resumable command.
 
     python -m benchmarks.fine_tuning speed --run RUN --hf FOLDER --data CHATS... --out FOLDER
     python -m benchmarks.fine_tuning methods --run RUN --data MEDQUAD --budget 10m --out FOLDER
+    python -m benchmarks.fine_tuning bases --run RUN --data MEDQUAD --out FOLDER
 
 Every arm is a process of its own and leaves ARM.json in the folder; an arm that is there is not run again. RUN and FOLDER are the same
 model, imported and as transformers loads it. MEDQUAD has rows with "focus", "question" and "answer".
@@ -27,11 +28,16 @@ PRECISIONS = ("autocast", "bfloat16", "float32")
 MICRO = (8, 2)
 RATES = {"lora": ("3e-4", "1e-3", "3e-3"), "full": ("3e-5", "1e-4", "3e-4")}
 HELD_OUT = 0.05
+BASES = ("float32", "bfloat16", "int8", "int4")
+UPDATES, BATCH, SCORED = 30, 2, 16
+"""Of the comparison of bases: steps, rows of a step, rows that are scored and not learnt."""
+ROUNDS = 4
+"""How often each base has its turn where they are timed beside each other."""
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.fine_tuning")
-    parser.add_argument("figure", choices=("speed", "methods", "peer"))
+    parser.add_argument("figure", choices=("speed", "methods", "bases", "peer", "base", "turns"))
     parser.add_argument("--run", help="the imported model")
     parser.add_argument("--hf", help="the same model as transformers loads it")
     parser.add_argument("--data", nargs="+", default=[])
@@ -43,9 +49,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--precision", default="autocast")
     parser.add_argument("--micro", type=int, default=ROWS)
     parser.add_argument("--recompute", action="store_true")
+    parser.add_argument("--base", choices=BASES)
     options = parser.parse_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)
-    {"speed": speed, "methods": methods, "peer": peer}[options.figure](options)
+    {"speed": speed, "methods": methods, "bases": bases, "peer": peer, "base": base, "turns": turns}[options.figure](options)
 
 
 def stored(options: argparse.Namespace, arm: str, run) -> dict | None:
@@ -119,10 +126,8 @@ def speed(options: argparse.Namespace) -> None:
             print(f"{name:>28}  {row['tokens_per_s']:8.0f} tokens/s  {row['memory_bytes'] / 2**20:8.0f} MiB  loss {row['loss']:.3f}")
 
 
-def rows_of(options: argparse.Namespace, count: int):
-    """(count, 512) token ids and labels: the rows that ours trains on."""
-    import torch
-
+def packed(options: argparse.Namespace, count: int, batch: int):
+    """The feed of at least `count` rows of 512 tokens, `batch` a step."""
     from sparing.base.config_file import read_config
     from sparing.base.run import RunFolder
     from sparing.data.answers import Cutting
@@ -135,7 +140,14 @@ def rows_of(options: argparse.Namespace, count: int):
     tokenizer = Tokenizer.load(run.tokenizer_file, read_config(run.config_file).tokens)
     some = (chat for _, chat in zip(range(40 * count), chats(options.data), strict=False))
     pieces = Cutting(ChatTemplate(template_text(run)), tokenizer, LENGTH).pieces(some)
-    batch = Packed(pieces, LENGTH, count, pad_id=tokenizer.eot_id).batch(0)
+    return Packed(pieces, LENGTH, batch, pad_id=tokenizer.eot_id)
+
+
+def rows_of(options: argparse.Namespace, count: int):
+    """(count, 512) token ids and labels: the rows that ours trains on."""
+    import torch
+
+    batch = packed(options, count, count).batch(0)
     labels = torch.full_like(batch.tokens, -100)
     labels[:, 1:] = batch.targets[:, :-1, 0]  # transformers shifts them itself
     return batch.tokens, labels
@@ -175,10 +187,15 @@ def peer(options: argparse.Namespace) -> None:
             optimizer.zero_grad(set_to_none=True)
             times.append(time.perf_counter() - before)
             losses.append(total)
-    with open("/proc/self/status") as file:
-        peak = next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+    peak = resident_peak()
     best = sorted(times[1:])[len(times[1:]) // 2]
     print(json.dumps({"tokens_per_s": ROWS * LENGTH / best, "memory_bytes": peak, "loss": losses[-1], "seconds": times}))
+
+
+def resident_peak() -> int:
+    """Bytes, of this process so far."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
 
 
 def _trl(model, options: argparse.Namespace, tokens, labels, rate: float) -> tuple[list[float], list[float]]:
@@ -217,6 +234,98 @@ def _trl(model, options: argparse.Namespace, tokens, labels, rate: float) -> tup
     )
     trainer.train()
     return watch.times, watch.losses
+
+
+# what a frozen base is held in
+
+
+def bases(options: argparse.Namespace) -> None:
+    """Memory and held-out loss of UPDATES steps of LoRA beside each kind of base, each in a process of its own, and CPU seconds of a pass
+    over BATCH rows, all in one process by turns. One thread."""
+
+    def worker(*arguments: str) -> dict:
+        call = [sys.executable, "-m", "benchmarks.fine_tuning", *arguments, "--run", options.run]
+        call += ["--data", *options.data, "--out", str(options.out)]
+        done = subprocess.run(call, stdout=subprocess.PIPE, text=True, check=True)
+        return json.loads(done.stdout.strip().splitlines()[-1])
+
+    rows = {kind: stored(options, f"base-{kind}", lambda kind=kind: worker("base", "--base", kind)) for kind in BASES}
+    times = stored(options, "turns", lambda: worker("turns"))
+    for kind, row in rows.items():
+        if row:
+            speed = f"{BATCH * LENGTH / times[kind]:6.0f} tokens per CPU second" if times else ""
+            memory = f"{row['memory_bytes'] / 2**20:6.0f} MiB at the peak, {row['held_bytes'] / 2**20:5.1f} held"
+            print(f"{kind:>9}  {memory}  answers {row['before']:.4f} -> {row['after']:.4f} nats  {speed}")
+
+
+def _adapted(options: argparse.Namespace, kind: str):
+    """The run's model held in `kind` with updates beside it, in training, and its feed: the first SCORED rows are for scoring."""
+    import torch
+
+    from sparing.base.config import AdapterConfig
+    from sparing.base.config_file import read_config
+    from sparing.base.run import RunFolder, run_tensors
+    from sparing.model.low_rank import add_low_rank, fill_frozen
+    from sparing.model.transformer import Transformer
+
+    torch.set_num_threads(1)
+    run = RunFolder.open(options.run)
+    model = Transformer(read_config(run.config_file).model)
+    fill_frozen(model, run_tensors(run), None if kind == "float32" else kind, run)
+    add_low_rank(model, AdapterConfig(RANK, ALPHA), 0)
+    model.compute_dtype = torch.bfloat16
+    return model.train()
+
+
+def base(options: argparse.Namespace) -> None:
+    """One kind of base; prints one line of JSON."""
+    from sparing.base.config import OptimConfig
+    from sparing.kernels import native
+    from sparing.kernels.products import fastest
+    from sparing.resolve import ADAPTER_OPTIM
+    from sparing.train.objective import NextToken
+    from sparing.train.optim import Optimizer
+    from sparing.train.replicas import Replicas
+
+    feed, model = packed(options, SCORED + UPDATES * BATCH, BATCH), _adapted(options, options.base)
+    held = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    replicas = Replicas(model, NextToken(model.config), kernels=fastest()[0])
+    optimizer = Optimizer(model, OptimConfig(**ADAPTER_OPTIM))
+    scored = feed.rows(range(SCORED))
+
+    def score() -> float:
+        replicas.train(False)
+        rows = [scored[start : start + BATCH] for start in range(0, SCORED, BATCH)]
+        with native.path(replicas.kernels):
+            nll = sum(float(model.nll(row.tokens, row.targets[..., 0], row.documents).sum()) for row in rows)
+        replicas.train(True)
+        return nll / int((scored.targets != -100).sum())
+
+    before, losses = score(), []
+    for step in range(UPDATES):
+        losses.append(float(replicas.gradients(feed.batch(SCORED // BATCH + step))[0]))
+        optimizer.step(1 - step / UPDATES, 0.95)
+    peak = resident_peak()
+    print(json.dumps({"held_bytes": held, "memory_bytes": peak, "before": before, "after": score(), "losses": losses}))
+
+
+def turns(options: argparse.Namespace) -> None:
+    """CPU seconds of a forward and backward pass over BATCH rows beside each kind of base, the median of ROUNDS, as JSON."""
+    from statistics import median
+
+    from sparing.kernels.products import fastest
+    from sparing.train.objective import NextToken
+    from sparing.train.replicas import Replicas
+
+    batch = packed(options, SCORED + BATCH, BATCH).batch(SCORED // BATCH)
+    models = {kind: _adapted(options, kind) for kind in ([options.base] if options.base else BASES)}
+    times: dict[str, list[float]] = {kind: [] for kind in models}
+    for _ in range(1 + ROUNDS):
+        for kind, model in models.items():
+            began = time.process_time()
+            Replicas(model, NextToken(model.config), kernels=fastest()[0]).gradients(batch)
+            times[kind].append(time.process_time() - began)
+    print(json.dumps({kind: median(seconds[1:]) for kind, seconds in times.items()} | {"kernels": fastest()[0], "all": times}))
 
 
 # LoRA and full fine-tuning

@@ -296,6 +296,11 @@ def test_the_plan_says_what_fits_beside_an_adapter():
     fits = plan("v2-lite", budget="2h", machine="4090", wishes={"adapter": {"base": "int8"}, "train": train})
     assert 16e9 < fits["memory_bytes"]["weights"]["value"] and fits["memory_bytes"]["total"]["value"] < 0.95 * 24e9
     assert fits["bpb"]["value"] is None
+    longer = train | {"micro_batch_size": 4, "seq_len": 2048}
+    with pytest.raises(UserError, match=r"what fits: --adapter\.base int4"):
+        plan("v2-lite", budget="2h", machine="4090", wishes={"adapter": {"base": "int8"}, "train": longer})
+    fits = plan("v2-lite", budget="2h", machine="4090", wishes={"adapter": {"base": "int4"}, "train": longer})
+    assert 8.8e9 < fits["memory_bytes"]["weights"]["value"] < 10.5e9 and fits["memory_bytes"]["total"]["value"] < 0.8 * 24e9
     with pytest.raises(UserError, match=r"what fits: --adapter\.base int8"):
         plan("v2-lite", budget="2h", machine="4090", wishes={"adapter": {"base": "bfloat16"}, "train": train})
 

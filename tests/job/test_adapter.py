@@ -71,7 +71,7 @@ api.train([sys.argv[1]], "40ktok", sys.argv[2], eval(sys.argv[4]), samples=0, st
 @pytest.mark.slow
 def test_killed_and_resumed_equals_undisturbed(workplace, tmp_path):
     kernels = next(path for path in ("vectors", "compiled", "plain") if native.can(path))
-    wishes = ADAPTER | {"train": TRAIN | {"kernels": kernels, "checkpoint_interval_s": 0.1}}
+    wishes = {"train": TRAIN | {"kernels": kernels, "checkpoint_interval_s": 0.1}, "adapter": ADAPTER["adapter"] | {"base": "int4"}}
     data, base = str(workplace / "other"), str(workplace / "mixture")
     api.train([data], "40ktok", str(tmp_path / "whole"), wishes, samples=0, start=base)
     process = subprocess.Popen([sys.executable, "-c", KILLED, data, str(tmp_path / "run"), base, repr(wishes)], stderr=-1, text=True)
@@ -100,11 +100,12 @@ def test_an_adapter_needs_a_base_that_is_there(workplace, tmp_path):
         api.resume(str(tmp_path / "run3"), "+4ktok", samples=0)
 
 
-@pytest.fixture(scope="module", params=["dense", "mixture"])
+@pytest.fixture(scope="module", params=[("dense", "int8"), ("mixture", "int4")], ids=" in ".join)
 def adapted(request, workplace):
-    """An adapter run whose base was held in int8, where that makes a difference."""
-    base, run = workplace / request.param, workplace / f"adapted-{request.param}"
-    wishes = ADAPTER | {"adapter": ADAPTER["adapter"] | {"base": "int8"}, "optim": {"lr": 0.01}}
+    """An adapter run whose base was held in few bits, where that makes a difference."""
+    model, held = request.param
+    base, run = workplace / model, workplace / f"adapted-{model}"
+    wishes = ADAPTER | {"adapter": ADAPTER["adapter"] | {"base": held}, "optim": {"lr": 0.01}}
     api.train([str(workplace / "other")], "20ktok", str(run), wishes, samples=1, start=str(base))
     return base, run
 
@@ -173,7 +174,7 @@ def test_a_base_that_moved_and_another_one(adapted, workplace, tmp_path):
         api.rebase(str(base), str(moved))
     api.rebase(str(run), str(moved))
     assert torch.equal(logits(run), expected)
-    assert read_config(run / "config.toml").start.run == str(moved) and read_config(run / "config.toml").adapter.base == "int8"
+    assert read_config(run / "config.toml").start.run == str(moved) and read_config(run / "config.toml").adapter.base in ("int8", "int4")
     weights = load_file(moved / "weights/model.safetensors")
     write_tensors(moved / "weights/model.safetensors", weights | {"model.norm.weight": weights["model.norm.weight"] * 2})
     with pytest.raises(UserError, match="an adapter of other weights"):

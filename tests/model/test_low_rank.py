@@ -182,12 +182,13 @@ def test_nothing_changes_at_first():
     assert torch.allclose(loss_of(model, *batch(model.config)).total, before, rtol=1e-6)
 
 
-def test_replicas_share_codes_and_agree():
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_replicas_share_codes_and_agree(kind):
     found = []
     for count in (1, 2):
-        model = adapted(SHAPES["mixture"])
+        model = adapted(SHAPES["mixture"], kind)
         replicas = Replicas(model, NextToken(model.config), count, kernels="compiled")
-        codes = [{buffer.data_ptr() for buffer in twin.buffers() if buffer.dtype == torch.int8} for twin in replicas.models]
+        codes = [{buffer.data_ptr() for buffer in twin.buffers() if buffer.dtype in (torch.int8, torch.uint8)} for twin in replicas.models]
         assert codes[0] and all(codes[0] == others for others in codes)
         tokens, targets = batch(model.config)
         replicas.gradients(Batch(tokens, targets, None, None))
