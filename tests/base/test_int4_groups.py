@@ -42,7 +42,8 @@ def test_what_is_held_in_which_bits():
     for base in ("float32", "bfloat16", "int8", "int4"):
         assert held_as("model.layers.0.mlp.up_proj.weight", shape, base) == base
         assert held_as("model.layers.0.mlp.experts.down_proj", (4, *shape), base) == base
-        assert held_as("model.layers.0.mlp.gate.weight", shape, base) == "float32" == held_as("model.norm.weight", (64,), base)
+        assert held_as("model.layers.0.mlp.gate.weight", shape, base) == "float32"
+        assert held_as("model.norm.weight", (64,), base) == "float32"
     for fine in ("model.embed_tokens.weight", "lm_head.weight", "model.layers.3.self_attn.q_proj.weight"):
         assert held_as(fine, shape, "int4") == "int8" and held_as(fine, shape, "bfloat16") == "bfloat16"
     assert held_as("model.layers.0.mlp.up_proj.weight", (48, 72), "int4") == "int8", "no whole groups"

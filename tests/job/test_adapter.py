@@ -40,7 +40,10 @@ def workplace(tmp_path_factory):
         yield root
 
 
-@pytest.mark.parametrize("base, held", [("dense", "float32"), ("mixture", "bfloat16"), ("mixture", "int8"), ("dense", "int4")])
+HELD = [("dense", "float32"), ("mixture", "bfloat16"), ("mixture", "int8"), ("dense", "int4")]
+
+
+@pytest.mark.parametrize("base, held", HELD)
 def test_only_the_factors_learn_and_are_kept(workplace, tmp_path, base, held):
     run, before = tmp_path / "run", file_sha256(workplace / base / "weights/model.safetensors")
     wishes = ADAPTER | {"adapter": ADAPTER["adapter"] | {"base": held}}
@@ -71,7 +74,8 @@ api.train([sys.argv[1]], "40ktok", sys.argv[2], eval(sys.argv[4]), samples=0, st
 @pytest.mark.slow
 def test_killed_and_resumed_equals_undisturbed(workplace, tmp_path):
     kernels = next(path for path in ("vectors", "compiled", "plain") if native.can(path))
-    wishes = {"train": TRAIN | {"kernels": kernels, "checkpoint_interval_s": 0.1}, "adapter": ADAPTER["adapter"] | {"base": "int4"}}
+    train = TRAIN | {"kernels": kernels, "checkpoint_interval_s": 0.1}
+    wishes = {"train": train, "adapter": ADAPTER["adapter"] | {"base": "int4"}}
     data, base = str(workplace / "other"), str(workplace / "mixture")
     api.train([data], "40ktok", str(tmp_path / "whole"), wishes, samples=0, start=base)
     process = subprocess.Popen([sys.executable, "-c", KILLED, data, str(tmp_path / "run"), base, repr(wishes)], stderr=-1, text=True)
@@ -174,7 +178,8 @@ def test_a_base_that_moved_and_another_one(adapted, workplace, tmp_path):
         api.rebase(str(base), str(moved))
     api.rebase(str(run), str(moved))
     assert torch.equal(logits(run), expected)
-    assert read_config(run / "config.toml").start.run == str(moved) and read_config(run / "config.toml").adapter.base in ("int8", "int4")
+    config = read_config(run / "config.toml")
+    assert config.start.run == str(moved) and config.adapter.base in ("int8", "int4")
     weights = load_file(moved / "weights/model.safetensors")
     write_tensors(moved / "weights/model.safetensors", weights | {"model.norm.weight": weights["model.norm.weight"] * 2})
     with pytest.raises(UserError, match="an adapter of other weights"):

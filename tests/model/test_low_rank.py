@@ -98,7 +98,8 @@ def test_what_a_frozen_weight_takes(kind):
         module.freeze(kind)
         assert not list(module.parameters())
         kept = sum(buffer.numel() * buffer.element_size() for buffer in module.buffers())
-        assert kept <= {"int4": 0.15, "int8": 0.3, "bfloat16": 0.5}[kind] * 4 * sum(weight.numel() for weight in before.values())
+        share = {"int4": 0.15, "int8": 0.3, "bfloat16": 0.5}[kind]
+        assert kept <= share * 4 * sum(weight.numel() for weight in before.values())
         operands = module.operands() if module is experts else (module.operand,)
         for operand, weight in zip(operands, before.values(), strict=True):
             assert distance(operand.whole(), weight) < (0.1 if kind == "int4" else 0.01)
@@ -188,7 +189,8 @@ def test_replicas_share_codes_and_agree(kind):
     for count in (1, 2):
         model = adapted(SHAPES["mixture"], kind)
         replicas = Replicas(model, NextToken(model.config), count, kernels="compiled")
-        codes = [{buffer.data_ptr() for buffer in twin.buffers() if buffer.dtype in (torch.int8, torch.uint8)} for twin in replicas.models]
+        few = torch.int8, torch.uint8
+        codes = [{buffer.data_ptr() for buffer in twin.buffers() if buffer.dtype in few} for twin in replicas.models]
         assert codes[0] and all(codes[0] == others for others in codes)
         tokens, targets = batch(model.config)
         replicas.gradients(Batch(tokens, targets, None, None))
@@ -270,8 +272,8 @@ def test_a_model_is_frozen_as_it_is_read(shape, tied, kind):
     fill_frozen(model, whole.state_dict().items(), kind, "here")
     assert not learned(model)
     types = {name: t.dtype for name, t in model.state_dict().items() if name in shapes(c) and is_matrix(name, t.ndim)}
-    held = {"int4": {torch.uint8, torch.int8}, "int8": {torch.int8}, "bfloat16": {torch.bfloat16}, None: {torch.float32}}[kind]
-    assert set(types.values()) == held and types["model.embed_tokens.weight"] != torch.uint8
+    held = {"int4": {torch.uint8, torch.int8}, "int8": {torch.int8}, "bfloat16": {torch.bfloat16}, None: {torch.float32}}
+    assert set(types.values()) == held[kind] and types["model.embed_tokens.weight"] != torch.uint8
     merged, held = Transformer(c), AdaptedTensors(whole.state_dict(), {}, AdapterConfig(4, 8.0, kind or "float32"))
     fill(merged.state_dict(), held.items(), "here")  # what merging makes of the weights is what is trained beside
     tokens, _ = batch(c)
@@ -291,7 +293,8 @@ def test_a_model_is_frozen_as_it_is_read(shape, tied, kind):
 @pytest.mark.parametrize("path", ["tiles", "vectors", "compiled", "plain"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_head_of_few_bits_is_the_same_as_floats(kind, path, dtype):
-    """Training's loss and an evaluation's: our own products read the codes, others get one copy for all who need it at the same time."""
+    """Training's loss and an evaluation's. Our own products read the codes; others get one copy, for all who need it at
+    the same time."""
     if not native.can(path, dtype):
         pytest.skip("this machine cannot run these kernels")
     model = filled(replace(SHAPES["dense"], tie_word_embeddings=True))
@@ -299,7 +302,8 @@ def test_a_head_of_few_bits_is_the_same_as_floats(kind, path, dtype):
     model.model.embed_tokens.freeze(kind)
     head, floats = model.head_weight, model.head_weight.whole()
     assert isinstance(head, Frozen) and head.shared(dtype) is head.shared(dtype)
-    x, targets = torch.randn(60, head.shape[1], generator=torch.Generator().manual_seed(0)).to(dtype), torch.arange(60) - 1
+    x = torch.randn(60, head.shape[1], generator=torch.Generator().manual_seed(0)).to(dtype)
+    targets = torch.arange(60) - 1
     targets[0] = IGNORE
     found = []
     with native.path(path):

@@ -83,7 +83,8 @@ def _largest_group(c: ModelConfig) -> float:
 
 def held_bytes(c: ModelConfig, adapter: AdapterConfig, dtype: str) -> float:
     """Of frozen weights as `adapter.base` holds them (None: as `dtype`), scales included; routers, norms and biases are float32."""
-    return float(sum(held_bytes_of(shape, held_as(name, shape, adapter.base or dtype)) for name, shape in shapes(c).items()))
+    base = adapter.base or dtype
+    return float(sum(held_bytes_of(shape, held_as(name, shape, base)) for name, shape in shapes(c).items()))
 
 
 KernelPath = Literal["plain", "passes", "products", "cuda"]

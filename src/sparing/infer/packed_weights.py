@@ -71,7 +71,9 @@ def _bytes(format: str, N: int, K: int) -> int:
     if N == 0:
         return K * per_number[format]
     N = -(-N // PANEL) * PANEL
-    return N // PANEL * (K // GROUP) * BLOCK_BYTES if format == "int4" else N * K * per_number[format] + (4 * N if format == "int8" else 0)
+    if format == "int4":
+        return N // PANEL * (K // GROUP) * BLOCK_BYTES
+    return N * K * per_number[format] + (4 * N if format == "int8" else 0)
 
 
 class _Writer:

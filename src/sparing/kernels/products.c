@@ -35,7 +35,8 @@ static inline Left rows_of(const bf16 *a, int64_t stride) {
 static inline Held own(const bf16 *at, int64_t stride) { return (Held){at, BFLOAT16, stride, 0}; }
 
 static inline __m512 codes_as_floats(const void *at, __mmask16 mask, float scale) {
-    return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask, at))), _mm512_set1_ps(scale));
+    __m512i codes = _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask, at));
+    return _mm512_mul_ps(_mm512_cvtepi32_ps(codes), _mm512_set1_ps(scale));
 }
 
 /* Codes of four bits in the lowest bits of words, times scales, narrowed. */
@@ -45,7 +46,7 @@ static inline __m256i narrow_codes(__m512i words, __m512 scale) {
 }
 
 static inline __m512 block_scales(const uint8_t *block) {
-    return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(block + PANEL * GROUP / 2))), 16);
+    return (__m512)_mm512_slli_epi32(widen((const bf16 *)(block + PANEL * GROUP / 2), 0xffff), 16);
 }
 
 /* 16 columns of a row (not of INT4) from column `from`, each in a word. */
@@ -98,7 +99,8 @@ static void pack_rows(Held w, int64_t K, int64_t N, int32_t *out) {
     for (int64_t n = 0; n < up(N, NR); n += NR) { /* a cache line of columns at a time, down all rows */
         int32_t *to = out + n * all;
         for (int64_t p = 0; p < pairs; p++)
-            for (int64_t h = 0; h < NR; h += 16) _mm512_storeu_si512(to + p * NR + h, pair(w, 2 * p, K, n + h, first(N - n - h)));
+            for (int64_t h = 0; h < NR; h += 16)
+                _mm512_storeu_si512(to + p * NR + h, pair(w, 2 * p, K, n + h, first(N - n - h)));
         memset(to + pairs * NR, 0, (all - pairs) * NR * 4);
     }
 }
@@ -139,7 +141,8 @@ static void pack_columns_of_int4(Held w, int64_t K, int64_t N, int32_t *out) {
             const uint8_t *block = block_of(w, n, 2 * p);
             __m512 scale = block_scales(block);
             for (int i = 0; i < 16; i++) { /* pairs 0 to 7 have low halves of bytes, the rest high ones */
-                __m512i words = _mm512_srli_epi32(_mm512_loadu_si512(block + i % 8 / 2 * PANEL * 4), i % 2 * 16 + i / 8 * 4);
+                __m512i quad = _mm512_loadu_si512(block + i % 8 / 2 * PANEL * 4);
+                __m512i words = _mm512_srli_epi32(quad, i % 2 * 16 + i / 8 * 4);
                 __m512i low = _mm512_cvtepu16_epi32(narrow_codes(words, scale));
                 __m512i high = _mm512_cvtepu16_epi32(narrow_codes(_mm512_srli_epi32(words, 8), scale));
                 _mm512_storeu_si512(to + i * NR, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
@@ -167,11 +170,13 @@ static void pack_columns(Held w, int64_t K, int64_t N, int32_t *out) {
                     r[i] = _mm512_maskz_loadu_epi32(mask, (const bf16 *)w.at + place);
                 else if (w.held == FLOAT32) {
                     const float *x = (const float *)w.at + place;
-                    r[i] = (__m512i)_mm512_cvtne2ps_pbh(_mm512_maskz_loadu_ps(right, x + 16), _mm512_maskz_loadu_ps(left, x));
+                    __m512 a = _mm512_maskz_loadu_ps(left, x), b = _mm512_maskz_loadu_ps(right, x + 16);
+                    r[i] = (__m512i)_mm512_cvtne2ps_pbh(b, a);
                 } else {
                     const int8_t *x = (const int8_t *)w.at + place;
-                    __m512 scaled = codes_as_floats(x, left, w.scale[n + i]);
-                    r[i] = (__m512i)_mm512_cvtne2ps_pbh(codes_as_floats(x + 16, right, w.scale[n + i]), scaled);
+                    float scale = w.scale[n + i];
+                    __m512 a = codes_as_floats(x, left, scale), b = codes_as_floats(x + 16, right, scale);
+                    r[i] = (__m512i)_mm512_cvtne2ps_pbh(b, a);
                 }
             }
             transpose16(r);

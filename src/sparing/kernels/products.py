@@ -121,7 +121,8 @@ def _product(name: str, a: Tensor, b: Tensor | Frozen, out: Tensor, base: Tensor
 def held(b: Tensor | Frozen) -> tuple[Tensor, int, int, Tensor | None]:
     """A matrix as products.inc takes it: numbers, what they are held in, from a row to the next, scales of the rows."""
     if isinstance(b, Frozen):
-        return b.values, HELD[b.values.dtype], b.shape[1] if b.values.dtype == torch.uint8 else b.values.stride(0), b.scale
+        stride = b.shape[1] if b.values.dtype == torch.uint8 else b.values.stride(0)
+        return b.values, HELD[b.values.dtype], stride, b.scale
     return b, HELD[b.dtype], b.stride(0), None
 
 
@@ -251,8 +252,8 @@ def orthogonalise(x_NRC: Tensor, steps: int) -> Tensor:
 # Weights with their products
 
 PIECE = 1 << 20
-"""Numbers of a frozen weight that are floats at a time, where the product is not our own. Smaller pieces were slower: their products are
-(LAB.md)."""
+"""Numbers of a frozen weight that are floats at a time, where the product is not our own. Smaller pieces were slower:
+their products are (LAB.md)."""
 _making = Lock()
 _made: WeakValueDictionary[tuple[int, torch.dtype], Tensor] = WeakValueDictionary()
 """Frozen weights as floats, for as long as somebody uses them."""
@@ -350,14 +351,15 @@ class Weight(Operand):
 
 
 class Frozen(Operand):
-    """Numbers that do not learn: floats, int8 codes with a float32 scale for each row (out), or int4 blocks (`base.int4_groups`).
+    """Numbers that do not learn: floats, int8 codes with a float32 scale for each row (out), or blocks of int4
+    (`base.int4_groups`).
 
-    Our own products read them as they are. Others are given floats, at most PIECE numbers at a time, so that no float copy of a large
-    weight exists. The results are those of the same numbers in a float32 `Weight`.
+    Our own products read them as they are. Others are given floats, at most PIECE numbers at a time, so that no float
+    copy of a large weight exists. The results are those of the same numbers in a float32 `Weight`.
     """
 
     def __init__(self, values: Tensor, scale: Tensor | None = None, shape: torch.Size | None = None):
-        """values: (out, in) or (E, out, in), or blocks of such a weight, whose shape is given then; scale: (out) or (E, out)."""
+        """values: (out, in) or (E, out, in), or blocks of such a weight with its shape; scale: (out) or (E, out)."""
         self.values, self.scale, self.shape = values, scale, values.shape if shape is None else shape
 
     def _expert(self, e: int) -> Frozen:
@@ -374,16 +376,16 @@ class Frozen(Operand):
     def _floats(self, rows: slice, columns: slice, dtype: torch.dtype) -> Tensor:
         """Some of a matrix's rows and columns; of int4 whole blocks, but for the last rows."""
         count, wide = rows.stop - rows.start, columns.stop - columns.start
-        if native.compiled() and self.values.device.type == "cpu" and dtype in native.SUFFIXES and not torch.compiler.is_compiling():
-            out = torch.empty(count, wide, dtype=dtype)
+        out = self.values.new_empty(count, wide, dtype=dtype)
+        if native.usable(out):
             values, kind, stride, scale = held(self)
             native.call("unpack", dtype, values, kind, stride, scale, out, rows.start, count, columns.start, wide)
             return out
         if self.values.dtype == torch.uint8:
-            blocks = self.values[rows.start // PANEL : -(-rows.stop // PANEL), columns.start // GROUP : columns.stop // GROUP]
-            return from_int4(blocks, count).to(dtype)
+            panels, groups = (rows.start // PANEL, -(-rows.stop // PANEL)), (columns.start // GROUP, columns.stop // GROUP)
+            return out.copy_(from_int4(self.values[slice(*panels), slice(*groups)], count))
         floats = self.values[rows, columns].float()
-        return (floats if self.scale is None else floats.mul_(self.scale[rows, None])).to(dtype)
+        return out.copy_(floats if self.scale is None else floats * self.scale[rows, None])
 
     def nt(self, x: Tensor, out: Tensor | None = None, base: Tensor | None = None) -> Tensor:
         if self.values.dtype == x.dtype:

@@ -94,12 +94,14 @@ class _CompiledCrossEntropy(torch.autograd.Function):
     """Gradients are computed with the loss and already divided; `backward` only passes them on."""
 
     @staticmethod
-    def forward(ctx, x_ND: Tensor, weight_WD: Tensor | Frozen, targets_N: Tensor, denominator: float, weights_N: Tensor | None) -> Tensor:
+    def forward(
+        ctx, x_ND: Tensor, weight_WD: Tensor | Frozen, targets_N: Tensor, denominator: float, weights_N: Tensor | None
+    ) -> Tensor:
         x = x_ND.contiguous()
         nll = torch.empty(len(x), dtype=torch.float32)
         grad_x, grad_weight = new_like(x), new_like(weight_WD, torch.float32) if ctx.needs_input_grad[1] else None
-        sizes, weight = (*x.shape, weight_WD.shape[0]), products.held(weight_WD)
-        products.call("head_loss", x, x, *weight, targets_N.contiguous(), weights_N, 1.0 / denominator, nll, grad_x, grad_weight, *sizes)
+        counted, sizes = (targets_N.contiguous(), weights_N, 1.0 / denominator), (*x.shape, weight_WD.shape[0])
+        products.call("head_loss", x, x, *products.held(weight_WD), *counted, nll, grad_x, grad_weight, *sizes)
         if grad_weight is not None and weight_WD.dtype != torch.float32:
             grad_weight = new_like(weight_WD).copy_(grad_weight)
         ctx.save_for_backward(grad_x, grad_weight)
@@ -121,11 +123,11 @@ def linear_cross_entropy(
 
     Raises IndexError for a target that is no word (not looked for on a GPU, where it would cost a wait)."""
     words = weight_WD.shape[0]
-    if not x_ND.is_cuda and len(targets_N) and int(targets_N.max()) >= words:  # it would be read from the next row, or past the end
+    if not x_ND.is_cuda and len(targets_N) and int(targets_N.max()) >= words:  # would be read from another row, or past the end
         raise IndexError(f"target {int(targets_N.max())} is no word of a vocabulary of {words}")
     frozen = isinstance(weight_WD, Frozen)
-    even = products.even(x_ND.shape[1], words)
-    compiled = even and len(x_ND) and (frozen or weight_WD.dtype in native.SUFFIXES) and torch.is_grad_enabled() and products.usable(x_ND)
+    readable = products.even(x_ND.shape[1], words) and (frozen or weight_WD.dtype in native.SUFFIXES)
+    compiled = readable and len(x_ND) and torch.is_grad_enabled() and products.usable(x_ND)
     if frozen and not compiled:
         weight_WD = weight_WD.shared(x_ND.dtype)
     return (_CompiledCrossEntropy if compiled else _LinearCrossEntropy).apply(

@@ -32,9 +32,10 @@ class Factor(nn.Module):
 class Adaptable(nn.Module):
     """A module whose weights can stop learning, be kept in few bits and get a low-rank update (LoRA, arXiv 2106.09685).
 
-    A weight kept in few bits is a buffer of the parameter's name: int8 codes, with `NAME_scale` beside them, or int4's blocks. The factors
-    of `weight` are `lora_A.weight` (rank, in) and `lora_B.weight` (out, rank). Those of experts' `NAME` (E, out, in) have PEFT's shapes for
-    fused experts: `NAME_lora_A.weight` (E*rank, in), the expert slowest, and `NAME_lora_B.weight` (out, rank*E), the expert fastest.
+    A weight kept in few bits is a buffer of the parameter's name: int8 codes, with `NAME_scale` beside them, or int4's
+    blocks. The factors of `weight` are `lora_A.weight` (rank, in) and `lora_B.weight` (out, rank). Those of experts' `NAME`
+    (E, out, in) have PEFT's shapes for fused experts: `NAME_lora_A.weight` (E*rank, in), the expert slowest, and
+    `NAME_lora_B.weight` (out, rank*E), the expert fastest.
     """
 
     weights: tuple[str, ...] = ("weight",)
@@ -60,9 +61,9 @@ class Adaptable(nn.Module):
 
     @torch.no_grad()
     def keep(self, name: str, kind: Literal["int4", "int8", "bfloat16"]) -> None:
-        """Keep one weight, which stops learning, in few bits. int8 has a float32 scale for each row, its largest magnitude / 127; int4 a
-        bfloat16 scale for each 32 numbers of a row, and where rows have no whole 32s it is int8. Raises ValueError where the weight is kept
-        in few bits already."""
+        """Keep one weight, which stops learning, in few bits. int8 has a float32 scale for each row, its largest
+        magnitude / 127; int4 a bfloat16 scale for each 32 numbers of a row, and where rows have no whole 32s it is int8.
+        Raises ValueError where the weight is kept in few bits already."""
         if name in self._buffers:
             raise ValueError(f"{name} is frozen in {getattr(self, name).dtype} already")
         weight = getattr(self, name).detach()
@@ -101,8 +102,8 @@ class Adaptable(nn.Module):
     def _operand(self, name: str, by) -> Operand:
         """A weight with its products. by: products of one that is not in few bits."""
         weight = getattr(self, name)
-        frozen = name in self._buffers
-        operand = Frozen(weight, getattr(self, f"{name}_scale", None), self.shape(name)) if frozen else Weight(weight, by)
+        scale = getattr(self, f"{name}_scale", None)
+        operand = Frozen(weight, scale, self.shape(name)) if name in self._buffers else Weight(weight, by)
         if self.low_rank_scale is None:
             return operand
         down, up = (getattr(self, _factor(name, part)).weight for part in "AB")
@@ -111,7 +112,8 @@ class Adaptable(nn.Module):
         return LowRank(operand, down, up, self.low_rank_scale)
 
     def alone(self, dtype: torch.dtype) -> Tensor | Frozen:
-        """The only weight, for what has a product of its own, as the head's cross-entropy. In `dtype` where there is an update."""
+        """The only weight, for what has a product of its own, as the head's cross-entropy. Where it has an update: the
+        sum of both, in `dtype`."""
         operand = self._operand("weight", products.FLOATS)
         if isinstance(operand, LowRank):
             return operand.whole(dtype)
