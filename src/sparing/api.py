@@ -17,6 +17,7 @@ from sparing.account.meter import Meter, metered
 from sparing.account.paper import compare as compare
 from sparing.account.paper import receipt as receipt
 from sparing.account.paper import report as report
+from sparing.adapt import esft as adapt_esft
 from sparing.adapt import sft as adapt_sft
 from sparing.base.config import Budget, Config, StartConfig, UserError
 from sparing.base.config_file import Wishes, nested, read_config, write_config
@@ -107,8 +108,9 @@ def sft(
     """Teach a run to answer, by conversations, inside a budget; into the new run folder `out`.
 
     data: files, folders, globs of JSON lines or Parquet: OpenAI's messages, ShareGPT, Alpaca, pairs such as prompt and completion.
-    method: "lora" (low-rank updates beside frozen weights) or "full". val: conversations to score on; none: 5 % of the others, by a hash of
-    the first question. keep: text whose loss is watched; none: what the run writes by itself. wishes, started: as for `train`.
+    method: "lora" (low-rank updates beside frozen weights), "full", or "esft" (of a mixture's experts those that the conversations use).
+    val: conversations to score on; none: 5 % of the others, by a hash of the first question. keep: text whose loss is watched; none: what
+    the run writes by itself. wishes, started: as for `train`.
     -> what `train` gives, and before, after ({"new": {"loss", "bpb"}, "old": ...}), trained_tokens, trainable_parameters, base, ancestors.
     Raises UserError; Interrupted on a signal (the run can be resumed).
     """
@@ -120,13 +122,18 @@ def sft(
         raise UserError("sft needs --data: conversations, such as JSON lines with messages")
     arguments = {"data.paths": tuple(data), "train.seed": seed, "start.run": run, "chats.val": tuple(val), "chats.keep": tuple(keep)}
     wishes = Wishes.of(wishes, nested({name: value for name, value in arguments.items() if value is not None}))
-    if method == "full" and wishes.get("adapter") is not None:
-        raise UserError("adapter: low-rank updates are what --method lora learns; leave it out with full")
+    if method != "lora" and wishes.get("adapter") is not None:
+        raise UserError(f"adapter: low-rank updates are what --method lora learns; leave it out with {method}")
+    if method != "esft" and wishes.get("esft") is not None:
+        raise UserError(f"esft: experts are what --method esft chooses; leave it out with {method}")
     if method == "lora":
         wishes = Wishes.of({"adapter": {}}, wishes)
+    if method == "esft":
+        wishes = adapt_esft.wished(wishes)
     folder = RunFolder.create(out)
     with begin("sft", folder, started) as job:
-        return learn(job, adapt_sft.resolved(job, wishes, amount), samples, data=adapt_sft.data)
+        config = adapt_sft.resolved(job, wishes, amount)
+        return learn(job, config, samples, data=adapt_sft.data, limit=adapt_esft.limit if method == "esft" else None)
 
 
 def resume(
@@ -146,7 +153,8 @@ def resume(
     folder = RunFolder.open(run)
     with begin("resume", folder, started, ready=partial(_make_ready, folder, budget, data, text_key)) as job:
         config = read_config(folder.config_file)
-        return learn(job, config, samples, data=text if config.chats is None else adapt_sft.data)
+        limit = None if config.esft is None else adapt_esft.limit
+        return learn(job, config, samples, data=text if config.chats is None else adapt_sft.data, limit=limit)
 
 
 def _make_ready(run: RunFolder, budget: str | None, paths: Sequence[str], text_key: str | None) -> None:

@@ -168,7 +168,7 @@ def test_a_run_with_a_template_keeps_it(workplace, tmp_path):
             "nothing can be learnt .* refuses these messages: no chats",
         ),
         (list(map(say, range(9))), "{% if %}", "full", "no Jinja template"),
-        ([say(n, "word " * 9) for n in range(9)], None, "both", "--method both: choose lora or full"),
+        ([say(n, "word " * 9) for n in range(9)], None, "both", "--method both: choose lora or full or esft"),
     ],
 )
 def test_what_cannot_be_learnt_from_leaves_nothing(workplace, tmp_path, rows, template, method, said):
@@ -208,17 +208,15 @@ def losses(run) -> list[dict]:
     return [{key: value for key, value in line.items() if key not in TIMING} for line in read_lines(run / "metrics.jsonl")]
 
 
-@pytest.mark.parametrize("method", [pytest.param("full", marks=pytest.mark.slow), "lora"])
-def test_killed_and_resumed_bit_for_bit(workplace, tmp_path, method):
+def killed_and_straight(workplace, tmp_path, method: str, options: list[str]) -> tuple:
+    """Folders of two runs from the same base: one that was killed and resumed, and one that was not disturbed."""
+
     def start(*arguments) -> subprocess.Popen:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         return subprocess.Popen([sys.executable, "-m", "sparing", *map(str, arguments)], env=environment, stdout=-1, stderr=-1, text=True)
 
-    def sft(out) -> tuple:
-        return ("sft", workplace / "base", "--data", workplace / "chats.jsonl", "--out", out, "--method", method, *OPTIONS)
-
     straight, killed = tmp_path / "straight", tmp_path / "killed"
-    process = start(*sft(killed))
+    process = start("sft", workplace / "base", "--data", workplace / "chats.jsonl", "--out", killed, "--method", method, *options)
     end = time.monotonic() + 300
     while time.monotonic() < end and process.poll() is None:
         done = losses(killed) if (killed / "metrics.jsonl").exists() else []
@@ -230,6 +228,12 @@ def test_killed_and_resumed_bit_for_bit(workplace, tmp_path, method):
     api.resume(str(killed), samples=0)
     wishes = {"train": TRAIN | {"batch_size": 8, "seq_len": 64, "evals": 3, "checkpoint_interval_s": 0.2}, "optim": {"lr": 0.003}}
     api.sft(str(workplace / "base"), [str(workplace / "chats.jsonl")], "24ktok", str(straight), method, wishes=wishes, samples=0)
+    return killed, straight
+
+
+@pytest.mark.parametrize("method", [pytest.param("full", marks=pytest.mark.slow), "lora"])
+def test_killed_and_resumed_bit_for_bit(workplace, tmp_path, method):
+    killed, straight = killed_and_straight(workplace, tmp_path, method, OPTIONS)
     assert losses(killed) == losses(straight) and len(losses(killed)) > 25
     for name in ("state/old.jsonl", "state/chats/train.safetensors"):
         assert (killed / name).read_bytes() == (straight / name).read_bytes()
@@ -256,7 +260,7 @@ def test_a_finished_run_is_extended_and_other_conversations_are_noticed(workplac
         ("sft r --budget 5m --out o", "sft needs --data"),
         ("sft r --data d --out o", "sft needs --budget"),
         ("sft r --data d --budget soon --out o", "not a number with a unit"),
-        ("sft r --data d --budget 5m --out o --method both", "--method both: not available; choose lora or full"),
+        ("sft r --data d --budget 5m --out o --method both", "--method both: not available; choose lora or full or esft"),
         ("sft r --data d --budget 5m --out o --samples -1", "--samples -1: must be 0 or more"),
         ("sft r --data d --budget 5m --out o --vall x", "unknown option --vall; nearest: --val"),
     ],

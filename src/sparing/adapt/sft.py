@@ -17,6 +17,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from sparing.adapt import esft
 from sparing.base.config import Budget, Config, UserError
 from sparing.base.config_file import Wishes
 from sparing.base.files import DamagedError, read_lines, write_atomic
@@ -43,7 +44,7 @@ from sparing.planning.start import with_start
 from sparing.resolve import MARGIN, TRAINING_SHARE
 from sparing.train.log import TrainResult
 
-METHODS = ("lora", "full")
+METHODS = ("lora", "full", "esft")
 HELD_OUT = 0.05
 """Share of the conversations that are scored and not learnt from."""
 FULL_OPTIM = {
@@ -229,6 +230,9 @@ def _derived(own: Wishes, wishes: Wishes, facts: ChatFacts, sample: _Sample, tok
             "optim.lr": "a tenth of what low-rank updates learn with (docs/adapting.md)",
             "optim.decay": "from the warm-up to the end, to zero",
         }
+    if wishes.get("esft") is not None:
+        more, why = esft.derived(tokens)
+        settings, reasons = Wishes.of(settings, more), reasons | why
     epochs = tokens / all_tokens
     if all_tokens > MARGIN * tokens:
         settings["data"] = {"max_tokens": int(MARGIN * tokens)}

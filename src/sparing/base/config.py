@@ -247,6 +247,25 @@ class AdapterConfig:
 
 
 @dataclass(frozen=True)
+class EsftConfig:
+    """Expert-specialised fine-tuning (ESFT, arXiv 2407.01906): of a mixture's routed experts those learn that the conversations use most,
+    and everything else stays."""
+
+    score: Literal["gate", "token"] = "gate"
+    """What an expert's share in its layer is of: gate weight, or choices of tokens."""
+    share: float = 0.1
+    """The fewest experts of a layer that together have this share; the paper's 0.1 for gate and 0.2 for token are derived."""
+    tokens: int = 131_072
+    """Of the training conversations, which the scores are of."""
+    shared: bool = False
+    """Shared experts learn too."""
+    rest: bool = False
+    """All else learns too but the experts that are not chosen, shared experts, routers and MTP modules."""
+    experts: tuple[str, ...] = ()
+    """Those that learn, layer by layer, such as "1: 3 7"; none: to be chosen."""
+
+
+@dataclass(frozen=True)
 class ChatsConfig:
     """Learning to answer (supervised fine-tuning): `data.paths` are conversations, and only their answers are learnt."""
 
@@ -282,6 +301,8 @@ class Config:
     """None: random weights from train.seed."""
     adapter: AdapterConfig | None = None
     """None: the weights themselves learn; otherwise those of `start.run` stay, and only updates beside them learn."""
+    esft: EsftConfig | None = None
+    """None: what learns is not limited to chosen experts."""
     chats: ChatsConfig | None = None
     """None: texts are learnt as they are."""
     tokens: TokensConfig | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -44,6 +45,7 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {
     },
     "DataConfig": {"holdout_fraction": (1e-9, 0.5), "max_tokens": _ONE, "workers": _ONE},
     "AdapterConfig": {"rank": _ONE, "alpha": (1e-9, math.inf)},
+    "EsftConfig": {"share": (1e-9, 1), "tokens": _ONE},
     "TokensConfig": {"bos": (0, math.inf)},
     "PrecisionConfig": {"error_budget": (1e-9, math.inf), "measure_every": (0, math.inf)},
 }
@@ -101,6 +103,33 @@ def contradiction(c: ModelConfig, called: Callable[[str], str] = lambda name: na
     return None
 
 
+def chosen_experts(c: Config) -> dict[int, tuple[int, ...]]:
+    """Layer -> its experts that learn, as `esft.experts` says; empty: they are not chosen yet. Raises UserError for what it cannot say."""
+    found: dict[int, tuple[int, ...]] = {}
+    having = {layer.index for layer in mixtures(c.model) if not layer.mtp}
+    for text in c.esft.experts if c.esft else ():
+        if not re.fullmatch(r"\d+:( \d+)+", text):
+            raise UserError(f'esft.experts: {text!r} is no layer with its experts, such as "{min(having, default=1)}: 0 2"')
+        layer, *experts = (int(number) for number in re.findall(r"\d+", text))
+        if layer not in having or layer in found:
+            there = "is there twice" if layer in found else f"has no experts; those with are {min(having)} to {max(having)}"
+            raise UserError(f"esft.experts: layer {layer} {there}")
+        if len(set(experts)) < len(experts) or max(experts) >= c.model.n_routed_experts:
+            raise UserError(f"esft.experts: {text!r} must name different experts of 0 to {c.model.n_routed_experts - 1}")
+        found[layer] = tuple(sorted(experts))
+    return found
+
+
+def _check_esft(c: Config) -> None:
+    if c.adapter is not None:
+        raise UserError("esft and adapter are different methods: leave one of the sections out")
+    if not any(not layer.mtp for layer in mixtures(c.model)):
+        raise UserError("--method esft trains experts of a mixture, and this model has none; nearest: --method lora, or full")
+    if c.precision.weights != "float32":
+        raise UserError(f"precision.weights = {c.precision.weights}: esft keeps float32, in which what is frozen stays as it is")
+    chosen_experts(c)
+
+
 def checked(c: Config) -> Config:
     """`c` itself. Raises UserError for sizes that contradict each other and for settings that exclude each other."""
     if wrong := contradiction(c.model, lambda name: f"model.{name}"):
@@ -111,6 +140,8 @@ def checked(c: Config) -> Config:
         raise UserError(f"train.seq_len {c.train.seq_len} is not a multiple of train.short_seq_len {c.train.short_seq_len}")
     if c.adapter is not None and c.precision.weights != "float32":
         raise UserError(f"precision.weights = {c.precision.weights} is for weights that learn: choose adapter.base for frozen ones")
+    if c.esft is not None:
+        _check_esft(c)
     if c.train.compile and c.precision.linear not in ("none", "auto"):
         raise UserError(f"train.compile = true compiles no 8-bit products: leave it out, or precision.linear = {c.precision.linear}")
     if c.train.compile and c.precision.activations != "full":

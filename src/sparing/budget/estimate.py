@@ -16,7 +16,7 @@ import numpy as np
 
 from sparing.base.config import Config, ModelConfig
 from sparing.base.layers import layers, mixtures
-from sparing.budget.flops import factor_weights, forward_products, parameters, train_flops
+from sparing.budget.flops import expert_products, expert_weights, factor_weights, forward_products, parameters, train_flops
 from sparing.budget.memory import matrix_weights, path_of, saved_per_token
 
 DESCRIPTION = 6
@@ -76,12 +76,17 @@ def features(config: Config, seq_len: int, peak_flops: float) -> np.ndarray:
     micro = -(-t.batch_size // min(t.micro_batch_size or t.batch_size, t.batch_size))
     size = 2 if t.dtype == "bfloat16" else 4
     counts = parameters(c)
-    common, routed, scores, heads = forward_products(c, seq_len, mtp=config.adapter is None)
+    common, routed, scores, heads = forward_products(c, seq_len, mtp=config.adapter is None and config.esft is None)
     again = 4 / 3 if t.recompute else 1.0
     learned = counts.total + counts.mtp
     if config.adapter is not None:  # products with frozen weights: two of three
         learned, used = factor_weights(c, config.adapter.rank)
         common, routed, heads = common * 2 / 3 + 2.0 * used, routed * 2 / 3, heads * 2 / 3
+    elif config.esft is not None:
+        learned, part = expert_weights(c, config.esft), expert_products(c, seq_len, config.esft)
+        common, routed, heads = (
+            (2 * every + own) / 3 for every, own in ((common, part.common), (routed, part.routed), (heads, part.heads))
+        )
     traffic = sum(saved_per_token(layer, seq_len, size, path_of(config)) for layer in layers(c)) * again
     experts = sum(layer.feed_forward.experts for layer in layers(c))
     return np.array(
@@ -164,7 +169,6 @@ def _rates(x: np.ndarray, y: np.ndarray, device: str) -> np.ndarray:
 
 def profile_model(config: Config, peak_flops: float, kind: str, name: str) -> Estimate:
     """Tokens per second on a machine that is not here: its dense peak times the share that training reaches."""
-    low, middle, high = (
-        share * peak_flops / train_flops(config.model, config.train.seq_len, adapter=config.adapter) for share in UTILISATION[kind]
-    )
+    work = train_flops(config.model, config.train.seq_len, adapter=config.adapter, esft=config.esft)
+    low, middle, high = (share * peak_flops / work for share in UTILISATION[kind])
     return Estimate(middle, low, high, f"hardware table: {name}, {UTILISATION[kind][1]:.0%} of the dense peak")

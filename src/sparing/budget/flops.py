@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from sparing.base.config import AdapterConfig, ModelConfig
+from sparing.base.config import AdapterConfig, EsftConfig, ModelConfig
 from sparing.base.layers import Attention, is_matrix, layers
 
 
@@ -82,13 +82,39 @@ def factor_weights(c: ModelConfig, rank: int) -> tuple[int, int]:
     return every, used
 
 
-def train_flops(c: ModelConfig, seq_len: int, recompute: bool = False, adapter: AdapterConfig | None = None) -> float:
-    """Operations per trained token: forward, and twice that for the backward pass; layers once more under recomputation. With an adapter,
-    frozen weights have no gradients: their backward pass is as much as forward, and MTP modules do not run.
+def expert_products(c: ModelConfig, seq_len: int, esft: EsftConfig) -> ForwardProducts:
+    """The part of a forward pass whose weights learn in expert-specialised fine-tuning; scores have none. The chosen experts are taken to
+    do the share of their layers' work by which they are chosen."""
+    main, every = layers(c)[: c.num_layers], forward_products(c, seq_len, mtp=False)
+    shared = 2.0 * sum(3 * f.hidden * f.common_width for f in (layer.feed_forward for layer in main) if f.mixture)
+    routers = 2.0 * sum(layer.feed_forward.router for layer in main if layer.mixture)
+    rest = every.common - shared - routers if esft.rest else 0.0
+    return ForwardProducts(rest + (shared if esft.shared else 0.0), every.routed * esft.share, 0.0, every.heads if esft.rest else 0.0)
+
+
+def expert_weights(c: ModelConfig, esft: EsftConfig, experts: int | None = None) -> int:
+    """Numbers that learn in expert-specialised fine-tuning. experts: how many are chosen; None: the most that `esft.share` can choose."""
+    mixing = [layer.feed_forward for layer in layers(c)[: c.num_layers] if layer.mixture]
+    if experts is None:  # the largest shares of E experts are 1/E on average at least
+        experts = len(mixing) * min(c.n_routed_experts, int(esft.share * c.n_routed_experts) + 1)
+    shared = sum(3 * f.hidden * f.common_width for f in mixing)
+    routers, routed = sum(f.router for f in mixing), sum(f.routed for f in mixing)
+    rest = parameters(c).total - routed - routers - shared if esft.rest else 0
+    return experts * mixing[0].expert + (shared if esft.shared else 0) + rest
+
+
+def train_flops(
+    c: ModelConfig, seq_len: int, recompute: bool = False, adapter: AdapterConfig | None = None, esft: EsftConfig | None = None
+) -> float:
+    """Operations per trained token: forward, and twice that for the backward pass; layers once more under recomputation. With an adapter
+    or with chosen experts, frozen weights have no gradients: their backward pass is as much as forward, and MTP modules do not run.
 
     The recomputed pass is work, but not counted in MFU: pass recompute=False for that.
     """
-    forward = forward_flops(c, seq_len, mtp=adapter is None)
+    forward = forward_flops(c, seq_len, mtp=adapter is None and esft is None)
+    if esft is not None:
+        again = forward - 2.0 * c.vocab_size * c.hidden_size if recompute else 0.0
+        return 2.0 * forward + forward_products(c, seq_len, mtp=False).scores + sum(expert_products(c, seq_len, esft)) + again
     if adapter is not None:
         factors = 2.0 * factor_weights(c, adapter.rank)[1]
         scores = forward_products(c, seq_len, mtp=False).scores

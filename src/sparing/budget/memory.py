@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sparing.base.config import AdapterConfig, Config, ModelConfig, PrecisionConfig
+from sparing.base.config_limits import chosen_experts
 from sparing.base.held import held_as, held_bytes_of
 from sparing.base.layers import FeedForward, Layer, layers, shapes
-from sparing.budget.flops import factor_weights, kv_cache_bytes, parameters
+from sparing.budget.flops import expert_weights, factor_weights, kv_cache_bytes, parameters
 from sparing.kernels.sizes import ATTENTION_ROWS, EXPERT_ROWS, HEAD_TOKENS, MOMENT_BLOCK
 
 FULL = PrecisionConfig()
@@ -181,7 +182,7 @@ def activations(config: Config, rows: int, seq_len: int, path: KernelPath = "pla
     heads = 1 + c.mtp_depth
     kept += size * tokens * c.hidden_size * (2 * heads + 4 * c.mtp_depth)  # last norms, their gradients; the MTP modules' joined inputs
     whole = config.precision.weights == "float32"
-    if config.adapter is None:
+    if config.adapter is None and (config.esft is None or config.esft.rest):
         kept += (heads * 4 if whole else 4 + heads * 2) * c.vocab_size * c.hidden_size  # the head's gradient, made in the forward pass
     copies = _copied(c, path, whole) * size if size == 2 and path in ("plain", "cuda") and config.adapter is None else 0.0
     mask = rows * seq_len**2 * size if t.document_mask else 0.0
@@ -219,6 +220,10 @@ def training_memory(config: Config, measured: bool = False, path: KernelPath | N
         weights, moments = held_bytes(c, config.adapter, t.dtype) + learned, 2.0 * learned
         if config.adapter.base in ("int8", "int4") and path != "products":  # the head is multiplied as floats
             head += c.vocab_size * c.hidden_size * size
+    elif config.esft is not None:
+        count = sum(map(len, chosen_experts(config).values()))
+        learned = 4.0 * expert_weights(c, config.esft, count or None)
+        moments = 2.0 * learned
     # Twins' gradients are added to the first model's: for a moment there are those too.
     gradients = learned * replicas
     process = PROCESS_BYTES[device] + work + learned * (replicas - 1) - (OPTIMIZER_IMPORT_BYTES if small and device == "cpu" else 0.0)

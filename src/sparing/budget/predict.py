@@ -145,7 +145,7 @@ def _ending_s(run: PlannedRun) -> float:
 def tokens_and_time(run: PlannedRun) -> tuple[Estimate, Estimate]:
     """(tokens trained on, seconds of everything)."""
     budget, tokenising = run.config.budget, tokenising_s(run)
-    per_token = train_flops(run.config.model, run.config.train.seq_len, adapter=run.config.adapter)
+    per_token = train_flops(run.config.model, run.config.train.seq_len, adapter=run.config.adapter, esft=run.config.esft)
     if run.budget_s is not None:
 
         def trained(speed: float, slower: float) -> float:
@@ -245,7 +245,7 @@ def predict(run: PlannedRun) -> dict[str, Any]:
     """The keys of `plan --json`; every number as {"value", "low", "high", "source"}."""
     c, t = run.config.model, run.config.train
     tokens, time_s = tokens_and_time(run)
-    flops = tokens.times(train_flops(c, t.seq_len, t.recompute, run.config.adapter), "counted, times tokens")
+    flops = tokens.times(train_flops(c, t.seq_len, t.recompute, run.config.adapter, run.config.esft), "counted, times tokens")
     memory = run.memory()
     hours = time_s.times(1 / 3600)
     price_source = f"{run.rates.sources['usd_per_hour']}; {run.rates.sources['usd_per_kwh']}"

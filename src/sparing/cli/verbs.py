@@ -115,7 +115,8 @@ class Sft:
     out: str | None = None
     """The run folder to make."""
     method: str = "lora"
-    """lora: low-rank updates beside the run's weights, which stay; full: all weights learn."""
+    """lora: low-rank updates beside the run's weights, which stay; full: all weights learn; esft: of a mixture's experts those that the
+    conversations use most, and nothing else."""
     val: list[str] = field(default_factory=list)
     """Conversations to score on; default: 5 % of the others, by a hash of the first question."""
     keep: list[str] = field(default_factory=list)
@@ -128,7 +129,7 @@ class Sft:
 
     def __call__(self, call: Call) -> dict:
         call.need(RUN=self.run, data=self.data, budget=self.budget, out=self.out)
-        call.choice("--method", self.method, ("lora", "full"))
+        call.choice("--method", self.method, ("lora", "full", "esft"))
         if self.samples < 0:
             raise UserError(f"--samples {self.samples}: must be 0 or more")
         parse_budget(self.budget)  # a slip is told before torch is loaded

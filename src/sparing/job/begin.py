@@ -102,6 +102,8 @@ def resolved(job: Job, wishes: Wishes, budget: Budget) -> Config:
     names_texts = bool(wishes.value("data.paths"))
     if wishes.get("chats") is not None:
         raise UserError("chats: conversations are for `sparing sft`; `train` learns texts as they are")
+    if wishes.get("esft") is not None:
+        raise UserError("esft: experts are chosen by conversations: `sparing sft RUN --method esft`")
     wishes = with_vocabulary(with_start(with_absolute_paths(wishes)))
     try_out(job, wishes, budget)
     with job.meter.stage("scan"):

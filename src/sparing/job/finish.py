@@ -10,6 +10,7 @@ import torch
 
 from sparing.account.history import ancestors_of, bill
 from sparing.base.config import Config
+from sparing.base.config_limits import chosen_experts
 from sparing.base.files import to_json, write_atomic
 from sparing.base.layers import mixtures
 from sparing.base.messages import say
@@ -80,6 +81,7 @@ def _beside_its_start(run: RunFolder, config: Config, model: Transformer, data: 
         "trainable_parameters": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         "base": config.start.weights_sha256,
         "ancestors": [{"name": row.name, "relation": row.relation, "generation": row.generation} for row in ancestors_of(run)],
+        **({"experts": chosen_experts(config)} if config.esft else {}),
     }
 
 
@@ -117,12 +119,13 @@ def _model_card(config: Config, summary: dict, origin: Origin | None, texts: lis
     m, bits = config.model, summary["bpb"]
     kind = f"mixture of {m.n_routed_experts} experts, {m.num_experts_per_tok} a token" if mixtures(m) else "dense"
     ancestry = "\n" + "\n".join(credits(origin)) if origin else ""
+    chosen = f"\n- Experts that learnt, of each layer: {'; '.join(config.esft.experts)}; nothing else was changed" if config.esft else ""
     score = "not evaluated" if bits is None else f"{bits:.4f} bits per byte"
     return f"""# Model card
 
 A {kind} language model of {summary["parameters"]:,} parameters ({summary["active_parameters"]:,} active), trained with Sparing.
 
-- Data: {", then ".join(map(_named, texts))}; {summary["tokens"]:,} tokens in {summary["steps"]:,} steps
+- Data: {", then ".join(map(_named, texts))}; {summary["tokens"]:,} tokens in {summary["steps"]:,} steps{chosen}
 - Held-out text: {score} (context {config.train.eval_context or config.train.seq_len} tokens)
 - Vocabulary {m.vocab_size:,}, {m.num_layers} layers of width {m.hidden_size}, {kv_cache_bytes(m):,} bytes of cache per token (16 bit)
 - Budget {summary["budget"]}; the whole recipe is in config.toml{ancestry}

@@ -56,11 +56,13 @@ def learn(
     start: Start | None = None,
     data: Callable[[Job, Config], TrainingData] = text,
     objective: Objective | None = None,
+    limit: Callable[[Job, Config, Transformer, TrainingData], Config] | None = None,
 ) -> dict:
     """Train (or go on training) the job's run; -> the summary.
 
     samples: completions to write at the end. start: default what `config.start` names. data: makes (or opens) what the run learns from.
-    objective: default `NextToken`. Raises Interrupted on a signal (the run can be resumed), UserError, Diverged.
+    objective: default `NextToken`. limit: decides what of the model learns, and writes it down; where the run has a checkpoint, the
+    weights are not there yet. Raises Interrupted on a signal (the run can be resumed), UserError, Diverged.
     """
     run, signals, machine = job.run, job.signals, job.machine
     keep_origin(run, config)
@@ -82,6 +84,9 @@ def learn(
         model = Transformer(config.model) if unfilled else (start or start_of(config)).model(config)
         keep_as(model, config)  # here already, for what is measured
         model.to(device)
+        if limit is not None:
+            with job.meter.stage("calibrate"):
+                config = limit(job, config, model, material)
         with job.meter.stage("calibrate"):
             peak = peak_flops(machine, device.type, t.dtype, peak_seconds(job.lasts(config.budget)))
             config = _calibrated(job, config, model, material.feed, peak)

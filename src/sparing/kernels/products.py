@@ -450,6 +450,35 @@ class Frozen(Operand):
             return made
 
 
+class Chosen(Operand):
+    """A layer's experts (E, out, in), of which some learn and the others do not.
+
+    The gradient of each that learns is that of its own rows alone, so nothing is computed, and no memory taken, for the others.
+    """
+
+    def __init__(self, stack: Weight, learning: dict[int, Tensor]):
+        """learning: (1, out, in) of each expert that learns, by its number: a view into `stack`."""
+        self.stack, self.experts = stack, tuple(learning)
+        self.shape, self.tensors = stack.shape, tuple(learning.values())
+
+    def grouped_nt(self, x: Tensor, ends: Tensor) -> Tensor:
+        return self.stack.grouped_nt(x, ends)
+
+    def grouped_nn(self, grad: Tensor, ends: Tensor) -> Tensor:
+        return self.stack.grouped_nn(grad, ends)
+
+    def grouped_tn(self, grad: Tensor, x: Tensor, ends: Tensor) -> tuple[Tensor | None, ...]:
+        limits, grads = [0, *ends.tolist()], []
+        for e in self.experts:
+            rows = slice(limits[e], limits[e + 1])
+            count = torch.tensor([rows.stop - rows.start])
+            grads.append(self.stack.products.grouped_tn(grad[rows], x[rows], count, dtype=self.stack.weight.dtype))
+        return tuple(grads)
+
+    def cast(self, dtype: torch.dtype) -> Weight:
+        return self.stack.cast(dtype)
+
+
 class LowRank(Operand):
     """base + scale · up · down, of which the two factors learn and `base` does not (LoRA, arXiv 2106.09685)."""
 

@@ -6,6 +6,7 @@ selection bias, where it has one, decides which experts are used and never how m
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import contextmanager
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -18,7 +19,7 @@ from sparing.base.config import ModelConfig
 from sparing.base.layers import SELECTION_BIAS, FeedForward
 from sparing.kernels import native, products
 from sparing.kernels.feed_forward import LOCAL, Dispatcher, Local, dense_feed_forward, mixture, mixture_feed_forward, swiglu
-from sparing.kernels.products import Operand
+from sparing.kernels.products import Chosen, Operand, Weight
 from sparing.model.linear import Adaptable, Linear, RMSNorm, side_by_side
 from sparing.precision.eight_bit import EightBit
 
@@ -129,7 +130,7 @@ def update_biases(model: nn.Module, rate: float) -> list[float]:
         load = router.tokens_per_expert
         mean = load.mean()
         if mean > 0:
-            if router.c.selection_bias:
+            if router.c.selection_bias and rate:  # adding nothing would still make a negative zero positive
                 delta = torch.sign(mean - load) * rate
                 router.e_score_correction_bias += delta - delta.mean()
             violations.append(float(load.max() / mean - 1.0))
@@ -163,6 +164,23 @@ class MLP(nn.Module):
         return self.down_proj(swiglu(side_by_side(x, self.gate_proj, self.up_proj)))
 
 
+class ChosenExpert(nn.Module):
+    """An expert that learns where others of its layer do not: parameters over the memory of the layer's stacks, (1, 2F, D) and (1, D, F).
+
+    The stacks are what is saved and loaded, so a state dict has nothing of this."""
+
+    def __init__(self, stacks: Experts, number: int):
+        super().__init__()
+        for name in stacks.weights:
+            self.register_parameter(name, nn.Parameter(getattr(stacks, name).data[number : number + 1]))
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        pass
+
+    def _load_from_state_dict(self, *_) -> None:
+        pass
+
+
 class Experts(Adaptable):
     """The routed experts' weights: gate and up projections stacked (gate first), then the down projections.
 
@@ -180,6 +198,26 @@ class Experts(Adaptable):
         self.active = f.chosen / f.experts
         self.gate_up_proj = nn.Parameter(torch.empty(f.shapes["experts.gate_up_proj"]))
         self.down_proj = nn.Parameter(torch.empty(f.shapes["experts.down_proj"]))
+        self.chosen = nn.ModuleDict()
+        """Where only some learn: those, by number."""
+
+    def learn_only(self, numbers: Iterable[int]) -> None:
+        """From here on these experts learn, and no other. Optimizers see a parameter of each, and nothing of the others."""
+        for name in self.weights:
+            getattr(self, name).requires_grad_(False)
+        self.chosen = nn.ModuleDict({str(number): ChosenExpert(self, number) for number in numbers})
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        for number, expert in self.chosen.items():  # on another device the stacks have other memory
+            for name, parameter in expert.named_parameters():
+                parameter.data = getattr(self, name).data[int(number) : int(number) + 1]
+        return self
+
+    def _operand(self, name: str, by) -> Operand:
+        if not self.chosen:
+            return super()._operand(name, by)
+        return Chosen(Weight(getattr(self, name), by), {int(number): getattr(expert, name) for number, expert in self.chosen.items()})
 
     def forward(self, x_ND: Tensor, weights_NK: Tensor, experts_NK: Tensor) -> Tensor:
         return mixture(x_ND, *self.operands(products.Plain), weights_NK, experts_NK, self.dispatcher)

@@ -94,7 +94,7 @@ def choose(
 
     def pass_s(micro: int) -> float:
         """Estimated seconds of a forward and backward pass over `micro` rows: from the fastest probe, else from the peak."""
-        guess = FIRST_GUESS * peak / train_flops(config.model, t.seq_len, adapter=config.adapter) if peak else math.inf
+        guess = FIRST_GUESS * peak / train_flops(config.model, t.seq_len, adapter=config.adapter, esft=config.esft) if peak else math.inf
         return micro * t.seq_len / max(speeds.values(), default=guess)
 
     def fits(micro: int) -> bool:

@@ -85,6 +85,8 @@ def fingerprint(config: Config) -> dict[str, str]:
     found = {"model": digest(config.model), "recipe": digest(recipe, train.bias_update_rate, train.sequence_balance, train.seed)}
     if config.adapter is not None:
         found["model"] = digest(config.model, config.adapter, config.start.weights_sha256)
+    if config.esft is not None:
+        found["model"] = digest(config.model, config.esft, config.start.weights_sha256)
     if (p.weights, p.moments) != ("float32", "float32"):
         found["storage"] = digest(p.weights, p.compensation, p.moments)
     return found

@@ -151,7 +151,7 @@ class Trainer:
         self.replicas = Replicas(model, objective, t.replicas or 1, bool(t.compile), self.kernels)
         self.optimizer = Optimizer(model, config.optim, model.compute_dtype, config.precision, t.seed)
         self.tokens_per_step = t.batch_size * t.seq_len
-        self.flops_per_token = train_flops(config.model, t.seq_len, adapter=config.adapter)
+        self.flops_per_token = train_flops(config.model, t.seq_len, adapter=config.adapter, esft=config.esft)
 
     # one step
 
@@ -224,7 +224,7 @@ class Trainer:
         self.guard = Guard()
         self.checkpoints = Checkpoints(self.run, self.model, self.optimizer, self.config, self.log.progress.say, self.kernels)
         # Recomputing is work, though not in MFU.
-        self.work = self.tokens_per_step * train_flops(self.config.model, t.seq_len, t.recompute, self.config.adapter)
+        self.work = self.tokens_per_step * train_flops(self.config.model, t.seq_len, t.recompute, self.config.adapter, self.config.esft)
         self.state: TrainState | None = None
         self.pace: Pace | None = None
         gc.collect()
