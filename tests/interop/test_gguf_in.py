@@ -205,7 +205,7 @@ REFUSED = {
     "another width": ({"embedding_length": 32}, "has shape"),
     "another vocabulary": ({"vocab_size": 5}, "vocab_size is 5, token_embd.weight has 640 rows"),
     "a part of a file": ({"split.count": 3}, "one of 3 parts"),
-    "sentencepiece": ({"tokenizer.ggml.model": "llama"}, "tokenizer.ggml.model is 'llama', supported: 'gpt2'"),
+    "another tokenizer": ({"tokenizer.ggml.model": "t5"}, "tokenizer.ggml.model is 't5', supported: 'gpt2'"),
     "an unknown pre-tokeniser": ({"tokenizer.ggml.pre": "smolm"}, "tokenizer.ggml.pre is 'smolm', known are .*nearest: smollm"),
 }
 

@@ -45,7 +45,7 @@ def sequences(chat: Chat, template: ChatTemplate, tokenizer: Tokenizer) -> list[
         before = chat.messages[:at]
         asked = template.text(tokenizer, before, chat.tools)
         prompt = [*template.start(tokenizer), *token_ids(tokenizer, asked)]
-        answer = _answer(template, tokenizer, chat, at, asked)
+        answer = _answer(template, tokenizer, chat, at, asked, prompt[-1] if prompt else None)
         last = made[-1] if made else None
         if last is None or prompt[: len(last.ids)] != last.ids:
             made.append(last := Sequenced([], []))
@@ -55,8 +55,8 @@ def sequences(chat: Chat, template: ChatTemplate, tokenizer: Tokenizer) -> list[
     return made
 
 
-def _answer(template: ChatTemplate, tokenizer: Tokenizer, chat: Chat, at: int, asked: Traced) -> list[int]:
-    """Ids of message `at` as the model would write it behind `asked`, up to the token that ends it."""
+def _answer(template: ChatTemplate, tokenizer: Tokenizer, chat: Chat, at: int, asked: Traced, before: int | None) -> list[int]:
+    """Ids of message `at` as the model would write it behind `asked`, whose last token is `before`, up to the token that ends it."""
     whole = template.text(tokenizer, chat.messages[: at + 1], chat.tools, ask=False)
     shared = _shared(asked, whole)
     extra, said = asked[shared:], whole[shared:]
@@ -66,13 +66,13 @@ def _answer(template: ChatTemplate, tokenizer: Tokenizer, chat: Chat, at: int, a
         raise UserError("the chat template does not show the answer behind the question")
     if extra.rstrip().endswith("<think>"):  # the prompt begins the reasoning, which the template leaves out of answers
         said = concat((_reasoning(chat.messages[at]), own("\n</think>\n\n"), said))
-    ids = token_ids(tokenizer, said)
+    ids = token_ids(tokenizer, said, before)
     end = next((place for place, number in enumerate(ids) if number in tokenizer.eos_ids), None)
     if end is not None:
         return ids[: end + 1]
     while said and said[-1].isspace() and said.own[-1]:
         said = said[:-1]
-    return [*token_ids(tokenizer, said), tokenizer.eos_ids[0]]
+    return [*token_ids(tokenizer, said, before), tokenizer.eos_ids[0]]
 
 
 def _shared(left: Traced, right: Traced) -> int:

@@ -145,17 +145,20 @@ class ChatTemplate:
         return list(tokenizer.start) if self.plain else []
 
 
-def token_ids(tokenizer: Tokenizer, rendered: Traced) -> list[int]:
-    """Token ids of a rendered text. Special tokens are those that the template writes: their names inside a message stay text."""
+def token_ids(tokenizer: Tokenizer, rendered: Traced, before: int | None = None) -> list[int]:
+    """Token ids of a rendered text. Special tokens are those that the template writes: their names inside a message stay text.
+
+    before: the token that the text stands behind, where there is one."""
+    goes_on = before is not None and before not in tokenizer.special.values()
     names = sorted(tokenizer.special, key=len, reverse=True)
     special = re.compile("|".join(map(re.escape, names)) or "(?!)")
     text, ids, begin, at = "".join(rendered), [], 0, 0
     while match := special.search(text, at):
         at = match.start() + 1
         if all(rendered.own[match.start() : match.end()]):
-            ids += [*tokenizer.encode(text[begin : match.start()]), tokenizer.special[match[0]]]
-            begin = at = match.end()
-    return [*ids, *tokenizer.encode(text[begin:])]
+            ids += [*tokenizer.encode(text[begin : match.start()], goes_on), tokenizer.special[match[0]]]
+            begin, at, goes_on = match.end(), match.end(), False
+    return [*ids, *tokenizer.encode(text[begin:], goes_on)]
 
 
 def taught(tokenizer: Tokenizer) -> str:

@@ -53,6 +53,8 @@ END_NAMES = ("<|end|>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end_of_t
 """Tokens that end a chat turn. Like the end-of-text token they end an answer."""
 
 
+_BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")
+
 # GPT-2's alphabet: printable bytes stand for themselves, the others, in order, for U+0100 and on (github.com/openai/gpt-2, encoder.py).
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _BYTES = {chr(byte): byte for byte in _PRINTABLE}
@@ -74,9 +76,14 @@ class Tokenizer:
             raise UserError(f"not a tokenizer.json of the `tokenizers` library: {str(error).splitlines()[0][:200]}") from None
         self._text = text
         self._byte_level = (content.get("decoder") or {}).get("type") == "ByteLevel"
-        self._library.no_padding()
-        self._library.no_truncation()
-        self._library.encode_special_tokens = True  # means: as ordinary text
+        self._pieces = bool((content.get("model") or {}).get("byte_fallback"))
+        bare = _without_prefix(content)
+        self._bare = self._library if bare is None else tokenizers.Tokenizer.from_str(json.dumps(bare))
+        """The same for text that goes on from other text, before which no blank is put."""
+        for library in (self._library, self._bare):
+            library.no_padding()
+            library.no_truncation()
+            library.encode_special_tokens = True  # means: as ordinary text
         self.vocab_size: int = 1 + max(self._library.get_vocab(with_added_tokens=True).values(), default=-1)
         """One more than the largest id; a model's vocabulary may be larger."""
         for number in () if tokens is None else (tokens.bos, *tokens.eos):
@@ -105,8 +112,12 @@ class Tokenizer:
         """Names and ids of the tokens that stand for no text."""
         self._words = _WordCache(self._library, self.dtype) if _is_ours(content) else None
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids. Names of special tokens in the text are ordinary text. Meanwhile other threads go on."""
+    def encode(self, text: str, goes_on: bool = False) -> list[int]:
+        """Token ids. Names of special tokens in the text are ordinary text. Meanwhile other threads go on.
+
+        goes_on: from text before it, so that a tokenizer which puts a blank before the first word puts none."""
+        if goes_on and self._bare is not self._library:
+            return self._bare.encode_batch_fast([text], add_special_tokens=False)[0].ids
         if len(text) <= LONG:
             return self.encode_array(text).tolist()
         ids: list[int] = []
@@ -137,18 +148,23 @@ class Tokenizer:
         """Token ids of a prompt, with what the model's texts begin with; never empty."""
         return [*self.start, *self.encode(text)] or [self.first_id]
 
-    def decode(self, ids: Sequence[int] | np.ndarray, skip_special_tokens: bool = False) -> str:
-        """Text; bytes that are not UTF-8 (a token cut in the middle of a character) become U+FFFD."""
+    def decode(self, ids: Sequence[int] | np.ndarray, skip_special_tokens: bool = False, goes_on: bool = False) -> str:
+        """Text; bytes that are not UTF-8 (a token cut in the middle of a character) become U+FFFD.
+
+        goes_on: from tokens before these, so that a tokenizer which takes a blank off the first word takes none."""
         ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+        library = self._bare if goes_on else self._library
         if len(ids) > LONG:
-            return self._library.decode_batch([ids], skip_special_tokens=skip_special_tokens)[0]
-        return self._library.decode(ids, skip_special_tokens=skip_special_tokens)
+            return library.decode_batch([ids], skip_special_tokens=skip_special_tokens)[0]
+        return library.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def token_bytes(self, number: int) -> bytes:
         """The bytes that one token stands for; its name where it is special, nothing where there is none."""
         name = self._library.id_to_token(number) or ""
+        if self._pieces and (byte := _BYTE_PIECE.fullmatch(name)):
+            return bytes([int(byte[1], 16)])
         if name in self.special or not self._byte_level:
-            return self.decode([number]).encode()
+            return self.decode([number], goes_on=True).encode()
         return bytes(_BYTES[char] for char in name if char in _BYTES)
 
     def token_name(self, number: int) -> str | None:
@@ -281,6 +297,24 @@ def _is_ours(content: dict) -> bool:
         and not content["model"].get("dropout")
         and all(token.get("special") for token in content.get("added_tokens", []))
     )
+
+
+def _without_prefix(content: dict) -> dict | None:
+    """A tokenizer.json like this one that neither puts a blank before a text nor takes one off; None: it does not."""
+    normalizer, cuts, decoder = (content.get(name) or {} for name in ("normalizer", "pre_tokenizer", "decoder"))
+    steps = normalizer.get("normalizers") or [normalizer]
+    kept = [step for step in steps if step.get("type") != "Prepend"]
+    blank = cuts.get("type") == "Metaspace" and cuts.get("prepend_scheme", "always") != "never"
+    if len(kept) == len(steps) and not blank:
+        return None
+    bare = content | {"normalizer": {"type": "Sequence", "normalizers": kept} if normalizer and kept else None}
+    if blank:
+        bare["pre_tokenizer"] = cuts | {"prepend_scheme": "never"}
+    if decoder.get("type") == "Metaspace":
+        bare["decoder"] = decoder | {"prepend_scheme": "never"}
+    elif decoder.get("type") == "Sequence":
+        bare["decoder"] = decoder | {"decoders": [step for step in decoder["decoders"] if step.get("type") != "Strip"]}
+    return bare
 
 
 def _pre_tokenizer() -> pre_tokenizers.PreTokenizer:

@@ -215,9 +215,9 @@ class TextStream:
     def _decode(self, broken: bool) -> None:
         """Append the new tokens' text to `_held`; with `broken`, even if its last character is incomplete.
 
-        Tokens are decoded together with those before them, because some tokenizers strip a leading blank."""
-        context = self.tokenizer.decode(self._ids[self._context : self._decoded], skip_special_tokens=True)
-        text = self.tokenizer.decode(self._ids[self._context :], skip_special_tokens=True)
+        Tokens are decoded together with those before them, with which they may share a character."""
+        context = self.tokenizer.decode(self._ids[self._context : self._decoded], skip_special_tokens=True, goes_on=True)
+        text = self.tokenizer.decode(self._ids[self._context :], skip_special_tokens=True, goes_on=True)
         if text.endswith(BROKEN) and not broken:
             return
         self._held += text[len(context) :]
