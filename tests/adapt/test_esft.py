@@ -19,6 +19,7 @@ from sparing.base.config_limits import checked, chosen_experts
 from sparing.base.files import file_sha256
 from sparing.base.run import RunFolder, read_tensors
 from sparing.kernels import native
+from sparing.kernels.products import Chosen, Weight
 from sparing.model.experts import update_biases
 from sparing.train.optim import Optimizer
 from sparing.train.replicas import sharing
@@ -186,6 +187,19 @@ def test_gradients_are_those_of_full_training(path):
                     for name in whole.weights:
                         expected, gradient = getattr(whole, name).grad[number], getattr(experts.chosen[str(number)], name).grad[0]
                         assert (gradient - expected).norm() <= tolerance * expected.norm(), (layer, number, name)
+
+
+@pytest.mark.parametrize("path", ["plain", "compiled", "vectors", "tiles"])
+@pytest.mark.usefixtures("one_thread")
+def test_an_expert_without_tokens_has_no_gradient(path):
+    if not native.can(path, torch.bfloat16):
+        pytest.skip("this machine cannot run these kernels")
+    stack, x, grad = torch.randn(3, 32, 16), torch.randn(8, 16).bfloat16(), torch.randn(8, 32).bfloat16()
+    chosen = Chosen(Weight(stack), {number: stack[number : number + 1] for number in (1, 2)})
+    with native.path(path):
+        none, all_of_it = chosen.grouped_tn(grad, x, torch.tensor([3, 3, 8]))
+    assert none.shape == all_of_it.shape == (1, 32, 16) and not none.any()
+    assert torch.allclose(all_of_it[0].float(), grad[3:].float().t() @ x[3:].float(), atol=0.1)
 
 
 def test_muon_takes_gate_and_up_of_a_chosen_expert_apart():

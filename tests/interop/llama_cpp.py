@@ -12,12 +12,12 @@ import subprocess
 import sys
 
 
-def run(*requests: dict) -> list[list[dict]]:
+def run(*requests: dict, limit_s: float = 300) -> list[list[dict]]:
     """Greedy continuations. Without `ends` it forbids what its vocabulary ends texts with: tokens 0 and 4 of ours.
 
-    Where it dies, the AssertionError has the end of its log.
+    limit_s: seconds that it may take. Where it dies, the AssertionError has the end of its log.
     """
-    done = subprocess.run([sys.executable, __file__], input=json.dumps(requests), capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, __file__], input=json.dumps(requests), capture_output=True, text=True, timeout=limit_s)
     assert done.returncode == 0, f"llama.cpp ended with {done.returncode}: {done.stderr[-3000:]}"
     return json.loads(done.stdout.splitlines()[-1])
 

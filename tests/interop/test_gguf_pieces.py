@@ -1,5 +1,6 @@
 """Sentencepiece's BPE in GGUF files: the tokens that llama.cpp makes, and what is refused."""
 
+import json
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -134,6 +135,36 @@ def test_an_imported_run_reads_and_writes(written, tmp_path):
     tokenizer = Tokenizer.load(tmp_path / "run/tokenizer.json", read_gguf(file).tokens)
     prompt = ChatTemplate(template).encode(tokenizer, [{"role": "user", "content": "</s> is a name"}])
     assert prompt.count(2) == 1, "what a message says is no special token"
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_a_file_that_is_written_again_has_the_same_tokens(prefix, written, tmp_path):
+    pytest.importorskip("xllamacpp")
+    file = written(**{"tokenizer.ggml.add_space_prefix": prefix})
+    api.import_(str(file), str(tmp_path / "run"))
+    api.export(str(tmp_path / "run"), "gguf", str(tmp_path / "again.gguf"), type="f32")
+    texts = PROSE + scrambled(2)
+    assert ggml.token_ids(str(tmp_path / "again.gguf"), texts) == ggml.token_ids(str(file), texts)
+    first, again = read_gguf(file), read_gguf(tmp_path / "again.gguf")
+    assert again.tokens == first.tokens and json.loads(again.tokenizer) == json.loads(first.tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda raw: raw["model"]["merges"].pop(), "made in every way there is"),
+        (lambda raw: raw["model"]["merges"].insert(0, raw["model"]["merges"].pop()), "made in every way there is"),
+        (lambda raw: raw.update(normalizer={"type": "NFKC"}), "this tokenizer changes texts otherwise"),
+    ],
+)
+def test_pieces_that_no_scores_can_say_are_not_exported(change, says, written, tmp_path):
+    api.import_(str(written()), str(tmp_path / "run"))
+    raw = json.loads((tmp_path / "run/tokenizer.json").read_text())
+    change(raw)
+    (tmp_path / "run/tokenizer.json").write_text(json.dumps(raw))
+    with pytest.raises(UserError, match=says) as error:
+        api.export(str(tmp_path / "run"), "gguf", str(tmp_path / "again.gguf"), type="f32")
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

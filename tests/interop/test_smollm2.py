@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.interop import ggml
+from tests.interop import ggml, llama_cpp
 
 from sparing import api
 from sparing.base.config import CannotGoOn
@@ -20,6 +20,7 @@ from sparing.data.tokenizer import Tokenizer
 from sparing.infer.generate import load
 from sparing.interop.fetch import from_index
 from sparing.interop.gguf_model import read_gguf
+from sparing.interop.gguf_reader import GgufFile
 from sparing.interop.known_models import known_model
 
 pytest.importorskip("gguf")
@@ -113,6 +114,26 @@ def test_logits_are_transformers(file, tmp_path):
     )
     assert apart < 1e-6
     assert api.generate(str(tmp_path / "run"), "The capital of France is", 3, temperature=0)["text"].startswith(" Paris")
+
+
+@pytest.mark.slow
+def test_a_file_that_is_written_again_is_the_same_model(file, tmp_path):
+    """GGUF, run, GGUF: llama.cpp writes the same 64 tokens after 50 prompts. The weights become float32 on the way, and with quantised ones
+    llama.cpp rounds activations too; so it is compared with what llama.cpp itself dequantises, whose bits are the same."""
+    pytest.importorskip("xllamacpp")
+    api.import_(str(file), str(tmp_path / "run"))
+    api.export(str(tmp_path / "run"), "gguf", str(tmp_path / "again.gguf"), type="f32")
+    whole = ggml.requantised(file, tmp_path / "whole.gguf", "F32")
+    again, theirs = GgufFile(tmp_path / "again.gguf"), GgufFile(whole)
+    assert again.tensors.keys() == theirs.tensors.keys()
+    assert all(torch.equal(again.read(name), theirs.read(name)) for name in theirs.tensors)
+    words = " ".join(code()[:20]).split()
+    prompts = [" ".join(words[place * 200 : place * 200 + 5 + place % 20]) for place in range(50)]
+    request = {"prompts": prompts, "tokens": 64}
+    found, expected, rounded = llama_cpp.run(*(request | {"model": str(path)} for path in (again.path, whole, file)), limit_s=3600)
+    assert [one["tokens"] for one in found] == [one["tokens"] for one in expected]
+    same = sum(one["tokens"] == other["tokens"] for one, other in zip(found, rounded, strict=True))
+    print(f"{same} of {len(prompts)} texts are those of the quantised file too")
 
 
 LARGE = {"vocab": 50_000, "hidden": 2560, "layers": 25, "width": 6912, "heads": 20}

@@ -53,7 +53,8 @@ END_NAMES = ("<|end|>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end_of_t
 """Tokens that end a chat turn. Like the end-of-text token they end an answer."""
 
 
-_BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")
+BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")
+"""Sentencepiece's name of a byte that is in no piece."""
 
 # GPT-2's alphabet: printable bytes stand for themselves, the others, in order, for U+0100 and on (github.com/openai/gpt-2, encoder.py).
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -161,7 +162,7 @@ class Tokenizer:
     def token_bytes(self, number: int) -> bytes:
         """The bytes that one token stands for; its name where it is special, nothing where there is none."""
         name = self._library.id_to_token(number) or ""
-        if self._pieces and (byte := _BYTE_PIECE.fullmatch(name)):
+        if self._pieces and (byte := BYTE_PIECE.fullmatch(name)):
             return bytes([int(byte[1], 16)])
         if name in self.special or not self._byte_level:
             return self.decode([number], goes_on=True).encode()

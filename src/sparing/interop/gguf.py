@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +24,7 @@ from sparing.base.config import ModelConfig, TokensConfig, UserError, YarnConfig
 from sparing.base.files import atomic_path, output_file
 from sparing.base.layers import EMBED, HEAD, SELECTION_BIAS, Attention, layers, mixtures, shapes
 from sparing.base.origin import Origin
-from sparing.data.tokenizer import END_NAMES, PATTERN, Tokenizer
+from sparing.data.tokenizer import BYTE_PIECE, END_NAMES, PATTERN, Tokenizer
 from sparing.interop.hf_config import read_json, yarn_temperature
 from sparing.interop.hf_tensors import LAYER, rotated_rows
 from sparing.model.rope import rotary_frequencies, rotated_width, yarn_mscale
@@ -309,14 +311,15 @@ def _add_yarn(writer: GGUFWriter, yarn: YarnConfig, latent: bool) -> None:
 
 
 def _add_tokenizer(writer: GGUFWriter, path: Path, vocab_size: int, chat_template: str | None, tokens: TokensConfig | None) -> list[str]:
-    """Byte-level BPE; -> notes. Raises UserError for another kind, and for a pre-tokeniser whose name in llama.cpp is not known here."""
+    """BPE of bytes or of pieces; -> notes. Raises UserError for another kind, and for what llama.cpp would cut into other tokens."""
     from gguf import TokenType
 
     tokenizer, raw = Tokenizer.load(path, tokens), read_json(path)
     if tokenizer.vocab_size > vocab_size:
         raise UserError(f"{path}: has a token with id {tokenizer.vocab_size - 1}, the model's vocabulary ends at {vocab_size - 1}")
-    if raw["model"].get("type") != "BPE" or raw["model"].get("byte_fallback"):
-        raise UserError(f"{path}: --format gguf takes byte-level BPE tokenizers, this is {raw['model'].get('type')}")
+    if raw["model"].get("type") != "BPE":
+        raise UserError(f"{path}: --format gguf takes BPE tokenizers, this is {raw['model'].get('type')}")
+    pieces = bool(raw["model"].get("byte_fallback"))
     words = {number: word for word, number in raw["model"]["vocab"].items()}
     added = {token["id"]: token for token in raw.get("added_tokens", [])}
     names, kinds = [], []
@@ -324,15 +327,27 @@ def _add_tokenizer(writer: GGUFWriter, path: Path, vocab_size: int, chat_templat
         if number in added:
             names.append(added[number]["content"])
             kinds.append(TokenType.CONTROL if added[number].get("special") else TokenType.USER_DEFINED)
+            if pieces and names[-1] == raw["model"].get("unk_token"):
+                kinds[-1] = TokenType.UNKNOWN
+                writer.add_unk_token_id(number)
         else:
             names.append(words.get(number, f"[PAD{number}]"))
             kinds.append(TokenType.NORMAL if number in words else TokenType.UNUSED)
-    writer.add_tokenizer_model("gpt2")
-    pre, notes = _pre_tokenizer(raw, path)
-    writer.add_tokenizer_pre(pre)
+            if pieces and BYTE_PIECE.fullmatch(names[-1]):
+                kinds[-1] = TokenType.BYTE
+    if pieces:
+        notes = []
+        writer.add_tokenizer_model("llama")
+        prefix, scores = _scores(raw, path)
+        writer.add_add_space_prefix(prefix)
+        writer.add_token_scores([scores.get(name, 0.0) for name in names])
+    else:
+        writer.add_tokenizer_model("gpt2")
+        pre, notes = _pre_tokenizer(raw, path)
+        writer.add_tokenizer_pre(pre)
+        writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in raw["model"]["merges"]])
     writer.add_token_list(names)
     writer.add_token_types(kinds)
-    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in raw["model"]["merges"]])
     if tokenizer.bos_id is not None:
         writer.add_bos_token_id(tokenizer.bos_id)
     writer.add_add_bos_token(bool(tokenizer.start))
@@ -366,6 +381,38 @@ PRE_TOKENIZERS = {
 without any warning."""
 WHOLE_WORDS = ("llama-bpe",)
 """Names with which llama.cpp takes a word that is a token as it is, whatever the merges say (`ignore_merges`)."""
+
+
+BLANK = "▁"
+"""Stands for a blank in sentencepiece's pieces."""
+BLANKS = {"type": "Replace", "pattern": {"String": " "}, "content": BLANK}
+PREFIX = {"type": "Prepend", "prepend": BLANK}
+
+
+def halves(piece: str, pieces: Container[str]) -> list[tuple[str, str]]:
+    """Every way to make a piece of two others. The longer left part first: neighbours are joined from the left, so that is what a run of
+    equal characters consists of."""
+    cuts = ((piece[:cut], piece[cut:]) for cut in range(len(piece) - 1, 0, -1))
+    return [(left, right) for left, right in cuts if left in pieces and right in pieces]
+
+
+def _scores(raw: dict, path: Path) -> tuple[bool, dict[str, float]]:
+    """-> (whether a blank is put before a text, each piece's score): llama.cpp joins the neighbours whose piece has the highest one. Raises
+    UserError for merges that no scores can say, and for another treatment of blanks."""
+    steps = (raw.get("normalizer") or {}).get("normalizers")
+    if steps not in ([PREFIX, BLANKS], [BLANKS]) or raw.get("pre_tokenizer"):
+        raise UserError(f"{path}: --format gguf knows pieces with {BLANK} for blanks; this tokenizer changes texts otherwise")
+    special = {token["content"] for token in raw.get("added_tokens", [])}
+    names = [name for name in raw["model"]["vocab"] if name not in special and not BYTE_PIECE.fullmatch(name)]
+    merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in raw["model"]["merges"]]
+    order = list(dict.fromkeys(left + right for left, right in merges))
+    known = set(names)
+    if (
+        Counter(merges) != Counter(pair for name in names for pair in halves(name, known))
+        or [name for name, _ in groupby(left + right for left, right in merges)] != order
+    ):
+        raise UserError(f"{path}: --format gguf takes pieces that are made in every way there is, the best first")
+    return steps[0] == PREFIX, {name: -float(len(order)) for name in names} | {name: -float(rank) for rank, name in enumerate(order)}
 
 
 def _pre_tokenizer(raw: dict, path: Path) -> tuple[str, list[str]]:

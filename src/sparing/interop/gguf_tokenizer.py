@@ -16,7 +16,7 @@ import numpy as np
 from sparing.base.config import TokensConfig, UserError
 from sparing.base.config_file import nearest
 from sparing.data.tokenizer import Tokenizer
-from sparing.interop.gguf import PRE_TOKENIZERS, WHOLE_WORDS
+from sparing.interop.gguf import BLANK, BLANKS, PRE_TOKENIZERS, PREFIX, WHOLE_WORDS, halves
 from sparing.interop.gguf_reader import GgufFile
 
 SAME_CUTS = {
@@ -25,8 +25,6 @@ SAME_CUTS = {
 """Other names of llama.cpp's for the same cuts."""
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """Kinds of tokens that are read (gguf.TokenType)."""
-BLANK = "▁"
-"""Stands for a blank in sentencepiece's pieces."""
 PIECES_KEYS = (
     "model", "pre", "tokens", "scores", "token_type", "merges", "bos_token_id", "eos_token_id", "eot_token_id", "eom_token_id",
     "unknown_token_id", "padding_token_id", "seperator_token_id", "add_bos_token", "add_eos_token", "add_space_prefix",
@@ -101,21 +99,18 @@ def _pieces_joined(file: GgufFile, vocab_size: int, fail) -> tuple[dict, dict[st
     made = sorted((name for name in pieces if len(name) > 1), key=pieces.__getitem__, reverse=True)
     merges, taken = [], {}
     for name in made:
-        # The longer left part first: neighbours are joined from the left, so that is what a run of equal characters consists of.
-        halves = [(name[:cut], name[cut:]) for cut in range(len(name) - 1, 0, -1)]
-        halves = [(left, right) for left, right in halves if left in pieces and right in pieces]
+        ways = halves(name, pieces)
         if not all(character in pieces for character in name):
             raise fail(f"the piece {name!r} has a character that is no piece: how it is joined is not known here")
-        if halves and (other := taken.setdefault(pieces[name], name)) != name:
+        if ways and (other := taken.setdefault(pieces[name], name)) != name:
             raise fail(f"the pieces {other!r} and {name!r} have the same score: which of them is made first is not known here")
-        merges += halves
-    replace = {"type": "Replace", "pattern": {"String": " "}, "content": BLANK}
-    steps = [{"type": "Prepend", "prepend": BLANK}, replace] if prefix else [replace]
+        merges += ways
+    steps = [PREFIX, BLANKS] if prefix else [BLANKS]
     undone: list[dict] = [{"type": "Replace", "pattern": {"String": BLANK}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"}]
     undone += [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
     model = {
         "unk_token": unknown, "fuse_unk": True, "byte_fallback": True, "ignore_merges": False, "vocab": vocabulary,
-        "merges": [list(halves) for halves in merges],
+        "merges": [list(way) for way in merges],
     }  # fmt: skip
     return _json(added, {"type": "Sequence", "normalizers": steps}, None, {"type": "Sequence", "decoders": undone}, model), vocabulary
 
