@@ -126,10 +126,8 @@ def sft(
         raise UserError(f"adapter: low-rank updates are what --method lora learns; leave it out with {method}")
     if method != "esft" and wishes.get("esft") is not None:
         raise UserError(f"esft: experts are what --method esft chooses; leave it out with {method}")
-    if method == "lora":
-        wishes = Wishes.of({"adapter": {}}, wishes)
-    if method == "esft":
-        wishes = adapt_esft.wished(wishes)
+    if method != "full":
+        wishes = Wishes.of({"adapter" if method == "lora" else "esft": {}}, wishes)
     folder = RunFolder.create(out)
     with begin("sft", folder, started) as job:
         config = adapt_sft.resolved(job, wishes, amount)

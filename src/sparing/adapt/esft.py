@@ -41,20 +41,17 @@ class Shares(NamedTuple):
     token: np.ndarray
 
 
-def wished(wishes: Wishes) -> Wishes:
-    """Wishes of a run by this method: with the paper's share for the score that is asked for."""
-    share = SHARES[wishes.value("esft.score", EsftConfig.score)]
-    return Wishes.of({"esft": {"share": share}}, wishes)
-
-
-def derived(tokens: float) -> tuple[dict, dict[str, str]]:
+def derived(wishes: Wishes, tokens: float) -> tuple[dict, dict[str, str]]:
     """(settings, the reason for each by dotted name). tokens: that the budget trains on."""
-    scored = int(min(max(SCORED * tokens, TOKENS[0]), TOKENS[1]))
+    score = wishes.value("esft.score", EsftConfig.score)
     settings = {
-        "esft": {"tokens": scored},
+        "esft": {"share": SHARES[score], "tokens": int(min(max(SCORED * tokens, TOKENS[0]), TOKENS[1]))},
         "train": {"bias_update_rate": 0.0, "sequence_balance": 0.0, "mtp_weight": 0.0},
     }
-    reasons = {"esft.tokens": f"{SCORED:.1%} of the training, {TOKENS[0]:,} to {TOKENS[1]:,} tokens"}
+    reasons = {
+        "esft.share": f"the paper's for the score {score}",
+        "esft.tokens": f"{SCORED:.1%} of the training, {TOKENS[0]:,} to {TOKENS[1]:,} tokens",
+    }
     return settings, reasons | {f"train.{name}": "routers and MTP modules stay as they are" for name in settings["train"]}
 
 

@@ -231,7 +231,7 @@ def _derived(own: Wishes, wishes: Wishes, facts: ChatFacts, sample: _Sample, tok
             "optim.decay": "from the warm-up to the end, to zero",
         }
     if wishes.get("esft") is not None:
-        more, why = esft.derived(tokens)
+        more, why = esft.derived(wishes, tokens)
         settings, reasons = Wishes.of(settings, more), reasons | why
     epochs = tokens / all_tokens
     if all_tokens > MARGIN * tokens:

@@ -187,6 +187,8 @@ class Checkpoint:
         self.to_read = self._checked()
         if not (folder / "tokenizer.json").exists():
             self.notes.append("the folder has no tokenizer.json: logits work, whatever needs text does not")
+            if (folder / "tokenizer.model").exists():
+                self.notes.append("tokenizer.model is not read: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) makes the other")
 
     def _switch_absent_mtp_off(self) -> None:
         """Import without MTP where the weights have none: transformers announces MTP modules in config.json even then."""
