@@ -28,7 +28,8 @@ STEPS = {"ours": 8, "peers": 3}
 RANK, ALPHA = 16, 32
 PRECISIONS = ("autocast", "bfloat16", "float32")
 MICRO = (8, 2)
-RATES = {"lora": ("3e-4", "1e-3", "3e-3"), "full": ("3e-5", "1e-4", "3e-4")}
+RATES = {"lora": ("3e-4", "1e-3", "3e-3"), "full": ("3e-5", "1e-4", "3e-4"), "esft": ("1e-4", "3e-4", "1e-3")}
+"""Learning rates of each method; esft is for mixtures alone."""
 HELD_OUT = 0.05
 BASES = ("float32", "bfloat16", "int8", "int4")
 UPDATES, BATCH, SCORED = 30, 2, 16
@@ -342,12 +343,16 @@ def turns(options: argparse.Namespace) -> None:
 
 def methods(options: argparse.Namespace) -> None:
     """What each method gains on held-out questions in equal minutes, at three learning rates each."""
+    from sparing.base.config_file import read_config
+    from sparing.base.layers import mixtures
+
+    mixture = bool(mixtures(read_config(Path(options.run) / "config.toml").model))
     train, val = options.out / "train.jsonl", options.out / "val.jsonl"
     if not val.exists():
         split(options.data[0], train, val)
     best: dict[str, float] = {}
     for method, rates in RATES.items():
-        for rate in rates:
+        for rate in rates if mixture or method != "esft" else ():
             out = options.out / f"{method}-{rate}"
 
             def tune(method=method, rate=rate, out=out) -> dict:
@@ -364,10 +369,10 @@ def methods(options: argparse.Namespace) -> None:
                 before, after = result["before"]["new"]["loss"], result["after"]["new"]["loss"]
                 best[method] = max(best.get(method, -1.0), before - after)
                 old = result["before"].get("old", {}).get("loss"), result["after"].get("old", {}).get("loss")
-                told = f"{result['tokens']:,} tokens, {result['trained_tokens']:,} trained; old text {old[0]:.3f} -> {old[1]:.3f}"
+                told = f"{result['trainable_parameters']:,} parameters, {result['tokens']:,} tokens, {result['trained_tokens']:,} trained; old text {old[0]:.3f} -> {old[1]:.3f}"
                 print(f"{method:>6} {rate:>6}  answers {before:.4f} -> {after:.4f} nats; {told}")
-    if len(best) == 2:
-        print(f"LoRA reaches {best['lora'] / best['full']:.1%} of full fine-tuning's gain")
+    for method in best.keys() - {"full"} if "full" in best else ():
+        print(f"{method} reaches {best[method] / best['full']:.1%} of full fine-tuning's gain")
 
 
 def split(file: str, train: Path, val: Path) -> None:
