@@ -11,6 +11,7 @@ from sparing.data.answers import Cutting, Pieces, sequences
 from sparing.data.chat import ChatTemplate, taught
 from sparing.data.chats import Chat, answers
 from sparing.data.tokenizer import Tokenizer, train_tokenizer
+from sparing.data.traced import Traced
 
 TEMPLATES = {path.stem: path.read_text() for path in sorted((Path(__file__).parent / "chat_templates").glob("*.jinja"))}
 NAMES = [
@@ -96,6 +97,18 @@ def test_calls_of_tools_are_answers(tokenizer):
     (piece,) = sequences(asked, ChatTemplate(TEMPLATES["qwen"]), tokenizer)
     assert '<tool_call>\n{"name": "weather", "arguments": {"town": "Lima"}}\n</tool_call><|im_end|>' in learnt(piece, tokenizer)
     assert "parameters" in tokenizer.decode(piece.ids) and "parameters" not in learnt(piece, tokenizer)
+
+
+def test_the_work_grows_with_the_length_of_a_conversation_alone(tokenizer, monkeypatch):
+    """Each text goes through the tokenizer once as part of a prompt and once as an answer, however many answers follow, and no rendered
+    text is taken apart into characters (which took 30 times as long)."""
+    talk = chat(*(("user" if i % 2 == 0 else "assistant", f"turn {i}") for i in range(40)))
+    template, encode, seen = ChatTemplate(TEMPLATES["qwen"]), tokenizer.encode, []
+    before = sequences(talk, template, tokenizer)
+    monkeypatch.setattr(tokenizer, "encode", lambda text: seen.append(text) or encode(text))
+    monkeypatch.setattr(Traced, "__iter__", lambda self: pytest.fail("a character at a time"))
+    assert sequences(talk, template, tokenizer) == before
+    assert max(sum(text.endswith(f"turn {i}") for text in seen) for i in range(40)) <= 2
 
 
 def test_a_message_cannot_end_an_answer(tokenizer):

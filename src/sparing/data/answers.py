@@ -17,7 +17,7 @@ import torch
 
 from sparing.base.config import UserError
 from sparing.base.run import read_tensors
-from sparing.data.chat import REASONING, ChatTemplate, token_ids
+from sparing.data.chat import REASONING, ChatTemplate, Known, token_ids
 from sparing.data.chats import Chat, answers
 from sparing.data.tokenizer import Tokenizer
 from sparing.data.traced import Traced, concat, own
@@ -39,12 +39,13 @@ def sequences(chat: Chat, template: ChatTemplate, tokenizer: Tokenizer) -> list[
     Then each answer is learnt behind the prompt that the server would have made for it. Raises UserError where the template refuses.
     """
     made: list[Sequenced] = []
+    known: Known = {}
     for at, message in enumerate(chat.messages):
         if not answers(message):
             continue
         before = chat.messages[:at]
         asked = template.text(tokenizer, before, chat.tools)
-        prompt = [*template.start(tokenizer), *token_ids(tokenizer, asked)]
+        prompt = [*template.start(tokenizer), *token_ids(tokenizer, asked, known=known)]
         answer = _answer(template, tokenizer, chat, at, asked, prompt[-1] if prompt else None)
         last = made[-1] if made else None
         if last is None or prompt[: len(last.ids)] != last.ids:
@@ -78,7 +79,7 @@ def _answer(template: ChatTemplate, tokenizer: Tokenizer, chat: Chat, at: int, a
 def _shared(left: Traced, right: Traced) -> int:
     """How many leading characters are the same, and of the same origin."""
     low, high = 0, min(len(left), len(right))
-    a, b = "".join(left), "".join(right)
+    a, b = left.plain, right.plain
     while low < high:
         middle = (low + high + 1) // 2
         if a[:middle] == b[:middle] and left.own[:middle] == right.own[:middle]:
@@ -90,7 +91,7 @@ def _shared(left: Traced, right: Traced) -> int:
 
 def _end_of_question(asked: Traced, whole: Traced) -> int:
     """Where in `whole` the longest ending of `asked` ends that reaches into a message; its own end where none is in it."""
-    a, b = list(zip("".join(asked), asked.own, strict=True)), list(zip("".join(whole), whole.own, strict=True))
+    a, b = list(zip(asked.plain, asked.own, strict=True)), list(zip(whole.plain, whole.own, strict=True))
     best, place = 0, 0
     for end in range(1, len(b) + 1):
         length = 0

@@ -48,7 +48,7 @@ def template_text(run: RunFolder) -> str | None:
             return template if isinstance(template, str) else None
     except UserError:
         raise
-    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{run}: its chat template cannot be read: {error}") from None
     return None
 
@@ -145,20 +145,32 @@ class ChatTemplate:
         return list(tokenizer.start) if self.plain else []
 
 
-def token_ids(tokenizer: Tokenizer, rendered: Traced, before: int | None = None) -> list[int]:
+Known = dict[tuple[str, bool], list[int]]
+"""Token ids by text, and whether it goes on what stands before it."""
+
+
+def token_ids(tokenizer: Tokenizer, rendered: Traced, before: int | None = None, known: Known | None = None) -> list[int]:
     """Token ids of a rendered text. Special tokens are those that the template writes: their names inside a message stay text.
 
-    before: the token that the text stands behind, where there is one."""
+    before: the token that the text stands behind, where there is one. known: ids of texts between special tokens, which this call adds to:
+    a conversation is rendered once for each of its answers."""
+    known = {} if known is None else known
+
+    def encode(part: str, goes_on: bool) -> list[int]:
+        if (part, goes_on) not in known:
+            known[part, goes_on] = tokenizer.encode(part, goes_on)
+        return known[part, goes_on]
+
     goes_on = before is not None and before not in tokenizer.special.values()
     names = sorted(tokenizer.special, key=len, reverse=True)
     special = re.compile("|".join(map(re.escape, names)) or "(?!)")
-    text, ids, begin, at = "".join(rendered), [], 0, 0
+    text, ids, begin, at = rendered.plain, [], 0, 0
     while match := special.search(text, at):
         at = match.start() + 1
         if all(rendered.own[match.start() : match.end()]):
-            ids += [*tokenizer.encode(text[begin : match.start()], goes_on), tokenizer.special[match[0]]]
+            ids += [*encode(text[begin : match.start()], goes_on), tokenizer.special[match[0]]]
             begin, at, goes_on = match.end(), match.end(), False
-    return [*ids, *tokenizer.encode(text[begin:], goes_on)]
+    return [*ids, *encode(text[begin:], goes_on)]
 
 
 def taught(tokenizer: Tokenizer) -> str:

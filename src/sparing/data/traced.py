@@ -33,6 +33,11 @@ class Traced(str):
     def __str__(self) -> Traced:
         return self
 
+    @property
+    def plain(self) -> str:
+        """The text alone. (`"".join(self)` would make a `Traced` of each character.)"""
+        return super().__str__()
+
     def __add__(self, other):
         return concat((self, other)) if isinstance(other, str) else NotImplemented
 
