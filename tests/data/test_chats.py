@@ -80,6 +80,8 @@ def test_calls_of_tools():
         ({"conversations": [{"from": "moderator", "value": "Hi"}]}, "unknown speaker"),
         ({"conversations": [{"from": "function_call", "value": "{"}]}, "a function call is not JSON"),
         ({"instruction": "Hi", "output": None}, "no answer"),
+        ({"instruction": None, "input": "a text", "output": "b"}, "instruction or input is not text"),
+        ({"instruction": "Hi", "input": {"a": 1}, "output": "b"}, "instruction or input is not text"),
         ({"prompt": "Hi", "completion": ""}, "no answer"),
         ({"prompt": "Hi", "completion": "half \ud83d"}, "not Unicode"),
         ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "tools": "{"}, "tools is not JSON"),

@@ -156,9 +156,11 @@ def _sharegpt(value: dict) -> tuple[list, str]:
 
 
 def _alpaca(value: dict) -> tuple[list, str]:
-    asked = value["instruction"]
-    if value.get("input"):
-        asked = f"{asked}\n\n{value['input']}"
+    asked, beside = value["instruction"], value.get("input")
+    if beside:
+        if not isinstance(asked, str) or not isinstance(beside, str):
+            raise Unusable("instruction or input is not text")
+        asked = f"{asked}\n\n{beside}" if asked else beside
     messages = [{"role": "system", "content": value["system"]}] if value.get("system") else []
     for turn in value.get("history") or []:
         if not (isinstance(turn, list) and len(turn) == 2):
