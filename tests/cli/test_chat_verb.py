@@ -84,6 +84,8 @@ def test_at_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_leaves(workplace):
             seen += os.read(ours, 4096)
 
     until(b"> ")
+    os.write(ours, b"\xe4\r")
+    until(b"not UTF-8 text\r\n> ")
     os.write(ours, b"Tell me\r")
     until(b"Tell me\r\n")
     seen = seen.partition(b"Tell me\r\n")[2]

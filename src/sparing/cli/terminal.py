@@ -38,7 +38,10 @@ def messages(interactive: bool) -> Iterator[str]:
             import readline  # noqa: F401  # gives `input` a history and editing keys
         with suppress(EOFError):
             while True:
-                yield input("> ")
+                try:
+                    yield input("> ")
+                except UnicodeDecodeError:
+                    say("sparing: this line is not UTF-8 text")
         print()
         return
     for number, line in enumerate(sys.stdin.buffer, 1):
