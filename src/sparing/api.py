@@ -427,7 +427,7 @@ def export(run: str, format: str = "hf", out: str = "", dtype: str = "float32", 
     chat, origin = template_text(folder), origin_of(folder)
     try:
         if format == "peft":
-            notes = _export_adapter(folder, config, out)
+            notes = _export_adapter(folder, config, chat, out)
         elif format == "gguf":
             name = folder.path.resolve().name
             notes = export_gguf(config.model, tensors_of(folder), tokenizer, out, type, chat, name, config.tokens, origin)
@@ -440,12 +440,12 @@ def export(run: str, format: str = "hf", out: str = "", dtype: str = "float32", 
     return {"out": out, "format": format, "dtype": {"hf": dtype, "gguf": type, "peft": "float32"}[format], "notes": notes}
 
 
-def _export_adapter(run: RunFolder, config: Config, out: str) -> list[str]:
+def _export_adapter(run: RunFolder, config: Config, chat: str | None, out: str) -> list[str]:
     origin = origin_of(run)
     base = origin.name if origin and origin.name else RunFolder(config.start.run).path.name
     about = f"Low-rank updates (rank {config.adapter.rank}) of {base}; SHA-256 of the base run's weights: {config.start.weights_sha256}"
     card = f"{hub_card(run) or f'# {run.path.resolve().name}'}".rstrip() + f"\n\n{about}\n"
-    export_peft(config.model, config.adapter, StoredTensors(run.adapter_file), base, out, card)
+    export_peft(config.model, config.adapter, StoredTensors(run.adapter_file), base, out, card, chat)
     held = config.adapter.base
     return [] if held == "float32" else [f"trained beside weights in {held}: over float32 ones it computes slightly different numbers"]
 
@@ -489,6 +489,8 @@ def import_(source: str, out: str, dtype: str | None = None, base: str | None = 
     RunFolder.vacant(out)
     path = Path(source)
     if (path / "adapter_config.json").exists():
+        if dtype is not None:
+            raise UserError(f"--dtype {dtype}: {source} is a PEFT adapter, whose factors stay float32; its base has a type of its own")
         return _import_adapter(source, out, base)
     if base is not None:
         raise UserError(f"--base {base}: {source} is no PEFT adapter (it has no adapter_config.json)")

@@ -13,6 +13,7 @@ from sparing import api
 from sparing.base.config import AdapterConfig, Config, StartConfig, UserError
 from sparing.base.config_file import write_config
 from sparing.base.run import RunFolder, weights_sha256, write_tensors
+from sparing.data.chat import template_text
 from sparing.interop.peft import import_peft
 from sparing.model.low_rank import add_low_rank, learned
 from sparing.model.transformer import Transformer
@@ -87,6 +88,25 @@ def test_out(base, adapted, tokens, tmp_path):
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.parametrize("base", ["llama"], indirect=True)
+def test_the_chat_template_goes_with_the_adapter(base, adapted, tmp_path):
+    """PEFT's own folders have none: such an adapter was trained in the form of its base, and has to be asked in it."""
+    parent, peft = base[0], tmp_path / "peft"
+    template = parent.path / "chat_template.jinja"
+    (adapted.path / "chat_template.jinja").write_text("own {{ messages[0].content }}")
+    template.write_text("base {{ messages[0].content }}")
+    try:
+        api.export(str(adapted), "peft", str(peft))
+        api.import_(str(peft), str(tmp_path / "own"), base=str(parent))
+        (peft / "chat_template.jinja").unlink()
+        api.import_(str(peft), str(tmp_path / "base's"), base=str(parent))
+    finally:
+        template.unlink()
+    assert [template_text(RunFolder(tmp_path / name)).split()[0] for name in ("own", "base's")] == ["own", "base"]
+    with pytest.raises(UserError, match=r"--dtype int8.*factors stay float32"):
+        api.import_(str(peft), str(tmp_path / "x"), "int8", str(parent))
+
+
 @pytest.mark.parametrize("kind", ["all", "queries", "rslora"])
 def test_in(base, tokens, tmp_path, kind):
     from peft import LoraConfig, get_peft_model
@@ -146,6 +166,8 @@ def test_single_experts_as_transformers_4_had_them(base, adapted, tokens, tmp_pa
         ({"init_lora_weights": "pissa_niter_4"}, "changes the base"),
         ({"lora_alpha": "x"}, "lora_alpha"),
         ({"alpha_pattern": {"[": 3}}, "alpha_pattern"),
+        ({"alpha_pattern": {"q_proj": 0}}, "alpha_pattern 'q_proj': 0"),
+        ({"lora_alpha": 0}, "lora_alpha is 0, expected more than 0"),
     ],
 )
 def test_what_is_no_plain_update_is_refused(base, adapted, tmp_path, change, complaint):
@@ -169,6 +191,8 @@ def test_tensors_that_have_no_place_are_refused(base, adapted, tmp_path):
         ({name: t for name, t in whole.items() if name != some.format("A")}, "lora_B alone"),
         (whole | {"base_model.model.model.norm.weight": torch.ones(32)}, "no factor"),
         (whole | {some.format("A"): torch.ones(3, 32, dtype=torch.int8)}, "floats"),
+        (whole | {some.format("A"): torch.ones(0, 32)}, "is empty"),
+        (whole | {some.format("A"): torch.full((3, 32), torch.nan)}, "has NaN or infinity"),
     ):  # fmt: skip
         save_file(stored, file)
         with pytest.raises(UserError, match=complaint):

@@ -42,12 +42,13 @@ CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def export_peft(
-    config: ModelConfig, adapter: AdapterConfig, factors: Mapping[str, Tensor], base: str, out: str | Path, card: str = ""
-) -> None:
+    config: ModelConfig, adapter: AdapterConfig, factors: Mapping[str, Tensor], base: str, out: str | Path, card: str = "",
+    chat_template: str | None = None,
+) -> None:  # fmt: skip
     """Write a folder that `PeftModel.from_pretrained` loads over the base's export (`--format hf`).
 
-    factors: an adapter run's, by our names. base: its name in adapter_config.json. card: README.md. Raises UserError: `out` is there and
-    not empty, no transformers type computes this model."""
+    factors: an adapter run's, by our names. base: its name in adapter_config.json. card: README.md. chat_template: in
+    whose form it was trained. Raises UserError: `out` is there and not empty, no transformers type computes this model."""
     named, out = out, output_folder(out, "--out")
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{named} already exists and is not empty: choose a new folder for --out")
@@ -74,7 +75,8 @@ def export_peft(
         "target_modules": sorted(linears), "target_parameters": sorted(parameters) or None,
     }  # fmt: skip
     files = {CONFIG: json.dumps(settings, indent=2) + "\n", TENSORS: tensors}
-    write_folder(out, files | ({"README.md": card} if card else {}))
+    texts = {"README.md": card, "chat_template.jinja": chat_template}
+    write_folder(out, files | {name: text for name, text in texts.items() if text})
 
 
 @dataclass
@@ -165,10 +167,14 @@ def _scales(fields: Fields):
     if isinstance(begun, str) and begun.lower().startswith(CHANGES_THE_BASE):
         raise fields.fail(f"init_lora_weights is {begun!r}, which changes the base: convert the adapter to plain LoRA with PEFT first")
     alpha, ranked = fields.get("lora_alpha", float), fields.get("use_rslora", bool, False)
+    if alpha <= 0:
+        raise fields.fail(f"lora_alpha is {alpha:g}, expected more than 0")
     patterns = {}
     for pattern, value in fields.get("alpha_pattern", dict, {}).items():
         try:
             patterns[re.compile(rf"(.*\.)?({pattern})$")] = float(value)
+            if not 0 < float(value) < math.inf:
+                raise ValueError
         except (re.error, TypeError, ValueError):
             raise fields.fail(f"alpha_pattern {pattern!r}: {value!r} cannot be used") from None
 
@@ -197,6 +203,8 @@ def _read(folder: Path) -> dict[str, dict[str, Tensor]]:
             raise UserError(f"{folder}: tensor {name} is no factor of a plain low-rank update")
         if tensor.ndim != 2 or not tensor.is_floating_point():
             raise UserError(f"{folder}: tensor {name} is {list(tensor.shape)} of {tensor.dtype}, expected two dimensions of floats")
+        if not tensor.numel() or not tensor.isfinite().all():
+            raise UserError(f"{folder}: tensor {name} " + ("has NaN or infinity among its values" if tensor.numel() else "is empty"))
         found[match[1]][match[2]] = tensor.float()
     for module, parts in found.items():
         if parts.keys() != {"A", "B"}:
