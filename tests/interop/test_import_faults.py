@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sparing import api
 from sparing.base.config import UserError
+from sparing.data.tokenizer import train_tokenizer
 from sparing.interop.huggingface import export_hf, import_hf
 
 
@@ -122,10 +125,11 @@ def test_a_wrong_config_is_one_line(fault, exported, edit_config):
     assert "config.json" in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [b"{", b"[]", b"", b"\xff\xfe", b"\xff", b"null"])
+@pytest.mark.parametrize("content", [b"{", b"[]", b"", b"\xff\xfe", b"\xff", b"null", b"[" * 100_000])
 def test_a_config_that_is_not_a_json_object(content, exported):
     (exported / "config.json").write_bytes(content)
-    with pytest.raises(UserError, match=r"config\.json: (not valid JSON|expected a JSON object|is UTF-16|line 1 is not UTF-8)"):
+    said = "not valid JSON|nested too deeply|expected a JSON object|is UTF-16|line 1 is not UTF-8"
+    with pytest.raises(UserError, match=rf"config\.json: ({said})"):
         import_hf(exported)
 
 
@@ -163,6 +167,7 @@ def test_damaged_safetensors(exported):
         (b"", "not a safetensors file, or truncated"),
         (b"\xff" * 16, "not a safetensors file, or truncated"),
         (whole[:8] + b"x" * (start - 8) + whole[start:], "header is not JSON"),
+        ((100_000).to_bytes(8, "little") + b"[" * 100_000, "header is not JSON"),
         (with_entry(dtype="F4"), r"model\.norm\.weight has the type F4"),
         (with_entry(shape=[31]), r"entry of model\.norm\.weight is inconsistent"),
         (with_entry(shape=[-32]), r"entry of model\.norm\.weight is inconsistent"),
@@ -171,6 +176,44 @@ def test_damaged_safetensors(exported):
         path.write_bytes(content)
         with pytest.raises(UserError, match=message):
             import_hf(exported)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj.weight", "model.norm.weight"])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_what_is_not_finite_is_named(value, name, dtype, exported, edit, tmp_path):
+    edit(lambda stored: stored[name].view(-1)[-1:].fill_(value))
+    with pytest.raises(UserError, match=f"tensor {re.escape(name)} has numbers that are not finite"):
+        api.import_(str(exported), str(tmp_path / "run"), dtype)
+    assert not (tmp_path / "run").exists()
+
+
+def test_added_tokens_that_the_model_does_not_have_are_left_out(exported, tmp_path):
+    """As folders of fine-tuned models have them, to pad with: read as a token, the text would index past the embedding."""
+    content = json.loads(train_tokenizer(["the cat sat on the mat"], 300).to_json())
+    content["model"]["merges"], special = [], [token["content"] for token in content["added_tokens"]]
+    ordinary = [token for token in content["model"]["vocab"] if token not in special]
+    for count, left_out in ((128, True), (127, False)):
+        kept = [*special, *ordinary[: count - len(special)]]
+        ids = {token: number for number, token in enumerate(kept)}
+        added = [token | {"id": ids[token["content"]]} for token in content["added_tokens"]]
+        added.append(added[0] | {"id": count, "content": "[PAD]", "special": False})
+        changed = content | {"model": content["model"] | {"vocab": ids}, "added_tokens": added}
+        (exported / "tokenizer.json").write_text(json.dumps(changed))
+        (exported / "tokenizer_config.json").write_text(json.dumps({"eos_token": "[PAD]"}))
+        run = str(tmp_path / str(count))
+        notes = api.import_(str(exported), run)["notes"]
+        assert any("ends at 127; added tokens behind it are left out: '[PAD]' (128)" in note for note in notes) is left_out
+        tokenizer = api.load(run).tokenizer
+        assert (127 in tokenizer.encode("a[PAD]")) is not left_out and max(tokenizer.encode("a[PAD]")) < 128
+        assert (127 in tokenizer.eos_ids) is not left_out and max(tokenizer.eos_ids) < 128
+
+
+def test_a_tokenizer_of_a_larger_vocabulary_is_refused(exported, tmp_path):
+    train_tokenizer(["the cat sat on the mat"], 300).save(exported / "tokenizer.json")
+    with pytest.raises(UserError, match=r"tokenizer\.json: has a token with id \d+, the model's vocabulary ends at 127"):
+        api.import_(str(exported), str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_index_faults(small, random_model, tmp_path):

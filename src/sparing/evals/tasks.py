@@ -43,7 +43,7 @@ def read(path: str | Path) -> tuple[str, list[dict]]:
     text = read_text(path)
     try:
         rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.split("\n") if line.strip()]
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error})") from None
     fields = [_fields(row, f"{path}, row {number}") for number, row in enumerate(rows, 1)]
     if len({form for form, _ in fields}) != 1:

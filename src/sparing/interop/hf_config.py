@@ -32,6 +32,8 @@ def read_json(path: Path) -> dict:
         value = json.loads(text)
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
+    except RecursionError:
+        raise UserError(f"{path}: nested too deeply") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value

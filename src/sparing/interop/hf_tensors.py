@@ -176,7 +176,7 @@ def read_header(path: Path) -> dict[str, Stored]:
         raise UserError(f"{path.parent}: {path.name} is missing") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path}: not a safetensors file (its header is not JSON)") from None

@@ -15,8 +15,8 @@ from pathlib import Path
 import tokenizers
 
 from sparing.base.config import ModelConfig, TokensConfig, UserError
-from sparing.base.files import POINTER, is_pointer
-from sparing.data.tokenizer import Tokenizer
+from sparing.base.files import POINTER, is_pointer, read_text
+from sparing.data.tokenizer import MAX_FILE_BYTES, Tokenizer
 from sparing.interop.hf_config import read_json
 
 
@@ -40,7 +40,7 @@ def read_tokens(folder: Path, config: ModelConfig) -> tuple[TokensConfig, list[s
         name = settings.get(key) or special.get(key)
         name = name.get("content") if isinstance(name, dict) else name
         number = library.token_to_id(name) if library and isinstance(name, str) else None
-        return [] if number is None else [number]
+        return [] if number is None else usable([number], f"{key} {name}")
 
     def numbered(key: str) -> list[int]:
         for raw, where in ((generation, folder / names[1]), (model, folder / names[0])):
@@ -61,8 +61,28 @@ def read_tokens(folder: Path, config: ModelConfig) -> tuple[TokensConfig, list[s
     tokens = TokensConfig(next(iter([*before, *bos]), None), bool(before), tuple(dict.fromkeys(eos)))
     if library:
         ends = Tokenizer.load(file, tokens).named_ends
-        tokens = TokensConfig(tokens.bos, tokens.add_bos, tuple(dict.fromkeys([*eos, *ends])))
+        known = [number for number in [*eos, *ends] if number < config.vocab_size]
+        tokens = TokensConfig(tokens.bos, tokens.add_bos, tuple(dict.fromkeys(known)))
     return tokens, notes
+
+
+def read_tokenizer(file: Path, vocab_size: int) -> tuple[str, list[str]]:
+    """-> (tokenizer.json as the run keeps it, notes for the user).
+
+    Added tokens that the model has no embedding for are left out: many a fine-tuned model's folder names one to pad with, and a text that
+    holds it could not be read. Raises UserError where the tokenizer's own vocabulary is larger than the model's."""
+    text, library = read_text(file, limit=MAX_FILE_BYTES), _library(file)
+    own, last = library.get_vocab(with_added_tokens=False), vocab_size - 1
+    if own and max(own.values()) > last:
+        raise UserError(f"{file}: has a token with id {max(own.values())}, the model's vocabulary ends at {last}: another model's?")
+    beyond = {name: number for name, number in library.get_vocab(with_added_tokens=True).items() if number > last}
+    if not beyond:
+        return text, []
+    raw = json.loads(text)
+    raw["added_tokens"] = [token for token in raw["added_tokens"] if token["content"] not in beyond]
+    names = ", ".join(f"{name!r} ({number})" for name, number in list(beyond.items())[:3])
+    note = f"{file.name}: the model's vocabulary ends at {last}; added tokens behind it are left out: {names}"
+    return json.dumps(raw, ensure_ascii=False), [note]
 
 
 def tokenizer_files(

@@ -22,12 +22,11 @@ from sparing.base.layers import EMBED, HEAD, shapes
 from sparing.base.origin import Origin
 from sparing.base.run import RunFolder
 from sparing.data.chat import template_text
-from sparing.data.tokenizer import MAX_FILE_BYTES
 from sparing.interop.families import FAMILIES
 from sparing.interop.fp8_blocks import BLOCK, dequantise, quantise, scale_shape
 from sparing.interop.hf_config import from_hf, read_json, to_hf
 from sparing.interop.hf_tensors import LAYER, PublishedTensor, SafetensorsWriter, published_tensors, read_folder, read_tensor
-from sparing.interop.hf_tokenizer import generation_config, read_tokens, to_json, tokenizer_files
+from sparing.interop.hf_tokenizer import generation_config, read_tokenizer, read_tokens, to_json, tokenizer_files
 from sparing.interop.imported import Imported, spdx
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8": torch.bfloat16}
@@ -148,10 +147,10 @@ def read_hf(folder: str | Path) -> Imported:
     checkpoint = Checkpoint(Path(folder))
     tokens, notes = read_tokens(checkpoint.folder, checkpoint.config)
     file = checkpoint.folder / "tokenizer.json"
-    tokenizer = read_text(file, limit=MAX_FILE_BYTES) if file.exists() else None
+    tokenizer, left_out = read_tokenizer(file, checkpoint.config.vocab_size) if file.exists() else (None, [])
     chat = template_text(RunFolder(folder))
     origin = _origin(checkpoint.folder)
-    return Imported(checkpoint.config, checkpoint.tensors(), tokenizer, tokens, chat, origin, [*checkpoint.notes, *notes])
+    return Imported(checkpoint.config, checkpoint.tensors(), tokenizer, tokens, chat, origin, [*checkpoint.notes, *notes, *left_out])
 
 
 def _origin(folder: Path) -> Origin:
@@ -250,10 +249,14 @@ class Checkpoint:
                 raise UserError(f"{self.folder}: tensor {one.name} differs from {one.ours}, which this model shares with it")
 
     def read(self, one: PublishedTensor) -> torch.Tensor:
-        """A tensor with rotary dimensions in our order, dequantised where it is 8-bit, otherwise of the stored type."""
+        """A tensor with rotary dimensions in our order, dequantised where it is 8-bit, otherwise of the stored type.
+
+        Raises UserError for numbers that are not finite: they would make every answer of the model NaN."""
         tensor = read_tensor(self.stored[one.name])
         if tensor.dtype == torch.float8_e4m3fn:
             tensor = dequantise(tensor, read_tensor(self.stored[one.name + "_scale_inv"]), self.format.block)
+        if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+            raise UserError(f"{self.folder}: tensor {one.name} has numbers that are not finite: the file is damaged, or training diverged")
         return one.rotary.permute(tensor, halves=False) if one.rotary else tensor
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
