@@ -105,7 +105,7 @@ def test_the_work_grows_with_the_length_of_a_conversation_alone(tokenizer, monke
     talk = chat(*(("user" if i % 2 == 0 else "assistant", f"turn {i}") for i in range(40)))
     template, encode, seen = ChatTemplate(TEMPLATES["qwen"]), tokenizer.encode, []
     before = sequences(talk, template, tokenizer)
-    monkeypatch.setattr(tokenizer, "encode", lambda text: seen.append(text) or encode(text))
+    monkeypatch.setattr(tokenizer, "encode", lambda text, goes_on=False: seen.append(text) or encode(text, goes_on))
     monkeypatch.setattr(Traced, "__iter__", lambda self: pytest.fail("a character at a time"))
     assert sequences(talk, template, tokenizer) == before
     assert max(sum(text.endswith(f"turn {i}") for text in seen) for i in range(40)) <= 2
