@@ -63,7 +63,8 @@ def test_the_same_as_text(workplace):
 @pytest.mark.parametrize(
     ("text", "more", "says"),
     [(b"\xff\n", (), "line 1 of standard input is not UTF-8"), ("a\n", ("--weights", "int7"), "--weights int7: not available"),
-     ("a\n", ("--max-tokens", "0"), "max_tokens 0: must be 1 or more")],
+     ("a\n", ("--max-tokens", "0"), "max_tokens 0: must be 1 or more"),
+     ("a\n", ("--base", "/nowhere"), "/nowhere: no such run folder")],
 )  # fmt: skip
 def test_mistakes_are_one_line(workplace, text, more, says):
     status, out, err = talk(workplace, text, *more)

@@ -253,6 +253,8 @@ class Chat:
     """The same seed gives the same answers."""
     weights: str = "auto"
     """Number format of the weights: float32, bfloat16, int8, int4; auto: what is fastest here."""
+    base: str | None = None
+    """Of an adapter run whose base has moved: where that is now."""
     json: bool = False
     """Print one JSON object a turn instead of the answers' text."""
 
@@ -261,6 +263,7 @@ class Chat:
         call.choice("--weights", self.weights, ("auto", "float32", "bfloat16", "int8", "int4"))
         from sparing.cli.terminal import converse
 
+        call.api.rebase(self.run, self.base)
         options = (self.system, self.temperature, self.top_p, self.max_tokens, self.seed, self.weights)
         with leaving_on_sigterm(), call.api.chat(self.run, *options, started=call.started) as chat:
             converse(chat, partial(print_json, out=call.out) if self.json else None)
