@@ -370,8 +370,7 @@ def methods(options: argparse.Namespace) -> None:
                 best[method] = max(best.get(method, -1.0), before - after)
                 old = result["before"].get("old", {}).get("loss"), result["after"].get("old", {}).get("loss")
                 told = f"{result['trainable_parameters']:,} parameters, {result['tokens']:,} tokens, {result['trained_tokens']:,} trained"
-                told += f"; old text {old[0]:.3f} -> {old[1]:.3f}"
-                print(f"{method:>6} {rate:>6}  answers {before:.4f} -> {after:.4f} nats; {told}")
+                print(f"{method:>6} {rate:>6}  answers {before:.4f} -> {after:.4f} nats, old text {old[0]:.3f} -> {old[1]:.3f}; {told}")
     for method in best.keys() - {"full"} if "full" in best else ():
         print(f"{method} reaches {best[method] / best['full']:.1%} of full fine-tuning's gain")
 

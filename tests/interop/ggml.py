@@ -1,4 +1,4 @@
-"""llama.cpp's own functions, called in its library: the quantiser of rows; in programs of their own, tokenizer and quantiser of files."""
+"""llama.cpp's own functions, called in its library: its quantiser, and its tokenizer in a program of its own."""
 
 import ctypes
 import json
@@ -7,15 +7,11 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 PARAMS = 1024
-"""Bytes for `llama_model_params` and `llama_model_quantize_params`, which are handed on as llama.cpp fills them; they are smaller in every
-version."""
-FILES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q4_K_M": 15, "Q5_K_M": 17, "Q6_K": 18}
-"""Kinds of files (llama.h, llama_ftype)."""
+"""Bytes for `llama_model_params`, which is handed on as llama.cpp fills it; it is smaller in every version."""
 
 
 @cache
@@ -47,65 +43,57 @@ def dequantised(blocks: np.ndarray, kind: str, numbers: int) -> np.ndarray:
     return found
 
 
-def token_ids(model: str, texts: list[str]) -> list[list[int]]:
-    """Token ids of texts by the vocabulary of a GGUF file; names of special tokens are ordinary text, nothing is put before."""
-    return _by_itself([model], texts)
-
-
 def requantised(source: Path, target: Path, kind: str) -> Path:
-    """`target`, which llama.cpp's quantiser makes of another file. kind: of FILES; F32 of a quantised one is what it dequantises."""
-    assert _by_itself([str(source), str(target), kind], None) == 0
+    """`target`: the file `source` with its matrices in blocks of the kind, as llama.cpp quantises rows; or F32: as it dequantises them.
+
+    As in its own mixtures, rows whose length is no multiple of a block are Q8_0, and each second matrix of Q4_K and Q5_K is Q6_K.
+    """
+    import gguf
+
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents())
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF.") and name != "general.architecture":
+            inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(name, field.contents(), field.types[0], sub_type=inner)
+    for place, tensor in enumerate(reader.tensors):
+        shape, stored = tuple(reversed(tensor.shape.tolist())), tensor.tensor_type.name
+        values = tensor.data if stored == "F32" else dequantised(tensor.data.reshape(-1), stored, int(np.prod(shape))).reshape(shape)
+        if kind == "F32" or len(shape) == 1 or shape[-1] % 32 or tensor.name.endswith("ffn_gate_inp.weight"):
+            writer.add_tensor(tensor.name, np.ascontiguousarray(values, np.float32))
+            continue
+        chosen = "Q8_0" if shape[-1] % 256 else "Q6_K" if kind in ("Q4_K", "Q5_K") and place % 2 else kind
+        number = gguf.GGMLQuantizationType[chosen]
+        numbers, size = gguf.GGML_QUANT_SIZES[number]
+        blocks = quantised(values.reshape(-1, shape[-1]), int(number), shape[-1] // numbers * size)
+        writer.add_tensor(tensor.name, blocks.reshape(*shape[:-1], -1), raw_dtype=number)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
     return target
 
 
-def _by_itself(arguments: list[str], given) -> Any:
-    done = subprocess.run([sys.executable, __file__, *arguments], input=json.dumps(given).encode(), capture_output=True, timeout=600)
+def token_ids(model: str, texts: list[str]) -> list[list[int]]:
+    """Token ids of texts by the vocabulary of a GGUF file; names of special tokens are ordinary text, nothing is put before."""
+    done = subprocess.run([sys.executable, __file__, model], input=json.dumps(texts).encode(), capture_output=True, timeout=300)
     assert done.returncode == 0, f"llama.cpp ended with {done.returncode}: {done.stderr[-3000:].decode(errors='replace')}"
     return json.loads(done.stdout.splitlines()[-1])
 
 
-class Params(ctypes.Structure):
-    _fields_ = (("bytes", ctypes.c_char * PARAMS),)
-
-
-def quantise(source: str, target: str, kind: str) -> int:
-    class Begins(ctypes.Structure):
-        """How `llama_model_quantize_params` begins."""
-
-        _fields_ = (
-            ("threads", ctypes.c_int32),
-            ("kind", ctypes.c_int),
-            ("output_tensor", ctypes.c_int),
-            ("token_embedding", ctypes.c_int),
-            ("allow_requantize", ctypes.c_bool),
-        )
-
-    llama = library()
-    llama.llama_model_quantize_default_params.restype = Params
-    params = llama.llama_model_quantize_default_params()
-    begins = Begins.from_buffer(params)
-    begins.threads, begins.kind, begins.allow_requantize = 1, FILES[kind], True
-    llama.llama_model_quantize.restype = ctypes.c_uint32
-    llama.llama_model_quantize.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_void_p]
-    return llama.llama_model_quantize(source.encode(), target.encode(), ctypes.byref(params))
-
-
 def main() -> None:
-    given, answer = json.load(sys.stdin), os.fdopen(os.dup(1), "w")
+    class Params(ctypes.Structure):
+        _fields_ = (("bytes", ctypes.c_char * PARAMS),)
+
+    texts, answer = json.load(sys.stdin), os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # llama.cpp's log goes where logs go
-    library().llama_backend_init()
-    answer.write(json.dumps(tokens(sys.argv[1], given) if given is not None else quantise(*sys.argv[1:])) + "\n")
-    answer.flush()
-    os._exit(0)  # without waiting for its threads
-
-
-def tokens(path: str, texts: list[str]) -> list[list[int]]:
     llama = library()
+    llama.llama_backend_init()
     llama.llama_model_default_params.restype = Params
     llama.llama_model_load_from_file.restype, llama.llama_model_load_from_file.argtypes = ctypes.c_void_p, [ctypes.c_char_p, Params]
     llama.llama_model_get_vocab.restype, llama.llama_model_get_vocab.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
     llama.llama_tokenize.argtypes = [*[ctypes.c_void_p] * 2, ctypes.c_int32, ctypes.c_void_p, ctypes.c_int32, ctypes.c_bool, ctypes.c_bool]
-    model = llama.llama_model_load_from_file(path.encode(), llama.llama_model_default_params())
+    model = llama.llama_model_load_from_file(sys.argv[1].encode(), llama.llama_model_default_params())
     assert model, "not loaded"
     vocabulary, found = llama.llama_model_get_vocab(model), []
     for text in texts:
@@ -114,7 +102,9 @@ def tokens(path: str, texts: list[str]) -> list[list[int]]:
         count = llama.llama_tokenize(vocabulary, data, len(data), ids, len(ids), False, False)
         assert count >= 0
         found.append(list(ids[:count]))
-    return found
+    answer.write(json.dumps(found) + "\n")
+    answer.flush()
+    os._exit(0)  # without waiting for its threads
 
 
 if __name__ == "__main__":
