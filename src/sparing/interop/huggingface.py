@@ -187,8 +187,7 @@ class Checkpoint:
         if not (folder / "tokenizer.json").exists():
             self.notes.append("the folder has no tokenizer.json: logits work, whatever needs text does not")
             if (folder / "tokenizer.model").exists():
-                makes = "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) makes the other"
-                self.notes.append(f"tokenizer.model is not read: {makes}")
+                self.notes.append("tokenizer.model is not read: transformers (AutoTokenizer, save_pretrained) makes a tokenizer.json of it")
 
     def _switch_absent_mtp_off(self) -> None:
         """Import without MTP where the weights have none: transformers announces MTP modules in config.json even then."""
