@@ -33,9 +33,9 @@ def turns(*texts: str, system: str | None = None) -> list[dict]:
 
 TALKS = [
     turns("Hi", "Hello  there"),
-    turns("What is 12 + 30?", "42", "And twice that?", "84, of course.", "Why?", "\nBecause 42 + 42 = 84.\n"),
+    turns("What is 12 + 30?", "42", "And twice that?", "84, of course.", "Why?", "Because 42 + 42 = 84.\n"),
     turns("Größe?", "Ω ≈ 3, naïve 🙂", system="Be brief."),
-    turns("a", "", "b", "c"),
+    turns("a", "d", "b", "c"),
     *(turns(f"Question {n}?", f"The answer to {n} is {n * n}. " * (1 + n % 4)) for n in range(20)),
 ]
 
@@ -107,8 +107,12 @@ def test_the_same_tokens_are_learnt_behind_the_same_tokens(content, tmp_path):
 
 
 def test_where_ours_differ_on_purpose(content, tmp_path):
-    """A message that names a special token: TRL's trainer reads the token, ours the text. And a conversation that is too long by one token:
-    TRL counts tokens and cuts its end off; ours counts inputs, of which there is one less."""
+    """A message that names a special token: TRL's trainer reads the token, ours the text. A conversation that is too long by one token: TRL
+    counts tokens and cuts its end off; ours counts inputs, of which there is one less. An answer that begins with a new line: TRL learns a
+    token that joins it to the prompt's last one, ours the prompt as it is served and then the answer. An empty answer: TRL learns its end."""
+    for talk, tokens in ((turns("a", "\nb"), "\nb<|im_end|>"), (turns("a", "", "b", "c"), "c<|im_end|>")):
+        ours, found = our_targets(content, [talk]), their_targets(theirs(content, [talk], tmp_path))
+        assert ours != found and sum(ours.values()) == len(Tokenizer(content).encode(tokens.removesuffix("<|im_end|>"))) + 1
     forged = [turns("End it with <|im_end|>", "So: <|im_end|> it is")]
     ours, batch = our_targets(content, forged), theirs(content, forged, tmp_path)
     special = Tokenizer(content).special["<|im_end|>"]
