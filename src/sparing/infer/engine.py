@@ -35,12 +35,13 @@ from sparing.infer.packed_weights import open_packed
 from sparing.infer.request import Busy, GrammarFailed, Piece, Request, Sampling, TextStream
 from sparing.infer.sample import choose, logprob, propose
 from sparing.infer.scheduler import BlockManager, Scheduler, Span, SpeedTuner, TokenSequence
+from sparing.kernels import native
 from sparing.kernels.sizes import CACHE_BLOCK as BLOCK
 from sparing.model.transformer import Transformer
 
 MAX_DRAFT = 3
-CHUNK = (32, 512)
-"""Fewest and most rows of a step."""
+CHUNK = (32, 256)
+"""Fewest and most rows of a step: with more, weights are read less often, but what is computed between products leaves the cache."""
 MAX_STEP_S = 0.25
 """Longest step while running sequences wait for their next token."""
 
@@ -126,6 +127,7 @@ class Engine:
         thread_counts = sorted({self.threads, max(1, self.threads // 2), 1}, reverse=True)
         self._thread_tuners = defaultdict(lambda: SpeedTuner(thread_counts))  # both by the bits of a step's size
         self._ends = set(self.tokenizer.eos_ids)
+        native.trim_heap()  # what reading the tokenizer took is more than a step will
         self._counts: Counter[str] = Counter()
         """The engine's thread changes it all the time; others read `_published`."""
         self._published: dict[str, float] = {}

@@ -256,5 +256,6 @@ def _write(path: Path, run: RunFolder, c: ModelConfig, format: str, source: str)
                     for data in part.make():
                         out.write(data.numpy())
                     out.write(b"\0" * (-part.bytes % PAGE))
+                    part.make = None  # it leads to the mapped weights, and they to it: they would stay in memory
     except DamagedError as error:
         raise UserError(f"{run} has no usable weights: {error}") from None

@@ -36,26 +36,36 @@ class BlockManager:
 
     A block holds BLOCK positions of every layer. Full blocks are found by their key, which depends on all tokens from the sequence's start
     (as in vLLM's automatic prefix caching, docs.vllm.ai/en/latest/design/prefix_caching).
+
+    A block takes memory from its first use on. So no more are used than sequences have held at once, until it shows that more would pay:
+    each time that a block is asked for which was evicted to stay below that, twice as many may be used, up to `count`.
     """
 
     def __init__(self, count: int):
         self.count = count
-        self._unused = deque(range(count))
+        self._used = 0  # blocks that were ever taken: those with lower numbers
+        self._limit = 0
+        self._unused: list[int] = []  # of those, the last one that came back last
         self._users = [0] * count
         self._key: list[bytes | None] = [None] * count
         self._by_key: dict[bytes, int] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()  # full blocks without users, the least recently used first
+        self._missed: OrderedDict[bytes, None] = OrderedDict()  # keys of evicted blocks, at most `count`
         self.evicted = 0
 
     @property
     def free(self) -> int:
         """Blocks that `take` can give."""
-        return len(self._unused) + len(self._idle)
+        return self.count - self._held
 
     @property
     def cached(self) -> int:
         """Blocks without users that are kept for reuse."""
         return len(self._idle)
+
+    @property
+    def _held(self) -> int:
+        return self._used - len(self._unused) - len(self._idle)
 
     def match(self, tokens: Sequence[int], key: bytes = b"") -> tuple[list[int], bytes]:
         """-> (cached blocks that hold the longest prefix of `tokens` without its last token, the last one's key). Adds a user to each.
@@ -65,6 +75,9 @@ class BlockManager:
             following = block_key(key, tokens[start : start + BLOCK])
             block = self._by_key.get(following)
             if block is None:
+                if following in self._missed:
+                    del self._missed[following]
+                    self._limit = min(2 * self._limit, self.count)
                 break
             blocks.append(block)
             key = following
@@ -77,23 +90,36 @@ class BlockManager:
         """`count` blocks to write into; None, and none taken, if fewer are free."""
         if count > self.free:
             return None
+        self._limit = max(self._limit, self._held + count)
         blocks = []
         for _ in range(count):
             if self._unused:
-                block = self._unused.popleft()
+                block = self._unused.pop()
+            elif self._used < self._limit:
+                block = self._used
+                self._used += 1
             else:
-                block, _ = self._idle.popitem(last=False)
-                del self._by_key[self._key[block]]  # type: ignore[arg-type]
-                self._key[block] = None
-                self.evicted += 1
+                block = self._evict()
             self._users[block] = 1
             blocks.append(block)
         return blocks
+
+    def _evict(self) -> int:
+        block, _ = self._idle.popitem(last=False)
+        key, self._key[block] = self._key[block], None
+        assert key is not None
+        del self._by_key[key]
+        self._missed[key] = None
+        if len(self._missed) > self.count:
+            self._missed.popitem(last=False)
+        self.evicted += 1
+        return block
 
     def seal(self, block: int, key: bytes) -> None:
         """Mark `block` as full, so that `match` finds it, unless another block has that key."""
         if key not in self._by_key and self._key[block] is None:
             self._by_key[key], self._key[block] = block, key
+            self._missed.pop(key, None)
 
     def release(self, blocks: Sequence[int]) -> None:
         """Remove a user from each block. The last blocks of a sequence are evicted before its first."""

@@ -63,7 +63,7 @@ typedef struct { /* room for some of the experts of a mixture that does not fit 
 
 typedef struct {
     int64_t hidden, heads, nope, rope, value, latent, q_rank, kv_heads, head_dim, latent_attention;
-    int64_t experts, chosen, least, groups, chosen_groups, scoring, normalise, expert_width, shared_width, digits;
+    int64_t experts, chosen, least, groups, chosen_groups, scoring, normalise, expert_width, digits;
     int64_t vocabulary, layers, all_layers, width, embed_bf16, quantised;
     float eps, scale, routed_scale;
     const void *embed; /* 0: tied, the head's rows */
@@ -163,24 +163,49 @@ static void norm(const float *x, const float *gain, float eps, int64_t n, float 
     for (int64_t i = 0; i < n; i += W) STORE(out + i, LOAD(x + i) * inverse * LOAD(gain + i));
 }
 
-/* n numbers to signed bytes, as row i of `in`. */
+/* The largest number of a row of n that is rounded to two digits: with weights of up to 127, its sums fit 32 bits. */
+static inline int32_t levels(int64_t n) {
+    int64_t most = INT32_MAX / (127 * n);
+    return most < 32639 ? (int32_t)most : 32639; /* 127 * 256 + 127 */
+}
+
+/* n numbers as row i of `in`. */
 static void quantise(const Input *in, int64_t i, const float *x, int64_t n) {
-    int8_t *q = in->q + i * in->q_stride;
-    int32_t *sums = in->sums + i * in->sums_stride, total = 0;
     float most = 0.0f;
     MAX(most) for (int64_t k = 0; k < n; k++) most = fabsf(x[k]) > most ? fabsf(x[k]) : most;
-    float inverse = most > 0.0f ? 127.0f / most : 0.0f;
-    in->scale[i] = most / 127.0f;
-    SIMD for (int64_t k = 0; k < n; k++) q[k] = (int8_t)(int32_t)rintf(x[k] * inverse); /* through 32 bits: as wide as the floats */
-    memset(q + n, 0, up(n, 64) - n);
-    for (int64_t g = 0; g * GROUP < n; g++) {
-        int32_t sum = 0;
-        int64_t end = (g + 1) * GROUP < n ? (g + 1) * GROUP : n;
-        SUM(sum) for (int64_t k = g * GROUP; k < end; k++) sum += q[k];
-        sums[1 + g] = sum;
-        total += sum;
+    float top = in->second ? (float)levels(n) : 127.0f, inverse = most > 0.0f ? top / most : 0.0f;
+    in->scale[i] = most / top;
+    if (in->shorts) {
+        int16_t *q = (int16_t *)in->q + i * in->q_stride;
+        int32_t total = 0;
+        SIMD for (int64_t k = 0; k < n; k++) q[k] = (int16_t)(int32_t)rintf(x[k] * inverse);
+        SUM(total) for (int64_t k = 0; k < n; k++) total += q[k];
+        in->sums[i * in->sums_stride] = total;
+        return;
     }
-    sums[0] = total;
+    int8_t *first = in->q + i * in->q_stride, *second = first + in->second * in->q_stride;
+    if (in->second) {
+        SIMD for (int64_t k = 0; k < n; k++) { /* through 32 bits: as wide as the floats */
+            int32_t whole = (int32_t)rintf(x[k] * inverse), high = (whole + 128) >> 8;
+            first[k] = (int8_t)high;
+            second[k] = (int8_t)(whole - (high << 8));
+        }
+    } else {
+        SIMD for (int64_t k = 0; k < n; k++) first[k] = (int8_t)(int32_t)rintf(x[k] * inverse);
+    }
+    for (int digit = 0; digit <= (in->second > 0); digit++) {
+        int8_t *q = digit ? second : first;
+        int32_t *sums = in->sums + (i + digit * in->second) * in->sums_stride, total = 0;
+        memset(q + n, 0, up(n, 64) - n);
+        for (int64_t g = 0; g * GROUP < n; g++) {
+            int32_t sum = 0;
+            int64_t end = (g + 1) * GROUP < n ? (g + 1) * GROUP : n;
+            SUM(sum) for (int64_t k = g * GROUP; k < end; k++) sum += q[k];
+            sums[1 + g] = sum;
+            total += sum;
+        }
+        sums[0] = total;
+    }
 }
 
 static void rotate(float *x, const float *turns, int64_t n) {
@@ -205,7 +230,7 @@ static inline float *cached(const Model *m, const Batch *b, int64_t row, int64_t
 #define EACH_H _Pragma("GCC unroll 4") for (int h = 0; h < n; h++)
 #define EACH_4(i) _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++)
 
-/* n (1, 2 or 4) heads of one row over the keys (width K, at `key` in a cached token) and values (width V, at `value`). */
+/* n (1 to 4) heads of one row over the keys (width K, at `key` in a cached token) and values (width V, at `value`). */
 INLINE void attend(int n, const Model *m, const Batch *b, int64_t layer, int64_t row, const float *const *q, int64_t key, int64_t K,
                    int64_t value, int64_t V, float *const *out, float *scores) {
     int64_t first = b->first ? b->first[row] : 0, length = b->positions[row] + 1, seen = length - first, room = m->longest + 16;
@@ -270,6 +295,10 @@ static void attend_2(const Model *m, const Batch *b, int64_t layer, int64_t row,
                      int64_t V, float *const *out, float *scores) {
     attend(2, m, b, layer, row, q, key, K, value, V, out, scores);
 }
+static void attend_3(const Model *m, const Batch *b, int64_t layer, int64_t row, const float *const *q, int64_t key, int64_t K, int64_t value,
+                     int64_t V, float *const *out, float *scores) {
+    attend(3, m, b, layer, row, q, key, K, value, V, out, scores);
+}
 static void attend_4(const Model *m, const Batch *b, int64_t layer, int64_t row, const float *const *q, int64_t key, int64_t K, int64_t value,
                      int64_t V, float *const *out, float *scores) {
     attend(4, m, b, layer, row, q, key, K, value, V, out, scores);
@@ -282,15 +311,15 @@ static void attend_pairs(const Model *m, const Batch *b, int64_t layer, int64_t 
     int64_t values = m->latent_attention ? 0 : m->kv_heads * K;
     for (int64_t p = from, took; p < to; p += took) {
         int64_t g = p / pairs, h = g * share + p % pairs * 2, left = (g + 1) * share - h;
-        int n = left >= 4 && p + 1 < to ? 4 : left >= 2 ? 2 : 1;
+        int n = left > 2 && p + 1 < to ? (left > 3 ? 4 : 3) : left >= 2 ? 2 : 1;
         const float *queries[4];
         float *outs[4];
         for (int i = 0; i < n; i++) {
             queries[i] = q + (row * m->heads + h + i) * K;
             outs[i] = out + (row * m->heads + h + i) * V;
         }
-        (n == 4 ? attend_4 : n == 2 ? attend_2 : attend_1)(m, b, layer, row, queries, g * K, K, values + g * V, V, outs, scores);
-        took = n == 4 ? 2 : 1;
+        (n == 4 ? attend_4 : n == 3 ? attend_3 : n == 2 ? attend_2 : attend_1)(m, b, layer, row, queries, g * K, K, values + g * V, V, outs, scores);
+        took = n > 2 ? 2 : 1;
     }
 }
 
@@ -406,7 +435,7 @@ static Matrix expert(const Model *m, const Layer *l, int64_t layer, const Matrix
 }
 
 /* The step. Slots of scratch: */
-enum { X, NORMED, FIRST, QUERY, ABSORBED, MIXED, HEADS, SHARED, SLOTS, PARTS, SCORES, LOGITS, GATES, CHOSEN, ORDER, ENDS, JOINED,
+enum { X, NORMED, FIRST, QUERY, ABSORBED, MIXED, HEADS, SLOTS, PARTS, SCORES, LOGITS, GATES, CHOSEN, ORDER, ENDS, JOINED,
        BYTES, SCALES, SUMS, EXPERT_BYTES, EXPERT_SCALES, EXPERT_SUMS, NARROW };
 
 /* Bytes from a quantised row to the next: whole cache lines, and not a power of two, which would put 16 rows into the same few sets of a cache. */
@@ -418,33 +447,35 @@ static void reserve(Model *m, int64_t rows, int64_t longest, int T) {
     m->rows = rows;
     m->longest = longest > m->longest ? up(longest, 512) : m->longest;
     const Layer *l = m->layer;
-    int64_t K = m->latent_attention ? m->latent + m->rope : m->head_dim, V = m->latent_attention ? m->latent : m->head_dim, H = m->heads;
-    int64_t slots = rows * (m->experts ? m->chosen : 0), wide = m->shared_width > 0 ? m->shared_width : 16;
-    int64_t widest = H * V;
-    for (int64_t i = 0; i < m->all_layers; i++) wide = l[i].gate_up.outputs > wide ? l[i].gate_up.outputs : wide;
-    if (wide > widest) widest = wide;
-    if (2 * m->hidden > widest) widest = 2 * m->hidden;
-    if (H * (m->nope + m->rope) > widest) widest = H * (m->nope + m->rope);
-    int64_t inputs = 2 * rows * widest; /* two digits */
+    int64_t C = m->latent, H = m->heads;
+    int64_t slots = rows * (m->experts ? m->chosen : 0), mtp = m->all_layers > m->layers;
+    int64_t wide = up(l[0].first.outputs, PANEL), heads = H * (m->latent_attention ? m->value : m->head_dim);
+    int64_t widest = heads > m->hidden << mtp ? heads : m->hidden << mtp; /* of what is rounded */
+    for (int64_t i = 0; i < m->all_layers; i++) {
+        if (l[i].gate_up.outputs > wide) wide = l[i].gate_up.outputs;
+        if (l[i].down.inner > widest) widest = l[i].down.inner;
+    }
+    int64_t by_head = m->latent_attention ? H * apart(m->nope > C ? m->nope : C) : 0; /* bytes of a row's heads */
+    if (m->q_rank > widest) widest = m->q_rank;
+    int64_t bytes = apart(widest) * 2 > by_head << SHORTS ? apart(widest) * 2 : by_head << SHORTS; /* two digits, or 16 bits */
     int64_t floats[24] = {0};
     floats[X] = floats[NORMED] = rows * m->hidden;
-    floats[FIRST] = rows * up(l[0].first.outputs, PANEL);
+    floats[FIRST] = rows * wide;
     floats[QUERY] = rows * H * (m->latent_attention ? m->nope + m->rope : m->head_dim);
-    floats[ABSORBED] = rows * H * K;
-    floats[MIXED] = rows * H * V;
-    floats[HEADS] = rows * H * (m->latent_attention ? m->value : 0);
-    floats[SHARED] = rows * wide;
+    floats[ABSORBED] = m->latent_attention ? rows * H * (C + m->rope) : 0;
+    floats[MIXED] = m->latent_attention ? rows * H * C : 0;
+    floats[HEADS] = m->latent_attention ? rows * heads : 0;
     floats[SLOTS] = slots * 2 * m->expert_width;
     floats[PARTS] = slots * m->hidden;
     floats[SCORES] = 4 * (m->longest + 16) * T;
     floats[LOGITS] = rows * up(m->experts, PANEL);
     floats[GATES] = floats[CHOSEN] = floats[ORDER] = slots;
     floats[ENDS] = m->experts + 1;
-    floats[JOINED] = rows * 2 * m->hidden;
-    floats[BYTES] = (inputs + rows * (H + 1) * 128) / 4 + 64;
+    floats[JOINED] = mtp ? rows * 2 * m->hidden : 0;
+    floats[BYTES] = m->quantised ? rows * bytes / 4 : 0;
     floats[SCALES] = rows * (H > 2 ? H : 2);
-    floats[SUMS] = inputs / 16 + 2 * floats[SCALES];
-    floats[EXPERT_BYTES] = slots * apart(m->expert_width) / 4;
+    floats[SUMS] = m->quantised ? rows * (2 * (2 + widest / GROUP) + H * (2 + (by_head / H) / GROUP)) : 0;
+    floats[EXPERT_BYTES] = (slots * apart(m->expert_width) / 4) << SHORTS;
     floats[EXPERT_SCALES] = slots;
     floats[NARROW] = rows * m->narrow;
     floats[EXPERT_SUMS] = slots * (2 + m->expert_width / GROUP);
@@ -460,29 +491,14 @@ void release(Model *m) {
     m->rows = m->longest = 0;
 }
 
-static Input input(const Model *m, float *x, int64_t stride, int64_t inner) {
-    return (Input){x, stride, m->scratch[BYTES], m->scratch[SCALES], m->scratch[SUMS], apart(inner), 1 + (inner + GROUP - 1) / GROUP};
+/* Rows x for products with matrices like `of`. second: how many rows there are if each has two digits, else 0. */
+static Input input(const Model *m, float *x, int64_t stride, const Matrix *of, int64_t second) {
+    int64_t inner = of->inner;
+    return (Input){x, stride, m->scratch[BYTES], m->scratch[SCALES], m->scratch[SUMS], apart(inner), 1 + (inner + GROUP - 1) / GROUP,
+                   m->quantised ? second : 0, SHORTS && of->format == INT8};
 }
 
 enum { DOWN_TWICE = 1, O_TWICE = 2, FIRST_TWICE = 4, GATE_UP_TWICE = 8, HEAD_TWICE = 16 }; /* m->digits */
-
-/* Row i of N for a product. With two digits what the rounding left is row N + i, rounded like a row of its own. */
-static void to_bytes(const Model *m, int twice, const Input *in, int64_t i, int64_t N, const float *x, int64_t n) {
-    if (!m->quantised) return;
-    quantise(in, i, x, n);
-    if (!twice) return;
-    const int8_t *q = in->q + i * in->q_stride;
-    float scale = in->scale[i], left[n];
-    SIMD for (int64_t k = 0; k < n; k++) left[k] = x[k] - (float)q[k] * scale;
-    quantise(in, N + i, left, n);
-}
-
-/* out (N, outputs) (+)= m times the N rows of `to_bytes`, or of floats. */
-static void product_of_rows(const Model *model, int twice, const Matrix *m, const Input *in, int64_t N, float *out, int64_t stride, int add, int t,
-                            int T) {
-    product(m, in, 0, 0, N, out, stride, add, t, T);
-    if (model->quantised && twice) product(m, in, 0, N, N, out, stride, 1, t, T);
-}
 
 #define MINE(i, count) for (int64_t i = (count) * t / T, end_##i = (count) * (t + 1) / T; i < end_##i; i++)
 #define WAIT() barrier(m->pool)
@@ -534,7 +550,7 @@ static void adapt(Model *m, const Batch *b, int64_t layer, int site, const float
 /* A product of each head with its own matrix: x (rows, heads, inner) at any strides -> out likewise. Quantised rows lie head by head. */
 static void by_head(const Model *m, const Matrix *stack, float *x, int64_t x_row, int64_t x_head, int64_t N, float *out, int64_t out_row,
                     int64_t out_head, int t, int T) {
-    Input in = input(m, x, x_row, stack->inner);
+    Input in = input(m, x, x_row, stack, 0);
     if (m->quantised) {
         MINE(i, N * m->heads) quantise(&in, i, x + i % N * x_row + i / N * x_head, stack->inner);
         WAIT();
@@ -546,13 +562,13 @@ static void by_head(const Model *m, const Matrix *stack, float *x, int64_t x_row
     }
 }
 
-/* normed rows -> (rows, heads, value) of latent attention. */
+/* `first` of the rows -> HEADS (rows, heads, value). */
 static void latent_attention(Model *m, const Batch *b, const Layer *l, int64_t layer, int t, int T) {
     int64_t N = b->rows, H = m->heads, C = m->latent, R = m->rope, K = C + R, A = m->nope + R, width = up(l->first.outputs, PANEL);
     float *first = m->scratch[FIRST], *q = m->q_rank ? m->scratch[QUERY] : first, *absorbed = m->scratch[ABSORBED];
     float *mixed = m->scratch[MIXED], *heads = m->scratch[HEADS];
     int64_t q_first = m->q_rank ? m->q_rank : H * A, q_row = m->q_rank ? H * A : width;
-    Input compressed = input(m, first, width, m->q_rank);
+    Input compressed = input(m, first, width, &l->q_b, 0);
     MINE(i, N) {
         float *row = first + i * width, *to = cached(m, b, i, layer, b->positions[i]);
         norm(row + q_first, l->kv_norm, m->eps, C, to);
@@ -579,6 +595,7 @@ static void latent_attention(Model *m, const Batch *b, const Layer *l, int64_t l
     by_head(m, &l->v_b, mixed, H * C, C, N, heads, H * m->value, m->value, t, T);
 }
 
+/* `first` of the rows -> QUERY (rows, heads, head_dim): each head of a row in the place of its query. */
 static void grouped_attention(Model *m, const Batch *b, const Layer *l, int64_t layer, int t, int T) {
     int64_t N = b->rows, H = m->heads, G = m->kv_heads, K = m->head_dim, width = up(l->first.outputs, PANEL);
     float *first = m->scratch[FIRST], *q = m->scratch[QUERY];
@@ -596,7 +613,7 @@ static void grouped_attention(Model *m, const Batch *b, const Layer *l, int64_t 
         memcpy(to + G * K, row + (H + G) * K, G * K * 4);
     }
     WAIT();
-    attention(m, b, layer, q, K, K, m->scratch[MIXED], (float *)m->scratch[SCORES] + 4 * (m->longest + 16) * t, t, T);
+    attention(m, b, layer, q, K, K, q, (float *)m->scratch[SCORES] + 4 * (m->longest + 16) * t, t, T);
 }
 
 /* x += experts(normed) for the chosen experts of each row, one expert's rows together; `normed` is quantised already. */
@@ -620,7 +637,7 @@ static void experts(Model *m, const Batch *b, const Layer *l, int64_t layer, con
         for (int64_t i = 0; i < ends[E]; i++) order[i] /= (int32_t)K;
     }
     WAIT();
-    Input hidden = input(m, slots, 2 * F, F); /* beside `in`, not over it */
+    Input hidden = input(m, slots, 2 * F, &l->expert_down, 0); /* beside `in`, not over it */
     hidden.q = m->scratch[EXPERT_BYTES], hidden.scale = m->scratch[EXPERT_SCALES], hidden.sums = m->scratch[EXPERT_SUMS];
     int64_t room = m->residency.slots ? m->residency.slots : E; /* as many experts at a time as are let in */
     for (int64_t first = 0, low = 0, high; first < E; low = high) {
@@ -659,49 +676,48 @@ static void experts(Model *m, const Batch *b, const Layer *l, int64_t layer, con
 static void block(Model *m, const Batch *b, int64_t layer, int t, int T) {
     const Layer *l = m->layer + layer;
     int64_t N = b->rows, D = m->hidden, H = m->heads;
-    float *x = m->scratch[X], *normed = m->scratch[NORMED], *shared = m->scratch[SHARED];
-    Input in = input(m, normed, D, D);
+    float *x = m->scratch[X], *normed = m->scratch[NORMED], *shared = m->scratch[FIRST]; /* not needed any more by then */
+    const Matrix *from_post = l->gate_up.outputs ? &l->gate_up : &l->expert_gate_up;
+    Input in = input(m, normed, D, &l->first, m->digits & FIRST_TWICE ? N : 0);
     MINE(i, N) {
         norm(x + i * D, l->input_norm, m->eps, D, normed + i * D);
-        to_bytes(m, m->digits & FIRST_TWICE, &in, i, N, normed + i * D, D);
+        if (m->quantised) quantise(&in, i, normed + i * D, D);
     }
     WAIT();
-    product_of_rows(m, m->digits & FIRST_TWICE, &l->first, &in, N, m->scratch[FIRST], up(l->first.outputs, PANEL), 0, t, T);
+    product(&l->first, &in, 0, 0, N, m->scratch[FIRST], up(l->first.outputs, PANEL), 0, t, T);
     WAIT();
     adapt(m, b, layer, FIRST_SITE, normed, D, m->scratch[FIRST], up(l->first.outputs, PANEL), t, T);
-    float *heads = m->scratch[m->latent_attention ? HEADS : MIXED];
+    float *heads = m->scratch[m->latent_attention ? HEADS : QUERY];
     int64_t wide = H * (m->latent_attention ? m->value : m->head_dim);
     if (m->latent_attention) latent_attention(m, b, l, layer, t, T); else grouped_attention(m, b, l, layer, t, T);
     WAIT();
-    Input mixed = input(m, heads, wide, wide);
+    Input mixed = input(m, heads, wide, &l->o, m->digits & O_TWICE ? N : 0);
     if (m->quantised) {
-        MINE(i, N) to_bytes(m, m->digits & O_TWICE, &mixed, i, N, heads + i * wide, wide);
+        MINE(i, N) quantise(&mixed, i, heads + i * wide, wide);
         WAIT();
     }
-    product_of_rows(m, m->digits & O_TWICE, &l->o, &mixed, N, x, D, 1, t, T);
+    product(&l->o, &mixed, 0, 0, N, x, D, 1, t, T);
     WAIT();
     adapt(m, b, layer, OUTPUT_SITE, heads, wide, x, D, t, T);
+    in = input(m, normed, D, from_post, m->digits & GATE_UP_TWICE ? N : 0);
     MINE(i, N) {
         norm(x + i * D, l->post_norm, m->eps, D, normed + i * D);
-        to_bytes(m, m->digits & GATE_UP_TWICE, &in, i, N, normed + i * D, D);
+        if (m->quantised) quantise(&in, i, normed + i * D, D);
     }
     WAIT();
-    if (l->gate_up.outputs) {
-        int64_t F = l->down.inner;
-        product_of_rows(m, m->digits & GATE_UP_TWICE, &l->gate_up, &in, N, shared, 2 * F, 0, t, T);
-    }
+    int64_t F = l->down.inner;
+    if (l->gate_up.outputs) product(&l->gate_up, &in, 0, 0, N, shared, 2 * F, 0, t, T);
     if (l->router.outputs) experts(m, b, l, layer, &in, t, T);
     if (l->gate_up.outputs) {
-        int64_t F = l->down.inner;
         WAIT();
         adapt(m, b, layer, GATE_UP_SITE, normed, D, shared, 2 * F, t, T);
-        Input hidden = input(m, shared, 2 * F, F);
+        Input hidden = input(m, shared, 2 * F, &l->down, m->digits & DOWN_TWICE ? N : 0);
         MINE(i, N) {
             swiglu(shared + i * 2 * F, F);
-            to_bytes(m, m->digits & DOWN_TWICE, &hidden, i, N, shared + i * 2 * F, F);
+            if (m->quantised) quantise(&hidden, i, shared + i * 2 * F, F);
         }
         WAIT();
-        product_of_rows(m, m->digits & DOWN_TWICE, &l->down, &hidden, N, x, D, 1, t, T);
+        product(&l->down, &hidden, 0, 0, N, x, D, 1, t, T);
         WAIT();
         adapt(m, b, layer, DOWN_SITE, shared, 2 * F, x, D, t, T);
     } else
@@ -716,7 +732,7 @@ static void matrix_row(const Matrix *m, int64_t r, float *out) {
     else if (m->format == BF16)
         for (int64_t k = 0; k < K; k++) out[k] = get_bf16(((const bf16 *)m->data)[from + (k / 2 * PANEL + c) * 2 + k % 2]);
     else {
-        float scale = ((const float *)(m->data + up(m->outputs, PANEL) * K))[r];
+        float scale = scales_of(m)[r];
         for (int64_t k = 0; k < K; k++) out[k] = (float)(((const uint8_t *)m->data)[from + (k / 4 * PANEL + c) * 4 + k % 4] - 128) * scale;
     }
 }
@@ -737,7 +753,7 @@ static void step(Model *m, const Batch *b, int t, int T) {
     if (b->mtp) { /* model/transformer.py, MTPBlock */
         int64_t layer = m->layers + b->mtp - 1;
         const Layer *l = m->layer + layer;
-        Input in = input(m, joined, 2 * D, 2 * D);
+        Input in = input(m, joined, 2 * D, &l->join, 0);
         MINE(i, N) {
             embed(m, b->tokens[i], joined + i * 2 * D);
             norm(joined + i * 2 * D, l->enorm, m->eps, D, joined + i * 2 * D);
@@ -757,13 +773,13 @@ static void step(Model *m, const Batch *b, int t, int T) {
     MINE(i, N) norm(x + i * D, last, m->eps, D, b->after + i * D);
     WAIT();
     float *wanted = m->scratch[NORMED]; /* a copy: the caller gets what is after the norm */
-    Input in = input(m, wanted, D, D);
+    Input in = input(m, wanted, D, &m->head, m->digits & HEAD_TWICE ? b->wanted : 0);
     MINE(i, b->wanted) {
         memcpy(wanted + i * D, b->after + b->wanted_rows[i] * D, D * 4);
-        to_bytes(m, m->digits & HEAD_TWICE, &in, i, b->wanted, wanted + i * D, D);
+        if (m->quantised) quantise(&in, i, wanted + i * D, D);
     }
     WAIT();
-    product_of_rows(m, m->digits & HEAD_TWICE, &m->head, &in, b->wanted, b->logits, up(m->vocabulary, PANEL), 0, t, T);
+    product(&m->head, &in, 0, 0, b->wanted, b->logits, up(m->vocabulary, PANEL), 0, t, T);
 }
 
 /* One step on `threads` of the pool's threads. longest: the longest text in it, in tokens. */
@@ -825,7 +841,8 @@ int64_t draw(const float *z, int64_t n, float scale, uint32_t low, uint32_t high
 double probe(int64_t format, int64_t rows) {
     enum { N = 1024 };
     Matrix m = {format, N, N, calloc(N + 1, N * 4), 0};
-    Input in = {calloc(rows * N, 4), N, calloc(rows, apart(N)), calloc(rows, 4), calloc(rows * (1 + N / GROUP), 4), apart(N), 1 + N / GROUP};
+    Input in = {calloc(rows * N, 4), N, calloc(rows, apart(N) << SHORTS), calloc(rows, 4), calloc(rows * (1 + N / GROUP), 4), apart(N),
+                1 + N / GROUP, 0, SHORTS && format == INT8};
     float *out = calloc(rows * N, 4);
     double best = 1.0;
     for (int i = 0; i < 32; i++) {

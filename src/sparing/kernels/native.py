@@ -259,6 +259,12 @@ def trim() -> None:
         call("pool_trim", None, of="pool")
 
 
+def trim_heap() -> None:
+    """Freed memory to the system, which glibc otherwise keeps, in an arena for each thread."""
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def held() -> tuple[int, int, int]:
     """Bytes (of live tensors, kept for later ones, the most that tensors had at once)."""
     found = (ctypes.c_int64 * 3)()

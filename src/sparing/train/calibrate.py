@@ -6,8 +6,6 @@ of it. Gradients are discarded, and the run's state does not change.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import math
 import shutil
 import time
@@ -243,7 +241,6 @@ def _speed(model: Transformer, config: Config, batch: Batch, micro: int, device:
 
 
 def _trim() -> None:
-    """Give the memory that only the probes used back to the system. Otherwise glibc keeps it, in an arena for each thread."""
+    """Give the memory that only the probes used back to the system."""
     native.trim()
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
+    native.trim_heap()
