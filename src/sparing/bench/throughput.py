@@ -53,6 +53,8 @@ class TrainingSide:
 
         self.batches = load_file(batches)["tokens"].long()
         self.import_libraries()
+        import torch._dynamo  # noqa: F401  any optimizer of torch's imports it at its first step: memory of a library too, on both sides
+
         self.baseline = resident_memory()
         self.build(build(ModelConfig, model), load_file(weights), optimizer, **setting)
         reset_peak_memory()
