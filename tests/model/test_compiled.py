@@ -8,7 +8,7 @@ from tests.losses import loss_of
 from tests.model.shapes import TINY
 
 from sparing.base.config import YarnConfig
-from sparing.kernels import native
+from sparing.kernels import attention, native
 from sparing.model.experts import routers, update_biases
 from sparing.model.init import init_weights
 from sparing.model.transformer import Transformer
@@ -62,9 +62,11 @@ DENSE = (
     + [(case, torch.bfloat16, 6e-2, kernels) for case in DENSE for kernels in ("compiled", "vectors", "tiles")],
 )
 @pytest.mark.parametrize("length", [7, 150])
-def test_compiled_equals_plain(case, dtype, tolerance, kernels, length):
+def test_compiled_equals_plain(case, dtype, tolerance, kernels, length, monkeypatch):
+    """Where a sub-layer goes through its sequences in parts, two of three and the third one."""
     if not native.can(kernels, dtype):
         pytest.skip("this machine cannot run these kernels")
+    monkeypatch.setattr(attention, "PART_TOKENS", 2 * length)
     config = replace(TINY, **CASES[case])
     model = Transformer(config)
     init_weights(model, 0)
@@ -90,8 +92,10 @@ def test_compiled_equals_plain(case, dtype, tolerance, kernels, length):
 
 @pytest.mark.skipif(native.passes() is None, reason="no C compiler here")
 @pytest.mark.parametrize("case", ["dense", "gqa", "gqa, groups of three", "biases, head norms, half rotated"])
-def test_positions_of_each_sequence(case):
+@pytest.mark.parametrize("kernels", ["compiled", "vectors"])
+def test_positions_of_each_sequence(case, kernels, monkeypatch):
     """A rotary table (B, T, ...) instead of (T, ...)."""
+    monkeypatch.setattr(attention, "PART_TOKENS", 9)
     model = Transformer(replace(TINY, **CASES[case]))
     init_weights(model, 0)
     generator = torch.Generator().manual_seed(1)
@@ -99,7 +103,7 @@ def test_positions_of_each_sequence(case):
     positions = torch.stack((torch.arange(9), torch.arange(9) * 2 + 3))
     found = []
     for plain in (False, True):
-        with native.path("plain" if plain else "compiled"):
+        with native.path("plain" if plain else kernels):
             model.zero_grad(set_to_none=True)
             x = model.hidden(tokens, positions=positions)
             (x * torch.randn(x.shape, generator=torch.Generator().manual_seed(2))).sum().backward()

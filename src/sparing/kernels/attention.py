@@ -19,8 +19,9 @@ from torch import Tensor
 from sparing.kernels import native, products
 from sparing.kernels.native import new, new_like
 from sparing.kernels.norm import kept_rows, norm_gradient_into, norm_into, normed_again
-from sparing.kernels.products import Operand, tensors_of
+from sparing.kernels.products import Operand, Weight, tensors_of
 from sparing.kernels.sizes import ATTENTION_ROWS as ROWS
+from sparing.kernels.sizes import PART_TOKENS
 
 
 class DocumentMask:
@@ -48,6 +49,14 @@ class DocumentMask:
         begins = F.pad(self.documents[:, 1:] != self.documents[:, :-1], (1, 0))
         positions = torch.arange(begins.shape[1], device=begins.device)
         return positions.where(begins, 0).cummax(1).values.to(torch.int32)
+
+    def part(self, sequences: slice) -> DocumentMask:
+        """That of some of the sequences."""
+        if sequences == slice(0, len(self.documents)):
+            return self
+        some = DocumentMask(self.documents[sequences], self.dtype)
+        some.first = self.first[sequences]
+        return some
 
 
 def attention_reference(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
@@ -125,25 +134,24 @@ def blocks_backward(
     return grad_q, grad_k, grad_v
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: DocumentMask | None) -> tuple[Tensor, list[Tensor]]:
-    """q (B, H, T*G, K), k (B, H, T, K), v (B, H, T, V), contiguous -> (rows (B*T, H*G*V), what `attend_backward` needs).
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: DocumentMask | None, mixed: Tensor) -> list[Tensor]:
+    """q (B, H, T*G, K), k (B, H, T, K), v (B, H, T, V), contiguous, into rows `mixed` (B*T, H*G*V); -> what `attend_backward` needs.
 
     On the compiled passes. G queries of a position, one after the other, share keys and values."""
     (B, H, T, V), G = v.shape, q.shape[2] // v.shape[2]
-    mixed = new(v, B * T, H * G * V)
     if products.usable(q):
         log_sum = torch.empty(B, H, T, G)
         products.call("attention_forward", q, q, k, v, mask and mask.first, scale, mixed, log_sum, B, H, T, G, q.shape[-1], V)
-        return mixed, [log_sum]
+        return [log_sum]
     out, blocks = blocks_forward(*(t.flatten(0, 1) for t in (q, k, v)), scale, mask, H)
     native.call("heads_last", v.dtype, out, mixed, B, H, T, G * V)
-    return mixed, blocks
+    return blocks
 
 
 def attend_backward(
     grad: Tensor, mixed: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: list[Tensor], scale: float, mask: DocumentMask | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v from that of the rows (B*T, H*G*V) that `attend` returned, `mixed`."""
+    """Gradients of q, k, v from that of the rows (B*T, H*G*V) that `attend` made, `mixed`."""
     (B, H, T, V), G = v.shape, q.shape[2] // v.shape[2]
     if products.usable(q):
         grads = tuple(new_like(t) for t in (q, k, v))
@@ -193,6 +201,15 @@ def causal_attention(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, scale: floa
 # Whole sub-layers over the compiled passes
 
 
+def _parts(x: Tensor, B: int, T: int, operands: tuple[Operand | None, ...]) -> list[tuple[slice, slice]]:
+    """(sequences, their rows) that go through a sub-layer together. Of float32 about PART_TOKENS, so that what one operation makes is in
+    cache when the next one reads it, and intermediates are small; where products are faster, or weights become floats first, packing
+    the weights again would cost more than that."""
+    whole = x.dtype != torch.float32 or not products.usable(x) or not all(o is None or isinstance(o, Weight) for o in operands)
+    size = B if whole else max(1, PART_TOKENS // T)
+    return [(slice(b, min(b + size, B)), slice(b * T, min(b + size, B) * T)) for b in range(0, B, size)]
+
+
 class _LatentAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_BTD, norm, q_norm, kv_norm, table, eps: float, widths, scale: float, mask, operands, *tensors):
@@ -200,60 +217,80 @@ class _LatentAttention(torch.autograd.Function):
         table: complex rotations."""
         q_a, q_b, kv_a, kv_b, o = operands
         (B, T, D), (H, C, R, V) = x_BTD.shape, widths
-        x = x_BTD.reshape(B * T, D)
-        normed = new_like(x)
-        inverse = norm_into(x, norm, eps, normed)
-        q_rank, kv_rank = q_a.shape[0], kv_b.shape[1]
-        both = new(x, len(x), q_rank + kv_a.shape[0])
-        q_a.nt(normed, out=both[:, :q_rank])
-        kv_a.nt(normed, out=both[:, q_rank:])
-        q, q_latent, q_inverse = both, None, None
-        if q_b is not None:
-            q_latent = new(x, len(x), q_rank)
-            q_inverse = norm_into(both[:, :q_rank], q_norm, eps, q_latent)
-            q = q_b.nt(q_latent)
-        kv_latent = new(x, len(x), kv_rank)
-        kv_inverse = norm_into(both[:, q_rank : q_rank + kv_rank], kv_norm, eps, kv_latent)
-        turns = torch.view_as_real(table).contiguous()
-        shape = (B, T, H, C, R, V, q.stride(0), both.stride(0), int(table.ndim == 3))
+        N, q_rank, kv_rank = B * T, q_a.shape[0], kv_b.shape[1]
+        x, turns = x_BTD.reshape(N, D), torch.view_as_real(table).contiguous()
+        both, mixed, out = new(x, N, q_rank + kv_a.shape[0]), new(x, N, H * V), new_like(x)
         heads = [new(x, B, H, T, width) for width in (C + R, C + R, V)]
-        native.call("heads_forward", x.dtype, q, kv_b.nt(kv_latent), both[:, q_rank + kv_rank :], turns, *heads, *shape)
-        mixed, kept = attend(*heads, scale, mask)
+        inverse, q_inverse, kv_inverse = torch.empty(3, N)
+        kept, q_latent = [], None
+        for some, rows in _parts(x, B, T, operands):
+            xs, first = x[rows], both[rows]
+            normed = new_like(xs)
+            norm_into(xs, norm, eps, normed, inverse[rows])
+            q_a.nt(normed, out=first[:, :q_rank])
+            kv_a.nt(normed, out=first[:, q_rank:])
+            q = first
+            if q_b is not None:
+                q_latent = new(x, len(xs), q_rank)
+                norm_into(first[:, :q_rank], q_norm, eps, q_latent, q_inverse[rows])
+                q = q_b.nt(q_latent)
+            kv_latent = new(x, len(xs), kv_rank)
+            norm_into(first[:, q_rank : q_rank + kv_rank], kv_norm, eps, kv_latent, kv_inverse[rows])
+            shape = (len(xs) // T, T, H, C, R, V, q.stride(0), both.stride(0), int(table.ndim == 3))
+            here, turned = [t[some] for t in heads], turns[some] if table.ndim == 3 else turns
+            native.call("heads_forward", x.dtype, q, kv_b.nt(kv_latent), first[:, q_rank + kv_rank :], turned, *here, *shape)
+            kept += attend(*here, scale, mask and mask.part(some), mixed[rows])
+            o.nt(mixed[rows], base=xs, out=out[rows])
+        # What is kept of rows is that of all of them: there are several parts only where nothing is.
+        q_inverse = None if q_b is None else q_inverse
         ctx.save_for_backward(
             x, norm, inverse, kept_rows(normed), both, q_norm, q_inverse, kept_rows(q_latent), kv_norm, kv_inverse, kept_rows(kv_latent),
             mixed, turns, *heads, *kept,
         )  # fmt: skip
-        ctx.shape, ctx.scale, ctx.mask, ctx.operands, ctx.eps = shape, scale, mask, operands, eps
-        return o.nt(mixed, base=x).view(B, T, D)
+        ctx.widths, ctx.scale, ctx.mask, ctx.operands, ctx.eps = widths, scale, mask, operands, eps
+        return out.view(B, T, D)
 
     @staticmethod
     def backward(ctx, grad_BTD: Tensor):
         (
-            x, norm, inverse, normed, both, q_norm, q_inverse, q_latent, kv_norm, kv_inverse, kv_latent, mixed, turns, q, k, v, *kept,
+            x_ND, norm, inverses, normed, both_N, q_norm, q_inverses, q_latent, kv_norm, kv_inverses, kv_latent, mixed_N, turns, *heads,
         ) = ctx.saved_tensors  # fmt: skip
-        (_, _, H, C, R, V, *_), (q_a, q_b, kv_a, kv_b, o) = ctx.shape, ctx.operands
-        q_rank, kv_rank = q_a.shape[0], kv_b.shape[1]
-        normed = normed_again(normed, x, norm, ctx.eps)
-        kv_latent = normed_again(kv_latent, both[:, q_rank : q_rank + kv_rank], kv_norm, ctx.eps)
-        grad = grad_BTD.reshape(x.shape)
-        grad_o = o.tn(grad, mixed)
-        grads = attend_backward(o.nn(grad), mixed, q, k, v, kept, ctx.scale, ctx.mask)
-        grad_both = new_like(both)
-        grad_q = grad_both if q_b is None else new(x, len(x), H * (C + R))
-        grad_kv = new(x, len(x), H * (C + V))
-        native.call("heads_backward", x.dtype, *grads, turns, grad_q, grad_kv, grad_both[:, q_rank + kv_rank :], *ctx.shape)
-        part = slice(q_rank, q_rank + kv_rank)
-        grad_kv_norm = norm_gradient_into(kv_b.nn(grad_kv), both[:, part], kv_norm, kv_inverse, grad_both[:, part])
-        grad_q_b, grad_q_norm = (), None
-        if q_b is not None:
-            grad_q_b = q_b.tn(grad_q, normed_again(q_latent, both[:, :q_rank], q_norm, ctx.eps))
-            grad_q_norm = norm_gradient_into(q_b.nn(grad_q), both[:, :q_rank], q_norm, q_inverse, grad_both[:, :q_rank])
-        left, right = grad_both[:, :q_rank], grad_both[:, q_rank:]
-        grad_x = new_like(x)
-        grad_norm = norm_gradient_into(kv_a.nn(right, base=q_a.nn(left)), x, norm, inverse, grad_x, extra=grad)
+        (B, T, _), (H, C, R, V), (q_a, q_b, kv_a, kv_b, o), eps = grad_BTD.shape, ctx.widths, ctx.operands, ctx.eps
+        heads, kept, parts = heads[:3], heads[3:], _parts(x_ND, B, T, ctx.operands)
+        q_rank, kv_rank, each = q_a.shape[0], kv_b.shape[1], len(kept) // len(parts)
+        q_part, kv_part, rope = slice(q_rank), slice(q_rank, q_rank + kv_rank), slice(q_rank + kv_rank, None)
+        grad_N, grad_x = grad_BTD.reshape(x_ND.shape), new_like(x_ND)
+        sums: dict[str, tuple[Tensor | None, ...]] = {}
+        grad_norm = grad_q_norm = grad_kv_norm = None
+        for i, (some, rows) in enumerate(parts):
+            x, both, mixed, grad, inverse, kv_inverse = (t[rows] for t in (x_ND, both_N, mixed_N, grad_N, inverses, kv_inverses))
+            normed = normed_again(normed, x, norm, eps)
+            kv_latent = normed_again(kv_latent, both[:, kv_part], kv_norm, eps)
+            sums["o"] = o.tn(grad, mixed, sums.get("o"))
+            here, mask = [t[some] for t in heads], ctx.mask and ctx.mask.part(some)
+            grads = attend_backward(o.nn(grad), mixed, *here, kept[i * each : (i + 1) * each], ctx.scale, mask)
+            grad_both, grad_kv = new_like(both), new(x, len(x), H * (C + V))
+            grad_q = grad_both if q_b is None else new(x, len(x), H * (C + R))
+            shape = (len(x) // T, T, H, C, R, V, grad_q.stride(0), both.stride(0), int(turns.ndim == 4))
+            turned = turns[some] if turns.ndim == 4 else turns
+            native.call("heads_backward", x.dtype, *grads, turned, grad_q, grad_kv, grad_both[:, rope], *shape)
+            down = kv_b.nn(grad_kv)
+            grad_kv_norm = norm_gradient_into(down, both[:, kv_part], kv_norm, kv_inverse, grad_both[:, kv_part], sums=grad_kv_norm)
+            sums["kv_b"] = kv_b.tn(grad_kv, kv_latent, sums.get("kv_b"))
+            if q_b is not None:
+                q_in = both[:, q_part]
+                q_latent = normed_again(q_latent, q_in, q_norm, eps)
+                sums["q_b"] = q_b.tn(grad_q, q_latent, sums.get("q_b"))
+                grad_q_norm = norm_gradient_into(q_b.nn(grad_q), q_in, q_norm, q_inverses[rows], grad_both[:, q_part], sums=grad_q_norm)
+            left, right = grad_both[:, q_part], grad_both[:, q_rank:]
+            grad_normed = kv_a.nn(right, base=q_a.nn(left))
+            grad_norm = norm_gradient_into(grad_normed, x, norm, inverse, grad_x[rows], extra=grad, sums=grad_norm)
+            sums["q_a"], sums["kv_a"] = q_a.tn(left, normed, sums.get("q_a")), kv_a.tn(right, normed, sums.get("kv_a"))
+            if i + 1 < len(parts):
+                normed = q_latent = kv_latent = None
         return (
             grad_x.view(grad_BTD.shape), grad_norm, grad_q_norm, grad_kv_norm, None, None, None, None, None, None,
-            *q_a.tn(left, normed), *grad_q_b, *kv_a.tn(right, normed), *kv_b.tn(grad_kv, kv_latent), *grad_o,
+            *sums["q_a"], *sums.get("q_b", ()), *sums["kv_a"], *sums["kv_b"], *sums["o"],
         )  # fmt: skip
 
 
@@ -306,7 +343,8 @@ class _GroupedAttention(torch.autograd.Function):
         heads = [new(x, B, H, length, K) for length in (T * G, T, T)]
         shape = (B, T, H, G, K)
         _lay_out(rows, heads, turns, shape)
-        mixed, kept = attend(*heads, scale, mask)
+        mixed = new(x, len(x), H * G * K)
+        kept = attend(*heads, scale, mask, mixed)
         ctx.save_for_backward(
             x, norm, inverse, kept_rows(normed), mixed, turns, q_norm, k_norm, *(inverses or (None, None)), *(raw or heads[:2]), heads[2],
             *kept,

@@ -238,35 +238,99 @@ def _up(x: Tensor, gate: Operand, up: Operand) -> Tensor:
     return h
 
 
-def _up_backward(grad_h: Tensor, x: Tensor, gate: Operand, up: Operand) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """-> (gradient of x, gradients of gate and up)."""
-    left, right = grad_h.chunk(2, 1)
-    return up.nn(right, base=gate.nn(left)), (*gate.tn(left, x), *up.tn(right, x))
+class _Groups(NamedTuple):
+    """Rows for experts, grouped."""
+
+    tokens_S: Tensor
+    """Which row of the input each row is."""
+    gates_S: Tensor
+    """Float32."""
+    ends_E: Tensor
+    """Where each expert's rows end."""
+
+
+def _in_one(x: Tensor, operands: tuple[Operand, ...]) -> bool:
+    """Whether one C function (floats.c) does all of a feed-forward, some rows at a time: of float32 alone."""
+    plain = all(isinstance(o, products.Weight) and o.products is products.FLOATS and o.weight.is_contiguous() for o in operands)
+    return plain and x.dtype == torch.float32 and products.usable(x)
+
+
+def _arguments(x: Tensor, operands: tuple[Operand, ...], groups: _Groups | None) -> tuple[tuple, tuple]:
+    """-> what `feed_forward` and `feed_forward_backward` of floats.c begin with, and end with."""
+    weights = [o.weight.detach().float() for o in operands]
+    both = weights[:2] if groups is None else (weights[0], None)
+    tokens, gates, ends = groups or (None, None, torch.tensor([len(x)]))
+    return (x, tokens, *both, weights[-1], gates), (ends, len(ends), *weights[-1].shape[-2:])
+
+
+def _forward(
+    x: Tensor, operands: tuple[Operand, ...], groups: _Groups | None = None, base: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A dense feed-forward of x (N, D) by gate, up and down, plus `base`, or the experts' of groups by gate_up and down.
+
+    -> (h (S, 2F) before the activation, out (S, D), the rows (S, D) of the groups where they are kept)."""
+    if _in_one(x, operands):
+        first, last = _arguments(x, operands, groups)
+        rows, (D, F) = len(x) if groups is None else len(groups.tokens_S), last[-2:]
+        h, out = new(x, rows, 2 * F), new(x, rows, D)
+        products.call("feed_forward", x, *first, base, h, out, *last)
+        return h, out, None
+    if groups is None:
+        gate, up, down = operands
+        h = _up(x, gate, up)
+        return h, down.nt(_swiglu(h), base=base), None
+    gate_up, down = operands
+    rows = _rows(x, groups.tokens_S)
+    h = gate_up.grouped_nt(rows, groups.ends_E)
+    return h, down.grouped_nt(_swiglu(h, groups.gates_S), groups.ends_E), kept_rows(rows)
+
+
+def _backward(
+    x: Tensor, operands: tuple[Operand, ...], h: Tensor, grad: Tensor, groups: _Groups | None = None, rows: Tensor | None = None
+) -> tuple[Tensor, Tensor | None, tuple[Tensor | None, ...]]:
+    """grad: (N, D). -> (gradient of x's rows (S, D), of the gates (S,), of the operands' tensors)."""
+    if _in_one(x, operands):
+        first, last = _arguments(x, operands, groups)
+        grad_rows, grad_gates = new(x, len(h), x.shape[1]), None if groups is None else torch.empty_like(groups.gates_S)
+        grads = [new(x, *o.shape) if o.weight.requires_grad else None for o in operands]
+        parts = grads if groups is None else [grads[0], None, grads[1]]
+        products.call("feed_forward_backward", x, *first, h, grad.contiguous(), grad_rows, grad_gates, *parts, *last)
+        return grad_rows, grad_gates, tuple(g if g is None else g.to(o.weight.dtype) for g, o in zip(grads, operands, strict=True))
+    if groups is None:
+        gate, up, down = operands
+        grad_h, hidden, _ = _swiglu_backward(h, down.nn(grad))
+        left, right = grad_h.chunk(2, 1)
+        grads = (*gate.tn(left, x), *up.tn(right, x), *down.tn(grad, hidden))
+        return up.nn(right, base=gate.nn(left)), None, grads
+    (gate_up, down), (tokens, gates, ends) = operands, groups
+    rows = _rows(x, tokens) if rows is None else rows
+    grad_y = _rows(grad, tokens)
+    grad_h, hidden, grad_gates = _swiglu_backward(h, down.grouped_nn(grad_y, ends), gates)
+    grads = (*gate_up.grouped_tn(grad_h, rows, ends), *down.grouped_tn(grad_y, hidden, ends))
+    return gate_up.grouped_nn(grad_h, ends), grad_gates, grads
 
 
 class _Dense(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_BTD, norm, eps: float, operands, *tensors):
         """operands: gate, up, down."""
-        gate, up, down = operands
         x = x_BTD.reshape(-1, x_BTD.shape[-1])
         normed = new_like(x)
         inverse = norm_into(x, norm, eps, normed)
-        h = _up(normed, gate, up)
+        h, out, _ = _forward(normed, operands, base=x)
         ctx.save_for_backward(x, norm, inverse, kept_rows(normed), h)
         ctx.operands, ctx.eps = operands, eps
-        return down.nt(_swiglu(h), base=x).view_as(x_BTD)
+        return out.view_as(x_BTD)
 
     @staticmethod
     def backward(ctx, grad_BTD: Tensor):
-        (x, norm, inverse, normed, h), (gate, up, down) = ctx.saved_tensors, ctx.operands
+        x, norm, inverse, normed, h = ctx.saved_tensors
         grad = grad_BTD.reshape(x.shape)
         normed = normed_again(normed, x, norm, ctx.eps)
-        grad_h, hidden, _ = _swiglu_backward(h, down.nn(grad))
-        grad_normed, grads = _up_backward(grad_h, normed, gate, up)
+        grad_normed, _, grads = _backward(normed, ctx.operands, h, grad)
         grad_x = new_like(x)
         grad_norm = norm_gradient_into(grad_normed, x, norm, inverse, grad_x, extra=grad)
-        return grad_x.view_as(grad_BTD), grad_norm, None, None, *grads, *down.tn(grad, hidden)
+        return grad_x.view_as(grad_BTD), grad_norm, None, None, *grads
 
 
 def dense_feed_forward(x_BTD: Tensor, norm: Tensor, eps: float, operands: tuple[Operand, Operand, Operand]) -> Tensor:
@@ -278,38 +342,28 @@ class _Mixture(torch.autograd.Function):
     @staticmethod
     def forward(ctx, residual, normed, weights, experts, operands, *tensors):
         """operands: the experts' gate_up and down, and those of the shared expert where there is one: gate, up, down."""
-        gate_up, down, *shared = operands
-        source, places, groups = group_rows(experts, gate_up.shape[0], 1 if products.usable(normed) else ROWS)
-        ends = torch.tensor(groups).cumsum(0)
+        source, places, sizes = group_rows(experts, operands[0].shape[0], 1 if products.usable(normed) else ROWS)
         tokens = (source // experts.shape[1]).clamp_(max=len(normed) - 1)
-        rows = _rows(normed, tokens)
-        h = gate_up.grouped_nt(rows, ends)
         # Filler rows have gate 0: they reach neither the output nor a gradient.
         gates = torch.cat((weights.flatten(), weights.new_zeros(1))).index_select(0, source)
-        y = down.grouped_nt(_swiglu(h, gates), ends)
+        groups = _Groups(tokens, gates, torch.tensor(sizes).cumsum(0))
+        h, y, rows = _forward(normed, operands[:2], groups)
         base, h_shared = residual, None
-        if shared:
-            h_shared = _up(normed, *shared[:2])
-            base = shared[2].nt(_swiglu(h_shared), base=residual)
-        ctx.save_for_backward(normed, kept_rows(rows), h, gates, tokens, places, ends, h_shared)
+        if operands[2:]:
+            h_shared, base, _ = _forward(normed, operands[2:], base=residual)
+        ctx.save_for_backward(normed, rows, h, places, h_shared, *groups)
         ctx.operands = operands
         return _combine(y, places, base)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        normed, rows, h, gates, tokens, places, ends, h_shared = ctx.saved_tensors
-        (gate_up, down, *shared), grad = ctx.operands, grad.contiguous()
-        rows = _rows(normed, tokens) if rows is None else rows
-        grad_y = _rows(grad, tokens)
-        grad_h, hidden, grad_gates = _swiglu_backward(h, down.grouped_nn(grad_y, ends), gates)
+        (normed, rows, h, places, h_shared, *groups), operands, grad = ctx.saved_tensors, ctx.operands, grad.contiguous()
+        grad_rows, grad_gates, grads = _backward(normed, operands[:2], h, grad, _Groups(*groups), rows)
         grad_weights = grad_gates.index_select(0, places.flatten()).view_as(places)
-        grad_rows = gate_up.grouped_nn(grad_h, ends)
-        grads = (*gate_up.grouped_tn(grad_h, rows, ends), *down.grouped_tn(grad_y, hidden, ends))
         base = None
-        if shared:
-            grad_shared, hidden, _ = _swiglu_backward(h_shared, shared[2].nn(grad))
-            base, shared_grads = _up_backward(grad_shared, normed, *shared[:2])
-            grads += (*shared_grads, *shared[2].tn(grad, hidden))
+        if operands[2:]:
+            base, _, shared = _backward(normed, operands[2:], h_shared, grad)
+            grads += shared
         return grad, _combine(grad_rows, places, base), grad_weights, None, None, *grads
 
 

@@ -46,19 +46,21 @@ class _RMSNorm(torch.autograd.Function):
         return grad_x, grad_weight, None
 
 
-def norm_into(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
-    """Compiled: rows x (N, D) of any stride normed into rows `out` (N, D); -> 1 / rms of each row, (N,) float32."""
+def norm_into(x: Tensor, weight: Tensor, eps: float, out: Tensor, inverse: Tensor | None = None) -> Tensor:
+    """Compiled: rows x (N, D) of any stride normed into rows `out` (N, D); -> 1 / rms of each row, (N,) float32, `inverse` where given."""
     N, D = x.shape
-    inverse = torch.empty(N, dtype=torch.float32)
+    inverse = torch.empty(N, dtype=torch.float32) if inverse is None else inverse
     native.call("norm_forward", x.dtype, x, None, weight.detach().float(), float(eps), None, out, inverse, N, D, x.stride(0), out.stride(0))
     return inverse
 
 
-def norm_gradient_into(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, out: Tensor, extra: Tensor | None = None) -> Tensor | None:
+def norm_gradient_into(
+    grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, out: Tensor, extra: Tensor | None = None, sums: Tensor | None = None
+) -> Tensor | None:
     """Compiled: the gradient of x (plus `extra`, strided like `out`) into rows `out`; -> the gradient of weight, (D,) float32, or
-    None where it does not require one."""
+    None where it does not require one. sums: that of earlier rows, added to."""
     N, D = x.shape
-    grad_weight = torch.zeros(D, dtype=torch.float32) if weight.requires_grad else None
+    grad_weight = torch.zeros(D, dtype=torch.float32) if weight.requires_grad and sums is None else sums
     strides = (grad.stride(0), x.stride(0), out.stride(0))
     native.call("norm_backward", x.dtype, grad, x, weight.detach().float(), inverse, extra, out, grad_weight, N, D, *strides)
     return grad_weight

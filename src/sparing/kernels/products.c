@@ -333,7 +333,7 @@ static int32_t *left_words(int slot, int64_t K, int64_t M) { return scratch(slot
 /* Words from a panel to the next. */
 static inline int64_t apart(int64_t K) { return filled((K + 1) / 2) * NR; }
 
-enum { TO_NUMBER = TO_BF16, OWN = BFLOAT16, SKEW = 0, TOKENS = 256 };
+enum { TO_NUMBER = TO_BF16, OWN = BFLOAT16, SKEW = 0, TOKENS = 256, QUERIES = 64 };
 #define LONG INT64_MAX
 
 #define number bf16
@@ -343,3 +343,54 @@ enum { TO_NUMBER = TO_BF16, OWN = BFLOAT16, SKEW = 0, TOKENS = 256 };
 #define NAME(name) name##_bf16
 #define WORDS(numbers) (((numbers) + 1) / 2)
 #include "products.inc"
+
+/* Gradients of q, k, v from that of out (B, T, H, G, V); the probabilities are computed again from log_sum. */
+void attention_backward(const number *q, const number *k, const number *v, const int32_t *first_key, float scale, const number *out,
+                        const float *log_sum, const number *grad, number *grad_q, number *grad_k, number *grad_v, int64_t B, int64_t H, int64_t T,
+                        int64_t G, int64_t K, int64_t V) {
+    int64_t width = up(T, NR) + SKEW, s_q = G * K, s_out = H * G * V;
+    word *keys = panels(0, K, T), *values = panels(1, V, T), *key_rows = panels(4, T, K);
+    float *scores = scratch(2, QUERIES * width * 4), *upper = scratch(5, QUERIES * width * 4);
+    number *weights = scratch(3, QUERIES * width * sizeof(number)), *slopes = scratch(6, QUERIES * width * sizeof(number));
+    float *sum_k = scratch(7, T * K * 4), *sum_v = scratch(8, T * V * 4);
+    word *words = left_words(9, QUERIES, T), *right = panels(10, QUERIES, K > V ? K : V);
+    begin();
+    for (int64_t bh = 0; bh < B * H; bh++) {
+        pack_columns(own(k + bh * T * K, K), K, T, keys);
+        pack_columns(own(v + bh * T * V, V), V, T, values);
+        pack_rows(own(k + bh * T * K, K), T, K, key_rows);
+        memset(sum_k, 0, T * K * 4);
+        memset(sum_v, 0, T * V * 4);
+        for (int64_t part = 0; part < up(T, QUERIES) / QUERIES * G; part++) {
+            int64_t start = part / G * QUERIES, R = T - start < QUERIES ? T - start : QUERIES, S = start + R, some = WORDS(R);
+            int64_t place = (bh * T + start) * G + part % G;
+            const number *qs = q + place * K, *o = out + (((bh / H * T + start) * H + bh % H) * G + part % G) * V, *g = grad + (o - out);
+            multiply(R, S, WORDS(K), rows_of(qs, s_q), keys, apart(K), scores, width, TO_F32, 0, 0);
+            multiply(R, S, WORDS(V), rows_of(g, s_out), values, apart(V), upper, width, TO_F32, 0, 0);
+            for (int64_t r = 0; r < R; r++) {
+                const float *x = scores + r * width, *y = upper + r * width;
+                number *w = weights + r * width, *d = slopes + r * width;
+                int64_t low = first_key ? first_key[bh / H * T + start + r] : 0, high = start + r + 1;
+                float dot = 0.0f, log_total = log_sum[place + r * G];
+                SUM(dot) for (int64_t i = 0; i < V; i++) dot += get(o[r * s_out + i]) * get(g[r * s_out + i]);
+                memset(w, 0, low * sizeof(number));
+                memset(d, 0, low * sizeof(number));
+                SIMD for (int64_t j = low; j < high; j++) {
+                    float p = exp_(x[j] * scale - log_total);
+                    w[j] = put(p);
+                    d[j] = put(p * (y[j] - dot) * scale);
+                }
+                memset(w + high, 0, (width - high) * sizeof(number));
+                memset(d + high, 0, (width - high) * sizeof(number));
+            }
+            multiply(R, K, WORDS(S), rows_of(slopes, width), key_rows, apart(T), grad_q + place * K, s_q, TO_NUMBER, 0, 0);
+            pack_rows(own(qs, s_q), R, K, right);
+            multiply(S, K, some, turn(slopes, width, R, S, words), right, apart(R), sum_k, K, ADD_F32, 0, 0);
+            pack_rows(own(g, s_out), R, V, right);
+            multiply(S, V, some, turn(weights, width, R, S, words), right, apart(R), sum_v, V, ADD_F32, 0, 0);
+        }
+        SIMD for (int64_t i = 0; i < T * K; i++) grad_k[bh * T * K + i] = put(sum_k[i]);
+        SIMD for (int64_t i = 0; i < T * V; i++) grad_v[bh * T * V + i] = put(sum_v[i]);
+    }
+    end();
+}

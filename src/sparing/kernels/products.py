@@ -31,7 +31,7 @@ from sparing.kernels import native
 from sparing.kernels.native import new
 from sparing.kernels.sizes import NEWTON_SCHULZ
 
-TO_BF16, TO_F32 = 0, 1
+TO_BF16, TO_F32, ADD_F32 = 0, 1, 2
 
 
 def usable(x: Tensor) -> bool:
@@ -198,8 +198,13 @@ def nn(a: Tensor, b: Tensor, base: Tensor | None = None) -> Tensor:
     return Plain.nn(a, b, base)
 
 
-def tn(a: Tensor, b: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """a (K, M)ᵀ b (K, N): a weight's gradient, in the weight's type (in b's by torch.mm)."""
+def tn(a: Tensor, b: Tensor, dtype: torch.dtype = torch.float32, sums: Tensor | None = None) -> Tensor:
+    """a (K, M)ᵀ b (K, N): a weight's gradient, in the weight's type (in b's by torch.mm). sums: that of earlier rows, added to."""
+    if sums is not None and usable(a) and sums.dtype == torch.float32:
+        call("tn", a, a, a.stride(0), b, b.stride(0), sums, sums.stride(0), ADD_F32, *sums.shape, len(a))
+        return sums
+    if sums is not None:
+        return sums.add_(tn(a, b, dtype))
     if not usable(a):
         return Plain.tn(a, b)
     out = new(a, a.shape[1], b.shape[1], dtype=_summed(a, dtype))
@@ -286,8 +291,8 @@ class Operand:
         """grad (M, out) W (+ base (M, in)) -> (M, in) in grad's type."""
         raise NotImplementedError
 
-    def tn(self, grad: Tensor, x: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients of `tensors`, from grad (M, out) and x (M, in)."""
+    def tn(self, grad: Tensor, x: Tensor, sums: tuple[Tensor | None, ...] | None = None) -> tuple[Tensor | None, ...]:
+        """The gradients of `tensors`, from grad (M, out) and x (M, in). sums: those of earlier rows, added to."""
         raise NotImplementedError
 
     def grouped_nt(self, x: Tensor, ends: Tensor) -> Tensor:
@@ -331,8 +336,14 @@ class Weight(Operand):
     def nn(self, grad: Tensor, base: Tensor | None = None) -> Tensor:
         return self.products.nn(grad, self.weight, base=base)
 
-    def tn(self, grad: Tensor, x: Tensor) -> tuple[Tensor | None]:
-        return (self.products.tn(grad, x, dtype=self.weight.dtype) if self.weight.requires_grad else None,)
+    def tn(self, grad: Tensor, x: Tensor, sums: tuple[Tensor | None, ...] | None = None) -> tuple[Tensor | None]:
+        if not self.weight.requires_grad:
+            return (None,)
+        if sums is None:
+            return (self.products.tn(grad, x, dtype=self.weight.dtype),)
+        if self.products is FLOATS:
+            return (tn(grad, x, self.weight.dtype, sums[0]),)
+        return (sums[0].add_(self.products.tn(grad, x, dtype=self.weight.dtype)),)
 
     def grouped_nt(self, x: Tensor, ends: Tensor) -> Tensor:
         return self.products.grouped_nt(x, self.weight, ends)
@@ -407,7 +418,7 @@ class Frozen(Operand):
             out[:, part] = nn(grad, weight, base=None if base is None else base[:, part])
         return out
 
-    def tn(self, grad: Tensor, x: Tensor) -> tuple[()]:
+    def tn(self, grad: Tensor, x: Tensor, sums: tuple[Tensor | None, ...] | None = None) -> tuple[()]:
         return ()
 
     def grouped_nt(self, x: Tensor, ends: Tensor) -> Tensor:
@@ -494,9 +505,10 @@ class LowRank(Operand):
     def nn(self, grad: Tensor, base: Tensor | None = None) -> Tensor:
         return self.base.nn(grad, base=self.down.nn(self.up.nn(grad).mul_(self.scale), base=base))
 
-    def tn(self, grad: Tensor, x: Tensor) -> tuple[Tensor | None, ...]:
+    def tn(self, grad: Tensor, x: Tensor, sums: tuple[Tensor | None, ...] | None = None) -> tuple[Tensor | None, ...]:
         # Both rank-wide intermediates are made again: kept, they would be two more tensors of every linear.
-        return (*self.down.tn(self.up.nn(grad).mul_(self.scale), x), *self.up.tn(grad, self.down.nt(x).mul_(self.scale)))
+        narrow_grad, narrow = self.up.nn(grad).mul_(self.scale), self.down.nt(x).mul_(self.scale)
+        return (*self.down.tn(narrow_grad, x, sums and sums[:1]), *self.up.tn(grad, narrow, sums and sums[1:]))
 
     def grouped_nt(self, x: Tensor, ends: Tensor) -> Tensor:
         update = self.up.grouped_nt(self.down.grouped_nt(x, ends).mul_(self.scale), ends)
