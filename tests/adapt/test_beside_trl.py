@@ -107,9 +107,10 @@ def test_the_same_tokens_are_learnt_behind_the_same_tokens(content, tmp_path):
 
 
 def test_where_ours_differ_on_purpose(content, tmp_path):
-    """A message that names a special token: TRL's trainer reads the token, ours the text. A conversation that is too long by one token: TRL
-    counts tokens and cuts its end off; ours counts inputs, of which there is one less. An answer that begins with a new line: TRL learns a
-    token that joins it to the prompt's last one, ours the prompt as it is served and then the answer. An empty answer: TRL learns its end."""
+    """A message that names a special token: TRL's trainer reads the token, ours the text. A conversation that is too long by one token:
+    TRL counts tokens and cuts its end off; ours counts inputs, of which there is one less. An answer that begins with a new line: TRL
+    learns a token that joins it to the prompt's last one, ours the prompt as it is served and then the answer. An empty answer: TRL
+    learns its end."""
     for talk, tokens in ((turns("a", "\nb"), "\nb<|im_end|>"), (turns("a", "", "b", "c"), "c<|im_end|>")):
         ours, found = our_targets(content, [talk]), their_targets(theirs(content, [talk], tmp_path))
         assert ours != found and sum(ours.values()) == len(Tokenizer(content).encode(tokens.removesuffix("<|im_end|>"))) + 1
