@@ -32,8 +32,8 @@ RATES = {"lora": ("3e-4", "1e-3", "3e-3"), "full": ("3e-5", "1e-4", "3e-4"), "es
 """Learning rates of each method; esft is for mixtures alone."""
 HELD_OUT = 0.05
 BASES = ("float32", "bfloat16", "int8", "int4")
-UPDATES, BATCH, SCORED = 30, 2, 16
-"""Of the comparison of bases: steps, rows of a step, rows that are scored and not learnt."""
+BATCH, SCORED = 2, 8
+"""Of the comparison of bases: rows of a step, rows that are scored and not learnt."""
 ROUNDS = 4
 """How often each base has its turn where they are timed beside each other."""
 
@@ -53,6 +53,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--micro", type=int, default=ROWS)
     parser.add_argument("--recompute", action="store_true")
     parser.add_argument("--base", choices=BASES)
+    parser.add_argument("--steps", type=int, default=30, help="updates beside each base; default: 30")
     options = parser.parse_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)
     figures = {"speed": speed, "methods": methods, "bases": bases, "peer": peer, "base": base, "turns": turns}
@@ -131,7 +132,7 @@ def speed(options: argparse.Namespace) -> None:
 
 
 def packed(options: argparse.Namespace, count: int, batch: int):
-    """The feed of at least `count` rows of 512 tokens, `batch` a step."""
+    """The feed of `count` rows of 512 tokens or more, `batch` a step: four conversations a row fill it."""
     from sparing.base.config_file import read_config
     from sparing.base.run import RunFolder
     from sparing.data.answers import Cutting
@@ -142,7 +143,7 @@ def packed(options: argparse.Namespace, count: int, batch: int):
 
     run = RunFolder.open(options.run)
     tokenizer = Tokenizer.load(run.tokenizer_file, read_config(run.config_file).tokens)
-    some = (chat for _, chat in zip(range(40 * count), chats(options.data), strict=False))
+    some = (chat for _, chat in zip(range(4 * count), chats(options.data), strict=False))
     pieces = Cutting(ChatTemplate(template_text(run)), tokenizer, LENGTH).pieces(some)
     return Packed(pieces, LENGTH, batch, pad_id=tokenizer.eot_id)
 
@@ -151,7 +152,7 @@ def rows_of(options: argparse.Namespace, count: int):
     """(count, 512) token ids and labels: the rows that ours trains on."""
     import torch
 
-    batch = packed(options, count, count).batch(0)
+    batch = packed(options, 10 * count, count).batch(0)
     labels = torch.full_like(batch.tokens, -100)
     labels[:, 1:] = batch.targets[:, :-1, 0]  # transformers shifts them itself
     return batch.tokens, labels
@@ -244,12 +245,12 @@ def _trl(model, options: argparse.Namespace, tokens, labels, rate: float) -> tup
 
 
 def bases(options: argparse.Namespace) -> None:
-    """Memory and held-out loss of UPDATES steps of LoRA beside each kind of base, each in a process of its own, and CPU
+    """Memory and held-out loss of --steps updates beside each kind of base, each in a process of its own, and CPU
     seconds of a pass over BATCH rows, all in one process by turns. One thread."""
 
     def worker(*arguments: str) -> dict:
         call = [sys.executable, "-m", "benchmarks.fine_tuning", *arguments, "--run", options.run]
-        call += ["--data", *options.data, "--out", str(options.out)]
+        call += ["--data", *options.data, "--out", str(options.out), "--steps", str(options.steps)]
         done = subprocess.run(call, stdout=subprocess.PIPE, text=True, check=True)
         return json.loads(done.stdout.strip().splitlines()[-1])
 
@@ -297,7 +298,7 @@ def base(options: argparse.Namespace) -> None:
     from sparing.train.optim import Optimizer
     from sparing.train.replicas import Replicas
 
-    feed, model = packed(options, SCORED + UPDATES * BATCH, BATCH), _adapted(options, options.base)
+    feed, model = packed(options, SCORED + options.steps * BATCH, BATCH), _adapted(options, options.base)
     held = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     replicas = Replicas(model, NextToken(model.config), kernels=_kernels())
     optimizer = Optimizer(model, OptimConfig(**ADAPTER_OPTIM))
@@ -312,9 +313,9 @@ def base(options: argparse.Namespace) -> None:
         return nll / int((scored.targets != -100).sum())
 
     before, losses = score(), []
-    for step in range(UPDATES):
+    for step in range(options.steps):
         losses.append(float(replicas.gradients(feed.batch(SCORED // BATCH + step))[0]))
-        optimizer.step(1 - step / UPDATES, 0.95)
+        optimizer.step(1 - step / options.steps, 0.95)
     peak = resident_peak()
     print(json.dumps({"held_bytes": held, "memory_bytes": peak, "before": before, "after": score(), "losses": losses}))
 

@@ -121,10 +121,13 @@ def test_autograd_sees_what_learns(kind, dtype, path):
         assert tensor.grad is theirs is None or (tensor.grad.dtype == tensor.dtype and close(tensor.grad, theirs, dtype))
 
 
-def test_frozen_codes_multiply_as_the_floats_they_stand_for():
-    frozen, generator = make("frozen int8", 64, 48), torch.Generator().manual_seed(1)
-    x = torch.randn(20, 48, generator=generator).bfloat16()
-    assert torch.equal(frozen.nt(x), Weight(frozen.whole()).nt(x))
+@pytest.mark.parametrize("kind", ["frozen int8", "frozen int4"])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_frozen_codes_multiply_as_the_floats_they_stand_for(kind, dtype, path):
+    frozen, generator = make(kind, 80, 64), torch.Generator().manual_seed(1)
+    x, grad = (torch.randn(20, size, generator=generator).to(dtype) for size in (64, 80))
+    floats = Weight(frozen.whole())
+    assert torch.equal(frozen.nt(x), floats.nt(x)) and torch.equal(frozen.nn(grad), floats.nn(grad))
 
 
 def test_rows_are_not_kept_for_weights_that_do_not_learn():
