@@ -43,7 +43,7 @@ def test_more_blocks_are_used_where_what_was_evicted_is_asked_for():
 def test_all_blocks_are_used_for_texts_at_the_same_time():
     manager = BlockManager(8)
     held = [manager.take(2) for _ in range(4)]
-    assert sorted(sum(held, [])) == list(range(8)) and manager.free == 0
+    assert sorted(block for blocks in held for block in blocks) == list(range(8)) and manager.free == 0
     assert manager.take(1) is None
     manager.release(held[1])
     assert manager.free == 2 and sorted(manager.take(2)) == sorted(held[1])

@@ -297,8 +297,8 @@ class CompiledNetwork:
 
     blocks: size of the cache. threads: at most 255. expert_bytes: keep at most so many bytes of experts in memory; 0: no limit.
     processor: compile for another processor than this one. adapters: whose numbers `Rows.adapters` has. two_digits: products whose rows are
-    rounded to two digits of 8 bits instead of one, by their names in `decode.TWO_DIGITS`: more exact, and twice the work. After a step with
-    `Rows.shares`, `used` (rows,) has each row's experts, summed over layers; otherwise it is None.
+    rounded to two digits of 8 bits instead of one, by their names in `decode.TWO_DIGITS`: more exact, and twice the work (with AVX2 alone:
+    the same). After a step with `Rows.shares`, `used` (rows,) has each row's experts, summed over layers; otherwise it is None.
     """
 
     def __init__(
