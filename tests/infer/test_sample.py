@@ -3,7 +3,7 @@ import pytest
 
 import sparing.infer.sample as sample
 from sparing.infer.request import Sampling
-from sparing.infer.sample import choose, draw, edited, logprob, noise, truncated
+from sparing.infer.sample import choose, draw, edited, largest, logprob, noise, truncated
 from sparing.kernels.decode import library
 
 LOGITS = np.log(np.array([0.1, 0.6, 0.25, 0.05], np.float32))
@@ -84,3 +84,22 @@ def test_logprobs_are_normalised():
 
 def test_top_p_of_nothing_leaves_the_likeliest():
     assert {choose(LOGITS, Sampling(1, top_p=0.0, temperature=1.5), seed, 0) for seed in range(50)} == {int(LOGITS.argmax())}
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 40, 99, 100, 300])
+def test_the_largest_are_those_of_a_stable_sort(count):
+    z = np.random.default_rng(count).integers(0, 30, 100).astype(np.float64)
+    z[::7] = -np.inf
+    assert largest(z, count).tolist() == np.argsort(-z, kind="stable")[:count].tolist()
+
+
+@pytest.mark.parametrize("share", [1e-9, 0.3, 0.9, 0.999999])
+@pytest.mark.parametrize("flat", [0.0, 0.1, 3.0])
+def test_top_p_keeps_what_a_sorted_vocabulary_keeps(share, flat):
+    """Of 5,000 tokens, whether a few have most of the probability, or all have as much."""
+    z = np.random.default_rng(3).normal(size=5000) * flat
+    p = np.exp(z - z.max()) / np.exp(z - z.max()).sum()
+    order = np.argsort(-p, kind="stable")
+    wanted = order[np.cumsum(p[order]) - p[order] < share]
+    kept = np.flatnonzero(np.isfinite(truncated(z, Sampling(max_tokens=1, top_p=share))))
+    assert set(kept) == set(wanted) or (len(wanted) == 0 and kept.tolist() == [order[0]])

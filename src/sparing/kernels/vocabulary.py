@@ -94,9 +94,7 @@ class _CompiledCrossEntropy(torch.autograd.Function):
     """Gradients are computed with the loss and already divided; `backward` only passes them on."""
 
     @staticmethod
-    def forward(
-        ctx, x_ND: Tensor, weight_WD: Tensor | Frozen, targets_N: Tensor, denominator: float, weights_N: Tensor | None
-    ) -> Tensor:
+    def forward(ctx, x_ND: Tensor, weight_WD: Tensor | Frozen, targets_N: Tensor, denominator: float, weights_N: Tensor | None) -> Tensor:
         x = x_ND.contiguous()
         nll = torch.empty(len(x), dtype=torch.float32)
         grad_x, grad_weight = new_like(x), new_like(weight_WD, torch.float32) if ctx.needs_input_grad[1] else None
