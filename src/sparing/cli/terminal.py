@@ -39,9 +39,12 @@ def messages(interactive: bool) -> Iterator[str]:
         with suppress(EOFError):
             while True:
                 try:
-                    yield input("> ")
-                except UnicodeDecodeError:
+                    line = input("> ")
+                    line.encode()  # where there is no locale, a byte that is not UTF-8 comes as a lone surrogate
+                except UnicodeError:
                     say("sparing: this line is not UTF-8 text")
+                else:
+                    yield line
         print()
         return
     for number, line in enumerate(sys.stdin.buffer, 1):

@@ -13,6 +13,7 @@ import math
 import mmap
 import os
 import struct
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,14 +175,11 @@ class PackedWeights:
             header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
             self.bytes = os.fstat(file.fileno()).st_size
             self.file = os.dup(file.fileno())  # reads experts without mapping them
+            weakref.finalize(self, os.close, self.file).atexit = False
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # torch asks for a writable map
         self.source = header["source"]
         self.parts = {name: Part(**part) for name, part in header["parts"].items()}
         self.data = torch.frombuffer(self._map, dtype=torch.uint8)
-
-    def __del__(self) -> None:
-        if hasattr(self, "file"):
-            os.close(self.file)
 
     def address(self, name: str) -> int:
         return self.data.data_ptr() + self.parts[name].offset
