@@ -108,14 +108,16 @@ def test_texts_of_both_tiers_are_those_alone_and_share_no_cache(make_run, tokeni
     settings = [Sampling(max_tokens=30, temperature=t, seed=7, ignore_eos=True, approximate=a) for t in (0, 1) for a in (False, True)]
     asks = [(prompt, s) for prompt in prompts for s in settings]
     with Engine(run, weights=weights, approximate=Approximate(checked=0)) as engine:
-        alone = []
+        alone, missed = [], 0
         for prompt, s in asks:
             request = engine.submit(prompt, s)
             alone.append(tokens(request))
-            assert (request.usage["cached_tokens"] > 0) == (s.temperature == 1), "the first of a tier has nothing to reuse"
+            assert s.temperature == 1 or request.usage["cached_tokens"] == 0, "the first of a tier has nothing to reuse"
+            missed += s.temperature == 1 and request.usage["cached_tokens"] == 0
             used = request.usage["approximate_experts"] / max(1, request.usage["approximate_layers"])
             assert 1 < used < 3 if s.approximate else used == 0
             assert (request.approximate is not None) == s.approximate
+        assert missed <= 1, "the cache grows when what was given up is asked for"
         together = [engine.submit(*ask) for ask in asks]
         assert [tokens(request) for request in together] == alone
     assert len({tuple(text) for text in alone}) == len(asks)
