@@ -76,7 +76,7 @@ def edited(logits_V: np.ndarray, s: Sampling, prompt: Sequence[int], generated: 
 
 
 def largest(z_V: np.ndarray, count: int) -> np.ndarray:
-    """Places of the `count` largest numbers, the largest first, equal ones by place: a tenth of what sorting a vocabulary takes."""
+    """Places of the `count` largest numbers, the largest first, equal ones by place; a vocabulary is not sorted for it."""
     if count == 1:
         return np.array([z_V.argmax()])
     if not 0 < count < len(z_V):
@@ -87,7 +87,7 @@ def largest(z_V: np.ndarray, count: int) -> np.ndarray:
 
 
 def _only(z_V: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """-inf everywhere else."""
+    """(V,) `z_V` at `places`, and -inf everywhere else."""
     kept = np.full_like(z_V, -np.inf)
     kept[places] = z_V[places]
     return kept

@@ -119,7 +119,9 @@ def _model_card(config: Config, summary: dict, origin: Origin | None, texts: lis
     m, bits = config.model, summary["bpb"]
     kind = f"mixture of {m.n_routed_experts} experts, {m.num_experts_per_tok} a token" if mixtures(m) else "dense"
     ancestry = "\n" + "\n".join(credits(origin)) if origin else ""
-    chosen = f"\n- Experts that learnt, of each layer: {'; '.join(config.esft.experts)}; nothing else was changed" if config.esft else ""
+    chosen = f"\n- Experts that learnt, of each layer: {'; '.join(config.esft.experts)}" if config.esft else ""
+    if config.esft and not (config.esft.shared or config.esft.rest):
+        chosen += "; nothing else was changed"
     score = "not evaluated" if bits is None else f"{bits:.4f} bits per byte"
     return f"""# Model card
 
