@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from sparing import api
 from sparing.base.config import UserError
 from sparing.data.tokenizer import train_tokenizer
+from sparing.interop.hf_tensors import read_folder
 from sparing.interop.huggingface import export_hf, import_hf
 
 
@@ -241,3 +243,9 @@ def test_git_lfs_pointers_are_named(exported):
             import_hf(exported)
         assert "\n" not in str(error.value)
         (exported / name).write_bytes(whole)
+
+
+def test_a_named_pipe_is_no_file_of_weights(tmp_path):
+    os.mkfifo(tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="model.safetensors: is not a file"):
+        read_folder(tmp_path)

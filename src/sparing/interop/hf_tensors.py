@@ -163,6 +163,8 @@ class Stored:
 
 def read_header(path: Path) -> dict[str, Stored]:
     """The tensors of one safetensors file. Raises UserError when the file is missing, truncated or inconsistent."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: is not a file")  # opening a named pipe would wait for a writer
     try:
         size = path.stat().st_size
         if is_pointer(path):
