@@ -247,5 +247,5 @@ def test_git_lfs_pointers_are_named(exported):
 
 def test_a_named_pipe_is_no_file_of_weights(tmp_path):
     os.mkfifo(tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match="model.safetensors: is not a file"):
+    with pytest.raises(UserError, match=r"model\.safetensors: is not a file"):
         read_folder(tmp_path)
