@@ -23,11 +23,25 @@ from contextlib import nullcontext
 from pathlib import Path
 
 ROWS, LENGTH = 8, 512
-STEPS = {"ours": 8, "peers": 3}
+STEPS = {"ours": 8, "peers": 2}
 """Timed steps; a peer's first step is not among them."""
+ARM_S = 1200
+"""Seconds after which an arm of `speed` is given up."""
 RANK, ALPHA = 16, 32
 PRECISIONS = ("autocast", "bfloat16", "float32")
-MICRO = (8, 2)
+OURS = (
+    *((method, micro, again, "") for method in ("lora", "full") for micro in (2, 8) for again in (False, True)),
+    *(("lora", 2, False, base) for base in ("float32", "int8", "int4")),
+)
+"""Arms of `speed`: method, micro-batch, recomputation, what the base is held in where not as by default."""
+PEERS = (
+    *(("loop", "lora", precision, micro, False) for precision in PRECISIONS for micro in (2, 8)),
+    *(("loop", "lora", "autocast", micro, True) for micro in (2, 8)),
+    *(("trl", "lora", "autocast", micro, again) for micro in (8, 2) for again in (False, True)),
+    *(("loop", "full", "autocast", micro, False) for micro in (2, 8)),
+    *(("trl", "full", "autocast", micro, again) for micro in (8, 2) for again in (False, True)),
+)
+"""Trainer, method, precision, micro-batch, gradient checkpointing."""
 RATES = {"lora": ("3e-4", "1e-3", "3e-3"), "full": ("3e-5", "1e-4", "3e-4"), "esft": ("1e-4", "3e-4", "1e-3")}
 """Learning rates of each method; esft is for mixtures alone."""
 HELD_OUT = 0.05
@@ -51,6 +65,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--trainer", default="loop")
     parser.add_argument("--precision", default="autocast")
     parser.add_argument("--micro", type=int, default=ROWS)
+    parser.add_argument("--rows", type=int, default=ROWS, help=f"of a batch; default: {ROWS}")
+    parser.add_argument("--length", type=int, default=LENGTH, help=f"tokens of a row; default: {LENGTH}")
+    parser.add_argument("--timed", type=int, help="timed steps of an arm of `speed`; default: 8 of ours, 2 of theirs")
     parser.add_argument("--recompute", action="store_true")
     parser.add_argument("--base", choices=BASES)
     parser.add_argument("--steps", type=int, default=30, help="updates beside each base; default: 30")
@@ -85,54 +102,62 @@ def sparing(*arguments: object) -> dict:
 
 
 def speed(options: argparse.Namespace) -> None:
-    """Tokens per second of training steps, and the peak of resident memory, of rows of 512 tokens in batches of 8."""
-    rows = []
-    for method in ("lora", "full"):
+    """Tokens per second of training steps, and the peak of resident memory, of --rows rows of --length tokens in a batch: ours and theirs
+    by method, micro-batch and recomputation (gradient checkpointing)."""
+    rows, peers = [], []
+    for setting in OURS:
+        method, micro, again, base = setting
+        arm = f"ours-{method}-{micro}" + ("-again" if again else "") + (f"-{base}" if base else "")
+        rows.append((arm, setting[:3], stored(options, arm, lambda setting=setting: ours(options, *setting))))
+    for setting in PEERS if options.hf else ():
+        trainer, method, precision, micro, again = setting
+        arm = f"{trainer}-{method}-{precision}-{micro}" + ("-again" if again else "")
+        peers.append((arm, (method, micro, again), stored(options, arm, lambda setting=setting: theirs(options, *setting))))
+    done = [(kind, row) for _, kind, row in peers if row and "failed" not in row]
+    for arm, kind, row in [*rows, *peers]:
+        if row and "failed" in row:
+            print(f"{arm:>28}  failed: {row['failed']}")
+        elif row:
+            told = f"{arm:>28}  {row['tokens_per_s']:6.0f} tokens/s  {row['memory_bytes'] / 2**20:6.0f} MiB  loss {row['loss']:.3f}"
+            if arm.startswith("ours") and (speeds := [peer["tokens_per_s"] for other, peer in done if other[0] == kind[0]]):
+                told += f"  {row['tokens_per_s'] / max(speeds):.1f} x the speed of their fastest"
+            if arm.startswith("ours") and (memory := [peer["memory_bytes"] for other, peer in done if other == kind]):
+                told += f", {row['memory_bytes'] / min(memory):.2f} of the memory of their smallest at this micro-batch"
+            print(told)
 
-        def ours(method=method) -> dict:
-            out = options.out / f"run-{method}-{time.time_ns()}"
-            settings = (
-                "--train.seq-len",
-                LENGTH,
-                "--train.batch-size",
-                ROWS,
-                "--train.evals",
-                0,
-                "--samples",
-                0,
-                "--train.eval-bytes",
-                2000,
-            )
-            budget = f"{STEPS['ours'] * ROWS * LENGTH}tok"
-            result = sparing("sft", options.run, "--data", *options.data, "--method", method, "--budget", budget, "--out", out, *settings)
-            receipt = sparing("receipt", out)
-            train = next(stage for stage in receipt["stages"] if stage["stage"] == "train")
-            return {"tokens_per_s": result["tokens_per_s"], "memory_bytes": train["memory_bytes"], "loss": result["loss"]}
 
-        rows.append((f"ours, {method}", stored(options, f"ours-{method}", ours)))
-    if options.hf:
-        for method in ("lora", "full"):
-            for trainer in ("loop", "trl"):
-                for precision in PRECISIONS:
-                    for micro in MICRO:
-                        arm = f"{trainer}-{method}-{precision}-{micro}"
-                        call = [sys.executable, "-m", "benchmarks.fine_tuning", "peer", "--hf", options.hf, "--run", options.run]
-                        call += ["--data", *options.data, "--method", method, "--trainer", trainer, "--precision", precision]
-                        call += ["--micro", str(micro), "--out", str(options.out)]
+def ours(options: argparse.Namespace, method: str, micro: int, again: bool, base: str) -> dict:
+    """A run of `sparing sft`: memory of its training, and of the whole process; the update of its loss."""
+    out = options.out / f"run-{time.time_ns()}"
+    settings = {
+        "seq-len": options.length, "batch-size": options.rows, "micro-batch-size": min(micro, options.rows), "recompute": again, "evals": 0,
+        "eval-bytes": 2000,
+    }  # fmt: skip
+    own = [part for name, value in settings.items() for part in (f"--train.{name}", str(value).lower())]
+    own += ["--adapter.base", base] if base else []
+    budget = f"{(options.timed or STEPS['ours']) * options.rows * options.length}tok"
+    result = sparing("sft", options.run, "--data", *options.data, "--method", method, "--budget", budget, "--out", out, "--samples", 0, *own)
+    stages = {stage["stage"]: stage["memory_bytes"] or 0 for stage in sparing("receipt", out)["stages"]}
+    memory = {"memory_bytes": stages["train"], "whole_bytes": max(stages.values()), "stages": stages}
+    return {"tokens_per_s": result["tokens_per_s"], "loss": result["loss"], **memory}
 
-                        def theirs(call=call) -> dict:
-                            done = subprocess.run(call, stdout=subprocess.PIPE, text=True)
-                            last = done.stdout.strip().splitlines()[-1:] if done.returncode == 0 else []
-                            return json.loads(last[0]) if last else {"failed": done.returncode}
 
-                        rows.append((arm, stored(options, arm, theirs)))
-    for name, row in rows:
-        if row and "failed" not in row:
-            print(f"{name:>28}  {row['tokens_per_s']:8.0f} tokens/s  {row['memory_bytes'] / 2**20:8.0f} MiB  loss {row['loss']:.3f}")
+def theirs(options: argparse.Namespace, trainer: str, method: str, precision: str, micro: int, again: bool) -> dict:
+    """A process of `peer`; what came of it, or why nothing did."""
+    call = [sys.executable, "-m", "benchmarks.fine_tuning", "peer", "--hf", options.hf, "--run", options.run, "--data", *options.data]
+    call += ["--method", method, "--trainer", trainer, "--precision", precision, "--micro", str(min(micro, options.rows))]
+    call += ["--rows", str(options.rows), "--length", str(options.length), "--out", str(options.out)]
+    call += [*(["--recompute"] if again else []), *(["--timed", str(options.timed)] if options.timed else [])]
+    try:
+        done = subprocess.run(call, stdout=subprocess.PIPE, text=True, timeout=ARM_S)
+    except subprocess.TimeoutExpired:
+        return {"failed": f"not ready after {ARM_S} s"}
+    last = done.stdout.strip().splitlines()[-1:] if done.returncode == 0 else []
+    return json.loads(last[0]) if last else {"failed": f"exit status {done.returncode}"}
 
 
 def packed(options: argparse.Namespace, count: int, batch: int):
-    """The feed of `count` rows of 512 tokens or more, `batch` a step: four conversations a row fill it."""
+    """The feed of `count` rows of --length tokens or more, `batch` a step: four conversations a row fill it."""
     from sparing.base.config_file import read_config
     from sparing.base.run import RunFolder
     from sparing.data.answers import Cutting
@@ -144,12 +169,12 @@ def packed(options: argparse.Namespace, count: int, batch: int):
     run = RunFolder.open(options.run)
     tokenizer = Tokenizer.load(run.tokenizer_file, read_config(run.config_file).tokens)
     some = (chat for _, chat in zip(range(4 * count), chats(options.data), strict=False))
-    pieces = Cutting(ChatTemplate(template_text(run)), tokenizer, LENGTH).pieces(some)
-    return Packed(pieces, LENGTH, batch, pad_id=tokenizer.eot_id)
+    pieces = Cutting(ChatTemplate(template_text(run)), tokenizer, options.length).pieces(some)
+    return Packed(pieces, options.length, batch, pad_id=tokenizer.eot_id)
 
 
 def rows_of(options: argparse.Namespace, count: int):
-    """(count, 512) token ids and labels: the rows that ours trains on."""
+    """(count, length) token ids and labels: the rows that ours trains on."""
     import torch
 
     batch = packed(options, 10 * count, count).batch(0)
@@ -163,7 +188,7 @@ def peer(options: argparse.Namespace) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    tokens, labels = rows_of(options, ROWS)
+    tokens, labels = rows_of(options, options.rows)
     kind = torch.bfloat16 if options.precision == "bfloat16" else torch.float32
     model = AutoModelForCausalLM.from_pretrained(options.hf, dtype=kind, attn_implementation="sdpa")
     if options.method == "lora":
@@ -174,7 +199,7 @@ def peer(options: argparse.Namespace) -> None:
     if options.recompute:
         model.gradient_checkpointing_enable()
     model.train()
-    steps, times, losses = STEPS["peers"], [], []
+    steps, times, losses = options.timed or STEPS["peers"], [], []
     if options.trainer == "trl":
         times, losses = _trl(model, options, tokens, labels, rate)
     else:
@@ -182,7 +207,7 @@ def peer(options: argparse.Namespace) -> None:
         counted = int((labels != -100).sum())
         for _ in range(1 + steps):
             before, total = time.perf_counter(), 0.0
-            for start in range(0, ROWS, options.micro):
+            for start in range(0, options.rows, options.micro):
                 part = slice(start, start + options.micro)
                 with torch.autocast("cpu", torch.bfloat16) if options.precision == "autocast" else nullcontext():
                     loss = model(input_ids=tokens[part], labels=labels[part], use_cache=False, num_items_in_batch=counted).loss
@@ -194,7 +219,7 @@ def peer(options: argparse.Namespace) -> None:
             losses.append(total)
     peak = resident_peak()
     best = sorted(times[1:])[len(times[1:]) // 2]
-    print(json.dumps({"tokens_per_s": ROWS * LENGTH / best, "memory_bytes": peak, "loss": losses[-1], "seconds": times}))
+    print(json.dumps({"tokens_per_s": tokens.numel() / best, "memory_bytes": peak, "loss": losses[-1], "seconds": times}))
 
 
 def resident_peak() -> int:
@@ -226,9 +251,9 @@ def _trl(model, options: argparse.Namespace, tokens, labels, rate: float) -> tup
     watch = Watch()
     data = Dataset.from_dict({"input_ids": tokens.tolist(), "labels": labels.tolist()})
     config = SFTConfig(
-        output_dir=str(options.out / "trl"), per_device_train_batch_size=options.micro, gradient_accumulation_steps=ROWS // options.micro,
-        max_steps=1 + STEPS["peers"], learning_rate=rate, use_cpu=True, bf16=options.precision == "autocast", logging_steps=1, report_to=[],
-        save_strategy="no", gradient_checkpointing=options.recompute, max_length=LENGTH, optim="adamw_torch_fused", disable_tqdm=True,
+        output_dir=str(options.out / "trl"), per_device_train_batch_size=options.micro, gradient_accumulation_steps=options.rows // options.micro,
+        max_steps=1 + (options.timed or STEPS["peers"]), learning_rate=rate, use_cpu=True, bf16=options.precision == "autocast", logging_steps=1, report_to=[],
+        save_strategy="no", gradient_checkpointing=options.recompute, max_length=options.length, optim="adamw_torch_fused", disable_tqdm=True,
         dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False,
     )  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(options.hf)
@@ -258,7 +283,7 @@ def bases(options: argparse.Namespace) -> None:
     times = stored(options, "turns", lambda: worker("turns"))
     for kind, row in rows.items():
         if row:
-            speed = f"{BATCH * LENGTH / times[kind]:6.0f} tokens per CPU second" if times else ""
+            speed = f"{BATCH * options.length / times[kind]:6.0f} tokens per CPU second" if times else ""
             memory = f"{row['memory_bytes'] / 2**20:6.0f} MiB at the peak, {row['held_bytes'] / 2**20:5.1f} held"
             print(f"{kind:>9}  {memory}  answers {row['before']:.4f} -> {row['after']:.4f} nats  {speed}")
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -188,6 +189,26 @@ def test_tensors_are_plain_safetensors_both_ways(tmp_path):
     (tmp_path / "z.safetensors").write_bytes(b"nonsense")
     with pytest.raises(DamagedError):
         list(read_tensors(tmp_path / "z.safetensors"))
+
+
+def test_weights_are_read_and_not_mapped(tmp_path):
+    """Pages of a mapped file are this process's for as long as any of its tensors lives."""
+    run = RunFolder.create(tmp_path / "run")
+    tensors = TENSORS | {"number": torch.tensor(3.0), "nothing": torch.zeros(0, 4), "codes": torch.arange(6, dtype=torch.int16)}
+    write_tensors(run.weights_file, tensors)
+    found = tensors_of(run)
+    assert list(found) == list(dict(read_tensors(run.weights_file)))
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape and torch.equal(found[name].float(), tensor.float())
+    if Path("/proc/self/maps").exists():
+        assert str(run.weights_file) not in Path("/proc/self/maps").read_text()
+    with open(run.weights_file, "r+b") as file:
+        file.truncate(run.weights_file.stat().st_size - 1)
+    with pytest.raises(DamagedError, match="cut off"):
+        dict(found.items())
+    save_file({"w": torch.zeros(2, dtype=torch.uint16)}, run.weights_file)
+    with pytest.raises(DamagedError, match="w has the type U16"):
+        tensors_of(run)["w"]
 
 
 def test_writing_tensors_makes_no_second_copy(tmp_path):

@@ -9,6 +9,7 @@ from sparing.kernels.feed_forward import mixture, mixture_reference, swiglu, swi
 from sparing.kernels.norm import rms_norm, rms_norm_reference
 from sparing.kernels.products import Plain, Weight
 from sparing.kernels.vocabulary import IGNORE, linear_cross_entropy, linear_cross_entropy_reference, token_nll
+from sparing.model.linear import Linear
 
 
 @pytest.fixture(autouse=True, params=["compiled", "plain"])
@@ -126,3 +127,12 @@ def test_a_target_outside_the_vocabulary_is_an_error(dtype):
     x, w = torch.randn(4, 8, dtype=dtype), torch.randn(6, 8)
     with pytest.raises(IndexError, match="target 6"):
         linear_cross_entropy(x, w, torch.tensor([0, 6, 1, 2]), 4)
+
+
+@pytest.mark.parametrize("kernels", ["vectors", "plain"])
+def test_a_target_outside_the_vocabulary_is_an_error_where_text_is_scored_too(kernels):
+    head = Linear(8, 6)
+    torch.nn.init.normal_(head.weight)
+    head.freeze("int8")
+    with native.path(kernels), pytest.raises(IndexError):
+        token_nll(torch.randn(4, 8), head.operand, torch.tensor([0, 6, 1, 2]))

@@ -14,7 +14,7 @@ from sparing.base.run import AdaptedTensors, fill
 from sparing.data.loader import Batch
 from sparing.kernels import native
 from sparing.kernels.products import Frozen
-from sparing.kernels.vocabulary import IGNORE, linear_cross_entropy, token_nll
+from sparing.kernels.vocabulary import IGNORE, linear_cross_entropy, linear_cross_entropy_reference, token_nll
 from sparing.model.experts import Experts
 from sparing.model.linear import Adaptable, Linear
 from sparing.model.low_rank import add_low_rank, fill_frozen, learned
@@ -287,6 +287,38 @@ def test_a_model_is_frozen_as_it_is_read(shape, tied, kind):
     assert {name for name, p in model.named_parameters() if p.grad is not None} == set(names)
     with pytest.raises(ValueError, match="no low-rank update"):
         model.model.embed_tokens.add_low_rank(4, 8.0)
+
+
+@pytest.mark.parametrize("kind", ["floats", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("path", ["tiles", "vectors"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_head_goes_through_in_parts(dtype, path, kind):
+    """Of tokens, and of a vocabulary whose last part is small and no multiple of a block; floats learn, and their gradient too is the sum
+    of the chunks'."""
+    if not native.can(path, dtype) or (dtype == torch.float32 and path == "tiles"):
+        pytest.skip("this machine cannot run these kernels")
+    torch.manual_seed(0)
+    x, w = torch.randn(600, 64).to(dtype), torch.randn(1126, 64) * 0.3
+    targets = torch.randint(0, len(w), (600,))
+    targets[::7] = IGNORE
+    head = w if kind == "floats" else Linear(64, len(w))
+    if isinstance(head, Linear):
+        head.weight.data.copy_(w)
+        head.freeze(kind)
+        head = head.operand
+        w = head.whole()
+    found = []
+    for function, weight in ((linear_cross_entropy, head), (linear_cross_entropy_reference, w)):
+        rows, weight = x.clone().requires_grad_(), weight.clone().requires_grad_() if kind == "floats" else weight
+        with native.path(path):
+            loss = function(rows, weight, targets, 500.0)
+        loss.backward()
+        found.append((loss.detach(), rows.grad, weight.grad if kind == "floats" else rows.grad))
+    with native.path(path):
+        nll = token_nll(x, head, targets)
+    assert torch.equal(nll == 0, targets == IGNORE) and float(nll.sum()) / 500 == pytest.approx(float(found[1][0]), rel=1e-4)
+    for mine, theirs in zip(*found, strict=True):
+        assert float((mine - theirs).float().norm()) <= (1e-5 if dtype == torch.float32 else 1e-2) * float(theirs.float().norm())
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])

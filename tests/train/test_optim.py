@@ -1,6 +1,9 @@
 """Muon and AdamW against independent implementations, and the bit-exactness of saved state."""
 
 import copy
+import subprocess
+import sys
+import textwrap
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ from sparing.kernels import native
 from sparing.kernels.products import orthogonalise
 from sparing.model.init import init_weights
 from sparing.model.transformer import Transformer
-from sparing.train.optim import Muon, Optimizer, group_of, keep_as
+from sparing.train.optim import AdamW, Muon, Optimizer, group_of, keep_as
 
 
 @pytest.fixture
@@ -60,6 +63,53 @@ def test_muon_equals_torch(shape, dtype, tolerance):
         muon.step(0.02, 0.9)
         reference.step()
         assert (ours - theirs).norm() < tolerance * 4 * (theirs - before).norm()
+
+
+def test_adamw_is_torchs_bit_for_bit():
+    """Groups of their own rates, a parameter that gets its first gradient late, one that never does."""
+    generator = torch.Generator().manual_seed(1)
+    start = [torch.randn(shape, generator=generator) for shape in ((33, 70), (5,), (8, 8), (3, 2))]
+    ours, theirs = ([torch.nn.Parameter(tensor.clone()) for tensor in start] for _ in range(2))
+    groups = [([0, 2], 0.01, 0.1), ([1, 3], 0.03, 0.0)]
+    mine = AdamW([{"params": [ours[i] for i in places], "lr": lr, "weight_decay": decay} for places, lr, decay in groups], (0.9, 0.95), 1e-8)
+    reference = torch.optim.AdamW(
+        [{"params": [theirs[i] for i in places], "lr": lr, "weight_decay": decay} for places, lr, decay in groups],
+        betas=(0.9, 0.95), eps=1e-8, fused=True,
+    )  # fmt: skip
+    for step in range(4):
+        for i in (0, 1, 2)[: 3 if step > 1 else 2]:
+            ours[i].grad = torch.randn(start[i].shape, generator=generator)
+            theirs[i].grad = ours[i].grad.clone()
+        mine.step()
+        reference.step()
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)) and torch.equal(ours[3], start[3])
+    for i in (0, 1, 2):
+        assert mine.state[ours[i]].keys() == reference.state[theirs[i]].keys()
+        assert all(torch.equal(mine.state[ours[i]][kind], tensor) for kind, tensor in reference.state[theirs[i]].items())
+    assert ours[3] not in mine.state
+
+
+@pytest.mark.parametrize("matrix", ["adamw", "muon"])
+def test_a_step_does_not_import_torchs_compiler(matrix):
+    """It takes up to 150 MB; not with recomputation either."""
+    code = """
+        import sys
+        import torch
+        from sparing.base.config import ModelConfig, OptimConfig
+        from sparing.model.init import init_weights
+        from sparing.model.transformer import Transformer
+        from sparing.train.optim import Optimizer
+        model = Transformer(ModelConfig(vocab_size=64, hidden_size=32, num_layers=1, num_dense_layers=1, intermediate_size=64))
+        init_weights(model, 0)
+        model.set_recompute(True)
+        optimizer = Optimizer(model, OptimConfig(matrix=sys.argv[1]))
+        model.train()(torch.zeros(1, 8, dtype=torch.int64)).square().mean().backward()
+        optimizer.clip(float(optimizer.grad_norm()))
+        optimizer.step(1.0, 0.9)
+        print("torch._dynamo" in sys.modules)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code), matrix], capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr
 
 
 def test_each_expert_is_its_own_matrix():

@@ -44,6 +44,20 @@ def test_divided_equals_undivided(count):
     assert all(torch.equal(a, b) for a, b in zip(whole[2], divided[2], strict=True))
 
 
+def test_gradients_are_added_up_while_others_are_made(monkeypatch):
+    """By the backward passes themselves: nothing is left for the end but what did not get a gradient in each."""
+    whole, left = run(make(), 1), []
+
+    def gather(self):
+        left.append(sum(p.grad is not None for twin in self.models[1:] for p in twin.parameters()))
+
+    monkeypatch.setattr(Replicas, "_gather", gather)
+    divided = run(make(), 3)
+    assert left == [0, 0] and whole[1].keys() == divided[1].keys()
+    for name, grad in whole[1].items():
+        assert torch.allclose(grad, divided[1][name], atol=2e-5, rtol=1e-3), name
+
+
 def test_divided_is_reproducible_bit_for_bit():
     first, second = run(make(), 2), run(make(), 2)
     assert torch.equal(first[0], second[0]) and all(torch.equal(first[1][n], second[1][n]) for n in first[1])

@@ -17,7 +17,9 @@ from contextlib import AbstractContextManager
 from functools import partial
 from math import prod
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING
+from weakref import finalize
 
 from sparing.base.config import AdapterConfig, UserError
 from sparing.base.config_file import read_config
@@ -124,6 +126,7 @@ def looks_like_run(folder: str | Path) -> bool:
 
 _DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
            "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL"}  # fmt: skip
+_TYPES = {stored: ours for ours, stored in _DTYPES.items()}
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> dict:
@@ -176,20 +179,26 @@ SCALE = "_scale"
 
 class StoredTensors(Mapping[str, "torch.Tensor"]):
     """The tensors of a safetensors file as floats, by their names in the state dict. Each is read when it is asked for, and int8 codes are
-    multiplied by their scales then. Raises DamagedError, also for a tensor that is missing."""
+    multiplied by their scales then. Read and not mapped: pages of a mapping are resident until all of the file is closed, which would make
+    whoever fills a model hold it twice. Raises DamagedError, also for a tensor that is missing."""
 
     def __init__(self, path: str | Path):
         from safetensors import SafetensorError, safe_open
 
         self.path = Path(path)
         try:
-            self._file = safe_open(path, framework="pt")
+            with safe_open(path, framework="pt") as checked:
+                stored = list(checked.keys())
+            self._file = open(path, "rb", buffering=0)  # noqa: SIM115: open for as long as this is there
         except (SafetensorError, OSError) as error:
             pointer = isinstance(error, SafetensorError) and is_pointer(path)
             raise DamagedError(f"{path}: {POINTER if pointer else error}") from None
-        stored = set(self._file.keys())
-        self._scaled = {name for name in stored if name + SCALE in stored}
-        self._names = [name for name in self._file.keys() if name.removesuffix(SCALE) not in self._scaled or name in self._scaled]
+        finalize(self, self._file.close)
+        self._lock, length = Lock(), struct.unpack("<Q", self._file.read(8))[0]
+        header, self._begin = json.loads(self._file.read(length)), 8 + length
+        self._entries = {name: header[name] for name in stored}
+        self._scaled = {name for name in stored if name + SCALE in self._entries}
+        self._names = [name for name in stored if name.removesuffix(SCALE) not in self._scaled or name in self._scaled]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -198,13 +207,28 @@ class StoredTensors(Mapping[str, "torch.Tensor"]):
         return len(self._names)
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        from safetensors import SafetensorError
+        tensor = self._read(name)
+        return tensor.float().mul_(self._read(name + SCALE).unsqueeze(-1)) if name in self._scaled else tensor
 
+    def _read(self, name: str) -> torch.Tensor:
+        import torch
+
+        entry = self._entries.get(name)
+        if entry is None or entry["dtype"] not in _TYPES:
+            raise DamagedError(f"{self.path}: " + (f"{name} is missing" if entry is None else f"{name} has the type {entry['dtype']}"))
+        tensor = torch.empty(entry["shape"], dtype=getattr(torch, _TYPES[entry["dtype"]]))
+        room = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
         try:
-            tensor = self._file.get_tensor(name)
-            return tensor.float().mul_(self._file.get_tensor(name + SCALE).unsqueeze(-1)) if name in self._scaled else tensor
-        except (SafetensorError, RuntimeError) as error:
+            with self._lock:
+                self._file.seek(self._begin + entry["data_offsets"][0])
+                while room:
+                    count = self._file.readinto(room)
+                    if not count:
+                        raise DamagedError(f"{self.path}: {name} is cut off")
+                    room = room[count:]
+        except OSError as error:
             raise DamagedError(f"{self.path}: {error}") from None
+        return tensor
 
 
 class AdaptedTensors(Mapping[str, "torch.Tensor"]):

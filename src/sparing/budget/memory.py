@@ -15,17 +15,16 @@ from sparing.base.config_limits import chosen_experts
 from sparing.base.held import held_as, held_bytes_of
 from sparing.base.layers import FeedForward, Layer, layers, shapes
 from sparing.budget.flops import expert_weights, factor_weights, kv_cache_bytes, parameters
-from sparing.kernels.sizes import ATTENTION_ROWS, EXPERT_ROWS, HEAD_TOKENS, MOMENT_BLOCK
+from sparing.kernels.sizes import ATTENTION_ROWS, EXPERT_ROWS, HEAD_TOKENS, MOMENT_BLOCK, OWN_HEAD_TOKENS
 
 FULL = PrecisionConfig()
 
-PROCESS_BYTES = {"cpu": 414e6, "cuda": 900e6}
+PROCESS_BYTES = {"cpu": 337e6, "cuda": 900e6}
 """A process without its model: interpreter, torch, the libraries that its first step loads. CPU: fitted, with REUSED, on the resident peaks
-of eight models of 0.4-121 M parameters, dense and mixtures, in full and in few bits (LAB.md; torch 2.13, glibc). CUDA: an estimate."""
-OPTIMIZER_IMPORT_BYTES = 77e6
-"""Importing torch.optim also loads the compiler; our 8-bit optimizers don't need it."""
+of eight models of 0.4-121 M parameters, dense and mixtures, in full and in few bits (LAB.md; torch 2.13, glibc), of which torch's compiler was
+77 MB, which nothing imports any more. CUDA: an estimate."""
 REUSED = {False: 0.5, True: 1.0}
-"""Share of the gradients that lies where activations were; with pages given back, all."""
+"""Share of the gradients that lies where activations were; with pages given back, or handed on, all."""
 MUON_BYTES = 12.0
 """Work space for each number of the largest group of equally shaped matrices, where they are orthogonalised together (plain kernels)."""
 CORPUS_BYTES = 95e6
@@ -112,12 +111,12 @@ def saved_per_token(
     a, f, D = layer.attention, layer.feed_forward, layer.hidden
     H, K, V = a.heads, a.key, a.value
     fused = path in ("passes", "products")
-    again = fused and (eight_bit or size == 4)  # what can be normed or gathered again is not kept
-    numbers = (3 if again else 4) * D  # of two norms: the rows, normed or (fused) not, and what the projections take
+    # What can be normed or gathered again is not kept by fused kernels.
+    numbers = (3 if fused else 4) * D  # of two norms: the rows, normed or (fused) not, and what the projections take
     shared = a.kv_heads if a.kind == "gqa" and fused else H  # the plain path repeats keys and values for every query head
     numbers += H * K + shared * (K + V) + H * V  # q, k, v laid out for attention, and its output
     if a.kind == "mla":
-        numbers += (1 if again else 2) * (a.latent + (a.query_rank or 0)) + (a.rope if fused else 0)
+        numbers += (1 if fused else 2) * (a.latent + (a.query_rank or 0)) + (a.rope if fused else 0)
         numbers += H * K if fused and a.query_rank is None else 0
     if a.head_norm and not fused:  # the compiled sub-layer keeps what it norms in the place of what it normed
         numbers += (H + a.kv_heads) * (K + 4 / size)
@@ -132,9 +131,9 @@ def saved_per_token(
     size = 1 if eight_bit else size
     numbers += kept * f.common_width
     if not f.mixture:
-        return size * (numbers - again * D) + scales
+        return size * (numbers - fused * D) + scales
     rows = f.chosen
-    per_row = (0 if again else D) + 2 * f.width + 1 + (2 * f.width if path == "cuda" else 0)
+    per_row = (0 if fused else D) + 2 * f.width + 1 + (2 * f.width if path == "cuda" else 0)
     copied = 2 if eight_bit else 4 if size == 2 else 0  # the router's input in float32, which float32 rows are already
     router = copied * D + 4 * f.experts * (3 if balance else 1) + rows * (8 + 4 + 4 + 8)
     return size * (numbers + rows * per_row) + scales + router + rows * 8
@@ -176,7 +175,7 @@ def activations(config: Config, rows: int, seq_len: int, path: KernelPath = "pla
             continue
         kept += tokens * saved_per_token(layer, seq_len, size, path, t.sequence_balance > 0, eight_bit)
         if layer.mixture and path in ("plain", "passes"):
-            kept += filler_bytes(layer.feed_forward, size, again=path == "passes" and size == 4)
+            kept += filler_bytes(layer.feed_forward, size, again=path == "passes")
     if t.recompute:  # one layer at a time is whole
         kept += tokens * max(saved_per_token(layer, seq_len, size, path) for layer in _ends(c))
     heads = 1 + c.mtp_depth
@@ -207,6 +206,8 @@ def training_memory(config: Config, measured: bool = False, path: KernelPath | N
     weights, moments = weight_bytes(c, p), optimizer_bytes(c, config.optim.matrix, p)
     kept = replicas * activations(config, rows, seq_len, path)
     head = replicas * (2 * HEAD_TOKENS * c.vocab_size * size + c.vocab_size * c.hidden_size * size)
+    if path == "products":  # rows of the head are packed a few at a time
+        head = replicas * OWN_HEAD_TOKENS * c.vocab_size * size
     device = t.device or "cpu"
     # The compiled update works matrix by matrix, on less than a layer's backward pass takes besides what was kept.
     work = max(rows * seq_len * saved_per_token(layer, seq_len, size, path) for layer in _ends(c)) * replicas
@@ -224,20 +225,26 @@ def training_memory(config: Config, measured: bool = False, path: KernelPath | N
         count = sum(map(len, chosen_experts(config).values()))
         learned = 4.0 * expert_weights(c, config.esft, count or None)
         moments = 2.0 * learned
-    # Twins' gradients are added to the first model's: for a moment there are those too.
-    gradients = learned * replicas
-    process = PROCESS_BYTES[device] + work + learned * (replicas - 1) - (OPTIMIZER_IMPORT_BYTES if small and device == "cpu" else 0.0)
+    # Twins' gradients are added to the first model's as soon as both are there.
+    gradients = learned
+    process = PROCESS_BYTES[device] + work
     if measured and device == "cpu":
         process += CORPUS_BYTES
     if measured and path == "plain":
         process += activations(config, micro, seq_len, "plain") + head / replicas + weights
-    reused = REUSED[gives_back(p)] * min(gradients, kept)
+    reused = REUSED[gives_back(p) or pools(config)] * min(gradients, kept)
     return Memory(weights, gradients, moments, kept + head, process, reused)
 
 
 def gives_back(p: PrecisionConfig) -> bool:
     """Whether training in this precision gives the memory of dead tensors back to the system (`kernels/native.py`)."""
     return (p.weights, p.moments, p.activations) != (FULL.weights, FULL.moments, FULL.activations)
+
+
+def pools(config: Config) -> bool:
+    """Whether dead tensors' memory is handed to the next ones of their size instead of to malloc, in whose heap a third of it lies idle: what goes
+    on from another run, which is as a rule larger than what begins here."""
+    return config.start is not None
 
 
 def serving_memory(c: ModelConfig, context: int) -> float:

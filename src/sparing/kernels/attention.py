@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sparing.kernels import native, products
 from sparing.kernels.native import new, new_like
-from sparing.kernels.norm import kept_rows, norm_gradient_into, norm_into, normed_again
+from sparing.kernels.norm import norm_gradient_into, norm_rows
 from sparing.kernels.products import Operand, Weight, tensors_of
 from sparing.kernels.sizes import ATTENTION_ROWS as ROWS
 from sparing.kernels.sizes import PART_TOKENS
@@ -222,39 +222,29 @@ class _LatentAttention(torch.autograd.Function):
         both, mixed, out = new(x, N, q_rank + kv_a.shape[0]), new(x, N, H * V), new_like(x)
         heads = [new(x, B, H, T, width) for width in (C + R, C + R, V)]
         inverse, q_inverse, kv_inverse = torch.empty(3, N)
-        kept, q_latent = [], None
+        kept = []
         for some, rows in _parts(x, B, T, operands):
             xs, first = x[rows], both[rows]
-            normed = new_like(xs)
-            norm_into(xs, norm, eps, normed, inverse[rows])
+            normed, _ = norm_rows(xs, norm, eps, inverse[rows])
             q_a.nt(normed, out=first[:, :q_rank])
             kv_a.nt(normed, out=first[:, q_rank:])
             q = first
             if q_b is not None:
-                q_latent = new(x, len(xs), q_rank)
-                norm_into(first[:, :q_rank], q_norm, eps, q_latent, q_inverse[rows])
-                q = q_b.nt(q_latent)
-            kv_latent = new(x, len(xs), kv_rank)
-            norm_into(first[:, q_rank : q_rank + kv_rank], kv_norm, eps, kv_latent, kv_inverse[rows])
+                q = q_b.nt(norm_rows(first[:, :q_rank], q_norm, eps, q_inverse[rows])[0])
+            kv_latent, _ = norm_rows(first[:, q_rank : q_rank + kv_rank], kv_norm, eps, kv_inverse[rows])
             shape = (len(xs) // T, T, H, C, R, V, q.stride(0), both.stride(0), int(table.ndim == 3))
             here, turned = [t[some] for t in heads], turns[some] if table.ndim == 3 else turns
             native.call("heads_forward", x.dtype, q, kv_b.nt(kv_latent), first[:, q_rank + kv_rank :], turned, *here, *shape)
             kept += attend(*here, scale, mask and mask.part(some), mixed[rows])
             o.nt(mixed[rows], base=xs, out=out[rows])
-        # What is kept of rows is that of all of them: there are several parts only where nothing is.
         q_inverse = None if q_b is None else q_inverse
-        ctx.save_for_backward(
-            x, norm, inverse, kept_rows(normed), both, q_norm, q_inverse, kept_rows(q_latent), kv_norm, kv_inverse, kept_rows(kv_latent),
-            mixed, turns, *heads, *kept,
-        )  # fmt: skip
+        ctx.save_for_backward(x, norm, inverse, both, q_norm, q_inverse, kv_norm, kv_inverse, mixed, turns, *heads, *kept)
         ctx.widths, ctx.scale, ctx.mask, ctx.operands, ctx.eps = widths, scale, mask, operands, eps
         return out.view(B, T, D)
 
     @staticmethod
     def backward(ctx, grad_BTD: Tensor):
-        (
-            x_ND, norm, inverses, normed, both_N, q_norm, q_inverses, q_latent, kv_norm, kv_inverses, kv_latent, mixed_N, turns, *heads,
-        ) = ctx.saved_tensors  # fmt: skip
+        x_ND, norm, inverses, both_N, q_norm, q_inverses, kv_norm, kv_inverses, mixed_N, turns, *heads = ctx.saved_tensors
         (B, T, _), (H, C, R, V), (q_a, q_b, kv_a, kv_b, o), eps = grad_BTD.shape, ctx.widths, ctx.operands, ctx.eps
         heads, kept, parts = heads[:3], heads[3:], _parts(x_ND, B, T, ctx.operands)
         q_rank, kv_rank, each = q_a.shape[0], kv_b.shape[1], len(kept) // len(parts)
@@ -264,8 +254,7 @@ class _LatentAttention(torch.autograd.Function):
         grad_norm = grad_q_norm = grad_kv_norm = None
         for i, (some, rows) in enumerate(parts):
             x, both, mixed, grad, inverse, kv_inverse = (t[rows] for t in (x_ND, both_N, mixed_N, grad_N, inverses, kv_inverses))
-            normed = normed_again(normed, x, norm, eps)
-            kv_latent = normed_again(kv_latent, both[:, kv_part], kv_norm, eps)
+            normed, kv_latent = norm_rows(x, norm, eps)[0], norm_rows(both[:, kv_part], kv_norm, eps)[0]
             sums["o"] = o.tn(grad, mixed, sums.get("o"))
             here, mask = [t[some] for t in heads], ctx.mask and ctx.mask.part(some)
             grads = attend_backward(o.nn(grad), mixed, *here, kept[i * each : (i + 1) * each], ctx.scale, mask)
@@ -279,15 +268,12 @@ class _LatentAttention(torch.autograd.Function):
             sums["kv_b"] = kv_b.tn(grad_kv, kv_latent, sums.get("kv_b"))
             if q_b is not None:
                 q_in = both[:, q_part]
-                q_latent = normed_again(q_latent, q_in, q_norm, eps)
-                sums["q_b"] = q_b.tn(grad_q, q_latent, sums.get("q_b"))
+                sums["q_b"] = q_b.tn(grad_q, norm_rows(q_in, q_norm, eps)[0], sums.get("q_b"))
                 grad_q_norm = norm_gradient_into(q_b.nn(grad_q), q_in, q_norm, q_inverses[rows], grad_both[:, q_part], sums=grad_q_norm)
             left, right = grad_both[:, q_part], grad_both[:, q_rank:]
             grad_normed = kv_a.nn(right, base=q_a.nn(left))
             grad_norm = norm_gradient_into(grad_normed, x, norm, inverse, grad_x[rows], extra=grad, sums=grad_norm)
             sums["q_a"], sums["kv_a"] = q_a.tn(left, normed, sums.get("q_a")), kv_a.tn(right, normed, sums.get("kv_a"))
-            if i + 1 < len(parts):
-                normed = q_latent = kv_latent = None
         return (
             grad_x.view(grad_BTD.shape), grad_norm, grad_q_norm, grad_kv_norm, None, None, None, None, None, None,
             *sums["q_a"], *sums.get("q_b", ()), *sums["kv_a"], *sums["kv_b"], *sums["o"],
@@ -313,9 +299,8 @@ def _lay_out(rows: list[Tensor], heads: list[Tensor], turns: Tensor, shape, back
 
 def _normed_heads(rows: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Rows (N, heads * K), contiguous, each head normed by `weight` (K,); -> (the same shape, 1 / rms of each head (N * heads,))."""
-    out = new_like(rows)
-    inverse = norm_into(rows.view(-1, len(weight)), weight, eps, out.view(-1, len(weight)))
-    return out, inverse
+    out, inverse = norm_rows(rows.view(-1, len(weight)), weight, eps)
+    return out.view(rows.shape), inverse
 
 
 class _GroupedAttention(torch.autograd.Function):
@@ -329,8 +314,7 @@ class _GroupedAttention(torch.autograd.Function):
         """operands: q, k, v, o. Biases and head norms are None where there are none. widths: (H, G, K); table: complex rotations."""
         (B, T, D), (H, G, K), (q, k, v, o) = x_BTD.shape, widths, operands
         x = x_BTD.reshape(B * T, D)
-        normed = new_like(x)
-        inverse = norm_into(x, norm, eps, normed)
+        normed, inverse = norm_rows(x, norm, eps)
         biases = [None if bias is None else bias.detach().to(x.dtype).expand(len(x), -1) for bias in (q_bias, k_bias, v_bias)]
         rows = [operand.nt(normed, base=bias) for operand, bias in zip((q, k, v), biases, strict=True)]
         # With head norms the backward pass needs what was normed, and makes queries and keys again from that.
@@ -346,8 +330,7 @@ class _GroupedAttention(torch.autograd.Function):
         mixed = new(x, len(x), H * G * K)
         kept = attend(*heads, scale, mask, mixed)
         ctx.save_for_backward(
-            x, norm, inverse, kept_rows(normed), mixed, turns, q_norm, k_norm, *(inverses or (None, None)), *(raw or heads[:2]), heads[2],
-            *kept,
+            x, norm, inverse, mixed, turns, q_norm, k_norm, *(inverses or (None, None)), *(raw or heads[:2]), heads[2], *kept,
         )  # fmt: skip
         ctx.learns = [bias is not None and bias.requires_grad for bias in (q_bias, k_bias, v_bias)]
         ctx.shape, ctx.scale, ctx.mask, ctx.operands, ctx.eps = shape, scale, mask, operands, eps
@@ -355,7 +338,7 @@ class _GroupedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_BTD: Tensor):
-        (x, norm, inverse, normed, mixed, turns, q_norm, k_norm, *heads), (q, k, v, o) = ctx.saved_tensors, ctx.operands
+        (x, norm, inverse, mixed, turns, q_norm, k_norm, *heads), (q, k, v, o) = ctx.saved_tensors, ctx.operands
         inverses, heads, kept = heads[:2], heads[2:5], heads[5:]
         raw = heads[:2]
         if q_norm is not None:
@@ -363,7 +346,7 @@ class _GroupedAttention(torch.autograd.Function):
             rows = [_normed_heads(one.view(len(x), -1), weight, ctx.eps)[0] for one, weight in zip(raw, (q_norm, k_norm), strict=True)]
             heads = [new(x, B, H, length, K) for length in (T * G, T)] + heads[2:]
             _lay_out(rows, heads[:2], turns, ctx.shape)
-        normed = normed_again(normed, x, norm, ctx.eps)
+        normed, _ = norm_rows(x, norm, ctx.eps)
         grad = grad_BTD.reshape(x.shape)
         grad_o = o.tn(grad, mixed)
         grads = attend_backward(o.nn(grad), mixed, *heads, kept, ctx.scale, ctx.mask)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparing.kernels import native, products
 from sparing.kernels.native import new, new_like
-from sparing.kernels.norm import kept_rows, norm_gradient_into, norm_into, normed_again
+from sparing.kernels.norm import norm_gradient_into, norm_rows
 from sparing.kernels.products import Operand, tensors_of
 from sparing.kernels.sizes import EXPERT_ROWS as ROWS
 
@@ -265,28 +265,28 @@ def _arguments(x: Tensor, operands: tuple[Operand, ...], groups: _Groups | None)
 
 def _forward(
     x: Tensor, operands: tuple[Operand, ...], groups: _Groups | None = None, base: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor]:
     """A dense feed-forward of x (N, D) by gate, up and down, plus `base`, or the experts' of groups by gate_up and down.
 
-    -> (h (S, 2F) before the activation, out (S, D), the rows (S, D) of the groups where they are kept)."""
+    -> (h (S, 2F) before the activation, out (S, D))."""
     if _in_one(x, operands):
         first, last = _arguments(x, operands, groups)
         rows, (D, F) = len(x) if groups is None else len(groups.tokens_S), last[-2:]
         h, out = new(x, rows, 2 * F), new(x, rows, D)
         products.call("feed_forward", x, *first, base, h, out, *last)
-        return h, out, None
+        return h, out
     if groups is None:
         gate, up, down = operands
         h = _up(x, gate, up)
-        return h, down.nt(_swiglu(h), base=base), None
+        return h, down.nt(_swiglu(h), base=base)
     gate_up, down = operands
     rows = _rows(x, groups.tokens_S)
     h = gate_up.grouped_nt(rows, groups.ends_E)
-    return h, down.grouped_nt(_swiglu(h, groups.gates_S), groups.ends_E), kept_rows(rows)
+    return h, down.grouped_nt(_swiglu(h, groups.gates_S), groups.ends_E)
 
 
 def _backward(
-    x: Tensor, operands: tuple[Operand, ...], h: Tensor, grad: Tensor, groups: _Groups | None = None, rows: Tensor | None = None
+    x: Tensor, operands: tuple[Operand, ...], h: Tensor, grad: Tensor, groups: _Groups | None = None
 ) -> tuple[Tensor, Tensor | None, tuple[Tensor | None, ...]]:
     """grad: (N, D). -> (gradient of x's rows (S, D), of the gates (S,), of the operands' tensors)."""
     if _in_one(x, operands):
@@ -303,7 +303,7 @@ def _backward(
         grads = (*gate.tn(left, x), *up.tn(right, x), *down.tn(grad, hidden))
         return up.nn(right, base=gate.nn(left)), None, grads
     (gate_up, down), (tokens, gates, ends) = operands, groups
-    rows = _rows(x, tokens) if rows is None else rows
+    rows = _rows(x, tokens)
     grad_y = _rows(grad, tokens)
     grad_h, hidden, grad_gates = _swiglu_backward(h, down.grouped_nn(grad_y, ends), gates)
     grads = (*gate_up.grouped_tn(grad_h, rows, ends), *down.grouped_tn(grad_y, hidden, ends))
@@ -315,19 +315,17 @@ class _Dense(torch.autograd.Function):
     def forward(ctx, x_BTD, norm, eps: float, operands, *tensors):
         """operands: gate, up, down."""
         x = x_BTD.reshape(-1, x_BTD.shape[-1])
-        normed = new_like(x)
-        inverse = norm_into(x, norm, eps, normed)
-        h, out, _ = _forward(normed, operands, base=x)
-        ctx.save_for_backward(x, norm, inverse, kept_rows(normed), h)
+        rows, inverse = norm_rows(x, norm, eps)
+        h, out = _forward(rows, operands, base=x)
+        ctx.save_for_backward(x, norm, inverse, h)
         ctx.operands, ctx.eps = operands, eps
         return out.view_as(x_BTD)
 
     @staticmethod
     def backward(ctx, grad_BTD: Tensor):
-        x, norm, inverse, normed, h = ctx.saved_tensors
+        x, norm, inverse, h = ctx.saved_tensors
         grad = grad_BTD.reshape(x.shape)
-        normed = normed_again(normed, x, norm, ctx.eps)
-        grad_normed, _, grads = _backward(normed, ctx.operands, h, grad)
+        grad_normed, _, grads = _backward(norm_rows(x, norm, ctx.eps)[0], ctx.operands, h, grad)
         grad_x = new_like(x)
         grad_norm = norm_gradient_into(grad_normed, x, norm, inverse, grad_x, extra=grad)
         return grad_x.view_as(grad_BTD), grad_norm, None, None, *grads
@@ -347,18 +345,18 @@ class _Mixture(torch.autograd.Function):
         # Filler rows have gate 0: they reach neither the output nor a gradient.
         gates = torch.cat((weights.flatten(), weights.new_zeros(1))).index_select(0, source)
         groups = _Groups(tokens, gates, torch.tensor(sizes).cumsum(0))
-        h, y, rows = _forward(normed, operands[:2], groups)
+        h, y = _forward(normed, operands[:2], groups)
         base, h_shared = residual, None
         if operands[2:]:
-            h_shared, base, _ = _forward(normed, operands[2:], base=residual)
-        ctx.save_for_backward(normed, rows, h, places, h_shared, *groups)
+            h_shared, base = _forward(normed, operands[2:], base=residual)
+        ctx.save_for_backward(normed, h, places, h_shared, *groups)
         ctx.operands = operands
         return _combine(y, places, base)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        (normed, rows, h, places, h_shared, *groups), operands, grad = ctx.saved_tensors, ctx.operands, grad.contiguous()
-        grad_rows, grad_gates, grads = _backward(normed, operands[:2], h, grad, _Groups(*groups), rows)
+        (normed, h, places, h_shared, *groups), operands, grad = ctx.saved_tensors, ctx.operands, grad.contiguous()
+        grad_rows, grad_gates, grads = _backward(normed, operands[:2], h, grad, _Groups(*groups))
         grad_weights = grad_gates.index_select(0, places.flatten()).view_as(places)
         base = None
         if operands[2:]:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from sparing.base.hardware import cpu_flags, cpu_name, home
 from sparing.base.messages import say
-from sparing.kernels.sizes import CACHE_BLOCK, MOMENT_BLOCK, NEWTON_SCHULZ
+from sparing.kernels.sizes import CACHE_BLOCK, MOMENT_BLOCK, NEWTON_SCHULZ, OWN_HEAD_TOKENS
 
 Path = Literal["tiles", "vectors", "compiled", "plain"]
 """plain: PyTorch's operations. compiled: our passes, and matrix products by PyTorch. vectors: our passes with our own products, of float32
@@ -50,7 +50,8 @@ UNUSED_S = 30 * 86400
 FLAGS = (
     *(("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()),  # compilers prefer 256 (LAB.md)
     "-O3", "-fopenmp-simd", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared",
-    f"-DMOMENT_BLOCK={MOMENT_BLOCK}", f"-DCACHE_BLOCK={CACHE_BLOCK}", "-DNEWTON_SCHULZ=" + ",".join(f"{x}f" for x in NEWTON_SCHULZ),
+    f"-DMOMENT_BLOCK={MOMENT_BLOCK}", f"-DCACHE_BLOCK={CACHE_BLOCK}", f"-DOWN_HEAD_TOKENS={OWN_HEAD_TOKENS}",
+    "-DNEWTON_SCHULZ=" + ",".join(f"{x}f" for x in NEWTON_SCHULZ),
 )  # fmt: skip
 SUFFIXES = {torch.bfloat16: "_bf16", torch.float32: "_f32"}
 OWN = {torch.bfloat16: "passes", torch.float32: "floats"}
@@ -221,7 +222,7 @@ def call(name: str, dtype: torch.dtype | None, *arguments: Tensor | float | int 
 # and gradients than the larger of them. Where each tensor has pages of its own, mapping and clearing them is a fifth of a small step. The
 # pool (pool.c) hands a dead tensor's memory to the next of that size and never holds more than tensors alone have held at once.
 
-POOLED_BYTES = 1 << 18
+POOLED_BYTES = 1 << 17
 """Bytes of a tensor that is taken from the pool."""
 DLPACK_CODES = {torch.bfloat16: (4, 16), torch.float32: (2, 32), torch.int8: (0, 8)}
 """dlpack.h: DLDataTypeCode, bits."""

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-from contextvars import ContextVar
-
 import torch
 from torch import Tensor
 
 from sparing.kernels import native
 from sparing.kernels.native import new_like
-
-recomputed = ContextVar("sparing_norms_recomputed", default=False)
-"""Whether sub-layers make normed and gathered rows again in the backward pass instead of keeping them beside what they were made from.
-Those of float32 always do: the rows are a quarter of what is kept, and making them is a hundredth of a step."""
-
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x (..., D), weight (D,) float32 -> (..., D) in x's type. Plain autograd."""
@@ -66,25 +59,19 @@ def norm_gradient_into(
     return grad_weight
 
 
-def kept_rows(rows: Tensor | None) -> Tensor | None:
-    """What a sub-layer saves of rows that can be made again; None where there are none."""
-    return None if rows is None or recomputed.get() or rows.dtype == torch.float32 else rows
-
-
-def normed_again(rows: Tensor | None, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`rows` where they were kept, else x (N, D) normed once more."""
-    if rows is None:
-        rows = new_like(x)
-        norm_into(x, weight, eps, rows)
-    return rows
+def norm_rows(x: Tensor, weight: Tensor, eps: float, inverse: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Compiled: rows x (N, D) of any stride -> (normed, contiguous; 1 / rms of each (N,) float32, `inverse` where given). Sub-layers keep x alone
+    and norm it again in the backward pass: the rows would be a fifth of what is kept, and to write and read them takes as long (LAB.md)."""
+    rows = new_like(x)
+    return rows, norm_into(x, weight, eps, rows, inverse)
 
 
 class _CompiledRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        out = new_like(rows)
-        ctx.save_for_backward(rows, weight, norm_into(rows, weight, eps, out))
+        out, inverse = norm_rows(rows, weight, eps)
+        ctx.save_for_backward(rows, weight, inverse)
         return out.view(x.shape)
 
     @staticmethod

@@ -14,7 +14,7 @@ from torch import Tensor
 from sparing.kernels import native, products
 from sparing.kernels.native import new, new_like
 from sparing.kernels.products import Frozen
-from sparing.kernels.sizes import HEAD_TOKENS
+from sparing.kernels.sizes import HEAD_TOKENS, SCORED_LOGITS
 
 IGNORE = -100
 
@@ -90,16 +90,32 @@ class _LinearCrossEntropy(torch.autograd.Function):
         )
 
 
+def _own_head(
+    x_ND: Tensor, weight_WD: Tensor | Frozen, targets_N: Tensor, weights_N: Tensor | None, scale: float, learns: bool, grad_weight: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """-> (cross-entropy of each row times its weight (N,) float32, gradient of `scale` times their sum (N, D); None unless `learns`), by our own
+    products; grad_weight (W, D) float32 is filled. Where there is none, rows that are not scored, as those of questions, are left out."""
+    places, rows = None, (x_ND, targets_N, weights_N)
+    if grad_weight is None and not bool((scored := targets_N != IGNORE).all()):
+        places = scored.nonzero().squeeze(1)
+        rows = tuple(t if t is None else t.index_select(0, places) for t in rows)
+    x, targets, weights = (t if t is None else t.contiguous() for t in rows)
+    nll, grad_x = torch.empty(len(x), dtype=torch.float32), new_like(x) if learns else None
+    sizes = (*x.shape, weight_WD.shape[0])
+    products.call("head_loss", x, x, *products.held(weight_WD), targets, weights, scale, nll, grad_x, grad_weight, *sizes)
+    if places is None:
+        return nll, grad_x
+    whole = None if grad_x is None else new_like(x_ND).zero_().index_copy_(0, places, grad_x)
+    return nll.new_zeros(len(x_ND)).index_copy_(0, places, nll), whole
+
+
 class _CompiledCrossEntropy(torch.autograd.Function):
     """Gradients are computed with the loss and already divided; `backward` only passes them on."""
 
     @staticmethod
     def forward(ctx, x_ND: Tensor, weight_WD: Tensor | Frozen, targets_N: Tensor, denominator: float, weights_N: Tensor | None) -> Tensor:
-        x = x_ND.contiguous()
-        nll = torch.empty(len(x), dtype=torch.float32)
-        grad_x, grad_weight = new_like(x), new_like(weight_WD, torch.float32) if ctx.needs_input_grad[1] else None
-        counted, sizes = (targets_N.contiguous(), weights_N, 1.0 / denominator), (*x.shape, weight_WD.shape[0])
-        products.call("head_loss", x, x, *products.held(weight_WD), *counted, nll, grad_x, grad_weight, *sizes)
+        grad_weight = new_like(weight_WD, torch.float32) if ctx.needs_input_grad[1] else None
+        nll, grad_x = _own_head(x_ND, weight_WD, targets_N, weights_N, 1.0 / denominator, True, grad_weight)
         if grad_weight is not None and weight_WD.dtype != torch.float32:
             grad_weight = new_like(weight_WD).copy_(grad_weight)
         ctx.save_for_backward(grad_x, grad_weight)
@@ -113,6 +129,12 @@ class _CompiledCrossEntropy(torch.autograd.Function):
         return grad_x, grad_weight, None, None, None
 
 
+def _check(targets_N: Tensor, words: int) -> None:
+    """Raises IndexError for a target that would be read from another row, or past the end. Not looked for on a GPU."""
+    if not targets_N.is_cuda and len(targets_N) and int(targets_N.max()) >= words:
+        raise IndexError(f"target {int(targets_N.max())} is no word of a vocabulary of {words}")
+
+
 def linear_cross_entropy(
     x_ND: Tensor, weight_WD: Tensor | Frozen, targets_N: Tensor, denominator: float, weights_N: Tensor | None = None
 ) -> Tensor:
@@ -121,8 +143,7 @@ def linear_cross_entropy(
 
     Raises IndexError for a target that is no word (not looked for on a GPU, where it would cost a wait)."""
     words = weight_WD.shape[0]
-    if not x_ND.is_cuda and len(targets_N) and int(targets_N.max()) >= words:  # would be read from another row, or past the end
-        raise IndexError(f"target {int(targets_N.max())} is no word of a vocabulary of {words}")
+    _check(targets_N, words)
     frozen = isinstance(weight_WD, Frozen)
     readable = products.even(x_ND.shape[1], words) and (frozen or weight_WD.dtype in native.SUFFIXES)
     compiled = readable and len(x_ND) and torch.is_grad_enabled() and products.usable(x_ND)
@@ -139,22 +160,27 @@ def logits_of(x_ND: Tensor, weight_WD: Tensor | Frozen) -> Tensor:
 
 
 def token_nll(x_ND: Tensor, weight_WD: Tensor | Frozen, targets_N: Tensor) -> Tensor:
-    """Cross-entropy (nats) of every token, (N,) float32, 0 where the target is IGNORE; softmax in float32, no gradient."""
+    """Cross-entropy (nats) of every token, (N,) float32, 0 where the target is IGNORE; softmax in float32, no gradient.
+
+    Raises IndexError as `linear_cross_entropy` does."""
     with torch.no_grad():
-        weight = weight_WD.to(x_ND.dtype) if isinstance(weight_WD, Tensor) else weight_WD
-        if isinstance(weight, Frozen) and not (products.usable(x_ND) and products.even(*weight.shape)):
-            weight = weight.shared(x_ND.dtype)
+        words = weight_WD.shape[0]
+        if isinstance(weight_WD, Frozen) and products.usable(x_ND) and products.even(*weight_WD.shape):
+            _check(targets_N, words)
+            return _own_head(x_ND, weight_WD, targets_N, None, 0.0, False, None)[0]
+        weight = weight_WD.shared(x_ND.dtype) if isinstance(weight_WD, Frozen) else weight_WD.to(x_ND.dtype)
         out = torch.empty(len(x_ND), dtype=torch.float32, device=x_ND.device)
-        for start in range(0, len(x_ND), HEAD_TOKENS):
-            part = slice(start, start + HEAD_TOKENS)
-            logits = logits_of(x_ND[part], weight).float()
+        rows = max(1, min(HEAD_TOKENS, SCORED_LOGITS // words))
+        for start in range(0, len(x_ND), rows):
+            part = slice(start, start + rows)
+            logits = F.linear(x_ND[part], weight).float()
             out[part] = F.cross_entropy(logits, targets_N[part], ignore_index=IGNORE, reduction="none")
         return out
 
 
 class _Embedding(torch.autograd.Function):
-    """Of bfloat16 weights, with a gradient whose sums are float32: in bfloat16 those of a frequent word stop growing after a few hundred.
-    Only rows that were read exist in float32."""
+    """Whose gradient is summed in float32: in bfloat16 those of a frequent word stop growing after a few hundred. Only rows that were read
+    exist in float32; the rest of the gradient is zeros in memory that was used before."""
 
     @staticmethod
     def forward(ctx, words: Tensor, weight_WD: Tensor) -> Tensor:
@@ -167,10 +193,11 @@ class _Embedding(torch.autograd.Function):
         read, place = ctx.saved_tensors[0].flatten().unique(return_inverse=True)
         grad = grad.flatten(0, -2)
         rows = new(grad, len(read), ctx.shape[1], dtype=torch.float32).zero_()
-        rows.index_add_(0, place, new_like(grad, torch.float32).copy_(grad))
+        rows.index_add_(0, place, grad if grad.dtype == torch.float32 else new_like(grad, torch.float32).copy_(grad))
         return None, new(grad, *ctx.shape, dtype=ctx.dtype).zero_().index_copy_(0, read, rows.to(ctx.dtype))
 
 
 def embedding(words: Tensor, weight_WD: Tensor) -> Tensor:
     """(...,) integers -> (..., D) rows of the weight, in its type."""
-    return F.embedding(words, weight_WD) if weight_WD.dtype == torch.float32 else _Embedding.apply(words, weight_WD)
+    plain = weight_WD.dtype == torch.float32 and not native.usable(weight_WD)
+    return F.embedding(words, weight_WD) if plain else _Embedding.apply(words, weight_WD)

@@ -10,6 +10,7 @@ from torch import Tensor
 from sparing.base.config import AdapterConfig
 from sparing.base.held import held_as
 from sparing.base.run import fill
+from sparing.kernels import native
 from sparing.model.linear import Adaptable
 from sparing.model.transformer import MTPBlock, Transformer
 
@@ -40,6 +41,7 @@ def fill_frozen(model: Transformer, tensors: Iterable[tuple[str, Tensor]], hold:
                 modules[at].keep(own, held_as(name, tuple(tensor.shape), hold))
 
     fill(state, freezing(), where)
+    native.trim_heap()  # the floats of what is codes now: freed, but among what lives on
 
 
 def add_low_rank(model: Transformer, adapter: AdapterConfig, seed: int) -> None:

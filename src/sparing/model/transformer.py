@@ -44,13 +44,36 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """-> (x (B,T,D), the sequence-wise balance loss of a MoE layer where wanted)."""
         if self.recompute and torch.is_grad_enabled():
-            # The second pass must not count tokens for the balance again.
-            return checkpoint(
-                self._forward, x_BTD, table, mask, want_balance,
-                use_reentrant=False, context_fn=lambda: (torch.enable_grad(), not_counting(self)),
-            )  # fmt: skip
+            rest = (table, mask, want_balance)
+            if torch.compiler.is_compiling():  # it knows this one
+                return checkpoint(
+                    self._forward, x_BTD, *rest, use_reentrant=False, context_fn=lambda: (torch.enable_grad(), not_counting(self))
+                )
+            return _Again.apply(self, rest, x_BTD, *(p for p in self.parameters() if p.requires_grad))
         with kept_in_int8() if self.int8_activations and torch.is_grad_enabled() else nullcontext():
             return self._forward(x_BTD, table, mask, want_balance)
+
+
+class _Again(torch.autograd.Function):
+    """A block that keeps its input alone, and makes the rest again in the backward pass. `torch.utils.checkpoint` does the same, and imports
+    torch's compiler for it, which takes about as much memory as what a small model does not keep."""
+
+    @staticmethod
+    def forward(ctx, block: Block, rest: tuple, x_BTD: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor | None]:
+        """rest: what `block` takes besides x; parameters: those of the block that learn."""
+        ctx.save_for_backward(x_BTD)
+        ctx.block, ctx.rest, ctx.parameters = block, rest, parameters
+        return block._forward(x_BTD, *rest)
+
+    @staticmethod
+    def backward(ctx, grad_BTD: Tensor, grad_balance: Tensor | None):
+        x = ctx.saved_tensors[0].detach().requires_grad_(ctx.needs_input_grad[2])
+        with torch.enable_grad(), not_counting(ctx.block):  # tokens were counted for the balance in the first pass
+            out, balance = ctx.block._forward(x, *ctx.rest)
+        outputs, given = ((out,), (grad_BTD,)) if balance is None else ((out, balance), (grad_BTD, grad_balance))
+        inputs = (x, *ctx.parameters) if x.requires_grad else ctx.parameters
+        grads = torch.autograd.grad(outputs, inputs, given, allow_unused=True)
+        return None, None, *(grads if x.requires_grad else (None, *grads))
 
 
 class SharedHead(nn.Module):

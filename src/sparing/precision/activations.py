@@ -15,7 +15,6 @@ from torch import Tensor
 
 from sparing.kernels import native
 from sparing.kernels.native import new_like
-from sparing.kernels.norm import recomputed
 
 LEAST = 4096
 """Numbers of a tensor that is worth packing."""
@@ -80,10 +79,6 @@ def unpack(packed: Tensor | tuple[Tensor, Tensor | None]) -> Tensor:
 
 @contextmanager
 def kept_in_int8() -> Iterator[None]:
-    """Within it, what is saved for the backward pass is packed, and what the compiled sub-layers can norm or gather again is not saved."""
-    token = recomputed.set(True)
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-            yield
-    finally:
-        recomputed.reset(token)
+    """Within it, what is saved for the backward pass is packed."""
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield

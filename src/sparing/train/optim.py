@@ -80,8 +80,8 @@ class Optimizer:
         if stored:
             self.adamw = StoredAdamW(chosen, betas, config.eps, **small)
         else:
-            chosen = [group | {"params": list(group["params"].values())} for group in chosen] or [{"params": [], "peak": 0.0}]
-            self.adamw = torch.optim.AdamW(chosen, lr=config.lr, betas=betas, eps=config.eps, fused=True)
+            chosen = [group | {"params": list(group["params"].values())} for group in chosen]
+            self.adamw = AdamW(chosen, betas, config.eps)
 
     def grad_norm(self) -> Tensor:
         """Global L2 norm of all gradients of what learns, a float32 scalar tensor."""
@@ -140,7 +140,7 @@ class Optimizer:
                 raise DamagedError(f"optimizer state {name} is Muon's, but the config has optim.matrix = {self.config.matrix}")
             self.muon.momentum[parameter_name].copy_(tensor)
         else:
-            self.adamw.state[parameter][kind] = tensor.to(parameter.device)
+            self.adamw.state.setdefault(parameter, {})[kind] = tensor.to(parameter.device)
 
     def reset(self) -> None:
         """Forget all moments, as before the first step."""
@@ -162,6 +162,36 @@ def split(name: str, tensor: Tensor) -> list[Tensor]:
         return [tensor.unsqueeze(0)]
     assert tensor.ndim == 3, name
     return list(tensor.chunk(2, dim=1)) if name.endswith("gate_up_proj") else [tensor]
+
+
+class AdamW:
+    """AdamW (arXiv 1711.05101) of float32 parameters: torch's fused update, all of a group in one call, from states as torch.optim has them.
+    torch.optim's own class imports torch's compiler when it is made, which takes 70 to 150 MB of memory and a second."""
+
+    def __init__(self, groups: list[dict], betas: tuple[float, float], eps: float):
+        """groups: "params" (list), "lr" before each step, "weight_decay"."""
+        self.param_groups, self.betas, self.eps = groups, betas, eps
+        self.state: dict[Tensor, dict[str, Tensor]] = {}
+        """exp_avg, exp_avg_sq and step (a float32 scalar) of each parameter that had a gradient."""
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            learning = [parameter for parameter in group["params"] if parameter.grad is not None]
+            for parameter in learning:
+                if parameter not in self.state:
+                    moments = {kind: torch.zeros_like(parameter.detach()) for kind in ("exp_avg", "exp_avg_sq")}
+                    self.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
+            if not learning:
+                continue
+            states = [self.state[parameter] for parameter in learning]
+            first, second, steps = ([state[kind] for state in states] for kind in ("exp_avg", "exp_avg_sq", "step"))
+            torch._foreach_add_(steps, 1)
+            beta1, beta2 = self.betas
+            torch._fused_adamw_(
+                learning, [parameter.grad for parameter in learning], first, second, [], steps, lr=group["lr"], beta1=beta1, beta2=beta2,
+                weight_decay=group["weight_decay"], eps=self.eps, amsgrad=False, maximize=False,
+            )  # fmt: skip
 
 
 class Muon:

@@ -7,8 +7,10 @@ faster than two threads inside each operation (LAB.md, 2026-11-21). Gradients ar
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from threading import Lock
 
 import torch
 from torch import Tensor, nn
@@ -65,11 +67,12 @@ class Replicas:
         count, rows = len(self.models), len(batch)
         pieces = [batch[rows * i // count : rows * (i + 1) // count] for i in range(count)]
         pieces = [piece for piece in pieces if len(piece)]
-        futures = [
-            self.pool.submit(self._backward, model, piece, denominator, share * len(piece) / rows)
-            for model, piece in zip(self.models, pieces, strict=False)
-        ]
-        parts = [future.result() for future in futures]
+        with _summing(self.models[: len(pieces)]):
+            futures = [
+                self.pool.submit(self._backward, model, piece, denominator, share * len(piece) / rows)
+                for model, piece in zip(self.models, pieces, strict=False)
+            ]
+            parts = [future.result() for future in futures]
         self._gather()
         return torch.stack(parts).sum(0)
 
@@ -95,16 +98,54 @@ class Replicas:
 
     @torch.no_grad()
     def _gather(self) -> None:
-        """The twins' gradients and counts into the first model's."""
+        """The twins' counts into the first model's, and gradients of what did not get one in every piece."""
+        for same in zip(*(model.parameters() for model in self.models), strict=True):
+            _add(same)
         first, *twins = self.models
         for twin in twins:
-            for mine, theirs in zip(first.parameters(), twin.parameters(), strict=True):
-                if theirs.grad is not None:
-                    mine.grad = theirs.grad if mine.grad is None else mine.grad.add_(theirs.grad)
-                    theirs.grad = None
             for mine, theirs in zip(routers(first), routers(twin), strict=True):
                 mine.tokens_per_expert += theirs.tokens_per_expert
                 theirs.tokens_per_expert.zero_()
+
+
+@torch.no_grad()
+def _add(same: Sequence[nn.Parameter]) -> None:
+    """Gradients of one parameter's twins into the first one's, in their order."""
+    mine, *twins = same
+    for theirs in twins:
+        if theirs.grad is not None:
+            mine.grad = theirs.grad if mine.grad is None else mine.grad.add_(theirs.grad)
+            theirs.grad = None
+
+
+@contextmanager
+def _summing(models: list[Transformer]) -> Iterator[None]:
+    """Inside, each parameter's gradients are added up as soon as the backward pass of the last of the models has made its own: of the twins'
+    there are then never more than a few at once."""
+    lock, handles = Lock(), []
+
+    def summing(same: tuple[nn.Parameter, ...]) -> None:
+        left = len(same)
+
+        def arrived(_: Tensor) -> None:
+            nonlocal left
+            with lock:
+                left -= 1
+                last = not left
+            if last:
+                _add(same)
+
+        handles.extend(parameter.register_post_accumulate_grad_hook(arrived) for parameter in same)
+
+    if len(models) > 1:
+        for same in zip(*(model.parameters() for model in models), strict=True):
+            if same[0].requires_grad:
+                summing(same)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _compiled(objective: Objective) -> Callable[..., Loss]:
