@@ -136,7 +136,8 @@ def ours(options: argparse.Namespace, method: str, micro: int, again: bool, base
     own = [part for name, value in settings.items() for part in (f"--train.{name}", str(value).lower())]
     own += ["--adapter.base", base] if base else []
     budget = f"{(options.timed or STEPS['ours']) * options.rows * options.length}tok"
-    result = sparing("sft", options.run, "--data", *options.data, "--method", method, "--budget", budget, "--out", out, "--samples", 0, *own)
+    call = ("sft", options.run, "--data", *options.data, "--method", method, "--budget", budget, "--out", out, "--samples", 0)
+    result = sparing(*call, *own)
     stages = {stage["stage"]: stage["memory_bytes"] or 0 for stage in sparing("receipt", out)["stages"]}
     memory = {"memory_bytes": stages["train"], "whole_bytes": max(stages.values()), "stages": stages}
     return {"tokens_per_s": result["tokens_per_s"], "loss": result["loss"], **memory}
@@ -230,6 +231,7 @@ def resident_peak() -> int:
 
 def _trl(model, options: argparse.Namespace, tokens, labels, rate: float) -> tuple[list[float], list[float]]:
     """Times and losses of the steps of TRL's SFTTrainer on the same rows."""
+    import torch
     from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback
     from trl import SFTConfig, SFTTrainer
@@ -249,11 +251,13 @@ def _trl(model, options: argparse.Namespace, tokens, labels, rate: float) -> tup
                 self.losses.append(logs["loss"])
 
     watch = Watch()
-    data = Dataset.from_dict({"input_ids": tokens.tolist(), "labels": labels.tolist()})
+    columns = {"input_ids": tokens, "labels": labels, "attention_mask": torch.ones_like(tokens)}
+    data = Dataset.from_dict({name: column.tolist() for name, column in columns.items()})
     config = SFTConfig(
-        output_dir=str(options.out / "trl"), per_device_train_batch_size=options.micro, gradient_accumulation_steps=options.rows // options.micro,
-        max_steps=1 + (options.timed or STEPS["peers"]), learning_rate=rate, use_cpu=True, bf16=options.precision == "autocast", logging_steps=1, report_to=[],
-        save_strategy="no", gradient_checkpointing=options.recompute, max_length=options.length, optim="adamw_torch_fused", disable_tqdm=True,
+        output_dir=str(options.out / "trl"), per_device_train_batch_size=options.micro, max_length=options.length,
+        gradient_accumulation_steps=options.rows // options.micro, max_steps=1 + (options.timed or STEPS["peers"]),
+        learning_rate=rate, use_cpu=True, bf16=options.precision == "autocast", optim="adamw_torch_fused",
+        gradient_checkpointing=options.recompute, logging_steps=1, report_to=[], save_strategy="no", disable_tqdm=True,
         dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False,
     )  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(options.hf)

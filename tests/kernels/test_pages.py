@@ -10,7 +10,7 @@ from tests.losses import loss_of
 from tests.model.shapes import TINY
 
 from sparing.kernels import native
-from sparing.kernels.native import held, new, new_like, trim
+from sparing.kernels.native import held, new, trim
 from sparing.model.init import init_weights
 from sparing.model.transformer import Transformer
 
@@ -46,8 +46,8 @@ def test_the_next_tensor_of_a_size_gets_the_memory(opened):
     assert opened() == (0, 655360, 655360)
     y = new(LIKE, 149, 1000, dtype=torch.float32)
     assert y.dtype == torch.float32 and y.data_ptr() == address
-    z = new_like(y, torch.int8)
-    assert z.dtype == torch.int8 and z.shape == y.shape and opened()[0] == 655360, "small tensors are torch's own"
+    z = new(y, 130, 1000, dtype=torch.int8)
+    assert z.dtype == torch.int8 and z.shape == (130, 1000) and opened()[0] == 655360, "small tensors are torch's own"
     assert new(LIKE, 600, 1000, dtype=torch.int64).dtype == torch.int64 and opened()[0] == 655360, "so are those of other types"
     del y
     trim()

@@ -71,11 +71,12 @@ def test_adamw_is_torchs_bit_for_bit():
     start = [torch.randn(shape, generator=generator) for shape in ((33, 70), (5,), (8, 8), (3, 2))]
     ours, theirs = ([torch.nn.Parameter(tensor.clone()) for tensor in start] for _ in range(2))
     groups = [([0, 2], 0.01, 0.1), ([1, 3], 0.03, 0.0)]
-    mine = AdamW([{"params": [ours[i] for i in places], "lr": lr, "weight_decay": decay} for places, lr, decay in groups], (0.9, 0.95), 1e-8)
-    reference = torch.optim.AdamW(
-        [{"params": [theirs[i] for i in places], "lr": lr, "weight_decay": decay} for places, lr, decay in groups],
-        betas=(0.9, 0.95), eps=1e-8, fused=True,
-    )  # fmt: skip
+
+    def grouped(tensors):
+        return [{"params": [tensors[i] for i in places], "lr": lr, "weight_decay": decay} for places, lr, decay in groups]
+
+    mine = AdamW(grouped(ours), (0.9, 0.95), 1e-8)
+    reference = torch.optim.AdamW(grouped(theirs), betas=(0.9, 0.95), eps=1e-8, fused=True)
     for step in range(4):
         for i in (0, 1, 2)[: 3 if step > 1 else 2]:
             ours[i].grad = torch.randn(start[i].shape, generator=generator)

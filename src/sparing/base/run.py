@@ -189,7 +189,7 @@ class StoredTensors(Mapping[str, "torch.Tensor"]):
         try:
             with safe_open(path, framework="pt") as checked:
                 stored = list(checked.keys())
-            self._file = open(path, "rb", buffering=0)  # noqa: SIM115: open for as long as this is there
+            self._file = open(path, "rb", buffering=0)
         except (SafetensorError, OSError) as error:
             pointer = isinstance(error, SafetensorError) and is_pointer(path)
             raise DamagedError(f"{path}: {POINTER if pointer else error}") from None

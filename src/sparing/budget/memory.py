@@ -20,9 +20,9 @@ from sparing.kernels.sizes import ATTENTION_ROWS, EXPERT_ROWS, HEAD_TOKENS, MOME
 FULL = PrecisionConfig()
 
 PROCESS_BYTES = {"cpu": 337e6, "cuda": 900e6}
-"""A process without its model: interpreter, torch, the libraries that its first step loads. CPU: fitted, with REUSED, on the resident peaks
-of eight models of 0.4-121 M parameters, dense and mixtures, in full and in few bits (LAB.md; torch 2.13, glibc), of which torch's compiler was
-77 MB, which nothing imports any more. CUDA: an estimate."""
+"""A process without its model: interpreter, torch, the libraries that its first step loads. CPU: fitted, with REUSED,
+on the resident peaks of eight models of 0.4-121 M parameters, dense and mixtures, in full and in few bits (LAB.md; torch
+2.13, glibc); less the 77 MB of torch's compiler, which nothing imports any more. CUDA: an estimate."""
 REUSED = {False: 0.5, True: 1.0}
 """Share of the gradients that lies where activations were; with pages given back, or handed on, all."""
 MUON_BYTES = 12.0
@@ -242,8 +242,8 @@ def gives_back(p: PrecisionConfig) -> bool:
 
 
 def pools(config: Config) -> bool:
-    """Whether dead tensors' memory is handed to the next ones of their size instead of to malloc, in whose heap a third of it lies idle: what goes
-    on from another run, which is as a rule larger than what begins here."""
+    """Whether dead tensors' memory is handed to the next ones of their size instead of to malloc, in whose heap a third
+    of it lies idle: in what goes on from another run, which is as a rule larger than what begins here."""
     return config.start is not None
 
 

@@ -263,9 +263,7 @@ def _arguments(x: Tensor, operands: tuple[Operand, ...], groups: _Groups | None)
     return (x, tokens, *both, weights[-1], gates), (ends, len(ends), *weights[-1].shape[-2:])
 
 
-def _forward(
-    x: Tensor, operands: tuple[Operand, ...], groups: _Groups | None = None, base: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def _forward(x: Tensor, operands: tuple[Operand, ...], groups: _Groups | None = None, base: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """A dense feed-forward of x (N, D) by gate, up and down, plus `base`, or the experts' of groups by gate_up and down.
 
     -> (h (S, 2F) before the activation, out (S, D))."""

@@ -8,6 +8,7 @@ from torch import Tensor
 from sparing.kernels import native
 from sparing.kernels.native import new_like
 
+
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x (..., D), weight (D,) float32 -> (..., D) in x's type. Plain autograd."""
     x_float = x.float()
@@ -60,8 +61,10 @@ def norm_gradient_into(
 
 
 def norm_rows(x: Tensor, weight: Tensor, eps: float, inverse: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Compiled: rows x (N, D) of any stride -> (normed, contiguous; 1 / rms of each (N,) float32, `inverse` where given). Sub-layers keep x alone
-    and norm it again in the backward pass: the rows would be a fifth of what is kept, and to write and read them takes as long (LAB.md)."""
+    """Compiled: rows x (N, D) of any stride -> (normed, contiguous; 1 / rms of each (N,) float32, `inverse` where given).
+
+    Sub-layers keep x alone and norm it again in the backward pass: the rows would be a fifth of what is kept, and to write
+    and read them takes as long (LAB.md)."""
     rows = new_like(x)
     return rows, norm_into(x, weight, eps, rows, inverse)
 

@@ -91,10 +91,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _own_head(
-    x_ND: Tensor, weight_WD: Tensor | Frozen, targets_N: Tensor, weights_N: Tensor | None, scale: float, learns: bool, grad_weight: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """-> (cross-entropy of each row times its weight (N,) float32, gradient of `scale` times their sum (N, D); None unless `learns`), by our own
-    products; grad_weight (W, D) float32 is filled. Where there is none, rows that are not scored, as those of questions, are left out."""
+    x_ND: Tensor, weight_WD: Tensor | Frozen, targets_N: Tensor, weights_N: Tensor | None, scale: float, learns: bool,
+    grad_weight: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """-> (cross-entropy of each row times its weight (N,) float32, gradient of `scale` times their sum (N, D), None unless
+    `learns`), by our own products; grad_weight (W, D) float32 is filled. Where there is none, rows that are not scored, as
+    those of questions, are left out."""
     places, rows = None, (x_ND, targets_N, weights_N)
     if grad_weight is None and not bool((scored := targets_N != IGNORE).all()):
         places = scored.nonzero().squeeze(1)

@@ -55,8 +55,8 @@ class Block(nn.Module):
 
 
 class _Again(torch.autograd.Function):
-    """A block that keeps its input alone, and makes the rest again in the backward pass. `torch.utils.checkpoint` does the same, and imports
-    torch's compiler for it, which takes about as much memory as what a small model does not keep."""
+    """A block that keeps its input alone, and makes the rest again in the backward pass. `torch.utils.checkpoint` does the
+    same, and imports torch's compiler for it, which takes about as much memory as a small model then saves."""
 
     @staticmethod
     def forward(ctx, block: Block, rest: tuple, x_BTD: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor | None]:

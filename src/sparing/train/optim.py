@@ -7,7 +7,7 @@ no groups. A parameter that requires no gradient when the optimizer is made is i
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from sparing.kernels import native, products
 from sparing.model.transformer import Transformer
 from sparing.precision.compensation import rows_of, slices
 from sparing.train.stored import StoredAdamW, StoredMuon
+from sparing.train.threads import count, divided, shares
 
 FACTORS = 0.05
 """Peak learning rate of low-rank factors as a share of Muon's: 1e-3 at its default, which LoRA is trained with at AdamW's."""
@@ -86,8 +87,15 @@ class Optimizer:
     def grad_norm(self) -> Tensor:
         """Global L2 norm of all gradients of what learns, a float32 scalar tensor."""
         grads = [p.grad for p in self.parameters.values() if p.grad is not None]
+        if not grads:
+            return torch.zeros(())
         if all(grad.dtype == torch.float32 for grad in grads):
-            return nn.utils.get_total_norm(grads)
+            found: dict[int, Tensor] = {}
+            parts = shares(grads)
+            jobs = [partial(torch._foreach_norm, [grads[i] for i in share]) for share in parts]
+            for share, norms in zip(parts, divided(jobs), strict=True):
+                found |= dict(zip(share, norms, strict=True))
+            return torch.linalg.vector_norm(torch.stack([found[i] for i in range(len(grads))]))
         # Row by row: the sums are float32 without a float32 copy of a whole gradient.
         norms = [torch.linalg.vector_norm(part[rows], dtype=torch.float32) for part in map(rows_of, grads) for rows in slices(*part.shape)]
         return torch.linalg.vector_norm(torch.stack(norms))
@@ -96,7 +104,8 @@ class Optimizer:
     def clip(self, norm: float) -> None:
         """Scale all gradients so that their global norm, which is `norm`, is at most `config.clip`; 0: leave them."""
         if 0 < self.config.clip < norm:
-            torch._foreach_mul_([p.grad for p in self.parameters.values() if p.grad is not None], self.config.clip / norm)
+            grads = [p.grad for p in self.parameters.values() if p.grad is not None]
+            divided([partial(torch._foreach_mul_, [grads[i] for i in share], self.config.clip / norm) for share in shares(grads)])
 
     def step(self, lr_scale: float, momentum: float) -> None:
         """One update: lr_scale (0..1) times every group's peak; momentum is Muon's. Gradients are freed."""
@@ -165,8 +174,8 @@ def split(name: str, tensor: Tensor) -> list[Tensor]:
 
 
 class AdamW:
-    """AdamW (arXiv 1711.05101) of float32 parameters: torch's fused update, all of a group in one call, from states as torch.optim has them.
-    torch.optim's own class imports torch's compiler when it is made, which takes 70 to 150 MB of memory and a second."""
+    """AdamW (arXiv 1711.05101) of float32 parameters: torch's fused update, to the bit, from states as torch.optim has them.
+    Its own class imports torch's compiler when it is made, which takes 70 to 150 MB of memory and a second."""
 
     def __init__(self, groups: list[dict], betas: tuple[float, float], eps: float):
         """groups: "params" (list), "lr" before each step, "weight_decay"."""
@@ -174,24 +183,26 @@ class AdamW:
         self.state: dict[Tensor, dict[str, Tensor]] = {}
         """exp_avg, exp_avg_sq and step (a float32 scalar) of each parameter that had a gradient."""
 
-    @torch.no_grad()
     def step(self) -> None:
+        jobs = []
         for group in self.param_groups:
             learning = [parameter for parameter in group["params"] if parameter.grad is not None]
             for parameter in learning:
                 if parameter not in self.state:
                     moments = {kind: torch.zeros_like(parameter.detach()) for kind in ("exp_avg", "exp_avg_sq")}
                     self.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
-            if not learning:
-                continue
-            states = [self.state[parameter] for parameter in learning]
-            first, second, steps = ([state[kind] for state in states] for kind in ("exp_avg", "exp_avg_sq", "step"))
-            torch._foreach_add_(steps, 1)
-            beta1, beta2 = self.betas
-            torch._fused_adamw_(
-                learning, [parameter.grad for parameter in learning], first, second, [], steps, lr=group["lr"], beta1=beta1, beta2=beta2,
-                weight_decay=group["weight_decay"], eps=self.eps, amsgrad=False, maximize=False,
-            )  # fmt: skip
+            jobs += [partial(self._update, [learning[i] for i in share], group["lr"], group["weight_decay"]) for share in shares(learning)]
+        divided(jobs)
+
+    def _update(self, parameters: list[nn.Parameter], lr: float, decay: float) -> None:
+        states = [self.state[parameter] for parameter in parameters]
+        first, second, steps = ([state[kind] for state in states] for kind in ("exp_avg", "exp_avg_sq", "step"))
+        torch._foreach_add_(steps, 1)
+        (beta1, beta2), grads = self.betas, [parameter.grad for parameter in parameters]
+        torch._fused_adamw_(
+            parameters, grads, first, second, [], steps, lr=lr, beta1=beta1, beta2=beta2, weight_decay=decay, eps=self.eps, amsgrad=False,
+            maximize=False,
+        )  # fmt: skip
 
 
 class Muon:
@@ -210,7 +221,6 @@ class Muon:
         self._compiled = dtype in native.OWN and all(
             p.device.type == "cpu" and p.shape[-1] % 2 == 0 and p.shape[-2] % 4 == 0 for p in parameters.values()
         )
-        self._pool: ThreadPoolExecutor | None = None
         self.groups: dict[tuple[int, int], list[tuple[str, int]]] = {}
         for name, parameter in parameters.items():
             for part, matrix in enumerate(split(name, parameter)):
@@ -231,21 +241,16 @@ class Muon:
             grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.contiguous()
             views = (split(name, tensor) for tensor in (parameter, grad, self.momentum[name]))
             matrices += [matrix for part in zip(*views, strict=True) for matrix in zip(*(t.unbind(0) for t in part), strict=True)]
-        count = torch.get_num_threads()
-        if self._pool is None and count > 1:
-            self._pool = ThreadPoolExecutor(count, "sparing-muon")
+        threads = count()
 
         def update(share: int) -> None:
-            for weight, grad, average in matrices[share::count]:
+            for weight, grad, average in matrices[share::threads]:
                 rows, columns = weight.shape
                 scale = lr * max(1.0, rows / columns) ** 0.5
                 sizes = (rows, columns, float(momentum), self.steps, float(scale), 1.0 - lr * self.weight_decay)
                 native.call("muon", None, weight, grad, average, *sizes, of=native.OWN[self.dtype])
 
-        if self._pool is None:
-            update(0)
-        else:
-            list(self._pool.map(update, range(count)))
+        divided([partial(update, share) for share in range(threads)])
 
     def _batched_step(self, lr: float, momentum: float) -> None:
         names = list(self.parameters)

@@ -120,8 +120,8 @@ def _add(same: Sequence[nn.Parameter]) -> None:
 
 @contextmanager
 def _summing(models: list[Transformer]) -> Iterator[None]:
-    """Inside, each parameter's gradients are added up as soon as the backward pass of the last of the models has made its own: of the twins'
-    there are then never more than a few at once."""
+    """Inside, each parameter's gradients are added up as soon as the backward pass of the last of the models has made its
+    own: of the twins' there are then never more than a few at once."""
     lock, handles = Lock(), []
 
     def summing(same: tuple[nn.Parameter, ...]) -> None:

@@ -8,8 +8,6 @@ the same is done by kernels/storage.c, and products.c.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import torch
@@ -19,17 +17,7 @@ from sparing.kernels import native, products
 from sparing.kernels.native import new
 from sparing.precision.compensation import Master, rows_of, slices
 from sparing.precision.moments import Average
-
-
-def _divide(jobs: list[Callable[[], None]]) -> None:
-    """Run jobs that touch different rows, compiled ones on as many threads as PyTorch would use inside its operations."""
-    count = torch.get_num_threads() if native.compiled() and native.library("storage") is not None else 1
-    if count == 1:
-        for job in jobs:
-            job()
-        return
-    with ThreadPoolExecutor(count, "sparing-optimizer", native.choose, (native.chosen(),)) as pool:
-        list(pool.map(lambda job: job(), jobs))
+from sparing.train.threads import divided
 
 
 def _kept(parameters: dict[str, Tensor], averages: dict[str, bool], compensation: str, eight_bit: bool) -> dict[str, tuple]:
@@ -68,7 +56,7 @@ class StoredAdamW:
                 if parameter.grad is not None:
                     gradient = rows_of(parameter.grad.contiguous())
                     jobs += [partial(self._update, name, gradient, rows, number, root, decay, size) for rows in slices(*gradient.shape)]
-        _divide(jobs)
+        divided(jobs)
 
     def _update(self, name: str, gradient: Tensor, rows: slice, number: int, root: float, decay: float, size: float) -> None:
         (beta1, beta2), (master, first, second) = self.betas, self.kept[name]
@@ -113,7 +101,7 @@ class StoredMuon:
                 partial(self._update, name, gradient, slice(start, start + height), lr, momentum, number)
                 for start in range(0, len(gradient), height)
             ]
-        _divide(jobs)
+        divided(jobs)
 
     def _update(self, name: str, gradient: Tensor, rows: slice, lr: float, momentum: float, number: int) -> None:
         (master, average), height = self.kept[name], rows.stop - rows.start

@@ -168,7 +168,8 @@ class Trainer:
         parts = self.replicas.gradients(batch, micro, float(weight), 1.0 / self.world.size)
         counts = [router.tokens_per_expert for router in routers(self.model)]
         self.world.sum([parts, *counts, *(p.grad for p in self.optimizer.parameters.values() if p.grad is not None)])
-        values = torch.cat([parts, self.optimizer.grad_norm().reshape(1)]).tolist()
+        with native.path(self.kernels):
+            values = torch.cat([parts, self.optimizer.grad_norm().reshape(1)]).tolist()
         self.moves = self.policy.end() if self.policy.sites else []
         return dict(zip((*self.objective.parts, "grad_norm"), values, strict=True))
 
