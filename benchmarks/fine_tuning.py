@@ -299,10 +299,12 @@ def _adapted(options: argparse.Namespace, kind: str):
     from sparing.base.config import AdapterConfig
     from sparing.base.config_file import read_config
     from sparing.base.run import RunFolder, run_tensors
+    from sparing.kernels import native
     from sparing.model.low_rank import add_low_rank, fill_frozen
     from sparing.model.transformer import Transformer
 
     torch.set_num_threads(1)
+    native.open_pool()  # as a run that goes on from another one does
     run = RunFolder.open(options.run)
     model = Transformer(read_config(run.config_file).model)
     fill_frozen(model, run_tensors(run), None if kind == "float32" else kind, run)
