@@ -35,8 +35,9 @@ MODEL = ModelConfig(
     max_position_embeddings=32,
 )  # fmt: skip
 TRAIN = TrainConfig(
-    seq_len=32, batch_size=4, micro_batch_size=2, dtype="float32", threads=1, compile=False, evals=3, checkpoint_interval_s=0.2
-)
+    seq_len=32, batch_size=4, micro_batch_size=2, dtype="float32", threads=1, compile=False, evals=3, checkpoint_interval_s=0.2,
+    kernels="compiled",  # left open, each process would measure which are fastest, and on a busy machine not find the same
+)  # fmt: skip
 
 
 class Counting:
