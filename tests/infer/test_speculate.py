@@ -111,6 +111,18 @@ def test_without_a_module_there_are_no_drafts(make_run):
         Engine(make_run(mtp_depth=0), speculate=True)
 
 
+@pytest.mark.parametrize("best", [0, 1])
+def test_a_chooser_gives_a_hopeless_option_up_at_once(best):
+    """Half as fast: two steps are enough where two are asked for, a burst otherwise; not so bad: all trials."""
+    for least, slow, most in ((2, 50.0, 2), (BURST, 50.0, BURST), (2, 90.0, BURST * ROUNDS)):
+        chooser, spent = SpeedTuner([best, 1 - best], least=least), {0: 0, 1: 0}
+        for _ in range(2 * BURST * ROUNDS):
+            option = chooser.pick()
+            spent[option] += 1
+            chooser.report(option, 1.0, 1 / (100.0 if option == best else slow))
+        assert chooser.best == best and spent[1 - best] == most
+
+
 def test_a_chooser_finds_the_best_and_notices_a_change():
     rates, chooser, spent = {0: 100.0, 1: 130.0, 2: 90.0}, SpeedTuner([0, 1, 2]), {0: 0, 1: 0, 2: 0}
 

@@ -125,7 +125,7 @@ class Engine:
         self._draft_tuners, self._draft_length = defaultdict(lambda: SpeedTuner(draft_lengths)), 0
         self.threads: int = self._network.threads
         thread_counts = sorted({self.threads, max(1, self.threads // 2), 1}, reverse=True)
-        self._thread_tuners = defaultdict(lambda: SpeedTuner(thread_counts))  # both by the bits of a step's size
+        self._thread_tuners = defaultdict(lambda: SpeedTuner(thread_counts, least=2))  # both by the bits of a step's size
         self._ends = set(self.tokenizer.eos_ids)
         native.trim_heap()  # what reading the tokenizer took is more than a step will
         self._counts: Counter[str] = Counter()

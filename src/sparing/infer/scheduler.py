@@ -24,6 +24,8 @@ MIN_INTERVAL, MAX_INTERVAL = 1024, 16384
 """Steps between rounds of trials; the interval doubles while the best option stays the same."""
 MIN_GAIN = 1.03
 """A new best option must be this much faster over all trials, and faster in all but one: trials are short and noisy."""
+HOPELESS = 0.8
+"""An option that is slower than this share of the best one's speed is not tried to the end."""
 
 
 def block_key(key: bytes, tokens: Sequence[int]) -> bytes:
@@ -249,16 +251,18 @@ class SpeedTuner:
 
     options: in order; later trials compare the best one with a neighbour. At first all are tried. For draft lengths this is the
     test-and-set control of Cascade (arXiv 2506.20675) with tokens per second as the utility, which covers acceptance and verification.
+    least: steps after which an option may be hopeless; few where the work of a step is known before.
     """
 
-    def __init__(self, options: Iterable[int]):
-        self.options = list(options)
+    def __init__(self, options: Iterable[int], least: int = BURST):
+        self.options, self.least = list(options), least
         self.best = self.options[0]
         self._steps, self._interval, self._side = 0, MIN_INTERVAL, 1
         self._try(self.options)
 
     def _try(self, options: Sequence[int]) -> None:
         self._totals = {o: [(0.0, 0.0)] * ROUNDS for o in options}  # work and seconds of each round
+        self._tried = dict.fromkeys(options, 0)  # steps
         self._trials = [(o, n) for n in range(ROUNDS) for o in options for _ in range(BURST)] if len(options) > 1 else []
 
     def pick(self) -> int:
@@ -275,6 +279,12 @@ class SpeedTuner:
             self._trials.pop(0)
             before_work, before_seconds = self._totals[option][n]
             self._totals[option][n] = (before_work + work, before_seconds + seconds)
+            self._tried[option] += 1
+            if option != self.best and self._tried[option] >= self.least and self._mean(option) < HOPELESS * self._mean(self.best):
+                self._trials = [trial for trial in self._trials if option != trial[0]]
+                del self._totals[option]
+                if len(self._totals) == 1:
+                    self._trials = []
             if not self._trials:
                 self._decide()
         elif self._steps >= self._interval and len(self.options) > 1:
@@ -283,12 +293,16 @@ class SpeedTuner:
             near = at + self._side if 0 <= at + self._side < len(self.options) else at - self._side
             self._try([self.best, self.options[near]])
 
+    def _mean(self, option: int) -> float:
+        """Its speed over all steps of these trials."""
+        return sum(work for work, _ in self._totals[option]) / sum(seconds for _, seconds in self._totals[option])
+
     def _decide(self) -> None:
-        speeds = {o: [work / seconds for work, seconds in rounds] for o, rounds in self._totals.items()}
-        mean = {o: sum(work for work, _ in rounds) / sum(seconds for _, seconds in rounds) for o, rounds in self._totals.items()}
-        fastest = max(mean, key=mean.__getitem__)
-        wins = sum(a > b for a, b in zip(speeds[fastest], speeds[self.best], strict=True))
-        stays = wins < ROUNDS - 1 or mean[fastest] < MIN_GAIN * mean[self.best]
+        fastest = max(self._totals, key=self._mean)
+        pairs = zip(self._totals[fastest], self._totals[self.best], strict=True)
+        # Where all others were hopeless, the best one is the fastest, and has rounds without a step.
+        stays = fastest == self.best or self._mean(fastest) < MIN_GAIN * self._mean(self.best)
+        stays = stays or sum(work / seconds > other / took for (work, seconds), (other, took) in pairs) < ROUNDS - 1
         self._interval = min(2 * self._interval, MAX_INTERVAL) if stays else MIN_INTERVAL
         self.best = self.best if stays else fastest
         self._steps = 0
