@@ -144,7 +144,7 @@ def planned_run(config: Config, corpus: Corpus, place: Place, budget_s: float | 
         config = replace(
             config, train=replace(config.train, replicas=min(config.train.threads or place.machine.cores_physical, config.train.batch_size))
         )
-    compiled = any(shutil.which(name) for name in ("cc", "gcc", "clang"))
+    compiled = place.name is not None or any(shutil.which(name) for name in ("cc", "gcc", "clang"))  # other machines: taken to have one
     bf16 = place.machine.fast("bfloat16") and (place.name is not None or "avx512_bf16" in hardware.cpu_flags())
     own = config.train.dtype == "float32" or bf16
     path = path_of(config, compiled, own)
