@@ -3,13 +3,24 @@
  * The inner dimension is cut into blocks (a multiple of 4 long, at most 32768: the sums fit). In each block every row of A and every column
  * of B has its own scale, amax / 127; blocks add up in float32. A's numbers are stored with 128 added, which the start of each column's sum
  * takes off again. B lies in panels of 32 columns, four rows to a word; A in rows of words, or in panels of 8 where it is transposed.
+ * For the matrix unit (AMX-INT8, tdpbusd), which gives the same integers, A lies tile by tile, and B's panels are filled up with zeros to
+ * whole tiles; what A has there is of no account.
  * A block with an infinity or NaN makes its row or column NaN, one too small to scale counts as zeros; both are counted.
  * precision/eight_bit.py is the plain form.
  */
 #include "numbers.inc"
+#include <time.h>
 
 #if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
 #include "vectors.inc"
+#include "tiles.inc"
+
+enum { LONGEST = 32768, TILE_ROWS = 16, TILE_BYTES = 64, TILE_SIZE = TILE_ROWS * TILE_BYTES };
+
+static int tiles_on; /* whether callers that ask for the matrix unit get it */
+
+/* Switch it on or off; -> whether it is on. The processor must have it (amx_int8). */
+int64_t use_tiles(int64_t on) { return tiles_on = on && tiles_allowed(); }
 
 typedef struct { int64_t overflow, dead; } Faults;
 
@@ -96,20 +107,30 @@ typedef struct {
     uint8_t *words;
     float *scale;  /* A: (M, blocks); B: (blocks, N up to 32) */
     int32_t *start; /* B: (blocks, N up to 32): what the sums start at */
+    int64_t length; /* bytes of a row of A or of a column of B: K, filled up */
+    int tiles;      /* for the matrix unit */
 } Side;
 
-static Side side(int slot, int64_t K, int64_t N, int64_t block) {
-    int64_t blocks = (K + block - 1) / block, wide = up(N, NR), words = wide * up(K, 4);
+static Side side(int slot, int64_t K, int64_t N, int64_t block, int tiles) {
+    int64_t blocks = (K + block - 1) / block, wide = up(N, NR), length = up(K, tiles ? TILE_BYTES : 4), words = wide * length;
     uint8_t *at = scratch(slot, up(words, 64) + blocks * wide * 8);
-    return (Side){at, (float *)(at + up(words, 64)), (int32_t *)(at + up(words, 64) + blocks * wide * 4)};
+    return (Side){at, (float *)(at + up(words, 64)), (int32_t *)(at + up(words, 64) + blocks * wide * 4), length, tiles};
+}
+
+/* Zeros behind the K rows of B. */
+static inline void fill_up(Side right, int64_t K, int64_t N) {
+    int64_t there = up(K, 4);
+    if (there < right.length)
+        for (int64_t n = 0; n < N; n += NR) memset(right.words + n * right.length + there * NR, 0, (right.length - there) * NR);
 }
 
 enum { NEAR = 16384 }; /* bytes that are still in the first cache when they are read again */
 
 /* Rows of n numbers -> bytes, exclusive or `flip` (128: adds 128), past the end zeros up to the end of the word; row m's scale goes to
- * scale[m * step]. */
+ * scale[m * step]. A row's first 64 bytes lie `wide` after those of the row before, the next 64 `far` after them. Where the scale is no
+ * number, bytes have no meaning. */
 static inline void quantise_rows(const char *x, int f32, int64_t stride, int64_t rows, int64_t n, int flip, float *scale, int64_t step,
-                                 uint8_t *out, int64_t wide, Faults *faults) {
+                                 uint8_t *out, int64_t wide, int64_t far, Faults *faults) {
     int64_t size = f32 ? 4 : 2, some = NEAR / (n * size);
     some = some < 1 ? 1 : some > 16 ? 16 : some;
     for (int64_t m = 0; m < rows; m += some) {
@@ -119,30 +140,28 @@ static inline void quantise_rows(const char *x, int f32, int64_t stride, int64_t
         for (int64_t i = 0; i < some && m + i < rows; i++) {
             const char *from = x + (m + i) * stride * size;
             uint8_t *to = out + (m + i) * wide;
-            if (inverse[i] == 0.0f) {
-                memset(to, flip, up(n, 4));
-                continue;
-            }
             __m512 factor = _mm512_set1_ps(inverse[i]);
-            for (int64_t j = 0; j < n; j += 64) {
+            for (int64_t j = 0; j < n; j += 64, to += far) {
                 __m512i bytes = _mm512_xor_si512(bytes64(from + j * size, f32, n - j, factor), _mm512_set1_epi8((char)flip));
                 int64_t stay = up(n, 4) - j;
                 if (stay >= 64)
-                    _mm512_storeu_si512(to + j, bytes);
+                    _mm512_storeu_si512(to, bytes);
                 else
-                    _mm512_mask_storeu_epi8(to + j, ((__mmask64)1 << stay) - 1, bytes);
+                    _mm512_mask_storeu_epi8(to, ((__mmask64)1 << stay) - 1, bytes);
             }
         }
     }
 }
 
-/* A (M, K) as it lies -> rows of words with 128 added. */
+/* A (M, K) as it lies -> rows of words with 128 added, or tiles of such rows. */
 static void rows8(const bf16 *a, int64_t stride, int64_t M, int64_t K, int64_t block, Side out, Faults *faults) {
-    int64_t blocks = (K + block - 1) / block;
-    for (int64_t b = 0; b < blocks; b++) {
-        int64_t k = b * block, n = K - k < block ? K - k : block;
-        quantise_rows((const char *)(a + k), 0, stride, M, n, 128, out.scale + b, blocks, out.words + k, up(K, 4), faults);
-    }
+    int64_t blocks = (K + block - 1) / block, row = out.tiles ? TILE_BYTES : out.length, far = out.tiles ? TILE_SIZE : 64;
+    for (int64_t m = 0; m < M; m += TILE_ROWS)
+        for (int64_t b = 0; b < blocks; b++) {
+            int64_t k = b * block, n = K - k < block ? K - k : block, rows = M - m < TILE_ROWS ? M - m : TILE_ROWS;
+            uint8_t *to = out.words + m * out.length + (out.tiles ? k * TILE_ROWS : k);
+            quantise_rows((const char *)(a + m * stride + k), 0, stride, rows, n, 128, out.scale + m * blocks + b, blocks, to, row, far, faults);
+        }
 }
 
 static inline __m512i minus_128_times(__m512i sums) { return _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(sums, 7)); }
@@ -150,7 +169,7 @@ static inline __m512i minus_128_times(__m512i sums) { return _mm512_sub_epi32(_m
 /* B (N, K) -> panels of its transpose. */
 static inline __attribute__((always_inline)) void columns8(const char *b, int f32, int64_t stride, int64_t K, int64_t N, int64_t block,
                                                            Side out, Faults *faults) {
-    int64_t blocks = (K + block - 1) / block, words = up(K, 4) / 4, wide = up(N, NR), size = f32 ? 4 : 2;
+    int64_t words = out.length / 4, blocks = (K + block - 1) / block, wide = up(N, NR), size = f32 ? 4 : 2;
     int64_t apart = up(block, 64) + 64; /* not a power of two: 16 rows would share their places in the cache */
     uint8_t *rows = scratch(13, 16 * apart);
     for (int64_t n = 0; n < wide; n += 16)
@@ -159,7 +178,7 @@ static inline __attribute__((always_inline)) void columns8(const char *b, int f3
             float *scale = out.scale + at * wide + n;
             __m512i sums = _mm512_setzero_si512();
             for (int64_t i = there; i < 16; i++) scale[i] = 0.0f;
-            quantise_rows(b + (n * stride + k) * size, f32, stride, there, length, 0, scale, 1, rows, apart, faults);
+            quantise_rows(b + (n * stride + k) * size, f32, stride, there, length, 0, scale, 1, rows, apart, 64, faults);
             for (int64_t j = 0; j < length; j += 64) {
                 __m512i r[16];
                 for (int i = 0; i < 16; i++) r[i] = i < there ? _mm512_load_si512(rows + i * apart + j) : _mm512_setzero_si512();
@@ -173,14 +192,27 @@ static inline __attribute__((always_inline)) void columns8(const char *b, int f3
             }
             _mm512_storeu_si512(out.start + at * wide + n, minus_128_times(sums));
         }
+    fill_up(out, K, N);
 }
 
 enum { ACROSS = 64 }; /* columns that are turned at a time: two cache lines of bfloat16 */
 
-/* source (K, N), scales of columns -> panels of B (width 32), or of a transposed A (width 8; 128 added, and scales (N, blocks)). */
+/* Words (16, ACROSS) -> one word of each of 16 rows after the other, for each 16 of `columns`, `apart` bytes from one 16 to the next. */
+static inline void turn_words(const int32_t *words, int64_t columns, uint8_t *out, int64_t apart) {
+    for (int64_t n = 0; n < ACROSS && n < columns; n += 16, out += apart) {
+        __m512i r[16];
+        for (int i = 0; i < 16; i++) r[i] = _mm512_load_si512(words + i * ACROSS + n);
+        transpose16(r);
+        for (int i = 0; i < 16; i++) _mm512_storeu_si512(out + i * 64, r[i]);
+    }
+}
+
+/* source (K, N), scales of columns -> panels of B (width 32), or of a transposed A (128 added, and scales (N, blocks)): in panels (width 8) or
+ * tiles (width 16). */
 static inline __attribute__((always_inline)) void turned8(const char *source, int f32, int64_t stride, int64_t K, int64_t N, int64_t block,
                                                           int64_t width, Side out, Faults *faults) {
-    int64_t blocks = (K + block - 1) / block, words = up(K, 4) / 4, wide = up(N, NR), size = f32 ? 4 : 2;
+    int64_t words = out.length / 4, blocks = (K + block - 1) / block, wide = up(N, NR), size = f32 ? 4 : 2;
+    int32_t turned[TILE_ROWS * ACROSS] __attribute__((aligned(64)));
     const __m512i flip = _mm512_set1_epi8(width == NR ? 0 : (char)0x80), upper = _mm512_set1_epi32((int)0xffff0000);
     const __m512i turn = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
     const __m512i mixed = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
@@ -213,7 +245,7 @@ static inline __attribute__((always_inline)) void turned8(const char *source, in
                 scale_of(column < N ? amax[i] : 0.0f, scale + i, inverse + i, faults);
                 if (width == NR && column < wide)
                     out.scale[at * wide + column] = scale[i];
-                else if (width == MR && column < N)
+                else if (width != NR && column < N)
                     out.scale[column * blocks + at] = scale[i];
             }
             for (int h = 0; h < 4; h++) {
@@ -221,7 +253,7 @@ static inline __attribute__((always_inline)) void turned8(const char *source, in
                 /* numbers whose scale is no number are left out: infinity times 0 would not be 0 */
                 use[h] = _mm512_cmp_ps_mask(factor[h], _mm512_setzero_ps(), _CMP_NEQ_OQ);
             }
-            for (int64_t r = 0; r < length; r += 4)
+            for (int64_t r = 0; r < length; r += 4) {
                 for (int g = 0; g < 2; g++) {
                     __m512 v[4][2];
                     __m512i word[2];
@@ -245,22 +277,45 @@ static inline __attribute__((always_inline)) void turned8(const char *source, in
                             _mm512_storeu_si512(out.words + ((place / NR * words + p) * NR + 16 * h) * 4, word[h]);
                             sums[2 * g + h] = _mm512_dpbusd_epi32(sums[2 * g + h], _mm512_set1_epi8(1), word[h]);
                         }
-                    } else
+                    } else if (width == MR)
                         for (int h = 0; h < 4; h++) {
                             __m256i part = h % 2 ? _mm512_extracti64x4_epi64(word[h / 2], 1) : _mm512_castsi512_si256(word[h / 2]);
                             uint8_t *to = out.words + ((place / MR + h) * words + p) * MR * 4;
                             if (place + MR * h < N) _mm256_storeu_si256((__m256i *)to, part);
                         }
+                    else
+                        for (int h = 0; h < 2; h++) _mm512_store_si512(turned + p % 16 * ACROSS + 32 * g + 16 * h, word[h]);
                 }
+                if (width == TILE_ROWS && (r + 4 >= length || (k + r) % TILE_BYTES == TILE_BYTES - 4))
+                    turn_words(turned, N - n, out.words + n * out.length + (k + r) / TILE_BYTES * TILE_SIZE, TILE_ROWS * out.length);
+            }
             if (width == NR)
                 for (int h = 0; h < 4 && n + 16 * h < wide; h++)
                     _mm512_storeu_si512(out.start + at * wide + n + 16 * h, minus_128_times(sums[h]));
         }
+    if (width == NR) fill_up(out, K, N);
 }
 
 typedef struct {
     int64_t words, block, blocks, wide; /* words of the inner dimension, words of a block, blocks, columns of B's tables */
 } Inner;
+
+/* 16 sums of a block times their scale, to those of the blocks before in `part`; after the last block to where they belong, `to` (+ base). */
+static inline __attribute__((always_inline)) void put_sums(__m512i sums, __m512 scale, int first_block, int last_block, float *part,
+                                                           __mmask16 mask, void *to, int kind, const bf16 *base) {
+    __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(sums), scale);
+    __asm__("" : "+v"(value)); /* rounded: adding it must not be fused in one path and not in the other */
+    if (!first_block) value = _mm512_add_ps(value, _mm512_load_ps(part));
+    if (!last_block) {
+        _mm512_store_ps(part, value);
+        return;
+    }
+    if (base) value = _mm512_add_ps(value, (__m512)_mm512_slli_epi32(widen(base, mask), 16));
+    if (kind == TO_BF16)
+        _mm256_mask_storeu_epi16(to, mask, narrow(value));
+    else
+        _mm512_mask_storeu_ps(to, mask, value);
+}
 
 /* One tile: rows (<= 8) x 32 columns. Word (i, p) of A lies at a[i * a_row + p * a_word]; scale (i, block) at a_scale[i * blocks + block]. */
 static inline __attribute__((always_inline)) void tile8(int rows, int halves, Inner inner, const int32_t *a, int64_t a_row, int64_t a_word,
@@ -292,26 +347,83 @@ static inline __attribute__((always_inline)) void tile8(int rows, int halves, In
 #pragma GCC unroll 2
             for (int h = 0; h < halves; h++) {
                 __m512 scale = _mm512_mul_ps(_mm512_set1_ps(a_scale[i * inner.blocks + block]), _mm512_loadu_ps(b_scale + block * inner.wide + 16 * h));
-                __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(sum[i][h]), scale);
-                float *part = partial + i * NR + 16 * h; /* in memory: registers hold the integer sums */
-                if (block) value = _mm512_add_ps(value, _mm512_load_ps(part));
-                if (block + 1 < inner.blocks) {
-                    _mm512_store_ps(part, value);
-                    continue;
-                }
-                __mmask16 mask = first(columns - 16 * h);
-                if (base) value = _mm512_add_ps(value, (__m512)_mm512_slli_epi32(widen(base + i * base_stride + 16 * h, mask), 16));
-                if (kind == TO_BF16)
-                    _mm256_mask_storeu_epi16((bf16 *)c + i * stride + 16 * h, mask, narrow(value));
-                else
-                    _mm512_mask_storeu_ps((float *)c + i * stride + 16 * h, mask, value);
+                void *to = kind == TO_BF16 ? (void *)((bf16 *)c + i * stride + 16 * h) : (float *)c + i * stride + 16 * h;
+                /* partial sums in memory: registers hold the integer sums */
+                put_sums(sum[i][h], scale, block == 0, block + 1 == inner.blocks, partial + i * NR + 16 * h, first(columns - 16 * h), to, kind,
+                         base ? base + i * base_stride + 16 * h : 0);
             }
     }
 }
 
+#ifdef TILES
+/* Sums of 16 or 32 rows and 16 or 32 columns over so many tiles -> (32, 32); from A's rows to the next 16 it is `apart` bytes. */
+TILES static inline __attribute__((always_inline)) void block8(int two_rows, int two_columns, int64_t tiles, const uint8_t *a, int64_t apart,
+                                                               const uint8_t *b, int32_t *sums) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t p = 0; p < tiles; p++, a += TILE_SIZE, b += 2 * TILE_SIZE) {
+        _tile_loadd(6, b, NR * 4);
+        _tile_loadd(4, a, TILE_BYTES);
+        _tile_dpbusd(0, 4, 6);
+        if (two_columns) _tile_loadd(7, b + 64, NR * 4);
+        if (two_columns) _tile_dpbusd(1, 4, 7);
+        if (two_rows) _tile_loadd(5, a + apart, TILE_BYTES);
+        if (two_rows) _tile_dpbusd(2, 5, 6);
+        if (two_rows && two_columns) _tile_dpbusd(3, 5, 7);
+    }
+    _tile_stored(0, sums, NR * 4);
+    if (two_columns) _tile_stored(1, sums + 16, NR * 4);
+    if (two_rows) _tile_stored(2, sums + 16 * NR, NR * 4);
+    if (two_rows && two_columns) _tile_stored(3, sums + 16 * NR + 16, NR * 4);
+}
+
+TILES static void multiply8_tiles(int64_t M, int64_t N, int64_t K, int64_t length, Side left, Side right, void *c, int64_t stride, int kind,
+                                  const bf16 *base, int64_t base_stride) {
+    int32_t sums[32 * NR] __attribute__((aligned(64)));
+    float partial[32 * NR] __attribute__((aligned(64)));
+    int64_t size = kind == TO_BF16 ? 2 : 4, blocks = (K + length - 1) / length, wide = up(N, NR);
+    configure();
+    for (int64_t m = 0; m < M; m += 32)
+        for (int64_t n = 0; n < N; n += NR)
+            for (int64_t at = 0; at < blocks; at++) {
+                int64_t rows = M - m < 32 ? M - m : 32, columns = N - n < NR ? N - n : NR, k = at * length;
+                int64_t tiles = (up(K - k < length ? K - k : length, TILE_BYTES)) / TILE_BYTES;
+                const uint8_t *a = left.words + m * left.length + k * TILE_ROWS, *b = right.words + n * right.length + k * NR;
+                if (rows > 16 && columns > 16)
+                    block8(1, 1, tiles, a, TILE_ROWS * left.length, b, sums);
+                else if (rows > 16)
+                    block8(1, 0, tiles, a, TILE_ROWS * left.length, b, sums);
+                else if (columns > 16)
+                    block8(0, 1, tiles, a, TILE_ROWS * left.length, b, sums);
+                else
+                    block8(0, 0, tiles, a, TILE_ROWS * left.length, b, sums);
+                for (int64_t h = 0; h < columns; h += 16) {
+                    __mmask16 mask = first(columns - h);
+                    __m512 scale = _mm512_loadu_ps(right.scale + at * wide + n + h);
+                    __m512i start = _mm512_loadu_si512(right.start + at * wide + n + h);
+                    for (int64_t i = 0; i < rows; i++)
+                        put_sums(_mm512_add_epi32(start, _mm512_load_si512(sums + i * NR + h)),
+                                 _mm512_mul_ps(_mm512_set1_ps(left.scale[(m + i) * blocks + at]), scale), at == 0, at + 1 == blocks,
+                                 partial + i * NR + h, mask, (char *)c + ((m + i) * stride + n + h) * size, kind,
+                                 base ? base + (m + i) * base_stride + n + h : 0);
+                }
+            }
+    release_tiles(); /* libraries between two products set the tiles up in their own way */
+}
+#endif
+
+/* A's word (i, p) without tiles: at m / 8 * a_block + m % 8 * a_row + p * a_word. */
 static void multiply8(int64_t M, int64_t N, int64_t K, int64_t length, Side left, int64_t a_row, int64_t a_word, int64_t a_block, Side right,
                       void *c, int64_t stride, int kind, const bf16 *base, int64_t base_stride) {
-    Inner inner = {up(K, 4) / 4, length / 4, (K + length - 1) / length, up(N, NR)};
+#ifdef TILES
+    if (left.tiles) {
+        multiply8_tiles(M, N, K, length, left, right, c, stride, kind, base, base_stride);
+        return;
+    }
+#endif
+    Inner inner = {right.length / 4, length / 4, (K + length - 1) / length, up(N, NR)};
     float partial[MR * NR] __attribute__((aligned(64))) = {0};
     int64_t size = kind == TO_BF16 ? 2 : 4;
     for (int64_t n = 0; n < N; n += NR)
@@ -328,64 +440,97 @@ static void multiply8(int64_t M, int64_t N, int64_t K, int64_t length, Side left
         }
 }
 
-/* c (M, N) = a (M, K) b (N, K)^T (+ base); faults (2,) is added to. Inner blocks of `block`. */
+/* Whether the matrix unit serves these blocks: they must be of whole tiles, but for the last. */
+static inline int whole(int64_t K, int64_t block, int64_t tiles) { return tiles && tiles_on && (K <= block || block % TILE_BYTES == 0); }
+
+/* c (M, N) = a (M, K) b (N, K)^T (+ base); faults (2,) is added to. Inner blocks of `block`. tiles: by the matrix unit where it serves. */
 void int8_nt(const bf16 *a, int64_t s_a, const void *b, int64_t f32, int64_t s_b, void *c, int64_t s_c, int64_t kind, const bf16 *base,
-             int64_t s_base, int64_t M, int64_t N, int64_t K, int64_t block, Faults *faults) {
-    Side left = side(11, K, M, block), right = side(12, K, N, block);
+             int64_t s_base, int64_t M, int64_t N, int64_t K, int64_t block, int64_t tiles, Faults *faults) {
+    Side left = side(11, K, M, block, whole(K, block, tiles)), right = side(12, K, N, block, left.tiles);
     rows8(a, s_a, M, K, block, left, faults);
     if (f32)
         columns8(b, 1, s_b, K, N, block, right, faults);
     else
         columns8(b, 0, s_b, K, N, block, right, faults);
-    multiply8(M, N, K, block, left, up(K, 4) / 4, 1, MR * up(K, 4) / 4, right, c, s_c, kind, base, s_base);
+    multiply8(M, N, K, block, left, left.length / 4, 1, MR * left.length / 4, right, c, s_c, kind, base, s_base);
 }
 
 /* c (M, N) = a (M, K) b (K, N) (+ base). */
 void int8_nn(const bf16 *a, int64_t s_a, const void *b, int64_t f32, int64_t s_b, void *c, int64_t s_c, int64_t kind, const bf16 *base,
-             int64_t s_base, int64_t M, int64_t N, int64_t K, int64_t block, Faults *faults) {
-    Side left = side(11, K, M, block), right = side(12, K, N, block);
+             int64_t s_base, int64_t M, int64_t N, int64_t K, int64_t block, int64_t tiles, Faults *faults) {
+    Side left = side(11, K, M, block, whole(K, block, tiles)), right = side(12, K, N, block, left.tiles);
     rows8(a, s_a, M, K, block, left, faults);
     if (f32)
         turned8(b, 1, s_b, K, N, block, NR, right, faults);
     else
         turned8(b, 0, s_b, K, N, block, NR, right, faults);
-    multiply8(M, N, K, block, left, up(K, 4) / 4, 1, MR * up(K, 4) / 4, right, c, s_c, kind, base, s_base);
+    multiply8(M, N, K, block, left, left.length / 4, 1, MR * left.length / 4, right, c, s_c, kind, base, s_base);
 }
 
 /* c (M, N) = a (K, M)^T b (K, N). */
 void int8_tn(const bf16 *a, int64_t s_a, const bf16 *b, int64_t s_b, void *c, int64_t s_c, int64_t kind, int64_t M, int64_t N, int64_t K,
-             int64_t block, Faults *faults) {
-    Side left = side(11, K, M, block), right = side(12, K, N, block);
-    turned8((const char *)a, 0, s_a, K, M, block, MR, left, faults);
+             int64_t block, int64_t tiles, Faults *faults) {
+    Side left = side(11, K, M, block, whole(K, block, tiles)), right = side(12, K, N, block, left.tiles);
+    if (left.tiles)
+        turned8((const char *)a, 0, s_a, K, M, block, TILE_ROWS, left, faults);
+    else
+        turned8((const char *)a, 0, s_a, K, M, block, MR, left, faults);
     turned8((const char *)b, 0, s_b, K, N, block, NR, right, faults);
-    multiply8(M, N, K, block, left, 1, MR, up(K, 4) / 4 * MR, right, c, s_c, kind, 0, 0);
+    multiply8(M, N, K, block, left, 1, MR, left.length / 4 * MR, right, c, s_c, kind, 0, 0);
 }
 
 /* Group e is rows ends[e - 1] to ends[e]. c (S, N) = a (S, K) b[e] (N, K)^T. */
 void int8_grouped_nt(const bf16 *a, const void *b, int64_t f32, bf16 *c, const int64_t *ends, int64_t E, int64_t N, int64_t K, int64_t block,
-                     Faults *faults) {
+                     int64_t tiles, Faults *faults) {
     for (int64_t e = 0, row = 0; e < E; row = ends[e++])
         if (ends[e] > row)
-            int8_nt(a + row * K, K, (const char *)b + e * N * K * (f32 ? 4 : 2), f32, K, c + row * N, N, TO_BF16, 0, 0, ends[e] - row, N, K, block, faults);
+            int8_nt(a + row * K, K, (const char *)b + e * N * K * (f32 ? 4 : 2), f32, K, c + row * N, N, TO_BF16, 0, 0, ends[e] - row, N, K, block, tiles, faults);
 }
 
 /* c (S, N) = a (S, K) b[e] (K, N). */
 void int8_grouped_nn(const bf16 *a, const void *b, int64_t f32, bf16 *c, const int64_t *ends, int64_t E, int64_t N, int64_t K, int64_t block,
-                     Faults *faults) {
+                     int64_t tiles, Faults *faults) {
     for (int64_t e = 0, row = 0; e < E; row = ends[e++])
         if (ends[e] > row)
-            int8_nn(a + row * K, K, (const char *)b + e * N * K * (f32 ? 4 : 2), f32, N, c + row * N, N, TO_BF16, 0, 0, ends[e] - row, N, K, block, faults);
+            int8_nn(a + row * K, K, (const char *)b + e * N * K * (f32 ? 4 : 2), f32, N, c + row * N, N, TO_BF16, 0, 0, ends[e] - row, N, K, block, tiles, faults);
 }
 
 /* c[e] (M, N) = a[group] (., M)^T b[group] (., N). */
 void int8_grouped_tn(const bf16 *a, const bf16 *b, char *c, int64_t kind, const int64_t *ends, int64_t E, int64_t M, int64_t N, int64_t block,
-                     Faults *faults) {
+                     int64_t tiles, Faults *faults) {
     int64_t size = M * N * (kind == TO_BF16 ? 2 : 4);
     for (int64_t e = 0, row = 0; e < E; row = ends[e++])
         if (ends[e] > row)
-            int8_tn(a + row * M, M, b + row * N, N, c + e * size, N, kind, M, N, ends[e] - row, block, faults);
+            int8_tn(a + row * M, M, b + row * N, N, c + e * size, N, kind, M, N, ends[e] - row, block, tiles, faults);
         else
             memset(c + e * size, 0, size);
+}
+
+/* Seconds of the three products of a linear for so many rows, outputs and inputs by the matrix unit if `on`, the best of a few. */
+static double probe(int64_t rows, int64_t outputs, int64_t inputs, int on) {
+    bf16 *x = calloc(rows * inputs, 2), *grad = calloc(rows * outputs, 2);
+    float *weight = calloc(outputs * inputs, 4);
+    void *out = calloc(rows * (outputs + inputs) + outputs * inputs, 4);
+    double best = 1.0;
+    Faults faults = {0};
+    for (int i = 0; i < 6; i++) {
+        struct timespec from, to;
+        clock_gettime(CLOCK_MONOTONIC, &from);
+        int8_nt(x, inputs, weight, 1, inputs, out, outputs, TO_BF16, 0, 0, rows, outputs, inputs, LONGEST, on, &faults);
+        int8_nn(grad, outputs, weight, 1, inputs, out, inputs, TO_BF16, 0, 0, rows, inputs, outputs, LONGEST, on, &faults);
+        int8_tn(grad, outputs, x, inputs, out, inputs, TO_F32, outputs, inputs, rows, LONGEST, on, &faults);
+        clock_gettime(CLOCK_MONOTONIC, &to);
+        double took = (double)(to.tv_sec - from.tv_sec) + 1e-9 * (double)(to.tv_nsec - from.tv_nsec);
+        best = took < best ? took : best;
+    }
+    free(x), free(grad), free(weight), free(out);
+    return best;
+}
+
+/* Switch the matrix unit on where it is faster, which takes milliseconds to find out: at a small model's layer and an expert's share
+ * (MEASURED of kernels/products.py). */
+void choose_tiles(void) {
+    if (use_tiles(1)) use_tiles(probe(2048, 128, 128, 1) * probe(320, 128, 64, 1) < probe(2048, 128, 128, 0) * probe(320, 128, 64, 0));
 }
 
 /* x (M, N) through a floating-point format in blocks (rows x columns) whose scales are powers of two, and back: `out` (M, N) bfloat16, in

@@ -1,5 +1,8 @@
 """8-bit integer products for processors with AVX512_VNNI: inputs in bfloat16 are quantised, sums are int32, results as in `products`.
 
+Threads whose kernels are "tiles" (`kernels.native`) have them made by the matrix unit (AMX-INT8), where a measurement shows that it is faster
+here; its sums are the same integers, so no bit depends on that.
+
 What they compute is `precision.eight_bit`'s plain form; int8.c has the layout. Measured against the bfloat16 products: LAB.md, 2026-11-22.
 Every function adds (blocks with an infinity or NaN, blocks too small to scale) to `faults`, int64 (2,).
 """
@@ -11,6 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from sparing.base.hardware import cpu_flags
 from sparing.kernels import native
 from sparing.kernels.native import new, new_like
 from sparing.kernels.products import TO_BF16, _out, kind_of
@@ -21,7 +25,12 @@ LONGEST = 32768
 
 @cache
 def _compiled() -> bool:
-    return hasattr(native.library("int8"), "int8_nt")
+    library = native.library("int8")
+    if not hasattr(library, "int8_nt"):
+        return False
+    if "amx_int8" in cpu_flags():
+        library.choose_tiles()
+    return True
 
 
 def usable(x: Tensor) -> bool:
@@ -37,6 +46,11 @@ def rounds(x: Tensor) -> bool:
 def built() -> bool:
     """Whether there are compiled 8-bit products for this processor."""
     return _compiled()
+
+
+def _tiles() -> int:
+    """Whether this thread's products should be the matrix unit's; where it is slower the library does not heed it."""
+    return int(native.chosen() == "tiles")
 
 
 def _length(block: int | None, inner: int) -> int:
@@ -60,7 +74,7 @@ def nn(a: Tensor, b: Tensor, block: int | None, faults: Tensor, base: Tensor | N
 
 def _product(name: str, a: Tensor, b: Tensor, out: Tensor, base: Tensor | None, inner: int, block: int | None, faults: Tensor) -> Tensor:
     base_stride = 0 if base is None else base.stride(0)
-    sizes = (TO_BF16, base, base_stride, len(a), out.shape[1], inner, _length(block, inner), faults)
+    sizes = (TO_BF16, base, base_stride, len(a), out.shape[1], inner, _length(block, inner), _tiles(), faults)
     native.call(name, None, a, a.stride(0), b, _wide(b), b.stride(0), out, out.stride(0), *sizes, of="int8")
     return out
 
@@ -68,7 +82,7 @@ def _product(name: str, a: Tensor, b: Tensor, out: Tensor, base: Tensor | None, 
 def tn(a: Tensor, b: Tensor, block: int | None, faults: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """a (K, M)ᵀ b (K, N), in float32 or bfloat16."""
     out = new(a, a.shape[1], b.shape[1], dtype=dtype)
-    sizes = (kind_of(dtype), *out.shape, len(a), _length(block, len(a)), faults)
+    sizes = (kind_of(dtype), *out.shape, len(a), _length(block, len(a)), _tiles(), faults)
     native.call("int8_tn", None, a, a.stride(0), b, b.stride(0), out, out.stride(0), *sizes, of="int8")
     return out
 
@@ -76,7 +90,7 @@ def tn(a: Tensor, b: Tensor, block: int | None, faults: Tensor, dtype: torch.dty
 def grouped_nt(a: Tensor, b: Tensor, ends: Tensor, block: int | None, faults: Tensor) -> Tensor:
     """Rows of a (S, K) in groups that end at ends (E,) int64, each with its own b (E, N, K): (S, N)."""
     out = new(a, len(a), b.shape[1])
-    native.call("int8_grouped_nt", None, a, b, _wide(b), out, ends, *b.shape, _length(block, b.shape[2]), faults, of="int8")
+    native.call("int8_grouped_nt", None, a, b, _wide(b), out, ends, *b.shape, _length(block, b.shape[2]), _tiles(), faults, of="int8")
     return out
 
 
@@ -84,7 +98,7 @@ def grouped_nn(a: Tensor, b: Tensor, ends: Tensor, block: int | None, faults: Te
     """The same with b (E, K, N)."""
     out = new(a, len(a), b.shape[2])
     native.call(
-        "int8_grouped_nn", None, a, b, _wide(b), out, ends, len(b), b.shape[2], b.shape[1], _length(block, b.shape[1]), faults, of="int8"
+        "int8_grouped_nn", None, a, b, _wide(b), out, ends, len(b), b.shape[2], b.shape[1], _length(block, b.shape[1]), _tiles(), faults, of="int8"
     )
     return out
 
@@ -92,7 +106,7 @@ def grouped_nn(a: Tensor, b: Tensor, ends: Tensor, block: int | None, faults: Te
 def grouped_tn(a: Tensor, b: Tensor, ends: Tensor, block: int | None, faults: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """a (S, M), b (S, N) -> each group's aᵀ b: (E, M, N), zero for an empty group."""
     out = new(a, len(ends), a.shape[1], b.shape[1], dtype=dtype)
-    native.call("int8_grouped_tn", None, a, b, out, kind_of(dtype), ends, *out.shape, _length(block, LONGEST), faults, of="int8")
+    native.call("int8_grouped_tn", None, a, b, out, kind_of(dtype), ends, *out.shape, _length(block, LONGEST), _tiles(), faults, of="int8")
     return out
 
 

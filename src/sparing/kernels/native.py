@@ -40,7 +40,7 @@ SOURCES = {
     ),
     "floats": ("floats.c", "numbers.inc", "held.inc", "scratch.inc", "cross_entropy.inc", "swiglu.inc", "products.inc"),
     "storage": ("storage.c", "numbers.inc"),
-    "int8": ("int8.c", "numbers.inc", "scratch.inc", "vectors.inc"),
+    "int8": ("int8.c", "numbers.inc", "scratch.inc", "vectors.inc", "tiles.inc"),
     "pool": ("pool.c",),
 }  # fmt: skip
 """What each library is made of, first the file that includes the others.
