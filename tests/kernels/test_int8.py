@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from sparing.kernels import int8
+from sparing.base.hardware import cpu_flags
+from sparing.kernels import int8, native
 from sparing.precision import eight_bit as plain
 from sparing.precision.formats import E4M3, E5M6
 from sparing.precision.quantise import dequantise, quantise
@@ -61,6 +62,62 @@ def test_groups(block):
         assert relative(y[rows], plain.int8_product(a[rows], weight[e], block, torch.zeros(2, dtype=torch.int64))) < 3e-3
         assert relative(back[rows], plain.int8_product(g[rows], weight[e].t(), block, torch.zeros(2, dtype=torch.int64))) < 3e-3
         assert relative(grad[e], plain.int8_product(g[rows].t(), a[rows].t(), block, torch.zeros(2, dtype=torch.int64))) < 1e-6
+
+
+@pytest.fixture
+def switch(one_thread):
+    """Switches the matrix unit on and off for this thread's products."""
+    library = native.library("int8")
+    if "amx_int8" not in cpu_flags() or not library.use_tiles(1):
+        pytest.skip("no matrix unit here")
+    with native.path("tiles"):
+        yield library.use_tiles
+    library.choose_tiles()
+
+
+def both(switch, product) -> torch.Tensor:
+    """What `product` gives with the matrix unit, which must be what it gives without."""
+    found = []
+    for on in (1, 0):
+        assert switch(on) == on
+        found.append(product())
+    assert torch.equal(found[0].nan_to_num(7), found[1].nan_to_num(7))
+    return found[0]
+
+
+@pytest.mark.parametrize("block", [None, 128, 64, 32])
+@pytest.mark.parametrize("wide", [True, False])
+@pytest.mark.parametrize("M, N, K", [*SHAPES, (16, 16, 64), (31, 17, 63), (100, 48, 4096), (700, 40, 192)])
+def test_the_matrix_unit_gives_the_same_bits(switch, M, N, K, block, wide):
+    generator = torch.Generator().manual_seed(M + N + K)
+    found = torch.zeros(2, dtype=torch.int64)
+    weight = random(generator, N, K).to(torch.float32 if wide else torch.bfloat16)
+    a, g, base = random(generator, M, K), random(generator, M, N), random(generator, M, N)
+    y = both(switch, lambda: int8.nt(a, weight, block, found))
+    assert relative(y, plain.int8_product(a, weight, block, torch.zeros(2, dtype=torch.int64))) < 3e-3
+    out = torch.zeros(M, N + 3, dtype=torch.bfloat16)
+    both(switch, lambda: int8.nt(a, weight, block, found, out=out[:, 1 : N + 1], base=base).clone())
+    assert not out[:, 0].any() and not out[:, N + 1 :].any()
+    both(switch, lambda: int8.nn(g, weight, block, found))
+    for dtype in (torch.float32, torch.bfloat16):
+        both(switch, lambda: int8.tn(g, a, block, found, dtype))  # noqa: B023
+    a[M // 2, K // 2], weight[N // 2, 0] = torch.inf, torch.nan
+    y = both(switch, lambda: int8.nt(a, weight, block, found))
+    assert y[M // 2].isnan().any() and y[:, N // 2].isnan().any()
+    both(switch, lambda: int8.nn(g, weight, block, found))
+    both(switch, lambda: int8.tn(g, a, block, found))
+
+
+@pytest.mark.parametrize("block", [None, 128])
+def test_the_matrix_unit_gives_the_same_bits_to_groups(switch, block):
+    generator = torch.Generator().manual_seed(0)
+    found = torch.zeros(2, dtype=torch.int64)
+    ends = torch.tensor([5, 5, 40, 41, 230])
+    a, g, weight = random(generator, 230, 34), random(generator, 230, 150), torch.randn(5, 150, 34, generator=generator)
+    both(switch, lambda: int8.grouped_nt(a, weight, ends, block, found))
+    both(switch, lambda: int8.grouped_nn(g, weight, ends, block, found))
+    grad = both(switch, lambda: int8.grouped_tn(g, a, ends, block, found))
+    assert not grad[1].any() and grad[0].any()
 
 
 def test_long_sums_do_not_overflow():

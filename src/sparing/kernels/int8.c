@@ -440,37 +440,53 @@ static void multiply8(int64_t M, int64_t N, int64_t K, int64_t length, Side left
         }
 }
 
-/* Whether the matrix unit serves these blocks: they must be of whole tiles, but for the last. */
-static inline int whole(int64_t K, int64_t block, int64_t tiles) { return tiles && tiles_on && (K <= block || block % TILE_BYTES == 0); }
+/* Whether the matrix unit serves M rows of C (of fewer vectors are faster) and these blocks: they must be of whole tiles, but for the last. */
+static inline int whole(int64_t M, int64_t K, int64_t block, int64_t tiles) {
+    return tiles && tiles_on && M >= TILE_ROWS && (K <= block || block % TILE_BYTES == 0);
+}
+
+enum { STRIP = 65536 }; /* bytes of quantised rows of A, which are multiplied while they are in a cache */
+
+/* c (M, N) = a (M, K) times the packed `right` (K, N) (+ base). */
+static void rows_times(const bf16 *a, int64_t s_a, Side right, char *c, int64_t s_c, int64_t kind, const bf16 *base, int64_t s_base, int64_t M,
+                       int64_t N, int64_t K, int64_t block, Faults *faults) {
+    int64_t some = up(STRIP / right.length + 1, 32), size = kind == TO_BF16 ? 2 : 4;
+    some = some < M ? some : M;
+    Side left = side(11, K, some, block, right.tiles);
+    for (int64_t m = 0; m < M; m += some) {
+        int64_t rows = M - m < some ? M - m : some;
+        rows8(a + m * s_a, s_a, rows, K, block, left, faults);
+        multiply8(rows, N, K, block, left, left.length / 4, 1, MR * left.length / 4, right, c + m * s_c * size, s_c, kind,
+                  base ? base + m * s_base : 0, s_base);
+    }
+}
 
 /* c (M, N) = a (M, K) b (N, K)^T (+ base); faults (2,) is added to. Inner blocks of `block`. tiles: by the matrix unit where it serves. */
 void int8_nt(const bf16 *a, int64_t s_a, const void *b, int64_t f32, int64_t s_b, void *c, int64_t s_c, int64_t kind, const bf16 *base,
              int64_t s_base, int64_t M, int64_t N, int64_t K, int64_t block, int64_t tiles, Faults *faults) {
-    Side left = side(11, K, M, block, whole(K, block, tiles)), right = side(12, K, N, block, left.tiles);
-    rows8(a, s_a, M, K, block, left, faults);
+    Side right = side(12, K, N, block, whole(M, K, block, tiles));
     if (f32)
         columns8(b, 1, s_b, K, N, block, right, faults);
     else
         columns8(b, 0, s_b, K, N, block, right, faults);
-    multiply8(M, N, K, block, left, left.length / 4, 1, MR * left.length / 4, right, c, s_c, kind, base, s_base);
+    rows_times(a, s_a, right, c, s_c, kind, base, s_base, M, N, K, block, faults);
 }
 
 /* c (M, N) = a (M, K) b (K, N) (+ base). */
 void int8_nn(const bf16 *a, int64_t s_a, const void *b, int64_t f32, int64_t s_b, void *c, int64_t s_c, int64_t kind, const bf16 *base,
              int64_t s_base, int64_t M, int64_t N, int64_t K, int64_t block, int64_t tiles, Faults *faults) {
-    Side left = side(11, K, M, block, whole(K, block, tiles)), right = side(12, K, N, block, left.tiles);
-    rows8(a, s_a, M, K, block, left, faults);
+    Side right = side(12, K, N, block, whole(M, K, block, tiles));
     if (f32)
         turned8(b, 1, s_b, K, N, block, NR, right, faults);
     else
         turned8(b, 0, s_b, K, N, block, NR, right, faults);
-    multiply8(M, N, K, block, left, left.length / 4, 1, MR * left.length / 4, right, c, s_c, kind, base, s_base);
+    rows_times(a, s_a, right, c, s_c, kind, base, s_base, M, N, K, block, faults);
 }
 
 /* c (M, N) = a (K, M)^T b (K, N). */
 void int8_tn(const bf16 *a, int64_t s_a, const bf16 *b, int64_t s_b, void *c, int64_t s_c, int64_t kind, int64_t M, int64_t N, int64_t K,
              int64_t block, int64_t tiles, Faults *faults) {
-    Side left = side(11, K, M, block, whole(K, block, tiles)), right = side(12, K, N, block, left.tiles);
+    Side left = side(11, K, M, block, whole(M, K, block, tiles)), right = side(12, K, N, block, left.tiles);
     if (left.tiles)
         turned8((const char *)a, 0, s_a, K, M, block, TILE_ROWS, left, faults);
     else

@@ -1,7 +1,7 @@
 """8-bit integer products for processors with AVX512_VNNI: inputs in bfloat16 are quantised, sums are int32, results as in `products`.
 
-Threads whose kernels are "tiles" (`kernels.native`) have them made by the matrix unit (AMX-INT8), where a measurement shows that it is faster
-here; its sums are the same integers, so no bit depends on that.
+In threads whose kernels are "tiles" (`kernels.native`) the matrix unit makes them (AMX-INT8), where a measurement shows that it is faster.
+Its sums are the same integers, so no bit depends on that.
 
 What they compute is `precision.eight_bit`'s plain form; int8.c has the layout. Measured against the bfloat16 products: LAB.md, 2026-11-22.
 Every function adds (blocks with an infinity or NaN, blocks too small to scale) to `faults`, int64 (2,).
@@ -48,14 +48,10 @@ def built() -> bool:
     return _compiled()
 
 
-def _tiles() -> int:
-    """Whether this thread's products should be the matrix unit's; where it is slower the library does not heed it."""
-    return int(native.chosen() == "tiles")
-
-
-def _length(block: int | None, inner: int) -> int:
-    """A multiple of 4, at most `LONGEST`."""
-    return min(block or LONGEST, (inner + 3) // 4 * 4 or 4, LONGEST)
+def _inner(block: int | None, inner: int) -> tuple[int, int]:
+    """(the length of inner blocks: a multiple of 4, at most `LONGEST`; whether the products should be the matrix unit's: where it is slower
+    the library does not heed that)."""
+    return min(block or LONGEST, (inner + 3) // 4 * 4 or 4, LONGEST), int(native.chosen() == "tiles")
 
 
 def _wide(b: Tensor) -> int:
@@ -74,7 +70,7 @@ def nn(a: Tensor, b: Tensor, block: int | None, faults: Tensor, base: Tensor | N
 
 def _product(name: str, a: Tensor, b: Tensor, out: Tensor, base: Tensor | None, inner: int, block: int | None, faults: Tensor) -> Tensor:
     base_stride = 0 if base is None else base.stride(0)
-    sizes = (TO_BF16, base, base_stride, len(a), out.shape[1], inner, _length(block, inner), _tiles(), faults)
+    sizes = (TO_BF16, base, base_stride, len(a), out.shape[1], inner, *_inner(block, inner), faults)
     native.call(name, None, a, a.stride(0), b, _wide(b), b.stride(0), out, out.stride(0), *sizes, of="int8")
     return out
 
@@ -82,7 +78,7 @@ def _product(name: str, a: Tensor, b: Tensor, out: Tensor, base: Tensor | None, 
 def tn(a: Tensor, b: Tensor, block: int | None, faults: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """a (K, M)ᵀ b (K, N), in float32 or bfloat16."""
     out = new(a, a.shape[1], b.shape[1], dtype=dtype)
-    sizes = (kind_of(dtype), *out.shape, len(a), _length(block, len(a)), _tiles(), faults)
+    sizes = (kind_of(dtype), *out.shape, len(a), *_inner(block, len(a)), faults)
     native.call("int8_tn", None, a, a.stride(0), b, b.stride(0), out, out.stride(0), *sizes, of="int8")
     return out
 
@@ -90,7 +86,7 @@ def tn(a: Tensor, b: Tensor, block: int | None, faults: Tensor, dtype: torch.dty
 def grouped_nt(a: Tensor, b: Tensor, ends: Tensor, block: int | None, faults: Tensor) -> Tensor:
     """Rows of a (S, K) in groups that end at ends (E,) int64, each with its own b (E, N, K): (S, N)."""
     out = new(a, len(a), b.shape[1])
-    native.call("int8_grouped_nt", None, a, b, _wide(b), out, ends, *b.shape, _length(block, b.shape[2]), _tiles(), faults, of="int8")
+    native.call("int8_grouped_nt", None, a, b, _wide(b), out, ends, *b.shape, *_inner(block, b.shape[2]), faults, of="int8")
     return out
 
 
@@ -98,7 +94,7 @@ def grouped_nn(a: Tensor, b: Tensor, ends: Tensor, block: int | None, faults: Te
     """The same with b (E, K, N)."""
     out = new(a, len(a), b.shape[2])
     native.call(
-        "int8_grouped_nn", None, a, b, _wide(b), out, ends, len(b), b.shape[2], b.shape[1], _length(block, b.shape[1]), _tiles(), faults, of="int8"
+        "int8_grouped_nn", None, a, b, _wide(b), out, ends, len(b), b.shape[2], b.shape[1], *_inner(block, b.shape[1]), faults, of="int8"
     )
     return out
 
@@ -106,7 +102,7 @@ def grouped_nn(a: Tensor, b: Tensor, ends: Tensor, block: int | None, faults: Te
 def grouped_tn(a: Tensor, b: Tensor, ends: Tensor, block: int | None, faults: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """a (S, M), b (S, N) -> each group's aᵀ b: (E, M, N), zero for an empty group."""
     out = new(a, len(ends), a.shape[1], b.shape[1], dtype=dtype)
-    native.call("int8_grouped_tn", None, a, b, out, kind_of(dtype), ends, *out.shape, _length(block, LONGEST), _tiles(), faults, of="int8")
+    native.call("int8_grouped_tn", None, a, b, out, kind_of(dtype), ends, *out.shape, *_inner(block, LONGEST), faults, of="int8")
     return out
 
 
