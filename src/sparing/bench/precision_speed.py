@@ -144,7 +144,8 @@ class PrecisionSide:
 
 
 def products_alone(width: int, kind: str, dtype: str, rounds: int) -> dict[str, float]:
-    """Time in `dtype` / time in 8 bits of the three products of a square weight, on one thread: medians over `rounds` turns."""
+    """Time in `dtype` / time in 8 bits of the three products of a square weight, on one thread, both with the kernels that training would
+    have: medians over `rounds` turns."""
     import torch
 
     from sparing.kernels import native, products
@@ -152,7 +153,7 @@ def products_alone(width: int, kind: str, dtype: str, rounds: int) -> dict[str, 
     from sparing.precision.eight_bit import SCHEMES
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    threads = torch.get_num_threads()
+    threads, kernels = torch.get_num_threads(), products.fitting(1, 1, device, dtype)[0]
     torch.set_num_threads(1)
     x, g = (torch.randn(2048, width, device=device).to(getattr(torch, dtype)) for _ in range(2))
     w, faults, out = torch.randn(width, width, device=device), torch.zeros(2, dtype=torch.int64, device=device), {}
@@ -160,7 +161,7 @@ def products_alone(width: int, kind: str, dtype: str, rounds: int) -> dict[str, 
         sides = partial(getattr(products, name), a, b), partial(getattr(eight, name), kind, SCHEMES[kind][0], faults, a, b)
         ratios = []
         for turn in range(rounds + 1):
-            with native.path("compiled"):
+            with native.path(kernels):
                 took = [_seconds(side, device) for side in sides]
             if turn:
                 ratios.append(took[0] / took[1])
