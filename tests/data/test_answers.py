@@ -2,16 +2,17 @@
 
 import json
 from pathlib import Path
+from random import Random
 
 import pytest
 import tokenizers
 
 from sparing.base.config import UserError
-from sparing.data.answers import Cutting, Pieces, sequences
+from sparing.data.answers import Cutting, Pieces, _end_of_question, sequences
 from sparing.data.chat import ChatTemplate, taught
 from sparing.data.chats import Chat, answers
 from sparing.data.tokenizer import Tokenizer, train_tokenizer
-from sparing.data.traced import Traced
+from sparing.data.traced import Traced, concat, own
 
 TEMPLATES = {path.stem: path.read_text() for path in sorted((Path(__file__).parent / "chat_templates").glob("*.jinja"))}
 NAMES = [
@@ -175,6 +176,41 @@ def test_templates_that_show_a_question_otherwise_once_it_is_answered(tokenizer)
     assert piece.ids[: piece.trained.index(True)] == counted.encode(tokenizer, asked.messages[:1])
     with pytest.raises(UserError, match="does not show the answer behind the question"):
         sequences(asked, ChatTemplate(shown.replace("in messages", "in messages | reverse")), tokenizer)
+
+
+def end_of_question(asked: Traced, whole: Traced) -> int:
+    """By comparing every pair of places."""
+    best, place = 0, len(whole)
+    for end in range(1, len(whole) + 1):
+        length = 0
+        while length < min(len(asked), end) and asked.plain[-1 - length] == whole.plain[end - 1 - length]:
+            if asked.own[-1 - length] != whole.own[end - 1 - length]:
+                break
+            length += 1
+        if length >= max(best, 1) and not all(asked.own[len(asked) - length :]):
+            best, place = length, end
+    return place
+
+
+def test_the_end_of_a_question_is_found():
+    random = Random(0)
+    for _ in range(3000):
+        asked, whole = (
+            Traced("".join(random.choice("ab") for _ in range(size)), bytes(random.random() < 0.6 for _ in range(size)))
+            for size in (random.randrange(9), random.randrange(14))
+        )
+        assert _end_of_question(asked, whole) == end_of_question(asked, whole), (asked, asked.own, whole, whole.own)
+
+
+def test_long_runs_of_one_character_take_no_longer_than_other_text(tokenizer):
+    """Compared place by place, these would take hours."""
+    blank = 300_000 * " "
+    assert _end_of_question(concat((own("2"), blank, own("<"))), concat((own("3"), blank, own("<"), blank))) == 300_002
+    asked = chat(("user", f"Hi{blank}"), ("assistant", f"Hello{blank}"))
+    shown = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% if m.role == 'user' %}<|im_end|>{% endif %}{% endfor %}"
+    template = ChatTemplate(shown)
+    (piece,) = sequences(asked, template, tokenizer)
+    assert learnt(piece, tokenizer) == f"Hello{blank}<|endoftext|>"
 
 
 def test_pieces_are_kept(tokenizer, tmp_path):

@@ -184,3 +184,21 @@ def test_a_hub_that_does_not_have_it_or_is_not_there_is_one_line(hub, tmp_path):
         lines = done.stderr.strip().splitlines()
         assert (done.returncode, says in lines[-1]) == (status, True), done.stderr
         assert not (tmp_path / "run").exists() and "Traceback" not in done.stderr
+
+
+def test_a_mistyped_path_is_no_name_on_the_hub(hub, tmp_path, monkeypatch):
+    """`runs/bsae` could be one."""
+    pytest.importorskip("huggingface_hub")
+    endpoint, asked = hub
+    (tmp_path / "runs/base").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for address, source, status, says in (
+        (endpoint, "runs/bsae", 2, "no such folder or file (did you mean runs/base?); the hub is not asked for it, because runs is here"),
+        (endpoint, "rums/base", 2, "no such folder or file (did you mean runs?), and the hub has no such repository"),
+        ("http://127.0.0.1:9", "rums/base", 3, "no such folder or file (did you mean runs?), and the hub cannot be reached"),
+        (endpoint, "runs/base", 2, "no config.json"),
+    ):
+        done = sparing(tmp_path, address, "import", source, "--out", "run")
+        assert (done.returncode, says in done.stderr.strip().splitlines()[-1]) == (status, True), done.stderr
+        assert not (tmp_path / "run").exists()
+    assert not asked

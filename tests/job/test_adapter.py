@@ -17,6 +17,7 @@ from sparing.base.config_file import read_config
 from sparing.base.files import file_sha256, read_lines
 from sparing.base.layers import mixtures
 from sparing.base.run import fill, read_tensors, write_tensors
+from sparing.cli.main import main
 from sparing.job.start import start_of
 from sparing.kernels import native
 from sparing.model.low_rank import adaptable, learned
@@ -100,7 +101,7 @@ def test_an_adapter_needs_a_base_that_is_there(workplace, tmp_path):
     shutil.copytree(workplace / "dense", tmp_path / "base")
     api.train([str(workplace / "other")], "4ktok", str(tmp_path / "run3"), ADAPTER, samples=0, start=str(tmp_path / "base"))
     shutil.rmtree(tmp_path / "base" / "weights")
-    with pytest.raises(UserError, match="its weights are gone"):
+    with pytest.raises(UserError, match="its weights are gone: if they have moved, say --base RUN"):
         api.resume(str(tmp_path / "run3"), "+4ktok", samples=0)
 
 
@@ -169,9 +170,17 @@ def test_a_base_that_moved_and_another_one(adapted, workplace, tmp_path):
     (run / "config.toml").write_text(config.replace(str(base), str(tmp_path / "before")))
     expected = logits(run)
     (tmp_path / "before").rename(moved)
-    for use in (lambda: api.load(str(run)), lambda: api.merge(str(run), str(tmp_path / "out")), lambda: api.export(str(run), "hf", "x")):
+    data = [str(workplace / "other")]
+    for use in (
+        lambda: api.load(str(run)),
+        lambda: api.merge(str(run), str(tmp_path / "out")),
+        lambda: api.export(str(run), "hf", "x"),
+        lambda: api.train(data, "4ktok", str(tmp_path / "out"), ADAPTER, samples=0, start=str(run)),
+        lambda: api.plan(data=data, budget="4ktok", wishes=ADAPTER, start=[str(run)]),
+    ):
         with pytest.raises(UserError, match="is gone: if it has moved, say --base"):
             use()
+    assert not (tmp_path / "out/config.toml").exists(), "told before anything is begun"
     with pytest.raises(UserError, match="was not trained on its weights"):
         api.rebase(str(run), str(run))
     with pytest.raises(UserError, match="is no adapter"):
@@ -194,3 +203,43 @@ def test_a_base_that_moved_and_another_one(adapted, workplace, tmp_path):
     with pytest.raises(UserError, match=r"cannot be merged: factors of .*o_proj"):
         api.merge(str(run), str(tmp_path / "torn"))
     assert not (tmp_path / "torn").exists()
+
+
+def test_every_verb_that_takes_a_run_takes_its_base_that_moved(workplace, tmp_path, capsys):
+    """An adapter run beside another one, over a base: both have moved, and are named one after the other."""
+    base, first, second = (tmp_path / name for name in ("base", "first", "second"))
+    shutil.copytree(workplace / "dense", base)
+    data = str(workplace / "other")
+    for start, run in ((base, first), (first, second)):
+        api.train([data], "4ktok", str(run), ADAPTER, samples=0, start=str(start))
+    expected = logits(second)
+    for folder in (base, first):
+        folder.rename(tmp_path / f"{folder.name}-moved")
+    options = ["--budget", "4ktok", "--data", data]
+    assert main(["train", "--from", str(second), "--out", str(tmp_path / "no"), *options]) == 2
+    assert "is an adapter of" in capsys.readouterr().err and not (tmp_path / "no").exists()
+    threads = [word for name, value in TRAIN.items() for word in (f"--train.{name.replace('_', '-')}", str(value).lower())]
+    assert main(["train", "--from", str(second), "--base", f"{first}-moved", "--out", str(tmp_path / "no"), *options]) == 2
+    assert f"{first}-moved is an adapter of {base}, which is gone" in capsys.readouterr().err
+    for status, words in (
+        (2, ["plan", "--from", str(second), "--data", data]),  # needs a budget too: nothing is measured
+        (0, ["train", "--from", str(second), "--out", str(tmp_path / "more"), "--samples", "0", *options, *threads]),
+        (0, ["generate", str(second), "--prompt", "The", "--max-tokens", "2"]),
+    ):
+        assert main([*words, "--base", f"{base}-moved"]) == status, capsys.readouterr().err
+        config = f"{first}-moved/config.toml"
+        assert read_config(config).start.run == f"{base}-moved"
+        with open(config) as file:
+            changed = file.read().replace(f"{base}-moved", str(base))
+        with open(config, "w") as file:
+            file.write(changed)
+    api.rebase(str(second), f"{base}-moved")
+    assert torch.equal(logits(second), expected)
+    for words, says in (
+        (["train", *options, "--out", str(tmp_path / "no"), "--base", str(base)], "--base goes with --from"),
+        (["plan", *options, "--base", str(base)], "--base goes with one --from"),
+        (["train", "--from", str(second), *options, "--out", str(tmp_path / "no"), "--base", str(workplace / "mixture")], "not trained on"),
+        (["sft", str(workplace / "dense"), *options, "--out", str(tmp_path / "no"), "--base", str(second)], "is no adapter"),
+    ):
+        assert main(words) == 2 and says in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()

@@ -22,11 +22,12 @@ from sparing.budget.flops import parameters
 from sparing.data.answers import Pieces
 from sparing.data.packed import Packed
 from sparing.data.rows import permutation
-from sparing.job.begin import Job, reasons_of
+from sparing.job.begin import Job
 from sparing.job.corpus import TrainingData
 from sparing.model.experts import Experts, MoE, Routing
 from sparing.model.linear import Embedding, Linear, RMSNorm
 from sparing.model.transformer import MTPBlock, Transformer
+from sparing.planning.start import reasons_of
 
 SHARES = {"gate": 0.1, "token": 0.2}
 """The paper's, by score (§4.1)."""

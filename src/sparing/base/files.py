@@ -7,6 +7,7 @@ written. `read_text` reads files that people write.
 from __future__ import annotations
 
 import codecs
+import difflib
 import errno
 import hashlib
 import json
@@ -52,6 +53,21 @@ def disk_errors(path: str | Path) -> Iterator[None]:
         if error.errno not in FULL:
             raise
         raise DiskFullError(f"no room left for {path} ({error.strerror}): free some space; what was saved before is intact") from None
+
+
+# paths that are not there
+
+
+def alike(path: str | Path) -> Path | None:
+    """Of a path that is not there: the entry of the deepest folder that is, which looks most like what was written; None: none does."""
+    missing = Path(path)
+    while not missing.parent.is_dir():
+        missing = missing.parent
+    try:
+        like = difflib.get_close_matches(missing.name, os.listdir(missing.parent), n=1)
+    except OSError:  # a folder that is closed to us
+        like = []
+    return missing.parent / like[0] if like else None
 
 
 # outputs that a user names

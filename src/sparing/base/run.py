@@ -13,7 +13,7 @@ import os
 import shutil
 import struct
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -26,6 +26,7 @@ from sparing.base.config_file import read_config
 from sparing.base.files import (
     POINTER,
     DamagedError,
+    alike,
     atomic_file,
     disk_errors,
     file_sha256,
@@ -47,6 +48,9 @@ CHECKSUMS = "checksums.json"
 
 class RunFolder:
     """Paths of one run. `create` makes the folder, `open` finds an existing one; `lock` keeps other writers out."""
+
+    made = False
+    """Whether `create` has made the folder, and not found it."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -73,6 +77,7 @@ class RunFolder:
     def create(cls, path: str | Path) -> RunFolder:
         """Make a run folder, or take over one that died before its config was written. UserError where other files are already."""
         run, folder = cls.vacant(path)
+        run.made = not folder.exists()
         try:
             for part in (folder, run.weights, run.state):
                 part.mkdir(parents=True, exist_ok=True)
@@ -94,19 +99,45 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
-        """Find an existing run folder. Raises UserError when `path` is none."""
+        """Find an existing run folder. Raises UserError when `path` is none, with the folder that was meant, or how it becomes one."""
         run = cls(_utf8(path))
+        imported = f"; a model of another program is imported first: sparing import {path} --out RUN"
+        if not run.path.exists():
+            like = alike(run.path)
+            raise UserError(f"{path}: no such run folder" + (f"; did you mean {like}?" if like else ""))
         if not run.path.is_dir():
-            raise UserError(f"{path}: " + ("is a file, not a run folder" if run.path.exists() else "no such run folder"))
+            raise UserError(f"{path}: is a file, not a run folder" + (imported if run.path.suffix == ".gguf" else ""))
         if not run.config_file.exists():
             inside = sorted(entry.parent.name for entry in run.path.glob("*/config.toml"))
             hint = f"; did you mean {run.path / inside[0]}?" if inside else ""
-            raise UserError(f"{path} is not a run folder: it has no config.toml{hint}")
+            theirs = any((run.path / name).exists() for name in ("config.json", "adapter_config.json"))
+            raise UserError(f"{path} is not a run folder: it has no config.toml{imported if theirs else hint}")
         return run
 
     def lock(self) -> AbstractContextManager[None]:
         """Keep other writers out: a context manager. Raises UserError where the folder is being written, naming the other process."""
         return folder_lock(self.path)
+
+    @contextmanager
+    def making(self) -> Iterator[None]:
+        """The lock, for whoever makes a run: where that fails before the run has a configuration, nothing of it stays."""
+        with self.lock():
+            try:
+                yield
+            except BaseException:
+                if not self.config_file.exists():
+                    self._remove()
+                raise
+
+    def _remove(self) -> None:
+        if self.made:
+            shutil.rmtree(os.path.realpath(self.path), ignore_errors=True)
+            return
+        for entry in self.path.glob("[!.]*"):
+            if entry.is_dir():
+                shutil.rmtree(entry, ignore_errors=True)
+            elif not entry.name.startswith("ledger."):
+                entry.unlink(missing_ok=True)
 
 
 def _utf8(path: str | Path) -> str | Path:

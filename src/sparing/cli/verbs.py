@@ -44,15 +44,22 @@ class Plan:
     """Alternatives side by side, and which of them the budget should buy."""
     from_: Annotated[list[str], tyro.conf.arg(name="from")] = field(default_factory=list)
     """A run, or an imported model, to go on from; with --compare several, beside a run from scratch. Each is scored on held-out text."""
+    base: str | None = None
+    """Of an adapter run whose base has moved: where that is now."""
     json: bool = False
 
     def __call__(self, call: Call) -> dict | None:
         from sparing.account.meter import Meter
         from sparing.planning.places import this_machine
         from sparing.planning.plan import plan  # not through api: torch would take longer to load than planning
+        from sparing.planning.start import rebase
 
         if self.budget is not None:
             parse_budget(self.budget)
+        if self.base is not None and len(self.from_) != 1:
+            raise UserError("--base goes with one --from: the adapter run whose base has moved")
+        for run in self.from_:
+            rebase(run, self.base)
         with Meter("plan", this_machine(), first="plan", started=call.started):  # measuring a new machine takes its time too
             result = plan(
                 self.recipe, self.data, self.budget, self.target_bpb, self.fits, self.machine, self.compare, nested(call.overrides),
@@ -81,6 +88,8 @@ class Train:
     """The run folder to make."""
     from_: Annotated[str | None, tyro.conf.arg(name="from")] = None
     """A run, or an imported model, to go on from instead of random weights; its shape and its tokenizer stay."""
+    base: str | None = None
+    """Of an adapter run to go on from whose base has moved: where that is now."""
     seed: int | None = None
     samples: int = 3
     """Completions to show at the end."""
@@ -97,6 +106,11 @@ class Train:
             raise UserError(f"--samples {self.samples}: must be 0 or more")
         parse_budget(budget)  # a slip is told before torch is loaded
         wishes = Wishes.of(recipe.wishes, nested(call.overrides | own))
+        if self.base is not None:
+            start = self.from_ or wishes.value("start.run")
+            if start is None:
+                raise UserError("--base goes with --from: the adapter run whose base has moved")
+            call.api.rebase(start, self.base)
         return call.api.train([], budget, self.out, wishes, started=call.started, samples=self.samples, start=self.from_)
 
 
@@ -121,6 +135,8 @@ class Sft:
     """Conversations to score on; default: 5 % of the others, by a hash of the first question."""
     keep: list[str] = field(default_factory=list)
     """Text that must not be forgotten, whose loss is told before and after; default: what the run writes by itself."""
+    base: str | None = None
+    """Of an adapter run whose base has moved: where that is now."""
     seed: int | None = None
     samples: int = 3
     """Held-out questions to answer at the end."""
@@ -134,6 +150,7 @@ class Sft:
             raise UserError(f"--samples {self.samples}: must be 0 or more")
         parse_budget(self.budget)  # a slip is told before torch is loaded
         options = {"wishes": nested(call.overrides), "seed": self.seed, "started": call.started, "samples": self.samples}
+        call.api.rebase(self.run, self.base)
         return call.api.sft(self.run, self.data, self.budget, self.out, self.method, self.val, self.keep, **options)
 
 
@@ -149,7 +166,7 @@ class Resume:
     text_key: str | None = None
     """With --data, in JSONL and Parquet: the field that holds the text."""
     base: str | None = None
-    """Of an adapter run whose base has moved: where that is now."""
+    """Of a run whose base, or what it goes on from, has moved: where that is now."""
     json: bool = False
 
     def __call__(self, call: Call) -> dict:

@@ -71,9 +71,8 @@ def _answer(template: ChatTemplate, tokenizer: Tokenizer, chat: Chat, at: int, a
     end = next((place for place, number in enumerate(ids) if number in tokenizer.eos_ids), None)
     if end is not None:
         return ids[: end + 1]
-    while said and said[-1].isspace() and said.own[-1]:
-        said = said[:-1]
-    return [*token_ids(tokenizer, said, before), tokenizer.eos_ids[0]]
+    blank = max(len(said.rstrip()), said.own.rfind(0) + 1)  # the template's blanks behind the answer are no part of it
+    return [*token_ids(tokenizer, said[:blank], before), tokenizer.eos_ids[0]]
 
 
 def _shared(left: Traced, right: Traced) -> int:
@@ -90,16 +89,34 @@ def _shared(left: Traced, right: Traced) -> int:
 
 
 def _end_of_question(asked: Traced, whole: Traced) -> int:
-    """Where in `whole` the longest ending of `asked` ends that reaches into a message; its own end where none is in it."""
-    a, b = list(zip(asked.plain, asked.own, strict=True)), list(zip(whole.plain, whole.own, strict=True))
-    best, place = 0, 0
-    for end in range(1, len(b) + 1):
-        length = 0
-        while length < min(len(a), end) and a[-1 - length] == b[end - 1 - length]:
-            length += 1
-        if length >= best and length and not all(asked.own[len(a) - length :]):
+    """Where in `whole` the longest ending of `asked` ends that reaches into a message; its own end where none is in it. The time is linear
+    in both lengths."""
+    behind = len(asked) - 1 - asked.own.rfind(0)  # characters of the template's behind the last one of a message
+    text = asked.plain[::-1] + whole.plain[::-1]
+    marks = asked.own[::-1] + whole.own[::-1]
+    best, place = behind, len(whole)
+    for end, length in enumerate(reversed(_beginnings(text, marks)[len(asked) :]), 1):
+        length = min(length, len(asked))
+        if length > behind and length >= best:
             best, place = length, end
-    return place if best else len(b)
+    return place
+
+
+def _beginnings(text: str, marks: bytes) -> list[int]:
+    """For each place, how many characters from there are those (and have the marks) that the text begins with.
+
+    The "Z algorithm" (Gusfield, Algorithms on Strings, Trees, and Sequences, 1997, section 1.4): what is inside of a stretch that is known
+    to repeat the beginning is not compared again."""
+    found = [len(text)] * len(text)
+    left = right = 0
+    for at in range(1, len(text)):
+        length = min(found[at - left], right - at) if at < right else 0
+        if at + length >= right:
+            while at + length < len(text) and text[length] == text[at + length] and marks[length] == marks[at + length]:
+                length += 1
+            left, right = at, at + length
+        found[at] = length
+    return found
 
 
 def _reasoning(message: dict) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import glob
 import hashlib
 import os
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparing.base.config import UserError
+from sparing.base.files import alike
 from sparing.base.hardware import home
 from sparing.base.run import looks_like_run
 
@@ -142,14 +142,8 @@ def _literal(pattern: str) -> str:
 
 
 def _nearest(path: str) -> str:
-    """Advice after a miss: the deepest folder that exists, and the entry in it that looks most like what was written."""
-    missing = Path(os.path.abspath(path))
-    while not missing.parent.is_dir():
-        missing = missing.parent
-    folder = missing.parent
-    try:
-        names = os.listdir(folder)
-    except OSError:
-        names = []
-    like = difflib.get_close_matches(missing.name, names, n=1)
-    return f"did you mean {folder / like[0]}?" if like else f"the nearest existing folder is {folder}"
+    """Advice after a miss: the path that looks most like what was written, or else the deepest folder that exists."""
+    whole = Path(os.path.abspath(path))
+    if like := alike(whole):
+        return f"did you mean {like}?"
+    return f"the nearest existing folder is {next(folder for folder in whole.parents if folder.is_dir())}"

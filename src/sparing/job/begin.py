@@ -39,11 +39,6 @@ MEASURE_FROM_S = 60.0
 """A shorter budget is planned with default rates: the process that times steps takes seconds to start."""
 
 
-def reasons_of(run: RunFolder) -> dict[str, str]:
-    """Why each derived value of the run's configuration is what it is, by dotted name."""
-    return read_state(run, "reasons", dict) or {}
-
-
 @dataclass
 class Job:
     """A verb at work on a run: the folder it holds the lock of, its meter, its signals and its clock."""
@@ -82,12 +77,13 @@ def show(config: Config, reasons: dict[str, str]) -> None:
 
 @contextmanager
 def begin(verb: str, run: RunFolder, started: float | None = None, ready: Callable[[], None] = lambda: None) -> Iterator[Job]:
-    """Take the run's lock, start the meter and own the signals, until the job is left.
+    """Take the run's lock, start the meter and own the signals, until the job is left. Of a run that then has no configuration yet, nothing
+    stays.
 
     started: `time.monotonic()` when the verb began. ready: called under the lock; what it refuses is not metered.
     Raises UserError where another process holds the lock, Interrupted (from inside) on a signal.
     """
-    with run.lock():
+    with run.making():
         ready()
         with metered(verb, run, started=started) as meter, Preempt(f"sparing resume {run}") as signals:
             try:

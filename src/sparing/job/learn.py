@@ -22,7 +22,7 @@ from sparing.budget.memory import gives_back, pools
 from sparing.budget.predict import SAMPLE_BYTES_PER_S, after_gain
 from sparing.budget.scaling import Point, add_point, effective_bytes
 from sparing.evals.bpb import NllFn
-from sparing.job.begin import Job, reasons_of
+from sparing.job.begin import Job
 from sparing.job.corpus import TrainingData, text
 from sparing.job.finish import SAMPLE_TOKENS, finish
 from sparing.job.start import Start, keep_origin, start_of
@@ -31,6 +31,7 @@ from sparing.kernels import decode, native
 from sparing.kernels.formats import warning
 from sparing.kernels.products import fitting
 from sparing.model.transformer import Transformer
+from sparing.planning.start import reasons_of
 from sparing.precision.eight_bit import speed_note
 from sparing.train.calibrate import choose, choose_products
 from sparing.train.log import TrainResult

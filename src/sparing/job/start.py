@@ -41,9 +41,9 @@ class FromRun:
         run = RunFolder(config.start.run)
         file = run.learned_file
         if not file.exists():
-            raise UserError(f"start.run {config.start.run}: its weights are gone")
+            raise UserError(f"start.run {config.start.run}: its weights are gone: if they have moved, say --base RUN")
         if weights_sha256(run) != config.start.weights_sha256:
-            raise UserError(f"start.run {config.start.run}: its weights have changed since this run was begun")
+            raise UserError(f"start.run {config.start.run}: its weights have changed since this run was begun: name those, --base RUN")
         model = Transformer(config.model)
         adapter = config.adapter
         try:

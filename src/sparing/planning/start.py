@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, fields
+from collections.abc import Iterator
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 from sparing.account.receipt import read_state
 from sparing.base.config import Config, ModelConfig, UserError
-from sparing.base.config_file import Wishes, build, read_config
+from sparing.base.config_file import Wishes, build, read_config, write_config
+from sparing.base.files import write_atomic
 from sparing.base.hardware import cores
 from sparing.base.messages import say
-from sparing.base.run import RunFolder, weights_sha256
+from sparing.base.run import RunFolder, base_of, weights_sha256
 from sparing.budget.flops import parameters
 from sparing.budget.gain import gain_law
 from sparing.budget.predict import Beginning, Corpus
@@ -26,6 +28,40 @@ SCORE_TOKENS = 8192
 
 SETTLED = ("model.hidden_size", "model.num_layers", "model.num_heads", "model.vocab_size", "data.tokenizer")
 """Fields whose reason is the run that a run starts from."""
+
+
+def reasons_of(run: RunFolder) -> dict[str, str]:
+    """Why each derived value of the run's configuration is what it is, by dotted name."""
+    return read_state(run, "reasons", dict) or {}
+
+
+def rebase(run: str, base: str | None) -> None:
+    """Note that what `run` began with, or one of the adapter runs that it goes on from, is now in the folder `base`; None: nothing moved.
+
+    Raises UserError where `run` is no adapter run and began with none, and where `base` has the weights of none of them."""
+    if base is None:
+        return
+    begun, moved = list(_begun(RunFolder.open(run))), RunFolder.open(Path(base).resolve())
+    if not begun:
+        raise UserError(f"--base {base}: {run} is no adapter, it has weights of its own")
+    digest = weights_sha256(moved) if moved.learned_file.exists() else None
+    found = next(((folder, config) for folder, config in begun if config.start.weights_sha256 == digest), None)
+    if found is None:
+        raise UserError(f"--base {base}: {run} was not trained on its weights (those were {begun[0][1].start.weights_sha256[:12]}...)")
+    folder, config = found
+    if config.start.run != str(moved):
+        with folder.lock():
+            changed = replace(config, start=replace(config.start, run=str(moved)))
+            write_atomic(folder.config_file, write_config(changed, reasons_of(folder)))
+
+
+def _begun(run: RunFolder) -> Iterator[tuple[RunFolder, Config]]:
+    """(run, its configuration) of a run that began with another one's weights, and of each adapter run behind it that is there."""
+    while run.config_file.exists() and (config := read_config(run.config_file)).start is not None:
+        yield run, config
+        run = RunFolder(config.start.run)
+        if not run.adapter_file.exists():
+            return
 
 
 def with_start(wishes: Wishes) -> Wishes:
@@ -42,6 +78,9 @@ def with_start(wishes: Wishes) -> Wishes:
     for file in (run.learned_file, run.tokenizer_file):
         if not file.exists():
             raise UserError(f"{run} has no {file.name}: no run can start from it")
+    base: RunFolder | None = run
+    while base is not None:  # an adapter run's has to be there too
+        base = base_of(base)
     shape = asdict(config.model)
     wished = build(ModelConfig, shape | wishes.get("model", {}))
     for field in fields(ModelConfig):
