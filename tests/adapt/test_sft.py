@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -188,6 +189,31 @@ def test_answers_that_no_row_reaches(workplace, tmp_path):
         row["messages"][0]["content"] += " word" * 300
     with pytest.raises(UserError, match="nothing can be learnt"):
         api.sft(str(workplace / "base"), [write(tmp_path / "c.jsonl", long)], "20ktok", str(tmp_path / "run"), "full", wishes=WISHES)
+
+
+def test_texts_to_keep_that_are_none_leave_nothing(workplace, tmp_path):
+    (tmp_path / "keep.jsonl").write_text('{"bad"')
+    options = {"wishes": WISHES, "keep": [str(tmp_path / "keep.jsonl")]}
+    with pytest.raises(UserError, match="--keep: no usable text"):
+        api.sft(str(workplace / "base"), [str(workplace / "chats.jsonl")], "4ktok", str(tmp_path / "run"), **options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_paths_mean_the_same_from_any_folder(workplace, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(workplace)
+    data = [write(workplace / "few.jsonl", [say(n, "word " * 300) for n in range(30)])]
+    options = {"wishes": {"train": TRAIN | {"batch_size": 8}}, "samples": 0, "val": ["chats.jsonl"], "keep": ["text"]}
+    api.sft("base", [os.path.relpath(data[0])], "4ktok", str(tmp_path / "run"), **options)
+    said = capsys.readouterr().err
+    lost = re.search(r"which lost ([\d.]+)% of the answers", said)[1]
+    assert f"rows that hold {100 - float(lost):.1f}% of the answers" in said and float(lost) > 10, "no context is longer"
+    assert f"next: sparing chat {tmp_path}/run" in said
+    config = read_config(tmp_path / "run/config.toml")
+    assert (config.start.run, config.data.paths) == (str(workplace / "base"), tuple(data))
+    assert (config.chats.val, config.chats.keep) == ((str(workplace / "chats.jsonl"),), (str(workplace / "text"),))
+    monkeypatch.chdir(tmp_path)
+    api.resume("run", "+4ktok", samples=0)
+    assert api.merge("run", "merged")["updates"] > 0
 
 
 def test_other_verbs_say_what_they_are_not_for(workplace, tmp_path):

@@ -117,8 +117,8 @@ def resolved(job: Job, wishes: Wishes, budget: Budget) -> Config:
 
     Raises UserError, before anything is written, for conversations or a template from which nothing can be learnt.
     """
-    own = wishes
-    wishes = with_start(with_absolute_paths(wishes))
+    own = with_absolute_paths(wishes)
+    wishes = with_start(own)
     if not own.sets("data.holdout_fraction"):
         wishes = Wishes.of(wishes, {"data": {"holdout_fraction": HELD_OUT}})
     if not own.sets("train.seq_len"):  # the row length of the base says nothing about conversations
@@ -142,6 +142,8 @@ def resolved(job: Job, wishes: Wishes, budget: Budget) -> Config:
     config, more = derive(job, Wishes.of(wishes, settings, own), budget, ANY, place)
     with job.meter.stage("tokenise"):
         _prepare(job, config, facts, sample, template, facts.content)
+        if config.chats.keep:
+            _old_text(job, config, tokenizer)
     corpus = Given(facts.train_bytes)
     keep(job, config, reasons | more, facts, corpus, place, f"{facts.bytes / 1e6:.1f} MB of conversations")
     return config
@@ -182,6 +184,7 @@ class _Sample:
         """Raises UserError where the template refuses every one of them."""
         cutting = Cutting(template, tokenizer, longest)
         self.pieces = cutting.pieces(facts.sample)
+        self._answers = self.pieces.trained_tokens + cutting.counts["lost"]
         if not len(self.pieces):
             raise UserError(f"nothing can be learnt from these conversations: {cutting.refusal or 'no answer within the context'}")
         self.tokens_per_byte = len(self.pieces.tokens) / sum(len(chat.raw) for chat in facts.sample)
@@ -192,9 +195,9 @@ class _Sample:
         return Cutting(self._template, self._tokenizer, length)
 
     def lost(self, length: int) -> float:
-        """Share of the answers' tokens behind the first `length` of their pieces."""
+        """Share of the answers' tokens behind the first `length` of their pieces, what no context holds included."""
         kept = sum(int(self.pieces[number][1][: length + 1].sum()) for number in range(len(self.pieces)))
-        return 1 - kept / self.pieces.trained_tokens
+        return 1 - kept / self._answers
 
 
 def _tokens(job: Job, wishes: Wishes, budget: Budget, place: Place) -> float:

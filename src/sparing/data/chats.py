@@ -7,7 +7,7 @@ import heapq
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -299,6 +299,7 @@ def scan_chats(
         if not split.holds_out(first):
             sampled.add(place, size)
     content.update(repr(split).encode())
+    split = replace(split, reason=split.reason.replace("documents", "conversations").replace("the content", "the first question"))
     held_out, held_out_bytes = split.documents, split.bytes
     for chat in chats(find_files(validation), tally) if validation else ():
         content.update(content_hash(chat.raw).to_bytes(8, "little"))

@@ -68,7 +68,8 @@ def finish(job: Job, config: Config, model: Transformer, data: TrainingData, res
     say(f"\nspent: {summary['seconds']:,.0f} s, {cost}; sparing receipt {run} has the details")
     kept = "weights/" if config.adapter is None else f"adapter/ beside the weights of {config.start.run}"
     say(f"{run}: the recipe with its reasons is config.toml, the model {kept}, every step metrics.jsonl, a summary MODEL_CARD.md")
-    say(f'next: sparing generate {run} --prompt "..."   sparing eval {run} --data PATH   sparing export {run} --format hf --out FOLDER')
+    use = f'sparing generate {run} --prompt "..."' if config.chats is None else f"sparing chat {run}"
+    say(f"next: {use}   sparing eval {run} --data PATH   sparing export {run} --format hf --out FOLDER")
     return summary
 
 
@@ -128,7 +129,7 @@ def _model_card(config: Config, summary: dict, origin: Origin | None, texts: lis
 A {kind} language model of {summary["parameters"]:,} parameters ({summary["active_parameters"]:,} active), trained with Sparing.
 
 - Data: {", then ".join(map(_named, texts))}; {summary["tokens"]:,} tokens in {summary["steps"]:,} steps{chosen}
-- Held-out text: {score} (context {config.train.eval_context or config.train.seq_len} tokens)
+- Held-out {"text" if config.chats is None else "answers"}: {score} (context {config.train.eval_context or config.train.seq_len} tokens)
 - Vocabulary {m.vocab_size:,}, {m.num_layers} layers of width {m.hidden_size}, {kv_cache_bytes(m):,} bytes of cache per token (16 bit)
 - Budget {summary["budget"]}; the whole recipe is in config.toml{ancestry}
 

@@ -9,6 +9,7 @@ import json
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from sparing.account.receipt import read_state
 from sparing.base.config import ChatsConfig, Config, DataConfig, UserError
@@ -25,12 +26,14 @@ from sparing.resolve import MARGIN
 
 
 def with_absolute_paths(wishes: Wishes) -> Wishes:
-    """Wishes that name the same texts and the same tokenizer from any working folder."""
-    paths, tokenizer = wishes.value("data.paths"), wishes.value("data.tokenizer")
+    """Wishes that name the same texts, the same tokenizer and the same start from any working folder."""
+    paths, tokenizer, start = (wishes.value(name) for name in ("data.paths", "data.tokenizer", "start.run"))
     if paths:
         wishes = Wishes.of(wishes, {"data": {"paths": tuple(map(absolute, paths))}})
     if tokenizer:
         wishes = Wishes.of(wishes, {"data": {"tokenizer": absolute(tokenizer)}})
+    if start:
+        wishes = Wishes.of(wishes, {"start": {"run": str(Path(start).resolve())}})
     for name in ("val", "keep"):
         if named := wishes.value(f"chats.{name}"):
             wishes = Wishes.of(wishes, {"chats": {name: tuple(map(absolute, named))}})
