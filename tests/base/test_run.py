@@ -62,6 +62,8 @@ def test_what_was_meant_is_named(tmp_path):
     (tmp_path / "theirs").mkdir()
     for file in (tmp_path / "theirs/config.json", tmp_path / "model.gguf"):
         file.write_text("{}")
+    with RunFolder.create(tmp_path / "killed").lock(), pytest.raises(UserError, match="what began it ended before"):
+        RunFolder.open(tmp_path / "killed")
     for path in ("theirs", "model.gguf"):
         with pytest.raises(UserError, match=f"imported first: sparing import {tmp_path}/{path} --out RUN"):
             RunFolder.open(tmp_path / path)

@@ -192,6 +192,12 @@ def test_options_in_every_spelling():
     assert overrides == {"model.num_layers": 8}
 
 
+def test_a_setting_that_is_a_list_takes_words_until_the_next_option():
+    verb, overrides = words("sft", "r", "--esft.experts", "1: 3 7", "2: 0", "--data", "a", "--esft.experts=3: 1", "--budget", "5m")
+    assert (verb.run, verb.data, verb.budget) == ("r", ["a"], "5m")
+    assert overrides == {"esft.experts": ("1: 3 7", "2: 0", "3: 1")}
+
+
 def test_the_last_of_two_counts_and_dashes_may_begin_a_value():
     verb, _ = words("generate", "run", "--prompt", "a", "--prompt=--help me", "--temperature", "1e-1", "--seed", "-3")
     assert (verb.run, verb.prompt, verb.temperature, verb.seed) == ("run", "--help me", 0.1, -3)

@@ -110,6 +110,7 @@ class RunFolder:
         if not run.config_file.exists():
             inside = sorted(entry.parent.name for entry in run.path.glob("*/config.toml"))
             hint = f"; did you mean {run.path / inside[0]}?" if inside else ""
+            hint = "; what began it ended before it had one: begin again with the same --out" if looks_like_run(path) else hint
             theirs = any((run.path / name).exists() for name in ("config.json", "adapter_config.json"))
             raise UserError(f"{path} is not a run folder: it has no config.toml{imported if theirs else hint}")
         return run

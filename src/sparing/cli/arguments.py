@@ -11,7 +11,7 @@ import dataclasses
 import io
 import re
 import sys
-from typing import Any, TextIO, get_type_hints
+from typing import Any, TextIO, get_origin, get_type_hints
 
 from sparing.base.config import UserError
 from sparing.base.config_file import describe, nearest, options, parse_text
@@ -72,6 +72,8 @@ def parse(verb: str, kind: type, argv: list[str]) -> tuple[Any, dict[str, Any]]:
     own = {flag_of(field.name): _type_of(field) for field in dataclasses.fields(kind) if "Positional" not in field.type}
     takes = getattr(kind, "takes", "nothing")
     dotted = {flag_of(name): name for name in recipe_options()} if takes == "recipe" else {}
+    lists = {flag for flag, hint in own.items() if hint == "list[str]"} | ({"--data", "--val"} if takes == "anything" else set())
+    lists |= {flag for flag, name in dotted.items() if get_origin(recipe_options()[name][0]) is tuple}
 
     words: dict[str, list[str]] = {}
     positional: list[str] = []
@@ -82,12 +84,12 @@ def parse(verb: str, kind: type, argv: list[str]) -> tuple[Any, dict[str, Any]]:
             flag = name.replace("_", "-")
             if flag not in own and flag not in dotted and takes != "anything":
                 raise UserError(f"{verb}: unknown option {name}; nearest: {nearest(flag, [*own, *dotted])}")
-            many = _is_list(own, flag)
+            many = flag in lists
             words[flag] = (words.get(flag, []) if many else []) + ([value] if equals else [])
             wants = None if own.get(flag) == "bool" or (equals and not many) else flag
         elif wants is not None:
             words[wants].append(token)
-            wants = wants if _is_list(own, wants) else None
+            wants = wants if wants in lists else None
         else:
             positional.append(token)
 
@@ -109,10 +111,6 @@ def parse(verb: str, kind: type, argv: list[str]) -> tuple[Any, dict[str, Any]]:
         elif flag not in own:
             overrides[flag[2:].replace("-", "_")] = values if len(values) > 1 else _literal(values[0])
     return _build(verb, kind, own, positional, {flag: values for flag, values in words.items() if flag in own}), overrides
-
-
-def _is_list(own: dict[str, str], flag: str) -> bool:
-    return own.get(flag) == "list[str]" or flag in ("--data.paths", "--data", "--val")
 
 
 def _literal(text: str) -> Any:
