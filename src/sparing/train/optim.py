@@ -243,16 +243,12 @@ class Muon:
             matrices += [matrix for part in zip(*views, strict=True) for matrix in zip(*(t.unbind(0) for t in part), strict=True)]
         threads = count()
 
-        # In several threads by vectors, even where there is a matrix unit: the stored golden losses have those bits.
-        kernels = native.chosen() if threads == 1 else "vectors"
-
         def update(share: int) -> None:
-            with native.path(kernels):
-                for weight, grad, average in matrices[share::threads]:
-                    rows, columns = weight.shape
-                    scale = lr * max(1.0, rows / columns) ** 0.5
-                    sizes = (rows, columns, float(momentum), self.steps, float(scale), 1.0 - lr * self.weight_decay)
-                    native.call("muon", None, weight, grad, average, *sizes, of=native.OWN[self.dtype])
+            for weight, grad, average in matrices[share::threads]:
+                rows, columns = weight.shape
+                scale = lr * max(1.0, rows / columns) ** 0.5
+                sizes = (rows, columns, float(momentum), self.steps, float(scale), 1.0 - lr * self.weight_decay)
+                native.call("muon", None, weight, grad, average, *sizes, of=native.OWN[self.dtype])
 
         divided([partial(update, share) for share in range(threads)])
 
