@@ -289,13 +289,17 @@ def test_a_model_is_frozen_as_it_is_read(shape, tied, kind):
         model.model.embed_tokens.add_low_rank(4, 8.0)
 
 
+FLOATS = (torch.float32, torch.bfloat16)
+OWN_HEADS = [("tiles", torch.bfloat16), ("vectors", torch.bfloat16), ("vectors", torch.float32)]
+"""Our own products, and the types that they multiply."""
+
+
 @pytest.mark.parametrize("kind", ["floats", "bfloat16", "int8", "int4"])
-@pytest.mark.parametrize("path", ["tiles", "vectors"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("path,dtype", OWN_HEADS)
 def test_a_head_goes_through_in_parts(dtype, path, kind):
     """Of tokens, and of a vocabulary whose last part is small and no multiple of a block; floats learn, and their gradient too is the sum
     of the chunks'."""
-    if not native.can(path, dtype) or (dtype == torch.float32 and path == "tiles"):
+    if not native.can(path, dtype):
         pytest.skip("this machine cannot run these kernels")
     torch.manual_seed(0)
     x, w = torch.randn(600, 64).to(dtype), torch.randn(1126, 64) * 0.3
@@ -322,8 +326,7 @@ def test_a_head_goes_through_in_parts(dtype, path, kind):
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
-@pytest.mark.parametrize("path", ["tiles", "vectors", "compiled", "plain"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("path,dtype", [*OWN_HEADS, *((path, dtype) for path in ("compiled", "plain") for dtype in FLOATS)])
 def test_a_head_of_few_bits_is_the_same_as_floats(kind, path, dtype):
     """Training's loss and an evaluation's. Our own products read the codes; others get one copy, for all who need it at
     the same time."""
