@@ -24,7 +24,7 @@ from pathlib import Path
 
 ROWS, LENGTH = 8, 512
 STEPS = {"ours": 8, "peers": 2}
-"""Timed steps; a peer's first step is not among them."""
+"""Timed steps; the first step of each side is not among them."""
 ARM_S = 1200
 """Seconds after which an arm of `speed` is given up."""
 RANK, ALPHA = 16, 32
@@ -127,7 +127,7 @@ def speed(options: argparse.Namespace) -> None:
 
 
 def ours(options: argparse.Namespace, method: str, micro: int, again: bool, base: str) -> dict:
-    """A run of `sparing sft`: memory of its training, and of the whole process; the update of its loss."""
+    """A run of `sparing sft`, without its first step: memory of its training, and of the whole process; the update of its loss."""
     out = options.out / f"run-{time.time_ns()}"
     settings = {
         "seq-len": options.length, "batch-size": options.rows, "micro-batch-size": min(micro, options.rows), "recompute": again, "evals": 0,
@@ -135,12 +135,14 @@ def ours(options: argparse.Namespace, method: str, micro: int, again: bool, base
     }  # fmt: skip
     own = [part for name, value in settings.items() for part in (f"--train.{name}", str(value).lower())]
     own += ["--adapter.base", base] if base else []
-    budget = f"{(options.timed or STEPS['ours']) * options.rows * options.length}tok"
+    budget = f"{((options.timed or STEPS['ours']) + 1) * options.rows * options.length}tok"
     call = ("sft", options.run, "--data", *options.data, "--method", method, "--budget", budget, "--out", out, "--samples", 0)
     result = sparing(*call, *own)
     stages = {stage["stage"]: stage["memory_bytes"] or 0 for stage in sparing("receipt", out)["stages"]}
     memory = {"memory_bytes": stages["train"], "whole_bytes": max(stages.values()), "stages": stages}
-    return {"tokens_per_s": result["tokens_per_s"], "loss": result["loss"], **memory}
+    steps = [line for line in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if "lr" in line]
+    seconds = steps[-1]["seconds"] - steps[0]["seconds"]
+    return {"tokens_per_s": (steps[-1]["tokens"] - steps[0]["tokens"]) / seconds, "loss": result["loss"], **memory}
 
 
 def theirs(options: argparse.Namespace, trainer: str, method: str, precision: str, micro: int, again: bool) -> dict:

@@ -272,7 +272,7 @@ def _scorers(network: Transformer, compare: bool) -> tuple[NllFn, Callable[[], s
 
     def nll(model: Transformer, dtype: str) -> NllFn:
         model.compute_dtype = getattr(torch, dtype)
-        replicas = Replicas(model, None, count, kernels=fitting(count, count, "cpu", dtype)[0])
+        replicas = Replicas(model, None, count, kernels=fitting(count, count, "cpu", dtype, model.config)[0])
         if dtype != "float32":
             return replicas.nll
         # Rows for half of the cores or fewer: each operation on all cores, in PyTorch's kernels.

@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 
+from sparing.base.config import ModelConfig
 from sparing.base.hardware import cpu_flags
 from sparing.kernels import native, products
 
@@ -111,3 +112,27 @@ def test_what_is_measured_is_what_is_chosen(dtype, one_thread):
         found = products.rates(dtype)
         assert set(found) == {path for path in ("tiles", "vectors", "compiled") if native.can(path, dtype)} and min(found.values()) > 0
         assert all(path in why for path in found)
+
+
+def test_the_products_that_are_timed_are_those_of_the_model():
+    dense = ModelConfig(hidden_size=576, intermediate_size=1536, num_layers=4, num_dense_layers=4)
+    assert {(outputs, inputs) for _, outputs, inputs in products.shapes_of(dense)} == {(576, 576), (1536, 576)}
+    widths = {"intermediate_size": 30001, "moe_intermediate_size": 64, "n_routed_experts": 64, "num_experts_per_tok": 2}
+    mixture = ModelConfig(hidden_size=8192, num_layers=4, num_dense_layers=1, **widths)
+    shapes = products.shapes_of(mixture)
+    assert all(rows >= 1 and max(outputs, inputs) <= products.WIDEST and outputs % 2 == 0 for rows, outputs, inputs in shapes)
+    assert all(6 * rows * outputs * inputs <= products.MEASURED_FLOPS for rows, outputs, inputs in shapes)
+    assert (64, 64, products.WIDEST) in shapes
+
+
+@pytest.mark.skipif(not native.can("tiles"), reason="no matrix unit here")
+def test_tiles_of_more_columns_than_are_near(one_thread):
+    """In two parts, the second smaller, also where sums are added to and where a base is."""
+    torch.manual_seed(0)
+    a, b = torch.randn(70, 4100).bfloat16(), torch.randn(270, 4100)
+    wide = a.float() @ b.bfloat16().float().T
+    with native.path("tiles"):
+        assert close(products.nt(a, b), wide)
+        assert close(products.nt(a, b, base=torch.ones(70, 270).bfloat16()), wide + 1)
+        assert close(products.nn(a, b.T.contiguous()), wide)
+        assert close(products.tn(a.T.contiguous(), b.T.contiguous().bfloat16()), wide)

@@ -104,7 +104,7 @@ class Ours(TrainingSide):
         self.model.load_state_dict(weights)
         self.model.train()
         self.model.compute_dtype = getattr(torch, precision)
-        kernels = fitting(replicas, torch.get_num_threads(), "cpu", precision)[0]
+        kernels = fitting(replicas, torch.get_num_threads(), "cpu", precision, config)[0]
         self.replicas = Replicas(self.model, NextToken(config), replicas, compile, kernels)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True, **optimizer)
 

@@ -138,7 +138,7 @@ def _calibrated(job: Job, config: Config, model: Transformer, feed: Feed, peak: 
         precision, reasons["precision.linear"] = choose_products(model, config, feed.batch(0), left, job.cut_short)
         config = replace(config, precision=precision)
     if config.train.kernels is None:
-        kernels, reasons["train.kernels"] = fitting(t.replicas or 1, t.threads, model.device.type, t.dtype)
+        kernels, reasons["train.kernels"] = fitting(t.replicas or 1, t.threads, model.device.type, t.dtype, config.model)
         config = replace(config, train=replace(config.train, kernels=kernels))
     for name, reason in reasons.items():
         section, field = name.split(".")

@@ -89,6 +89,16 @@ static void pack_rows_of_int4(Held w, int64_t K, int64_t N, int32_t *out) {
     }
 }
 
+enum { AHEAD = 16 }; /* rows */
+
+/* Have NR columns of a row come into cache, where it is there: they lie too far apart for the processor to see that they are next. */
+static inline void ask_for(Held w, int64_t row, int64_t K, int64_t from) {
+    if (row >= K) return;
+    int64_t size = w.held == FLOAT32 ? 4 : w.held == BFLOAT16 ? 2 : 1;
+    const char *at = (const char *)w.at + (row * w.stride + from) * size;
+    for (int64_t i = 0; i < NR * size; i += 64) _mm_prefetch(at + i, _MM_HINT_T0);
+}
+
 /* w (K, N) -> panels (N / 32, K / 2, 32) of pairs. */
 static void pack_rows(Held w, int64_t K, int64_t N, int32_t *out) {
     int64_t pairs = (K + 1) / 2, all = filled(pairs);
@@ -98,9 +108,12 @@ static void pack_rows(Held w, int64_t K, int64_t N, int32_t *out) {
     }
     for (int64_t n = 0; n < up(N, NR); n += NR) { /* a cache line of columns at a time, down all rows */
         int32_t *to = out + n * all;
-        for (int64_t p = 0; p < pairs; p++)
+        for (int64_t p = 0; p < pairs; p++) {
+            ask_for(w, 2 * p + AHEAD, K, n);
+            ask_for(w, 2 * p + AHEAD + 1, K, n);
             for (int64_t h = 0; h < NR; h += 16)
                 _mm512_storeu_si512(to + p * NR + h, pair(w, 2 * p, K, n + h, first(N - n - h)));
+        }
         memset(to + pairs * NR, 0, (all - pairs) * NR * 4);
     }
 }
@@ -264,7 +277,10 @@ TILES static inline __attribute__((always_inline)) void block(int two_rows, int 
     if (two_rows && two_columns) _tile_stored(3, c + 16 * stride + 16, stride * 4);
 }
 
-TILES static void multiply_tiles(int64_t M, int64_t N, int64_t pairs, Left a, const int32_t *b, int64_t panel, void *c, int64_t stride,
+enum { NEAR = 1 << 20 }; /* bytes of packed B that stay in a core's second-level cache (2 MB wherever there is AMX) while A's rows pass */
+
+/* A product whose packed B is no larger than that. */
+TILES static void multiply_near(int64_t M, int64_t N, int64_t pairs, Left a, const int32_t *b, int64_t panel, void *c, int64_t stride,
                                  int kind, const bf16 *base, int64_t base_stride) {
     float sums[32 * NR] __attribute__((aligned(64)));
     int64_t size = kind == TO_BF16 ? 2 : 4;
@@ -298,6 +314,16 @@ TILES static void multiply_tiles(int64_t M, int64_t N, int64_t pairs, Left a, co
                 }
         }
     }
+}
+
+/* As many columns at a time as are near, in parts of about one size: from the third-level cache tiles come at a tenth of the unit's rate. */
+static void multiply_tiles(int64_t M, int64_t N, int64_t pairs, Left a, const int32_t *b, int64_t panel, void *c, int64_t stride,
+                           int kind, const bf16 *base, int64_t base_stride) {
+    int64_t all = up(N, NR) / NR, bytes = up(pairs, 16) * NR * 4, parts = (all * bytes + NEAR - 1) / NEAR;
+    int64_t some = parts > 1 ? (all + parts - 1) / parts * NR : N, size = kind == TO_BF16 ? 2 : 4;
+    for (int64_t n = 0; n < N; n += some)
+        multiply_near(M, N - n < some ? N - n : some, pairs, a, b + n / NR * panel, panel, (char *)c + n * size, stride, kind,
+                      base ? base + n : 0, base_stride);
 }
 #endif
 

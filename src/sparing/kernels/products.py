@@ -25,8 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparing.base.config import ModelConfig
 from sparing.base.held import GROUP, PANEL
 from sparing.base.int4_groups import from_int4
+from sparing.base.layers import layers
 from sparing.kernels import native
 from sparing.kernels.native import new
 from sparing.kernels.sizes import NEWTON_SCHULZ
@@ -46,19 +48,33 @@ def even(*widths: int | None) -> bool:
 
 MEASURED = ((2048, 128, 128), (320, 128, 64), (1024, 512, 256))
 """(rows, outputs, inputs) of the products that `fastest` times: a small model's layer, one expert's share, a larger layer."""
+WIDEST, MEASURED_FLOPS = 2048, 4e9
+"""Of the products of a model that are timed: no side is longer, no three of them take more FLOPs."""
 MUCH = 1.1
 """How much faster PyTorch's products must be: ours also save the time between products (fused attention and head, no copies of weights)."""
 
 
-def rates(dtype: torch.dtype = torch.bfloat16) -> dict[native.Path, float]:
-    """FLOP/s of the three products of a linear, by kernels that can run here, in the geometric mean over MEASURED. About 0.2 s."""
+def shapes_of(c: ModelConfig) -> tuple[tuple[int, int, int], ...]:
+    """As MEASURED, of a model: its widths, an expert's share of the rows, and fewer rows where the products are large."""
+
+    def shape(share: float, outputs: int) -> tuple[int, int, int]:
+        outputs, inputs = (max(2, min(size, WIDEST) // 2 * 2) for size in (outputs, c.hidden_size))
+        return int(min(MEASURED[0][0] * share, max(1.0, MEASURED_FLOPS / (6 * outputs * inputs)))) or 1, outputs, inputs
+
+    kinds = {layer.feed_forward for layer in layers(c)}
+    feed_forwards = {shape(kind.chosen / kind.experts if kind.mixture else 1.0, kind.width) for kind in kinds}
+    return shape(1.0, c.hidden_size), *sorted(feed_forwards)
+
+
+def rates(dtype: torch.dtype = torch.bfloat16, shapes: tuple[tuple[int, int, int], ...] = MEASURED) -> dict[native.Path, float]:
+    """FLOP/s of the three products of a linear, by kernels that can run here, in the geometric mean over shapes. About 0.2 s."""
     found: dict[native.Path, float] = {}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         for kernels in [path for path in ("tiles", "vectors", "compiled") if native.can(path, dtype)]:
             with native.path(kernels):
-                found[kernels] = prod(_rate(*shape, dtype) for shape in MEASURED) ** (1 / len(MEASURED))
+                found[kernels] = prod(_rate(*shape, dtype) for shape in shapes) ** (1 / len(shapes))
     finally:
         torch.set_num_threads(threads)
     return found
@@ -77,21 +93,22 @@ def _rate(rows: int, outputs: int, inputs: int, dtype: torch.dtype) -> float:
 
 
 @cache
-def fastest(dtype: torch.dtype = torch.bfloat16) -> tuple[native.Path, str]:
+def fastest(dtype: torch.dtype = torch.bfloat16, shapes: tuple[tuple[int, int, int], ...] = MEASURED) -> tuple[native.Path, str]:
     """The kernels for training in `dtype` with one thread an operation, and why; measured once in a process."""
     if not native.can("vectors", dtype):
         return "compiled", "each operation has one thread: what our compiled kernels are for"
-    found = rates(dtype)
+    found = rates(dtype, shapes)
     ours = max((path for path in found if path != "compiled"), key=found.get)
     told = ", ".join(f"{path} {rate / 1e9:,.0f}" for path, rate in found.items())
-    return ours if MUCH * found[ours] > found["compiled"] else "compiled", f"measured, GFLOP/s of small products on one core: {told}"
+    return ours if MUCH * found[ours] > found["compiled"] else "compiled", f"measured, GFLOP/s of products on one core: {told}"
 
 
-def fitting(replicas: int, threads: int | None, device: str, dtype: str) -> tuple[native.Path, str]:
-    """The kernels for training with so many replicas, or threads in each operation, and why: the compiled passes have one thread each."""
+def fitting(replicas: int, threads: int | None, device: str, dtype: str, model: ModelConfig | None = None) -> tuple[native.Path, str]:
+    """The kernels for training with so many replicas, or threads in each operation, and why: the compiled passes have one thread each.
+    model: whose products are measured; default: a small one's."""
     if device != "cpu" or not (replicas > 1 or threads == 1) or native.passes() is None:
         return "plain", "operations have several threads, or there is no C compiler"
-    return fastest(getattr(torch, dtype))
+    return fastest(getattr(torch, dtype), MEASURED if model is None else shapes_of(model))
 
 
 def kind_of(dtype: torch.dtype) -> int:

@@ -17,6 +17,8 @@ from sparing.kernels.products import Frozen
 from sparing.kernels.sizes import HEAD_TOKENS, SCORED_LOGITS
 
 IGNORE = -100
+FEW = 1 / 16
+"""Share of rows without a target that the head computes too: gathering the others costs passes."""
 
 
 def linear_cross_entropy_reference(
@@ -95,20 +97,23 @@ def _own_head(
     grad_weight: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """-> (cross-entropy of each row times its weight (N,) float32, gradient of `scale` times their sum (N, D), None unless
-    `learns`), by our own products; grad_weight (W, D) float32 is filled. Where there is none, rows that are not scored, as
-    those of questions, are left out."""
-    places, rows = None, (x_ND, targets_N, weights_N)
-    if grad_weight is None and not bool((scored := targets_N != IGNORE).all()):
-        places = scored.nonzero().squeeze(1)
+    `learns`), by our own products; grad_weight (W, D) float32 is filled. Rows that are not scored, as those of questions, are
+    left out where they are more than FEW of all."""
+    rows = x_ND, targets_N, weights_N
+    places = (targets_N != IGNORE).nonzero().squeeze(1)
+    whole = len(places) >= (1 - FEW) * len(x_ND)
+    if not whole:
         rows = tuple(t if t is None else t.index_select(0, places) for t in rows)
     x, targets, weights = (t if t is None else t.contiguous() for t in rows)
     nll, grad_x = torch.empty(len(x), dtype=torch.float32), new_like(x) if learns else None
     sizes = (*x.shape, weight_WD.shape[0])
     products.call("head_loss", x, x, *products.held(weight_WD), targets, weights, scale, nll, grad_x, grad_weight, *sizes)
-    if places is None:
+    if whole:
         return nll, grad_x
-    whole = None if grad_x is None else new_like(x_ND).zero_().index_copy_(0, places, grad_x)
-    return nll.new_zeros(len(x_ND)).index_copy_(0, places, nll), whole
+    if grad_weight is not None and not len(places):
+        grad_weight.zero_()
+    grads = None if grad_x is None else new_like(x_ND).zero_().index_copy_(0, places, grad_x)
+    return nll.new_zeros(len(x_ND)).index_copy_(0, places, nll), grads
 
 
 class _CompiledCrossEntropy(torch.autograd.Function):

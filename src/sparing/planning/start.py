@@ -145,7 +145,7 @@ def scored(wishes: Wishes, corpus: Corpus) -> dict[str, Any]:
     model, context = load(run.path), config.train.eval_context
     count, dtype = cores(), this_machine().training_dtype("cpu")
     model.network.compute_dtype = getattr(torch, dtype)
-    replicas = Replicas(model.network, None, count, kernels=fitting(count, count, "cpu", dtype)[0])
+    replicas = Replicas(model.network, None, count, kernels=fitting(count, count, "cpu", dtype, model.network.config)[0])
     batch = max(count, SCORE_TOKENS // context)
     result = bpb(replicas.nll, model.tokenizer, held_out_texts(data, corpus), context, batch=batch, max_bytes=SCORE_BYTES)
     return {"name": run.path.name, "run": str(run), **result, "seconds": time.monotonic() - began}

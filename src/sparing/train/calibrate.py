@@ -150,7 +150,7 @@ def choose(
     kernels = t.kernels
     if kernels is None:
         why = "plain", "what torch.compile compiles"
-        kernels, reasons["train.kernels"] = why if compiled else fitting(replicas, threads, device, t.dtype)
+        kernels, reasons["train.kernels"] = why if compiled else fitting(replicas, threads, device, t.dtype, config.model)
     return replace(t, micro_batch_size=micro, threads=threads, replicas=replicas, compile=compiled, kernels=kernels), reasons
 
 
@@ -216,7 +216,7 @@ def _micro_batches(t: TrainConfig) -> list[int]:
 
 def _replicas(model: Transformer, config: Config, device: str, *, compiled: bool = False, replicas: int = 1) -> Replicas:
     t = config.train
-    kernels = t.kernels or fitting(replicas, torch.get_num_threads(), device, t.dtype)[0]
+    kernels = t.kernels or fitting(replicas, torch.get_num_threads(), device, t.dtype, config.model)[0]
     return Replicas(model, NextToken.of(config), replicas, compiled, kernels)
 
 

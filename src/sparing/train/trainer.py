@@ -147,7 +147,7 @@ class Trainer:
         """Linears that the last step's errors moved to another precision."""
         self.loads: list[Tensor] = []
         """Tokens that each expert of each mixture was given in the last step."""
-        self.kernels = t.kernels or fitting(t.replicas or 1, t.threads, self.device.type, t.dtype)[0]
+        self.kernels = t.kernels or fitting(t.replicas or 1, t.threads, self.device.type, t.dtype, config.model)[0]
         self.replicas = Replicas(model, objective, t.replicas or 1, bool(t.compile), self.kernels)
         self.optimizer = Optimizer(model, config.optim, model.compute_dtype, config.precision, t.seed)
         self.tokens_per_step = t.batch_size * t.seq_len
