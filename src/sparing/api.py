@@ -150,10 +150,10 @@ def grow(
 ) -> dict:
     """Give a run experts for a new domain, inside a budget, and leave all else of it as it is to the last bit; into the new run `out`.
 
-    run: dense, or a mixture with sigmoid scores and selection biases; it may have domains already. data: the domain's texts, as for `train`.
-    keep: text that the experts are to leave alone; none: what the run writes by itself. wishes, started: as for `train`.
-    -> what `sft` gives, and domains, eps (as it was in the end). Raises UserError; `adapt.grow.TurnedDown`, which leaves no run behind, where
-    old text's loss would rise by more than 0.1 % or the domain's would not fall; Interrupted on a signal (the run can be resumed).
+    run: dense, or a mixture with sigmoid scores and selection biases; it may have domains already. data: the domain's texts, as for
+    `train`. keep: text that the experts are to leave alone; none: what the run writes by itself. wishes, started: as for `train`.
+    -> what `sft` gives. Raises UserError; Interrupted on a signal (the run can be resumed); `adapt.grow.TurnedDown`, which leaves no run
+    behind, where old text's loss would rise by more than 0.1 %, or the domain's would not fall.
     """
     started = time.monotonic() if started is None else started
     amount = parse_budget(budget)

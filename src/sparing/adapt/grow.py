@@ -136,7 +136,7 @@ class Beside:
 
 
 def _fresh(grown: Grown, config: Config) -> Pack:
-    """A domain's experts before they learn: gate and up of every n-th neuron of the dense feed-forward, or of a mixture's expert 0; asleep."""
+    """A domain's experts before they learn, asleep: gate and up of every n-th neuron of the feed-forward, or of a mixture's expert 0."""
     tensors = {}
     for name, shape in own_names(config.model).items():
         at, part = name.partition(".mlp.")[::2]
@@ -299,20 +299,21 @@ def _rows(feed: Feed, limit: int) -> Iterator[Window]:
     step = 0
     while True:
         batch = feed.batch(step)
-        for tokens, targets, documents in zip(batch.tokens, batch.targets, batch.documents, strict=True):
+        for tokens, targets, pieces in zip(batch.tokens, batch.targets, batch.documents, strict=True):
             if limit <= 0:
                 return
             first = torch.ones(len(tokens), dtype=torch.bool)
-            first[1:] = documents[1:] != documents[:-1]
+            first[1:] = pieces[1:] != pieces[:-1]
             there = targets[:, 0] != IGNORED
-            yield Window(tokens, documents, there & ~first, there & first)
+            yield Window(tokens, pieces, there & ~first, there & first)
             limit -= int(there.sum())
         step += 1
 
 
 def mixtures_of(model: Transformer) -> dict[int, MoE]:
     """The decoder's layers with experts."""
-    return {number: block.mlp for number, block in enumerate(model.model.layers) if isinstance(block.mlp, MoE) and not isinstance(block, MTPBlock)}
+    decoder = (block for block in model.model.layers if not isinstance(block, MTPBlock))
+    return {number: block.mlp for number, block in enumerate(decoder) if isinstance(block.mlp, MoE)}
 
 
 @torch.no_grad()
@@ -393,12 +394,10 @@ def fit(model: Transformer, number: int, new: list[Iterable[Window]], old: list[
         _read(model, windows, sums(kind), job)
     if not counts["new"] or not counts["old"]:
         raise UserError("grow: there is too little text to tell the domain from what the model could before")
-    rows = {
-        layer: rows_of(
-            moments[layer].double() / sum(counts.values()), means["new"][layer].double() / counts["new"], means["old"][layer].double() / counts["old"]
-        ).float()
-        for layer in layers
-    }  # fmt: skip
+    rows = {}
+    for layer in layers:
+        mean = {kind: of[layer].double() / counts[kind] for kind, of in means.items()}
+        rows[layer] = rows_of(moments[layer].double() / sum(counts.values()), mean["new"], mean["old"]).float()
     margins: dict[str, dict[int, list[Tensor]]] = {kind: {layer: [] for layer in layers} for kind in ("new", "old", "first")}
 
     def compare(kind: str) -> Callable[[int, Tensor, Window], None]:
@@ -454,8 +453,8 @@ def _route(job: Job, config: Config, model: Transformer, data: DomainData) -> No
     write_atomic(job.run.state / f"{FOUND}.json", json.dumps(note, indent=1))
     shares = [fitted.woken for fitted in found.values()]
     say(
-        f"{growth.domain}: {sum(shares) / len(shares):.1%} of its tokens wake its expert ({min(shares):.1%} to {max(shares):.1%} by layer), "
-        f"and at most {growth.eps:.2%} of old text's"
+        f"{growth.domain}: {sum(shares) / len(shares):.1%} of its tokens wake its expert ({min(shares):.1%} to {max(shares):.1%} "
+        f"by layer), and at most {growth.eps:.2%} of old text's"
     )
     if max(shares) < LEAST_WOKEN:
         raise TurnedDown(f"{growth.domain} cannot be told from old text: no layer's expert would see {LEAST_WOKEN:.0%} of its tokens")
@@ -487,6 +486,7 @@ def settle(job: Job, config: Config, model: Transformer, data: DomainData, resul
         result = replace(result, before=data.scorer(config, stop)(nll))
         _set(biases, number, learnt)
     before = result.before
+
     def rise() -> float:
         return after["old_loss"] / before["old_loss"] - 1
 
@@ -494,7 +494,8 @@ def settle(job: Job, config: Config, model: Transformer, data: DomainData, resul
     while rise() > WORSE:
         step += 1
         if step > len(STRICTER):
-            raise TurnedDown(f"{config.growth.domain} was turned down: old text's loss would rise by {rise():.2%}, however strict the routing")
+            worse = f"old text's loss would rise by {rise():.2%}, however strict the routing"
+            raise TurnedDown(f"{config.growth.domain} was turned down: {worse}")
         say(f"old text's loss would rise by {rise():.2%}: the routing becomes stricter, {step} of {len(STRICTER)}")
         _set(biases, number, {layer: -thresholds[step] for layer, thresholds in found["thresholds"].items()})
         after = after | data.old_scorer(config, stop)(nll)
@@ -530,8 +531,8 @@ def _note_wakes(job: Job, config: Config, model: Transformer, data: DomainData) 
 
 
 def woken(config: Config, share_E: np.ndarray) -> dict[str, float]:
-    """Expert -> the share of tokens that wake it; domains' experts by their names, a mixture's own by number, the one that does nothing left
-    out."""
+    """Expert -> the share of tokens that wake it: domains' experts by their names, a mixture's own by number, without the one that does
+    nothing."""
     names, own = config.growth.domains, len(share_E) - len(config.growth.domains)
     of_root = {} if config.growth.dense else {str(number): round(float(share_E[number]), 6) for number in range(own)}
     return of_root | {name: round(float(share_E[own + place]), 6) for place, name in enumerate(names)}

@@ -1,17 +1,17 @@
 """Grown models: experts of domains beside a model that stays to the last bit, and the verbs that take them apart and join them.
 
 The root is the model without them. Where it is dense, its feed-forwards become the shared experts of mixtures in which a token uses one
-routed expert: number 0, which is zero and does nothing, or a domain's. Where it is a mixture, domains' experts stand behind its own, and one
-that is chosen takes the place of the weakest. Sigmoid scores do not depend on each other and selection biases are no part of a gate's weight,
-so an expert that is not chosen changes nothing. Each domain has one expert in each layer; domains stand in the order of their names, so
-whatever order they were grown or merged in, the bytes are the same.
+routed expert: number 0, which is zero and does nothing, or a domain's. Where it is a mixture, domains' experts stand behind its own, and
+one that is chosen takes the place of the weakest. Sigmoid scores do not depend on each other, and selection biases are no part of a gate's
+weight: an expert that is not chosen changes nothing. Each domain has one expert in each layer. Domains stand in the order of their names,
+so in whatever order they were grown or merged, the bytes are the same.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,9 +23,8 @@ from sparing.account.receipt import read_state
 from sparing.base.config import Config, GrowthConfig, ModelConfig, UserError
 from sparing.base.config_file import nearest, read_config, write_config
 from sparing.base.config_limits import DOMAIN, checked
-from sparing.base.files import DamagedError, file_sha256, from_json, link_or_copy, output_folder, write_atomic
-from sparing.base.layers import SELECTION_BIAS, is_matrix, layers, mixtures, shapes
-from sparing.base.messages import say
+from sparing.base.files import DamagedError, from_json, link_or_copy, output_folder, write_atomic
+from sparing.base.layers import SELECTION_BIAS, is_matrix, mixtures, shapes
 from sparing.base.origin import inherit_origin
 from sparing.base.run import RunFolder, StoredTensors, stream_tensors, tensors_header, verify_folder, weights_sha256, write_folder
 
@@ -40,6 +39,8 @@ PACK, ABOUT = "pack.safetensors", "pack.json"
 FORMAT = 1
 WAKES = "wakes"
 """state/wakes.json: text -> layer -> {expert: share of that text's tokens that wake it}."""
+OLD = "old text"
+"""The name there of what the root could already."""
 SHAPE = ("n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size", "n_group", "topk_group", "scoring_func",
          "selection_bias", "norm_topk_prob", "routed_scaling_factor")  # fmt: skip
 """What a dense root says of experts, which it does not have."""
@@ -47,10 +48,11 @@ SHAPE = ("n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_int
 
 @dataclass(frozen=True)
 class Pack:
-    """The experts of one domain. `tensors` has PARTS of each of the decoder's mixtures by their names in the model, of one expert: (1, ...)."""
+    """The experts of one domain."""
 
     domain: str
     tensors: Mapping[str, Tensor]
+    """PARTS of each of the decoder's mixtures by their names in the model, of one expert: (1, ...)."""
 
 
 # shapes
@@ -69,10 +71,9 @@ def grown_model(root: ModelConfig, domains: int, width: int | None = None) -> Mo
     Raises UserError for a root that cannot grow."""
     if mixtures(root):
         if root.scoring_func != "sigmoid" or not root.selection_bias or root.n_group > 1:
-            raise UserError(
-                "grow needs routers whose scores do not depend on each other: sigmoid scores, selection biases, one group; this mixture has "
-                f"{root.scoring_func} scores, {'' if root.selection_bias else 'no '}selection biases, {root.n_group} groups"
-            )
+            has = f"{root.scoring_func} scores, {'' if root.selection_bias else 'no '}selection biases, {root.n_group} groups"
+            needs = "scores that do not depend on each other: sigmoid scores, selection biases, one group"
+            raise UserError(f"grow needs routers with {needs}; this mixture has {has}")
         if width not in (None, root.moe_intermediate_size):
             raise UserError(f"growth.width {width}: the experts of this mixture are {root.moe_intermediate_size} wide")
         return replace(root, n_routed_experts=root.n_routed_experts + domains)
@@ -110,9 +111,7 @@ class Joined(Mapping[str, Tensor]):
         self.root, self.growth, self.shapes = root, growth, shapes(model)
         by_name = {pack.domain: pack for pack in packs}
         self.packs = [by_name[name] for name in growth.domains]
-        self.rows = {
-            f"model.layers.{layer.index}.mlp.{part}": layer.mtp for layer in mixtures(model) for part in PARTS
-        }  # fmt: skip
+        self.rows = {f"model.layers.{layer.index}.mlp.{part}": layer.mtp for layer in mixtures(model) for part in PARTS}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
@@ -223,7 +222,16 @@ def _stored(run: RunFolder, model: ModelConfig) -> str:
     raise UserError(f"{run} keeps its weights in another form than float32 or bfloat16: import it with --dtype float32, and grow that")
 
 
-def _make(verb: str, grown: Grown, out: str, started: float | None, model: ModelConfig, growth: GrowthConfig | None, tensors, kind: str) -> str:
+def _make(
+    verb: str,
+    grown: Grown,
+    out: str,
+    started: float | None,
+    model: ModelConfig,
+    growth: GrowthConfig | None,
+    tensors: Mapping[str, Tensor],
+    kind: str = "float32",
+) -> str:
     """A run folder with these weights and what else the run has; -> their SHA-256. Raises UserError; then nothing stays."""
     run = RunFolder.create(out)
     with run.making(), metered(verb, run, verb, started):
@@ -240,24 +248,16 @@ def _make(verb: str, grown: Grown, out: str, started: float | None, model: Model
         rows = replace(plain.train, seq_len=grown.config.train.seq_len)
         config = replace(plain, model=model, train=rows, growth=growth, tokens=grown.config.tokens)
         if growth is not None and (wakes := read_state(grown.run, WAKES, dict)):
-            write_atomic(run.state / f"{WAKES}.json", json.dumps(_of(wakes, growth.domains), indent=1))
+            of_domains = {text: by_layer for text, by_layer in wakes.items() if text in growth.domains}
+            write_atomic(run.state / f"{WAKES}.json", json.dumps(of_domains, indent=1))
         write_atomic(run.config_file, write_config(config))
     return written["sha256"]
-
-
-def _of(wakes: dict, domains: Iterable[str]) -> dict:
-    """What is known of the experts that these domains wake."""
-    return {text: layers_ for text, layers_ in wakes.items() if text == OLD or text in domains}
-
-
-OLD = "old text"
-"""The name in WAKES of what the root could already."""
 
 
 def _without(verb: str, grown: Grown, packs: list[Pack], out: str, started: float | None) -> dict:
     if packs:
         model, growth, tensors = grown.with_packs(packs)
-        digest = _make(verb, grown, out, started, model, growth, tensors, "float32")
+        digest = _make(verb, grown, out, started, model, growth, tensors)
     else:
         digest = _make(verb, grown, out, started, grown.model, None, grown.root, grown.growth.stored)
     return {"out": out, "domains": [pack.domain for pack in packs], "weights_sha256": digest, "base": grown.growth.root_sha256}
@@ -339,7 +339,7 @@ def merge(base: str, paths: list[str], out: str, started: float | None = None) -
     if len(widths := {next(t.shape[-1] for name, t in one.tensors.items() if name.endswith("down_proj")) for one in packs}) > 1:
         raise UserError(f"experts of {' and '.join(map(str, sorted(widths)))} numbers' width cannot stand beside each other: grow with one")
     model, growth, tensors = grown.with_packs(packs)
-    digest = _make("merge", grown, out, started, model, growth, tensors, "float32")
+    digest = _make("merge", grown, out, started, model, growth, tensors)
     if wakes:
         run = RunFolder(out)
         write_atomic(run.state / f"{WAKES}.json", json.dumps((read_state(run, WAKES, dict) or {}) | wakes, indent=1))

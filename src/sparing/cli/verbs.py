@@ -517,8 +517,8 @@ class Bench:
 
 @dataclass
 class Grow:
-    """Give a run experts for a new domain, inside a budget. All else of it stays to the last bit, and old text is left alone: where its loss
-    would rise by more than 0.1 %, the growth is made stricter or turned down. What no option sets is derived."""
+    """Give a run experts for a new domain, inside a budget. All else of it stays to the last bit, and old text is left alone: where its
+    loss would rise by more than 0.1 %, the growth is made stricter or turned down. What no option sets is derived."""
 
     takes: ClassVar[str] = "recipe"
     run: tyro.conf.Positional[str | None] = None

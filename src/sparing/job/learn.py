@@ -64,7 +64,8 @@ def learn(
 
     samples: completions to write at the end. start: default what `config.start` names. data: makes (or opens) what the run learns from.
     objective: default `NextToken`. limit: decides what of the model learns, and writes it down; where the run has a checkpoint, the
-    weights are not there yet. settle: looks at the trained model, and may change it and its scores, or refuse it. Raises Interrupted on a signal (the run can be resumed), UserError, Diverged.
+    weights are not there yet. settle: looks at the trained model, and may change it and its scores, or refuse it. Raises Interrupted on a
+    signal (the run can be resumed), UserError, Diverged.
     """
     run, signals, machine = job.run, job.signals, job.machine
     keep_origin(run, config)
@@ -107,7 +108,9 @@ def learn(
         job.meter,
         peak_flops=peak,
         limit=Limit(config.budget, job.meter) if config.budget.unit in ("usd", "kwh") else None,
-        reserve_s=material.reserve_s(run) + 0.5 + samples * SAMPLE_TOKENS * max(SAMPLE_S, 4 * parameters(config.model).active / SAMPLE_BYTES_PER_S),
+        reserve_s=0.5
+        + material.reserve_s(run)
+        + samples * SAMPLE_TOKENS * max(SAMPLE_S, 4 * parameters(config.model).active / SAMPLE_BYTES_PER_S),
         keeps_best=material.keeps_best,
     )
     with job.meter.stage("train"):

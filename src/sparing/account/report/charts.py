@@ -194,7 +194,9 @@ def wakes_map(story: Story, named: bool) -> Chart | None:
     ]  # fmt: skip
     means = []
     for text, by_layer in story.wakes.items():
-        known = {expert: [shares[expert] for shares in by_layer.values() if expert in shares] for expert in story.wakes if expert in experts}
+        domains = [expert for expert in experts if expert in story.wakes]
+        known = {expert: [shares[expert] for shares in by_layer.values() if expert in shares] for expert in domains}
         means += [f"{text} wakes {expert} with {sum(of) / len(of):.2%} of its tokens" for expert, of in known.items() if of]
     title = "What each domain wakes" + (f": {story.name}" if named else "")
-    return Chart(title, f"Share of tokens that wake each expert, by text and layer. On average {'; '.join(means)}.", data, layout, wide=True)
+    says = f"Share of tokens that wake each expert, by text and layer. On average {'; '.join(means)}."
+    return Chart(title, says, data, layout, wide=True)
