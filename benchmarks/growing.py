@@ -2,8 +2,8 @@
 
 python -m benchmarks.growing --base RUN --books BOOKS --medicine MEDQUAD --maths GSM8K --budget 20m --out FOLDER
 
-MEDQUAD and GSM8K are JSON lines with "question" and "answer"; the third domain is Python's own standard library. BOOKS has train and val. Each
-domain's documents are split by number: every twentieth is scored, by `sparing eval`, and never learnt from.
+MEDQUAD and GSM8K are JSON lines with "question" and "answer"; the third domain is Python's own standard library. BOOKS has train and val.
+Of each domain's documents every twentieth is scored, by `sparing eval`, and never learnt from.
 """
 
 from __future__ import annotations

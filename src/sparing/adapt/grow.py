@@ -80,7 +80,7 @@ HEAVY = 20.0
 """Old tokens of which one that begins a text counts for: all others lean on its state, and it must wake nothing."""
 LEAST_WOKEN = 0.02
 """A domain whose tokens wake its expert less often, in every layer, is not worth the training."""
-WAKES_TOKENS = 4096
+WAKES_TOKENS = 2048
 """Of each kind of text, for the map of what wakes what."""
 FOUND = "growth"
 """state/growth.json: thresholds by layer and share of eps, and what reading a token took."""
@@ -95,8 +95,8 @@ class DomainData(TrainingData):
     guarded: list[str]
 
     def reserve_s(self, run: RunFolder) -> float:
-        """What the map of what wakes what takes, and two more evaluations of old text."""
-        tokens = 2 * WAKES_TOKENS + 2 * sum(map(len, self.guarded)) / BYTES_PER_TOKEN
+        """What the map of what wakes what takes, and an evaluation or two more."""
+        tokens = 2 * WAKES_TOKENS + 3 * sum(map(len, self.guarded)) / BYTES_PER_TOKEN
         return tokens * float((read_state(run, FOUND, dict) or {}).get("seconds_per_token", 0.0))
 
     def scorer(self, config: Config, should_stop: Callable[[], bool]) -> Callable[[NllFn], dict]:
@@ -199,7 +199,7 @@ def _with_growth(own: Wishes) -> Wishes:
     settings = {
         "model": asdict(model),
         "growth": {name: getattr(grown.growth, name) for name in ("root_sha256", "stored", "dense")} | {"domains": names},
-        "esft": {"experts": learns, "share": 1.0 / model.n_routed_experts},
+        "esft": {"experts": learns, "share": 1.0 / model.num_experts_per_tok},
         "train": dict.fromkeys(STAYS, 0.0),
     }
     return Wishes.of({"optim": OPTIM}, with_start(own), settings)
