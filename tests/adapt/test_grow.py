@@ -24,7 +24,7 @@ from sparing.base.config_file import read_config
 from sparing.base.config_limits import chosen_experts
 from sparing.base.files import file_sha256
 from sparing.base.layers import mixtures
-from sparing.base.run import RunFolder, StoredTensors, read_tensors, write_folder
+from sparing.base.run import RunFolder, StoredTensors, read_tensors, stream_tensors, write_folder, write_tensors
 from sparing.cli.main import main
 from sparing.infer.engine import Engine
 from sparing.infer.generate import load, score_tokens
@@ -289,6 +289,39 @@ def test_refused_in_one_line(workplace, grown_run, tmp_path):
     assert "sparing grow RUN" in refused(
         lambda folder: api.train([str(workplace / "old")], "8ktok", folder, BASE | {"growth": {"eps": 0.1}}), out
     )
+
+
+@pytest.mark.parametrize("base", MODELS)
+def test_a_root_stored_in_bfloat16_is_given_back(workplace, tmp_path, base):
+    """And one whose file could not be made again is refused."""
+    config, tensors = read_config(workplace / base / "config.toml"), StoredTensors(RunFolder(workplace / base).weights_file)
+    run = RunFolder.create(tmp_path / "half")
+    kinds = grown.layout(config.model, "bfloat16")
+    stream_tensors(run.weights_file, kinds, ((name, tensors[name].to(kind)) for name, (kind, _) in kinds.items()))
+    shutil.copy(workplace / base / "config.toml", run.config_file)
+    one, packs = grown.Grown.open(run.path), []
+    assert one.growth.stored == "bfloat16" and one.growth.dense == (base == "dense")
+    for domain in ("b", "a"):
+        own = {name: torch.randn(shape) for name, shape in grown.own_names(grown.grown_model(config.model, 1)).items()}
+        packs.append(str(tmp_path / domain))
+        write_folder(
+            tmp_path / domain,
+            {grown.PACK: own, grown.ABOUT: json.dumps({"format": 1, "domain": domain, "base": file_sha256(run.weights_file)})},
+        )
+        if domain == "b":
+            kept = own
+    api.merge(str(run), str(tmp_path / "both"), packs=packs)
+    both = grown.Grown.open(tmp_path / "both")
+    assert [pack.domain for pack in both.packs] == ["a", "b"]
+    assert all(torch.equal(both.packs[1].tensors[name], tensor) for name, tensor in kept.items())
+    api.retire(str(tmp_path / "both"), "a", str(tmp_path / "one"))
+    api.retire(str(tmp_path / "one"), "b", str(tmp_path / "none"))
+    assert (tmp_path / "none/weights/model.safetensors").read_bytes() == run.weights_file.read_bytes()
+    backwards = RunFolder.create(tmp_path / "backwards")
+    write_tensors(backwards.weights_file, {name: tensors[name] for name in reversed(list(tensors))})
+    shutil.copy(workplace / base / "config.toml", backwards.config_file)
+    with pytest.raises(UserError, match="in another form than float32 or bfloat16"):
+        grown.Grown.open(backwards.path)
 
 
 def test_a_root_that_cannot_grow():

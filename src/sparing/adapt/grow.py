@@ -12,11 +12,13 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from sparing.account.receipt import read_state
 from sparing.adapt import esft
@@ -76,6 +78,8 @@ GUARD, USES = 4, ("routing", "guard")
 """Every fourth part of the old text is only read by the guard."""
 NUDGE = 1e-6
 """A threshold is so far above the margin that it comes from: sums may round otherwise another time."""
+ROWS = 8
+"""Windows that the model reads at a time where routers are fitted: each time its weights are cast, which takes as long as a row or two."""
 HEAVY = 20.0
 """Old tokens of which one that begins a text counts for: all others lean on its state, and it must wake nothing."""
 LEAST_WOKEN = 0.02
@@ -263,16 +267,16 @@ def _parts(texts: list[str], size: int) -> list[str]:
 
 
 class Window(NamedTuple):
-    """Tokens that a model reads at once."""
+    """Tokens that a model reads at once, (T,), or several rows of them, (B, T)."""
 
     tokens: Tensor
-    """(T,) int64."""
+    """int64."""
     documents: Tensor | None
-    """(T,): pieces with different numbers do not see each other."""
+    """Pieces with different numbers do not see each other."""
     counts: Tensor
-    """(T,) bool: not padding, and not the first of its piece, on whose state all others lean."""
+    """bool: not padding, and not the first of its piece, on whose state all others lean."""
     first: Tensor
-    """(T,) bool: the first of its piece."""
+    """bool: the first of its piece."""
 
 
 def windows_of(tokenizer: Tokenizer, texts: Iterable[str], context: int) -> Iterator[Window]:
@@ -310,6 +314,14 @@ def _rows(feed: Feed, limit: int) -> Iterator[Window]:
         step += 1
 
 
+def _rows_of(windows: Iterable[Window], rows: int) -> Iterator[Window]:
+    """So many windows at a time, the shorter ones padded at their ends."""
+    left = iter(windows)
+    while group := list(islice(left, rows)):
+        columns = zip(*group, strict=True)
+        yield Window(*(None if column[0] is None else pad_sequence(column, batch_first=True) for column in columns))
+
+
 def mixtures_of(model: Transformer) -> dict[int, MoE]:
     """The decoder's layers with experts."""
     decoder = (block for block in model.model.layers if not isinstance(block, MTPBlock))
@@ -318,7 +330,7 @@ def mixtures_of(model: Transformer) -> dict[int, MoE]:
 
 @torch.no_grad()
 def _read(model: Transformer, windows: Iterable[Window], look: Callable[[int, Tensor, Window], None], job: Job) -> int:
-    """Let `look(layer, states (T, D) float32, window)` see what each router reads; -> tokens read."""
+    """Let `look(layer, states (N, D) float32, window)` see what each router reads of a window of N = B * T tokens; -> tokens read."""
     current: list[Window] = []
     hooks = [
         layer.gate.register_forward_pre_hook(lambda _module, inputs, number=number: look(number, inputs[0].float(), current[0]))
@@ -328,13 +340,12 @@ def _read(model: Transformer, windows: Iterable[Window], look: Callable[[int, Te
     kernels = fitting(2, None, model.device.type, str(model.compute_dtype).removeprefix("torch."))[0]
     model.eval()
     try:
-        for window in windows:
+        for window in _rows_of(windows, ROWS):
             job.signals.check()
             current[:] = [window]
-            documents = None if window.documents is None else window.documents[None].to(model.device)
             with native.path(kernels):
-                model.hidden(window.tokens[None].to(model.device), documents)
-            read += len(window.tokens)
+                model.hidden(window.tokens.to(model.device), None if window.documents is None else window.documents.to(model.device))
+            read += window.tokens.numel()
     finally:
         model.train(training)
         for hook in hooks:
@@ -380,10 +391,10 @@ def fit(model: Transformer, number: int, new: list[Iterable[Window]], old: list[
     counts = {"new": 0.0, "old": 0.0}
 
     def sums(kind: str) -> Callable[[int, Tensor, Window], None]:
-        def look(layer: int, x_TD: Tensor, window: Window) -> None:
-            x, weights = x_TD.cpu(), window.counts.float()
+        def look(layer: int, x_ND: Tensor, window: Window) -> None:
+            x, weights = x_ND.cpu(), window.counts.flatten().float()
             if kind == "old":
-                weights += HEAVY * window.first
+                weights += HEAVY * window.first.flatten()
             moments[layer].addmm_(x.T, x * weights[:, None])
             means[kind][layer] += weights @ x
             counts[kind] += float(weights.sum()) if layer == next(iter(layers)) else 0.0
@@ -401,15 +412,15 @@ def fit(model: Transformer, number: int, new: list[Iterable[Window]], old: list[
     margins: dict[str, dict[int, list[Tensor]]] = {kind: {layer: [] for layer in layers} for kind in ("new", "old", "first")}
 
     def compare(kind: str) -> Callable[[int, Tensor, Window], None]:
-        def look(layer: int, x_TD: Tensor, window: Window) -> None:
+        def look(layer: int, x_ND: Tensor, window: Window) -> None:
             router: Router = layers[layer].gate
-            choice = router.scores(x_TD) + router.e_score_correction_bias
+            choice = router.scores(x_ND) + router.e_score_correction_bias
             choice[:, number] = ASLEEP
             weakest = choice.topk(router.c.num_experts_per_tok, -1).values[:, -1:]
-            margin = (x_TD @ rows[layer].T.to(x_TD.device)).sigmoid() - weakest
-            margins[kind][layer].append(margin[window.counts].cpu())
+            margin = ((x_ND @ rows[layer].T.to(x_ND.device)).sigmoid() - weakest).cpu()
+            margins[kind][layer].append(margin[window.counts.flatten()])
             if kind == "old":
-                margins["first"][layer].append(margin[window.first].cpu())
+                margins["first"][layer].append(margin[window.first.flatten()])
 
         return look
 
