@@ -23,6 +23,7 @@ VERBS = {
     "serve": "sparing.serve.entry",
     "bench": "sparing.bench.figures",
 } | dict.fromkeys(("train", "sft", "resume", "evaluate", "generate", "chat", "export", "merge", "import_", "fetch", "load"), "sparing.api")
+VERBS |= dict.fromkeys(("grow", "retire", "slice", "pack"), "sparing.api")
 """The module of each verb's function, and of `load`."""
 
 

@@ -17,6 +17,8 @@ from sparing.account.paper import compare as compare
 from sparing.account.paper import receipt as receipt
 from sparing.account.paper import report as report
 from sparing.adapt import esft as adapt_esft
+from sparing.adapt import grow as adapt_grow
+from sparing.adapt import grown as adapt_grown
 from sparing.adapt import sft as adapt_sft
 from sparing.base.config import Budget, Config, StartConfig, UserError
 from sparing.base.config_file import Wishes, nested, read_config, write_config
@@ -134,6 +136,47 @@ def sft(
         return learn(job, config, samples, data=adapt_sft.data, limit=adapt_esft.limit if method == "esft" else None)
 
 
+def grow(
+    run: str,
+    domain: str,
+    data: Sequence[str],
+    budget: str,
+    out: str,
+    keep: Sequence[str] = (),
+    wishes: dict | None = None,
+    seed: int | None = None,
+    started: float | None = None,
+    samples: int = 3,
+) -> dict:
+    """Give a run experts for a new domain, inside a budget, and leave all else of it as it is to the last bit; into the new run `out`.
+
+    run: dense, or a mixture with sigmoid scores and selection biases; it may have domains already. data: the domain's texts, as for
+    `train`. keep: text that the experts are to leave alone; none: what the run writes by itself. wishes, started: as for `train`.
+    -> what `sft` gives. Raises UserError; Interrupted on a signal (the run can be resumed); `adapt.grow.TurnedDown`, which leaves no run
+    behind, where old text's loss would rise by more than 0.1 %, or the domain's would not fall.
+    """
+    started = time.monotonic() if started is None else started
+    amount = parse_budget(budget)
+    if not data:
+        raise UserError("grow needs --data: the domain's texts")
+    arguments = {"data.paths": tuple(data), "train.seed": seed, "start.run": run, "growth.domain": domain, "growth.keep": tuple(keep)}
+    wishes = Wishes.of(wishes, nested({name: value for name, value in arguments.items() if value is not None}))
+    RunFolder.open(run)
+    folder = RunFolder.create(out)
+    with _leaving_nothing(folder), begin("grow", folder, started) as job:
+        return learn(job, adapt_grow.resolved(job, wishes, amount), samples, **adapt_grow.WAY)
+
+
+@contextmanager
+def _leaving_nothing(run: RunFolder) -> Iterator[None]:
+    """A growth that is turned down leaves no run behind."""
+    try:
+        yield
+    except adapt_grow.TurnedDown:
+        run.remove()
+        raise
+
+
 def resume(
     run: str,
     budget: str | None = None,
@@ -149,8 +192,10 @@ def resume(
     """
     started = time.monotonic() if started is None else started
     folder = RunFolder.open(run)
-    with begin("resume", folder, started, ready=partial(_make_ready, folder, budget, data, text_key)) as job:
+    with _leaving_nothing(folder), begin("resume", folder, started, ready=partial(_make_ready, folder, budget, data, text_key)) as job:
         config = read_config(folder.config_file)
+        if config.growth is not None:
+            return learn(job, config, samples, **adapt_grow.WAY)
         limit = None if config.esft is None else adapt_esft.limit
         return learn(job, config, samples, data=text if config.chats is None else adapt_sft.data, limit=limit)
 
@@ -347,14 +392,17 @@ class Chat:
 # adapters
 
 
-def merge(run: str, out: str, started: float | None = None) -> dict:
-    """Make a run with weights of its own of an adapter run: those of the base, as they were held in training, and the updates.
+def merge(run: str, out: str, started: float | None = None, packs: Sequence[str] = ()) -> dict:
+    """Make a run with weights of its own of an adapter run: those of the base, as they were held in training, and the updates. Or, of a run
+    and packs of domains that were grown beside it, a run that has them all (`adapt.grown.merge`).
 
     -> {"out", "base", "updates": how many weights have one}. Raises UserError where `run` is no adapter run."""
+    if packs:
+        return adapt_grown.merge(run, packs, out, started)
     folder = RunFolder.open(run)
     config = read_config(folder.config_file)
     if config.adapter is None:
-        raise UserError(f"{run} is no adapter: there is nothing to merge")
+        raise UserError(f"{run} is no adapter, and no pack of a domain is named: there is nothing to merge")
     if not folder.adapter_file.exists():
         raise UserError(f"{run} has no adapter yet")
     try:
@@ -376,6 +424,13 @@ def merge(run: str, out: str, started: float | None = None) -> dict:
     except DamagedError as error:
         raise UserError(f"{run} cannot be merged: {error}") from None
     return {"out": out, "base": config.start.run, "updates": len(tensors.updated)}
+
+
+# domains
+
+retire = adapt_grown.retire
+slice = adapt_grown.slice
+pack = adapt_grown.pack
 
 
 # to and from other programs

@@ -138,7 +138,7 @@ def resolved(job: Job, wishes: Wishes, budget: Budget) -> Config:
             say(f"{facts.quarantined:,} rows cannot be used: {facts.reasons}")
         sample = _Sample(facts, ChatTemplate(template), tokenizer, wished.model.max_position_embeddings)
     place = look_at(job, wishes, budget)
-    settings, reasons = _derived(own, wishes, facts, sample, _tokens(job, wishes, budget, place))
+    settings, reasons = _derived(own, wishes, facts, sample, tokens_of(job, wishes, budget, place))
     config, more = derive(job, Wishes.of(wishes, settings, own), budget, ANY, place)
     with job.meter.stage("tokenise"):
         _prepare(job, config, facts, sample, template, facts.content)
@@ -200,7 +200,7 @@ class _Sample:
         return 1 - kept / self._answers
 
 
-def _tokens(job: Job, wishes: Wishes, budget: Budget, place: Place) -> float:
+def tokens_of(job: Job, wishes: Wishes, budget: Budget, place: Place) -> float:
     """About how many tokens the budget trains on."""
     config = derive(job, wishes, budget, ANY, place).config
     lasts = job.lasts(budget)
@@ -335,17 +335,17 @@ def _old_text(job: Job, config: Config, tokenizer: Tokenizer) -> list[str]:
             raise UserError(f"--keep: no usable text in {', '.join(config.chats.keep[:3])}")
     else:
         with job.meter.stage("sample"):
-            texts = _own_texts(job, config, tokenizer)
+            wanted = min(max(config.train.eval_bytes // 8, OLD[0]), OLD[1])
+            texts = own_texts(job, config, tokenizer, wanted)
     write_atomic(file, "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts))
     return texts
 
 
-def _own_texts(job: Job, config: Config, tokenizer: Tokenizer) -> list[str]:
+def own_texts(job: Job, config: Config, tokenizer: Tokenizer, wanted: int) -> list[str]:
     """What the base writes at temperature 1 behind the token that begins a text: so its loss there is its own entropy, and what training
-    adds to it is how far the model has moved from the base (Shenfeld and others, arXiv 2509.04259)."""
+    adds to it is how far the model has moved from the base (Shenfeld and others, arXiv 2509.04259). wanted: tokens."""
     lasts = job.lasts(config.budget)
     ends = time.monotonic() + (OLD_S if lasts is None else OLD_SHARE * lasts)
-    wanted = min(max(config.train.eval_bytes // 8, OLD[0]), OLD[1])
     length = min(128, config.train.seq_len - 1)
     texts, written = [], 0
     with Engine(config.start.run, speculate=False) as engine:

@@ -276,6 +276,31 @@ class ChatsConfig:
 
 
 @dataclass(frozen=True)
+class GrowthConfig:
+    """Experts that were grown beside a model, one of each layer for each domain; all else is, to the last bit, the model without them (its
+    root)."""
+
+    domains: tuple[str, ...] = ()
+    """Their names in ascending order. Theirs are the last of the routed experts, in this order."""
+    domain: str = ""
+    """The one that this run learns or has learnt; empty: its experts were learnt by other runs."""
+    root_sha256: str = ""
+    """SHA-256 of the root's weights/model.safetensors."""
+    stored: Literal["float32", "bfloat16"] = "float32"
+    """What the root's matrices are stored in there."""
+    dense: bool = False
+    """The root is dense: its feed-forwards are the shared experts, and routed expert 0 of each layer does nothing."""
+    eps: float = 1e-3
+    """Share of old text's tokens, in each layer, that may wake a domain's expert."""
+    width: int | None = None
+    """Of an expert beside a dense root; None: a quarter of the feed-forward's, or the next part that divides it."""
+    tokens: int = 16_384
+    """Of old text as of the domain's, from which the routers learn which is which."""
+    keep: tuple[str, ...] = ()
+    """Files of old text, which the experts are to leave alone; none: what the run writes by itself."""
+
+
+@dataclass(frozen=True)
 class TokensConfig:
     """Ids of the tokens that begin and end a text, as an imported model has them."""
 
@@ -305,5 +330,7 @@ class Config:
     """None: what learns is not limited to chosen experts."""
     chats: ChatsConfig | None = None
     """None: texts are learnt as they are."""
+    growth: GrowthConfig | None = None
+    """None: no experts were grown beside the model."""
     tokens: TokensConfig | None = None
     """None: what the tokenizer's names say; the end-of-text token also begins every text."""

@@ -46,6 +46,7 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {
     "DataConfig": {"holdout_fraction": (1e-9, 0.5), "max_tokens": _ONE, "workers": _ONE},
     "AdapterConfig": {"rank": _ONE, "alpha": (1e-9, math.inf)},
     "EsftConfig": {"share": (1e-9, 1), "tokens": _ONE},
+    "GrowthConfig": {"eps": (0, 0.1), "tokens": _ONE, "width": _ONE},
     "TokensConfig": {"bos": (0, math.inf)},
     "PrecisionConfig": {"error_budget": (1e-9, math.inf), "measure_every": (0, math.inf)},
 }
@@ -130,6 +131,23 @@ def _check_esft(c: Config) -> None:
     chosen_experts(c)
 
 
+DOMAIN = re.compile(r"[^\W_][\w.+-]{0,63}")
+"""A domain's name."""
+
+
+def _check_growth(c: Config) -> None:
+    g = c.growth
+    for name in g.domains:
+        if not DOMAIN.fullmatch(name):
+            raise UserError(f"growth.domains: {name!r} is no name: letters, digits and . + - _, at most 64")
+    if not g.domains or list(g.domains) != sorted(set(g.domains)):
+        raise UserError("growth.domains must be different names in ascending order")
+    if g.domain and g.domain not in g.domains:
+        raise UserError(f"growth.domain {g.domain} is none of growth.domains: {', '.join(g.domains)}")
+    if not mixtures(c.model) or c.model.n_routed_experts <= len(g.domains):
+        raise UserError(f"growth.domains: {len(g.domains)} domains, and only {c.model.n_routed_experts} routed experts in all")
+
+
 def checked(c: Config) -> Config:
     """`c` itself. Raises UserError for sizes that contradict each other and for settings that exclude each other."""
     if wrong := contradiction(c.model, lambda name: f"model.{name}"):
@@ -142,6 +160,8 @@ def checked(c: Config) -> Config:
         raise UserError(f"precision.weights = {c.precision.weights} is for weights that learn: choose adapter.base for frozen ones")
     if c.esft is not None:
         _check_esft(c)
+    if c.growth is not None:
+        _check_growth(c)
     if c.train.compile and c.precision.linear not in ("none", "auto"):
         raise UserError(f"train.compile = true compiles no 8-bit products: leave it out, or precision.linear = {c.precision.linear}")
     if c.train.compile and c.precision.activations != "full":

@@ -127,10 +127,11 @@ class RunFolder:
                 yield
             except BaseException:
                 if not self.config_file.exists():
-                    self._remove()
+                    self.remove()
                 raise
 
-    def _remove(self) -> None:
+    def remove(self) -> None:
+        """Take away the run, for whoever makes it. The caller holds the lock, or has held it."""
         if self.made:
             shutil.rmtree(os.path.realpath(self.path), ignore_errors=True)
             return
@@ -178,18 +179,23 @@ def stream_tensors(
     """
     import torch
 
+    with atomic_file(path) as file:
+        file.write(tensors_header(layout))
+        for (name, expected), (given, tensor) in zip(layout.items(), tensors, strict=True):
+            assert (given, tensor.dtype, tuple(tensor.shape)) == (name, *expected), (given, tensor.dtype, tensor.shape, name, expected)
+            file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return file.digest()
+
+
+def tensors_header(layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> bytes:
+    """What a file of `stream_tensors` begins with."""
     header, end = {}, 0
     for name, (dtype, shape) in layout.items():
         start, end = end, end + prod(shape) * dtype.itemsize
         header[name] = {"dtype": _DTYPES[str(dtype).removeprefix("torch.")], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with atomic_file(path) as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for (name, expected), (given, tensor) in zip(layout.items(), tensors, strict=True):
-            assert (given, tensor.dtype, tuple(tensor.shape)) == (name, *expected), (given, tensor.dtype, tensor.shape, name, expected)
-            file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return file.digest()
+    return struct.pack("<Q", len(text)) + text
 
 
 def read_tensors(path: str | Path) -> Iterator[tuple[str, torch.Tensor]]:

@@ -49,6 +49,9 @@ HELP = f"""Sparing {__version__}: say what you can spend, get the best language 
   sparing receipt  RUN | --all                                           what it cost, beside what was predicted
   sparing report   RUN        sparing compare RUN RUN...                 the same and all curves as one HTML page
   sparing merge    RUN --out RUN2                                        an adapter and its base as one model
+  sparing grow     RUN --domain D --data PATH... --budget 20m --out RUN2 experts for a new domain beside the old model, which stays
+  sparing retire   RUN --domain D --out RUN2                             without that domain again (slice: with it alone)
+  sparing pack     RUN --domain D --out PACK                             what was grown; sparing merge RUN PACK... joins it
   sparing export   RUN --format hf|gguf|peft --out PATH                  for Hugging Face transformers, for llama.cpp, for PEFT
   sparing import   FOLDER | FILE.gguf | OWNER/NAME --out RUN             the other way round
   sparing fetch    smollm2-135m --out RUN                                a small open model to begin with
@@ -139,8 +142,8 @@ def _run(argv: list[str], started: float) -> int:
 
 
 def _way_on(verb: str | None, arguments: Any, argv: list[str]) -> str:
-    run = getattr(arguments, "out" if verb in ("train", "sft") else "run", None)
-    begun = verb in ("train", "sft", "resume") and run and os.path.exists(os.path.join(run, "config.toml"))
+    run = getattr(arguments, "out" if verb in ("train", "sft", "grow") else "run", None)
+    begun = verb in ("train", "sft", "grow", "resume") and run and os.path.exists(os.path.join(run, "config.toml"))
     if verb == "resume" and begun:
         extension_not_begun = os.path.exists(os.path.join(run, "state", "summary.json"))
         begun = not extension_not_begun and not (arguments.data and not arguments.budget)  # to name texts twice does no harm

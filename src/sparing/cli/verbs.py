@@ -314,9 +314,12 @@ class Export:
 
 @dataclass
 class Merge:
-    """Make a run with weights of its own of an adapter run: its base's weights, as they were held in training, and the updates."""
+    """Make a run with weights of its own of an adapter run: its base's weights, as they were held in training, and the updates. Or join
+    domains that were grown beside one base, on whatever machines: `sparing merge BASE PACK... --out RUN`; in any order the same bytes."""
 
     run: tyro.conf.Positional[str | None] = None
+    packs: tyro.conf.Positional[list[str]] = field(default_factory=list)
+    """What `sparing pack` has written."""
     out: str | None = None
     """The run folder to make."""
     base: str | None = None
@@ -326,7 +329,7 @@ class Merge:
     def __call__(self, call: Call) -> dict:
         call.need(RUN=self.run, out=self.out)
         call.api.rebase(self.run, self.base)
-        return call.api.merge(self.run, self.out, call.started)
+        return call.api.merge(self.run, self.out, call.started, self.packs)
 
 
 @dataclass
@@ -512,7 +515,90 @@ class Bench:
         return None
 
 
+@dataclass
+class Grow:
+    """Give a run experts for a new domain, inside a budget. All else of it stays to the last bit, and old text is left alone: where its
+    loss would rise by more than 0.1 %, the growth is made stricter or turned down. What no option sets is derived."""
+
+    takes: ClassVar[str] = "recipe"
+    run: tyro.conf.Positional[str | None] = None
+    """The run, or imported model, to grow: dense, or a mixture; it stays as it is."""
+    domain: str | None = None
+    """A name for what is grown."""
+    data: list[str] = field(default_factory=list)
+    """The domain's texts, as for `train`."""
+    text_key: str | None = None
+    """JSONL and Parquet: the field that holds the text; default: text."""
+    budget: str | None = None
+    """90s 20m 2h, 50Mtok, 3e17flop, $5, 0.2kWh. It covers everything: reading, training, scoring, saving."""
+    out: str | None = None
+    """The run folder to make."""
+    keep: list[str] = field(default_factory=list)
+    """Text that the new experts are to leave alone, a few hundred kilobytes of it; default: what the run writes by itself."""
+    seed: int | None = None
+    samples: int = 3
+    """Held-out beginnings to go on with at the end."""
+    json: bool = False
+    """Print one JSON object on standard output, and nothing else there."""
+
+    def __call__(self, call: Call) -> dict:
+        call.need(RUN=self.run, domain=self.domain, data=self.data, budget=self.budget, out=self.out)
+        if self.samples < 0:
+            raise UserError(f"--samples {self.samples}: must be 0 or more")
+        parse_budget(self.budget)  # a slip is told before torch is loaded
+        own = {} if self.text_key is None else {"data.text_key": self.text_key}
+        options = {"wishes": nested(call.overrides | own), "seed": self.seed, "started": call.started, "samples": self.samples}
+        return call.api.grow(self.run, self.domain, self.data, self.budget, self.out, self.keep, **options)
+
+
+@dataclass
+class Retire:
+    """Make a run without one of its domains; without the last one it has the weights from before any growth, byte for byte."""
+
+    run: tyro.conf.Positional[str | None] = None
+    domain: str | None = None
+    out: str | None = None
+    """The run folder to make."""
+    json: bool = False
+
+    def __call__(self, call: Call) -> dict:
+        call.need(RUN=self.run, domain=self.domain, out=self.out)
+        return call.api.retire(self.run, self.domain, self.out, call.started)
+
+
+@dataclass
+class Slice:
+    """Make a run that has one of its domains alone."""
+
+    run: tyro.conf.Positional[str | None] = None
+    domain: str | None = None
+    out: str | None = None
+    """The run folder to make."""
+    json: bool = False
+
+    def __call__(self, call: Call) -> dict:
+        call.need(RUN=self.run, domain=self.domain, out=self.out)
+        return call.api.slice(self.run, self.domain, self.out, call.started)
+
+
+@dataclass
+class Pack:
+    """Write what was grown for one domain, and nothing else; `sparing merge BASE PACK...` puts it beside the weights that it was grown
+    beside."""
+
+    run: tyro.conf.Positional[str | None] = None
+    domain: str | None = None
+    out: str | None = None
+    """The folder to make."""
+    json: bool = False
+
+    def __call__(self, call: Call) -> dict:
+        call.need(RUN=self.run, domain=self.domain, out=self.out)
+        return call.api.pack(self.run, self.domain, self.out)
+
+
 VERBS = {
     "plan": Plan, "train": Train, "sft": Sft, "resume": Resume, "eval": Eval, "generate": Generate, "receipt": Receipt, "report": Report,
     "compare": Compare, "chat": Chat, "merge": Merge, "export": Export, "import": Import, "fetch": Fetch, "serve": Serve, "bench": Bench,
+    "grow": Grow, "retire": Retire, "slice": Slice, "pack": Pack,
 }  # fmt: skip

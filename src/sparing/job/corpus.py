@@ -9,6 +9,7 @@ from typing import ClassVar, NamedTuple
 
 from sparing.base.config import Config
 from sparing.base.files import atomic_path
+from sparing.base.run import RunFolder
 from sparing.data.loader import Loader
 from sparing.data.prepare import prepare
 from sparing.data.progress import Bars
@@ -51,6 +52,10 @@ class TrainingData:
     def trained_tokens(self, result: TrainResult) -> int:
         """How many tokens the run was taught to write."""
         return result.tokens
+
+    def reserve_s(self, run: RunFolder) -> float:
+        """Seconds that the end of the run takes besides the last evaluation and what is written then."""
+        return 0.0
 
     def scorer(self, config: Config, should_stop: Callable[[], bool]) -> Callable[[NllFn], dict]:
         """evaluate(nll) -> the loss and bits per byte of the held-out documents."""

@@ -58,12 +58,14 @@ def learn(
     data: Callable[[Job, Config], TrainingData] = text,
     objective: Objective | None = None,
     limit: Callable[[Job, Config, Transformer, TrainingData], Config] | None = None,
+    settle: Callable[[Job, Config, Transformer, TrainingData, TrainResult, NllFn], TrainResult] | None = None,
 ) -> dict:
     """Train (or go on training) the job's run; -> the summary.
 
     samples: completions to write at the end. start: default what `config.start` names. data: makes (or opens) what the run learns from.
     objective: default `NextToken`. limit: decides what of the model learns, and writes it down; where the run has a checkpoint, the
-    weights are not there yet. Raises Interrupted on a signal (the run can be resumed), UserError, Diverged.
+    weights are not there yet. settle: looks at the trained model, and may change it and its scores, or refuse it. Raises Interrupted on a
+    signal (the run can be resumed), UserError, Diverged.
     """
     run, signals, machine = job.run, job.signals, job.machine
     keep_origin(run, config)
@@ -106,13 +108,19 @@ def learn(
         job.meter,
         peak_flops=peak,
         limit=Limit(config.budget, job.meter) if config.budget.unit in ("usd", "kwh") else None,
-        reserve_s=0.5 + samples * SAMPLE_TOKENS * max(SAMPLE_S, 4 * parameters(config.model).active / SAMPLE_BYTES_PER_S),
+        reserve_s=0.5
+        + material.reserve_s(run)
+        + samples * SAMPLE_TOKENS * max(SAMPLE_S, 4 * parameters(config.model).active / SAMPLE_BYTES_PER_S),
         keeps_best=material.keeps_best,
     )
     with job.meter.stage("train"):
         trainer = Trainer(model, material.feed, objective or NextToken.of(config), config=config)
         evaluate = material.scorer(config, signals.should_stop)
         result = trainer.fit(session, evaluate if config.start is None else _telling(job, evaluate))
+    if settle is not None:
+        trainer.replicas.train(False)
+        with job.meter.stage("evaluate"), signals.interruptible():
+            result = settle(job, config, model, material, result, trainer.replicas.nll)
     if data is text and len(corpora(run)) <= 1:  # the laws are of runs that read one corpus
         _add_point(job, config, result)
     with job.meter.stage("sample"), signals.interruptible():

@@ -43,7 +43,8 @@ def charts(stories: list[Story]) -> list[Chart]:
         lines = [_points(story, key, scale) for story in stories]
         if any(x for x, _ in lines):
             drawn.append(_lines(stories, lines, key, title, unit))
-    return drawn + [chart for story in stories if (chart := heat_map(story, len(stories) > 1))]
+    maps = [draw(story, len(stories) > 1) for story in stories for draw in (heat_map, wakes_map)]
+    return drawn + [chart for chart in maps if chart]
 
 
 def _points(story: Story, key: str, scale: float) -> tuple[list[float], list[float]]:
@@ -164,3 +165,38 @@ def _column(layers: list[list[int]], every: bool) -> list[float]:
         mean = sum(layer) / len(layer) or 1.0
         values += [round(load / mean, 3) for load in layer] if every else [round(max(layer) / mean, 3)]
     return values
+
+
+def wakes_map(story: Story, named: bool) -> Chart | None:
+    """The share of each text's tokens that wake each expert, by layer; None for a run in which no domain was grown."""
+    if not story.wakes:
+        return None
+    experts = list(dict.fromkeys(expert for by_layer in story.wakes.values() for shares in by_layer.values() for expert in shares))
+    places = [(text, layer) for text, by_layer in story.wakes.items() for layer in by_layer]
+    rows = [[story.wakes[text][layer].get(expert) for expert in experts] for text, layer in places]
+    starts = [places.index((text, next(iter(by_layer)))) for text, by_layer in story.wakes.items()]
+    middles = [start + (len(by_layer) - 1) / 2 for start, by_layer in zip(starts, story.wakes.values(), strict=True)]
+    layout = _layout("", legend=False)
+    layout["height"] = max(260, min(700, 90 + 6 * len(rows)))
+    layout["xaxis"] |= {"title": {"text": "expert", "standoff": 8}, "showgrid": False, "type": "category"}
+    layout["yaxis"] |= {"showgrid": False, "autorange": "reversed", "tickmode": "array", "tickvals": middles, "ticktext": list(story.wakes)}
+    layout["shapes"] = [
+        {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": start - 0.5, "y1": start - 0.5, "line": {"color": INK, "width": 1}}
+        for start in starts[1:]
+    ]
+    data = [
+        {
+            "type": "heatmap", "z": rows, "x": experts, "customdata": [[f"layer {layer}, {text}"] * len(experts) for text, layer in places],
+            "zmin": 0, "zmax": 1, "colorscale": [[0.0, "#f7f7f7"], [1.0, "#2166ac"]],
+            "colorbar": {"thickness": 10, "outlinewidth": 0, "tickfont": {"size": 11}, "x": 1.01, "tickformat": ".0%"},
+            "hovertemplate": "%{customdata}: %{z:.1%} of the tokens wake %{x}<extra></extra>",
+        }
+    ]  # fmt: skip
+    means = []
+    for text, by_layer in story.wakes.items():
+        domains = [expert for expert in experts if expert in story.wakes]
+        known = {expert: [shares[expert] for shares in by_layer.values() if expert in shares] for expert in domains}
+        means += [f"{text} wakes {expert} with {sum(of) / len(of):.2%} of its tokens" for expert, of in known.items() if of]
+    title = "What each domain wakes" + (f": {story.name}" if named else "")
+    says = f"Share of tokens that wake each expert, by text and layer. On average {'; '.join(means)}."
+    return Chart(title, says, data, layout, wide=True)

@@ -28,6 +28,8 @@ class Story:
     receipt: dict | None
     """None where nothing was metered."""
     notes: list[str] = field(default_factory=list)
+    wakes: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    """Of a run that has grown: text -> layer -> {expert: share of the text's tokens that wake it}."""
 
 
 def story(run: RunFolder) -> Story:
@@ -52,8 +54,20 @@ def story(run: RunFolder) -> Story:
         samples=summary.get("samples", []),
         summary=summary,
         receipt=bill,
+        wakes=_wakes(run),
         notes=notes if summary else [*notes, "This run is not finished: the page shows it as far as it is."],
     )
+
+
+def _wakes(run: RunFolder) -> dict[str, dict[str, dict[str, float]]]:
+    """What state/wakes.json says, as far as it has that form."""
+
+    def inside(value: object, kind: type = dict) -> dict:
+        return {str(key): one for key, one in value.items() if isinstance(one, kind)} if isinstance(value, dict) else {}
+
+    found = {text: {layer: inside(shares, float) for layer, shares in inside(by_layer).items()} for text, by_layer in
+             inside(read_state(run, "wakes", dict)).items()}  # fmt: skip
+    return {text: by_layer for text, by_layer in found.items() if any(by_layer.values())}
 
 
 def curve(story: Story, key: str, scale: float = 1.0) -> tuple[list[float], list[float]]:
