@@ -16,10 +16,11 @@ from sparing.account.meter import Meter, metered
 from sparing.account.paper import compare as compare
 from sparing.account.paper import receipt as receipt
 from sparing.account.paper import report as report
+from sparing.adapt import distill as adapt_distill
 from sparing.adapt import esft as adapt_esft
 from sparing.adapt import sft as adapt_sft
 from sparing.base.config import Budget, Config, StartConfig, UserError
-from sparing.base.config_file import Wishes, nested, read_config, write_config
+from sparing.base.config_file import Wishes, nested, read_config, read_recipe, write_config
 from sparing.base.files import DamagedError, alike, link_or_copy, write_atomic
 from sparing.base.hardware import cores
 from sparing.base.layers import shapes
@@ -134,6 +135,38 @@ def sft(
         return learn(job, config, samples, data=adapt_sft.data, limit=adapt_esft.limit if method == "esft" else None)
 
 
+def distill(
+    run: str,
+    teacher: str,
+    data: Sequence[str],
+    budget: str,
+    out: str,
+    wishes: dict | None = None,
+    seed: int | None = None,
+    started: float | None = None,
+    samples: int = 3,
+) -> dict:
+    """Let a student learn what a teacher says comes next, inside a budget that pays for asking it too; into the new run folder `out`.
+
+    run: a run that learns on, or a recipe (a TOML file or a preset) of a student that begins with noise and gets the teacher's tokenizer.
+    teacher: a run, or an imported model, with the student's tokenizer. data: text, as for `train`. wishes, started: as for `train`.
+    -> what `train` gives, and before (None: noise), after, trained_tokens, trainable_parameters, base, ancestors; teacher (what it was asked,
+    and what that took), no_teacher (what the same budget was expected to reach by itself). Raises UserError; Interrupted on a signal.
+    """
+    started = time.monotonic() if started is None else started
+    amount = parse_budget(budget)
+    begins = {"start.run": run} if Path(run).is_dir() else {}
+    recipe = Wishes() if begins else read_recipe(run).wishes
+    arguments = begins | {"data.paths": tuple(data) or None, "train.seed": seed}
+    wishes = Wishes.of(recipe, wishes, nested({name: value for name, value in arguments.items() if value is not None}))
+    if begins:
+        RunFolder.open(run)
+    adapt_distill.opened(teacher)
+    with begin("distill", RunFolder.create(out), started) as job:
+        config = adapt_distill.resolved(job, wishes, amount, teacher)
+        return learn(job, config, samples, data=adapt_distill.data, objective=adapt_distill.objective(config))
+
+
 def resume(
     run: str,
     budget: str | None = None,
@@ -151,6 +184,8 @@ def resume(
     folder = RunFolder.open(run)
     with begin("resume", folder, started, ready=partial(_make_ready, folder, budget, data, text_key)) as job:
         config = read_config(folder.config_file)
+        if config.distill is not None:
+            return learn(job, config, samples, data=adapt_distill.data, objective=adapt_distill.objective(config))
         limit = None if config.esft is None else adapt_esft.limit
         return learn(job, config, samples, data=text if config.chats is None else adapt_sft.data, limit=limit)
 

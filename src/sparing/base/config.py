@@ -276,6 +276,24 @@ class ChatsConfig:
 
 
 @dataclass(frozen=True)
+class DistillConfig:
+    """Learning what another model says comes next (distillation): a share of the loss is of words that this teacher drew."""
+
+    teacher: str = ""
+    """Its run folder; it has the student's tokenizer."""
+    weights_sha256: str = ""
+    """SHA-256 of its weights."""
+    samples: int = 12
+    """Words that it draws at each position."""
+    truth: float = 0.2
+    """Share of the loss that is of the text's own next token."""
+    tokens: int | None = None
+    """Positions at which it is asked: the first that the student reads; None: as many as the budget pays for."""
+    teacher_share: float = 0.5
+    """Of a time budget, at most, for the teacher; derived."""
+
+
+@dataclass(frozen=True)
 class TokensConfig:
     """Ids of the tokens that begin and end a text, as an imported model has them."""
 
@@ -305,5 +323,7 @@ class Config:
     """None: what learns is not limited to chosen experts."""
     chats: ChatsConfig | None = None
     """None: texts are learnt as they are."""
+    distill: DistillConfig | None = None
+    """None: nobody teaches."""
     tokens: TokensConfig | None = None
     """None: what the tokenizer's names say; the end-of-text token also begins every text."""

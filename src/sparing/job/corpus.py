@@ -52,6 +52,14 @@ class TrainingData:
         """How many tokens the run was taught to write."""
         return result.tokens
 
+    def spent_flops(self) -> float:
+        """Operations before the first step that a budget in operations pays for."""
+        return 0.0
+
+    def more(self, job: Job, config: Config) -> dict:
+        """What the summary has besides."""
+        return {}
+
     def scorer(self, config: Config, should_stop: Callable[[], bool]) -> Callable[[NllFn], dict]:
         """evaluate(nll) -> the loss and bits per byte of the held-out documents."""
         context = config.train.eval_context or config.train.seq_len

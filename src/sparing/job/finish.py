@@ -57,8 +57,9 @@ def finish(job: Job, config: Config, model: Transformer, data: TrainingData, res
         "budget": format_budget(config.budget),
         "samples": _completions(job, config, Model(run, config, model, data.tokenizer), data.prompts(samples)),
     }
-    if config.start is not None:
+    if config.start is not None or config.distill is not None:
         summary |= _beside_its_start(run, config, model, data, result)
+    summary |= data.more(job, config)
     write_atomic(
         run.model_card_file, _model_card(config, summary, origin_of(run), [entry["paths"] for entry in corpora(run)] or [config.data.paths])
     )
@@ -74,13 +75,14 @@ def finish(job: Job, config: Config, model: Transformer, data: TrainingData, res
 
 
 def _beside_its_start(run: RunFolder, config: Config, model: Transformer, data: TrainingData, result: TrainResult) -> dict:
-    """What the summary of a run that starts from another one has more: scores before and after, how much it learnt with, its origin."""
+    """What the summary of a run that starts from another one, or has a teacher, has more: scores before and after, how much it learnt with,
+    its origin."""
     return {
-        "before": data.score(result.before),
+        "before": data.score(result.before) if config.start else None,
         "after": data.score(result.evaluation),
         "trained_tokens": data.trained_tokens(result),
         "trainable_parameters": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
-        "base": config.start.weights_sha256,
+        "base": config.start.weights_sha256 if config.start else None,
         "ancestors": [{"name": row.name, "relation": row.relation, "generation": row.generation} for row in ancestors_of(run)],
         **({"experts": chosen_experts(config)} if config.esft else {}),
     }

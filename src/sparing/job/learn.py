@@ -108,6 +108,7 @@ def learn(
         limit=Limit(config.budget, job.meter) if config.budget.unit in ("usd", "kwh") else None,
         reserve_s=0.5 + samples * SAMPLE_TOKENS * max(SAMPLE_S, 4 * parameters(config.model).active / SAMPLE_BYTES_PER_S),
         keeps_best=material.keeps_best,
+        spent_flops=material.spent_flops(),
     )
     with job.meter.stage("train"):
         trainer = Trainer(model, material.feed, objective or NextToken.of(config), config=config)

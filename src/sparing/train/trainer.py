@@ -75,6 +75,8 @@ class Session:
     on_progress: Callable[[dict], None] | None = None
     keeps_best: bool = False
     """The weights with the lowest held-out loss are what is kept at the end, not the last ones."""
+    spent_flops: float = 0.0
+    """Of a budget in operations, before the first step."""
 
 
 class Guard:
@@ -304,7 +306,8 @@ class Trainer:
         if budget_s is None:
             if budget.unit not in ("tok", "flop"):
                 raise UserError(f"budget in {budget.unit}: how long that lasts here is not known; give one in s, tok or flop")
-            fixed = fixed_steps(budget.amount, budget.unit, tokens, flops)
+            spent = self.session.spent_flops if budget.unit == "flop" else 0.0
+            fixed = fixed_steps(max(0.0, budget.amount - spent), budget.unit, tokens, flops)
         self.pace = Pace(
             PlanLog(self.run.state / "plan.jsonl" if self.writes else None),
             step=self.state.step,
