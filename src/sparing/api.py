@@ -150,8 +150,9 @@ def distill(
 
     run: a run that learns on, or a recipe (a TOML file or a preset) of a student that begins with noise and gets the teacher's tokenizer.
     teacher: a run, or an imported model, with the student's tokenizer. data: text, as for `train`. wishes, started: as for `train`.
-    -> what `train` gives, and before (None: noise), after, trained_tokens, trainable_parameters, base, ancestors; teacher (what it was asked,
-    and what that took), no_teacher (what the same budget was expected to reach by itself). Raises UserError; Interrupted on a signal.
+    -> what `train` gives, and before (None: noise), after, trained_tokens, trainable_parameters, base, ancestors; teacher (what it was
+    asked, and what that took), no_teacher (what the same budget was expected to reach by itself).
+    Raises UserError; Interrupted on a signal (the run can be resumed).
     """
     started = time.monotonic() if started is None else started
     amount = parse_budget(budget)

@@ -1,8 +1,8 @@
 """Distillation: a student learns from a teacher's distribution of the next token, inside a budget that pays for the teacher too.
 
-The start is a run, or noise and a recipe; the feed, a corpus with the teacher's draws at its positions (`adapt.teacher`); the objective, the
-cross-entropy against the drawn distribution, mixed with that of the text's own next token. The teacher is asked once, before the first step,
-at the positions that the student will read first, and its draws are kept in the run: a resumed or extended run reads them again.
+The start is a run, or noise and a recipe; the feed, a corpus with the teacher's draws at its positions (`adapt.teacher`); the
+objective, the cross-entropy against the drawn distribution, mixed with that of the text's own next token. The teacher is asked once,
+before the first step, at the positions that the student will read first. Its draws are kept in the run, and a resumed one reads them.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from sparing.data.scan import CorpusFacts, load_sample
 from sparing.data.tokenizer import Tokenizer
 from sparing.job.begin import Job, derive, keep, look_at, try_out
 from sparing.job.corpus import TrainingData, text
-from sparing.job.texts import corpora, facts_of, with_absolute_paths
+from sparing.job.texts import facts_of, with_absolute_paths
 from sparing.kernels.vocabulary import linear_cross_entropy
 from sparing.model.transformer import Transformer
 from sparing.planning.places import SAMPLED, Place, with_vocabulary
 from sparing.planning.plan import foresee
 from sparing.planning.start import with_start
-from sparing.resolve import TRAINING_SHARE
+from sparing.resolve import TRAINING_SHARE, Resolved
 from sparing.train.objective import NextToken
 
 LATE = 1.1
@@ -75,8 +75,8 @@ class TaughtData(TrainingData):
 
 
 class Taught(NextToken):
-    """`NextToken`, where main tokens are learnt from a teacher's draws and from the text. `truth` is the text's share; a position without draws
-    is learnt from the text alone. The expected gradient is that of the cross-entropy against the whole distribution."""
+    """`NextToken`, where main tokens are learnt from a teacher's draws and from the text. `truth` is the text's share; a position
+    without draws is learnt from the text alone. The expected gradient is that of the cross-entropy against the whole distribution."""
 
     def __init__(self, config: ModelConfig, truth: float, mtp_weight: float = 0.3, sequence_balance: float = 0.0):
         super().__init__(config, mtp_weight, sequence_balance)
@@ -139,9 +139,12 @@ def resolved(job: Job, wishes: Wishes, budget: Budget, teacher: str) -> Config:
     return config
 
 
-def _shared(job: Job, wishes: Wishes, budget: Budget, facts: CorpusFacts, place: Place, teacher: ModelConfig) -> tuple[Config, dict[str, str]]:
-    """The student's configuration for what the teacher leaves of the budget; in `distill.tokens` and `distill.teacher_share` what that is."""
+def _shared(job: Job, wishes: Wishes, budget: Budget, facts: CorpusFacts, place: Place, teacher: ModelConfig) -> Resolved:
+    """The student's configuration for what the teacher leaves of the budget; `distill.tokens` and `distill.teacher_share` say what the
+    teacher does."""
     config, reasons = derive(job, wishes, budget, facts, place)
+    if (most := teacher.max_position_embeddings) < config.train.seq_len:
+        raise UserError(f"--teacher {config.distill.teacher} reads {most} tokens at most: rows must be no longer, --train.seq-len {most}")
     lasts, unit = job.lasts(budget), budget.unit
     corpus = facts.train_bytes / Tokenizer.load(config.data.tokenizer).bytes_per_token(load_sample(facts.fingerprint)[:SAMPLED])
     if lasts is not None:
@@ -153,18 +156,22 @@ def _shared(job: Job, wishes: Wishes, budget: Budget, facts: CorpusFacts, place:
         if lasts is not None:
             whole, learning = TRAINING_SHARE * max(0.1, lasts - job.clock.seconds()), 1 / place.tokens_per_second(config)
         else:
-            whole, learning = budget.amount, 1.0 if unit == "tok" else train_flops(config.model, config.train.seq_len, adapter=config.adapter)
+            flops = train_flops(config.model, config.train.seq_len, adapter=config.adapter)
+            whole, learning = budget.amount, 1.0 if unit == "tok" else flops
         tokens, asked = divided(whole, learning, asking, corpus, wishes.value("distill.tokens"))
         share = 1 - asked * asking / whole
         if share < 0.1:
             raise UserError(f"distill.tokens {asked:,}: asking the teacher so often takes {1 - share:.0%} of the budget; ask less often")
-        config, reasons = derive(job, wishes, replace(budget, amount=share * budget.amount), facts, place)
+        used = 0.0 if lasts is None else min(1.0, job.clock.seconds() / lasts)  # `derive` takes it off
+        part = replace(budget, amount=budget.amount * (used + share * (1 - used)))
+        config, reasons = derive(job, wishes, part, facts, place)
     d = replace(config.distill, tokens=asked, teacher_share=round(1 - share, 4))
     reasons |= {
         "distill.tokens": f"of about {tokens:,.0f} that the student reads; the text has about {corpus:,.0f}",
         "distill.teacher_share": "of the budget, for the teacher" if asking else "a budget in tokens is the student's",
     }
-    return replace(config, budget=budget, distill=d), {name: why for name, why in reasons.items() if not wishes.sets(name)}
+    reasons = {name: reason for name, reason in reasons.items() if not wishes.sets(name)}
+    return Resolved(replace(config, budget=budget, distill=d), reasons)
 
 
 def divided(whole: float, learning: float, asking: float, corpus: float, wished: int | None = None) -> tuple[float, int]:
@@ -201,7 +208,8 @@ def data(job: Job, config: Config) -> TaughtData:
     each = _descend(job.run, RunFolder(d.teacher), config.train.seq_len)
     store = loader.store
     positions = int(store.starts[-1] + store.lengths[-1])
-    parts = (store.manifest["files"], d.weights_sha256, d.samples, config.train.seq_len, config.train.seed, file_sha256(job.run.tokenizer_file))
+    t, tokenizer = config.train, file_sha256(job.run.tokenizer_file)
+    parts = (store.manifest["files"], tokenizer, d.weights_sha256, d.samples, t.seq_len, t.seed)
     key = hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
     draws = Draws(job.run.state / "teacher", key, positions, d.samples, config.model.vocab_size)
     rows = min(loader.rows_per_epoch, -(-(d.tokens or store.tokens) // config.train.seq_len))
@@ -213,8 +221,10 @@ def data(job: Job, config: Config) -> TaughtData:
 
 
 def _teach(job: Job, config: Config, loader: Loader, draws: Draws, rows: int) -> None:
-    """Ask the teacher about the first `rows` rows of the first epoch, from where an earlier attempt ended; not for longer than its share."""
-    teacher, lasts = Teacher(config), job.lasts(config.budget)
+    """Ask the teacher about the first `rows` rows of the first epoch, from where an earlier attempt ended; not beyond its share."""
+    teacher, lasts = Teacher(config, draws.kernels), job.lasts(config.budget)
+    draws.kernels = teacher.kernels
+    draws.note(draws.rows)
     ends = None if lasts is None else job.clock.seconds() + LATE * config.distill.teacher_share * max(0.0, lasts - job.clock.seconds())
     flops = forward_flops(teacher.config, config.train.seq_len, mtp=False)
     said = noted = time.monotonic()

@@ -1,9 +1,9 @@
 """A teacher's draws: words from its distribution of the next token, at positions of a prepared corpus, kept on disk for a student.
 
-All of a distribution would be as many numbers a position as there are words; its k likeliest would be biased. So some words are drawn: the
-weight (times drawn) / (draws) of each is right on average (RS-KD; Anshumann and others 2025, arXiv 2503.16870, §3). Draws are stratified:
-draw k falls into the k-th of equal parts of the cumulative distribution. Each word's expected weight is the same as by independent draws, and
-its variance is less: a word of probability 1/2 gets half of the draws every time.
+A whole distribution is as many numbers a position as there are words; its k likeliest would be biased. So some words are drawn, and
+the weight (times drawn) / (draws) of each is right on average (RS-KD; Anshumann and others 2025, arXiv 2503.16870). Draws are
+stratified: draw k falls into the k-th of equal parts of the cumulative distribution. Each word's expected weight is that of independent
+draws, and varies less: a word of probability 1/2 gets half of the draws every time.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from sparing.data.loader import IGNORED, Batch, Loader
 from sparing.data.split import mix
 from sparing.data.tokenizer import Tokenizer
 from sparing.infer.network import load_transformer
+from sparing.kernels import native
 from sparing.kernels.products import fitting
 from sparing.kernels.vocabulary import logits_of
 from sparing.model.transformer import Transformer
@@ -91,22 +92,22 @@ def strata(positions: np.ndarray, samples: int, seed: int) -> np.ndarray:
 class Teacher:
     """A run's model that is asked what comes next: on all cores, in 16 bits where those are fast, without gradients."""
 
-    def __init__(self, config: Config):
-        """config: the student's; its `distill` says which run. Raises UserError where that is gone or has changed."""
+    def __init__(self, config: Config, kernels: native.Path | None = None):
+        """config: the student's; its `distill` says which run. kernels: which compute; None: the fastest here. Raises UserError where
+        that run is gone or has changed."""
         d, t = config.distill, config.train
         run = opened(d.teacher)
         if d.weights_sha256 and weights_sha256(run) != d.weights_sha256:
             raise UserError(f"distill.teacher {run}: its weights have changed since this run was begun: put them back")
         self.config = read_config(run.config_file).model
-        if self.config.max_position_embeddings < t.seq_len:
-            raise UserError(f"--teacher {run} reads {self.config.max_position_embeddings} tokens at most: --train.seq-len must be no more")
         device, dtype = t.device or "cpu", getattr(torch, t.dtype)
         count = 1 if device == "cuda" else cores()
         self.model = load_transformer(run, self.config, device, dtype)
         self.model._table(t.seq_len)  # threads must not make it at once
         self.rows = GPU_ROWS if device == "cuda" else count
         """Of one `draw`."""
-        self.replicas = Replicas(self.model, None, count, kernels=fitting(count, count, device, t.dtype)[0])
+        self.kernels = kernels or t.kernels or fitting(count, count, device, t.dtype)[0]
+        self.replicas = Replicas(self.model, None, count, kernels=self.kernels)
         self.words = min(self.config.vocab_size, config.model.vocab_size)
         self.samples, self.seed = d.samples, t.seed
 
@@ -137,8 +138,8 @@ class Teacher:
 
 
 class Draws:
-    """Words that a teacher drew, on disk: of each position in the corpus `samples` numbers in ascending order, 0 where it was not asked, else
-    the word + 1. A word that was drawn more than once stands there as often: so the file has words and counts, and any position at once.
+    """Words that a teacher drew, on disk: of each position in the corpus `samples` numbers in ascending order, 0 where it was not
+    asked, else the word + 1. A word that was drawn more than once stands there as often: these are its counts.
 
     Where a folder has draws under another key, they are begun anew: key says what they are of.
     """
@@ -153,13 +154,15 @@ class Draws:
         try:
             note = json.loads(self._note_file.read_text(encoding="utf-8"))
             known = note["key"] == key and path.stat().st_size == self.bytes
-            self.rows, self.ended = (int(note["rows"]), bool(note["ended"])) if known else (0, False)
+            self.rows, self.ended, self.kernels = (int(note["rows"]), bool(note["ended"]), note["kernels"]) if known else (0, False, None)
         except (OSError, ValueError, KeyError, TypeError):
-            known, self.rows, self.ended = False, 0, False
+            known, self.rows, self.ended, self.kernels = False, 0, False, None
         if not known:
             with open(path, "wb") as file:  # a disk that fills up later would end the process in the middle of a write
                 os.posix_fallocate(file.fileno(), 0, self.bytes)
         self.key = key
+        self.kernels: native.Path | None
+        """Which computed what is there, so that the rest is computed by the same."""
         self._words = np.memmap(path, self.dtype, "r+", shape=(positions, samples))
 
     def take(self, positions: np.ndarray) -> Tensor:
@@ -176,7 +179,7 @@ class Draws:
         """The first `rows` rows of the corpus are on disk. ended: there will be no more of them."""
         self._words.flush()
         self.rows, self.ended = rows, ended
-        write_atomic(self._note_file, json.dumps({"key": self.key, "rows": rows, "ended": ended}))
+        write_atomic(self._note_file, json.dumps({"key": self.key, "rows": rows, "ended": ended, "kernels": self.kernels}))
 
 
 def draws_bytes(positions: int, samples: int, words: int) -> int:

@@ -546,6 +546,7 @@ class Bench:
 
 
 VERBS = {
-    "plan": Plan, "train": Train, "sft": Sft, "distill": Distill, "resume": Resume, "eval": Eval, "generate": Generate, "receipt": Receipt, "report": Report,
-    "compare": Compare, "chat": Chat, "merge": Merge, "export": Export, "import": Import, "fetch": Fetch, "serve": Serve, "bench": Bench,
+    "plan": Plan, "train": Train, "sft": Sft, "distill": Distill, "resume": Resume, "eval": Eval, "generate": Generate,
+    "receipt": Receipt, "report": Report, "compare": Compare, "chat": Chat, "merge": Merge, "export": Export, "import": Import,
+    "fetch": Fetch, "serve": Serve, "bench": Bench,
 }  # fmt: skip

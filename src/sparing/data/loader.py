@@ -29,7 +29,7 @@ class Batch:
     weights: torch.Tensor | None = None
     """(B, T) float32: how much each position's targets count; None: all alike."""
     drawn: torch.Tensor | None = None
-    """(B, T, S) int64: words drawn from a teacher's distribution of the next token; -100: it was not asked there. None: there is no teacher."""
+    """(B, T, S) int64: words drawn from a teacher's distribution of the next token; -100: it was not asked. None: there is no teacher."""
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         values = (getattr(self, field.name) for field in fields(self))
