@@ -17,6 +17,7 @@ from sparing.account.paper import compare as compare
 from sparing.account.paper import receipt as receipt
 from sparing.account.paper import report as report
 from sparing.adapt import distill as adapt_distill
+from sparing.adapt import drafts as adapt_drafts
 from sparing.adapt import esft as adapt_esft
 from sparing.adapt import sft as adapt_sft
 from sparing.base.config import Budget, Config, StartConfig, UserError
@@ -47,7 +48,7 @@ from sparing.interop.huggingface import HUB_NAME, export_hf, read_hf
 from sparing.interop.imported import Imported, chosen_dtype, save
 from sparing.interop.known_models import known_model, recognised
 from sparing.interop.peft import export_peft, import_peft
-from sparing.job.begin import begin, resolved
+from sparing.job.begin import Job, begin, resolved
 from sparing.job.corpus import EVAL_TOKENS, text
 from sparing.job.learn import learn
 from sparing.job.start import keep_origin
@@ -137,10 +138,11 @@ def sft(
 
 def distill(
     run: str,
-    teacher: str,
+    teacher: str | None,
     data: Sequence[str],
     budget: str,
     out: str,
+    mtp: bool = False,
     wishes: dict | None = None,
     seed: int | None = None,
     started: float | None = None,
@@ -150,22 +152,37 @@ def distill(
 
     run: a run that learns on, or a recipe (a TOML file or a preset) of a student that begins with noise and gets the teacher's tokenizer.
     teacher: a run, or an imported model, with the student's tokenizer. data: text, as for `train`. wishes, started: as for `train`.
+    mtp: nothing of the run learns but a module that is added to it, by which it drafts; it is its own teacher, and no other is named.
     -> what `train` gives, and before (None: noise), after, trained_tokens, trainable_parameters, base, ancestors; teacher (what it was
     asked, and what that took), no_teacher (what the same budget was expected to reach by itself).
     Raises UserError; Interrupted on a signal (the run can be resumed).
     """
     started = time.monotonic() if started is None else started
     amount = parse_budget(budget)
-    begins = {"start.run": run} if Path(run).is_dir() else {}
+    begins = {"start.run": run} if mtp or Path(run).is_dir() else {}
     recipe = Wishes() if begins else read_recipe(run).wishes
     arguments = begins | {"data.paths": tuple(data) or None, "train.seed": seed}
     wishes = Wishes.of(recipe, wishes, nested({name: value for name, value in arguments.items() if value is not None}))
     if begins:
         RunFolder.open(run)
+    if mtp:
+        if teacher is not None:
+            raise UserError("--mtp: the module learns from the model that it drafts for; leave --teacher out")
+        with begin("distill", RunFolder.create(out), started) as job:
+            return _with_drafts(job, adapt_drafts.resolved(job, wishes, amount), samples)
+    if teacher is None:
+        raise UserError("distill needs --teacher: a run to learn from (or --mtp, to learn to draft)")
     adapt_distill.opened(teacher)
     with begin("distill", RunFolder.create(out), started) as job:
         config = adapt_distill.resolved(job, wishes, amount, teacher)
         return learn(job, config, samples, data=adapt_distill.data, objective=adapt_distill.objective(config))
+
+
+def _with_drafts(job: Job, config: Config, samples: int) -> dict:
+    with job.meter.stage("tokenise"):
+        data = adapt_drafts.data(job, config)
+    parts = {"start": adapt_drafts.WithDrafts(), "data": lambda *_: data, "objective": adapt_drafts.objective(data.words, config)}
+    return learn(job, config, samples, limit=adapt_drafts.limit, **parts)
 
 
 def resume(
@@ -187,6 +204,8 @@ def resume(
         config = read_config(folder.config_file)
         if config.distill is not None:
             return learn(job, config, samples, data=adapt_distill.data, objective=adapt_distill.objective(config))
+        if config.drafts is not None:
+            return _with_drafts(job, config, samples)
         limit = None if config.esft is None else adapt_esft.limit
         return learn(job, config, samples, data=text if config.chats is None else adapt_sft.data, limit=limit)
 

@@ -24,9 +24,12 @@ from sparing.base.config import UserError
 from sparing.base.config_file import read_config
 from sparing.base.files import file_sha256, read_lines
 from sparing.base.hardware import home
-from sparing.base.run import RunFolder
+from sparing.base.layers import SELECTION_BIAS
+from sparing.base.run import RunFolder, read_tensors
 from sparing.budget.flops import train_flops
 from sparing.data.loader import IGNORED, Batch
+from sparing.infer.engine import Engine
+from sparing.infer.generate import generate_texts
 
 TRAIN = {"threads": 1, "replicas": 1, "compile": False, "micro_batch_size": 8, "kernels": "plain", "dtype": "float32"}
 TEACHER = {
@@ -188,20 +191,15 @@ def test_a_budget_in_operations_pays_for_the_teacher(workplace, tmp_path):
     assert c.distill.teacher_share == pytest.approx(summary["teacher"]["flops"] / 1.2e10, rel=0.05)
 
 
-class Killed:
-    """Starts the verb in a process of its own, and kills it as soon as it has written something."""
-
-    def __init__(self, workplace, out, options):
-        arguments = ["distill", workplace / "student.toml", "--teacher", workplace / "teacher", "--data", workplace / "text", "--out", out]
-        command = [sys.executable, "-m", "sparing", *map(str, [*arguments, *options])]
-        self.process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=-1, stderr=-1, text=True)
-
-    def when(self, written) -> None:
-        end = time.monotonic() + 300
-        while time.monotonic() < end and self.process.poll() is None and not written():
-            time.sleep(0.002)
-        self.process.send_signal(signal.SIGKILL)
-        assert self.process.wait() == -signal.SIGKILL, self.process.stderr.read()
+def started(arguments, written) -> None:
+    """The verb in a process of its own, killed as soon as it has written something."""
+    command = [sys.executable, "-m", "sparing", *map(str, arguments)]
+    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=-1, stderr=-1, text=True)
+    end = time.monotonic() + 300
+    while time.monotonic() < end and process.poll() is None and not written():
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, process.stderr.read()
 
 
 OPTIONS = ["--budget", "24ktok", "--train.checkpoint-interval-s", "0.2", "--samples", "0"]
@@ -215,12 +213,10 @@ def test_killed_and_resumed_bit_for_bit(workplace, tmp_path):
     """Once while the teacher is asked, and once while the student learns."""
     killed, straight = tmp_path / "killed", tmp_path / "straight"
     bits = killed / "state/teacher/draws.bin"
-    Killed(workplace, killed, OPTIONS).when(lambda: bits.exists() and any(bits.read_bytes()))
+    begin = ["distill", workplace / "student.toml", "--teacher", workplace / "teacher", "--data", workplace / "text", "--out", killed]
+    started([*begin, *OPTIONS], lambda: bits.exists() and any(bits.read_bytes()))
     assert not (killed / "metrics.jsonl").exists()
-    process = Killed.__new__(Killed)
-    command = [sys.executable, "-m", "sparing", "resume", str(killed)]
-    process.process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=-1, stderr=-1, text=True)
-    process.when(lambda: (killed / "metrics.jsonl").exists() and any(line[0] >= 12 for line in losses(killed)))
+    started(["resume", killed], lambda: (killed / "metrics.jsonl").exists() and any(line[0] >= 12 for line in losses(killed)))
     api.resume(str(killed), samples=0)
     distilled(workplace, "student.toml", straight, "24ktok", wishes={"train": {"checkpoint_interval_s": 0.2}})
     assert losses(killed) == losses(straight) and len(losses(killed)) > 25
@@ -276,3 +272,91 @@ def test_tokenizers_are_compared_by_what_they_do(workplace, tmp_path, change, sa
     with pytest.raises(UserError, match=said):
         same_tokenizer(tmp_path / "tokenizer.json", workplace / "teacher/tokenizer.json", (None, None))
     return None
+
+
+@pytest.fixture(scope="module", params=["dense", "mixture"])
+def drafting(workplace, request):
+    """(base, the run with a module that drafts, its summary)."""
+    base, out = workplace / f"base-{request.param}", workplace / f"drafts-{request.param}"
+    model = {"hidden_size": 64, "num_layers": 2, "num_heads": 2, "vocab_size": 512, "max_position_embeddings": 256}
+    if request.param == "dense":  # as SmolLM2 is
+        model |= {"num_dense_layers": 2, "attention": "gqa", "num_kv_heads": 1, "head_dim": 32, "tie_word_embeddings": True}
+    else:
+        model |= {"num_dense_layers": 1, "n_routed_experts": 4, "moe_intermediate_size": 32}
+    api.train([str(workplace / "text")], "60ktok", str(base), TEACHER | {"model": model}, seed=3, samples=0)
+    wishes = {"train": TEACHER["train"], "drafts": {"words": 256}}
+    return base, out, api.distill(str(base), None, [str(workplace / "text")], "40ktok", str(out), mtp=True, wishes=wishes, samples=0)
+
+
+def test_a_module_learns_to_draft_and_nothing_else_changes(drafting):
+    base, out, summary = drafting
+    before, after = (dict(read_tensors(RunFolder(run).weights_file)) for run in (base, out))
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    module = {name for name in after if name not in before}
+    assert module and all(name.startswith("model.layers.2.") for name in module)
+    assert summary["trainable_parameters"] == sum(after[name].numel() for name in module if SELECTION_BIAS not in name)
+    assert summary["before"]["new"] == summary["after"]["new"], "it is the same model"
+    assert summary["after"]["drafts"]["agreement"] > max(0.5, summary["before"]["drafts"]["agreement"] + 0.1)
+    words = json.loads((out / "draft_words.json").read_text())
+    assert len(words) == summary["draft_words"] == 256 and summary["draft_words_share"] > 0.95
+
+
+@pytest.mark.parametrize("weights", ["float32", "int8"])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_the_same_texts_in_fewer_steps(drafting, weights, temperature):
+    base, out, _ = drafting
+    settings = [{"max_tokens": 40, "temperature": temperature, "seed": seed, "ignore_eos": True} for seed in range(4)]
+    texts, steps = [], []
+    for run in (base, out):
+        with Engine(run, weights=weights, max_batch=1) as engine:
+            prompt = engine.tokenizer.encode_prompt("The cat number")
+            texts.append(list(generate_texts(engine, ((prompt, setting) for setting in settings))))
+            steps.append(engine.metrics()["steps_total"])
+            if run == out:
+                accepted = engine.metrics()["accepted_total"] / engine.metrics()["drafted_total"]
+    assert texts[0] == texts[1] and steps[1] < 0.9 * steps[0] and accepted > 0.3
+
+
+def test_words_of_drafts_are_checked(drafting, tmp_path):
+    _, out, _ = drafting
+    run = tmp_path / "run"
+    shutil.copytree(out, run)
+    shutil.rmtree(run / "packed", ignore_errors=True)
+    for wrong in ("[]", "[1, 1]", "[-1]", "[512]", "{}", "[0.5]", "no json", '["a"]'):
+        (run / "draft_words.json").write_text(wrong)
+        with pytest.raises(UserError, match="a list of different token ids from 0 to 511"):
+            Engine(run, weights="int8")
+    (run / "draft_words.json").unlink()
+    with Engine(run, weights="int8") as engine:
+        assert engine.speculates, "without a list it chooses among all words"
+
+
+def test_a_module_is_resumed_bit_for_bit(drafting, workplace, tmp_path):
+    base, _, _ = drafting
+    killed, straight = tmp_path / "killed", tmp_path / "straight"
+    wishes = {"train": TEACHER["train"] | {"checkpoint_interval_s": 0.1}}
+    words = ["--train.seq-len", "64", "--train.batch-size", "8"]
+    words += ["--train.kernels", "plain", "--train.replicas", "1", "--train.threads", "1"]
+    words += ["--train.dtype", "float32", "--train.micro-batch-size", "8", "--train.compile", "false", "--train.evals", "0"]
+    words += ["--train.checkpoint-interval-s", "0.1", "--samples", "0"]
+    started(
+        ["distill", base, "--mtp", "--data", workplace / "text", "--budget", "40ktok", "--out", killed, *words],
+        lambda: (killed / "metrics.jsonl").exists() and any(line[0] >= 30 for line in losses(killed)),
+    )
+    api.resume(str(killed), samples=0)
+    api.distill(str(base), None, [str(workplace / "text")], "40ktok", str(straight), mtp=True, wishes=wishes, samples=0)
+    assert losses(killed) == losses(straight) and len(losses(killed)) > 60
+    assert file_sha256(RunFolder(killed).weights_file) == file_sha256(RunFolder(straight).weights_file)
+
+
+def test_mtp_refused_in_one_line(drafting, workplace, tmp_path):
+    _, out, _ = drafting
+    text = [str(workplace / "text")]
+    with pytest.raises(UserError, match="has a module that drafts already"):
+        api.distill(str(out), None, text, "20ktok", str(tmp_path / "run"), mtp=True)
+    with pytest.raises(UserError, match="leave --teacher out"):
+        api.distill(str(out), str(out), text, "20ktok", str(tmp_path / "run"), mtp=True)
+    with pytest.raises(UserError, match="needs --teacher"):
+        api.distill(str(out), None, text, "20ktok", str(tmp_path / "run"))
+    with pytest.raises(UserError, match="no such run folder"):
+        api.distill(str(workplace / "student.toml") + "x", None, text, "20ktok", str(tmp_path / "run"), mtp=True)

@@ -294,6 +294,16 @@ class DistillConfig:
 
 
 @dataclass(frozen=True)
+class DraftsConfig:
+    """A module that drafts is learnt beside a frozen model."""
+
+    words: int = 4096
+    """The commonest of the text, among which it chooses; a multiple of 16."""
+    samples: int = 12
+    """Words that are drawn from the model's distribution at each position."""
+
+
+@dataclass(frozen=True)
 class TokensConfig:
     """Ids of the tokens that begin and end a text, as an imported model has them."""
 
@@ -325,5 +335,7 @@ class Config:
     """None: texts are learnt as they are."""
     distill: DistillConfig | None = None
     """None: nobody teaches."""
+    drafts: DraftsConfig | None = None
+    """None: what learns is not limited to a module that drafts."""
     tokens: TokensConfig | None = None
     """None: what the tokenizer's names say; the end-of-text token also begins every text."""

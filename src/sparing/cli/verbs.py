@@ -163,6 +163,8 @@ class Distill:
     """The student: a run that learns on, or a recipe (a TOML file or a preset, such as laptop) of a new one that begins with noise."""
     teacher: str | None = None
     """A run, or an imported model, with the student's tokenizer; a new student gets it."""
+    mtp: bool = False
+    """Instead of a teacher: the run stays as it is, and gets a module by which it drafts, so that it writes the same text faster."""
     data: list[str] = field(default_factory=list)
     """Files, folders, globs of text, which both read."""
     text_key: str | None = None
@@ -178,13 +180,13 @@ class Distill:
     """Print one JSON object on standard output, and nothing else there."""
 
     def __call__(self, call: Call) -> dict:
-        call.need(RUN=self.run, teacher=self.teacher, budget=self.budget, out=self.out)
+        call.need(RUN=self.run, **({} if self.mtp else {"teacher": self.teacher}), budget=self.budget, out=self.out)
         if self.samples < 0:
             raise UserError(f"--samples {self.samples}: must be 0 or more")
         parse_budget(self.budget)  # a slip is told before torch is loaded
         wishes = nested(call.overrides | ({} if self.text_key is None else {"data.text_key": self.text_key}))
         options = {"wishes": wishes, "seed": self.seed, "started": call.started, "samples": self.samples}
-        return call.api.distill(self.run, self.teacher, self.data, self.budget, self.out, **options)
+        return call.api.distill(self.run, self.teacher, self.data, self.budget, self.out, self.mtp, **options)
 
 
 @dataclass

@@ -100,8 +100,8 @@ def resolved(job: Job, wishes: Wishes, budget: Budget) -> Config:
         raise UserError("chats: conversations are for `sparing sft`; `train` learns texts as they are")
     if wishes.get("esft") is not None:
         raise UserError("esft: experts are chosen by conversations: `sparing sft RUN --method esft`")
-    if wishes.get("distill") is not None:
-        raise UserError("distill: a teacher is for `sparing distill RUN --teacher RUN`")
+    if wishes.get("distill") is not None or wishes.get("drafts") is not None:
+        raise UserError("distill, drafts: these are for `sparing distill RUN --teacher RUN`, and for `sparing distill RUN --mtp`")
     wishes = with_vocabulary(with_start(with_absolute_paths(wishes)))
     try_out(job, wishes, budget)
     with job.meter.stage("scan"):

@@ -153,7 +153,7 @@ class Trainer:
         self.replicas = Replicas(model, objective, t.replicas or 1, bool(t.compile), self.kernels)
         self.optimizer = Optimizer(model, config.optim, model.compute_dtype, config.precision, t.seed)
         self.tokens_per_step = t.batch_size * t.seq_len
-        self.flops_per_token = train_flops(config.model, t.seq_len, adapter=config.adapter, esft=config.esft)
+        self.flops_per_token = train_flops(config.model, t.seq_len, False, config.adapter, config.esft, config.drafts)
 
     # one step
 
@@ -227,7 +227,8 @@ class Trainer:
         self.guard = Guard()
         self.checkpoints = Checkpoints(self.run, self.model, self.optimizer, self.config, self.log.progress.say, self.kernels)
         # Recomputing is work, though not in MFU.
-        self.work = self.tokens_per_step * train_flops(self.config.model, t.seq_len, t.recompute, self.config.adapter, self.config.esft)
+        c = self.config
+        self.work = self.tokens_per_step * train_flops(c.model, t.seq_len, t.recompute, c.adapter, c.esft, c.drafts)
         self.state: TrainState | None = None
         self.pace: Pace | None = None
         gc.collect()
