@@ -16,6 +16,7 @@ from sparing.account.meter import Meter, metered
 from sparing.account.paper import compare as compare
 from sparing.account.paper import receipt as receipt
 from sparing.account.paper import report as report
+from sparing.adapt import asked as adapt_asked
 from sparing.adapt import distill as adapt_distill
 from sparing.adapt import drafts as adapt_drafts
 from sparing.adapt import esft as adapt_esft
@@ -152,6 +153,7 @@ def distill(
 
     run: a run that learns on, or a recipe (a TOML file or a preset) of a student that begins with noise and gets the teacher's tokenizer.
     teacher: a run, or an imported model, with the student's tokenizer. data: text, as for `train`. wishes, started: as for `train`.
+    Or a URL (with OpenAI's interface): the run learns its answers to the questions in data, which are conversations then.
     mtp: nothing of the run learns but a module that is added to it, by which it drafts; it is its own teacher, and no other is named.
     -> what `train` gives, and before (None: noise), after, trained_tokens, trainable_parameters, base, ancestors; teacher (what it was
     asked, and what that took), no_teacher (what the same budget was expected to reach by itself).
@@ -172,6 +174,16 @@ def distill(
             return _with_drafts(job, adapt_drafts.resolved(job, wishes, amount), samples)
     if teacher is None:
         raise UserError("distill needs --teacher: a run to learn from (or --mtp, to learn to draft)")
+    if adapt_asked.is_url(teacher):
+        if not begins:
+            raise UserError(f"{run}: a teacher behind a URL teaches a run to answer; name one, not a recipe")
+        if not data:
+            raise UserError("distill needs --data: conversations whose questions the teacher is asked")
+        with begin("distill", RunFolder.create(out), started) as job:
+            with job.meter.stage("teach"), job.signals.interruptible():
+                answers = adapt_asked.collect(job, teacher, data, amount)
+            wishes = Wishes.of(wishes, {"data": {"paths": (str(answers.resolve()),)}, "chats": {}})
+            return learn(job, adapt_sft.resolved(job, wishes, amount), samples, data=adapt_sft.data)
     adapt_distill.opened(teacher)
     with begin("distill", RunFolder.create(out), started) as job:
         config = adapt_distill.resolved(job, wishes, amount, teacher)

@@ -41,6 +41,7 @@ FASTER = 3.0
 """How many times as many tokens a second as in training the whole model, at most: how much text is tokenised follows from it."""
 BATCH_TOKENS = 2048
 SETTLED = {"bias_update_rate": 0.0, "sequence_balance": 0.0, "short_seq_len": None}
+TO_STREAM = ("o_proj.weight", "down_proj.weight", "experts.down_proj")
 OPTIM = {
     "matrix": "adamw", "lr": 1e-3, "lr_embed": 1e-3, "lr_head": 1e-3, "lr_router": 1e-3, "lr_norm": 1e-3, "beta1": 0.9, "beta2": 0.99,
     "eps": 1e-8, "weight_decay": 0.0, "warmup": 0.03, "decay": 0.97, "final_lr": 0.0,
@@ -130,7 +131,8 @@ def objective(words: np.ndarray, config: Config) -> Drafting:
 
 
 class WithDrafts:
-    """A run's weights, and a module that begins as a copy of its last layer and reads the sum of its two inputs."""
+    """A run's weights, and a module that begins as a copy of its last layer. Its outputs to the residual stream are zero at first, and
+    so is its projection of the embedding: it says again what the model says of the next token, which is nearer than noise."""
 
     def model(self, config: Config) -> Transformer:
         """Raises UserError as `FromRun.model` does."""
@@ -138,11 +140,13 @@ class WithDrafts:
         model = Transformer(config.model)
         state, last = base.state_dict(), config.model.num_layers - 1
         with torch.no_grad():
-            ones, both = torch.ones(config.model.hidden_size), torch.eye(config.model.hidden_size).repeat(1, 2)
-            module = {name.replace(f".{last}.", f".{last + 1}.", 1): value for name, value in state.items() if f"layers.{last}." in name}
-            at = f"model.layers.{last + 1}."
-            module |= {f"{at}enorm.weight": ones, f"{at}hnorm.weight": ones, f"{at}eh_proj.weight": both}
-            fill(model.state_dict(), (state | module | {f"{at}shared_head.norm.weight": state["model.norm.weight"]}).items(), "the base")
+            before, at = f"model.layers.{last}.", f"model.layers.{last + 1}."
+            module = {name.replace(before, at): value for name, value in state.items() if name.startswith(before)}
+            module |= {name: torch.zeros_like(value) for name, value in module.items() if name.endswith(TO_STREAM)}
+            eye, ones, gain = torch.eye(config.model.hidden_size), torch.ones(config.model.hidden_size), state["model.norm.weight"]
+            module |= {f"{at}enorm.weight": ones, f"{at}hnorm.weight": ones, f"{at}eh_proj.weight": torch.cat((0 * eye, eye), 1)}
+            module |= {f"{at}shared_head.norm.weight": gain.square().mean().sqrt() * ones}
+            fill(model.state_dict(), (state | module).items(), config.start.run)
         return model
 
 

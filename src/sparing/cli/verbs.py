@@ -162,11 +162,12 @@ class Distill:
     run: tyro.conf.Positional[str | None] = None
     """The student: a run that learns on, or a recipe (a TOML file or a preset, such as laptop) of a new one that begins with noise."""
     teacher: str | None = None
-    """A run, or an imported model, with the student's tokenizer; a new student gets it."""
+    """A run, or an imported model, with the student's tokenizer; a new student gets it. Or the URL of OpenAI's interface, such as
+    http://127.0.0.1:8000/v1#MODEL, whose answers are learnt ($OPENAI_API_KEY is sent where it is set)."""
     mtp: bool = False
     """Instead of a teacher: the run stays as it is, and gets a module by which it drafts, so that it writes the same text faster."""
     data: list[str] = field(default_factory=list)
-    """Files, folders, globs of text, which both read."""
+    """Files, folders, globs of text, which both read; for a URL, of conversations, whose questions are asked."""
     text_key: str | None = None
     """JSONL and Parquet: the field that holds the text."""
     budget: str | None = None
