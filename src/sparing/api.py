@@ -144,6 +144,7 @@ def distill(
     budget: str,
     out: str,
     mtp: bool = False,
+    on_policy: bool = False,
     wishes: dict | None = None,
     seed: int | None = None,
     started: float | None = None,
@@ -154,6 +155,7 @@ def distill(
     run: a run that learns on, or a recipe (a TOML file or a preset) of a student that begins with noise and gets the teacher's tokenizer.
     teacher: a run, or an imported model, with the student's tokenizer. data: text, as for `train`. wishes, started: as for `train`.
     Or a URL (with OpenAI's interface): the run learns its answers to the questions in data, which are conversations then.
+    on_policy: the student learns at texts that it writes itself, not at those of data, whose beginnings it continues.
     mtp: nothing of the run learns but a module that is added to it, by which it drafts; it is its own teacher, and no other is named.
     -> what `train` gives, and before (None: noise), after, trained_tokens, trainable_parameters, base, ancestors; teacher (what it was
     asked, and what that took), no_teacher (what the same budget was expected to reach by itself).
@@ -164,6 +166,8 @@ def distill(
     begins = {"start.run": run} if mtp or Path(run).is_dir() else {}
     recipe = Wishes() if begins else read_recipe(run).wishes
     arguments = begins | {"data.paths": tuple(data) or None, "train.seed": seed}
+    if on_policy:
+        arguments["distill.on_policy"] = True
     wishes = Wishes.of(recipe, wishes, nested({name: value for name, value in arguments.items() if value is not None}))
     if begins:
         RunFolder.open(run)
@@ -187,7 +191,11 @@ def distill(
     adapt_distill.opened(teacher)
     with begin("distill", RunFolder.create(out), started) as job:
         config = adapt_distill.resolved(job, wishes, amount, teacher)
-        return learn(job, config, samples, data=adapt_distill.data, objective=adapt_distill.objective(config))
+        return learn(job, config, samples, **_taught(config))
+
+
+def _taught(config: Config) -> dict:
+    return {"data": adapt_distill.data, "objective": adapt_distill.objective(config), "limit": adapt_distill.limit}
 
 
 def _with_drafts(job: Job, config: Config, samples: int) -> dict:
@@ -215,7 +223,7 @@ def resume(
     with begin("resume", folder, started, ready=partial(_make_ready, folder, budget, data, text_key)) as job:
         config = read_config(folder.config_file)
         if config.distill is not None:
-            return learn(job, config, samples, data=adapt_distill.data, objective=adapt_distill.objective(config))
+            return learn(job, config, samples, **_taught(config))
         if config.drafts is not None:
             return _with_drafts(job, config, samples)
         limit = None if config.esft is None else adapt_esft.limit

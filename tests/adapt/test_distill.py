@@ -19,6 +19,7 @@ from tests.model.test_frozen import filled
 
 from sparing import api
 from sparing.adapt.distill import Taught, divided
+from sparing.adapt.own import _ReverseDivergence
 from sparing.adapt.teacher import Draws, drawn, same_tokenizer, strata
 from sparing.base.config import UserError
 from sparing.base.config_file import read_config
@@ -202,6 +203,11 @@ def started(arguments, written) -> None:
     assert process.wait() == -signal.SIGKILL, process.stderr.read()
 
 
+PLAIN = [
+    "--train.seq-len", "64", "--train.batch-size", "8", "--train.kernels", "plain", "--train.replicas", "1", "--train.threads", "1",
+    "--train.dtype", "float32", "--train.micro-batch-size", "8", "--train.compile", "false", "--train.evals", "0",
+]  # fmt: skip
+"""The fixtures' settings."""
 OPTIONS = ["--budget", "24ktok", "--train.checkpoint-interval-s", "0.2", "--samples", "0"]
 
 
@@ -335,10 +341,7 @@ def test_a_module_is_resumed_bit_for_bit(drafting, workplace, tmp_path):
     base, _, _ = drafting
     killed, straight = tmp_path / "killed", tmp_path / "straight"
     wishes = {"train": TEACHER["train"] | {"checkpoint_interval_s": 0.1}}
-    words = ["--train.seq-len", "64", "--train.batch-size", "8"]
-    words += ["--train.kernels", "plain", "--train.replicas", "1", "--train.threads", "1"]
-    words += ["--train.dtype", "float32", "--train.micro-batch-size", "8", "--train.compile", "false", "--train.evals", "0"]
-    words += ["--train.checkpoint-interval-s", "0.1", "--samples", "0"]
+    words = [*PLAIN, "--train.checkpoint-interval-s", "0.1", "--samples", "0"]
     started(
         ["distill", base, "--mtp", "--data", workplace / "text", "--budget", "40ktok", "--out", killed, *words],
         lambda: (killed / "metrics.jsonl").exists() and any(line[0] >= 30 for line in losses(killed)),
@@ -360,3 +363,39 @@ def test_mtp_refused_in_one_line(drafting, workplace, tmp_path):
         api.distill(str(out), None, text, "20ktok", str(tmp_path / "run"))
     with pytest.raises(UserError, match="no such run folder"):
         api.distill(str(workplace / "student.toml") + "x", None, text, "20ktok", str(tmp_path / "run"), mtp=True)
+
+
+def test_own_texts_of_the_student(workplace, tmp_path):
+    """What the teacher says there serves other texts too; killed in the middle it repeats the undisturbed run bit for bit."""
+    base, killed, straight = tmp_path / "base", tmp_path / "killed", tmp_path / "straight"
+    distilled(workplace, "student.toml", base, "8ktok")
+    wishes = {"train": TEACHER["train"] | {"checkpoint_interval_s": 0.0}}
+    summary = distilled(workplace, base, straight, "8ktok", on_policy=True, wishes=wishes)
+    assert summary["after"]["new"]["bpb"] < summary["before"]["new"]["bpb"] - 0.1 and summary["steps"] == 15
+    words = [*PLAIN, "--train.checkpoint-interval-s", "0", "--samples", "0", "--budget", "8ktok", "--out", killed, "--on-policy"]
+    begin = ["distill", base, "--teacher", workplace / "teacher", "--data", workplace / "text"]
+    started([*begin, *words], lambda: (killed / "metrics.jsonl").exists() and any(line[0] >= 9 for line in losses(killed)))
+    api.resume(str(killed), samples=0)
+    assert losses(killed) == losses(straight)
+    assert file_sha256(RunFolder(killed).weights_file) == file_sha256(RunFolder(straight).weights_file)
+    for change, said in (({"prompt": 64}, "must be less than the 64 tokens of a row"), ({"prompt": 0}, "at least 1")):
+        with pytest.raises(UserError, match=said):
+            distilled(workplace, base, tmp_path / "run", on_policy=True, wishes={"train": TEACHER["train"], "distill": change})
+    with pytest.raises(UserError, match="give a budget in time or tokens"):
+        distilled(workplace, base, tmp_path / "run", "1e10flop", on_policy=True, wishes={"train": TEACHER["train"]})
+
+
+def test_the_reverse_divergence_and_its_gradients():
+    generator = torch.Generator().manual_seed(0)
+    x, w, y, v = (torch.randn(shape, generator=generator) for shape in ((9, 8), (20, 8), (9, 4), (24, 4)))
+    results = []
+    for own in (True, False):
+        a, b = x.clone().requires_grad_(), w.clone().requires_grad_()
+        if own:
+            loss = _ReverseDivergence.apply(a, b, y, v)
+        else:
+            mine, theirs = (a @ b.T).log_softmax(-1), (y @ v[:20].T).log_softmax(-1)
+            loss = (mine.exp() * (mine - theirs)).sum()
+        (3 * loss).backward()
+        results.append((loss.detach(), a.grad, b.grad))
+    assert all(torch.allclose(ours, theirs, atol=1e-4) for ours, theirs in zip(*results, strict=True))

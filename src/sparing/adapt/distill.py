@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sparing.account.history import inherit
 from sparing.account.receipt import read_state
+from sparing.adapt import own as own_texts
 from sparing.adapt.teacher import Draws, TaughtFeed, Teacher, draws_bytes, opened, same_tokenizer
 from sparing.base.config import Budget, Config, ModelConfig, UserError
 from sparing.base.config_file import Wishes, read_config
@@ -39,7 +40,7 @@ from sparing.planning.places import SAMPLED, Place, with_vocabulary
 from sparing.planning.plan import foresee
 from sparing.planning.start import with_start
 from sparing.resolve import TRAINING_SHARE, Resolved
-from sparing.train.objective import NextToken
+from sparing.train.objective import NextToken, Objective
 
 LATE = 1.1
 """How much more of a time budget than was planned the teacher may take, before the student begins with what is there."""
@@ -97,9 +98,19 @@ class Taught(NextToken):
         return linear_cross_entropy(hidden_BTD.flatten(0, 1), model.head_weight, targets, denominator, weights)
 
 
-def objective(config: Config) -> Taught:
+def objective(config: Config) -> Objective:
+    """Raises UserError where a teacher that is asked at every step is gone or has changed."""
+    if config.distill.on_policy:
+        return own_texts.objective(config)
     t = config.train
     return Taught(config.model, config.distill.truth, t.mtp_weight, t.sequence_balance)
+
+
+def limit(job: Job, config: Config, model: Transformer, data: TrainingData) -> Config:
+    """Limits nothing; a student that writes its own texts is there from here on."""
+    if isinstance(data.feed, own_texts.OwnFeed):
+        data.feed.model = model
+    return config
 
 
 # a new run
@@ -127,8 +138,17 @@ def resolved(job: Job, wishes: Wishes, budget: Budget, teacher: str) -> Config:
     with job.meter.stage("scan"):
         facts = facts_of(wishes.config().data, None, job.signals.should_stop)
     place = look_at(job, wishes, budget)
-    config, reasons = _shared(job, wishes, budget, facts, place, theirs.model)
+    own = bool(wishes.value("distill.on_policy"))
+    if own:
+        wishes = Wishes.of({"train": {"short_seq_len": None}}, wishes)
+        config, reasons = derive(job, wishes, budget, facts, place)
+        own_texts.checked(config)
+    else:
+        config, reasons = _shared(job, wishes, budget, facts, place, theirs.model)
     keep(job, config, reasons, facts, facts, place, f"{facts.documents:,} documents, {facts.bytes / 1e6:.1f} MB")
+    if own:
+        say(f"before each step the student writes the texts at which {teacher} teaches it, behind {config.distill.prompt} tokens of these")
+        return config
     _foresee(job, config, facts, place)
     d = config.distill
     size, top = draws_bytes(d.tokens, d.samples, config.model.vocab_size), TOP_BYTES * d.tokens
@@ -206,6 +226,9 @@ def data(job: Job, config: Config) -> TaughtData:
     plain = text(job, config)
     loader, d = plain.feed, config.distill
     each = _descend(job.run, RunFolder(d.teacher), config.train.seq_len)
+    if d.on_policy:
+        feed = own_texts.OwnFeed(loader, job.run, d.prompt, config.train.seed)
+        return TaughtData(feed, plain.tokenizer, plain.held_out, 0, 0.0)
     store = loader.store
     positions = int(store.starts[-1] + store.lengths[-1])
     t, tokenizer = config.train, file_sha256(job.run.tokenizer_file)

@@ -291,6 +291,10 @@ class DistillConfig:
     """Positions at which it is asked: the first that the student reads; None: as many as the budget pays for."""
     teacher_share: float = 0.5
     """Of a time budget, at most, for the teacher; derived."""
+    on_policy: bool = False
+    """The student learns at texts that it writes itself, and not at those of the corpus."""
+    prompt: int = 16
+    """On-policy: tokens of the corpus with which its texts begin."""
 
 
 @dataclass(frozen=True)

@@ -166,6 +166,8 @@ class Distill:
     http://127.0.0.1:8000/v1#MODEL, whose answers are learnt ($OPENAI_API_KEY is sent where it is set)."""
     mtp: bool = False
     """Instead of a teacher: the run stays as it is, and gets a module by which it drafts, so that it writes the same text faster."""
+    on_policy: bool = False
+    """The student writes, and learns what the teacher says at each token that it wrote."""
     data: list[str] = field(default_factory=list)
     """Files, folders, globs of text, which both read; for a URL, of conversations, whose questions are asked."""
     text_key: str | None = None
@@ -187,7 +189,7 @@ class Distill:
         parse_budget(self.budget)  # a slip is told before torch is loaded
         wishes = nested(call.overrides | ({} if self.text_key is None else {"data.text_key": self.text_key}))
         options = {"wishes": wishes, "seed": self.seed, "started": call.started, "samples": self.samples}
-        return call.api.distill(self.run, self.teacher, self.data, self.budget, self.out, self.mtp, **options)
+        return call.api.distill(self.run, self.teacher, self.data, self.budget, self.out, self.mtp, self.on_policy, **options)
 
 
 @dataclass
