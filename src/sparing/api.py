@@ -22,7 +22,7 @@ from sparing.adapt import drafts as adapt_drafts
 from sparing.adapt import esft as adapt_esft
 from sparing.adapt import sft as adapt_sft
 from sparing.base.config import Budget, Config, StartConfig, UserError
-from sparing.base.config_file import Wishes, nested, read_config, read_recipe, write_config
+from sparing.base.config_file import Wishes, nested, read_config, read_recipe, refuse, write_config
 from sparing.base.files import DamagedError, alike, link_or_copy, write_atomic
 from sparing.base.hardware import cores
 from sparing.base.layers import shapes
@@ -125,6 +125,7 @@ def sft(
         raise UserError("sft needs --data: conversations, such as JSON lines with messages")
     arguments = {"data.paths": tuple(data), "train.seed": seed, "start.run": run, "chats.val": tuple(val), "chats.keep": tuple(keep)}
     wishes = Wishes.of(wishes, nested({name: value for name, value in arguments.items() if value is not None}))
+    refuse(wishes, "sft", "distill", "drafts")
     if method != "lora" and wishes.get("adapter") is not None:
         raise UserError(f"adapter: low-rank updates are what --method lora learns; leave it out with {method}")
     if method != "esft" and wishes.get("esft") is not None:
@@ -184,6 +185,7 @@ def distill(
         if not data:
             raise UserError("distill needs --data: conversations whose questions the teacher is asked")
         with begin("distill", RunFolder.create(out), started) as job:
+            refuse(wishes, "distill with a URL", "distill", "drafts", "esft")
             with job.meter.stage("teach"), job.signals.interruptible():
                 answers = adapt_asked.collect(job, teacher, data, amount)
             wishes = Wishes.of(wishes, {"data": {"paths": (str(answers.resolve()),)}, "chats": {}})

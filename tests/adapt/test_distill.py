@@ -248,6 +248,8 @@ def test_refused_in_one_line(workplace, tmp_path):
     assert "no such recipe" in refused("nothing", teacher)
     assert "must be at least 1" in refused(student, teacher, wishes={"distill": {"samples": 0}})
     assert "128 tokens at most" in refused(student, shorter(teacher, tmp_path / "short"), wishes={"train": {"seq_len": 256}})
+    assert "esft: distill has no use" in refused(student, teacher, wishes={"esft": {}})
+    assert "adapter: distill has no use" in refused(teacher, teacher, wishes={"adapter": {}}, on_policy=True)
     with pytest.raises(UserError, match="sparing distill RUN"):
         api.train([str(workplace / "text")], "20ktok", str(tmp_path / "run"), {"distill": {}})
 
@@ -357,6 +359,8 @@ def test_mtp_refused_in_one_line(drafting, workplace, tmp_path):
     text = [str(workplace / "text")]
     with pytest.raises(UserError, match="has a module that drafts already"):
         api.distill(str(out), None, text, "20ktok", str(tmp_path / "run"), mtp=True)
+    with pytest.raises(UserError, match="distill: distill --mtp has no use for this section"):
+        api.distill(str(out), None, text, "20ktok", str(tmp_path / "run"), mtp=True, wishes={"distill": {}})
     with pytest.raises(UserError, match="leave --teacher out"):
         api.distill(str(out), str(out), text, "20ktok", str(tmp_path / "run"), mtp=True)
     with pytest.raises(UserError, match="needs --teacher"):

@@ -22,7 +22,7 @@ from sparing.account.receipt import read_state
 from sparing.adapt import own as own_texts
 from sparing.adapt.teacher import Draws, TaughtFeed, Teacher, draws_bytes, opened, same_tokenizer
 from sparing.base.config import Budget, Config, ModelConfig, UserError
-from sparing.base.config_file import Wishes, read_config
+from sparing.base.config_file import Wishes, read_config, refuse
 from sparing.base.files import file_sha256, write_atomic
 from sparing.base.messages import say
 from sparing.base.run import RunFolder, weights_sha256
@@ -119,6 +119,7 @@ def limit(job: Job, config: Config, model: Transformer, data: TrainingData) -> C
 def resolved(job: Job, wishes: Wishes, budget: Budget, teacher: str) -> Config:
     """The configuration of a new run that learns from `teacher`, written into its folder. Raises UserError, before any text is read, for a
     teacher that it cannot learn from."""
+    refuse(wishes, "distill", "drafts", "esft", "chats", *(("adapter",) if wishes.value("distill.on_policy") else ()))
     run = opened(teacher)
     theirs = read_config(run.config_file)
     wishes = Wishes.of(with_absolute_paths(wishes), {"distill": {"teacher": absolute(teacher), "weights_sha256": weights_sha256(run)}})

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sparing.adapt.teacher import PART, drawn, strata
 from sparing.base.config import Budget, Config, UserError
-from sparing.base.config_file import Wishes
+from sparing.base.config_file import Wishes, refuse
 from sparing.base.files import write_atomic
 from sparing.base.messages import say
 from sparing.base.run import fill
@@ -162,13 +162,12 @@ def limit(job: Job, config: Config, model: Transformer, data: TrainingData) -> C
 def resolved(job: Job, wishes: Wishes, budget: Budget) -> Config:
     """The configuration of a new run that gets a drafting module, written into its folder. Raises UserError, before any text is read, for
     a model that has one."""
+    refuse(wishes, "distill --mtp", "distill", "adapter", "esft", "chats")
     own = with_absolute_paths(wishes)
     wishes = with_start(own)
     c = wishes.config().model
     if c.mtp_depth:
         raise UserError(f"--mtp: {wishes.value('start.run')} has a module that drafts already")
-    if wishes.get("adapter") is not None:
-        raise UserError("adapter: --mtp trains a module of its own, and no low-rank updates: leave it out")
     derived = Wishes.of({"train": SETTLED, "optim": OPTIM, "drafts": {}}, wishes, {"model": {"mtp_depth": 1}})
     if not own.sets("train.batch_size"):
         length = min(own.value("train.seq_len", 512), c.max_position_embeddings)

@@ -125,6 +125,11 @@ def _model_card(config: Config, summary: dict, origin: Origin | None, texts: lis
     chosen = f"\n- Experts that learnt, of each layer: {'; '.join(config.esft.experts)}" if config.esft else ""
     if config.esft and not (config.esft.shared or config.esft.rest):
         chosen += "; nothing else was changed"
+    if config.distill:
+        where = "at texts of its own" if config.distill.on_policy else f"by {config.distill.samples} draws a token"
+        chosen += f"\n- Learnt from the distribution of {config.distill.teacher}, {where}"
+    if config.drafts:
+        chosen += "\n- A module that drafts was learnt; nothing else was changed"
     score = "not evaluated" if bits is None else f"{bits:.4f} bits per byte"
     return f"""# Model card
 
