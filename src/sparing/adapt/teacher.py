@@ -34,8 +34,8 @@ from sparing.train.replicas import Replicas
 
 PART = 128
 """Positions whose logits exist at once in a thread."""
-GPU_ROWS = 16
-"""Rows of a forward pass there; on a CPU a core takes one row."""
+TOGETHER = {"cpu": 1024, "cuda": 8192}
+"""Tokens of a thread's forward pass: a small teacher's single rows would take twice as long (LAB.md)."""
 _MOST = 1 - 2**-24
 """The largest float32 below 1."""
 
@@ -104,7 +104,7 @@ class Teacher:
         count = 1 if device == "cuda" else cores()
         self.model = load_transformer(run, self.config, device, dtype)
         self.model._table(t.seq_len)  # threads must not make it at once
-        self.rows = GPU_ROWS if device == "cuda" else count
+        self.rows = count * max(1, TOGETHER[device] // t.seq_len)
         """Of one `draw`."""
         self.kernels = kernels or t.kernels or fitting(count, count, device, t.dtype)[0]
         self.replicas = Replicas(self.model, None, count, kernels=self.kernels)
