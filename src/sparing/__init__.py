@@ -22,7 +22,9 @@ VERBS = {
     "compare": "sparing.account.paper",
     "serve": "sparing.serve.entry",
     "bench": "sparing.bench.figures",
-} | dict.fromkeys(("train", "sft", "resume", "evaluate", "generate", "chat", "export", "merge", "import_", "fetch", "load"), "sparing.api")
+} | dict.fromkeys(
+    ("train", "sft", "distill", "resume", "evaluate", "generate", "chat", "export", "merge", "import_", "fetch", "load"), "sparing.api"
+)
 VERBS |= dict.fromkeys(("grow", "retire", "slice", "pack"), "sparing.api")
 """The module of each verb's function, and of `load`."""
 

@@ -16,12 +16,15 @@ from sparing.account.meter import Meter, metered
 from sparing.account.paper import compare as compare
 from sparing.account.paper import receipt as receipt
 from sparing.account.paper import report as report
+from sparing.adapt import asked as adapt_asked
+from sparing.adapt import distill as adapt_distill
+from sparing.adapt import drafts as adapt_drafts
 from sparing.adapt import esft as adapt_esft
 from sparing.adapt import grow as adapt_grow
 from sparing.adapt import grown as adapt_grown
 from sparing.adapt import sft as adapt_sft
 from sparing.base.config import Budget, Config, StartConfig, UserError
-from sparing.base.config_file import Wishes, nested, read_config, write_config
+from sparing.base.config_file import Wishes, nested, read_config, read_recipe, refuse, write_config
 from sparing.base.files import DamagedError, alike, link_or_copy, write_atomic
 from sparing.base.hardware import cores
 from sparing.base.layers import shapes
@@ -48,7 +51,7 @@ from sparing.interop.huggingface import HUB_NAME, export_hf, read_hf
 from sparing.interop.imported import Imported, chosen_dtype, save
 from sparing.interop.known_models import known_model, recognised
 from sparing.interop.peft import export_peft, import_peft
-from sparing.job.begin import begin, resolved
+from sparing.job.begin import Job, begin, resolved
 from sparing.job.corpus import EVAL_TOKENS, text
 from sparing.job.learn import learn
 from sparing.job.start import keep_origin
@@ -124,6 +127,7 @@ def sft(
         raise UserError("sft needs --data: conversations, such as JSON lines with messages")
     arguments = {"data.paths": tuple(data), "train.seed": seed, "start.run": run, "chats.val": tuple(val), "chats.keep": tuple(keep)}
     wishes = Wishes.of(wishes, nested({name: value for name, value in arguments.items() if value is not None}))
+    refuse(wishes, "sft", "distill", "drafts", "growth")
     if method != "lora" and wishes.get("adapter") is not None:
         raise UserError(f"adapter: low-rank updates are what --method lora learns; leave it out with {method}")
     if method != "esft" and wishes.get("esft") is not None:
@@ -134,6 +138,75 @@ def sft(
     with begin("sft", RunFolder.create(out), started) as job:
         config = adapt_sft.resolved(job, wishes, amount)
         return learn(job, config, samples, data=adapt_sft.data, limit=adapt_esft.limit if method == "esft" else None)
+
+
+def distill(
+    run: str,
+    teacher: str | None,
+    data: Sequence[str],
+    budget: str,
+    out: str,
+    mtp: bool = False,
+    on_policy: bool = False,
+    wishes: dict | None = None,
+    seed: int | None = None,
+    started: float | None = None,
+    samples: int = 3,
+) -> dict:
+    """Let a student learn what a teacher says comes next, inside a budget that pays for asking it too; into the new run folder `out`.
+
+    run: a run that learns on, or a recipe (a TOML file or a preset) of a student that begins with noise and gets the teacher's tokenizer.
+    teacher: a run, or an imported model, with the student's tokenizer. data: text, as for `train`. wishes, started: as for `train`.
+    Or a URL (with OpenAI's interface): the run learns its answers to the questions in data, which are conversations then.
+    on_policy: the student learns at texts that it writes itself, not at those of data, whose beginnings it continues.
+    mtp: nothing of the run learns but a module that is added to it, by which it drafts; it is its own teacher, and no other is named.
+    -> what `train` gives, and before (None: noise), after, trained_tokens, trainable_parameters, base, ancestors; teacher (what it was
+    asked, and what that took), no_teacher (what the same budget was expected to reach by itself).
+    Raises UserError; Interrupted on a signal (the run can be resumed).
+    """
+    started = time.monotonic() if started is None else started
+    amount = parse_budget(budget)
+    begins = {"start.run": run} if mtp or Path(run).is_dir() else {}
+    recipe = Wishes() if begins else read_recipe(run).wishes
+    arguments = begins | {"data.paths": tuple(data) or None, "train.seed": seed}
+    if on_policy:
+        arguments["distill.on_policy"] = True
+    wishes = Wishes.of(recipe, wishes, nested({name: value for name, value in arguments.items() if value is not None}))
+    if begins:
+        RunFolder.open(run)
+    if mtp:
+        if teacher is not None:
+            raise UserError("--mtp: the module learns from the model that it drafts for; leave --teacher out")
+        with begin("distill", RunFolder.create(out), started) as job:
+            return _with_drafts(job, adapt_drafts.resolved(job, wishes, amount), samples)
+    if teacher is None:
+        raise UserError("distill needs --teacher: a run to learn from (or --mtp, to learn to draft)")
+    if adapt_asked.is_url(teacher):
+        if not begins:
+            raise UserError(f"{run}: a teacher behind a URL teaches a run to answer; name one, not a recipe")
+        if not data:
+            raise UserError("distill needs --data: conversations whose questions the teacher is asked")
+        with begin("distill", RunFolder.create(out), started) as job:
+            refuse(wishes, "distill with a URL", "distill", "drafts", "esft")
+            with job.meter.stage("teach"), job.signals.interruptible():
+                answers = adapt_asked.collect(job, teacher, data, amount)
+            wishes = Wishes.of(wishes, {"data": {"paths": (str(answers.resolve()),)}, "chats": {}})
+            return learn(job, adapt_sft.resolved(job, wishes, amount), samples, data=adapt_sft.data)
+    adapt_distill.opened(teacher)
+    with begin("distill", RunFolder.create(out), started) as job:
+        config = adapt_distill.resolved(job, wishes, amount, teacher)
+        return learn(job, config, samples, **_taught(config))
+
+
+def _taught(config: Config) -> dict:
+    return {"data": adapt_distill.data, "objective": adapt_distill.objective(config), "limit": adapt_distill.limit}
+
+
+def _with_drafts(job: Job, config: Config, samples: int) -> dict:
+    with job.meter.stage("tokenise"):
+        data = adapt_drafts.data(job, config)
+    parts = {"start": adapt_drafts.WithDrafts(), "data": lambda *_: data, "objective": adapt_drafts.objective(data.words, config)}
+    return learn(job, config, samples, limit=adapt_drafts.limit, **parts)
 
 
 def grow(
@@ -161,6 +234,7 @@ def grow(
         raise UserError("grow needs --data: the domain's texts")
     arguments = {"data.paths": tuple(data), "train.seed": seed, "start.run": run, "growth.domain": domain, "growth.keep": tuple(keep)}
     wishes = Wishes.of(wishes, nested({name: value for name, value in arguments.items() if value is not None}))
+    refuse(wishes, "grow", "distill", "drafts")
     RunFolder.open(run)
     folder = RunFolder.create(out)
     with _leaving_nothing(folder), begin("grow", folder, started) as job:
@@ -196,6 +270,10 @@ def resume(
         config = read_config(folder.config_file)
         if config.growth is not None:
             return learn(job, config, samples, **adapt_grow.WAY)
+        if config.distill is not None:
+            return learn(job, config, samples, **_taught(config))
+        if config.drafts is not None:
+            return _with_drafts(job, config, samples)
         limit = None if config.esft is None else adapt_esft.limit
         return learn(job, config, samples, data=text if config.chats is None else adapt_sft.data, limit=limit)
 

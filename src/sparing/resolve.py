@@ -207,7 +207,7 @@ def resolve(wishes: Wishes, budget: Budget, machine: Machine, facts: CorpusFacts
         if budget.unit == "tok":
             return budget.amount
         if budget.unit == "flop":
-            return budget.amount / train_flops(model, seq_len, adapter=wished.adapter, esft=wished.esft)
+            return budget.amount / train_flops(model, seq_len, False, wished.adapter, wished.esft, wished.drafts)
         return TRAINING_SHARE * budget.amount * speed(replace(wished, model=model, train=settings))
 
     if opened and not wishes.sets("train.batch_size"):

@@ -104,6 +104,28 @@ def test_a_head_whose_rows_have_no_targets_gets_zeros(dtype):
     assert loss.item() == 0 and not x.grad.any() and not w.grad.any()
 
 
+@pytest.mark.parametrize("kernels", ["plain", "compiled", "vectors", "tiles"])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_several_targets_in_a_row(dtype, kernels):
+    """Draws from a distribution: the same word more than once, words that are ignored, rows without any; weights that differ."""
+    if not native.can(kernels, dtype):
+        pytest.skip(f"{kernels} kernels cannot run here in {dtype}")
+    torch.manual_seed(0)
+    x, w, weights = torch.randn(700, 32), torch.randn(64, 32) * 0.3, torch.rand(700, 5)
+    targets = torch.randint(0, 64, (700, 5))
+    targets[:, 3] = targets[:, 1]
+    targets[::3, 2], targets[::50] = IGNORE, IGNORE
+    fast, slow = (lambda x, w, f=f: f(x, w, targets, 300, weights) for f in (linear_cross_entropy, linear_cross_entropy_reference))
+    with native.path(kernels):
+        compare(fast, slow, (x, w), dtype)
+        frozen = w.to(dtype)  # rows without a target are left out
+        compare(lambda x: fast(x, frozen), lambda x: slow(x, frozen), (x,), dtype)
+    alone, ones = targets[:, 0], torch.ones(700, 1)
+    with native.path(kernels):
+        one = linear_cross_entropy(x.to(dtype), w, alone[:, None], 300, ones)
+        assert float(one) == pytest.approx(float(linear_cross_entropy(x.to(dtype), w, alone, 300)), rel=1e-4)
+
+
 def test_cross_entropy_gradient_near_certainty():
     """Where p(target) rounds to 1 in bfloat16 the target's gradient must still be minus the others' sum, not 0."""
     x = torch.ones(1, 1, dtype=torch.bfloat16, requires_grad=True)

@@ -17,6 +17,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from sparing.account.receipt import read_state
 from sparing.adapt import esft
 from sparing.base.config import Budget, Config, UserError
 from sparing.base.config_file import Wishes
@@ -107,6 +108,10 @@ class ChatData(TrainingData):
     def score(self, evaluation: dict) -> dict:
         old = {"old": {key: evaluation.get(f"old_{key}") for key in ("loss", "bpb", "bytes")}} if self.old else {}
         return super().score(evaluation) | old
+
+    def more(self, job: Job, config: Config) -> dict:
+        asked = read_state(job.run, "asked", dict)
+        return {} if asked is None else {"teacher": asked}
 
     def trained_tokens(self, result: TrainResult) -> int:
         return self.feed.trained_tokens(result.steps + result.skipped)

@@ -301,6 +301,38 @@ class GrowthConfig:
 
 
 @dataclass(frozen=True)
+class DistillConfig:
+    """Learning what another model says comes next (distillation): a share of the loss is of words that this teacher drew."""
+
+    teacher: str = ""
+    """Its run folder; it has the student's tokenizer."""
+    weights_sha256: str = ""
+    """SHA-256 of its weights."""
+    samples: int = 12
+    """Words that it draws at each position."""
+    truth: float = 0.2
+    """Share of the loss that is of the text's own next token."""
+    tokens: int | None = None
+    """Positions at which it is asked: the first that the student reads; None: as many as the budget pays for."""
+    teacher_share: float = 0.5
+    """Of a time budget, at most, for the teacher; derived."""
+    on_policy: bool = False
+    """The student learns at texts that it writes itself, and not at those of the corpus."""
+    prompt: int = 16
+    """On-policy: tokens of the corpus with which its texts begin."""
+
+
+@dataclass(frozen=True)
+class DraftsConfig:
+    """A module that drafts is learnt beside a frozen model."""
+
+    words: int = 4096
+    """The commonest of the text, among which it chooses; a multiple of 16."""
+    samples: int = 12
+    """Words that are drawn from the model's distribution at each position."""
+
+
+@dataclass(frozen=True)
 class TokensConfig:
     """Ids of the tokens that begin and end a text, as an imported model has them."""
 
@@ -332,5 +364,9 @@ class Config:
     """None: texts are learnt as they are."""
     growth: GrowthConfig | None = None
     """None: no experts were grown beside the model."""
+    distill: DistillConfig | None = None
+    """None: nobody teaches."""
+    drafts: DraftsConfig | None = None
+    """None: what learns is not limited to a module that drafts."""
     tokens: TokensConfig | None = None
     """None: what the tokenizer's names say; the end-of-text token also begins every text."""

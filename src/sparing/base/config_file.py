@@ -135,6 +135,13 @@ def _docstrings() -> dict[tuple[str, str], str]:
     return texts
 
 
+def refuse(wishes: Wishes, verb: str, *sections: str) -> None:
+    """Raises UserError where `wishes` have one of the sections, which mean nothing to `verb`."""
+    for name in sections:
+        if wishes.get(name) is not None:
+            raise UserError(f"{name}: {verb} has no use for this section; leave it out")
+
+
 def nested(dotted: dict[str, Any]) -> dict:
     """{"model": {"yarn": {"factor": 2.0}}} of {"model.yarn.factor": 2.0}."""
     result: dict = {}

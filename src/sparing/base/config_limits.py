@@ -47,6 +47,8 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {
     "AdapterConfig": {"rank": _ONE, "alpha": (1e-9, math.inf)},
     "EsftConfig": {"share": (1e-9, 1), "tokens": _ONE},
     "GrowthConfig": {"eps": (0, 0.1), "tokens": _ONE, "width": _ONE},
+    "DistillConfig": {"samples": (1, 255), "truth": _SHARE, "tokens": _ONE, "teacher_share": _SHARE, "prompt": _ONE},
+    "DraftsConfig": {"samples": (1, 255), "words": _ONE},
     "TokensConfig": {"bos": (0, math.inf)},
     "PrecisionConfig": {"error_budget": (1e-9, math.inf), "measure_every": (0, math.inf)},
 }

@@ -59,6 +59,7 @@ class RunFolder:
         self.weights = self.path / "weights"
         self.weights_file = self.weights / "model.safetensors"
         self.adapter_file = self.path / "adapter" / "adapter_model.safetensors"
+        self.draft_words_file = self.path / "draft_words.json"
         self.state = self.path / "state"
         self.metrics_file = self.path / "metrics.jsonl"
         self.ledger_file = self.path / "ledger.sqlite"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from sparing.base.config import AdapterConfig, EsftConfig, ModelConfig
+from sparing.base.config import AdapterConfig, DraftsConfig, EsftConfig, ModelConfig
 from sparing.base.layers import Attention, is_matrix, layers
 
 
@@ -104,13 +104,22 @@ def expert_weights(c: ModelConfig, esft: EsftConfig, experts: int | None = None)
 
 
 def train_flops(
-    c: ModelConfig, seq_len: int, recompute: bool = False, adapter: AdapterConfig | None = None, esft: EsftConfig | None = None
+    c: ModelConfig,
+    seq_len: int,
+    recompute: bool = False,
+    adapter: AdapterConfig | None = None,
+    esft: EsftConfig | None = None,
+    drafts: DraftsConfig | None = None,
 ) -> float:
     """Operations per trained token: forward, and twice that for the backward pass; layers once more under recomputation. With an adapter
-    or with chosen experts, frozen weights have no gradients: their backward pass is as much as forward, and MTP modules do not run.
+    or with chosen experts, frozen weights have no gradients: their backward pass is as much as forward, and MTP modules do not run. Where
+    a module learns to draft, all else is forward alone, and both read `drafts.words` rows of the head.
 
     The recomputed pass is work, but not counted in MFU: pass recompute=False for that.
     """
+    if drafts is not None:
+        main, every = (sum(forward_products(c, seq_len, mtp)[:3]) for mtp in (False, True))
+        return main + (4.0 if recompute else 3.0) * (every - main) + 4 * 2.0 * drafts.words * c.hidden_size
     forward = forward_flops(c, seq_len, mtp=adapter is None and esft is None)
     if esft is not None:
         again = forward - 2.0 * c.vocab_size * c.hidden_size if recompute else 0.0

@@ -155,6 +155,44 @@ class Sft:
 
 
 @dataclass
+class Distill:
+    """Let a smaller model learn from a larger one, inside a budget that pays for asking it too."""
+
+    takes: ClassVar[str] = "recipe"
+    run: tyro.conf.Positional[str | None] = None
+    """The student: a run that learns on, or a recipe (a TOML file or a preset, such as laptop) of a new one that begins with noise."""
+    teacher: str | None = None
+    """A run, or an imported model, with the student's tokenizer; a new student gets it. Or the URL of OpenAI's interface, such as
+    http://127.0.0.1:8000/v1#MODEL, whose answers are learnt ($OPENAI_API_KEY is sent where it is set)."""
+    mtp: bool = False
+    """Instead of a teacher: the run stays as it is, and gets a module by which it drafts, so that it writes the same text faster."""
+    on_policy: bool = False
+    """The student writes, and learns what the teacher says at each token that it wrote."""
+    data: list[str] = field(default_factory=list)
+    """Files, folders, globs of text, which both read; for a URL, of conversations, whose questions are asked."""
+    text_key: str | None = None
+    """JSONL and Parquet: the field that holds the text."""
+    budget: str | None = None
+    """90s 20m 2h, 3e17flop, $5, 0.2kWh: of teacher and student together; 50Mtok: of the student's tokens."""
+    out: str | None = None
+    """The run folder to make."""
+    seed: int | None = None
+    samples: int = 3
+    """Completions to show at the end."""
+    json: bool = False
+    """Print one JSON object on standard output, and nothing else there."""
+
+    def __call__(self, call: Call) -> dict:
+        call.need(RUN=self.run, **({} if self.mtp else {"teacher": self.teacher}), budget=self.budget, out=self.out)
+        if self.samples < 0:
+            raise UserError(f"--samples {self.samples}: must be 0 or more")
+        parse_budget(self.budget)  # a slip is told before torch is loaded
+        wishes = nested(call.overrides | ({} if self.text_key is None else {"data.text_key": self.text_key}))
+        options = {"wishes": wishes, "seed": self.seed, "started": call.started, "samples": self.samples}
+        return call.api.distill(self.run, self.teacher, self.data, self.budget, self.out, self.mtp, self.on_policy, **options)
+
+
+@dataclass
 class Resume:
     """Go on with an interrupted run, or extend a finished one."""
 
@@ -598,7 +636,8 @@ class Pack:
 
 
 VERBS = {
-    "plan": Plan, "train": Train, "sft": Sft, "resume": Resume, "eval": Eval, "generate": Generate, "receipt": Receipt, "report": Report,
-    "compare": Compare, "chat": Chat, "merge": Merge, "export": Export, "import": Import, "fetch": Fetch, "serve": Serve, "bench": Bench,
-    "grow": Grow, "retire": Retire, "slice": Slice, "pack": Pack,
+    "plan": Plan, "train": Train, "sft": Sft, "distill": Distill, "resume": Resume, "eval": Eval, "generate": Generate,
+    "receipt": Receipt, "report": Report, "compare": Compare, "chat": Chat, "merge": Merge, "export": Export, "import": Import,
+    "fetch": Fetch, "serve": Serve, "bench": Bench, "grow": Grow, "retire": Retire,
+    "slice": Slice, "pack": Pack,
 }  # fmt: skip

@@ -28,6 +28,8 @@ class Batch:
     is one document."""
     weights: torch.Tensor | None = None
     """(B, T) float32: how much each position's targets count; None: all alike."""
+    drawn: torch.Tensor | None = None
+    """(B, T, S) int64: words drawn from a teacher's distribution of the next token; -100: it was not asked. None: there is no teacher."""
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         values = (getattr(self, field.name) for field in fields(self))
@@ -67,16 +69,25 @@ class Loader:
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """This rank's part of step `step` (from 0): rows rank, rank + world, ... of its `batch_size`. Steps in any order."""
-        return self.rows(np.arange(step * self.batch_size + rank, (step + 1) * self.batch_size, world, dtype=np.int64))
+        return self.rows(self.numbers(step, rank, world))
 
-    def rows(self, rows: np.ndarray) -> Batch:
-        """The batch of these rows of the run, (B,) int64."""
+    def numbers(self, step: int, rank: int = 0, world: int = 1) -> np.ndarray:
+        """Which rows of the run `batch` gives, (B,) int64."""
+        return np.arange(step * self.batch_size + rank, (step + 1) * self.batch_size, world, dtype=np.int64)
+
+    def places(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """`Rows.positions` of these rows of the run: each input's position in the store, and what goes with it."""
         epochs = rows // self.rows_per_epoch
         position, last = np.empty((2, len(rows), self.seq_len), np.int64)
         piece = np.empty((len(rows), self.seq_len), np.int32)
         for epoch in np.unique(epochs):
             mask = epochs == epoch
             position[mask], last[mask], piece[mask] = self._rows.positions(self._order(int(epoch)), rows[mask] % self.rows_per_epoch)
+        return position, last, piece
+
+    def rows(self, rows: np.ndarray) -> Batch:
+        """The batch of these rows of the run, (B,) int64."""
+        position, last, piece = self.places(rows)
         padding = position < 0
         tokens = self.store.take(np.maximum(position, 0))
         tokens[padding] = self.store.eot_id

@@ -322,12 +322,16 @@ class CompiledNetwork:
             experts=c.n_routed_experts if moe else 0, chosen=c.num_experts_per_tok, least=1, groups=c.n_group, chosen_groups=c.topk_group,
             scoring=decode.SCORING[c.scoring_func], normalise=int(c.norm_topk_prob), expert_width=c.moe_intermediate_size,
             digits=sum(decode.TWO_DIGITS[name] for name in two_digits),
-            vocabulary=c.vocab_size, layers=c.num_layers, all_layers=every, width=width, embed_bf16=int(format != "float32"),
+            layers=c.num_layers, all_layers=every, width=width, embed_bf16=int(format != "float32"),
             quantised=int(format in ("int8", "int4")), eps=c.rms_norm_eps, scale=softmax_scale(c), routed_scale=c.routed_scaling_factor,
             embed=weights.address("embed") if "embed" in weights.parts else None, final_norm=weights.address("norm"),
             rotary=self._turns.data_ptr(), cache=self.cache.data_ptr(),
-            head=self._matrix("head"), layer=self._layers,
+            head=self._matrix("head"), draft_head=self._matrix("draft_head"), layer=self._layers,
         )  # fmt: skip
+        self._draft_words: np.ndarray | None = None
+        if "draft_words" in weights.parts:
+            part = weights.parts["draft_words"]
+            self._draft_words = weights.data[part.offset : part.offset + part.bytes].view(torch.int32).numpy()
         if expert_bytes and moe:
             self._limit_experts(expert_bytes)
         self._updates = Updates(c, adapters)
@@ -395,8 +399,14 @@ class CompiledNetwork:
         return self._run(rows, 0, None)
 
     def draft(self, rows: Rows, before: np.ndarray) -> np.ndarray:
-        """The MTP module's logits. Each row's token is the one after its position; before: (rows, D) hidden states at the positions."""
-        return self._run(rows, 1, np.ascontiguousarray(before))
+        """The MTP module's logits, -inf for words that it never drafts. Each row's token is the one after its position; before: (rows, D)
+        hidden states at the positions."""
+        found = self._run(rows, 1, np.ascontiguousarray(before))
+        if self._draft_words is None:
+            return found
+        logits = np.full((len(found), self.c.vocab_size), -np.inf, np.float32)
+        logits[:, self._draft_words] = found
+        return logits
 
     def _run(self, rows: Rows, mtp: int, before: np.ndarray | None) -> np.ndarray:
         count, wanted, widest = len(rows.tokens), len(rows.wanted), max(map(len, rows.tables))
@@ -406,7 +416,8 @@ class CompiledNetwork:
             integers += [0] * (widest - len(table))
         packed = np.array(integers, np.int32)
         self.hidden = np.empty((count, self.c.hidden_size), np.float32)
-        logits = np.empty((wanted, -(-self.c.vocab_size // 16) * 16), np.float32)
+        words = self.c.vocab_size if self._draft_words is None or not mtp else len(self._draft_words)
+        logits = np.empty((wanted, -(-words // 16) * 16), np.float32)
         b, at = self._batch, address(packed)
         b.rows, b.wanted, b.table_stride, b.mtp = count, wanted, widest, mtp
         b.tokens, b.positions, b.owners, b.wanted_rows = (at + 4 * count * i for i in range(4))
@@ -424,4 +435,4 @@ class CompiledNetwork:
             adapters = np.array([rows.adapters.get(i, -1) for i in range(len(rows.tables))], np.int32)
             b.adapters = address(adapters)
         self._library.forward(self._struct, b, max(rows.positions) + 1, self.threads)
-        return logits[:, : self.c.vocab_size]
+        return logits[:, :words]

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from sparing.base.config import ModelConfig, UserError
-from sparing.base.files import DamagedError, DiskFullError, atomic_file
+from sparing.base.files import DamagedError, DiskFullError, atomic_file, read_text
 from sparing.base.hardware import home
 from sparing.base.held import BLOCK_BYTES, GROUP, PANEL
 from sparing.base.int4_groups import to_int4
@@ -78,15 +78,23 @@ def _bytes(format: str, N: int, K: int) -> int:
 
 
 class _Writer:
-    """Lists a model's parts and how to make them. get: a weight by name."""
+    """Lists a model's parts and how to make them. get: a weight by name. words: among which MTP modules choose; none: all."""
 
-    def __init__(self, c: ModelConfig, format: str, get: Callable[[str], Tensor]):
+    def __init__(self, c: ModelConfig, format: str, get: Callable[[str], Tensor], words: list[int]):
         self.format, self.get, self.shapes = format, get, shapes(c)
         self.parts: dict[str, Part] = {}
         if not c.tie_word_embeddings:  # the step reads a tied embedding's rows from the head
             self.numbers("embed", EMBED, format="float32" if format == "float32" else "bfloat16")
         self.numbers("norm", "model.norm.weight")
-        self.matrix("head", [EMBED if c.tie_word_embeddings else HEAD], fine=True)
+        head = EMBED if c.tie_word_embeddings else HEAD
+        self.matrix("head", [head], fine=True)
+        if words:
+            rows = torch.tensor(words)
+            fine = "int8" if format == "int4" else format
+            make = lambda: iter([pack_matrix(get(head)[rows], fine)])  # noqa: E731
+            self.parts["draft_head"] = Part(fine, len(words), c.hidden_size, 1, 0, make=make)
+            numbers = lambda: iter([rows.int().view(torch.uint8)])  # noqa: E731
+            self.parts["draft_words"] = Part("float32", 0, len(words), 1, 0, make=numbers)
         for layer in layers(c):
             self.layer(layer)
 
@@ -201,11 +209,26 @@ def derived_paths(run: RunFolder, source: str, name: str) -> tuple[Path, Path]:
     return run.path / "packed" / name, home() / "packed" / source.split()[1] / name
 
 
+def draft_words(run: RunFolder, c: ModelConfig) -> list[int]:
+    """The words among which the run's MTP module chooses (draft_words.json); empty: all. Raises UserError for what names no words."""
+    if not (c.mtp_depth and run.draft_words_file.exists()):
+        return []
+    try:
+        words = json.loads(read_text(run.draft_words_file))
+    except ValueError:
+        words = None
+    known = isinstance(words, list) and words and all(type(word) is int and 0 <= word < c.vocab_size for word in words)
+    if not known or len(set(words)) < len(words):
+        raise UserError(f"{run.draft_words_file}: expected a list of different token ids from 0 to {c.vocab_size - 1}")
+    return words
+
+
 def open_packed(run: RunFolder, c: ModelConfig, format: str) -> PackedWeights:
     """The run's weights in a format, packed first if need be. Raises UserError for weights that are missing or damaged."""
     if not run.learned_file.exists():
         raise UserError(f"{run} has no usable weights: {run.weights_file} is missing")
-    source = f"{VERSION} {fingerprint(run.learned_file)}"
+    words = draft_words(run, c)
+    source = f"{VERSION} {fingerprint(run.learned_file)}" + (f" {hashlib.sha256(repr(words).encode()).hexdigest()[:16]}" if words else "")
     paths = derived_paths(run, source, f"{format}.bin")
     for path in paths:
         try:
@@ -217,7 +240,7 @@ def open_packed(run: RunFolder, c: ModelConfig, format: str) -> PackedWeights:
     for path in paths:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            _write(path, run, c, format, source)
+            _write(path, run, c, format, source, words)
             return PackedWeights(path)
         except DiskFullError:
             raise
@@ -227,7 +250,7 @@ def open_packed(run: RunFolder, c: ModelConfig, format: str) -> PackedWeights:
     raise UserError(f"no place for the packed weights: {folders} ({problem.strerror})")
 
 
-def _write(path: Path, run: RunFolder, c: ModelConfig, format: str, source: str) -> None:
+def _write(path: Path, run: RunFolder, c: ModelConfig, format: str, source: str, words: list[int]) -> None:
     try:
         stored, expected = tensors_of(run), shapes(c)
 
@@ -237,7 +260,7 @@ def _write(path: Path, run: RunFolder, c: ModelConfig, format: str, source: str)
                 raise UserError(f"{run.learned_file}: {name} does not belong to the model of config.toml")
             return tensor
 
-        parts = _Writer(c, format, get).parts
+        parts = _Writer(c, format, get, words).parts
         room = end = -(-(300 * len(parts) + 300) // PAGE) * PAGE
         start = room
         for part in parts.values():

@@ -102,6 +102,8 @@ def resolved(job: Job, wishes: Wishes, budget: Budget) -> Config:
         raise UserError("esft: experts are chosen by conversations: `sparing sft RUN --method esft`")
     if wishes.get("growth") is not None:
         raise UserError("growth: experts are grown by `sparing grow RUN --domain NAME`")
+    if wishes.get("distill") is not None or wishes.get("drafts") is not None:
+        raise UserError("distill, drafts: these are for `sparing distill RUN --teacher RUN`, and for `sparing distill RUN --mtp`")
     wishes = with_vocabulary(with_start(with_absolute_paths(wishes)))
     try_out(job, wishes, budget)
     with job.meter.stage("scan"):

@@ -57,6 +57,14 @@ class TrainingData:
         """Seconds that the end of the run takes besides the last evaluation and what is written then."""
         return 0.0
 
+    def spent_flops(self) -> float:
+        """Operations before the first step that a budget in operations pays for."""
+        return 0.0
+
+    def more(self, job: Job, config: Config) -> dict:
+        """What the summary has besides."""
+        return {}
+
     def scorer(self, config: Config, should_stop: Callable[[], bool]) -> Callable[[NllFn], dict]:
         """evaluate(nll) -> the loss and bits per byte of the held-out documents."""
         context = config.train.eval_context or config.train.seq_len

@@ -57,8 +57,9 @@ def finish(job: Job, config: Config, model: Transformer, data: TrainingData, res
         "budget": format_budget(config.budget),
         "samples": _completions(job, config, Model(run, config, model, data.tokenizer), data.prompts(samples)),
     }
-    if config.start is not None:
+    if config.start is not None or config.distill is not None:
         summary |= _beside_its_start(run, config, model, data, result)
+    summary |= data.more(job, config)
     write_atomic(
         run.model_card_file, _model_card(config, summary, origin_of(run), [entry["paths"] for entry in corpora(run)] or [config.data.paths])
     )
@@ -74,13 +75,14 @@ def finish(job: Job, config: Config, model: Transformer, data: TrainingData, res
 
 
 def _beside_its_start(run: RunFolder, config: Config, model: Transformer, data: TrainingData, result: TrainResult) -> dict:
-    """What the summary of a run that starts from another one has more: scores before and after, how much it learnt with, its origin."""
+    """What the summary of a run that starts from another one, or has a teacher, has more: scores before and after, how much it learnt with,
+    its origin."""
     return {
-        "before": data.score(result.before),
+        "before": data.score(result.before) if config.start else None,
         "after": data.score(result.evaluation),
         "trained_tokens": data.trained_tokens(result),
         "trainable_parameters": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
-        "base": config.start.weights_sha256,
+        "base": config.start.weights_sha256 if config.start else None,
         "ancestors": [{"name": row.name, "relation": row.relation, "generation": row.generation} for row in ancestors_of(run)],
         **({"experts": chosen_experts(config)} if config.esft else {}),
     }
@@ -123,6 +125,11 @@ def _model_card(config: Config, summary: dict, origin: Origin | None, texts: lis
     chosen = f"\n- Experts that learnt, of each layer: {'; '.join(config.esft.experts)}" if config.esft else ""
     if config.esft and not (config.esft.shared or config.esft.rest):
         chosen += "; nothing else was changed"
+    if config.distill:
+        where = "at texts of its own" if config.distill.on_policy else f"by {config.distill.samples} draws a token"
+        chosen += f"\n- Learnt from the distribution of {config.distill.teacher}, {where}"
+    if config.drafts:
+        chosen += "\n- A module that drafts was learnt; nothing else was changed"
     score = "not evaluated" if bits is None else f"{bits:.4f} bits per byte"
     return f"""# Model card
 

@@ -112,6 +112,7 @@ def learn(
         + material.reserve_s(run)
         + samples * SAMPLE_TOKENS * max(SAMPLE_S, 4 * parameters(config.model).active / SAMPLE_BYTES_PER_S),
         keeps_best=material.keeps_best,
+        spent_flops=material.spent_flops(),
     )
     with job.meter.stage("train"):
         trainer = Trainer(model, material.feed, objective or NextToken.of(config), config=config)

@@ -64,12 +64,12 @@ typedef struct { /* room for some of the experts of a mixture that does not fit 
 typedef struct {
     int64_t hidden, heads, nope, rope, value, latent, q_rank, kv_heads, head_dim, latent_attention;
     int64_t experts, chosen, least, groups, chosen_groups, scoring, normalise, expert_width, digits;
-    int64_t vocabulary, layers, all_layers, width, embed_bf16, quantised;
+    int64_t layers, all_layers, width, embed_bf16, quantised;
     float eps, scale, routed_scale;
     const void *embed; /* 0: tied, the head's rows */
     const float *final_norm, *rotary;
     float *cache; /* (blocks, all_layers, BLOCK, width) */
-    Matrix head;
+    Matrix head, draft_head; /* draft_head: rows of the head among which MTP modules choose; no outputs: all */
     Layer *layer;
     Residency residency;
     const Update *updates; /* (adapters, all_layers, SITES) */
@@ -87,7 +87,7 @@ typedef struct {
     int32_t *used; /* with `shares`: (rows) to which the experts used are added, of all layers */
     const int32_t *adapters; /* (texts) whose updates a text gets; -1: none; 0 instead of all: no text gets any */
     float *after; /* (rows, hidden) after the last norm */
-    float *logits; /* (wanted, up(vocabulary, 16)) */
+    float *logits; /* (wanted, up(outputs of the head, 16)) */
 } Batch;
 
 /* Threads */
@@ -772,14 +772,15 @@ static void step(Model *m, const Batch *b, int t, int T) {
     }
     MINE(i, N) norm(x + i * D, last, m->eps, D, b->after + i * D);
     WAIT();
+    const Matrix *head = b->mtp && m->draft_head.outputs ? &m->draft_head : &m->head;
     float *wanted = m->scratch[NORMED]; /* a copy: the caller gets what is after the norm */
-    Input in = input(m, wanted, D, &m->head, m->digits & HEAD_TWICE ? b->wanted : 0);
+    Input in = input(m, wanted, D, head, m->digits & HEAD_TWICE ? b->wanted : 0);
     MINE(i, b->wanted) {
         memcpy(wanted + i * D, b->after + b->wanted_rows[i] * D, D * 4);
         if (m->quantised) quantise(&in, i, wanted + i * D, D);
     }
     WAIT();
-    product(&m->head, &in, 0, 0, b->wanted, b->logits, up(m->vocabulary, PANEL), 0, t, T);
+    product(head, &in, 0, 0, b->wanted, b->logits, up(head->outputs, PANEL), 0, t, T);
 }
 
 /* One step on `threads` of the pool's threads. longest: the longest text in it, in tokens. */

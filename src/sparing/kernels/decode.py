@@ -63,9 +63,10 @@ class ModelStruct(ctypes.Structure):
     _fields_ = [
         *_fields(int="hidden heads nope rope value latent q_rank kv_heads head_dim latent_attention"),
         *_fields(int="experts chosen least groups chosen_groups scoring normalise expert_width digits"),
-        *_fields(int="vocabulary layers all_layers width embed_bf16 quantised", float="eps scale routed_scale"),
+        *_fields(int="layers all_layers width embed_bf16 quantised", float="eps scale routed_scale"),
         *_fields(at="embed final_norm rotary cache"),
         ("head", Matrix),
+        ("draft_head", Matrix),
         ("layer", ctypes.POINTER(Layer)),
         ("residency", Residency),
         ("updates", ctypes.POINTER(Update)),

@@ -24,10 +24,13 @@ FEW = 1 / 16
 def linear_cross_entropy_reference(
     x_ND: Tensor, weight_WD: Tensor, targets_N: Tensor, denominator: float, weights_N: Tensor | None = None
 ) -> Tensor:
-    """Sum of the cross-entropy (nats) over targets that are not IGNORE, each times its weight, over `denominator`; a float32 scalar."""
+    """Sum of the cross-entropy (nats) over targets that are not IGNORE, each times its weight, over `denominator`; a float32 scalar.
+
+    targets_N, weights_N: (N,), or (N, K) where each row has K targets."""
     logits = F.linear(x_ND, weight_WD.to(x_ND.dtype)).float()
-    nll = F.cross_entropy(logits, targets_N, ignore_index=IGNORE, reduction="none")
-    return (nll if weights_N is None else nll * weights_N).sum() / denominator
+    each = logits if targets_N.dim() == 1 else logits.repeat_interleave(targets_N.shape[1], 0)
+    nll = F.cross_entropy(each, targets_N.flatten(), ignore_index=IGNORE, reduction="none")
+    return (nll if weights_N is None else nll * weights_N.flatten()).sum() / denominator
 
 
 def _softmax_and_nll(logits: Tensor, targets: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -40,8 +43,11 @@ def _softmax_and_nll(logits: Tensor, targets: Tensor, weights: Tensor | None) ->
     valid = targets != IGNORE
     if native.usable(logits):
         nll = torch.empty(len(logits), dtype=torch.float32)
-        native.call("cross_entropy", logits.dtype, logits, targets.contiguous(), weights, 1.0, nll, *logits.shape, logits.stride(0))
+        many, strides = _per_row(targets), (*logits.shape, logits.stride(0))
+        native.call("cross_entropy", logits.dtype, logits, targets.contiguous(), weights, many, 1.0, nll, *strides)
         return logits, nll
+    if targets.dim() == 2:
+        return _several(logits.float(), targets.where(valid, 0), (1.0 if weights is None else weights) * valid, logits.dtype)
     probability = logits.softmax(-1)
     rows, words = probability.shape
     # Flat positions: indexed writes touch one number a row, where scatter_ would copy the whole matrix.
@@ -58,6 +64,25 @@ def _softmax_and_nll(logits: Tensor, targets: Tensor, weights: Tensor | None) ->
     elif not bool(valid.all()):
         probability *= valid.unsqueeze(-1)
     return probability, nll.where(valid, 0.0)
+
+
+def _several(logits: Tensor, targets: Tensor, weights: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`_softmax_and_nll` of float32 logits (N, W) with targets and weights (N, K). Of each row: the weights' sum times softmax, minus the
+    weights where the targets are."""
+    log_sum, times = logits.logsumexp(-1), weights.sum(-1)
+    nll = times * log_sum - (logits.gather(1, targets) * weights).sum(-1)
+    probability = (logits - log_sum.unsqueeze(-1)).exp_() * times.unsqueeze(-1)
+    return probability.scatter_add_(1, targets, -weights).to(dtype), nll
+
+
+def _per_row(targets: Tensor) -> int:
+    """How many targets a row has."""
+    return 1 if targets.dim() == 1 else targets.shape[1]
+
+
+def _scored(targets: Tensor) -> Tensor:
+    """(N,) bool: the rows that have a target."""
+    return targets != IGNORE if targets.dim() == 1 else (targets != IGNORE).any(1)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -100,14 +125,15 @@ def _own_head(
     `learns`), by our own products; grad_weight (W, D) float32 is filled. Rows that are not scored, as those of questions, are
     left out where they are more than FEW of all."""
     rows = x_ND, targets_N, weights_N
-    places = (targets_N != IGNORE).nonzero().squeeze(1)
+    places = _scored(targets_N).nonzero().squeeze(1)
     whole = len(places) >= (1 - FEW) * len(x_ND)
     if not whole:
         rows = tuple(t if t is None else t.index_select(0, places) for t in rows)
     x, targets, weights = (t if t is None else t.contiguous() for t in rows)
     nll, grad_x = torch.empty(len(x), dtype=torch.float32), new_like(x) if learns else None
     sizes = (*x.shape, weight_WD.shape[0])
-    products.call("head_loss", x, x, *products.held(weight_WD), targets, weights, scale, nll, grad_x, grad_weight, *sizes)
+    many = _per_row(targets)
+    products.call("head_loss", x, x, *products.held(weight_WD), targets, weights, many, scale, nll, grad_x, grad_weight, *sizes)
     if whole:
         return nll, grad_x
     if grad_weight is not None and not len(places):
@@ -146,6 +172,7 @@ def linear_cross_entropy(
     x_ND: Tensor, weight_WD: Tensor | Frozen, targets_N: Tensor, denominator: float, weights_N: Tensor | None = None
 ) -> Tensor:
     """Mean-like cross-entropy of `x @ weight.T` against targets, each times its weight (float32); see the reference for the definition.
+    Several targets in a row, as draws from a distribution, cost little more than one: the row's softmax is the same for all.
     Our own products read a weight of few bits as it is; others get one copy of it in x's type.
 
     Raises IndexError for a target that is no word (not looked for on a GPU, where it would cost a wait)."""

@@ -40,6 +40,13 @@ def weight_of(batch: Batch) -> float:
     return max(1.0, float(counted.sum() if batch.weights is None else batch.weights.where(counted, 0.0).sum()))
 
 
+def cross_entropy(model: Transformer, hidden_BTD: Tensor, batch: Batch, ahead: int, denominator: float) -> Tensor:
+    """Of the targets `ahead` in `batch`, each times its weight, over `denominator`."""
+    weights = None if batch.weights is None else batch.weights.flatten()
+    targets = batch.targets[..., ahead].flatten()
+    return linear_cross_entropy(hidden_BTD.flatten(0, 1), model.head_weight, targets, denominator, weights)
+
+
 class NextToken:
     """Cross-entropy of the next token, of the tokens after it by the MTP modules, and the sequence-wise balance of experts
     (DeepSeek-V3, arXiv 2412.19437 §2.1.2 and §2.2)."""
@@ -54,6 +61,10 @@ class NextToken:
     def of(cls, config: Config) -> NextToken:
         return cls(config.model, config.train.mtp_weight, config.train.sequence_balance)
 
+    def next_token(self, model: Transformer, hidden_BTD: Tensor, batch: Batch, denominator: float) -> Tensor:
+        """The loss of the main model's tokens."""
+        return cross_entropy(model, hidden_BTD, batch, 0, denominator)
+
     def __call__(self, model: Transformer, batch: Batch, denominator: float | None = None, share: float = 1.0) -> Loss:
         """-> the loss of a micro-batch: nats a token; parts: main-token cross-entropy, unweighted mean over MTP depths (where there are
         any), unweighted balance (of mixtures).
@@ -62,20 +73,14 @@ class NextToken:
         exactly. share: of the step's sequences, how many are here; the balance loss, a mean over sequences, counts by it.
         """
         denominator = weight_of(batch) if denominator is None else denominator
-        weights = None if batch.weights is None else batch.weights.flatten()
-
-        def cross_entropy(hidden_BTD: Tensor, ahead: int) -> Tensor:
-            targets = batch.targets[..., ahead].flatten()
-            return linear_cross_entropy(hidden_BTD.flatten(0, 1), model.head_weight, targets, denominator, weights)
-
         states = model.states(batch.tokens, batch.documents, want_balance=self.sequence_balance > 0)
-        loss = cross_entropy(states.hidden, 0)
+        loss = self.next_token(model, states.hidden, batch, denominator)
         total, zero = loss, loss.new_zeros(())
         mtp_loss, depth = zero, model.config.mtp_depth if self.mtp_weight else 0
         for k in range(depth):
             # Ignored positions embed word 0: their own loss is masked.
             states = model.next_depth(states, k, batch.targets[..., k].clamp(min=0))
-            mtp_loss = mtp_loss + cross_entropy(states.hidden, k + 1) / depth
+            mtp_loss = mtp_loss + cross_entropy(model, states.hidden, batch, k + 1, denominator) / depth
         if depth:
             total = total + self.mtp_weight * mtp_loss
         balance = torch.stack(states.balances).sum() * share if states.balances else zero

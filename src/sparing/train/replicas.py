@@ -89,12 +89,15 @@ class Replicas:
     def nll(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """`Transformer.nll` of (B, T), rows divided; moved to the model's device, (B, T) nats."""
         device = self.models[0].device
-        tokens, targets = tokens.to(device), targets.to(device)
+        return self.rowwise(lambda model, *rows: model.nll(*rows), tokens.to(device), targets.to(device))
+
+    def rowwise(self, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        """function(model, *tensors) of tensors (B, ...) on the model's device, their rows divided; its results one after the other."""
         if self.pool is None:
             with native.path(self.kernels):
-                return self.models[0].nll(tokens, targets)
-        size = -(-len(tokens) // len(self.models))
-        return torch.cat(list(self.pool.map(lambda model, *part: model.nll(*part), self.models, tokens.split(size), targets.split(size))))
+                return function(self.models[0], *tensors)
+        size = -(-len(tensors[0]) // len(self.models))
+        return torch.cat(list(self.pool.map(function, self.models, *(tensor.split(size) for tensor in tensors))))
 
     @torch.no_grad()
     def _gather(self) -> None:

@@ -75,6 +75,8 @@ class Session:
     on_progress: Callable[[dict], None] | None = None
     keeps_best: bool = False
     """The weights with the lowest held-out loss are what is kept at the end, not the last ones."""
+    spent_flops: float = 0.0
+    """Of a budget in operations, before the first step."""
 
 
 class Guard:
@@ -151,7 +153,7 @@ class Trainer:
         self.replicas = Replicas(model, objective, t.replicas or 1, bool(t.compile), self.kernels)
         self.optimizer = Optimizer(model, config.optim, model.compute_dtype, config.precision, t.seed)
         self.tokens_per_step = t.batch_size * t.seq_len
-        self.flops_per_token = train_flops(config.model, t.seq_len, adapter=config.adapter, esft=config.esft)
+        self.flops_per_token = train_flops(config.model, t.seq_len, False, config.adapter, config.esft, config.drafts)
 
     # one step
 
@@ -225,7 +227,8 @@ class Trainer:
         self.guard = Guard()
         self.checkpoints = Checkpoints(self.run, self.model, self.optimizer, self.config, self.log.progress.say, self.kernels)
         # Recomputing is work, though not in MFU.
-        self.work = self.tokens_per_step * train_flops(self.config.model, t.seq_len, t.recompute, self.config.adapter, self.config.esft)
+        c = self.config
+        self.work = self.tokens_per_step * train_flops(c.model, t.seq_len, t.recompute, c.adapter, c.esft, c.drafts)
         self.state: TrainState | None = None
         self.pace: Pace | None = None
         gc.collect()
@@ -304,7 +307,8 @@ class Trainer:
         if budget_s is None:
             if budget.unit not in ("tok", "flop"):
                 raise UserError(f"budget in {budget.unit}: how long that lasts here is not known; give one in s, tok or flop")
-            fixed = fixed_steps(budget.amount, budget.unit, tokens, flops)
+            spent = self.session.spent_flops if budget.unit == "flop" else 0.0
+            fixed = fixed_steps(max(0.0, budget.amount - spent), budget.unit, tokens, flops)
         self.pace = Pace(
             PlanLog(self.run.state / "plan.jsonl" if self.writes else None),
             step=self.state.step,

@@ -1,0 +1,176 @@
+"""A teacher behind a URL: whatever it does, it is counted in one line, and what it says well is learnt."""
+
+import json
+import socket
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.adapt.test_sft import TRAIN, say, write
+from tests.adapt.test_sft import workplace as workplace
+
+from sparing import api
+from sparing.adapt import asked
+from sparing.adapt.asked import Endpoint, Failed, questions
+from sparing.base.config import UserError
+from sparing.base.files import read_lines
+from sparing.base.run import RunFolder
+
+
+def completion(text, reason="stop", tokens=None) -> dict:
+    usage = {} if tokens is None else {"usage": {"completion_tokens": tokens}}
+    return {"choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": reason}], **usage}
+
+
+class Teacher(ThreadingHTTPServer):
+    """Answers each question by the function `behave(handler, question)`."""
+
+    daemon_threads = True
+
+    def __init__(self, behave):
+        self.behave, self.seen = behave, []
+        super().__init__(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        self.give({"data": [{"id": "big"}]})
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.seen.append((body, self.headers.get("Authorization")))
+        self.server.behave(self, body["messages"][-1]["content"])
+
+    def give(self, value, status=200, length=None):
+        raw = value if isinstance(value, bytes) else json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(raw) if length is None else length))
+        self.end_headers()
+        self.wfile.write(raw)
+
+
+@pytest.fixture
+def teacher():
+    servers = []
+
+    def start(behave) -> Teacher:
+        servers.append(Teacher(behave))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def drip(handler, _):
+    """A byte now and then, without an end."""
+    handler.send_response(200)
+    handler.end_headers()
+    while not handler.server._BaseServer__shutdown_request:
+        handler.wfile.write(b" ")
+        handler.wfile.flush()
+        time.sleep(0.02)
+
+
+def hang(handler, _):
+    while not handler.server._BaseServer__shutdown_request:
+        time.sleep(0.02)
+
+
+FAILURES = {
+    "empty": lambda h, q: h.give(completion("  ")),
+    "cut off": lambda h, q: h.give(completion("Because", "length")),
+    "longer than was asked": lambda h, q: h.give(completion("x" * 9000)),
+    "lies about its length": lambda h, q: h.give(completion("word " * 100, tokens=2)),
+    "no chat completion": lambda h, q: h.give({"choices": []}),
+    "no JSON": lambda h, q: h.give(b"<html>"),
+    "HTTP 500": lambda h, q: h.give({}, 500),
+    "HTTP 302": lambda h, q: h.give({}, 302),
+    "ended before its length": lambda h, q: h.give(b"{}", length=10),
+    "endless": lambda h, q: h.give(b" " * (asked.MOST_BYTES + 1)),
+    "not Unicode text": lambda h, q: h.give(b'{"choices": [{"message": {"content": "\\ud800"}}]}'),
+    "timed out": drip,
+}
+
+
+@pytest.mark.parametrize("why", FAILURES)
+def test_what_is_no_answer(teacher, why):
+    endpoint = Endpoint(teacher(FAILURES[why]).url, timeout=0.3)
+    assert endpoint.model == "big"
+    with pytest.raises(Failed, match=f"^{why}$"):
+        endpoint.answer([{"role": "user", "content": "Why?"}])
+
+
+def test_silence_and_nobody(teacher):
+    with pytest.raises(Failed, match="timed out"):
+        Endpoint(teacher(hang).url + "#m", timeout=0.2).answer([{"role": "user", "content": "Why?"}])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+        with pytest.raises(UserError, match="nobody answers; expected OpenAI's interface"):
+            Endpoint(url)
+
+
+def test_a_run_learns_the_answers(workplace, tmp_path, teacher, monkeypatch, capsys):
+    """Of 80 questions some fail; nothing is asked twice; the key goes along; the run goes on without the teacher."""
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    monkeypatch.setenv("SPARING_HOME", str(tmp_path / "home"))
+    failing = list(FAILURES)[:8]
+
+    def behave(handler, question):
+        number = int("".join(filter(str.isdigit, question)))
+        if number % 10 == 9:
+            return FAILURES[failing[number // 10]](handler, question)
+        return handler.give(completion(f"It is number {number} of the ship.", tokens=9))
+
+    server = teacher(behave)
+    bare = [{"question": f"What is {number}?"} for number in range(60, 80)]
+    file = write(tmp_path / "q.jsonl", [*map(say, range(60)), *bare, {}])
+    wishes = {"train": TRAIN | {"batch_size": 8, "seq_len": 64, "evals": 0}}
+    summary = api.distill(str(workplace / "base"), server.url, [file], "8ktok", str(tmp_path / "run"), wishes=wishes, samples=0)
+    assert summary["after"]["new"]["loss"] < summary["before"]["new"]["loss"]
+    told = summary["teacher"]
+    assert told["answers"] == 72 and told["failed"] == {"no question": 1} | dict.fromkeys(failing, 1) and told["model"] == "big"
+    assert "72 answers; left out: 1 × " in capsys.readouterr().err
+    assert all(key == "Bearer secret" and body["max_tokens"] == asked.TOKENS for body, key in server.seen) and len(server.seen) == 80
+    assert "secret" not in (tmp_path / "run/config.toml").read_text()
+    lines = read_lines(RunFolder(tmp_path / "run").path / "answers.jsonl")
+    assert len(lines) == 72 and all(line["messages"][-1]["content"].endswith("of the ship.") for line in lines)
+    api.distill(str(workplace / "base"), server.url, [file], "4ktok", str(tmp_path / "again"), wishes=wishes, samples=0)
+    assert len(server.seen) == 88, "only what failed is asked again"
+    server.shutdown()
+    assert api.resume(str(tmp_path / "run"), "+4ktok", samples=0)["tokens"] > 8000
+
+
+def test_a_teacher_that_only_fails_is_given_up(workplace, tmp_path, teacher):
+    server = teacher(FAILURES["HTTP 500"])
+    file = write(tmp_path / "q.jsonl", map(say, range(50)))
+    with pytest.raises(UserError, match=r"no usable answer \(8 × HTTP 500\)"):
+        api.distill(str(workplace / "base"), server.url, [file], "8ktok", str(tmp_path / "run"), samples=0)
+    assert len(server.seen) < 30 and not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match="1 rows hold none"):
+        api.distill(str(workplace / "base"), server.url, [write(tmp_path / "n.jsonl", [{"x": 1}])], "8ktok", str(tmp_path / "run"))
+    with pytest.raises(UserError, match="name one, not a recipe"):
+        api.distill("laptop", server.url, [file], "8ktok", str(tmp_path / "run"))
+
+
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=5), lambda inner: st.lists(inner, max_size=3)))
+def test_any_row_is_a_question_or_counted(tmp_path_factory, value):
+    file = tmp_path_factory.mktemp("rows") / "q.jsonl"
+    message = {"role": "user", "content": value}
+    file.write_text("".join(json.dumps(row) + "\n" for row in ({"messages": value}, {"prompt": value}, {"messages": [message]})))
+    counts: Counter = Counter()
+    found = questions([str(file)], counts)
+    assert all(isinstance(asking[-1]["content"], str) and asking[-1]["content"].strip() for asking in found)
+    text = isinstance(value, str) and bool(value.strip())
+    assert len(found) == int(text) and counts["no question"] == (1 if text else 3)
