@@ -31,7 +31,7 @@ enum { LANES = 4, MR = 12 };
 enum { LANES = 4, MR = 6 };
 #endif
 enum { NR = 2 * LANES, HIGH = 2 * MR, DEPTH = 256, HEIGHT = 32 * MR, WIDTH = 256 };
-enum { TO_F32 = 1, ADD_F32, TO_NUMBER = TO_F32, OWN = FLOAT32, SKEW = 16, TOKENS = HEIGHT, QUERIES = 24, SLICE = 24, KEYS = 96 };
+enum { TO_F32 = 1, ADD_F32, TO_NUMBER = TO_F32, OWN = FLOAT32, SKEW = 16, TOKENS = 384, SUMMED = HEIGHT, QUERIES = 24, SLICE = 24, KEYS = 96 };
 
 typedef float vec __attribute__((vector_size(LANES * 4)));
 typedef float loose_vec __attribute__((vector_size(LANES * 4), aligned(4)));
@@ -269,7 +269,11 @@ static void head_backward(const float *q, int64_t s_q, const float *k, const flo
             multiply(R, K, S, rows_of(d, width), q_rows + (start + low) * NR, apart(T), grad_k + at * K, K, kind, 0, 0);
         }
         pack_rows(own(k + start * K, K), keys, K, k_rows);
-        multiply(queries, K, keys, turn(slopes, width, keys, queries, turned), k_rows, apart(keys), sum_q + start * K, K, ADD_F32, 0, 0);
+        Left left = turn(slopes, width, keys, queries, turned);
+        int64_t early = keys < KEYS ? 0 : KEYS / 2; /* queries that see no more than as many keys */
+        multiply(early, K, early, left, k_rows, apart(keys), sum_q + start * K, K, ADD_F32, 0, 0);
+        left.at += early / HIGH * left.block;
+        multiply(queries - early, K, keys, left, k_rows, apart(keys), sum_q + (start + early) * K, K, ADD_F32, 0, 0);
     }
 }
 
@@ -292,6 +296,18 @@ static const float *rows_at(const float *x, const int64_t *tokens, int64_t start
     if (!tokens) return x + start * D;
     for (int64_t r = 0; r < R; r++) memcpy(out + r * D, x + tokens[start + r] * D, D * 4);
     return out;
+}
+
+/* The same rows -> panels, as `pack_rows` makes them. */
+static void pack_rows_at(const float *x, const int64_t *tokens, int64_t start, int64_t R, int64_t D, float *out) {
+    if (!tokens || D % NR) {
+        pack_rows(own(rows_at(x, tokens, start, R, D, scratch(3, R * D * 4)), D), R, D, out);
+        return;
+    }
+    for (int64_t r = 0; r < R; r++) {
+        const float *from = x + tokens[start + r] * D;
+        for (int64_t n = 0; n < D; n += NR) memcpy(out + n * R + r * NR, from + n, NR * 4);
+    }
 }
 
 /* down(silu(gate x) * up x), LONG rows at a time, so that they are in cache from one step to the next. Group e is rows ends[e - 1] to ends[e] of x,
@@ -330,7 +346,7 @@ void feed_forward_backward(const float *x, const int64_t *tokens, const float *g
                            float *grad_down, const int64_t *ends, int64_t E, int64_t D, int64_t F) {
     int64_t side = up_ ? F : 2 * F; /* one matrix: one product */
     float *last = panels(0, D, F), *first = panels(1, side, D), *second = panels(2, F, D), *right = panels(8, LONG, D > F ? D : F);
-    float *copied = scratch(3, LONG * D * 4), *copied_grad = scratch(4, LONG * D * 4);
+    float *copied_grad = scratch(4, LONG * D * 4);
     float *grad_hidden = scratch(5, LONG * F * 4), *hidden = scratch(6, LONG * F * 4), *grad_h = scratch(7, LONG * 2 * F * 4);
     for (int64_t e = 0, row = 0, R; e < E; row = ends[e++]) {
         int64_t matrix = e * D * F, start = row;
@@ -339,14 +355,14 @@ void feed_forward_backward(const float *x, const int64_t *tokens, const float *g
         if (up_) pack_rows(own(up_, D), F, D, second);
         do { /* once for a group without rows, whose gradients are zero */
             R = ends[e] - start < LONG ? ends[e] - start : LONG;
-            const float *rows = rows_at(x, tokens, start, R, D, copied), *g = rows_at(grad, tokens, start, R, D, copied_grad);
+            const float *g = rows_at(grad, tokens, start, R, D, copied_grad);
             float *to = grad_rows + start * D;
             int64_t kind = start > row ? ADD_F32 : TO_F32;
             multiply(R, F, D, rows_of(g, D), last, apart(D), grad_hidden, F, TO_F32, 0, 0);
             swiglu_backward(h + start * 2 * F, gates ? gates + start : 0, grad_hidden, grad_h, hidden, gates ? grad_gates + start : 0, R, F);
             multiply(R, D, side, rows_of(grad_h, 2 * F), first, apart(side), to, D, TO_F32, 0, 0);
             if (up_) multiply(R, D, F, rows_of(grad_h + F, 2 * F), second, apart(F), to, D, ADD_F32, 0, 0);
-            pack_rows(own(rows, D), R, D, right);
+            pack_rows_at(x, tokens, start, R, D, right);
             turned_product(grad_h, 2 * F, right, grad_gate ? grad_gate + 2 * matrix : 0, kind, side, D, R);
             if (up_) turned_product(grad_h + F, 2 * F, right, grad_up, kind, F, D, R);
             pack_rows(own(hidden, F), R, F, right);

@@ -13,7 +13,7 @@ filler rows."""
 HEAD_TOKENS = 512
 """Tokens of a chunk in the output head: only their logits exist at once."""
 OWN_HEAD_TOKENS = 256
-"""The same in the output head over our own products of bfloat16; of float32 192 to 384."""
+"""The same in the output head over our own products of bfloat16; of float32 384."""
 SCORED_LOGITS = 1 << 22
 """Logits that exist at once, at most, where text is scored and nothing learns: as floats and as their softmax they are several tensors."""
 MOMENT_BLOCK = 256
