@@ -6,7 +6,7 @@ The memory model (`sparing.budget.memory`) reads them too, so this file does not
 ATTENTION_ROWS = 128
 """Query rows of a block in plain attention: small enough to skip most of the upper triangle, large enough for efficient products."""
 PART_TOKENS = 512
-"""Tokens that go through a compiled attention sub-layer of float32 together: each intermediate is in the second cache when it is read."""
+"""Tokens that go through MLA in float32 (`latent.inc`) together: each intermediate is in the second cache when it is read."""
 EXPERT_ROWS = 64
 """The rows of each expert are filled up to a multiple of this: oneDNN builds a kernel for every new shape, which costs more than the
 filler rows."""
