@@ -19,7 +19,7 @@ from torch import Tensor
 from sparing.kernels import native, products
 from sparing.kernels.native import new, new_like
 from sparing.kernels.norm import norm_gradient_into, norm_rows
-from sparing.kernels.products import Operand, Weight, tensors_of
+from sparing.kernels.products import Operand, tensors_of
 from sparing.kernels.sizes import ATTENTION_ROWS as ROWS
 from sparing.kernels.sizes import PART_TOKENS
 
@@ -49,14 +49,6 @@ class DocumentMask:
         begins = F.pad(self.documents[:, 1:] != self.documents[:, :-1], (1, 0))
         positions = torch.arange(begins.shape[1], device=begins.device)
         return positions.where(begins, 0).cummax(1).values.to(torch.int32)
-
-    def part(self, sequences: slice) -> DocumentMask:
-        """That of some of the sequences."""
-        if sequences == slice(0, len(self.documents)):
-            return self
-        some = DocumentMask(self.documents[sequences], self.dtype)
-        some.first = self.first[sequences]
-        return some
 
 
 def attention_reference(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
@@ -201,15 +193,6 @@ def causal_attention(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSV: Tensor, scale: floa
 # Whole sub-layers over the compiled passes
 
 
-def _parts(x: Tensor, B: int, T: int, operands: tuple[Operand | None, ...]) -> list[tuple[slice, slice]]:
-    """(sequences, their rows) that go through a sub-layer together. Of float32 about PART_TOKENS, so that what one operation makes is in
-    cache when the next one reads it, and intermediates are small; where products are faster, or weights become floats first, packing
-    the weights again would cost more than that."""
-    whole = x.dtype != torch.float32 or not products.usable(x) or not all(o is None or isinstance(o, Weight) for o in operands)
-    size = B if whole else max(1, PART_TOKENS // T)
-    return [(slice(b, min(b + size, B)), slice(b * T, min(b + size, B) * T)) for b in range(0, B, size)]
-
-
 class _LatentAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_BTD, norm, q_norm, kv_norm, table, eps: float, widths, scale: float, mask, operands, *tensors):
@@ -222,62 +205,76 @@ class _LatentAttention(torch.autograd.Function):
         both, mixed, out = new(x, N, q_rank + kv_a.shape[0]), new(x, N, H * V), new_like(x)
         heads = [new(x, B, H, T, width) for width in (C + R, C + R, V)]
         inverse, q_inverse, kv_inverse = torch.empty(3, N)
-        kept = []
-        for some, rows in _parts(x, B, T, operands):
-            xs, first = x[rows], both[rows]
-            normed, _ = norm_rows(xs, norm, eps, inverse[rows])
-            q_a.nt(normed, out=first[:, :q_rank])
-            kv_a.nt(normed, out=first[:, q_rank:])
-            q = first
+        ctx.widths, ctx.scale, ctx.mask, ctx.operands, ctx.eps = widths, scale, mask, operands, eps
+        if products.in_one(x, *operands):
+            kept = [torch.empty(B, H, T)]
+            first, sizes = _latent_arguments(x, norm, q_norm, kv_norm, turns, B, ctx)
+            products.call("latent_forward", x, *first, eps, scale, both, *heads, mixed, *kept, inverse, q_inverse, kv_inverse, out, sizes)
+        else:
+            normed = norm_rows(x, norm, eps, inverse)[0]
+            q_a.nt(normed, out=both[:, :q_rank])
+            kv_a.nt(normed, out=both[:, q_rank:])
+            q = both
             if q_b is not None:
-                q = q_b.nt(norm_rows(first[:, :q_rank], q_norm, eps, q_inverse[rows])[0])
-            kv_latent, _ = norm_rows(first[:, q_rank : q_rank + kv_rank], kv_norm, eps, kv_inverse[rows])
-            shape = (len(xs) // T, T, H, C, R, V, q.stride(0), both.stride(0), int(table.ndim == 3))
-            here, turned = [t[some] for t in heads], turns[some] if table.ndim == 3 else turns
-            native.call("heads_forward", x.dtype, q, kv_b.nt(kv_latent), first[:, q_rank + kv_rank :], turned, *here, *shape)
-            kept += attend(*here, scale, mask and mask.part(some), mixed[rows])
-            o.nt(mixed[rows], base=xs, out=out[rows])
+                q = q_b.nt(norm_rows(both[:, :q_rank], q_norm, eps, q_inverse)[0])
+            kv_latent = norm_rows(both[:, q_rank : q_rank + kv_rank], kv_norm, eps, kv_inverse)[0]
+            sizes = (0, N, T, H, C, R, V, q.stride(0), both.stride(0), int(table.ndim == 3))
+            native.call("heads_forward", x.dtype, q, kv_b.nt(kv_latent), both[:, q_rank + kv_rank :], turns, *heads, *sizes)
+            kept = attend(*heads, scale, mask, mixed)
+            o.nt(mixed, base=x, out=out)
         q_inverse = None if q_b is None else q_inverse
         ctx.save_for_backward(x, norm, inverse, both, q_norm, q_inverse, kv_norm, kv_inverse, mixed, turns, *heads, *kept)
-        ctx.widths, ctx.scale, ctx.mask, ctx.operands, ctx.eps = widths, scale, mask, operands, eps
         return out.view(B, T, D)
 
     @staticmethod
     def backward(ctx, grad_BTD: Tensor):
-        x_ND, norm, inverses, both_N, q_norm, q_inverses, kv_norm, kv_inverses, mixed_N, turns, *heads = ctx.saved_tensors
-        (B, T, _), (H, C, R, V), (q_a, q_b, kv_a, kv_b, o), eps = grad_BTD.shape, ctx.widths, ctx.operands, ctx.eps
-        heads, kept, parts = heads[:3], heads[3:], _parts(x_ND, B, T, ctx.operands)
-        q_rank, kv_rank, each = q_a.shape[0], kv_b.shape[1], len(kept) // len(parts)
+        x, norm, inverse, both, q_norm, q_inverse, kv_norm, kv_inverse, mixed, turns, *heads = ctx.saved_tensors
+        (B, T, _), (H, C, R, V), operands, eps = grad_BTD.shape, ctx.widths, ctx.operands, ctx.eps
+        q_a, q_b, kv_a, kv_b, o = operands
+        q_rank, kv_rank = q_a.shape[0], kv_b.shape[1]
+        grad, grad_x = grad_BTD.reshape(x.shape), new_like(x)
+        if products.in_one(x, *operands):
+            norms = [None if w is None or not w.requires_grad else torch.zeros(len(w)) for w in (norm, q_norm, kv_norm)]
+            grads = [None if w is None or not w.trainable else new(x, *w.shape) for w in operands]
+            first, sizes = _latent_arguments(x, norm, q_norm, kv_norm, turns, B, ctx)
+            rows = H * (V + C + V + (C + R if q_b is not None else 0)) + both.shape[1]
+            work, kept = new(x, int(sizes[-1]) * T, rows), (both, *heads, inverse, q_inverse, kv_inverse)
+            given = (*kept[:4], mixed, heads[3], *kept[5:], grad.contiguous(), work, grad_x)
+            products.call("latent_backward", x, *first, ctx.scale, *given, *norms, *grads, sizes)
+            found = [g if g is None else g.to(w.weight.dtype) for g, w in zip(grads, operands, strict=True) if w is not None]
+            return grad_x.view(grad_BTD.shape), *norms, None, None, None, None, None, None, *found
+        heads, kept = heads[:3], heads[3:]
         q_part, kv_part, rope = slice(q_rank), slice(q_rank, q_rank + kv_rank), slice(q_rank + kv_rank, None)
-        grad_N, grad_x = grad_BTD.reshape(x_ND.shape), new_like(x_ND)
-        sums: dict[str, tuple[Tensor | None, ...]] = {}
-        grad_norm = grad_q_norm = grad_kv_norm = None
-        for i, (some, rows) in enumerate(parts):
-            x, both, mixed, grad, inverse, kv_inverse = (t[rows] for t in (x_ND, both_N, mixed_N, grad_N, inverses, kv_inverses))
-            normed, kv_latent = norm_rows(x, norm, eps)[0], norm_rows(both[:, kv_part], kv_norm, eps)[0]
-            sums["o"] = o.tn(grad, mixed, sums.get("o"))
-            here, mask = [t[some] for t in heads], ctx.mask and ctx.mask.part(some)
-            grads = attend_backward(o.nn(grad), mixed, *here, kept[i * each : (i + 1) * each], ctx.scale, mask)
-            grad_both, grad_kv = new_like(both), new(x, len(x), H * (C + V))
-            grad_q = grad_both if q_b is None else new(x, len(x), H * (C + R))
-            shape = (len(x) // T, T, H, C, R, V, grad_q.stride(0), both.stride(0), int(turns.ndim == 4))
-            turned = turns[some] if turns.ndim == 4 else turns
-            native.call("heads_backward", x.dtype, *grads, turned, grad_q, grad_kv, grad_both[:, rope], *shape)
-            down = kv_b.nn(grad_kv)
-            grad_kv_norm = norm_gradient_into(down, both[:, kv_part], kv_norm, kv_inverse, grad_both[:, kv_part], sums=grad_kv_norm)
-            sums["kv_b"] = kv_b.tn(grad_kv, kv_latent, sums.get("kv_b"))
-            if q_b is not None:
-                q_in = both[:, q_part]
-                sums["q_b"] = q_b.tn(grad_q, norm_rows(q_in, q_norm, eps)[0], sums.get("q_b"))
-                grad_q_norm = norm_gradient_into(q_b.nn(grad_q), q_in, q_norm, q_inverses[rows], grad_both[:, q_part], sums=grad_q_norm)
-            left, right = grad_both[:, q_part], grad_both[:, q_rank:]
-            grad_normed = kv_a.nn(right, base=q_a.nn(left))
-            grad_norm = norm_gradient_into(grad_normed, x, norm, inverse, grad_x[rows], extra=grad, sums=grad_norm)
-            sums["q_a"], sums["kv_a"] = q_a.tn(left, normed, sums.get("q_a")), kv_a.tn(right, normed, sums.get("kv_a"))
+        grad_o = o.tn(grad, mixed)
+        grads = attend_backward(o.nn(grad), mixed, *heads, kept, ctx.scale, ctx.mask)
+        grad_both, grad_kv = new_like(both), new(x, len(x), H * (C + V))
+        grad_q = grad_both if q_b is None else new(x, len(x), H * (C + R))
+        sizes = (B, T, H, C, R, V, grad_q.stride(0), both.stride(0), int(turns.ndim == 4))
+        native.call("heads_backward", x.dtype, *grads, turns, grad_q, grad_kv, grad_both[:, rope], *sizes)
+        grad_kv_norm = norm_gradient_into(kv_b.nn(grad_kv), both[:, kv_part], kv_norm, kv_inverse, grad_both[:, kv_part])
+        grad_kv_b = kv_b.tn(grad_kv, norm_rows(both[:, kv_part], kv_norm, eps)[0])
+        grad_q_norm, grad_q_b = None, ()
+        if q_b is not None:
+            q_in = both[:, q_part]
+            grad_q_b = q_b.tn(grad_q, norm_rows(q_in, q_norm, eps)[0])
+            grad_q_norm = norm_gradient_into(q_b.nn(grad_q), q_in, q_norm, q_inverse, grad_both[:, q_part])
+        left, right = grad_both[:, q_part], grad_both[:, q_rank:]
+        grad_normed = kv_a.nn(right, base=q_a.nn(left))
+        grad_norm = norm_gradient_into(grad_normed, x, norm, inverse, grad_x, extra=grad)
+        normed = norm_rows(x, norm, eps)[0]
         return (
             grad_x.view(grad_BTD.shape), grad_norm, grad_q_norm, grad_kv_norm, None, None, None, None, None, None,
-            *sums["q_a"], *sums.get("q_b", ()), *sums["kv_a"], *sums["kv_b"], *sums["o"],
+            *q_a.tn(left, normed), *grad_q_b, *kv_a.tn(right, normed), *grad_kv_b, *grad_o,
         )  # fmt: skip
+
+
+def _latent_arguments(x: Tensor, norm: Tensor, q_norm: Tensor | None, kv_norm: Tensor, turns: Tensor, B: int, ctx) -> tuple[tuple, Tensor]:
+    """-> what `latent_forward` and `latent_backward` of latent.inc begin with, and their sizes."""
+    (H, C, R, V), (q_a, _, _, kv_b, _), (N, D) = ctx.widths, ctx.operands, x.shape
+    weights = [w if w is None else w.detach().float() for w in (norm, q_norm, kv_norm, *(o and o.weight for o in ctx.operands))]
+    T, part = N // B, min(B, max(1, PART_TOKENS // (N // B)))
+    sizes = torch.tensor([B, T, D, H, C, R, V, q_a.shape[0], kv_b.shape[1], turns.ndim == 4, part])
+    return (x, *weights[:3], turns, ctx.mask and ctx.mask.first, *weights[3:]), sizes
 
 
 def latent_attention(

@@ -249,12 +249,6 @@ class _Groups(NamedTuple):
     """Where each expert's rows end."""
 
 
-def _in_one(x: Tensor, operands: tuple[Operand, ...]) -> bool:
-    """Whether one C function (floats.c) does all of a feed-forward, some rows at a time: of float32 alone."""
-    plain = all(isinstance(o, products.Weight) and o.products is products.FLOATS and o.weight.is_contiguous() for o in operands)
-    return plain and x.dtype == torch.float32 and products.usable(x)
-
-
 def _arguments(x: Tensor, operands: tuple[Operand, ...], groups: _Groups | None) -> tuple[tuple, tuple]:
     """-> what `feed_forward` and `feed_forward_backward` of floats.c begin with, and end with."""
     weights = [o.weight.detach().float() for o in operands]
@@ -267,7 +261,7 @@ def _forward(x: Tensor, operands: tuple[Operand, ...], groups: _Groups | None = 
     """A dense feed-forward of x (N, D) by gate, up and down, plus `base`, or the experts' of groups by gate_up and down.
 
     -> (h (S, 2F) before the activation, out (S, D))."""
-    if _in_one(x, operands):
+    if products.in_one(x, *operands):
         first, last = _arguments(x, operands, groups)
         rows, (D, F) = len(x) if groups is None else len(groups.tokens_S), last[-2:]
         h, out = new(x, rows, 2 * F), new(x, rows, D)
@@ -287,7 +281,7 @@ def _backward(
     x: Tensor, operands: tuple[Operand, ...], h: Tensor, grad: Tensor, groups: _Groups | None = None
 ) -> tuple[Tensor, Tensor | None, tuple[Tensor | None, ...]]:
     """grad: (N, D). -> (gradient of x's rows (S, D), of the gates (S,), of the operands' tensors)."""
-    if _in_one(x, operands):
+    if products.in_one(x, *operands):
         first, last = _arguments(x, operands, groups)
         grad_rows, grad_gates = new(x, len(h), x.shape[1]), None if groups is None else torch.empty_like(groups.gates_S)
         grads = [new(x, *o.shape) if o.weight.requires_grad else None for o in operands]

@@ -16,6 +16,8 @@
 #define get(x) (x)
 #define put(x) (x)
 #define NAME(name) name
+#include "norm.inc"
+#include "heads.inc"
 #include "cross_entropy.inc"
 #include "swiglu.inc"
 
@@ -29,7 +31,7 @@ enum { LANES = 4, MR = 12 };
 enum { LANES = 4, MR = 6 };
 #endif
 enum { NR = 2 * LANES, HIGH = 2 * MR, DEPTH = 256, HEIGHT = 32 * MR, WIDTH = 256 };
-enum { TO_F32 = 1, ADD_F32, TO_NUMBER = TO_F32, OWN = FLOAT32, SKEW = 16, TOKENS = HEIGHT, QUERIES = 24, SLICE = 24, KEYS = 96 };
+enum { TO_F32 = 1, ADD_F32, TO_NUMBER = TO_F32, OWN = FLOAT32, SKEW = 16, TOKENS = 384, SUMMED = HEIGHT, QUERIES = 24, SLICE = 24, KEYS = 96 };
 
 typedef float vec __attribute__((vector_size(LANES * 4)));
 typedef float loose_vec __attribute__((vector_size(LANES * 4), aligned(4)));
@@ -213,65 +215,79 @@ static inline int64_t apart(int64_t K) { return K * NR; }
 #define WORDS(numbers) (numbers)
 #include "products.inc"
 
-/* Gradients of q, k, v from that of out (B, T, H, G, V); the probabilities are computed again from log_sum. Shapes as in attention_forward.
+/* The way back through one head: T queries q, from a row to the next s_q, and their gradients of `out`, s_out -> sum_q (T, K), grad_k (T, K) and
+ * grad_v (T, V), whose rows are s_v apart; `kind` says whether the last two are added to. first_key: of this sequence, or NULL; log_sum: s_log
+ * from a query to the next.
  *
  * Scores are transposed, those of SLICE keys with all queries that see them: so sums over queries, which the gradients of k and v are, are
- * long, and their left sides are rows as they lie. The gradient of q is summed over KEYS keys at a time. */
-void attention_backward(const float *q, const float *k, const float *v, const int32_t *first_key, float scale, const float *out,
-                        const float *log_sum, const float *grad, float *grad_q, float *grad_k, float *grad_v, int64_t B, int64_t H, int64_t T,
-                        int64_t G, int64_t K, int64_t V) {
-    int64_t width = up(T, NR) + SKEW, s_q = G * K, s_out = H * G * V;
+ * long, and their left sides are rows as they lie. The gradient of q is summed over KEYS keys at a time. The probabilities are computed
+ * again from log_sum. */
+static void head_backward(const float *q, int64_t s_q, const float *k, const float *v, const int32_t *first, float scale, const float *out,
+                          const float *grad, int64_t s_out, const float *log_sum, int64_t s_log, float *sum_q, float *grad_k, float *grad_v,
+                          int64_t s_v, int64_t kind, int64_t T, int64_t K, int64_t V) {
+    int64_t width = up(T, NR) + SKEW;
     float *q_columns = panels(0, K, T), *q_rows = panels(1, T, K), *g_columns = panels(4, V, T), *g_rows = panels(10, T, V);
-    float *k_rows = panels(11, KEYS, K), *turned = left_words(9, KEYS, T), *sum_q = scratch(7, T * K * 4);
+    float *k_rows = panels(11, KEYS, K), *turned = left_words(9, KEYS, T);
     float *weights = scratch(2, SLICE * width * 4), *slopes = scratch(6, KEYS * width * 4);
     float *logs = scratch(13, 3 * T * 4), *dots = logs + T;
     int32_t *ends = (int32_t *)(dots + T); /* of the document of each key */
-    for (int64_t part = 0; part < B * H * G; part++) {
-        int64_t bh = part / G, g = part % G, kind = g ? ADD_F32 : TO_F32;
-        const int32_t *first = first_key ? first_key + bh / H * T : 0;
-        const float *qs = q + (bh * T * G + g) * K, *ks = k + bh * T * K, *vs = v + bh * T * V;
-        const float *o = out + ((bh / H * T * H + bh % H) * G + g) * V, *go = grad + (o - out);
-        pack_columns(own(qs, s_q), K, T, q_columns);
-        pack_rows(own(qs, s_q), T, K, q_rows);
-        pack_columns(own(go, s_out), V, T, g_columns);
-        pack_rows(own(go, s_out), T, V, g_rows);
-        memset(sum_q, 0, T * K * 4);
-        for (int64_t t = T - 1; t >= 0; t--) {
-            float dot = 0.0f;
-            SUM(dot) for (int64_t i = 0; i < V; i++) dot += o[t * s_out + i] * go[t * s_out + i];
-            dots[t] = dot;
-            logs[t] = log_sum[(bh * T + t) * G + g];
-            ends[t] = t + 1 == T ? T : first && first[t + 1] > t ? t + 1 : ends[t + 1];
-        }
-        for (int64_t start = 0; start < T; start += KEYS) {
-            int64_t keys = T - start < KEYS ? T - start : KEYS, queries = ends[start + keys - 1] - start;
-            for (int64_t slice = 0; slice < keys; slice += SLICE) { /* in here keys and queries count from `start` */
-                int64_t at = start + slice, R = keys - slice < SLICE ? keys - slice : SLICE;
-                int64_t low = slice / NR * NR, S = ends[at + R - 1] - start - low; /* queries of the slice: S from low */
-                float *d = slopes + slice * width + low;
-                multiply(R, S, K, rows_of(ks + at * K, K), q_columns + (start + low) * K, apart(K), weights, width, TO_F32, 0, 0);
-                multiply(R, S, V, rows_of(vs + at * V, V), g_columns + (start + low) * V, apart(V), d, width, TO_F32, 0, 0);
-                for (int64_t r = 0; r < R; r++) {
-                    const float *log = logs + start + low, *dot = dots + start + low;
-                    float *w = weights + r * width, *slope = d + r * width;
-                    int64_t from = slice + r - low, to = ends[at + r] - start - low;
-                    memset(w, 0, from * 4);
-                    memset(slope - low, 0, (low + from) * 4);
-                    SIMD for (int64_t j = from; j < to; j++) {
-                        float p = exp_(w[j] * scale - log[j]);
-                        w[j] = p;
-                        slope[j] = p * (slope[j] - dot[j]) * scale;
-                    }
-                    memset(w + to, 0, (S - to) * 4);
-                    memset(slope + to, 0, (queries - low - to) * 4);
+    pack_columns(own(q, s_q), K, T, q_columns);
+    pack_rows(own(q, s_q), T, K, q_rows);
+    pack_columns(own(grad, s_out), V, T, g_columns);
+    pack_rows(own(grad, s_out), T, V, g_rows);
+    memset(sum_q, 0, T * K * 4);
+    for (int64_t t = T - 1; t >= 0; t--) {
+        float dot = 0.0f;
+        SUM(dot) for (int64_t i = 0; i < V; i++) dot += out[t * s_out + i] * grad[t * s_out + i];
+        dots[t] = dot;
+        logs[t] = log_sum[t * s_log];
+        ends[t] = t + 1 == T ? T : first && first[t + 1] > t ? t + 1 : ends[t + 1];
+    }
+    for (int64_t start = 0; start < T; start += KEYS) {
+        int64_t keys = T - start < KEYS ? T - start : KEYS, queries = ends[start + keys - 1] - start;
+        for (int64_t slice = 0; slice < keys; slice += SLICE) { /* in here keys and queries count from `start` */
+            int64_t at = start + slice, R = keys - slice < SLICE ? keys - slice : SLICE;
+            int64_t low = slice / NR * NR, S = ends[at + R - 1] - start - low; /* queries of the slice: S from low */
+            float *d = slopes + slice * width + low;
+            multiply(R, S, K, rows_of(k + at * K, K), q_columns + (start + low) * K, apart(K), weights, width, TO_F32, 0, 0);
+            multiply(R, S, V, rows_of(v + at * V, V), g_columns + (start + low) * V, apart(V), d, width, TO_F32, 0, 0);
+            for (int64_t r = 0; r < R; r++) {
+                const float *log = logs + start + low, *dot = dots + start + low;
+                float *w = weights + r * width, *slope = d + r * width;
+                int64_t from = slice + r - low, to = ends[at + r] - start - low;
+                memset(w, 0, from * 4);
+                memset(slope - low, 0, (low + from) * 4);
+                SIMD for (int64_t j = from; j < to; j++) {
+                    float p = exp_(w[j] * scale - log[j]);
+                    w[j] = p;
+                    slope[j] = p * (slope[j] - dot[j]) * scale;
                 }
-                multiply(R, V, S, rows_of(weights, width), g_rows + (start + low) * NR, apart(T), grad_v + (bh * T + at) * V, V, kind, 0, 0);
-                multiply(R, K, S, rows_of(d, width), q_rows + (start + low) * NR, apart(T), grad_k + (bh * T + at) * K, K, kind, 0, 0);
+                memset(w + to, 0, (S - to) * 4);
+                memset(slope + to, 0, (queries - low - to) * 4);
             }
-            pack_rows(own(ks + start * K, K), keys, K, k_rows);
-            multiply(queries, K, keys, turn(slopes, width, keys, queries, turned), k_rows, apart(keys), sum_q + start * K, K, ADD_F32, 0, 0);
+            multiply(R, V, S, rows_of(weights, width), g_rows + (start + low) * NR, apart(T), grad_v + at * s_v, s_v, kind, 0, 0);
+            multiply(R, K, S, rows_of(d, width), q_rows + (start + low) * NR, apart(T), grad_k + at * K, K, kind, 0, 0);
         }
-        for (int64_t t = 0; t < T; t++) memcpy(grad_q + (qs - q) + t * s_q, sum_q + t * K, K * 4);
+        pack_rows(own(k + start * K, K), keys, K, k_rows);
+        Left left = turn(slopes, width, keys, queries, turned);
+        int64_t early = keys < KEYS ? 0 : KEYS / 2; /* queries that see no more than as many keys */
+        multiply(early, K, early, left, k_rows, apart(keys), sum_q + start * K, K, ADD_F32, 0, 0);
+        left.at += early / HIGH * left.block;
+        multiply(queries - early, K, keys, left, k_rows, apart(keys), sum_q + (start + early) * K, K, ADD_F32, 0, 0);
+    }
+}
+
+/* Gradients of q, k, v from that of out (B, T, H, G, V). Shapes as in attention_forward. */
+void attention_backward(const float *q, const float *k, const float *v, const int32_t *first_key, float scale, const float *out,
+                        const float *log_sum, const float *grad, float *grad_q, float *grad_k, float *grad_v, int64_t B, int64_t H, int64_t T,
+                        int64_t G, int64_t K, int64_t V) {
+    int64_t s_q = G * K, s_out = H * G * V;
+    float *sum_q = scratch(7, T * K * 4);
+    for (int64_t part = 0; part < B * H * G; part++) {
+        int64_t bh = part / G, g = part % G, place = ((bh / H * T * H + bh % H) * G + g) * V, from = (bh * T * G + g) * K;
+        head_backward(q + from, s_q, k + bh * T * K, v + bh * T * V, first_key ? first_key + bh / H * T : 0, scale, out + place, grad + place,
+                      s_out, log_sum + bh * T * G + g, G, sum_q, grad_k + bh * T * K, grad_v + bh * T * V, V, g ? ADD_F32 : TO_F32, T, K, V);
+        for (int64_t t = 0; t < T; t++) memcpy(grad_q + from + t * s_q, sum_q + t * K, K * 4);
     }
 }
 
@@ -280,6 +296,18 @@ static const float *rows_at(const float *x, const int64_t *tokens, int64_t start
     if (!tokens) return x + start * D;
     for (int64_t r = 0; r < R; r++) memcpy(out + r * D, x + tokens[start + r] * D, D * 4);
     return out;
+}
+
+/* The same rows -> panels, as `pack_rows` makes them. */
+static void pack_rows_at(const float *x, const int64_t *tokens, int64_t start, int64_t R, int64_t D, float *out) {
+    if (!tokens || D % NR) {
+        pack_rows(own(rows_at(x, tokens, start, R, D, scratch(3, R * D * 4)), D), R, D, out);
+        return;
+    }
+    for (int64_t r = 0; r < R; r++) {
+        const float *from = x + tokens[start + r] * D;
+        for (int64_t n = 0; n < D; n += NR) memcpy(out + n * R + r * NR, from + n, NR * 4);
+    }
 }
 
 /* down(silu(gate x) * up x), LONG rows at a time, so that they are in cache from one step to the next. Group e is rows ends[e - 1] to ends[e] of x,
@@ -318,7 +346,7 @@ void feed_forward_backward(const float *x, const int64_t *tokens, const float *g
                            float *grad_down, const int64_t *ends, int64_t E, int64_t D, int64_t F) {
     int64_t side = up_ ? F : 2 * F; /* one matrix: one product */
     float *last = panels(0, D, F), *first = panels(1, side, D), *second = panels(2, F, D), *right = panels(8, LONG, D > F ? D : F);
-    float *copied = scratch(3, LONG * D * 4), *copied_grad = scratch(4, LONG * D * 4);
+    float *copied_grad = scratch(4, LONG * D * 4);
     float *grad_hidden = scratch(5, LONG * F * 4), *hidden = scratch(6, LONG * F * 4), *grad_h = scratch(7, LONG * 2 * F * 4);
     for (int64_t e = 0, row = 0, R; e < E; row = ends[e++]) {
         int64_t matrix = e * D * F, start = row;
@@ -327,14 +355,14 @@ void feed_forward_backward(const float *x, const int64_t *tokens, const float *g
         if (up_) pack_rows(own(up_, D), F, D, second);
         do { /* once for a group without rows, whose gradients are zero */
             R = ends[e] - start < LONG ? ends[e] - start : LONG;
-            const float *rows = rows_at(x, tokens, start, R, D, copied), *g = rows_at(grad, tokens, start, R, D, copied_grad);
+            const float *g = rows_at(grad, tokens, start, R, D, copied_grad);
             float *to = grad_rows + start * D;
             int64_t kind = start > row ? ADD_F32 : TO_F32;
             multiply(R, F, D, rows_of(g, D), last, apart(D), grad_hidden, F, TO_F32, 0, 0);
             swiglu_backward(h + start * 2 * F, gates ? gates + start : 0, grad_hidden, grad_h, hidden, gates ? grad_gates + start : 0, R, F);
             multiply(R, D, side, rows_of(grad_h, 2 * F), first, apart(side), to, D, TO_F32, 0, 0);
             if (up_) multiply(R, D, F, rows_of(grad_h + F, 2 * F), second, apart(F), to, D, ADD_F32, 0, 0);
-            pack_rows(own(rows, D), R, D, right);
+            pack_rows_at(x, tokens, start, R, D, right);
             turned_product(grad_h, 2 * F, right, grad_gate ? grad_gate + 2 * matrix : 0, kind, side, D, R);
             if (up_) turned_product(grad_h + F, 2 * F, right, grad_up, kind, F, D, R);
             pack_rows(own(hidden, F), R, F, right);
@@ -343,3 +371,5 @@ void feed_forward_backward(const float *x, const int64_t *tokens, const float *g
         } while (start < ends[e]);
     }
 }
+
+#include "latent.inc"

@@ -35,10 +35,13 @@ Path = Literal["tiles", "vectors", "compiled", "plain"]
 on any processor, of bfloat16 with AVX512_BF16. tiles: of bfloat16 by the matrix unit of Intel's servers (AMX), float32 as compiled."""
 SOURCES = {
     "passes": (
-        "native.c", "numbers.inc", "held.inc", "passes.inc", "cross_entropy.inc", "swiglu.inc",
+        "native.c", "numbers.inc", "held.inc", "passes.inc", "norm.inc", "heads.inc", "cross_entropy.inc", "swiglu.inc",
         "scratch.inc", "vectors.inc", "products.c", "products.inc", "tiles.inc",
     ),
-    "floats": ("floats.c", "numbers.inc", "held.inc", "scratch.inc", "cross_entropy.inc", "swiglu.inc", "products.inc"),
+    "floats": (
+        "floats.c", "numbers.inc", "held.inc", "scratch.inc", "norm.inc", "heads.inc", "cross_entropy.inc", "swiglu.inc", "products.inc",
+        "latent.inc",
+    ),
     "storage": ("storage.c", "numbers.inc"),
     "int8": ("int8.c", "numbers.inc", "scratch.inc", "vectors.inc", "tiles.inc"),
     "pool": ("pool.c",),

@@ -359,7 +359,7 @@ static int32_t *left_words(int slot, int64_t K, int64_t M) { return scratch(slot
 /* Words from a panel to the next. */
 static inline int64_t apart(int64_t K) { return filled((K + 1) / 2) * NR; }
 
-enum { TO_NUMBER = TO_BF16, OWN = BFLOAT16, SKEW = 0, TOKENS = OWN_HEAD_TOKENS, QUERIES = 64 };
+enum { TO_NUMBER = TO_BF16, OWN = BFLOAT16, SKEW = 0, TOKENS = OWN_HEAD_TOKENS, SUMMED = TOKENS, QUERIES = 64 };
 #define LONG INT64_MAX
 
 #define number bf16

@@ -564,6 +564,12 @@ class _Product(torch.autograd.Function):
         return grad_x, None, *(operand.tn(grad, rows) if operand.trainable else [None] * len(operand.tensors))
 
 
+def in_one(x: Tensor, *operands: Operand | None) -> bool:
+    """Whether one C function each way (floats.c) does all of a sub-layer, some rows at a time: of float32 alone. None has no say."""
+    plain = all(o is None or (isinstance(o, Weight) and o.products is FLOATS and o.weight.is_contiguous()) for o in operands)
+    return plain and x.dtype == torch.float32 and usable(x)
+
+
 def tensors_of(*operands: Operand | None) -> list[Tensor]:
     """All tensors of several operands, for `apply`; None has none."""
     return [tensor for operand in operands if operand is not None for tensor in operand.tensors]

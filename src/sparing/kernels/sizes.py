@@ -6,14 +6,14 @@ The memory model (`sparing.budget.memory`) reads them too, so this file does not
 ATTENTION_ROWS = 128
 """Query rows of a block in plain attention: small enough to skip most of the upper triangle, large enough for efficient products."""
 PART_TOKENS = 512
-"""Tokens that go through a compiled attention sub-layer of float32 together: each intermediate is in the second cache when it is read."""
+"""Tokens that go through MLA in float32 (`latent.inc`) together: each intermediate is in the second cache when it is read."""
 EXPERT_ROWS = 64
 """The rows of each expert are filled up to a multiple of this: oneDNN builds a kernel for every new shape, which costs more than the
 filler rows."""
 HEAD_TOKENS = 512
 """Tokens of a chunk in the output head: only their logits exist at once."""
 OWN_HEAD_TOKENS = 256
-"""The same in the output head over our own products of bfloat16; of float32 192 to 384."""
+"""The same in the output head over our own products of bfloat16; of float32 384."""
 SCORED_LOGITS = 1 << 22
 """Logits that exist at once, at most, where text is scored and nothing learns: as floats and as their softmax they are several tensors."""
 MOMENT_BLOCK = 256
