@@ -79,7 +79,7 @@ GUARD, USES = 4, ("routing", "guard")
 NUDGE = 1e-6
 """A threshold is so far above the margin that it comes from: sums may round otherwise another time."""
 ROWS = 8
-"""Windows that the model reads at a time where routers are fitted: each time its weights are cast, which takes as long as a row or two."""
+"""Windows that the model reads at a time where routers are fitted: each time its weights are cast to the type that it computes in."""
 HEAVY = 20.0
 """Old tokens of which one that begins a text counts for: all others lean on its state, and it must wake nothing."""
 LEAST_WOKEN = 0.02

@@ -51,7 +51,8 @@ HELP = f"""Sparing {__version__}: say what you can spend, get the best language 
   sparing report   RUN        sparing compare RUN RUN...                 the same and all curves as one HTML page
   sparing merge    RUN --out RUN2                                        an adapter and its base as one model
   sparing grow     RUN --domain D --data PATH... --budget 20m --out RUN2 experts for a new domain beside the old model, which stays
-  sparing retire   RUN --domain D --out RUN2                             without that domain again (slice: with it alone)
+  sparing retire   RUN --domain D --out RUN2                             without that domain again
+  sparing slice    RUN --domain D --out RUN2                             with that domain alone
   sparing pack     RUN --domain D --out PACK                             what was grown; sparing merge RUN PACK... joins it
   sparing export   RUN --format hf|gguf|peft --out PATH                  for Hugging Face transformers, for llama.cpp, for PEFT
   sparing import   FOLDER | FILE.gguf | OWNER/NAME --out RUN             the other way round
