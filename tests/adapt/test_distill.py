@@ -325,6 +325,7 @@ def test_the_same_texts_in_fewer_steps(drafting, weights, temperature):
     assert texts[0] == texts[1] and steps[1] < 0.9 * steps[0] and accepted > 0.3
 
 
+@pytest.mark.parametrize("drafting", ["dense"], indirect=True)
 def test_words_of_drafts_are_checked(drafting, tmp_path):
     _, out, _ = drafting
     run = tmp_path / "run"
@@ -339,6 +340,7 @@ def test_words_of_drafts_are_checked(drafting, tmp_path):
         assert engine.speculates, "without a list it chooses among all words"
 
 
+@pytest.mark.parametrize("drafting", ["dense", pytest.param("mixture", marks=pytest.mark.slow)], indirect=True)
 def test_a_module_is_resumed_bit_for_bit(drafting, workplace, tmp_path):
     base, _, _ = drafting
     killed, straight = tmp_path / "killed", tmp_path / "straight"
@@ -354,6 +356,7 @@ def test_a_module_is_resumed_bit_for_bit(drafting, workplace, tmp_path):
     assert file_sha256(RunFolder(killed).weights_file) == file_sha256(RunFolder(straight).weights_file)
 
 
+@pytest.mark.parametrize("drafting", ["dense"], indirect=True)
 def test_mtp_refused_in_one_line(drafting, workplace, tmp_path):
     _, out, _ = drafting
     text = [str(workplace / "text")]
