@@ -22,7 +22,7 @@ VERBS = {
     "compare": "sparing.account.paper",
     "serve": "sparing.serve.entry",
     "bench": "sparing.bench.figures",
-} | dict.fromkeys(("train", "sft", "resume", "evaluate", "generate", "chat", "export", "merge", "import_", "fetch", "load"), "sparing.api")
+} | dict.fromkeys(("train", "sft", "dpo", "resume", "evaluate", "generate", "chat", "export", "merge", "import_", "fetch", "load"), "sparing.api")
 """The module of each verb's function, and of `load`."""
 
 

@@ -16,6 +16,7 @@ from sparing.account.meter import Meter, metered
 from sparing.account.paper import compare as compare
 from sparing.account.paper import receipt as receipt
 from sparing.account.paper import report as report
+from sparing.adapt import dpo as adapt_dpo
 from sparing.adapt import esft as adapt_esft
 from sparing.adapt import sft as adapt_sft
 from sparing.base.config import Budget, Config, StartConfig, UserError
@@ -124,6 +125,8 @@ def sft(
     wishes = Wishes.of(wishes, nested({name: value for name, value in arguments.items() if value is not None}))
     if method != "lora" and wishes.get("adapter") is not None:
         raise UserError(f"adapter: low-rank updates are what --method lora learns; leave it out with {method}")
+    if wishes.get("dpo") is not None:
+        raise UserError("dpo: pairs of answers are for `sparing dpo`; `sft` learns answers as they are")
     if method != "esft" and wishes.get("esft") is not None:
         raise UserError(f"esft: experts are what --method esft chooses; leave it out with {method}")
     if method != "full":
@@ -132,6 +135,44 @@ def sft(
     with begin("sft", RunFolder.create(out), started) as job:
         config = adapt_sft.resolved(job, wishes, amount)
         return learn(job, config, samples, data=adapt_sft.data, limit=adapt_esft.limit if method == "esft" else None)
+
+
+def dpo(
+    run: str,
+    data: Sequence[str],
+    budget: str,
+    out: str,
+    method: str = "lora",
+    val: Sequence[str] = (),
+    keep: Sequence[str] = (),
+    wishes: dict | None = None,
+    seed: int | None = None,
+    started: float | None = None,
+    samples: int = 3,
+) -> dict:
+    """Let a run prefer the better of two answers, inside a budget; into the new run folder `out`.
+
+    data: files, folders, globs of JSON lines or Parquet with chosen and rejected answers, as texts or messages, and their prompt.
+    method: "lora" or "full". val: pairs to score on. The rest is as for `sft`.
+    -> what `sft` gives; "new" also has accuracy (share of pairs whose better answer gained more) and margin (nats). Raises UserError;
+    Interrupted on a signal (the run can be resumed).
+    """
+    started = time.monotonic() if started is None else started
+    amount = parse_budget(budget)
+    if method not in ("lora", "full"):
+        raise UserError(f"--method {method}: choose lora or full")
+    if not data:
+        raise UserError("dpo needs --data: pairs, such as JSON lines with prompt, chosen and rejected")
+    arguments = {"data.paths": tuple(data), "train.seed": seed, "start.run": run, "chats.val": tuple(val), "chats.keep": tuple(keep)}
+    wishes = Wishes.of({"dpo": {}}, wishes, nested({name: value for name, value in arguments.items() if value is not None}))
+    if wishes.get("esft") is not None or (method == "full" and wishes.get("adapter") is not None):
+        raise UserError(f"{'esft' if wishes.get('esft') is not None else 'adapter'}: is no part of dpo --method {method}")
+    if method == "lora":
+        wishes = Wishes.of({"adapter": {}}, wishes)
+    RunFolder.open(run)
+    with begin("dpo", RunFolder.create(out), started) as job:
+        config = adapt_dpo.resolved(job, wishes, amount)
+        return learn(job, config, samples, data=adapt_dpo.data, objective=adapt_dpo.Preference(config.dpo))
 
 
 def resume(
@@ -152,6 +193,8 @@ def resume(
     with begin("resume", folder, started, ready=partial(_make_ready, folder, budget, data, text_key)) as job:
         config = read_config(folder.config_file)
         limit = None if config.esft is None else adapt_esft.limit
+        if config.dpo is not None:
+            return learn(job, config, samples, data=adapt_dpo.data, objective=adapt_dpo.Preference(config.dpo))
         return learn(job, config, samples, data=text if config.chats is None else adapt_sft.data, limit=limit)
 
 

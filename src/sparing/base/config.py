@@ -276,6 +276,18 @@ class ChatsConfig:
 
 
 @dataclass(frozen=True)
+class DpoConfig:
+    """Learning from pairs of answers, of which one is better (DPO, arXiv 2305.18290): `data.paths` are such pairs."""
+
+    beta: float = 0.1
+    """How much a pair's margin over the start's counts: the smaller, the further the model may move."""
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    """sigmoid: the paper's; ipo: a margin of 1 / (2 beta) per token and no more (arXiv 2310.12036)."""
+    label_smoothing: float = 0.0
+    """Share of the pairs that are taken to be the wrong way round; of `sigmoid`."""
+
+
+@dataclass(frozen=True)
 class TokensConfig:
     """Ids of the tokens that begin and end a text, as an imported model has them."""
 
@@ -305,5 +317,7 @@ class Config:
     """None: what learns is not limited to chosen experts."""
     chats: ChatsConfig | None = None
     """None: texts are learnt as they are."""
+    dpo: DpoConfig | None = None
+    """None: answers are learnt as they are, and not one against another."""
     tokens: TokensConfig | None = None
     """None: what the tokenizer's names say; the end-of-text token also begins every text."""

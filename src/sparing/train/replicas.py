@@ -88,13 +88,16 @@ class Replicas:
 
     def nll(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """`Transformer.nll` of (B, T), rows divided; moved to the model's device, (B, T) nats."""
-        device = self.models[0].device
-        tokens, targets = tokens.to(device), targets.to(device)
+        return self.apply(Transformer.nll, tokens, targets)
+
+    def apply(self, function: Callable[..., Tensor], *rows: Tensor) -> Tensor:
+        """`function(model, *rows)` without gradients, its rows divided among the threads; moved to the model's device."""
+        rows = tuple(part.to(self.models[0].device) for part in rows)
         if self.pool is None:
-            with native.path(self.kernels):
-                return self.models[0].nll(tokens, targets)
-        size = -(-len(tokens) // len(self.models))
-        return torch.cat(list(self.pool.map(lambda model, *part: model.nll(*part), self.models, tokens.split(size), targets.split(size))))
+            with native.path(self.kernels), torch.no_grad():
+                return function(self.models[0], *rows)
+        size = -(-len(rows[0]) // len(self.models))
+        return torch.cat(list(self.pool.map(torch.no_grad()(function), self.models, *(part.split(size) for part in rows))))
 
     @torch.no_grad()
     def _gather(self) -> None:

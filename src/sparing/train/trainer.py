@@ -22,7 +22,7 @@ from sparing.base.config import CannotGoOn, Config, UserError
 from sparing.base.config_limits import checked
 from sparing.base.preempt import Interrupted, Preempt
 from sparing.base.run import RunFolder
-from sparing.budget.flops import train_flops
+from sparing.budget.flops import forward_flops, train_flops
 from sparing.data.loader import Batch
 from sparing.data.progress import Stopped
 from sparing.kernels import native
@@ -152,6 +152,8 @@ class Trainer:
         self.optimizer = Optimizer(model, config.optim, model.compute_dtype, config.precision, t.seed)
         self.tokens_per_step = t.batch_size * t.seq_len
         self.flops_per_token = train_flops(config.model, t.seq_len, adapter=config.adapter, esft=config.esft)
+        if config.dpo is not None:  # the start reads each token too
+            self.flops_per_token += forward_flops(config.model, t.seq_len, mtp=False)
 
     # one step
 
