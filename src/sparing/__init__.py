@@ -22,7 +22,9 @@ VERBS = {
     "compare": "sparing.account.paper",
     "serve": "sparing.serve.entry",
     "bench": "sparing.bench.figures",
-} | dict.fromkeys(("train", "sft", "dpo", "resume", "evaluate", "generate", "chat", "export", "merge", "import_", "fetch", "load"), "sparing.api")
+}
+VERBS |= dict.fromkeys(("train", "sft", "dpo", "grpo", "resume", "evaluate", "generate", "chat"), "sparing.api")
+VERBS |= dict.fromkeys(("export", "merge", "import_", "fetch", "load"), "sparing.api")
 """The module of each verb's function, and of `load`."""
 
 

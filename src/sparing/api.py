@@ -18,6 +18,7 @@ from sparing.account.paper import receipt as receipt
 from sparing.account.paper import report as report
 from sparing.adapt import dpo as adapt_dpo
 from sparing.adapt import esft as adapt_esft
+from sparing.adapt import grpo as adapt_grpo
 from sparing.adapt import sft as adapt_sft
 from sparing.base.config import Budget, Config, StartConfig, UserError
 from sparing.base.config_file import Wishes, nested, read_config, write_config
@@ -125,8 +126,9 @@ def sft(
     wishes = Wishes.of(wishes, nested({name: value for name, value in arguments.items() if value is not None}))
     if method != "lora" and wishes.get("adapter") is not None:
         raise UserError(f"adapter: low-rank updates are what --method lora learns; leave it out with {method}")
-    if wishes.get("dpo") is not None:
-        raise UserError("dpo: pairs of answers are for `sparing dpo`; `sft` learns answers as they are")
+    for name in ("dpo", "grpo"):
+        if wishes.get(name) is not None:
+            raise UserError(f"{name}: is for `sparing {name}`; `sft` learns answers as they are")
     if method != "esft" and wishes.get("esft") is not None:
         raise UserError(f"esft: experts are what --method esft chooses; leave it out with {method}")
     if method != "full":
@@ -175,6 +177,41 @@ def dpo(
         return learn(job, config, samples, data=adapt_dpo.data, objective=adapt_dpo.Preference(config.dpo))
 
 
+def grpo(
+    run: str,
+    task: str,
+    budget: str,
+    out: str,
+    method: str = "lora",
+    data: Sequence[str] = (),
+    keep: Sequence[str] = (),
+    wishes: dict | None = None,
+    seed: int | None = None,
+    started: float | None = None,
+    samples: int = 3,
+) -> dict:
+    """Let a run learn from what its own answers are worth, inside a budget; into the new run folder `out`.
+
+    task: a file of problems with a verifier each, or a built-in one (`adapt.rewards.load_task`); data: gsm8k's own files. method: "lora" or
+    "full". The rest is as for `sft`.
+    -> what `sft` gives; "new" has pass_at_1, pass_at_k, k, reward, length, problems of held-out problems, and as loss the share of wrong
+    answers. Raises UserError; Interrupted on a signal (the run can be resumed).
+    """
+    started = time.monotonic() if started is None else started
+    amount = parse_budget(budget)
+    if method not in ("lora", "full"):
+        raise UserError(f"--method {method}: choose lora or full")
+    arguments = {"grpo.task": task, "grpo.data": tuple(data), "train.seed": seed, "start.run": run, "chats.keep": tuple(keep)}
+    wishes = Wishes.of(wishes, nested({name: value for name, value in arguments.items() if value is not None}))
+    if wishes.get("esft") is not None or (method == "full" and wishes.get("adapter") is not None):
+        raise UserError(f"{'esft' if wishes.get('esft') is not None else 'adapter'}: is no part of grpo --method {method}")
+    if method == "lora":
+        wishes = Wishes.of({"adapter": {}}, wishes)
+    RunFolder.open(run)
+    with begin("grpo", RunFolder.create(out), started) as job:
+        return adapt_grpo.learn(job, adapt_grpo.resolved(job, wishes, amount), samples)
+
+
 def resume(
     run: str,
     budget: str | None = None,
@@ -193,6 +230,8 @@ def resume(
     with begin("resume", folder, started, ready=partial(_make_ready, folder, budget, data, text_key)) as job:
         config = read_config(folder.config_file)
         limit = None if config.esft is None else adapt_esft.limit
+        if config.grpo is not None:
+            return adapt_grpo.learn(job, config, samples)
         if config.dpo is not None:
             return learn(job, config, samples, data=adapt_dpo.data, objective=adapt_dpo.Preference(config.dpo))
         return learn(job, config, samples, data=text if config.chats is None else adapt_sft.data, limit=limit)
@@ -214,7 +253,12 @@ def _make_ready(run: RunFolder, budget: str | None, paths: Sequence[str], text_k
     if text_key is not None and not paths:
         raise UserError("--text-key goes with --data: the run's own texts keep theirs")
     total = config.budget if more is None else Budget(config.budget.amount + more.amount, more.unit)
-    data, facts = texts_to_go_on_with(run, config, paths, text_key, total.amount / config.budget.amount, budget)
+    if config.grpo is not None:
+        if paths:
+            raise UserError(f"--data: {run} goes on with its own task, {config.grpo.task}")
+        data, facts = config.data, adapt_grpo.unchanged(run, config)
+    else:
+        data, facts = texts_to_go_on_with(run, config, paths, text_key, total.amount / config.budget.amount, budget)
     changed = write_config(replace(config, data=data, budget=total), reasons_of(run))
     if more is not None:
         Clock(run, time.monotonic()).record()

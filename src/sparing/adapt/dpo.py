@@ -54,12 +54,11 @@ class PairCutting(Cutting):
 
     def __call__(self, chat: Chat) -> list[Sequenced]:
         """The pair; nothing where the template refuses it, or an answer begins behind the length."""
-        if chat.rejected is None:
-            self.counts["unpaired"] += 1
-            return []
         found: list[Sequenced] = []
         for messages in (chat.messages, chat.rejected):
             try:
+                if messages is None:
+                    raise UserError("there is no worse answer (rejected) beside the better one")
                 made = sequences(chat._replace(messages=messages), self.template, self.tokenizer, chat.common)
                 if len(made) != 1:
                     raise UserError("the chat template shows an answer otherwise once another follows it")
@@ -138,8 +137,8 @@ def pair_losses(chosen: Tensor, rejected: Tensor, settings: DpoConfig, lengths: 
 
 
 class Preference:
-    """The loss of pairs; parts: the loss, the share of pairs whose better answer gained more, the mean margin (nats), what the better answer
-    gained."""
+    """The loss of pairs; parts: the loss, the share of pairs whose better answer gained more, the mean margin (nats), and what the better
+    answer gained."""
 
     parts = ("loss", "accuracy", "margin", "chosen_gain")
 
@@ -264,7 +263,7 @@ def _reference(job: Job, config: Config, pieces: dict[str, Pieces]) -> dict[str,
     with job.meter.stage("reference"), job.signals.interruptible():
         found = _computed(job, config, pieces)
     write_folder(folder, {FILE: {part: torch.from_numpy(array) for part, array in found.items()}, "key.json": json.dumps(key)})
-    say(f"what the start says of {sum(len(array) for array in found.values()):,} pairs is kept in {folder}")
+    say(f"what the start says of {sum(map(len, found.values())):,} pairs is kept in {folder}")
     return found
 
 

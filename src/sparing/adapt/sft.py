@@ -118,7 +118,8 @@ def resolved(
 ) -> Config:  # fmt: skip
     """The configuration of a new run that learns to answer, written into its folder beside the prepared conversations.
 
-    cutting: makes pieces of them. also: (wishes, tokens that the budget trains on) -> what else is derived, as `esft.derived`. Raises UserError, before anything is written, for conversations or a template from which nothing can be learnt.
+    cutting: makes pieces of them. also: (wishes, tokens that the budget trains on) -> what else is derived, as `esft.derived`. Raises
+    UserError, before anything is written, for conversations or a template from which nothing can be learnt.
     """
     own = with_absolute_paths(wishes)
     wishes = with_start(own)

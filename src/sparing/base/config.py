@@ -288,6 +288,40 @@ class DpoConfig:
 
 
 @dataclass(frozen=True)
+class GrpoConfig:
+    """Learning from rewards: the model answers problems, and answers that are worth more than others of their group become likelier."""
+
+    task: str = ""
+    """A file of problems, or a built-in task: add, countdown, gsm8k."""
+    data: tuple[str, ...] = ()
+    """gsm8k's own files."""
+    kind: Literal["dr_grpo", "grpo", "dapo", "gspo", "cispo"] = "dr_grpo"
+    """How answers are weighed, and how far a step may go (`adapt/policy.py` has the papers)."""
+    problems: int = 16
+    """In a rollout."""
+    samples: int = 8
+    """Answers to each, a group; `train.batch_size` is what an update learns from."""
+    max_tokens: int = 128
+    """Of an answer."""
+    updates: int = 1
+    """Steps that learn from one rollout, each from a part of its problems; 1: on-policy."""
+    epsilon_low: float | None = None
+    """How far a ratio may fall below 1; None: the kind's own."""
+    epsilon_high: float | None = None
+    """How far it may rise above 1; None: the kind's own."""
+    truncate: float = 2.0
+    """On-policy: the largest weight that corrects what sampled for what learns (truncated as in arXiv 1802.01561)."""
+    mask_cut: bool | None = None
+    """Answers that were cut off at max_tokens are not learnt from; None: so for dapo alone."""
+    replay: bool = True
+    """A mixture's tokens are learnt through the experts that they were sampled through."""
+    weights: Literal["float32", "bfloat16", "int8"] | None = None
+    """What rollouts are computed with; None: the fastest here."""
+    scored: int = 64
+    """Held-out problems of an evaluation, each answered `samples` times."""
+
+
+@dataclass(frozen=True)
 class TokensConfig:
     """Ids of the tokens that begin and end a text, as an imported model has them."""
 
@@ -319,5 +353,7 @@ class Config:
     """None: texts are learnt as they are."""
     dpo: DpoConfig | None = None
     """None: answers are learnt as they are, and not one against another."""
+    grpo: GrpoConfig | None = None
+    """None: texts or answers are given, and not sampled and judged."""
     tokens: TokensConfig | None = None
     """None: what the tokenizer's names say; the end-of-text token also begins every text."""

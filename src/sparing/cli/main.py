@@ -31,7 +31,7 @@ from sparing.cli.streams import discard, make_safe
 from sparing.cli.verbs import VERBS
 
 INTERRUPTED = 130
-LEARNING = ("train", "sft", "dpo")
+LEARNING = ("train", "sft", "dpo", "grpo")
 """Verbs that make a run which `resume` goes on with."""
 PATH_ERRORS = (
     errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP,
@@ -44,6 +44,7 @@ HELP = f"""Sparing {__version__}: say what you can spend, get the best language 
   sparing train    [RECIPE] --data PATH... --budget 20m --out RUN        train a model inside a budget
   sparing sft      RUN --data CHATS... --budget 20m --out RUN2           teach a run, or an imported model, to answer
   sparing dpo      RUN --data PAIRS... --budget 20m --out RUN2           let it prefer the better of two answers
+  sparing grpo     RUN --task FILE|NAME --budget 20m --out RUN2          let it learn from what its own answers are worth
   sparing resume   RUN [--budget +20m] [--data PATH...]                  go on after an interruption, or extend a finished run
   sparing eval     RUN --data PATH... --tasks FILE...                    bits per byte of text, scores of questions
   sparing generate RUN --prompt TEXT                                     let the model write

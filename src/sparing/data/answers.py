@@ -36,7 +36,8 @@ class Sequenced(NamedTuple):
 def sequences(chat: Chat, template: ChatTemplate, tokenizer: Tokenizer, first: int = 0) -> list[Sequenced]:
     """One sequence for the conversation; more where the template shows an answer otherwise once it is history (without its reasoning).
 
-    first: answers among the messages before this one are not learnt. Then each answer is learnt behind the prompt that the server would have made for it. Raises UserError where the template refuses.
+    Then each answer is learnt behind the prompt that the server would have made for it. first: answers among the messages before this one
+    are not learnt. Raises UserError where the template refuses.
     """
     made: list[Sequenced] = []
     known: Known = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -30,7 +29,8 @@ class LiveWeights(PackedWeights):
             if isinstance(module, Adaptable)
             for name in module.weights
         }
-        self._others = dict(model.named_parameters()) | dict(model.named_buffers())
+        self._buffers = dict(model.named_buffers())
+        self._others = dict(model.named_parameters()) | self._buffers
         self._read: set[str] = set()
         self.parts: dict[str, Part] = Writer(model.config, format, self._get).parts
         end = start = 0
@@ -70,5 +70,6 @@ class LiveWeights(PackedWeights):
         return self._others[name].float()
 
     def _learns(self, name: str) -> bool:
-        module: Callable | None = self._owners[name][0] if name in self._owners else None
-        return any(p.requires_grad for p in (module.parameters() if module is not None else [self._others[name]]))
+        if name in self._owners:
+            return any(parameter.requires_grad for parameter in self._owners[name][0].parameters())
+        return self._others[name].requires_grad or name in self._buffers  # a router's biases move without a gradient

@@ -152,7 +152,7 @@ class Trainer:
         self.optimizer = Optimizer(model, config.optim, model.compute_dtype, config.precision, t.seed)
         self.tokens_per_step = t.batch_size * t.seq_len
         self.flops_per_token = train_flops(config.model, t.seq_len, adapter=config.adapter, esft=config.esft)
-        if config.dpo is not None:  # the start reads each token too
+        if config.dpo is not None or config.grpo is not None:  # the start reads each token too, or writes it
             self.flops_per_token += forward_flops(config.model, t.seq_len, mtp=False)
 
     # one step
@@ -258,16 +258,17 @@ class Trainer:
                 self._save(keep_as_pre_decay=stable and decaying)
                 saved = time.monotonic()
             stable = not decaying
-            before, step = time.monotonic(), state.step + 1
+            before, step, read = time.monotonic(), state.step + 1, state.tokens
             values, bad = self.step(total)
+            tokens = state.tokens - read or self.tokens_per_step  # of answers that a model samples a step does not say before how many
             self.log.moves(step, self.moves)
             if bad:
                 self._skip(bad)
             elif self.log.loads_due(step, total):
                 self.log.loads(step, [load.int().tolist() for load in self.loads])
-            self.meter.add(self.tokens_per_step, self.work)
+            self.meter.add(tokens, self.work * tokens / self.tokens_per_step)
             if not bad:
-                self._show(self.log.step(values | self.meter.now(), time.monotonic() - before, self.clock.seconds()))
+                self._show(self.log.step(values | self.meter.now(), time.monotonic() - before, self.clock.seconds(), tokens))
                 pace.step_took(time.monotonic() - before)  # with what telling about it takes
         return self._finish()
 
