@@ -42,10 +42,10 @@ def test_it_learns_to_prefer(workplace, pairs, method):  # noqa: F811
     lr = 0.003 if method == "lora" else 0.0005
     wishes = {"train": WISHES["train"] | {"seq_len": 128, "batch_size": 4}, "optim": {"lr": lr}}
     out = workplace / f"dpo-{method}"
-    summary = api.dpo(str(workplace / "base"), [pairs], "40ktok", str(out), method, wishes=wishes, samples=1)
+    summary = api.dpo(str(workplace / "base"), [pairs], "20ktok", str(out), method, wishes=wishes, samples=1)
     before, after = summary["before"]["new"], summary["after"]["new"]
     assert before["loss"] == pytest.approx(0.6931, abs=1e-3) and before["margin"] == pytest.approx(0, abs=1e-3)
-    assert after["loss"] < 0.5 and after["accuracy"] > 0.9 and after["margin"] > 1
+    assert after["loss"] < 0.6 and after["accuracy"] > 0.9 and after["margin"] > 0.5
 
 
 def test_what_is_no_pair(workplace, tmp_path):  # noqa: F811
@@ -106,7 +106,7 @@ def test_rows_hold_whole_pairs(lengths, batch, seed):
 
 
 OPTIONS = (
-    "--budget 20ktok --samples 0 --train.seq-len 128 --train.batch-size 4 --train.micro-batch-size 4 --train.threads 1 --train.replicas 1"
+    "--budget 10ktok --samples 0 --train.seq-len 128 --train.batch-size 4 --train.micro-batch-size 4 --train.threads 1 --train.replicas 1"
     " --train.compile false --train.kernels plain --train.dtype float32 --train.evals 2 --train.checkpoint-interval-s 0.2 --optim.lr 0.003"
 ).split()
 
@@ -116,8 +116,8 @@ def test_killed_and_resumed_bit_for_bit(workplace, pairs, tmp_path):  # noqa: F8
     kill_at(["dpo", workplace / "base", "--data", pairs, "--out", killed, *OPTIONS], killed, 8)
     api.resume(str(killed), samples=0)
     wishes = {"train": TRAIN | {"micro_batch_size": 4, "batch_size": 4, "seq_len": 128, "evals": 2, "checkpoint_interval_s": 0.2}}
-    api.dpo(str(workplace / "base"), [pairs], "20ktok", str(straight), wishes=wishes | {"optim": {"lr": 0.003}}, samples=0)
-    assert losses(killed) == losses(straight) and len(losses(killed)) > 20
+    api.dpo(str(workplace / "base"), [pairs], "10ktok", str(straight), wishes=wishes | {"optim": {"lr": 0.003}}, samples=0)
+    assert losses(killed) == losses(straight) and len(losses(killed)) > 15
     assert file_sha256(RunFolder(killed).learned_file) == file_sha256(RunFolder(straight).learned_file)
     assert json.loads((killed / "state/summary.json").read_text())["after"]["new"]["accuracy"] > 0.5
 

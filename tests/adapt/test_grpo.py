@@ -31,7 +31,7 @@ WISHES = {
     "optim": {"lr": 0.01},
 }
 OPTIONS = (
-    "--budget 20ktok --samples 0 --train.micro-batch-size 64 --train.threads 1 --train.replicas 1 --train.compile false"
+    "--budget 10ktok --samples 0 --train.micro-batch-size 64 --train.threads 1 --train.replicas 1 --train.compile false"
     " --train.kernels plain --train.dtype float32 --train.evals 1 --train.checkpoint-interval-s 0.2 --optim.lr 0.01"
     " --grpo.problems 8 --grpo.samples 8 --grpo.max-tokens 4 --grpo.scored 16 --grpo.weights float32"
 ).split()
@@ -39,19 +39,20 @@ OPTIONS = (
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
-    """A base that answers one of four words, each as often as the others, and a task that likes one of them for each question."""
+    """A base that knows the colours of four animals and guesses those of four others, and a task that likes one of these guesses."""
     root = tmp_path_factory.mktemp("grpo")
     (root / "text").mkdir()
-    words = ["red", "blue", "green", "black"]
+    animals, words = ("cat", "dog", "cow", "hen", "fox", "whale", "frog", "crow"), ("red", "blue", "green", "black")
     for i in range(400):
-        (root / "text" / f"{i:03d}.txt").write_text(f"The {('cat', 'dog', 'cow', 'hen')[i % 4]} is {words[i // 4 % 4]}")
+        word = words[i // 8 % 4] if i % 8 < 4 else words[i % 4]
+        (root / "text" / f"{i:03d}.txt").write_text(f"{i % 50}: The {animals[i % 8]} is {word}")
     with open(root / "task.jsonl", "w") as file:
-        for animal, word in zip(("cat", "dog", "cow", "hen"), words, strict=True):
-            for space in ("", " "):
-                file.write(json.dumps({"prompt": f"The {animal} is{space}", "verifier": "format", "answer": f"\\s*{word}\\s*"}) + "\n")
+        for n in range(160):
+            answer = "\\s*green\\s*"
+            file.write(json.dumps({"prompt": f"{n // 4}: The {animals[n % 4]} is", "verifier": "format", "answer": answer}) + "\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SPARING_HOME", str(root / "home"))
-        api.train([str(root / "text")], "80ktok", str(root / "base"), BASE, seed=3, samples=0)
+        api.train([str(root / "text")], "60ktok", str(root / "base"), BASE, seed=3, samples=0)
         yield root
 
 
@@ -59,7 +60,7 @@ def workplace(tmp_path_factory):
 def tuned(workplace, request):
     """(summary, run folder)."""
     out, task = workplace / request.param, str(workplace / "task.jsonl")
-    return api.grpo(str(workplace / "base"), task, "40ktok", str(out), request.param, wishes=WISHES, samples=1), RunFolder(out)
+    return api.grpo(str(workplace / "base"), task, "20ktok", str(out), request.param, wishes=WISHES, samples=1), RunFolder(out)
 
 
 def test_it_learns_what_is_rewarded(tuned):
@@ -75,7 +76,7 @@ def test_what_a_summary_says(tuned, workplace):
         assert summary[when]["new"].keys() >= {"loss", "bpb", "pass_at_1", "pass_at_k", "k", "length", "problems"}
         assert summary[when]["old"]["loss"] > 0
     assert summary["base"] == file_sha256(workplace / "base/weights/model.safetensors") and summary["ancestors"][0]["name"] == "base"
-    assert 0 < summary["trained_tokens"] < summary["tokens"] <= 40_000 and summary["trainable_parameters"] > 0
+    assert 0 < summary["trained_tokens"] < summary["tokens"] <= 20_000 and summary["trainable_parameters"] > 0
     steps = [line for line in losses(run.path) if "mismatch" in line]
     assert len(steps) == summary["steps"] and sum(line["trained"] for line in steps) == summary["trained_tokens"]
     for line in steps:
@@ -92,12 +93,12 @@ def test_what_a_summary_says(tuned, workplace):
 def test_killed_and_resumed_bit_for_bit(workplace, tmp_path, updates):
     killed, straight = tmp_path / "killed", tmp_path / "straight"
     more = ["--out", killed, "--grpo.updates", updates, *OPTIONS]
-    kill_at(["grpo", workplace / "base", "--task", workplace / "task.jsonl", *more], killed, 7)
+    kill_at(["grpo", workplace / "base", "--task", workplace / "task.jsonl", *more], killed, 5)
     api.resume(str(killed), samples=0)
     wishes = WISHES | {"grpo": WISHES["grpo"] | {"updates": updates}}
     wishes["train"] = wishes["train"] | {"checkpoint_interval_s": 0.2}
-    api.grpo(str(workplace / "base"), str(workplace / "task.jsonl"), "20ktok", str(straight), wishes=wishes, samples=0)
-    assert losses(killed) == losses(straight) and len(losses(killed)) > 12
+    api.grpo(str(workplace / "base"), str(workplace / "task.jsonl"), "10ktok", str(straight), wishes=wishes, samples=0)
+    assert losses(killed) == losses(straight) and len(losses(killed)) > 9
     assert file_sha256(RunFolder(killed).learned_file) == file_sha256(RunFolder(straight).learned_file)
     for name in ("answers.jsonl", "old.jsonl"):
         assert (killed / "state" / name).read_text() == (straight / "state" / name).read_text()
@@ -113,8 +114,8 @@ def test_a_mixture_replays_its_routes(workplace, tmp_path):
     for replay in (True, False):
         wishes["grpo"] = wishes["grpo"] | {"replay": replay}
         run = tmp_path / f"run-{replay}"
-        summary = api.grpo(str(base), str(workplace / "task.jsonl"), "10ktok", str(run), "full", wishes=wishes, samples=0)
-        assert summary["steps"] > 5 and all(line["mismatch"] < 0.1 for line in losses(run) if "mismatch" in line)
+        summary = api.grpo(str(base), str(workplace / "task.jsonl"), "6ktok", str(run), "full", wishes=wishes, samples=0)
+        assert summary["steps"] >= 5 and all(line["mismatch"] < 0.1 for line in losses(run) if "mismatch" in line)
     with pytest.raises(UserError, match="routes are replayed in one forward pass"):
         recompute = WISHES | {"train": WISHES["train"] | {"recompute": True}}
         api.grpo(str(base), str(workplace / "task.jsonl"), "10ktok", str(tmp_path / "no"), "full", wishes=recompute)
@@ -191,7 +192,7 @@ def test_what_cannot_be_asked_leaves_nothing(workplace, tmp_path):
     for name, wishes, said in (
         (str(tmp_path / "none.jsonl"), WISHES, "neither a file nor one of"),
         (task, {"grpo": {"max_tokens": 90}}, "the model's context is 64"),
-        (task, {"grpo": {"problems": 8, "updates": 3}}, "must divide grpo.problems"),
+        (task, {"grpo": {"problems": 8, "updates": 3, "max_tokens": 4}}, "must divide grpo.problems"),
         (task, {"esft": {}}, "is no part of grpo"),
     ):
         with pytest.raises(UserError, match=said) as error:

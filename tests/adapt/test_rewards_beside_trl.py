@@ -1,5 +1,6 @@
 """Losses of preferences and of policies beside TRL's trainers: the same on the same tensors, and so are their gradients."""
 
+import copy
 from types import SimpleNamespace
 
 import numpy as np
@@ -34,7 +35,7 @@ def dpo(parts):
     folder, model, tokenizer = parts
     args = trl.DPOConfig(output_dir=str(folder), report_to=[], use_cpu=True, bf16=False, beta=0.3)
     rows = datasets.Dataset.from_list([{"prompt": f"Is it {n}?", "chosen": f"It is {n}.", "rejected": "No."} for n in range(4)])
-    trainer = trl.DPOTrainer(model, args=args, train_dataset=rows, processing_class=tokenizer)
+    trainer = trl.DPOTrainer(model, copy.deepcopy(model), args=args, train_dataset=rows, processing_class=tokenizer)
     trainer.precompute_ref_logps = True
     return trainer
 

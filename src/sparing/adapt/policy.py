@@ -61,7 +61,7 @@ class PolicyBatch(Batch):
     sampled: Tensor | None = None
     """(B, T) float32: log-probability with which the target was sampled."""
     known: Tensor | None = None
-    """(B, F) float32: what the rollout says of itself (`FACTS`), divided among the rows, so that rows add up."""
+    """(B, F) float32: what the rollout says of itself (`FACTS`), in the first row, so that rows add up."""
     total: Tensor | None = None
     """(B,) float32: trained tokens of all rows, of all ranks."""
     routes: Tensor | None = None

@@ -199,6 +199,7 @@ class Rollouts:
         self.sampler: Sampler | None = None
         self.watch = Watch(say)
         self._last: tuple[int, str, PolicyBatch] | None = None
+        self._shown = False
 
     def bind(self, model: Transformer) -> None:
         self.sampler = Sampler(self.job.run, model, self.config)
@@ -266,9 +267,10 @@ class Rollouts:
     def _show(self, step: int, groups: list[Group]) -> None:
         """Keep an answer or two to look at: the first one, and the first that is right."""
         file = self.job.run.state / "answers.jsonl"
-        if self._last is None and file.exists():  # what a resumed run does again
+        if not self._shown and file.exists():  # what a resumed run does again
             kept = [line for line in read_lines(file) if line.get("step", 0) < step]
             write_atomic(file, "".join(json.dumps(line) + "\n" for line in kept))
+        self._shown = True
         pairs = [(group, answer) for group in groups for answer in group.answers]
         shown = [pairs[0], next((pair for pair in pairs if pair[1].reward >= 1), pairs[0])]
         for group, answer in shown[: 1 + (shown[1] is not shown[0])]:
@@ -312,7 +314,8 @@ class Rollouts:
                     routes[index, at:end] = answer.routes
                 at = end
             documents[index, at:] = len(row)
-        known = np.tile(np.array(facts(whole)) / (B * world), (B, 1)).astype(np.float32)
+        known = np.zeros((B, len(FACTS)), np.float32)
+        known[0] = np.array(facts(whole)) / world
         shares, total = np.full(B, divisor / B, np.float32), np.full(B, float(trained[learnt].sum()) * world, np.float32)
         arrays = (tokens, targets, documents, weighed, shares, better, sampled, known, total, routes)
         return PolicyBatch(*(None if array is None else torch.from_numpy(array) for array in arrays))

@@ -42,11 +42,11 @@ class LiveWeights(PackedWeights):
         self._changing: list[Part] = []
         self._pool = ThreadPoolExecutor(cores(), "sparing-pack", partial(torch.set_num_threads, 1))
         for part in self.parts.values():
-            self._read.clear()
-            if part.make and sum(len(data) for data in part.make()) and any(map(self._learns, self._read)):
-                self._changing.append(part)
-            elif part.make:
+            if part.make:
+                self._read.clear()
                 self._fill(part)
+                if any(map(self._learns, self._read)):
+                    self._changing.append(part)
 
     @torch.no_grad()
     def refresh(self) -> None:
