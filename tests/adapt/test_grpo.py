@@ -48,7 +48,7 @@ def workplace(tmp_path_factory):
         (root / "text" / f"{i:03d}.txt").write_text(f"{i % 50}: The {animals[i % 8]} is {word}")
     with open(root / "task.jsonl", "w") as file:
         for n in range(160):
-            answer = "\\s*green\\s*"
+            answer = "\\s*red\\s*"
             file.write(json.dumps({"prompt": f"{n // 4}: The {animals[n % 4]} is", "verifier": "format", "answer": answer}) + "\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SPARING_HOME", str(root / "home"))
@@ -60,7 +60,7 @@ def workplace(tmp_path_factory):
 def tuned(workplace, request):
     """(summary, run folder)."""
     out, task = workplace / request.param, str(workplace / "task.jsonl")
-    return api.grpo(str(workplace / "base"), task, "20ktok", str(out), request.param, wishes=WISHES, samples=1), RunFolder(out)
+    return api.grpo(str(workplace / "base"), task, "30ktok", str(out), request.param, wishes=WISHES, samples=1), RunFolder(out)
 
 
 def test_it_learns_what_is_rewarded(tuned):
@@ -76,7 +76,7 @@ def test_what_a_summary_says(tuned, workplace):
         assert summary[when]["new"].keys() >= {"loss", "bpb", "pass_at_1", "pass_at_k", "k", "length", "problems"}
         assert summary[when]["old"]["loss"] > 0
     assert summary["base"] == file_sha256(workplace / "base/weights/model.safetensors") and summary["ancestors"][0]["name"] == "base"
-    assert 0 < summary["trained_tokens"] < summary["tokens"] <= 20_000 and summary["trainable_parameters"] > 0
+    assert 0 < summary["trained_tokens"] < summary["tokens"] <= 30_000 and summary["trainable_parameters"] > 0
     steps = [line for line in losses(run.path) if "mismatch" in line]
     assert len(steps) == summary["steps"] and sum(line["trained"] for line in steps) == summary["trained_tokens"]
     for line in steps:

@@ -365,7 +365,7 @@ def _own_texts(job: Job, config: Config, tokenizer: Tokenizer) -> list[str]:
     length = min(128, config.train.seq_len - 1)
     texts, written = [], 0
     with Engine(config.start.run, speculate=False) as engine:
-        while written < wanted and time.monotonic() < ends:
+        while not texts or (written < wanted and time.monotonic() < ends):
             job.signals.check()
             settings = [{"max_tokens": length, "temperature": 1.0, "seed": len(texts) + place} for place in range(8)]
             found = list(generate_texts(engine, (([tokenizer.first_id], setting) for setting in settings)))
