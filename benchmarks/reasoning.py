@@ -1,6 +1,6 @@
 """What rewards buy: pass@1 and pass@8 on held-out problems before and after `grpo`, and after `sft` on right answers in the same time.
 
-python -m benchmarks.reasoning --base RUN --task add --budget 30m --out FOLDER [--mixture RUN]. What is in --out is not done again.
+python -m benchmarks.reasoning --base RUN --task add --warm 2m --budget 30m --out FOLDER [--mixture RUN]. What is in --out is not done again.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ class Reasoning:
     task: str = "add"
     budget: str = "30m"
     """Of each run."""
+    warm: str | None = None
+    """Budget of an `sft` on right answers that comes before all, where the base hardly ever solves the task."""
     seeds: int = 3
     problems: int = 512
     """Held-out ones that are scored."""
@@ -51,13 +53,16 @@ class Reasoning:
         """The figure's numbers, also in OUT/result.json."""
         folder = Path(self.out)
         folder.mkdir(parents=True, exist_ok=True)
-        rows = [self._scored("base", self.base)]
-        for seed in range(self.seeds):
-            run = self._trained(f"grpo-{seed}", "grpo", self.base, *self._options, "--seed", str(seed))
-            rows.append(self._scored(f"grpo, seed {seed}", run) | self._of(run))
+        rows, base = [self._scored("base", self.base)], self.base
         answers = folder / "answers.jsonl"
         write_atomic(answers, "".join(json.dumps(line) + "\n" for line in self._answers()))
-        run = self._trained("sft", "sft", self.base, "--data", str(answers))
+        if self.warm is not None:
+            base = self._merged(self._trained("warm", "sft", base, "--data", str(answers), budget=self.warm))
+            rows.append(self._scored(f"after {self.warm} of sft", base))
+        for seed in range(self.seeds):
+            run = self._trained(f"grpo-{seed}", "grpo", base, *self._options, "--seed", str(seed))
+            rows.append(self._scored(f"grpo, seed {seed}", run) | self._of(run))
+        run = self._trained("sft", "sft", base, "--data", str(answers))
         rows.append(self._scored("sft on right answers", run))
         if self.mixture is not None:
             rows.append(self._scored("mixture", self.mixture))
@@ -78,14 +83,21 @@ class Reasoning:
         turns = ([("user", problem.prompt), ("assistant", problem.answer)] for problem in problems)
         return [{"messages": [{"role": role, "content": text} for role, text in turn]} for turn in turns]
 
-    def _trained(self, name: str, verb: str, base: str, *more: str) -> str:
+    def _merged(self, run: str) -> str:
+        """An adapter run with its base, as one run."""
+        out = Path(f"{run}-merged")
+        if not (out / "config.toml").exists():
+            sparing.merge(run, str(out))
+        return str(out)
+
+    def _trained(self, name: str, verb: str, base: str, *more: str, budget: str | None = None) -> str:
         """A run of the budget; begun anew where one before was interrupted."""
         run = Path(self.out) / f"run-{name}"
         if not (run / "state" / "summary.json").exists():
             shutil.rmtree(run, ignore_errors=True)
 
         def ask() -> dict:
-            command = [verb, base, "--budget", self.budget, "--out", str(run), *more]
+            command = [verb, base, "--budget", budget or self.budget, "--out", str(run), *more]
             say(f"sparing {' '.join(command)}")
             environment = os.environ | {"PYTHONPATH": str(Path(sparing.__file__).parent.parent)}
             words = [sys.executable, "-m", "sparing", *command, "--json"]
