@@ -1,6 +1,8 @@
 """What rewards buy: pass@1 and pass@8 on held-out problems before and after `grpo`, and after `sft` on right answers in the same time.
 
-python -m benchmarks.reasoning --base RUN --task add --warm 2m --budget 30m --out FOLDER [--mixture RUN]. What is in --out is not done again.
+python -m benchmarks.reasoning --base RUN --task add --warm 2m --budget 30m --out FOLDER [--mixture RUN]
+
+What is in --out is not done again.
 """
 
 from __future__ import annotations
