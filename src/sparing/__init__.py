@@ -23,7 +23,8 @@ VERBS = {
     "serve": "sparing.serve.entry",
     "bench": "sparing.bench.figures",
 } | dict.fromkeys(
-    ("train", "sft", "distill", "resume", "evaluate", "generate", "chat", "export", "merge", "import_", "fetch", "load"), "sparing.api"
+    ("train", "sft", "distill", "dpo", "grpo", "resume", "evaluate", "generate", "chat", "export", "merge", "import_", "fetch", "load"),
+    "sparing.api",
 )
 VERBS |= dict.fromkeys(("grow", "retire", "slice", "pack"), "sparing.api")
 """The module of each verb's function, and of `load`."""

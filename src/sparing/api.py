@@ -18,10 +18,12 @@ from sparing.account.paper import receipt as receipt
 from sparing.account.paper import report as report
 from sparing.adapt import asked as adapt_asked
 from sparing.adapt import distill as adapt_distill
+from sparing.adapt import dpo as adapt_dpo
 from sparing.adapt import drafts as adapt_drafts
 from sparing.adapt import esft as adapt_esft
 from sparing.adapt import grow as adapt_grow
 from sparing.adapt import grown as adapt_grown
+from sparing.adapt import grpo as adapt_grpo
 from sparing.adapt import sft as adapt_sft
 from sparing.base.config import Budget, Config, StartConfig, UserError
 from sparing.base.config_file import Wishes, nested, read_config, read_recipe, refuse, write_config
@@ -127,7 +129,7 @@ def sft(
         raise UserError("sft needs --data: conversations, such as JSON lines with messages")
     arguments = {"data.paths": tuple(data), "train.seed": seed, "start.run": run, "chats.val": tuple(val), "chats.keep": tuple(keep)}
     wishes = Wishes.of(wishes, nested({name: value for name, value in arguments.items() if value is not None}))
-    refuse(wishes, "sft", "distill", "drafts", "growth")
+    refuse(wishes, "sft", "distill", "drafts", "growth", "dpo", "grpo")
     if method != "lora" and wishes.get("adapter") is not None:
         raise UserError(f"adapter: low-rank updates are what --method lora learns; leave it out with {method}")
     if method != "esft" and wishes.get("esft") is not None:
@@ -234,7 +236,7 @@ def grow(
         raise UserError("grow needs --data: the domain's texts")
     arguments = {"data.paths": tuple(data), "train.seed": seed, "start.run": run, "growth.domain": domain, "growth.keep": tuple(keep)}
     wishes = Wishes.of(wishes, nested({name: value for name, value in arguments.items() if value is not None}))
-    refuse(wishes, "grow", "distill", "drafts")
+    refuse(wishes, "grow", "distill", "drafts", "dpo", "grpo")
     RunFolder.open(run)
     folder = RunFolder.create(out)
     with _leaving_nothing(folder), begin("grow", folder, started) as job:
@@ -249,6 +251,79 @@ def _leaving_nothing(run: RunFolder) -> Iterator[None]:
     except adapt_grow.TurnedDown:
         run.remove()
         raise
+
+
+def dpo(
+    run: str,
+    data: Sequence[str],
+    budget: str,
+    out: str,
+    method: str = "lora",
+    val: Sequence[str] = (),
+    keep: Sequence[str] = (),
+    wishes: dict | None = None,
+    seed: int | None = None,
+    started: float | None = None,
+    samples: int = 3,
+) -> dict:
+    """Let a run prefer the better of two answers, inside a budget; into the new run folder `out`.
+
+    data: files, folders, globs of JSON lines or Parquet with chosen and rejected answers, as texts or messages, and their prompt.
+    method: "lora" or "full". val: pairs to score on. The rest is as for `sft`.
+    -> what `sft` gives; "new" also has accuracy (share of pairs whose better answer gained more) and margin (nats). Raises UserError;
+    Interrupted on a signal (the run can be resumed).
+    """
+    started = time.monotonic() if started is None else started
+    amount = parse_budget(budget)
+    if method not in ("lora", "full"):
+        raise UserError(f"--method {method}: choose lora or full")
+    if not data:
+        raise UserError("dpo needs --data: pairs, such as JSON lines with prompt, chosen and rejected")
+    arguments = {"data.paths": tuple(data), "train.seed": seed, "start.run": run, "chats.val": tuple(val), "chats.keep": tuple(keep)}
+    wishes = Wishes.of({"dpo": {}}, wishes, nested({name: value for name, value in arguments.items() if value is not None}))
+    if wishes.get("esft") is not None or (method == "full" and wishes.get("adapter") is not None):
+        raise UserError(f"{'esft' if wishes.get('esft') is not None else 'adapter'}: is no part of dpo --method {method}")
+    if method == "lora":
+        wishes = Wishes.of({"adapter": {}}, wishes)
+    RunFolder.open(run)
+    with begin("dpo", RunFolder.create(out), started) as job:
+        config = adapt_dpo.resolved(job, wishes, amount)
+        return learn(job, config, samples, data=adapt_dpo.data, objective=adapt_dpo.Preference(config.dpo))
+
+
+def grpo(
+    run: str,
+    task: str,
+    budget: str,
+    out: str,
+    method: str = "lora",
+    data: Sequence[str] = (),
+    keep: Sequence[str] = (),
+    wishes: dict | None = None,
+    seed: int | None = None,
+    started: float | None = None,
+    samples: int = 3,
+) -> dict:
+    """Let a run learn from what its own answers are worth, inside a budget; into the new run folder `out`.
+
+    task: a file of problems with a verifier each, or a built-in one (`adapt.rewards.load_task`); data: gsm8k's own files. method: "lora" or
+    "full". The rest is as for `sft`.
+    -> what `sft` gives; "new" has pass_at_1, pass_at_k, k, reward, length, problems of held-out problems, and as loss the share of wrong
+    answers. Raises UserError; Interrupted on a signal (the run can be resumed).
+    """
+    started = time.monotonic() if started is None else started
+    amount = parse_budget(budget)
+    if method not in ("lora", "full"):
+        raise UserError(f"--method {method}: choose lora or full")
+    arguments = {"grpo.task": task, "grpo.data": tuple(data), "train.seed": seed, "start.run": run, "chats.keep": tuple(keep)}
+    wishes = Wishes.of(wishes, nested({name: value for name, value in arguments.items() if value is not None}))
+    if wishes.get("esft") is not None or (method == "full" and wishes.get("adapter") is not None):
+        raise UserError(f"{'esft' if wishes.get('esft') is not None else 'adapter'}: is no part of grpo --method {method}")
+    if method == "lora":
+        wishes = Wishes.of({"adapter": {}}, wishes)
+    RunFolder.open(run)
+    with begin("grpo", RunFolder.create(out), started) as job:
+        return adapt_grpo.learn(job, adapt_grpo.resolved(job, wishes, amount), samples)
 
 
 def resume(
@@ -274,6 +349,10 @@ def resume(
             return learn(job, config, samples, **_taught(config))
         if config.drafts is not None:
             return _with_drafts(job, config, samples)
+        if config.grpo is not None:
+            return adapt_grpo.learn(job, config, samples)
+        if config.dpo is not None:
+            return learn(job, config, samples, data=adapt_dpo.data, objective=adapt_dpo.Preference(config.dpo))
         limit = None if config.esft is None else adapt_esft.limit
         return learn(job, config, samples, data=text if config.chats is None else adapt_sft.data, limit=limit)
 
@@ -294,7 +373,12 @@ def _make_ready(run: RunFolder, budget: str | None, paths: Sequence[str], text_k
     if text_key is not None and not paths:
         raise UserError("--text-key goes with --data: the run's own texts keep theirs")
     total = config.budget if more is None else Budget(config.budget.amount + more.amount, more.unit)
-    data, facts = texts_to_go_on_with(run, config, paths, text_key, total.amount / config.budget.amount, budget)
+    if config.grpo is not None:
+        if paths:
+            raise UserError(f"--data: {run} goes on with its own task, {config.grpo.task}")
+        data, facts = config.data, adapt_grpo.unchanged(run, config)
+    else:
+        data, facts = texts_to_go_on_with(run, config, paths, text_key, total.amount / config.budget.amount, budget)
     changed = write_config(replace(config, data=data, budget=total), reasons_of(run))
     if more is not None:
         Clock(run, time.monotonic()).record()

@@ -234,23 +234,25 @@ def losses(run) -> list[dict]:
     return [{key: value for key, value in line.items() if key not in TIMING} for line in read_lines(run / "metrics.jsonl")]
 
 
-def killed_and_straight(workplace, tmp_path, method: str, options: list[str]) -> tuple:
-    """Folders of two runs from the same base: one that was killed and resumed, and one that was not disturbed."""
-
-    def start(*arguments) -> subprocess.Popen:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        return subprocess.Popen([sys.executable, "-m", "sparing", *map(str, arguments)], env=environment, stdout=-1, stderr=-1, text=True)
-
-    straight, killed = tmp_path / "straight", tmp_path / "killed"
-    process = start("sft", workplace / "base", "--data", workplace / "chats.jsonl", "--out", killed, "--method", method, *options)
+def kill_at(arguments: list, run, step: int) -> None:
+    """Begin a run by the command line, and kill it once its metrics have this step."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    words = [sys.executable, "-m", "sparing", *map(str, arguments)]
+    process = subprocess.Popen(words, env=environment, stdout=-1, stderr=-1, text=True)
     end = time.monotonic() + 300
     while time.monotonic() < end and process.poll() is None:
-        done = losses(killed) if (killed / "metrics.jsonl").exists() else []
-        if any(line.get("step", 0) >= 12 for line in done):
+        done = losses(run) if (run / "metrics.jsonl").exists() else []
+        if any(line.get("step", 0) >= step for line in done):
             process.send_signal(signal.SIGKILL)
             break
         time.sleep(0.01)
     assert process.wait() == -signal.SIGKILL, process.stderr.read()
+
+
+def killed_and_straight(workplace, tmp_path, method: str, options: list[str]) -> tuple:
+    """Folders of two runs from the same base: one that was killed and resumed, and one that was not disturbed."""
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    kill_at(["sft", workplace / "base", "--data", workplace / "chats.jsonl", "--out", killed, "--method", method, *options], killed, 12)
     api.resume(str(killed), samples=0)
     wishes = {"train": TRAIN | {"batch_size": 8, "seq_len": 64, "evals": 3, "checkpoint_interval_s": 0.2}, "optim": {"lr": 0.003}}
     api.sft(str(workplace / "base"), [str(workplace / "chats.jsonl")], "24ktok", str(straight), method, wishes=wishes, samples=0)

@@ -117,10 +117,14 @@ class ChatData(TrainingData):
         return self.feed.trained_tokens(result.steps + result.skipped)
 
 
-def resolved(job: Job, wishes: Wishes, budget: Budget) -> Config:
+def resolved(
+    job: Job, wishes: Wishes, budget: Budget, cutting: type[Cutting] = Cutting,
+    also: Callable[[Wishes, float], tuple[dict, dict[str, str]]] | None = None,
+) -> Config:  # fmt: skip
     """The configuration of a new run that learns to answer, written into its folder beside the prepared conversations.
 
-    Raises UserError, before anything is written, for conversations or a template from which nothing can be learnt.
+    cutting: makes pieces of them. also: (wishes, tokens that the budget trains on) -> what else is derived, as `esft.derived`. Raises
+    UserError, before anything is written, for conversations or a template from which nothing can be learnt.
     """
     own = with_absolute_paths(wishes)
     wishes = with_start(own)
@@ -141,21 +145,30 @@ def resolved(job: Job, wishes: Wishes, budget: Budget) -> Config:
         say(f"{facts.documents:,} conversations ({forms}), {facts.held_out_documents:,} held out ({facts.split.reason})")
         if facts.quarantined:
             say(f"{facts.quarantined:,} rows cannot be used: {facts.reasons}")
-        sample = _Sample(facts, ChatTemplate(template), tokenizer, wished.model.max_position_embeddings)
+        sample = _Sample(facts, ChatTemplate(template), tokenizer, wished.model.max_position_embeddings, cutting)
     place = look_at(job, wishes, budget)
-    settings, reasons = _derived(own, wishes, facts, sample, tokens_of(job, wishes, budget, place))
+    also = esft.derived if wishes.get("esft") is not None else also
+    settings, reasons = _derived(own, wishes, facts, sample, tokens_of(job, wishes, budget, place), also)
     config, more = derive(job, Wishes.of(wishes, settings, own), budget, ANY, place)
     with job.meter.stage("tokenise"):
         _prepare(job, config, facts, sample, template, facts.content)
         if config.chats.keep:
-            _old_text(job, config, tokenizer)
+            old_text(job, config, tokenizer)
     corpus = Given(facts.train_bytes)
     keep(job, config, reasons | more, facts, corpus, place, f"{facts.bytes / 1e6:.1f} MB of conversations")
     return config
 
 
 def data(job: Job, config: Config) -> ChatData:
-    """The prepared conversations of a run, or, where they are missing or of other files by now, prepare them."""
+    """Batches and scores of the run's conversations."""
+    pieces, tokenizer = prepared(job, config)
+    t = config.train
+    feed = Packed(pieces["train"], t.seq_len, t.batch_size, config.model.mtp_depth, t.seed, tokenizer.eot_id)
+    return ChatData(feed, tokenizer, [], pieces["held_out"], old_text(job, config, tokenizer))
+
+
+def prepared(job: Job, config: Config, cutting: type[Cutting] = Cutting) -> tuple[dict[str, Pieces], Tokenizer]:
+    """The prepared conversations of a run by PARTS, prepared anew where they are missing or of other files by now, and its tokenizer."""
     run, base = job.run, RunFolder(config.start.run)
     if not run.tokenizer_file.exists():
         write_atomic(run.tokenizer_file, Path(config.data.tokenizer).read_text(encoding="utf-8"))
@@ -169,12 +182,10 @@ def data(job: Job, config: Config) -> ChatData:
         pieces = _open(run, _key(config, template, content))
     except DamagedError:
         facts = facts_of(config.data, config.chats, job.signals.should_stop)
-        sample = _Sample(facts, ChatTemplate(template), tokenizer, config.model.max_position_embeddings)
+        sample = _Sample(facts, ChatTemplate(template), tokenizer, config.model.max_position_embeddings, cutting)
         _prepare(job, config, facts, sample, template, content)
         pieces = _open(run, _key(config, template, content))
-    t = config.train
-    feed = Packed(pieces["train"], t.seq_len, t.batch_size, config.model.mtp_depth, t.seed, tokenizer.eot_id)
-    return ChatData(feed, tokenizer, [], pieces["held_out"], _old_text(job, config, tokenizer))
+    return pieces, tokenizer
 
 
 def _template_of(base: RunFolder, tokenizer: Tokenizer) -> str:
@@ -185,9 +196,10 @@ def _template_of(base: RunFolder, tokenizer: Tokenizer) -> str:
 class _Sample:
     """What the first conversations in the order of sampling say of all: lengths of pieces, tokens per byte."""
 
-    def __init__(self, facts: ChatFacts, template: ChatTemplate, tokenizer: Tokenizer, longest: int):
+    def __init__(self, facts: ChatFacts, template: ChatTemplate, tokenizer: Tokenizer, longest: int, kind: type[Cutting]):
         """Raises UserError where the template refuses every one of them."""
-        cutting = Cutting(template, tokenizer, longest)
+        self._kind = kind
+        cutting = kind(template, tokenizer, longest)
         self.pieces = cutting.pieces(facts.sample)
         self._answers = self.pieces.trained_tokens + cutting.counts["lost"]
         if not len(self.pieces):
@@ -197,11 +209,12 @@ class _Sample:
         self._template, self._tokenizer = template, tokenizer
 
     def cutting(self, length: int) -> Cutting:
-        return Cutting(self._template, self._tokenizer, length)
+        return self._kind(self._template, self._tokenizer, length)
 
     def lost(self, length: int) -> float:
         """Share of the answers' tokens behind the first `length` of their pieces, what no context holds included."""
-        kept = sum(int(self.pieces[number][1][: length + 1].sum()) for number in range(len(self.pieces)))
+        inputs = self.cutting(length).length
+        kept = sum(int(self.pieces[number][1][: inputs + 1].sum()) for number in range(len(self.pieces)))
         return 1 - kept / self._answers
 
 
@@ -214,7 +227,10 @@ def tokens_of(job: Job, wishes: Wishes, budget: Budget, place: Place) -> float:
     return budget.amount if budget.unit == "tok" else budget.amount / train_flops(config.model, config.train.seq_len)
 
 
-def _derived(own: Wishes, wishes: Wishes, facts: ChatFacts, sample: _Sample, tokens: float) -> tuple[dict, dict[str, str]]:
+def _derived(
+    own: Wishes, wishes: Wishes, facts: ChatFacts, sample: _Sample, tokens: float,
+    also: Callable[[Wishes, float], tuple[dict, dict[str, str]]] | None,
+) -> tuple[dict, dict[str, str]]:  # fmt: skip
     """(settings that the user's own wishes leave open, the reason for each by dotted name). tokens: that the budget trains on."""
     longest = wishes.config().model.max_position_embeddings
     longest = min(longest, max(LENGTHS[1], int(tokens / FEW_STEPS / LEAST_ROWS)))
@@ -238,8 +254,8 @@ def _derived(own: Wishes, wishes: Wishes, facts: ChatFacts, sample: _Sample, tok
             "optim.lr": "a tenth of what low-rank updates learn with (docs/adapting.md)",
             "optim.decay": "from the warm-up to the end, to zero",
         }
-    if wishes.get("esft") is not None:
-        more, why = esft.derived(wishes, tokens)
+    if also is not None:
+        more, why = also(wishes, tokens)
         settings, reasons = Wishes.of(settings, more), reasons | why
     epochs = tokens / all_tokens
     if all_tokens > MARGIN * tokens:
@@ -329,7 +345,7 @@ def _open(run: RunFolder, key: str) -> dict[str, Pieces]:
     return {name: Pieces.load(folder / f"{name}.safetensors") for name in PARTS}
 
 
-def _old_text(job: Job, config: Config, tokenizer: Tokenizer) -> list[str]:
+def old_text(job: Job, config: Config, tokenizer: Tokenizer) -> list[str]:
     """Text that the base could already: the beginnings of the user's, or what the base writes by itself; kept in the run."""
     file = job.run.state / "old.jsonl"
     if file.exists():
@@ -354,7 +370,7 @@ def own_texts(job: Job, config: Config, tokenizer: Tokenizer, wanted: int) -> li
     length = min(128, config.train.seq_len - 1)
     texts, written = [], 0
     with Engine(config.start.run, speculate=False) as engine:
-        while written < wanted and time.monotonic() < ends:
+        while not texts or (written < wanted and time.monotonic() < ends):
             job.signals.check()
             settings = [{"max_tokens": length, "temperature": 1.0, "seed": len(texts) + place} for place in range(8)]
             found = list(generate_texts(engine, (([tokenizer.first_id], setting) for setting in settings)))

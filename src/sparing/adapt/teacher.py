@@ -115,8 +115,7 @@ class Teacher:
     def draw(self, batch: Batch, positions_BT: np.ndarray) -> np.ndarray:
         """(B, T) tokens, and the positions that they have in the corpus -> (B, T, S) words that may come next, int64."""
         at = torch.from_numpy(strata(positions_BT.ravel(), self.samples, self.seed)).view(*positions_BT.shape, -1)
-        device = self.model.device
-        return self.replicas.rowwise(self._draw, batch.tokens.to(device), batch.documents.to(device), at.to(device)).cpu().numpy()
+        return self.replicas.apply(self._draw, batch.tokens, batch.documents, at).cpu().numpy()
 
     def _draw(self, model: Transformer, tokens_BT: Tensor, documents_BT: Tensor, at_BTS: Tensor) -> Tensor:
         with torch.no_grad():  # each thread has its own switch

@@ -333,6 +333,52 @@ class DraftsConfig:
 
 
 @dataclass(frozen=True)
+class DpoConfig:
+    """Learning from pairs of answers, of which one is better (DPO, arXiv 2305.18290): `data.paths` are such pairs."""
+
+    beta: float = 0.1
+    """How much a pair's margin over the start's counts: the smaller, the further the model may move."""
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    """sigmoid: the paper's; ipo: a margin of 1 / (2 beta) per token and no more (arXiv 2310.12036)."""
+    label_smoothing: float = 0.0
+    """Share of the pairs that are taken to be the wrong way round; of `sigmoid`."""
+
+
+@dataclass(frozen=True)
+class GrpoConfig:
+    """Learning from rewards: the model answers problems, and answers that are worth more than others of their group become likelier."""
+
+    task: str = ""
+    """A file of problems, or a built-in task: add, countdown, gsm8k."""
+    data: tuple[str, ...] = ()
+    """gsm8k's own files."""
+    kind: Literal["dr_grpo", "grpo", "dapo", "gspo", "cispo"] = "dr_grpo"
+    """How answers are weighed, and how far a step may go (`adapt/policy.py` has the papers)."""
+    problems: int = 16
+    """In a rollout."""
+    samples: int = 8
+    """Answers to each, a group; `train.batch_size` is what an update learns from."""
+    max_tokens: int = 128
+    """Of an answer."""
+    updates: int = 1
+    """Steps that learn from one rollout, each from a part of its problems; 1: on-policy."""
+    epsilon_low: float | None = None
+    """How far a ratio may fall below 1; None: the kind's own."""
+    epsilon_high: float | None = None
+    """How far it may rise above 1; None: the kind's own."""
+    truncate: float = 2.0
+    """On-policy: the largest weight that corrects what sampled for what learns (truncated as in arXiv 1802.01561)."""
+    mask_cut: bool | None = None
+    """Answers that were cut off at max_tokens are not learnt from; None: so for dapo alone."""
+    replay: bool = True
+    """A mixture's tokens are learnt through the experts that they were sampled through."""
+    weights: Literal["float32", "bfloat16", "int8"] | None = None
+    """What rollouts are computed with; None: the fastest here."""
+    scored: int = 64
+    """Held-out problems of an evaluation, each answered `samples` times."""
+
+
+@dataclass(frozen=True)
 class TokensConfig:
     """Ids of the tokens that begin and end a text, as an imported model has them."""
 
@@ -368,5 +414,9 @@ class Config:
     """None: nobody teaches."""
     drafts: DraftsConfig | None = None
     """None: what learns is not limited to a module that drafts."""
+    dpo: DpoConfig | None = None
+    """None: answers are learnt as they are, and not one against another."""
+    grpo: GrpoConfig | None = None
+    """None: texts or answers are given, and not sampled and judged."""
     tokens: TokensConfig | None = None
     """None: what the tokenizer's names say; the end-of-text token also begins every text."""

@@ -49,6 +49,13 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {
     "GrowthConfig": {"eps": (0, 0.1), "tokens": _ONE, "width": _ONE},
     "DistillConfig": {"samples": (1, 255), "truth": _SHARE, "tokens": _ONE, "teacher_share": _SHARE, "prompt": _ONE},
     "DraftsConfig": {"samples": (1, 255), "words": _ONE},
+    "DpoConfig": {"beta": (1e-9, math.inf), "label_smoothing": (0, 0.5)},
+    "GrpoConfig": {
+        **dict.fromkeys(("problems", "max_tokens", "updates", "scored"), _ONE),
+        "samples": (2, 1024),
+        **dict.fromkeys(("epsilon_low", "epsilon_high"), (0, math.inf)),
+        "truncate": (1, math.inf),
+    },
     "TokensConfig": {"bos": (0, math.inf)},
     "PrecisionConfig": {"error_budget": (1e-9, math.inf), "measure_every": (0, math.inf)},
 }

@@ -31,6 +31,8 @@ from sparing.cli.streams import discard, make_safe
 from sparing.cli.verbs import VERBS
 
 INTERRUPTED = 130
+LEARNING = ("train", "sft", "distill", "dpo", "grpo", "grow")
+"""Verbs that make a run which `resume` goes on with."""
 PATH_ERRORS = (
     errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP,
 )  # fmt: skip
@@ -42,6 +44,8 @@ HELP = f"""Sparing {__version__}: say what you can spend, get the best language 
   sparing train    [RECIPE] --data PATH... --budget 20m --out RUN        train a model inside a budget
   sparing sft      RUN --data CHATS... --budget 20m --out RUN2           teach a run, or an imported model, to answer
   sparing distill  RUN --teacher RUN --data PATH... --budget 20m --out RUN2   learn from a larger model, or from its own text
+  sparing dpo      RUN --data PAIRS... --budget 20m --out RUN2           let it prefer the better of two answers
+  sparing grpo     RUN --task FILE|NAME --budget 20m --out RUN2          let it learn from what its own answers are worth
   sparing resume   RUN [--budget +20m] [--data PATH...]                  go on after an interruption, or extend a finished run
   sparing eval     RUN --data PATH... --tasks FILE...                    bits per byte of text, scores of questions
   sparing generate RUN --prompt TEXT                                     let the model write
@@ -144,8 +148,8 @@ def _run(argv: list[str], started: float) -> int:
 
 
 def _way_on(verb: str | None, arguments: Any, argv: list[str]) -> str:
-    run = getattr(arguments, "out" if verb in ("train", "sft", "distill", "grow") else "run", None)
-    begun = verb in ("train", "sft", "distill", "grow", "resume") and run and os.path.exists(os.path.join(run, "config.toml"))
+    run = getattr(arguments, "out" if verb in LEARNING else "run", None)
+    begun = verb in (*LEARNING, "resume") and run and os.path.exists(os.path.join(run, "config.toml"))
     if verb == "resume" and begun:
         extension_not_begun = os.path.exists(os.path.join(run, "state", "summary.json"))
         begun = not extension_not_begun and not (arguments.data and not arguments.budget)  # to name texts twice does no harm

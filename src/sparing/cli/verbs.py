@@ -193,6 +193,85 @@ class Distill:
 
 
 @dataclass
+class Dpo:
+    """Let a run prefer the better of two answers, inside a budget: direct preference optimisation. What no option sets is derived from
+    budget, data and machine."""
+
+    takes: ClassVar[str] = "recipe"
+    run: tyro.conf.Positional[str | None] = None
+    """The run, or imported model, to begin with; it stays as it is."""
+    data: list[str] = field(default_factory=list)
+    """Files, folders, globs of JSON lines (.gz, .zst) or Parquet with chosen and rejected: texts behind a prompt, or messages."""
+    budget: str | None = None
+    """90s 20m 2h, 50Mtok, 3e17flop, $5, 0.2kWh. It covers everything: reading, scoring the pairs, training, saving."""
+    out: str | None = None
+    """The run folder to make."""
+    method: str = "lora"
+    """lora: low-rank updates beside the run's weights, which stay; full: all weights learn."""
+    val: list[str] = field(default_factory=list)
+    """Pairs to score on; default: 5 % of the others, by a hash of the first question."""
+    keep: list[str] = field(default_factory=list)
+    """Text that must not be forgotten, whose loss is told before and after; default: what the run writes by itself."""
+    base: str | None = None
+    """Of an adapter run whose base has moved: where that is now."""
+    seed: int | None = None
+    samples: int = 3
+    """Held-out questions to answer at the end."""
+    json: bool = False
+    """Print one JSON object on standard output, and nothing else there."""
+
+    def __call__(self, call: Call) -> dict:
+        call.need(RUN=self.run, data=self.data, budget=self.budget, out=self.out)
+        call.choice("--method", self.method, ("lora", "full"))
+        if self.samples < 0:
+            raise UserError(f"--samples {self.samples}: must be 0 or more")
+        parse_budget(self.budget)  # a slip is told before torch is loaded
+        options = {"wishes": nested(call.overrides), "seed": self.seed, "started": call.started, "samples": self.samples}
+        call.api.rebase(self.run, self.base)
+        return call.api.dpo(self.run, self.data, self.budget, self.out, self.method, self.val, self.keep, **options)
+
+
+@dataclass
+class Grpo:
+    """Let a run learn from what its own answers to a task's problems are worth, inside a budget. What no option sets is derived from budget
+    and machine."""
+
+    takes: ClassVar[str] = "recipe"
+    run: tyro.conf.Positional[str | None] = None
+    """The run, or imported model, to begin with; it stays as it is."""
+    task: str | None = None
+    """add, add:3, countdown, gsm8k, or a file of JSON lines with prompt, verifier, and answer or tests."""
+    data: list[str] = field(default_factory=list)
+    """gsm8k's own files."""
+    budget: str | None = None
+    """90s 20m 2h, 50Mtok, 3e17flop, $5, 0.2kWh. It covers everything: sampling, judging, training, scoring, saving. Tokens are counted as
+    if every answer had its greatest length."""
+    out: str | None = None
+    """The run folder to make."""
+    method: str = "lora"
+    """lora: low-rank updates beside the run's weights, which stay; full: all weights learn."""
+    keep: list[str] = field(default_factory=list)
+    """Text that must not be forgotten, whose loss is told before and after; default: what the run writes by itself."""
+    base: str | None = None
+    """Of an adapter run whose base has moved: where that is now."""
+    seed: int | None = None
+    samples: int = 3
+    """Held-out problems to answer at the end."""
+    json: bool = False
+    """Print one JSON object on standard output, and nothing else there."""
+
+    def __call__(self, call: Call) -> dict:
+        call.need(RUN=self.run, task=self.task, budget=self.budget, out=self.out)
+        call.choice("--method", self.method, ("lora", "full"))
+        if self.samples < 0:
+            raise UserError(f"--samples {self.samples}: must be 0 or more")
+        parse_budget(self.budget)  # a slip is told before torch is loaded
+        options = {"wishes": nested(call.overrides), "seed": self.seed, "started": call.started, "samples": self.samples}
+        call.api.rebase(self.run, self.base)
+        return call.api.grpo(self.run, self.task, self.budget, self.out, self.method, self.data, self.keep, **options)
+
+
+@dataclass
 class Resume:
     """Go on with an interrupted run, or extend a finished one."""
 
@@ -636,7 +715,7 @@ class Pack:
 
 
 VERBS = {
-    "plan": Plan, "train": Train, "sft": Sft, "distill": Distill, "resume": Resume, "eval": Eval, "generate": Generate,
+    "plan": Plan, "train": Train, "sft": Sft, "distill": Distill, "dpo": Dpo, "grpo": Grpo, "resume": Resume, "eval": Eval, "generate": Generate,
     "receipt": Receipt, "report": Report, "compare": Compare, "chat": Chat, "merge": Merge, "export": Export, "import": Import,
     "fetch": Fetch, "serve": Serve, "bench": Bench, "grow": Grow, "retire": Retire,
     "slice": Slice, "pack": Pack,

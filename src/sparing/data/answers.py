@@ -33,15 +33,16 @@ class Sequenced(NamedTuple):
     """Which of them the model is to learn to write: every answer and the token that ends it."""
 
 
-def sequences(chat: Chat, template: ChatTemplate, tokenizer: Tokenizer) -> list[Sequenced]:
+def sequences(chat: Chat, template: ChatTemplate, tokenizer: Tokenizer, first: int = 0) -> list[Sequenced]:
     """One sequence for the conversation; more where the template shows an answer otherwise once it is history (without its reasoning).
 
-    Then each answer is learnt behind the prompt that the server would have made for it. Raises UserError where the template refuses.
+    Then each answer is learnt behind the prompt that the server would have made for it. first: answers among the messages before this one
+    are not learnt. Raises UserError where the template refuses.
     """
     made: list[Sequenced] = []
     known: Known = {}
     for at, message in enumerate(chat.messages):
-        if not answers(message):
+        if at < first or not answers(message):
             continue
         before = chat.messages[:at]
         asked = template.text(tokenizer, before, chat.tools)

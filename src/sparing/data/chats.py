@@ -43,6 +43,14 @@ class Chat(NamedTuple):
     """How its row was written: messages, ShareGPT, Alpaca, or a pair of keys."""
     source: str
     line: int
+    rejected: list[dict[str, Any]] | None = None
+    """Of a preference, the same conversation with the worse answer; `messages` has the better one."""
+
+    @property
+    def common(self) -> int:
+        """How many leading messages a preference's two conversations share."""
+        pairs = zip(self.messages, self.rejected or (), strict=False)
+        return next((at for at, (chosen, rejected) in enumerate(pairs) if chosen != rejected), len(self.rejected or ()))
 
     @property
     def first(self) -> str:
@@ -56,7 +64,8 @@ class Chat(NamedTuple):
     @property
     def raw(self) -> bytes:
         """All that it says, the same for equal conversations."""
-        return json.dumps([self.messages, self.tools], sort_keys=True).encode()
+        parts = [self.messages, self.tools] if self.rejected is None else [self.messages, self.tools, self.rejected]
+        return json.dumps(parts, sort_keys=True).encode()
 
 
 class Unusable(ValueError):
@@ -92,25 +101,33 @@ def chat_of(row: Row) -> Chat:
     if form is None:
         raise Unusable(f"no conversation in it (keys: {', '.join(map(str, list(value)[:8]))})")
     messages, kind = form(value)
-    messages = [_checked(message) for message in messages]
-    if not any(map(answers, messages)):
-        raise Unusable("no answer: no turn of the assistant says or calls anything")
-    if not any(message["role"] != "system" for message in messages[: next(i for i, m in enumerate(messages) if answers(m))]):
-        raise Unusable("no question before the first answer")
+    messages, rejected = _talk(messages), _talk(_preference(value, "rejected")[0]) if form is _preference else None
     tools = value.get("tools")
     if isinstance(tools, str):
         tools = _json(tools, "tools")
     if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise Unusable("tools are no list of objects")
-    chat = Chat(messages, [_without_nulls(tool) for tool in tools] if tools else None, kind, row.source, row.line)
+    chat = Chat(messages, [_without_nulls(tool) for tool in tools] if tools else None, kind, row.source, row.line, rejected)
+    if rejected is not None and not all(any(map(answers, side[chat.common :])) for side in (messages, rejected)):
+        raise Unusable("the chosen and the rejected answer are the same, or one is no answer")
     try:
-        if len(json.dumps(chat[:2], ensure_ascii=False).encode()) > ROW_BYTES:
+        if len(json.dumps([*chat[:2], rejected], ensure_ascii=False).encode()) > ROW_BYTES:
             raise Unusable(f"longer than {ROW_BYTES >> 20} MiB")
     except UnicodeEncodeError:
         raise Unusable("not Unicode text (half of a surrogate pair)") from None
     except (TypeError, RecursionError):
         raise Unusable("holds what is no JSON (dates, bytes)") from None
     return chat
+
+
+def _talk(messages: list) -> list[dict]:
+    """Messages as templates get them, with a question and an answer among them. Raises Unusable."""
+    messages = [_checked(message) for message in messages]
+    if not any(map(answers, messages)):
+        raise Unusable("no answer: no turn of the assistant says or calls anything")
+    if not any(message["role"] != "system" for message in messages[: next(i for i, m in enumerate(messages) if answers(m))]):
+        raise Unusable("no question before the first answer")
+    return messages
 
 
 def answers(message: dict) -> bool:
@@ -122,6 +139,8 @@ def answers(message: dict) -> bool:
 
 
 def _form(value: dict) -> Callable[[dict], tuple[list, str]] | None:
+    if "chosen" in value and "rejected" in value:
+        return _preference
     if isinstance(value.get("messages"), list):
         return _messages
     if isinstance(value.get("conversations"), list):
@@ -167,6 +186,20 @@ def _alpaca(value: dict) -> tuple[list, str]:
             raise Unusable("a turn of history is no pair")
         messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
     return [*messages, {"role": "user", "content": asked}, {"role": "assistant", "content": value["output"]}], "Alpaca"
+
+
+def _preference(value: dict, side: str = "chosen") -> tuple[list, str]:
+    """Two answers to one question, as texts or as messages; messages may have the question in them instead of a prompt beside them (TRL's
+    explicit and implicit prompts)."""
+    asked, said = value.get("prompt"), value[side]
+    if not isinstance(said, list):
+        if asked is None:
+            raise Unusable("chosen and rejected are texts without a prompt")
+        said = [{"role": "assistant", "content": said}]
+    elif asked is None or (said and isinstance(said[0], dict) and said[0].get("role") in ("user", "system", "developer")):
+        return said, "preference"
+    asked = asked if isinstance(asked, list) else [{"role": "user", "content": asked}]
+    return [*asked, *said], "preference"
 
 
 def _pair(value: dict, question: str, answer: str) -> tuple[list, str]:

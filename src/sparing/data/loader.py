@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Self
 
 import numpy as np
 import torch
@@ -30,22 +31,24 @@ class Batch:
     """(B, T) float32: how much each position's targets count; None: all alike."""
     drawn: torch.Tensor | None = None
     """(B, T, S) int64: words drawn from a teacher's distribution of the next token; -100: it was not asked. None: there is no teacher."""
+    divisor: torch.Tensor | None = None
+    """(B,) float32: each row's part of what the loss is divided by; None: the weights of its targets."""
 
-    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Self:
         values = (getattr(self, field.name) for field in fields(self))
-        return Batch(*(None if value is None else change(value) for value in values))
+        return type(self)(*(None if value is None else change(value) for value in values))
 
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def to(self, device: torch.device | str) -> Batch:
+    def to(self, device: torch.device | str) -> Self:
         return self._each(lambda x: x.to(device, non_blocking=True))
 
-    def cut(self, length: int) -> Batch:
+    def cut(self, length: int) -> Self:
         """Rows cut into pieces of `length` tokens, which divides T: (B * T / length, length)."""
         return self._each(lambda x: x.unflatten(1, (-1, length)).flatten(0, 1))
 
-    def __getitem__(self, rows: slice) -> Batch:
+    def __getitem__(self, rows: slice) -> Self:
         """A micro-batch."""
         return self._each(lambda x: x[rows])
 

@@ -21,6 +21,7 @@ from sparing.base.layers import layers
 from sparing.base.run import RunFolder, StoredTensors, weights_sha256
 from sparing.data.tokenizer import Tokenizer
 from sparing.infer.approximate import Approximate, ApproximateTier, draw_for_check
+from sparing.infer.live import LiveWeights
 from sparing.infer.network import (
     CompiledNetwork,
     Factors,
@@ -56,7 +57,7 @@ class Engine:
     in memory, the others on disk (default: no limit). device: "cpu", "cuda", or "auto": a GPU if there is one, unless the weights are
     int8 or int4. approximate: let requests ask for fewer experts. network: the run's model in memory, instead of its weights on disk.
     adapters: adapter runs of this run by the names that `Sampling.adapter` gives them. Their updates are added to the run's own products,
-    so that one step may have rows of several.
+    so that one step may have rows of several. live: weights of the run's model in memory, which may change between requests (`renew`).
 
     Writes nothing into the run folder but packed weights and calibrations, and those only if it can. Raises UserError for a folder
     without weights or tokenizer, and for what this machine cannot run.
@@ -77,6 +78,7 @@ class Engine:
         approximate: Approximate | None = None,
         network: Transformer | None = None,
         adapters: Mapping[str, str | Path] | None = None,
+        live: LiveWeights | None = None,
     ):
         folder = RunFolder.open(run)
         self.name = folder.path.resolve().name
@@ -85,6 +87,7 @@ class Engine:
         if not folder.tokenizer_file.exists():
             raise UserError(f"{run} has no tokenizer.json: it cannot read or write text")
         self.tokenizer = Tokenizer.load(folder.tokenizer_file, config.tokens)
+        weights = live.format if live else weights
         self.device, self.weights, self.plain = backend = choose_backend(self.config, device, weights, network)
         if (weights != "auto" or self.plain) and not network and (message := slow_format(backend)):
             print(message, file=sys.stderr)
@@ -115,7 +118,7 @@ class Engine:
             network = network or load_transformer(folder, self.config, self.device, getattr(torch, self.weights))
             self._network = TorchNetwork(network, blocks)
         else:
-            self.packed_weights = open_packed(folder, self.config, self.weights)
+            self.packed_weights = live or open_packed(folder, self.config, self.weights)
             sizes = blocks, threads or cores(), expert_bytes or 0
             self._network = CompiledNetwork(self.config, self.packed_weights, self.weights, *sizes, adapters=list(factors.values()))
         self.approximate = ApproximateTier(approximate, folder, self._network, self.tokenizer) if approximate else None
@@ -193,6 +196,12 @@ class Engine:
             }
             return {name: float(value) for name, value in (state | self._published).items()}
 
+    def renew(self) -> None:
+        """Forget what is cached: the weights in memory have changed. No request may be under way."""
+        with self._news:
+            assert not self._scheduler.running and not self._scheduler.waiting
+            self._manager = self._scheduler.manager = BlockManager(self._manager.count)
+
     def close(self) -> None:
         """Cancel all requests and stop."""
         with self._news:
@@ -265,6 +274,9 @@ class Engine:
         self._counts["rows_total"] += len(rows.tokens)
         for span in spans:
             seq = span.seq
+            if seq.request.sampling.routes:
+                assert self._network.routes is not None and not seq.draft
+                seq.request.routes.append(self._network.routes[span.row : span.row + span.count])
             for position in range(span.start + 1, span.start + 1 + span.scored):
                 alternatives = seq.request.sampling.logprobs or 0
                 seq.request.prompt_logprobs.append(logprob(next(logits), seq.targets[position], alternatives))
@@ -291,6 +303,8 @@ class Engine:
                 break
             if token is None or (token in self._ends and not s.ignore_eos):
                 reason = "stop"
+                if token is not None and s.logprobs is not None:
+                    request.end = logprob(logits_V, token, s.logprobs)
                 break
             if s.grammar is not None:
                 s.grammar.advance(token)

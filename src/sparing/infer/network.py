@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -133,6 +133,9 @@ class Rows:
 
     adapters: dict[int, int] = field(default_factory=dict)
     """Of sequences with an adapter, by index into `tables`: its number. `CompiledNetwork` only."""
+    routes: bool = False
+    """Whether the network's `routes` are wanted: (rows, layers, experts a token) int32, the experts of each row in each layer of the
+    decoder; zeros in dense layers."""
 
     def add(
         self, table: list[int], tokens: list[int], start: int, wanted: int, shares: np.ndarray | None = None, adapter: int | None = None
@@ -150,6 +153,10 @@ class Rows:
         self.wanted += range(first + count - wanted, first + count)
 
 
+def _no_routes(c: ModelConfig, rows: int) -> np.ndarray:
+    return np.zeros((rows, c.num_layers, c.num_experts_per_tok), np.int32)
+
+
 class TorchNetwork:
     """`forward` and `draft` in plain PyTorch, on the weights' device. A row's last bits may depend on the other rows of its step."""
 
@@ -157,6 +164,7 @@ class TorchNetwork:
 
     def __init__(self, model: Transformer, blocks: int):
         self.model, self.c, self.device = model.eval(), model.config, model.device
+        self.routes: np.ndarray | None = None
         shape = (len(layers(model.config)), blocks, BLOCK, layers(model.config)[0].attention.cache_width)
         self.cache = torch.empty(shape, dtype=model.compute_dtype, device=self.device)
         self.table = rotary_table(model.config, model.config.max_position_embeddings).to(self.device)
@@ -171,8 +179,18 @@ class TorchNetwork:
     @torch.inference_mode()
     def forward(self, rows: Rows) -> np.ndarray:
         """(wanted, V) float32 logits. Writes the rows into the cache, and their last hidden states (rows, D) into `hidden`."""
-        x = self._run(self._embed(rows), rows, range(self.c.num_layers))
+        self.routes, hooks = _no_routes(self.c, len(rows.tokens)) if rows.routes else None, []
+        for i in [layer.index for layer in mixtures(self.c) if not layer.mtp] if rows.routes else []:
+            hooks.append(self.model.model.layers[i].mlp.gate.register_forward_hook(partial(self._note, i)))
+        try:
+            x = self._run(self._embed(rows), rows, range(self.c.num_layers))
+        finally:
+            for hook in hooks:
+                hook.remove()
         return self._logits(self.model.model.norm(x), rows)
+
+    def _note(self, layer: int, _gate, _inputs, routing) -> None:
+        self.routes[:, layer] = routing.experts_NK.cpu().numpy()
 
     @torch.inference_mode()
     def draft(self, rows: Rows, before: np.ndarray) -> np.ndarray:
@@ -339,6 +357,7 @@ class CompiledNetwork:
         self._batch = decode.Batch()
         self._all_experts = np.ones(every, np.float32)
         self.used: np.ndarray | None = None
+        self.routes: np.ndarray | None = None
         self.threads = threads
         """Threads that compute a step; may be lowered, and raised again, between steps."""
         self._struct.pool = self._library.pool_open(min(threads, 255))
@@ -430,6 +449,9 @@ class CompiledNetwork:
             shares = np.array([rows.shares.get(i, self._all_experts) for i in range(len(rows.tables))], np.float32)
             self.used = np.zeros(count, np.int32)
             b.shares, b.used = address(shares), address(self.used)
+        self.routes, b.routes = _no_routes(self.c, count) if rows.routes else None, None
+        if self.routes is not None:
+            b.routes = address(self.routes)
         b.adapters = None
         if rows.adapters:
             adapters = np.array([rows.adapters.get(i, -1) for i in range(len(rows.tables))], np.int32)

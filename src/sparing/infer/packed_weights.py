@@ -77,7 +77,7 @@ def _bytes(format: str, N: int, K: int) -> int:
     return N * K * per_number[format] + (4 * N if format == "int8" else 0)
 
 
-class _Writer:
+class Writer:
     """Lists a model's parts and how to make them. get: a weight by name. words: among which MTP modules choose; none: all."""
 
     def __init__(self, c: ModelConfig, format: str, get: Callable[[str], Tensor], words: list[int]):
@@ -260,7 +260,7 @@ def _write(path: Path, run: RunFolder, c: ModelConfig, format: str, source: str,
                 raise UserError(f"{run.learned_file}: {name} does not belong to the model of config.toml")
             return tensor
 
-        parts = _Writer(c, format, get, words).parts
+        parts = Writer(c, format, get, words).parts
         room = end = -(-(300 * len(parts) + 300) // PAGE) * PAGE
         start = room
         for part in parts.values():

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+import numpy as np
+
 from sparing.base.config import UserError
 from sparing.data.tokenizer import Tokenizer
 
@@ -63,6 +65,8 @@ class Sampling:
     ignore_eos: bool = False
     prompt_logprobs: bool = False
     """Fill `Request.prompt_logprobs`, with `logprobs` alternatives. The whole prompt is then computed, even where it is cached."""
+    routes: bool = False
+    """Fill `Request.routes`. The whole prompt is then computed, even where it is cached; nothing is drafted for this request."""
     approximate: bool = False
     """Use fewer experts for easy tokens. Needs an engine with `approximate`."""
     adapter: str | None = None
@@ -138,6 +142,11 @@ class Request:
         """For an approximate request: how the tier was calibrated, and how often it has backed off since."""
         self.prompt_logprobs: list[TokenLogprob] = []
         """With `Sampling.prompt_logprobs`: one for each prompt token but the first."""
+        self.end: TokenLogprob | None = None
+        """The end-of-text token that ended the answer, with `Sampling.logprobs`; it is in no piece."""
+        self.routes: list[np.ndarray] = []
+        """With `Sampling.routes`, for each token that was read, in order: (tokens, layers, experts a token) int32, the experts that each
+        layer of the decoder chose. What ends an answer is not read."""
         self.cancelled = False
         self._on_piece = on_piece
         self._pieces: deque[Piece] = deque()

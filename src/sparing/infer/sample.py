@@ -167,6 +167,8 @@ def propose(network: CompiledNetwork | TorchNetwork, spans: list[Span], length: 
         seq.draft = []
         if length == 0 or not seq.blocks:
             continue
+        if seq.request.sampling.routes:
+            continue
         start, end = span.start, seq.computed
         if seq.mtp_end != start:
             seq.mtp_start = start

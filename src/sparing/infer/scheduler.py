@@ -169,7 +169,8 @@ class TokenSequence:
         # Approximate results are reused only under the same shares, an adapter's only by itself.
         first = b"" if self.shares is None else self.shares.tobytes()
         first = first if self.adapter is None else b"adapter %d" % self.adapter
-        cached, key = ([], first) if self.request.sampling.prompt_logprobs else manager.match(self.tokens, first)
+        whole = self.request.sampling.prompt_logprobs or self.request.sampling.routes
+        cached, key = ([], first) if whole else manager.match(self.tokens, first)
         needed = -(-(len(self.tokens) + self.max_tokens) // BLOCK)
         more = manager.take(needed - len(cached))
         if more is None:
@@ -242,6 +243,7 @@ class Scheduler:
             spans.append(Span(seq, len(rows.tokens), start, count))
             wanted = complete * (1 + len(draft)) + spans[-1].scored
             rows.add(seq.blocks, seq.tokens[start : start + count] + draft, start, wanted, seq.shares, seq.adapter)
+            rows.routes |= seq.request.sampling.routes
             left -= count + len(draft)
         return rows, spans
 

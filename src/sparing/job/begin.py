@@ -19,10 +19,8 @@ from sparing.base.preempt import Interrupted, Preempt
 from sparing.base.run import RunFolder
 from sparing.budget.predict import Corpus, in_seconds
 from sparing.budget.units import format_budget
-from sparing.data.chats import ChatFacts
 from sparing.data.progress import Stopped
-from sparing.data.scan import CorpusFacts
-from sparing.job.texts import bind, facts_of, same_texts, with_absolute_paths
+from sparing.job.texts import Facts, bind, facts_of, same_texts, with_absolute_paths
 from sparing.planning.places import MEASURE_S, Given, Place, here, with_vocabulary
 from sparing.planning.plan import foresee
 from sparing.planning.start import SETTLED, with_start
@@ -104,6 +102,9 @@ def resolved(job: Job, wishes: Wishes, budget: Budget) -> Config:
         raise UserError("growth: experts are grown by `sparing grow RUN --domain NAME`")
     if wishes.get("distill") is not None or wishes.get("drafts") is not None:
         raise UserError("distill, drafts: these are for `sparing distill RUN --teacher RUN`, and for `sparing distill RUN --mtp`")
+    for name in ("dpo", "grpo"):
+        if wishes.get(name) is not None:
+            raise UserError(f"{name}: is for `sparing {name}`; `train` learns texts as they are")
     wishes = with_vocabulary(with_start(with_absolute_paths(wishes)))
     try_out(job, wishes, budget)
     with job.meter.stage("scan"):
@@ -147,17 +148,17 @@ def derive(job: Job, wishes: Wishes, budget: Budget, corpus: Corpus, place: Plac
     return Resolved(replace(config, budget=budget), reasons)
 
 
-def keep(
-    job: Job, config: Config, reasons: dict[str, str], facts: CorpusFacts | ChatFacts, corpus: Corpus, place: Place, read: str
-) -> None:
-    """Write a new run's configuration, what it is trained on and what is expected of it; show what was derived. read: what it learns from,
-    in words."""
+def keep(job: Job, config: Config, reasons: dict[str, str], facts: Facts, corpus: Corpus | None, place: Place, read: str) -> None:
+    """Write a new run's configuration, what it is trained on and what is expected of it; show what was derived. corpus: None where nothing
+    can be expected. read: what it learns from, in words."""
     run, peak = job.run, place.peak_flops
     say(f"{read}; budget {format_budget(config.budget)}; peak {peak / 1e9:,.0f} GFLOP/s")
     show(config, reasons)
     run.tokenizer_file.unlink(missing_ok=True)  # of an import that died in this folder
     bind(run, config.data, facts, earlier=[])
     job.write(config, reasons)
+    if corpus is None:
+        return
     try:
         forecast = foresee(config, corpus, place, job.lasts(config.budget), job.clock.seconds())
         write_atomic(run.state / "prediction.json", json.dumps(forecast, indent=1))

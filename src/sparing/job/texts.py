@@ -10,6 +10,7 @@ import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 from sparing.account.receipt import read_state
 from sparing.base.config import ChatsConfig, Config, DataConfig, UserError
@@ -23,6 +24,19 @@ from sparing.data.progress import Bars
 from sparing.data.scan import CorpusFacts, scan
 from sparing.planning.start import corpora
 from sparing.resolve import MARGIN
+
+
+class Facts(Protocol):
+    """What is bound to a run of what it learns from."""
+
+    @property
+    def documents(self) -> int: ...
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def content(self) -> str:
+        """Changes when what is learnt from does."""
+        ...
 
 
 def with_absolute_paths(wishes: Wishes) -> Wishes:
@@ -53,7 +67,7 @@ def with_own_tokenizer(run: RunFolder, data: DataConfig) -> DataConfig:
     return replace(data, tokenizer=str(run.tokenizer_file)) if run.tokenizer_file.exists() else data
 
 
-def bind(run: RunFolder, data: DataConfig, facts: CorpusFacts | ChatFacts, earlier: list[dict]) -> None:
+def bind(run: RunFolder, data: DataConfig, facts: Facts, earlier: list[dict]) -> None:
     """Note what the run is trained on from here on. earlier: what it was trained on before, `corpora(run)`; of a new run nothing."""
     entry = {"paths": list(data.paths), "fingerprint": facts.content, "documents": facts.documents, "bytes": facts.bytes}
     if earlier and earlier[-1]["fingerprint"] == facts.content:
@@ -61,7 +75,7 @@ def bind(run: RunFolder, data: DataConfig, facts: CorpusFacts | ChatFacts, earli
     write_atomic(run.state / "corpus.json", json.dumps([*earlier, entry], indent=1))
 
 
-def same_texts(run: RunFolder, facts: CorpusFacts | ChatFacts, way_on: str) -> None:
+def same_texts(run: RunFolder, facts: Facts, way_on: str) -> None:
     """Raises UserError, which ends with `way_on`, where these are not the texts that the run was trained on last."""
     known = corpora(run)
     if known and known[-1]["fingerprint"] != facts.content:

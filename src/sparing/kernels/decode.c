@@ -85,6 +85,7 @@ typedef struct {
     const float *before; /* MTP: (rows, hidden) */
     const float *shares; /* (texts, all_layers) see `thin`; 0: every chosen expert for every row */
     int32_t *used; /* with `shares`: (rows) to which the experts used are added, of all layers */
+    int32_t *routes; /* (rows, layers, chosen) gets the experts of each row in each layer of the decoder; 0: not wanted */
     const int32_t *adapters; /* (texts) whose updates a text gets; -1: none; 0 instead of all: no text gets any */
     float *after; /* (rows, hidden) after the last norm */
     float *logits; /* (wanted, up(outputs of the head, 16)) */
@@ -625,6 +626,7 @@ static void experts(Model *m, const Batch *b, const Layer *l, int64_t layer, con
     WAIT();
     MINE(i, N) {
         route(m, l, logits + i * width, gates + i * K, chosen + i * K);
+        if (b->routes && layer < m->layers) memcpy(b->routes + (i * m->layers + layer) * K, chosen + i * K, K * 4);
         if (b->shares) b->used[i] += thin(m, gates + i * K, chosen + i * K, b->shares[b->owners[i] * m->all_layers + layer]);
     }
     WAIT();

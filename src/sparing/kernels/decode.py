@@ -79,7 +79,8 @@ class ModelStruct(ctypes.Structure):
 
 class Batch(ctypes.Structure):
     _fields_ = _fields(
-        int="rows wanted table_stride mtp", at="tokens positions owners tables wanted_rows first before shares used adapters after logits"
+        int="rows wanted table_stride mtp",
+        at="tokens positions owners tables wanted_rows first before shares used routes adapters after logits",
     )
 
 

@@ -44,6 +44,8 @@ class Router(nn.Module):
         self.register_buffer(SELECTION_BIAS, torch.zeros(c.n_routed_experts), persistent=c.selection_bias)
         self.register_buffer("tokens_per_expert", torch.zeros(c.n_routed_experts), persistent=False)
         self.counting = True
+        self.replayed_NK: Tensor | None = None
+        """Experts to use instead of a choice, for as long as they are set."""
 
     def scores(self, x_ND: Tensor) -> Tensor:
         """(N, E) float32 scores in the gate's own function."""
@@ -71,7 +73,7 @@ class Router(nn.Module):
 
     def forward(self, x_ND: Tensor) -> Routing:
         scores = self.scores(x_ND)
-        experts = self.select(scores)
+        experts = self.select(scores) if self.replayed_NK is None else self.replayed_NK
         weights = scores.gather(-1, experts)
         if self.c.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)

@@ -82,6 +82,7 @@ def fingerprint(config: Config) -> dict[str, str]:
     p = config.precision
     if p != PrecisionConfig():
         recipe += (p,)
+    recipe += tuple(section for section in (config.dpo, config.grpo) if section is not None)
     found = {"model": digest(config.model), "recipe": digest(recipe, train.bias_update_rate, train.sequence_balance, train.seed)}
     if config.adapter is not None:
         found["model"] = digest(config.model, config.adapter, config.start.weights_sha256)

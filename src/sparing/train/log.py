@@ -139,7 +139,7 @@ class Log:
         self.metrics, self.progress = Metrics(run, kind, writes), Progress(silent=not writes)
         self.writes, self.loads_file = writes, run.state / "loads.jsonl"
         self.tokens_per_step, self.flops_per_token, self.peak_flops = tokens_per_step, flops_per_token, peak_flops
-        self.steps, self.training_s = 0, 0.0
+        self.steps, self.tokens, self.training_s = 0, 0, 0.0
         self.last: dict = {}
         self.bpb: float | None = None
 
@@ -149,7 +149,7 @@ class Log:
     @property
     def tokens_per_s(self) -> float:
         """Mean over this process's steps, evaluations and saving left out."""
-        return self.steps * self.tokens_per_step / self.training_s if self.steps else 0.0
+        return self.tokens / self.training_s if self.steps else 0.0
 
     def keep_until(self, step: int) -> None:
         self.metrics.keep_until(step)
@@ -158,10 +158,10 @@ class Log:
             write_atomic(self.loads_file, "".join(json.dumps(line) + "\n" for line in kept))
         self.bpb = next((line["eval_bpb"] for line in reversed(self.metrics.evals())), None)
 
-    def step(self, values: dict, took: float, seconds: float) -> dict:
+    def step(self, values: dict, took: float, seconds: float, tokens: int) -> dict:
         """Write a step's metrics; returns the line."""
-        self.steps, self.training_s = self.steps + 1, self.training_s + took
-        speed = self.tokens_per_step / took
+        self.steps, self.tokens, self.training_s = self.steps + 1, self.tokens + tokens, self.training_s + took
+        speed = tokens / took
         line = values | {"tokens_per_s": speed, "seconds": seconds}
         if self.peak_flops:
             line["mfu"] = self.mfu(speed)
@@ -190,7 +190,7 @@ class Log:
 
     def show(self, line: dict, *, total: int, step_s: float | None, seconds_left: float | None, now: bool = False) -> dict:
         """Show a line with the speed of the last steps (step_s: their mean time, if known), which is steadier than one step's."""
-        speed = self.tokens_per_step / step_s if step_s else line["tokens_per_s"]
+        speed = self.tokens / self.steps / step_s if step_s else line["tokens_per_s"]
         shown = line | {"total": total, "tokens_per_s": speed, "mfu": self.mfu(speed), "bpb": self.bpb, "seconds_left": seconds_left}
         self.progress.show(shown, now=now)
         self.last = line
@@ -254,6 +254,11 @@ class Progress:
 def render(values: dict) -> str:
     """The progress line of `Progress.show`."""
     parts = [f"step {values['step']:,}/{values['total']:,}", f"loss {values['loss']:.3f}"]
+    if values.get("pass_at_1") is not None:
+        parts[1:] = [
+            f"pass@1 {values['pass_at_1']:.3f}", f"pass@k {values['pass_at_k']:.3f}", f"length {values['length']:.0f}",
+            f"no signal {values['no_signal']:.0%}", f"mismatch {values['mismatch']:.3f}",
+        ]  # fmt: skip
     if values.get("bpb") is not None:
         parts.append(f"held-out bpb {values['bpb']:.3f}")
     parts.append(f"{values['tokens_per_s']:,.0f} tokens/s")

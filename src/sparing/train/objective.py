@@ -35,7 +35,9 @@ class Objective(Protocol):
 
 
 def weight_of(batch: Batch) -> float:
-    """The sum of the weights of a batch's main targets, at least 1: what its loss is divided by."""
+    """What a batch's loss is divided by, at least 1: by default the sum of the weights of its main targets."""
+    if batch.divisor is not None:
+        return max(1.0, float(batch.divisor.sum()))
     counted = batch.targets[..., 0] != IGNORE
     return max(1.0, float(counted.sum() if batch.weights is None else batch.weights.where(counted, 0.0).sum()))
 

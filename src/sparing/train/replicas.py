@@ -88,16 +88,16 @@ class Replicas:
 
     def nll(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """`Transformer.nll` of (B, T), rows divided; moved to the model's device, (B, T) nats."""
-        device = self.models[0].device
-        return self.rowwise(lambda model, *rows: model.nll(*rows), tokens.to(device), targets.to(device))
+        return self.apply(Transformer.nll, tokens, targets)
 
-    def rowwise(self, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-        """function(model, *tensors) of tensors (B, ...) on the model's device, their rows divided; its results one after the other."""
+    def apply(self, function: Callable[..., Tensor], *rows: Tensor) -> Tensor:
+        """`function(model, *rows)` without gradients, its rows divided among the threads; moved to the model's device."""
+        rows = tuple(part.to(self.models[0].device) for part in rows)
         if self.pool is None:
-            with native.path(self.kernels):
-                return function(self.models[0], *tensors)
-        size = -(-len(tensors[0]) // len(self.models))
-        return torch.cat(list(self.pool.map(function, self.models, *(tensor.split(size) for tensor in tensors))))
+            with native.path(self.kernels), torch.no_grad():
+                return function(self.models[0], *rows)
+        size = -(-len(rows[0]) // len(self.models))
+        return torch.cat(list(self.pool.map(torch.no_grad()(function), self.models, *(part.split(size) for part in rows))))
 
     @torch.no_grad()
     def _gather(self) -> None:

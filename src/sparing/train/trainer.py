@@ -22,7 +22,7 @@ from sparing.base.config import CannotGoOn, Config, UserError
 from sparing.base.config_limits import checked
 from sparing.base.preempt import Interrupted, Preempt
 from sparing.base.run import RunFolder
-from sparing.budget.flops import train_flops
+from sparing.budget.flops import forward_flops, train_flops
 from sparing.data.loader import Batch
 from sparing.data.progress import Stopped
 from sparing.kernels import native
@@ -154,6 +154,8 @@ class Trainer:
         self.optimizer = Optimizer(model, config.optim, model.compute_dtype, config.precision, t.seed)
         self.tokens_per_step = t.batch_size * t.seq_len
         self.flops_per_token = train_flops(config.model, t.seq_len, False, config.adapter, config.esft, config.drafts)
+        if config.dpo is not None or config.grpo is not None:  # the start reads each token too, or writes it
+            self.flops_per_token += forward_flops(config.model, t.seq_len, mtp=False)
 
     # one step
 
@@ -259,16 +261,17 @@ class Trainer:
                 self._save(keep_as_pre_decay=stable and decaying)
                 saved = time.monotonic()
             stable = not decaying
-            before, step = time.monotonic(), state.step + 1
+            before, step, read = time.monotonic(), state.step + 1, state.tokens
             values, bad = self.step(total)
+            tokens = state.tokens - read or self.tokens_per_step  # of answers that a model samples a step does not say before how many
             self.log.moves(step, self.moves)
             if bad:
                 self._skip(bad)
             elif self.log.loads_due(step, total):
                 self.log.loads(step, [load.int().tolist() for load in self.loads])
-            self.meter.add(self.tokens_per_step, self.work)
+            self.meter.add(tokens, self.work * tokens / self.tokens_per_step)
             if not bad:
-                self._show(self.log.step(values | self.meter.now(), time.monotonic() - before, self.clock.seconds()))
+                self._show(self.log.step(values | self.meter.now(), time.monotonic() - before, self.clock.seconds(), tokens))
                 pace.step_took(time.monotonic() - before)  # with what telling about it takes
         return self._finish()
 
