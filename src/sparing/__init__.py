@@ -22,7 +22,10 @@ VERBS = {
     "compare": "sparing.account.paper",
     "serve": "sparing.serve.entry",
     "bench": "sparing.bench.figures",
-} | dict.fromkeys(("train", "sft", "resume", "evaluate", "generate", "chat", "export", "merge", "import_", "fetch", "load"), "sparing.api")
+} | dict.fromkeys(
+    ("train", "sft", "adapt", "rollback", "resume", "evaluate", "generate", "chat", "export", "merge", "import_", "fetch", "load"),
+    "sparing.api",
+)
 """The module of each verb's function, and of `load`."""
 
 
@@ -50,5 +53,5 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *VERBS})
 
 
-for _name in ("train", "serve", "bench"):  # their __init__ has a docstring alone
+for _name in ("train", "adapt", "serve", "bench"):  # their __init__ has a docstring alone
     importlib.import_module(f"sparing.{_name}").__class__ = _CallableFolder

@@ -17,6 +17,8 @@ from sparing.account.paper import compare as compare
 from sparing.account.paper import receipt as receipt
 from sparing.account.paper import report as report
 from sparing.adapt import esft as adapt_esft
+from sparing.adapt import from_use as adapt_from_use
+from sparing.adapt import rollback as adapt_rollback
 from sparing.adapt import sft as adapt_sft
 from sparing.base.config import Budget, Config, StartConfig, UserError
 from sparing.base.config_file import Wishes, nested, read_config, write_config
@@ -126,12 +128,53 @@ def sft(
         raise UserError(f"adapter: low-rank updates are what --method lora learns; leave it out with {method}")
     if method != "esft" and wishes.get("esft") is not None:
         raise UserError(f"esft: experts are what --method esft chooses; leave it out with {method}")
+    if wishes.get("use") is not None:
+        raise UserError("use: what people said of answers is for `sparing adapt`")
     if method != "full":
         wishes = Wishes.of({"adapter" if method == "lora" else "esft": {}}, wishes)
     RunFolder.open(run)
     with begin("sft", RunFolder.create(out), started) as job:
         config = adapt_sft.resolved(job, wishes, amount)
         return learn(job, config, samples, data=adapt_sft.data, limit=adapt_esft.limit if method == "esft" else None)
+
+
+def adapt(
+    run: str,
+    data: Sequence[str],
+    check: Sequence[str],
+    budget: str,
+    out: str,
+    keep: Sequence[str] = (),
+    wishes: dict | None = None,
+    seed: int | None = None,
+    started: float | None = None,
+    samples: int = 3,
+) -> dict:
+    """Learn from answers that people accepted or corrected, inside a budget, into the new run folder `out`, if that does good.
+
+    data: what `serve --collect` wrote, or conversations as for `sft`. check: trusted conversations, which decide and are never learnt.
+    keep: text whose loss may rise by `use.old_limit` at most; none: what the run writes by itself. wishes, started: as for `train`.
+    -> what `sft` gives, and committed, update (the share of what was learnt that is kept), grounds. Raises UserError; Interrupted on a
+    signal (the run can be resumed); adapt.from_use.TurnedDown, with `summary`, where nothing is kept.
+    """
+    started = time.monotonic() if started is None else started
+    amount = parse_budget(budget)
+    for option, named in {"data": data, "check": check}.items():
+        if not named:
+            raise UserError(f"adapt needs --{option}: conversations, such as JSON lines with messages")
+    arguments = {"train.seed": seed, "start.run": run, "chats.keep": tuple(keep), "use.data": tuple(data), "use.check": tuple(check)}
+    wishes = Wishes.of(wishes, nested({name: value for name, value in arguments.items() if value is not None}))
+    if wishes.get("esft") is not None:
+        raise UserError("esft: adapt learns low-rank updates; leave it out")
+    RunFolder.open(run)
+    with begin("adapt", RunFolder.create(out), started) as job:
+        return adapt_from_use.go(job, adapt_from_use.resolved(job, wishes, amount), samples)
+
+
+def rollback(run: str, out: str) -> dict:
+    """Make the new folder `out` the run that `run` began with, byte for byte; -> out, run, weights_sha256. Raises UserError where that is
+    gone or has changed."""
+    return adapt_rollback.rollback(RunFolder.open(run), out)
 
 
 def resume(
@@ -151,6 +194,8 @@ def resume(
     folder = RunFolder.open(run)
     with begin("resume", folder, started, ready=partial(_make_ready, folder, budget, data, text_key)) as job:
         config = read_config(folder.config_file)
+        if config.use is not None:
+            return adapt_from_use.go(job, config, samples)
         limit = None if config.esft is None else adapt_esft.limit
         return learn(job, config, samples, data=text if config.chats is None else adapt_sft.data, limit=limit)
 

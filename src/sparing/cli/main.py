@@ -41,6 +41,8 @@ HELP = f"""Sparing {__version__}: say what you can spend, get the best language 
   sparing plan     [RECIPE] --data PATH... --budget 20m                  what it would cost and reach
   sparing train    [RECIPE] --data PATH... --budget 20m --out RUN        train a model inside a budget
   sparing sft      RUN --data CHATS... --budget 20m --out RUN2           teach a run, or an imported model, to answer
+  sparing adapt    RUN --data FILE --check TRUSTED --budget 20m --out RUN2 learn from answers that people accepted, if it does good
+  sparing rollback RUN2 --out RUN                                        the run before that, byte for byte
   sparing resume   RUN [--budget +20m] [--data PATH...]                  go on after an interruption, or extend a finished run
   sparing eval     RUN --data PATH... --tasks FILE...                    bits per byte of text, scores of questions
   sparing generate RUN --prompt TEXT                                     let the model write
@@ -139,8 +141,8 @@ def _run(argv: list[str], started: float) -> int:
 
 
 def _way_on(verb: str | None, arguments: Any, argv: list[str]) -> str:
-    run = getattr(arguments, "out" if verb in ("train", "sft") else "run", None)
-    begun = verb in ("train", "sft", "resume") and run and os.path.exists(os.path.join(run, "config.toml"))
+    run = getattr(arguments, "out" if verb in ("train", "sft", "adapt") else "run", None)
+    begun = verb in ("train", "sft", "adapt", "resume") and run and os.path.exists(os.path.join(run, "config.toml"))
     if verb == "resume" and begun:
         extension_not_begun = os.path.exists(os.path.join(run, "state", "summary.json"))
         begun = not extension_not_begun and not (arguments.data and not arguments.budget)  # to name texts twice does no harm

@@ -100,6 +100,8 @@ def resolved(job: Job, wishes: Wishes, budget: Budget) -> Config:
         raise UserError("chats: conversations are for `sparing sft`; `train` learns texts as they are")
     if wishes.get("esft") is not None:
         raise UserError("esft: experts are chosen by conversations: `sparing sft RUN --method esft`")
+    if wishes.get("use") is not None:
+        raise UserError("use: what people said of answers is for `sparing adapt`")
     wishes = with_vocabulary(with_start(with_absolute_paths(wishes)))
     try_out(job, wishes, budget)
     with job.meter.stage("scan"):

@@ -48,6 +48,10 @@ class TrainingData:
         """What a summary says of an evaluation, beside that of the run's start."""
         return {"new": {key: evaluation.get(key) for key in ("loss", "bpb", "bytes")}}
 
+    def findings(self) -> dict:
+        """What a summary says besides."""
+        return {}
+
     def trained_tokens(self, result: TrainResult) -> int:
         """How many tokens the run was taught to write."""
         return result.tokens

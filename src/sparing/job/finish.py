@@ -58,7 +58,7 @@ def finish(job: Job, config: Config, model: Transformer, data: TrainingData, res
         "samples": _completions(job, config, Model(run, config, model, data.tokenizer), data.prompts(samples)),
     }
     if config.start is not None:
-        summary |= _beside_its_start(run, config, model, data, result)
+        summary |= _beside_its_start(run, config, model, data, result) | data.findings()
     write_atomic(
         run.model_card_file, _model_card(config, summary, origin_of(run), [entry["paths"] for entry in corpora(run)] or [config.data.paths])
     )

@@ -46,6 +46,7 @@ CALIBRATION_S = 10.0
 """The same where the budget is not a time."""
 SAMPLE_S = 0.004
 """Least seconds of a token of a sample text; of a large model it takes as long as reading the weights."""
+DECISION_SHARE = 0.12
 FEWEST_STEPS = 100
 """A run of fewer tells the loss law nothing: it is all warm-up and decay."""
 
@@ -58,12 +59,14 @@ def learn(
     data: Callable[[Job, Config], TrainingData] = text,
     objective: Objective | None = None,
     limit: Callable[[Job, Config, Transformer, TrainingData], Config] | None = None,
+    decide: Callable[[Job, Config, Transformer, TrainingData, TrainResult, NllFn], TrainResult] | None = None,
 ) -> dict:
     """Train (or go on training) the job's run; -> the summary.
 
     samples: completions to write at the end. start: default what `config.start` names. data: makes (or opens) what the run learns from.
     objective: default `NextToken`. limit: decides what of the model learns, and writes it down; where the run has a checkpoint, the
-    weights are not there yet. Raises Interrupted on a signal (the run can be resumed), UserError, Diverged.
+    weights are not there yet. decide: what becomes of what was learnt, in DECISION_SHARE of a time budget: it may change weights, and raise
+    CannotGoOn. Raises Interrupted on a signal (the run can be resumed), UserError, Diverged.
     """
     run, signals, machine = job.run, job.signals, job.machine
     keep_origin(run, config)
@@ -106,13 +109,19 @@ def learn(
         job.meter,
         peak_flops=peak,
         limit=Limit(config.budget, job.meter) if config.budget.unit in ("usd", "kwh") else None,
-        reserve_s=0.5 + samples * SAMPLE_TOKENS * max(SAMPLE_S, 4 * parameters(config.model).active / SAMPLE_BYTES_PER_S),
+        reserve_s=(DECISION_SHARE * (job.lasts(config.budget) or 0.0) if decide else 0.0)
+        + 0.5
+        + samples * SAMPLE_TOKENS * max(SAMPLE_S, 4 * parameters(config.model).active / SAMPLE_BYTES_PER_S),
         keeps_best=material.keeps_best,
     )
     with job.meter.stage("train"):
         trainer = Trainer(model, material.feed, objective or NextToken.of(config), config=config)
         evaluate = material.scorer(config, signals.should_stop)
         result = trainer.fit(session, evaluate if config.start is None else _telling(job, evaluate))
+    if decide is not None:
+        with job.meter.stage("evaluate"), signals.interruptible():
+            trainer.replicas.train(False)
+            result = decide(job, config, model, material, result, trainer.replicas.nll)
     if data is text and len(corpora(run)) <= 1:  # the laws are of runs that read one corpus
         _add_point(job, config, result)
     with job.meter.stage("sample"), signals.interruptible():
