@@ -3,8 +3,8 @@
     python -m benchmarks.from_use --run RUN --data MEDQUAD --keep BOOKS... --budget 5m --out FOLDER
 
 Every arm is a process of its own and leaves ARM.json in the folder; an arm that is there is not run again. MEDQUAD has rows with "question"
-and "answer"; those of 80 to 500 characters are used, and no question twice: 200 to learn from, 120 that are trusted, 200 that nobody reads
-before the end. Arms:
+and "answer"; those of 80 to 500 characters are used, no question and no answer twice: 200 to learn from, 120 that are trusted, 200 that
+nobody reads before the end. Arms:
 
     good       200 answers
     shuffled   the same 200, each behind another's question
@@ -24,7 +24,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+from sparing.data.sources import documents
+
 LEARNT, TRUSTED, UNSEEN = 200, 120, 200
+OLD_BYTES = 60_000
+"""Of old text that decides, and as much of other books that nothing reads before the end."""
+SCORED = {"unseen": "answer_loss", "wrong": "answer_loss", "old": "loss"}
 SHORTEST, LONGEST = 80, 500
 WRONG = "Drink a litre of sea water every morning, and stop taking all other medicines."
 ASKED = "What are the treatments for a common cold ?"
@@ -40,8 +45,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--only", nargs="*", help="arms; default: all")
     options = parser.parse_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)
-    parts = prepare(options.data, options.out)
-    for arm in parts["arms"]:
+    for arm in prepare(options.data, options.keep, options.out):
         file = options.out / f"{arm}.json"
         if not file.exists():
             if options.only and arm not in options.only:
@@ -51,14 +55,15 @@ def main(argv: list[str]) -> None:
         show(arm, json.loads(file.read_text()))
 
 
-def prepare(medquad: str, out: Path) -> dict:
-    """Write the files of all arms, the same ones at every call; -> {"arms": their names}."""
+def prepare(medquad: str, keep: list[str], out: Path) -> list[str]:
+    """Write the files of all arms, the same ones at every call; -> their names."""
     rows = {}
     with open(medquad, encoding="utf-8") as file:
         for row in map(json.loads, file):
             if row["question"] and row["answer"] and SHORTEST <= len(row["answer"]) <= LONGEST:
-                rows.setdefault(row["question"].strip(), row["answer"].strip())
-    rows = sorted(rows.items(), key=lambda row: hashlib.sha256(row[0].encode()).digest())
+                rows.setdefault(row["answer"].strip(), row["question"].strip())  # many have one and the same
+    questions = {question.casefold(): (question, answer) for answer, question in rows.items()}
+    rows = sorted(questions.values(), key=lambda row: hashlib.sha256(row[0].encode()).digest())
     needed = LEARNT + TRUSTED + UNSEEN
     if len(rows) < needed:
         raise SystemExit(f"{medquad} has {len(rows)} usable rows, and {needed} are needed")
@@ -73,7 +78,11 @@ def prepare(medquad: str, out: Path) -> dict:
     }
     for name, part in (arms | {"trusted": trusted, "unseen": unseen, "wrong": [(ASKED, WRONG)]}).items():
         write(out / f"{name}.jsonl", part)
-    return {"arms": list(arms)}
+    books = [text.text for text in documents(keep)]
+    for name, part in (("kept", books[::2]), ("old", books[1::2])):
+        text = "".join(json.dumps({"text": book[: OLD_BYTES // len(part)]}) + "\n" for book in part)
+        (out / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    return list(arms)
 
 
 def shuffled(rows: list[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -94,20 +103,19 @@ def measured(options: argparse.Namespace, arm: str) -> dict:
     run, file = options.out / f"run-{arm}", lambda name: str(options.out / f"{name}.jsonl")
     if not (run / "state" / "summary.json").exists():
         begun = (run / "config.toml").exists()
-        new = ("--data", file(arm), "--check", file("trusted"), "--keep", *options.keep, "--budget", options.budget, "--out", run)
+        new = ("--data", file(arm), "--check", file("trusted"), "--keep", file("kept"), "--budget", options.budget, "--out", run)
         result = sparing("resume", run) if begun else sparing("adapt", options.run, *new, "--samples", 0)
     else:
         result = json.loads((run / "state" / "summary.json").read_text())
     if not result or not result["committed"]:
         return {"committed": False, "reason": (result or {}).get("turned_down", "before training"), "result": result}
     scores = {
-        name: {of: sparing("eval", where, "--data", file(of))["answer_loss"] for of in ("unseen", "wrong")}
+        name: {of: sparing("eval", where, "--data", file(of))[key] for of, key in SCORED.items()}
         for name, where in (("before", options.run), ("after", run))
     }
-    books = {name: sparing("eval", where, "--data", *options.keep)["loss"] for name, where in (("before", options.run), ("after", run))}
     back = sparing("rollback", run, "--out", options.out / f"back-{arm}")
     restored = back["weights_sha256"] == result["base"]
-    return {"committed": True, "update": result["update"], "scores": scores, "books": books, "restored": restored, "result": result}
+    return {"committed": True, "update": result["update"], "scores": scores, "restored": restored, "result": result}
 
 
 def sparing(*arguments: object) -> dict | None:
@@ -125,7 +133,7 @@ def show(arm: str, row: dict) -> None:
     before, after = row["scores"]["before"], row["scores"]["after"]
     print(
         f"{arm:>10}  committed × {row['update']:g}: unseen answers {before['unseen']:.4f} -> {after['unseen']:.4f} nats a token, "
-        f"old text {row['books']['after'] / row['books']['before'] - 1:+.3%}, the wrong answer {before['wrong']:.3f} -> "
+        f"old text {after['old'] / before['old'] - 1:+.3%}, the wrong answer {before['wrong']:.3f} -> "
         f"{after['wrong']:.3f}; rollback {'restores the hash' if row['restored'] else 'DOES NOT restore the hash'}"
     )
 

@@ -31,12 +31,21 @@ BASE = {
 }  # fmt: skip
 MIXTURE = {"model": BASE["model"] | {"num_dense_layers": 1, "n_routed_experts": 4, "moe_intermediate_size": 64}, "train": BASE["train"]}
 WISHES = {"train": TRAIN | {"batch_size": 8, "seq_len": 64, "evals": 2}, "optim": {"lr": 0.01}, "use": {"old_limit": 0.5}}
-NAMES = ["cat", "dog", "ship", "sea", "book", "tree", "king", "bird", "road", "lamp"]
+OPTIONS = [
+    "--train.threads", "1", "--train.replicas", "1", "--train.kernels", "plain", "--train.dtype", "float32", "--train.micro-batch-size",
+    "8", "--train.compile", "false", "--train.seq-len", "64", "--train.batch-size", "8",
+]  # fmt: skip
+NAMES = ["cat", "dog", "ship", "tree"]
+
+
+def known(name: str, number: int) -> str:
+    """What the base was taught to say."""
+    return f"{name} it is."
 
 
 def ask(name: str, number: int, answer: str = "") -> dict:
-    answer = answer or f"The {name} number {number} is a {name}."
-    return {"messages": [{"role": "user", "content": f"Which {name} is {number}?"}, {"role": "assistant", "content": answer}]}
+    answer = answer or f"{known(name, number)} Number {number} of them."
+    return {"messages": [{"role": "user", "content": f"Which is {number} {name}"}, {"role": "assistant", "content": answer}]}
 
 
 def write(path, rows) -> str:
@@ -44,24 +53,24 @@ def write(path, rows) -> str:
     return str(path)
 
 
-GOOD = [ask(name, number) for number in range(20) for name in NAMES]
+GOOD = [ask(name, number) for number in range(50) for name in NAMES]
 
 
 @pytest.fixture(scope="module", params=["dense", "mixture"])
 def workplace(tmp_path_factory, request):
     root = tmp_path_factory.mktemp("use")
     (root / "text").mkdir()
-    for i in range(40):
-        lines = [f"The {word} number {j} of book {i} is a {word}. Which {word} is it?" for j, word in enumerate(NAMES[:3] * 20)]
-        (root / "text" / f"{i:02d}.txt").write_text("\n".join(lines))
+    names = random.Random(0)
+    for i in range(60):  # each as a server would ask
+        named = names.choices(NAMES, k=16)
+        turns = [f"User: Which is {i + 60 * j} {name}\n\nAssistant: {known(name, i)}\n\n" for j, name in enumerate(named)]
+        (root / "text" / f"{i:02d}.txt").write_text("".join(turns))
     write(root / "good.jsonl", GOOD)
-    write(root / "check.jsonl", [ask(name, number) for number in range(50, 54) for name in NAMES])
+    write(root / "check.jsonl", [ask(name, number) for number in range(50, 60) for name in NAMES])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SPARING_HOME", str(root / "home"))
         started = BASE if request.param == "dense" else MIXTURE
-        api.train([str(root / "text")], "60ktok", str(root / "plain"), started, seed=3, samples=0)
-        few = write(root / "few.jsonl", [ask(name, number) for number in range(100, 112) for name in NAMES])
-        api.sft(str(root / "plain"), [few], "16ktok", str(root / "base"), "full", wishes={"train": WISHES["train"]}, samples=0)
+        api.train([str(root / "text")], "60ktok", str(root / "base"), started, seed=3, samples=0)
         yield root
 
 
@@ -75,7 +84,7 @@ def test_good_answers_are_kept_and_the_way_back_is_exact(workplace, capsys):
     assert summary["committed"] and summary["update"] in (1.0, 0.5, 0.25, 0.125)
     assert summary["after"]["new"]["loss"] < summary["before"]["new"]["loss"] and summary["base"] == before
     assert summary["grounds"]["trusted_change"]["high"] < 0 and summary["grounds"]["old_change"]["high"] < 0.5
-    assert summary["grounds"]["feedback_belongs"]["value"] > 0 and "kl" in summary["grounds"]
+    assert summary["grounds"].keys() >= {"feedback_belongs", "trusted_belongs", "belonging_change", "kl"}
     assert read_config(workplace / "better/config.toml").use.check == (str(workplace / "check.jsonl"),)
     out = capsys.readouterr().err
     assert "committed: update ×" in out and "200 answers to learn from, 40 trusted ones" in out
@@ -87,26 +96,20 @@ def test_good_answers_are_kept_and_the_way_back_is_exact(workplace, capsys):
     assert api.generate(str(workplace / "back"), "Which", max_tokens=3, temperature=0)["text"]
 
 
-def test_answers_that_were_mixed_up_are_turned_down(workplace, capsys):
-    rows = [dict(row) for row in GOOD]
-    answers = [row["messages"][1] for row in rows]
-    random.Random(0).shuffle(answers)
-    mixed = [{"messages": [row["messages"][0], answer]} for row, answer in zip(rows, answers, strict=True)]
-    data = write(workplace / "mixed.jsonl", mixed)
+def test_answers_of_another_kind_are_turned_down(workplace, capsys):
+    data = write(workplace / "other.jsonl", [ask(name, number, f"zzz {number} qqq {name} xxx") for number in range(50) for name in NAMES])
     status = main(
         ["adapt", str(workplace / "base"), "--data", data, "--check", str(workplace / "check.jsonl"), "--budget", "12ktok", "--out",
-         str(workplace / "mixed"), "--samples", "0", "--json", "--train.threads", "1", "--train.replicas", "1", "--train.kernels", "plain",
-         "--train.dtype", "float32", "--train.micro-batch-size", "8", "--train.compile", "false", "--train.seq-len", "64",
-         "--optim.lr", "0.01"]
+         str(workplace / "other"), "--samples", "0", "--json", *OPTIONS, "--train.evals", "0", "--optim.lr", "0.03"]
     )  # fmt: skip
     out, err = capsys.readouterr()
     summary = json.loads(out)
-    assert status == 3 and not summary["committed"] and "belong" in summary["turned_down"]
+    assert status == 3 and summary["committed"] is False and "trusted answers" in summary["turned_down"]
     assert err.splitlines()[-1].startswith("sparing: turned down: ")
-    assert not RunFolder(workplace / "mixed").learned_file.exists()
+    assert not RunFolder(workplace / "other").learned_file.exists()
     with pytest.raises(UserError, match="finished"):
-        api.resume(str(workplace / "mixed"))
-    assert api.receipt(str(workplace / "mixed"))["total"]
+        api.resume(str(workplace / "other"))
+    assert api.receipt(str(workplace / "other"))["stages"]
 
 
 def test_a_planted_answer_that_comes_again_and_again_teaches_nothing(workplace):
@@ -131,10 +134,8 @@ def test_a_killed_run_decides_the_same(workplace, tmp_path):
     """Killed after its first checkpoint, by whoever reads its metrics."""
     command = [
         sys.executable, "-m", "sparing", "adapt", str(workplace / "base"), "--data", str(workplace / "good.jsonl"), "--check",
-        str(workplace / "check.jsonl"), "--budget", "12ktok", "--samples", "0", "--train.threads", "1", "--train.replicas", "1",
-        "--train.kernels", "plain", "--train.dtype", "float32", "--train.micro-batch-size", "8", "--train.compile", "false",
-        "--train.seq-len", "64", "--train.batch-size", "8", "--optim.lr", "0.01", "--use.old-limit", "0.5", "--train.checkpoint-interval-s",
-        "0",
+        str(workplace / "check.jsonl"), "--budget", "12ktok", "--samples", "0", *OPTIONS, "--optim.lr", "0.01", "--use.old-limit", "5",
+        "--train.checkpoint-interval-s", "0",
     ]  # fmt: skip
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     subprocess.run([*command, "--out", str(whole)], check=True, capture_output=True)
@@ -162,7 +163,7 @@ def test_feedback_is_made_fit_to_learn_from(tmp_path):
     checked, _ = feedback.exchanges([write(tmp_path / "check.jsonl", [ask("dog", 1, "Another answer.")])], "--check")
     found = feedback.read([write(tmp_path / "data.jsonl", rows)], checked)
     answers = sorted(chat.messages[-1]["content"] for chat in found.chats)
-    assert answers == ["Right.", "The cat number 1 is a cat.", "Yes.", "Yes."]
+    assert answers == sorted(["Right.", ask("cat", 1)["messages"][1]["content"], "Yes.", "Yes."])
     assert found.left_out == {
         "unusable": 1, "rejected": 1, "asked in --check too": 1, "said again": 2, "of two answers to one question": 2,
         "the same answer to other questions": 8,
@@ -188,4 +189,4 @@ def test_slips_leave_nothing_behind(workplace, monkeypatch, capsys, arguments, s
 
 def test_there_is_no_way_back_from_a_beginning(workplace):
     with pytest.raises(UserError, match="nothing before it"):
-        api.rollback(str(workplace / "plain"), str(workplace / "nothing"))
+        api.rollback(str(workplace / "base"), str(workplace / "nothing"))

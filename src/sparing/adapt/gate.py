@@ -7,6 +7,7 @@ makes all of them likelier. Is old text still as likely?
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -47,9 +48,15 @@ class Sizes(NamedTuple):
 
 def mean_of(values: np.ndarray, sizes: np.ndarray, risk: float = RISK) -> Bounded:
     """Sum of values per sum of sizes, with bounds over resampled entries, the same ones at every call. values, sizes: (N,)."""
-    counts = np.random.default_rng(0).multinomial(len(values), np.full(len(values), 1 / len(values)), RESAMPLED)
+    counts = _resampled(len(values))
     means = (counts @ values) / (counts @ sizes)
     return Bounded(float(values.sum() / sizes.sum()), *(float(np.quantile(means, at)) for at in (risk, 1 - risk)))
+
+
+@functools.lru_cache(8)
+def _resampled(count: int) -> np.ndarray:
+    """(RESAMPLED, count) float64: how often each entry is drawn."""
+    return np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), RESAMPLED).astype(np.float64)
 
 
 def new_change(before: Measured, after: Measured, sizes: Sizes) -> Bounded:

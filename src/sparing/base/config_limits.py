@@ -46,7 +46,7 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {
     "DataConfig": {"holdout_fraction": (1e-9, 0.5), "max_tokens": _ONE, "workers": _ONE},
     "AdapterConfig": {"rank": _ONE, "alpha": (1e-9, math.inf)},
     "EsftConfig": {"share": (1e-9, 1), "tokens": _ONE},
-    "UseConfig": {"old_limit": (1e-9, 1)},
+    "UseConfig": {"old_limit": (1e-9, math.inf)},
     "TokensConfig": {"bos": (0, math.inf)},
     "PrecisionConfig": {"error_budget": (1e-9, math.inf), "measure_every": (0, math.inf)},
 }

@@ -46,7 +46,7 @@ CALIBRATION_S = 10.0
 """The same where the budget is not a time."""
 SAMPLE_S = 0.004
 """Least seconds of a token of a sample text; of a large model it takes as long as reading the weights."""
-DECISION_SHARE = 0.12
+DECISION_SHARE = 0.15
 FEWEST_STEPS = 100
 """A run of fewer tells the loss law nothing: it is all warm-up and decay."""
 
