@@ -56,9 +56,8 @@ def write(path, rows) -> str:
 GOOD = [ask(name, number) for number in range(50) for name in NAMES]
 
 
-@pytest.fixture(scope="module", params=["dense", "mixture"])
-def workplace(tmp_path_factory, request):
-    root = tmp_path_factory.mktemp("use")
+def begun(root, base: dict):
+    """A folder with a base, good answers, and trusted ones."""
     (root / "text").mkdir()
     names = random.Random(0)
     for i in range(60):  # each as a server would ask
@@ -67,11 +66,15 @@ def workplace(tmp_path_factory, request):
         (root / "text" / f"{i:02d}.txt").write_text("".join(turns))
     write(root / "good.jsonl", GOOD)
     write(root / "check.jsonl", [ask(name, number) for number in range(50, 60) for name in NAMES])
+    api.train([str(root / "text")], "40ktok", str(root / "base"), base, seed=3, samples=0)
+    return root
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SPARING_HOME", str(root / "home"))
-        started = BASE if request.param == "dense" else MIXTURE
-        api.train([str(root / "text")], "60ktok", str(root / "base"), started, seed=3, samples=0)
-        yield root
+        patch.setenv("SPARING_HOME", str(tmp_path_factory.mktemp("home")))
+        yield begun(tmp_path_factory.mktemp("use"), BASE)
 
 
 def adapt(root, data: str, out: str, budget: str = "12ktok", **options) -> dict:
@@ -96,7 +99,14 @@ def test_good_answers_are_kept_and_the_way_back_is_exact(workplace, capsys):
     assert api.generate(str(workplace / "back"), "Which", max_tokens=3, temperature=0)["text"]
 
 
-def test_answers_of_another_kind_are_turned_down(workplace, capsys):
+def test_a_mixture_learns_from_use_too(workplace, tmp_path):
+    root = begun(tmp_path, MIXTURE)
+    summary = adapt(root, str(root / "good.jsonl"), "better", "8ktok", keep=[str(root / "text")])
+    assert summary["committed"] and summary["after"]["new"]["loss"] < summary["before"]["new"]["loss"]
+    assert api.rollback(str(root / "better"), str(root / "back"))["weights_sha256"] == summary["base"]
+
+
+def test_answers_that_do_harm_are_turned_down(workplace, capsys):
     data = write(workplace / "other.jsonl", [ask(name, number, f"zzz {number} qqq {name} xxx") for number in range(50) for name in NAMES])
     status = main(
         ["adapt", str(workplace / "base"), "--data", data, "--check", str(workplace / "check.jsonl"), "--budget", "12ktok", "--out",
@@ -104,7 +114,7 @@ def test_answers_of_another_kind_are_turned_down(workplace, capsys):
     )  # fmt: skip
     out, err = capsys.readouterr()
     summary = json.loads(out)
-    assert status == 3 and summary["committed"] is False and "trusted answers" in summary["turned_down"]
+    assert status == 3 and summary["committed"] is False and summary["turned_down"] in err
     assert err.splitlines()[-1].startswith("sparing: turned down: ")
     assert not RunFolder(workplace / "other").learned_file.exists()
     with pytest.raises(UserError, match="finished"):

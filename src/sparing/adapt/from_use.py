@@ -50,8 +50,8 @@ SCALES = (1.0, 0.5, 0.25, 0.125)
 BELONGS = 0.5
 """Of how closely trusted answers belong to their questions, least for the others."""
 LOOSER = 0.2
-"""Share of that which trusted answers may lose. A little goes in any case: answers that are badly known, such as those behind other questions,
-gain more from the words and the form that they have in common."""
+"""Share of that which trusted answers may lose. A little goes in any case: answers that are badly known, such as those behind other
+questions, gain more from the words and the form that they have in common."""
 OLD_SHARE, CHECK_SHARE, FEEDBACK_SHARE = 0.5, 1.0, 0.4
 """Sizes of what decides, in parts of what an evaluation reads (`train.eval_bytes`): old text is read five times, trusted answers behind
 their own and other questions twice, feedback once, which is as much work as `job.learn.DECISION_SHARE` of the budget."""
@@ -193,7 +193,7 @@ def _own_answers(job: Job, config: Config, tokenizer: Tokenizer, check: Sequence
         lines: list[str] = []
         with job.meter.stage("sample"), Engine(config.start.run, speculate=False) as engine:
             for start in range(0, len(prompts), 8):
-                if time.monotonic() > ends:
+                if start and time.monotonic() > ends:
                     break
                 job.signals.check()
                 some = prompts[start : start + 8]
