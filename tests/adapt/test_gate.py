@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparing.adapt import gate
-from sparing.adapt.from_use import _bad, _grounds
+from sparing.adapt.from_use import _apart, _bad, _grounds
 from sparing.adapt.gate import Measured, Sizes
 
 COUNT = 60
@@ -40,7 +40,8 @@ def test_good_answers_pass_and_each_kind_of_bad_one_does_not(seed):
     assert "do not improve" in _bad(grounds(measured(seed, gain=-0.1)[0], before, sizes))
     loose, _ = measured(seed, gain=0.3, touch=0.3)  # mixed up: likelier, whatever is asked
     assert "belong less to their questions" in _bad(grounds(loose, before, sizes))
-    assert "do not belong to their questions" in _bad(grounds(good, before, sizes, feedback=0.02))
+    assert _apart(grounds(good, before, sizes)) is None
+    assert "do not belong to their questions" in _apart(grounds(good, before, sizes, feedback=0.02))
 
 
 @settings(max_examples=30, deadline=None)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from sparing.base.config import Budget, CannotGoOn, Config, UserError
 from sparing.base.config_file import Wishes
 from sparing.base.files import read_lines, to_json, write_atomic
 from sparing.base.messages import say
-from sparing.base.run import write_tensors
+from sparing.base.run import RunFolder, write_tensors
 from sparing.budget.units import format_budget
 from sparing.data.answers import Cutting, Pieces, Sequenced
 from sparing.data.chat import ChatTemplate, template_text
@@ -74,6 +74,7 @@ class TurnedDown(CannotGoOn):
 class UseData(sft.ChatData):
     """What is learnt and scored as in `sft`, and what decides."""
 
+    run: RunFolder
     check: list[Chat]
     """Trusted ones that chose nothing."""
     learnt: list[Chat]
@@ -86,6 +87,25 @@ class UseData(sft.ChatData):
 
     def findings(self) -> dict:
         return {"committed": True} | self.found
+
+    def scorer(self, config: Config, should_stop: Callable[[], bool]) -> Callable[[NllFn], dict]:
+        """As `sft`'s. At its first call, of the base, it also measures what the decision needs of that, and keeps it in the run.
+
+        Raises TurnedDown, before the first step, where what is to be learnt does not belong to its questions."""
+        evaluate, file = super().scorer(config, should_stop), _file(self.run.state / "use", "base", "json")
+
+        def scored(nll: NllFn) -> dict:
+            if not file.exists():
+                judge = _Judge(self, config, nll, should_stop)
+                base, learnt = judge.measured(), judge.feedback()
+                belongs = {"feedback_belongs": learnt, "trusted_belongs": gate.belonging(base, judge.sizes)}
+                kept = {name: values.tolist() for name, values in base._asdict().items()}
+                write_atomic(file, json.dumps({"base": kept, "grounds": _as_json(belongs)}))
+            if reason := _apart(_kept_grounds(self.run)):
+                raise _turned_down(reason, _kept_grounds(self.run))
+            return evaluate(nll)
+
+        return scored
 
 
 def resolved(job: Job, wishes: Wishes, budget: Budget) -> Config:
@@ -116,8 +136,19 @@ def resolved(job: Job, wishes: Wishes, budget: Budget) -> Config:
     return sft.resolved(job, Wishes.of({"adapter": {}}, wishes, named), budget)
 
 
-def _file(folder: Path, name: str) -> Path:
-    return folder / f"{name}.jsonl"
+def _file(folder: Path, name: str, kind: str = "jsonl") -> Path:
+    return folder / f"{name}.{kind}"
+
+
+def _kept_grounds(run: RunFolder) -> dict[str, Bounded]:
+    """What the first evaluation found."""
+    kept = json.loads(_file(run.state / "use", "base", "json").read_text())
+    return {name: Bounded(**value) for name, value in kept["grounds"].items()}
+
+
+def _kept_base(run: RunFolder) -> Measured:
+    kept = json.loads(_file(run.state / "use", "base", "json").read_text())
+    return Measured(**{name: np.array(values) for name, values in kept["base"].items()})
 
 
 def go(job: Job, config: Config, samples: int) -> dict:
@@ -145,7 +176,7 @@ def data(job: Job, config: Config) -> UseData:
     if len(units) < WINDOWS_FROM:
         units = [_only(unit, number) for unit in units for number in range(len(unit))]
     own = _own_answers(job, config, basis.tokenizer, check)
-    return UseData(**vars(basis), check=check, learnt=learnt, old_units=units, own=own)
+    return UseData(**vars(basis), run=job.run, check=check, learnt=learnt, old_units=units, own=own)
 
 
 def _some(found: Sequence[Chat], size: int) -> list[Chat]:
@@ -213,21 +244,17 @@ def decide(job: Job, config: Config, model: Transformer, data: UseData, result: 
     """Keep the update, a smaller one, or none; -> the result with the scores of what is kept. Raises TurnedDown."""
     live = learned(model)
     full = {name: tensor.clone() for name, tensor in live.items() if "lora_B" in name}
-    judge, lasts, limit = _Judge(job, config, data, nll), job.lasts(config.budget), config.use.old_limit
+    judge, lasts, limit = _Judge(data, config, nll, job.signals.should_stop), job.lasts(config.budget), config.use.old_limit
 
     def scale(size: float) -> None:
         job.signals.check()
         for name, tensor in full.items():
             live[name].copy_(size * tensor)
 
-    scale(0.0)
-    base, grounds = judge.measured(), {"feedback_belongs": judge.feedback()}
-    grounds["trusted_belongs"] = gate.belonging(base, judge.sizes)
-    scale(SCALES[0])
-    began = time.monotonic()
+    base, began = _kept_base(job.run), time.monotonic()
     after = judge.measured()
     took = time.monotonic() - began
-    grounds |= _grounds(base, after, judge.sizes)
+    grounds = _kept_grounds(job.run) | _grounds(base, after, judge.sizes)
     for name, value in grounds.items():
         say(f"  {name}: {value.value:+.4f} ({value.low:+.4f} to {value.high:+.4f})")
     if reason := _bad(grounds):
@@ -265,15 +292,20 @@ def _grounds(base: Measured, after: Measured, sizes: Sizes) -> dict[str, Bounded
     return found | ({"kl": gate.moved(base, after, sizes)} if len(base.own) else {})
 
 
-def _bad(grounds: dict[str, Bounded]) -> str | None:
-    """Why the feedback is none to learn from; None: nothing speaks against it."""
+def _apart(grounds: dict[str, Bounded]) -> str | None:
+    """Whether what is to be learnt does not belong to its questions: why; None: it does."""
     learnt, trusted = grounds["feedback_belongs"], grounds["trusted_belongs"]
-    new, belonging = grounds["trusted_change"], grounds["belonging_change"]
-    if learnt.high < BELONGS * trusted.value:
-        return (
-            f"its answers do not belong to their questions: behind their own they are {learnt.value:.3f} nats a token likelier than behind "
-            f"another's, trusted ones {trusted.value:.3f}"
-        )
+    if learnt.high >= BELONGS * trusted.value:
+        return None
+    return (
+        f"its answers do not belong to their questions: behind their own they are {learnt.value:.3f} nats a token likelier than behind "
+        f"another's, trusted ones {trusted.value:.3f}"
+    )
+
+
+def _bad(grounds: dict[str, Bounded]) -> str | None:
+    """Why what was learnt does no good; None: nothing speaks against it."""
+    trusted, new, belonging = (grounds[name] for name in ("trusted_belongs", "trusted_change", "belonging_change"))
     if new.high >= 0:
         return f"trusted answers do not improve: {new.value:+.4f} nats a token (from {new.low:+.4f} to {new.high:+.4f})"
     if belonging.high < -LOOSER * max(0.0, trusted.value):
@@ -294,9 +326,9 @@ def _as_json(grounds: dict[str, Bounded]) -> dict[str, dict[str, float]]:
 class _Judge:
     """Measures the weights as they are at each call."""
 
-    def __init__(self, job: Job, config: Config, data: UseData, nll: NllFn):
-        self._nll, self._options = nll, {"batch_tokens": EVAL_TOKENS, "should_stop": job.signals.should_stop}
-        self._cutting = Cutting(ChatTemplate(template_text(job.run)), data.tokenizer, config.train.seq_len)
+    def __init__(self, data: UseData, config: Config, nll: NllFn, should_stop: Callable[[], bool]):
+        self._nll, self._options = nll, {"batch_tokens": EVAL_TOKENS, "should_stop": should_stop}
+        self._cutting = Cutting(ChatTemplate(template_text(data.run)), data.tokenizer, config.train.seq_len)
         self._data = data
         self._right, self._crossed = self._pairs(data.check)
         self._old = Pieces.of([Sequenced(*map(list, unit[number])) for unit in data.old_units for number in range(len(unit))])
