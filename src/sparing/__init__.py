@@ -26,7 +26,7 @@ VERBS = {
     ("train", "sft", "distill", "dpo", "grpo", "resume", "evaluate", "generate", "chat", "export", "merge", "import_", "fetch", "load"),
     "sparing.api",
 )
-VERBS |= dict.fromkeys(("grow", "retire", "slice", "pack"), "sparing.api")
+VERBS |= dict.fromkeys(("grow", "retire", "slice", "pack", "adapt", "rollback"), "sparing.api")
 """The module of each verb's function, and of `load`."""
 
 
@@ -54,5 +54,5 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *VERBS})
 
 
-for _name in ("train", "serve", "bench"):  # their __init__ has a docstring alone
+for _name in ("train", "adapt", "serve", "bench"):  # their __init__ has a docstring alone
     importlib.import_module(f"sparing.{_name}").__class__ = _CallableFolder

@@ -21,9 +21,11 @@ from sparing.adapt import distill as adapt_distill
 from sparing.adapt import dpo as adapt_dpo
 from sparing.adapt import drafts as adapt_drafts
 from sparing.adapt import esft as adapt_esft
+from sparing.adapt import from_use as adapt_from_use
 from sparing.adapt import grow as adapt_grow
 from sparing.adapt import grown as adapt_grown
 from sparing.adapt import grpo as adapt_grpo
+from sparing.adapt import rollback as adapt_rollback
 from sparing.adapt import sft as adapt_sft
 from sparing.base.config import Budget, Config, StartConfig, UserError
 from sparing.base.config_file import Wishes, nested, read_config, read_recipe, refuse, write_config
@@ -129,7 +131,7 @@ def sft(
         raise UserError("sft needs --data: conversations, such as JSON lines with messages")
     arguments = {"data.paths": tuple(data), "train.seed": seed, "start.run": run, "chats.val": tuple(val), "chats.keep": tuple(keep)}
     wishes = Wishes.of(wishes, nested({name: value for name, value in arguments.items() if value is not None}))
-    refuse(wishes, "sft", "distill", "drafts", "growth", "dpo", "grpo")
+    refuse(wishes, "sft", "distill", "drafts", "growth", "dpo", "grpo", "use")
     if method != "lora" and wishes.get("adapter") is not None:
         raise UserError(f"adapter: low-rank updates are what --method lora learns; leave it out with {method}")
     if method != "esft" and wishes.get("esft") is not None:
@@ -236,7 +238,7 @@ def grow(
         raise UserError("grow needs --data: the domain's texts")
     arguments = {"data.paths": tuple(data), "train.seed": seed, "start.run": run, "growth.domain": domain, "growth.keep": tuple(keep)}
     wishes = Wishes.of(wishes, nested({name: value for name, value in arguments.items() if value is not None}))
-    refuse(wishes, "grow", "distill", "drafts", "dpo", "grpo")
+    refuse(wishes, "grow", "distill", "drafts", "dpo", "grpo", "use")
     RunFolder.open(run)
     folder = RunFolder.create(out)
     with _leaving_nothing(folder), begin("grow", folder, started) as job:
@@ -326,6 +328,45 @@ def grpo(
         return adapt_grpo.learn(job, adapt_grpo.resolved(job, wishes, amount), samples)
 
 
+def adapt(
+    run: str,
+    data: Sequence[str],
+    check: Sequence[str],
+    budget: str,
+    out: str,
+    keep: Sequence[str] = (),
+    wishes: dict | None = None,
+    seed: int | None = None,
+    started: float | None = None,
+    samples: int = 3,
+) -> dict:
+    """Learn from answers that people accepted or corrected, inside a budget, into the new run folder `out`, if that does good.
+
+    data: what `serve --collect` wrote, or conversations as for `sft`. check: trusted conversations, which decide and are never learnt.
+    keep: text whose loss may rise by `use.old_limit` at most; none: what the run writes by itself. wishes, started: as for `train`.
+    -> what `sft` gives, and committed, update (the share of what was learnt that is kept), grounds. Raises UserError; Interrupted on a
+    signal (the run can be resumed); adapt.from_use.TurnedDown, with `summary`, where nothing is kept.
+    """
+    started = time.monotonic() if started is None else started
+    amount = parse_budget(budget)
+    for option, named in {"data": data, "check": check}.items():
+        if not named:
+            raise UserError(f"adapt needs --{option}: conversations, such as JSON lines with messages")
+    arguments = {"train.seed": seed, "start.run": run, "chats.keep": tuple(keep), "use.data": tuple(data), "use.check": tuple(check)}
+    wishes = Wishes.of(wishes, nested({name: value for name, value in arguments.items() if value is not None}))
+    if wishes.get("esft") is not None:
+        raise UserError("esft: adapt learns low-rank updates; leave it out")
+    RunFolder.open(run)
+    with begin("adapt", RunFolder.create(out), started) as job:
+        return adapt_from_use.go(job, adapt_from_use.resolved(job, wishes, amount), samples)
+
+
+def rollback(run: str, out: str) -> dict:
+    """Make the new folder `out` the run that `run` began with, byte for byte; -> out, run, weights_sha256. Raises UserError where that is
+    gone or has changed."""
+    return adapt_rollback.rollback(RunFolder.open(run), out)
+
+
 def resume(
     run: str,
     budget: str | None = None,
@@ -349,6 +390,8 @@ def resume(
             return learn(job, config, samples, **_taught(config))
         if config.drafts is not None:
             return _with_drafts(job, config, samples)
+        if config.use is not None:
+            return adapt_from_use.go(job, config, samples)
         if config.grpo is not None:
             return adapt_grpo.learn(job, config, samples)
         if config.dpo is not None:

@@ -22,7 +22,7 @@ from sparing.base.run import RunFolder
 
 STALE_S = 60.0
 """A row that says it is running and was not written for so long belongs to a process that died."""
-TRAINING = ("train", "sft", "dpo", "grpo", "distill", "grow", "resume")
+TRAINING = ("train", "sft", "dpo", "grpo", "distill", "grow", "adapt", "resume")
 """Verbs whose cost a run's budget covers; evaluating the result later is not part of it."""
 ADDS_UP = ("wall_s", "device_s", "tokens", "flops", "kwh", "co2e_g", "usd")
 

@@ -98,10 +98,10 @@ class DomainData(TrainingData):
     old: list[str]
     guarded: list[str]
 
-    def reserve_s(self, run: RunFolder) -> float:
+    def reserve_s(self, job: Job, config: Config) -> float:
         """What the map of what wakes what takes, and an evaluation or two more."""
         tokens = 2 * WAKES_TOKENS + 3 * sum(map(len, self.guarded)) / BYTES_PER_TOKEN
-        return tokens * float((read_state(run, FOUND, dict) or {}).get("seconds_per_token", 0.0))
+        return tokens * float((read_state(job.run, FOUND, dict) or {}).get("seconds_per_token", 0.0))
 
     def scorer(self, config: Config, should_stop: Callable[[], bool]) -> Callable[[NllFn], dict]:
         """evaluate(nll) -> the loss and bits per byte of the domain's held-out text, and as old_loss and old_bpb those of guarded text."""

@@ -7,6 +7,7 @@ Whether a problem is held out is decided by a hash of what it is about, so that 
 from __future__ import annotations
 
 import itertools
+import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -158,13 +159,14 @@ def problem_of(value: dict) -> Problem:
         raise UserError("no prompt")
     if not isinstance(verifier, str):
         raise UserError("no verifier")
-    if not isinstance(answer, str | int | float) or isinstance(answer, bool):
-        raise UserError("the answer is neither text nor a number")
     tests = value.get("tests") or ()
-    tests = (tests,) if isinstance(tests, str) else tests
-    if not (isinstance(tests, list | tuple) and all(isinstance(test, str | int) for test in tests)):
-        raise UserError("tests are no list of texts")
-    return Problem(prompt, str(answer), verifier, tuple(map(str, tests)))
+    if not isinstance(tests, list | tuple):
+        tests = (tests,)
+    return Problem(prompt, _as_text(answer), verifier, tuple(map(_as_text, tests)))
+
+
+def _as_text(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _read(name: str, paths: Sequence[str], problem: Callable[[dict], Problem]) -> Task:

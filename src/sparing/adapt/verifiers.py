@@ -1,19 +1,24 @@
 """Verifiers: what an answer to a problem is worth, 0 or 1, and why.
 
-`number` and `countdown` are exact and need nothing else. `format` is a regular expression, `math` compares formulas through the
-math-verify package.
+`number` and `countdown` are computed here, exactly. `math` (by the math-verify package), `format` (a regular expression) and `schema` may
+take for ever, so a process that can be ended does them (`judge`). `code` runs contained (`contained`), or not at all.
 """
 
 from __future__ import annotations
 
 import ast
+import json
 import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from importlib.util import find_spec
 from typing import NamedTuple
 
+from sparing.adapt.contained import Outcome, run, uncontained
+from sparing.adapt.json_schema import check_schema, parse_json
+from sparing.adapt.judge import Judge
 from sparing.base.config import UserError
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
@@ -21,7 +26,9 @@ LONGEST_NUMBER, LONGEST_EXPRESSION = 40, 200
 """Characters; a longer one is wrong without being computed."""
 MARKS = (("<answer>", "</answer>"), ("####", "\n"), ("\\boxed{", "}"))
 """What is written before a final answer and behind it (R1's, GSM8K's, LaTeX's)."""
+LONGEST_TEXT = 1 << 20
 BLANKED = re.compile(r"<think>.*?</think>", re.DOTALL)
+CODE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -30,10 +37,10 @@ class Problem:
 
     prompt: str
     answer: str = ""
-    """number, math: the right one; countdown: the target; format: a regular expression; schema: a JSON schema."""
+    """number, math: the right one; countdown: the target; format: a regular expression for the whole text; schema: a JSON schema."""
     verifier: str = "number"
     tests: tuple[str, ...] = ()
-    """code: Python statements that fail where the code is wrong; countdown: the numbers."""
+    """code: Python statements that fail where the code is wrong, or JSON objects with input and output; countdown: the numbers."""
 
 
 class Verdict(NamedTuple):
@@ -53,8 +60,7 @@ def check(problem: Problem) -> None:
     """Raises UserError, one line, where the problem cannot be judged here: an unknown verifier, a missing package, a bad answer."""
     if problem.verifier not in VERIFIERS:
         raise UserError(f"verifier {problem.verifier!r}: choose {', '.join(VERIFIERS)}")
-    if problem.verifier in CHECKS:
-        CHECKS[problem.verifier](problem)
+    CHECKS[problem.verifier](problem)
 
 
 # number
@@ -125,11 +131,14 @@ def _check_countdown(problem: Problem) -> None:
             raise UserError(f"countdown: {text!r} is no whole number")
 
 
-# format
+# by the judge: format, schema, math
+
+JUDGE = Judge()
 
 
-def _format(problem: Problem, text: str) -> Verdict:
-    return Verdict(1.0, "right") if re.fullmatch(problem.answer, text.strip(), re.DOTALL) else Verdict(0.0, "another form")
+def _judged(problem: Problem, text: str) -> Verdict:
+    good, reason = JUDGE.ask(problem.verifier, problem.answer, text[:LONGEST_TEXT])
+    return Verdict(float(good), reason)
 
 
 def _check_format(problem: Problem) -> None:
@@ -139,29 +148,78 @@ def _check_format(problem: Problem) -> None:
         raise UserError(f"answer {problem.answer[:60]!r}: is no regular expression ({error})") from None
 
 
-# math
-
-
-def _math(problem: Problem, text: str) -> Verdict:
-    from math_verify import parse
-    from math_verify import verify as equal
-
-    found = parse(text)
-    if not found:
-        return Verdict(0.0, "no formula")
-    return Verdict(1.0, "right") if equal(parse(problem.answer), found) else Verdict(0.0, "another formula")
+def _check_schema(problem: Problem) -> None:
+    try:
+        check_schema(parse_json(problem.answer))
+    except ValueError as error:  # BadSchema too
+        raise UserError(f"answer {problem.answer[:60]!r}: is no JSON schema that can be used ({error})") from None
 
 
 def _check_math(problem: Problem) -> None:
-    try:
-        import math_verify  # noqa: F401
-    except ImportError:
-        raise UserError("verifier math needs the math-verify package: pip install 'sparing[math]'") from None
+    if find_spec("math_verify") is None:
+        raise UserError("verifier math needs the math-verify package: pip install 'sparing[math]'")
+    if not problem.answer.strip():
+        raise UserError("math: no answer")
+
+
+# code
+
+
+def _code(problem: Problem, text: str) -> Verdict:
+    """1 where the last block of code in the text passes all tests: statements in its names, or {"input", "output"} of a whole program."""
+    blocks = CODE.findall(text)
+    program = blocks[-1] if blocks else text
+    statements, pairs = _tests(problem)
+    if statements:
+        outcome = run(program, statements)
+        if not outcome.passed:
+            return Verdict(0.0, _why(outcome))
+    for given, wanted in pairs:
+        outcome = run(program, stdin=given)
+        if not outcome.passed:
+            return Verdict(0.0, _why(outcome))
+        if outcome.output.decode(errors="replace").split() != wanted.split():
+            return Verdict(0.0, "another output")
+    return Verdict(1.0, "right")
+
+
+def _why(outcome: Outcome) -> str:
+    return {"time": "out of time", "memory": "out of memory", "output": "too much output", "ended": "ended early"}.get(
+        outcome.reason, "a test failed" if outcome.detail.startswith("test") else "the code failed"
+    )
+
+
+def _tests(problem: Problem) -> tuple[list[str], list[tuple[str, str]]]:
+    """(statements, pairs of input and output)."""
+    statements, pairs = [], []
+    for test in problem.tests:
+        try:
+            value = json.loads(test)
+        except ValueError:
+            value = None
+        if isinstance(value, dict) and value.keys() == {"input", "output"}:
+            pairs.append((str(value["input"]), str(value["output"])))
+        else:
+            statements.append(test)
+    return statements, pairs
+
+
+def _check_code(problem: Problem) -> None:
+    if not problem.tests:
+        raise UserError("code: no tests")
+    for test in _tests(problem)[0]:
+        try:
+            compile(test, "test", "exec")
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            raise UserError(f"test {test[:60]!r}: is no Python ({error})") from None
+    if reason := uncontained():
+        raise UserError(f"verifier code: {reason}")
 
 
 VERIFIERS: dict[str, Callable[[Problem, str], Verdict]] = {
-    "number": _number, "countdown": _countdown, "format": _format, "math": _math,
+    "math": _judged, "code": _code, "format": _judged, "schema": _judged, "number": _number, "countdown": _countdown,
 }  # fmt: skip
 CHECKS: dict[str, Callable[[Problem], None]] = {
-    "number": _check_number, "countdown": _check_countdown, "format": _check_format, "math": _check_math,
+    "math": _check_math, "code": _check_code, "format": _check_format, "schema": _check_schema, "number": _check_number,
+    "countdown": _check_countdown,
 }  # fmt: skip

@@ -379,6 +379,18 @@ class GrpoConfig:
 
 
 @dataclass(frozen=True)
+class UseConfig:
+    """Learning from use: answers that people accepted or corrected, kept only where trusted answers and old text say so."""
+
+    data: tuple[str, ...] = ()
+    """Files of such answers; what of them is learnt is in `data.paths`."""
+    check: tuple[str, ...] = ()
+    """Files of trusted conversations, which are never learnt."""
+    old_limit: float = 0.001
+    """Share by which the loss of old text may rise."""
+
+
+@dataclass(frozen=True)
 class TokensConfig:
     """Ids of the tokens that begin and end a text, as an imported model has them."""
 
@@ -418,5 +430,7 @@ class Config:
     """None: answers are learnt as they are, and not one against another."""
     grpo: GrpoConfig | None = None
     """None: texts or answers are given, and not sampled and judged."""
+    use: UseConfig | None = None
+    """None: what was learnt is kept, whatever it does to what was known."""
     tokens: TokensConfig | None = None
     """None: what the tokenizer's names say; the end-of-text token also begins every text."""

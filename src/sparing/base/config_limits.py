@@ -56,6 +56,7 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {
         **dict.fromkeys(("epsilon_low", "epsilon_high"), (0, math.inf)),
         "truncate": (1, math.inf),
     },
+    "UseConfig": {"old_limit": (1e-9, math.inf)},
     "TokensConfig": {"bos": (0, math.inf)},
     "PrecisionConfig": {"error_budget": (1e-9, math.inf), "measure_every": (0, math.inf)},
 }

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from sparing.base.config import UserError
+from sparing.base.config import CannotGoOn, UserError
 from sparing.base.config_file import Wishes, nested, read_recipe
 from sparing.base.files import decoded
 from sparing.budget.units import parse_budget, parse_extension
@@ -212,11 +214,32 @@ class Dpo:
     """Pairs to score on; default: 5 % of the others, by a hash of the first question."""
     keep: list[str] = field(default_factory=list)
     """Text that must not be forgotten, whose loss is told before and after; default: what the run writes by itself."""
+
+
+class Adapt:
+    """Learn from answers that people accepted or corrected, and keep it only if trusted answers improve and old text is not forgotten.
+    Turned down: exit status 3, and the run stays as it is."""
+
+    takes: ClassVar[str] = "recipe"
+    run: tyro.conf.Positional[str | None] = None
+    """The run to begin with; it stays as it is."""
+    data: list[str] = field(default_factory=list)
+    """What `serve --collect` wrote, or conversations as `sft` takes them."""
+    check: list[str] = field(default_factory=list)
+    """Trusted conversations of that kind, at least 20: they decide, and are never learnt."""
+    keep: list[str] = field(default_factory=list)
+    """Text that must not be forgotten: its loss may rise by 0.1 % (--use.old-limit); default: what the run writes by itself."""
+    budget: str | None = None
+    """90s 20m 2h, 50Mtok, 3e17flop, $5, 0.2kWh. It covers everything: reading, training, deciding, saving."""
+    out: str | None = None
+    """The run folder to make."""
     base: str | None = None
     """Of an adapter run whose base has moved: where that is now."""
     seed: int | None = None
     samples: int = 3
     """Held-out questions to answer at the end."""
+
+    """Trusted questions to answer at the end."""
     json: bool = False
     """Print one JSON object on standard output, and nothing else there."""
 
@@ -270,6 +293,43 @@ class Grpo:
         call.api.rebase(self.run, self.base)
         return call.api.grpo(self.run, self.task, self.budget, self.out, self.method, self.data, self.keep, **options)
 
+        call.need(RUN=self.run, data=self.data, check=self.check, budget=self.budget, out=self.out)
+        if self.samples < 0:
+            raise UserError(f"--samples {self.samples}: must be 0 or more")
+        parse_budget(self.budget)  # a slip is told before torch is loaded
+        call.api.rebase(self.run, self.base)
+        options = {"wishes": nested(call.overrides), "seed": self.seed, "started": call.started, "samples": self.samples}
+        with _told(self.json, call):
+            return call.api.adapt(self.run, self.data, self.check, self.budget, self.out, self.keep, **options)
+
+
+@dataclass
+class Rollback:
+    """The run that a run began with, byte for byte, as a new run: what was learnt since is left out."""
+
+    run: tyro.conf.Positional[str | None] = None
+    out: str | None = None
+    """The run folder to make."""
+    base: str | None = None
+    """Of a run whose base has moved: where that is now."""
+    json: bool = False
+
+    def __call__(self, call: Call) -> dict:
+        call.need(RUN=self.run, out=self.out)
+        call.api.rebase(self.run, self.base)
+        return call.api.rollback(self.run, self.out)
+
+
+@contextmanager
+def _told(json: bool, call: Call) -> Iterator[None]:
+    """With --json, what a verb that turned something down has to say is printed all the same."""
+    try:
+        yield
+    except CannotGoOn as refusal:
+        if json and getattr(refusal, "summary", None):
+            print_json(refusal.summary, out=call.out)
+        raise
+
 
 @dataclass
 class Resume:
@@ -291,7 +351,8 @@ class Resume:
         if self.budget is not None:
             parse_extension(self.budget)
         call.api.rebase(self.run, self.base)
-        return call.api.resume(self.run, self.budget, call.started, data=self.data, text_key=self.text_key)
+        with _told(self.json, call):
+            return call.api.resume(self.run, self.budget, call.started, data=self.data, text_key=self.text_key)
 
 
 @dataclass
@@ -537,6 +598,11 @@ class Serve:
     """File for one line a request, without texts; none: keep none; default: audit.jsonl in $SPARING_HOME."""
     audit_text: bool = False
     """Write prompts and answers to the audit log too."""
+    collect: str | None = None
+    """File that keeps answers which people accept or correct, with the conversation before them, for `sparing adapt`; default: none are
+    kept. The page says so, and asks."""
+    collect_mb: int = 64
+    """Most that this file may hold."""
     base: str | None = None
     """Of an adapter run whose base has moved: where that is now."""
     json: bool = False
@@ -715,8 +781,9 @@ class Pack:
 
 
 VERBS = {
-    "plan": Plan, "train": Train, "sft": Sft, "distill": Distill, "dpo": Dpo, "grpo": Grpo, "resume": Resume, "eval": Eval, "generate": Generate,
+    "plan": Plan, "train": Train, "sft": Sft, "distill": Distill, "dpo": Dpo, "grpo": Grpo,
+    "resume": Resume, "eval": Eval, "generate": Generate,
     "receipt": Receipt, "report": Report, "compare": Compare, "chat": Chat, "merge": Merge, "export": Export, "import": Import,
     "fetch": Fetch, "serve": Serve, "bench": Bench, "grow": Grow, "retire": Retire,
-    "slice": Slice, "pack": Pack,
+    "slice": Slice, "pack": Pack, "adapt": Adapt, "rollback": Rollback,
 }  # fmt: skip

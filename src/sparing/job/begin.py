@@ -105,6 +105,8 @@ def resolved(job: Job, wishes: Wishes, budget: Budget) -> Config:
     for name in ("dpo", "grpo"):
         if wishes.get(name) is not None:
             raise UserError(f"{name}: is for `sparing {name}`; `train` learns texts as they are")
+    if wishes.get("use") is not None:
+        raise UserError("use: what people said of answers is for `sparing adapt`")
     wishes = with_vocabulary(with_start(with_absolute_paths(wishes)))
     try_out(job, wishes, budget)
     with job.meter.stage("scan"):

@@ -9,7 +9,6 @@ from typing import ClassVar, NamedTuple
 
 from sparing.base.config import Config
 from sparing.base.files import atomic_path
-from sparing.base.run import RunFolder
 from sparing.data.loader import Loader
 from sparing.data.prepare import prepare
 from sparing.data.progress import Bars
@@ -53,7 +52,7 @@ class TrainingData:
         """How many tokens the run was taught to write."""
         return result.tokens
 
-    def reserve_s(self, run: RunFolder) -> float:
+    def reserve_s(self, job: Job, config: Config) -> float:
         """Seconds that the end of the run takes besides the last evaluation and what is written then."""
         return 0.0
 

@@ -109,7 +109,7 @@ def learn(
         peak_flops=peak,
         limit=Limit(config.budget, job.meter) if config.budget.unit in ("usd", "kwh") else None,
         reserve_s=0.5
-        + material.reserve_s(run)
+        + material.reserve_s(job, config)
         + samples * SAMPLE_TOKENS * max(SAMPLE_S, 4 * parameters(config.model).active / SAMPLE_BYTES_PER_S),
         keeps_best=material.keeps_best,
         spent_flops=material.spent_flops(),

@@ -138,6 +138,7 @@ class Answer:
             raise
         requests = self.choices.requests
         choices = [self.completion.choice(i, request.finish_reason) for i, request in enumerate(requests)]
+        self._collect()
         headers = {"openai-processing-ms": str(round(1000 * (time.monotonic() - self._clock)))}
         return JSONResponse(self._frame(self.completion.whole_object) | {"choices": choices, "usage": self._usage()}, headers=headers)
 
@@ -149,6 +150,7 @@ class Answer:
             async for _, chunks in self._pieces():
                 for choice in chunks:
                     yield _event(frame | {"choices": [choice]})
+            self._collect()
             if with_usage:
                 yield _event(frame | {"choices": [], "usage": self._usage()})
         except ApiError as error:
@@ -159,6 +161,13 @@ class Answer:
             self.problem = failed().code
             yield _event(failed().body())
         yield b"data: [DONE]\n\n"
+
+    def _collect(self) -> None:
+        """Hold a chat's answer for whoever may judge it: from here on its client can."""
+        collection, body = self.service.collection, self.completion.body
+        if collection is not None and "messages" in body:
+            choices = [self.completion.choice(i, request.finish_reason) for i, request in enumerate(self.choices.requests)]
+            collection.remember(self.id, self.scope.get("state", {}).get("key"), self.model, body, choices)
 
     def _frame(self, kind: str) -> dict:
         service = self.service

@@ -34,7 +34,7 @@ from sparing.serve.settings import LOCAL
 
 OPEN = ("/", "/health", "/favicon.ico", "/openapi.json")
 """Paths that need no key: they show nothing that a user wrote."""
-PATHS = (*OPEN, "/metrics", "/v1/models", "/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize")
+PATHS = (*OPEN, "/metrics", "/v1/models", "/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize", "/v1/feedback")
 """Paths that are counted by name; all others count as "other"."""
 HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
 
@@ -152,6 +152,7 @@ def _model(service: Service, name: str) -> dict:
         "context_length": engine.context,
         "weights": engine.weights,
         "tiers": ["exact", "approximate"] if engine.approximate else ["exact"],
+        "collects": service.collection is not None,
     }
 
 
@@ -175,6 +176,18 @@ async def detokenize(service: Service, request: Request) -> Response:
         return JSONResponse({"prompt": service.engine.tokenizer.decode(body["tokens"])})
 
     return await service.work(request.state.size, answer)
+
+
+async def feedback(service: Service, request: Request) -> Response:
+    body = await read(service, request, requests.Feedback)
+    judge, key = service.collecting().judge, getattr(request.state, "key", None)
+    verdict = key, body["id"], body["verdict"], body.get("correction"), body.get("choice", 0)
+    return JSONResponse(await service.work(request.state.size, judge, *verdict))
+
+
+async def forget(service: Service, request: Request) -> Response:
+    key, answer_id = getattr(request.state, "key", None), request.path_params["id"]
+    return JSONResponse(await service.work(0, service.collecting().delete, key, answer_id[:100]))
 
 
 async def health(service: Service, request: Request) -> Response:
@@ -236,6 +249,8 @@ ROUTES: list[tuple[str, str, Callable[[Service, Request], Awaitable[Response]]]]
     ("POST", "/v1/completions", completions),
     ("POST", "/tokenize", tokenize),
     ("POST", "/detokenize", detokenize),
+    ("POST", "/v1/feedback", feedback),
+    ("DELETE", "/v1/feedback/{id}", forget),
 ]
 
 

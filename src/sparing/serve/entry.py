@@ -40,6 +40,8 @@ def serve(
     drain_s: float = 30.0,
     audit_log: str | None = None,
     audit_text: bool = False,
+    collect: str | None = None,
+    collect_mb: int = 64,
     started: float | None = None,
 ) -> None:
     """Serve a run's model over HTTP until SIGTERM or Ctrl-C; call it from the main thread.
@@ -53,7 +55,7 @@ def serve(
             raise UserError(f"--{option} {value}: not available; choose {' or '.join(CHOICES[option])}")
     if not 0 <= port <= 65535:
         raise UserError(f"--port {port}: must be from 0 to 65535")
-    limits = {"answer-s": answer_s, "drain-s": drain_s, "queue": queue, "threads": threads, "batch": batch}
+    limits = {"answer-s": answer_s, "drain-s": drain_s, "queue": queue, "threads": threads, "batch": batch, "collect-mb": collect_mb}
     for option, value in (limits | {"cache-mb": cache_mb, "expert-mb": expert_mb}).items():
         if value is not None and not 0 < value < float("inf"):
             raise UserError(f"--{option} {value}: must be more than 0")
@@ -77,7 +79,12 @@ def serve(
         audit = Audit(home() / "audit.jsonl", audit_text, "SPARING_HOME")
     else:
         audit = Audit(None if audit_log == "none" else Path(audit_log), audit_text)
-    run_server(run, settings, audit, started, **options)
+    collection = None
+    if collect is not None:
+        from sparing.serve.collect import Collection
+
+        collection = Collection(collect, collect_mb << 20)
+    run_server(run, settings, audit, started, collection, **options)
 
 
 def _adapters(named: Sequence[str]) -> dict[str, str]:

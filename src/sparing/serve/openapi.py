@@ -24,11 +24,14 @@ Models = create_model("Models", data=list[ServedModel])
 TokenIds = create_model("TokenIds", tokens=list[int], count=int)
 Prompt = create_model("Prompt", prompt=str)
 Health = create_model("Health", status=str)
+Verdict = create_model("Verdict", id=str, verdict=str, stored=bool)
+Deleted = create_model("Deleted", id=str, deleted=bool)
 POSTS = {
     "/v1/chat/completions": ("Answer a chat", requests.Chat, answers("ChatAnswer", "chat.completion")),
     "/v1/completions": ("Continue a text", requests.Completion, answers("CompletionAnswer", "text_completion")),
     "/tokenize": ("A text as token ids", requests.Tokenize, TokenIds),
     "/detokenize": ("Token ids as text", requests.Detokenize, Prompt),
+    "/v1/feedback": ("Accept, correct or reject an answer, where the server collects that", requests.Feedback, Verdict),
 }
 GETS = {
     "/v1/models": ("The model", Models),
@@ -51,12 +54,15 @@ def document() -> dict:
     paths: dict = {}
     for path, (summary, body, ok) in POSTS.items():
         request = {"required": True, "content": {"application/json": _content(body)}}
-        paths[path] = {"post": {"summary": summary, "requestBody": request, "responses": _responses(ok, path.startswith("/v1"))}}
+        paths[path] = {"post": {"summary": summary, "requestBody": request, "responses": _responses(ok, path.endswith("completions"))}}
     for path, (summary, ok) in GETS.items():
         paths[path] = {"get": {"summary": summary, "responses": _responses(ok, False)}}
     name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
     paths["/v1/models/{name}"]["get"]["parameters"] = [name]
-    models = [model for row in (*POSTS.values(), *GETS.values()) for model in row[1:]] + [Error, Event]
+    one = {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
+    forget = {"summary": "Delete what was kept of an answer", "parameters": [one], "responses": _responses(Deleted, False)}
+    paths["/v1/feedback/{id}"] = {"delete": forget}
+    models = [model for row in (*POSTS.values(), *GETS.values()) for model in row[1:]] + [Error, Event, Deleted]
     _, schemas = models_json_schema([(model, "validation") for model in models], ref_template="#/components/schemas/{model}")
     return {
         "openapi": "3.1.0",

@@ -238,6 +238,13 @@ class Detokenize(Body):
     tokens: Annotated[list[Token], Field(fail_fast=True)]
 
 
+class Feedback(Body):
+    id: Annotated[str, Field(pattern="^chatcmpl-[0-9a-f]{24}$")]
+    verdict: Literal["accepted", "corrected", "rejected"]
+    correction: Annotated[str | None, Field(description="with the verdict corrected: what the answer should have been")] = None
+    choice: integer(0, MAX_CHOICES - 1) | None = None
+
+
 def parse(body: bytes, model: type[BaseModel]) -> dict:
     """The JSON of a body, checked as by `check`. Raises ApiError 400."""
     try:

@@ -20,6 +20,7 @@ from sparing.data.chat import ChatTemplate, template_text
 from sparing.infer.engine import Engine
 from sparing.infer.predict import forecast
 from sparing.serve.audit import Audit
+from sparing.serve.collect import Collection
 from sparing.serve.energy import Energy
 from sparing.serve.service import Service
 from sparing.serve.settings import Settings
@@ -38,8 +39,12 @@ def speed_message(engine: Engine, expert_bytes: int) -> str:
     )
 
 
-def run_server(run: str, settings: Settings, audit: Audit, started: float | None = None, **engine_options) -> None:
-    """Serve until a signal. engine_options: those of `Engine`. Raises UserError: no such run, port in use, missing packages."""
+def run_server(
+    run: str, settings: Settings, audit: Audit, started: float | None = None, collection: Collection | None = None, **engine_options
+) -> None:
+    """Serve until a signal. collection: where answers go that people accept. engine_options: those of `Engine`.
+
+    Raises UserError: no such run, port in use, missing packages."""
     try:
         import pydantic  # noqa: F401
         import uvicorn  # noqa: F401
@@ -56,7 +61,9 @@ def run_server(run: str, settings: Settings, audit: Audit, started: float | None
         with Engine(run, **engine_options) as engine:
             templates = {name: template_text(RunFolder(path)) for name, path in (engine_options.get("adapters") or {}).items()}
             own = {name: ChatTemplate(text) for name, text in templates.items() if text is not None}
-            service = Service(engine, template, settings, energy, audit, own)
+            service = Service(engine, template, settings, energy, audit, own, collection)
+            if collection is not None:
+                say(f"answers that people accept or correct are kept in {collection.path}, with the conversation before them")
             host, port = listeners[0].getsockname()[:2]
             shown = f"[{host}]" if ":" in host else host
             if engine.approximate:

@@ -13,6 +13,7 @@ from sparing.data.chat import PLAIN_STOPS, ChatTemplate, flat
 from sparing.infer.engine import Engine
 from sparing.infer.request import Sampling
 from sparing.serve.audit import Audit
+from sparing.serve.collect import Collection
 from sparing.serve.energy import Energy
 from sparing.serve.errors import ApiError, bad
 from sparing.serve.grammar import Grammars, Matcher
@@ -37,8 +38,10 @@ class Service:
         energy: Energy,
         audit: Audit,
         templates: Mapping[str, ChatTemplate] | None = None,
+        collection: Collection | None = None,
     ):
-        """templates: the adapters' own, by name."""
+        """templates: the adapters' own, by name. collection: where answers go that people accept; None: nowhere."""
+        self.collection = collection
         self.engine, self.settings, self.energy, self.audit = engine, settings, energy, audit
         self.name = settings.name or engine.name
         self.templates = {self.name: template} | {name: (templates or {}).get(name, template) for name in engine.adapters}
@@ -66,6 +69,12 @@ class Service:
             return await asyncio.get_running_loop().run_in_executor(self._turns, function, *arguments)
         finally:
             self._long -= size
+
+    def collecting(self) -> Collection:
+        """Raises ApiError 404 where this server collects nothing."""
+        if self.collection is None:
+            raise ApiError(404, "This server collects no feedback; its operator would have to say --collect.", code="feedback_off")
+        return self.collection
 
     def check_model(self, model: str) -> None:
         """Raises ApiError 404 for another model's name."""
