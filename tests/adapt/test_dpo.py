@@ -60,7 +60,7 @@ def test_what_is_no_pair(workplace, tmp_path):  # noqa: F811
         with pytest.raises(UserError, match=said) as error:
             api.dpo(str(workplace / "base"), [write(tmp_path / "p.jsonl", rows)], "20ktok", str(tmp_path / "run"), wishes=WISHES)
         assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
-    with pytest.raises(UserError, match="is for `sparing dpo`"):
+    with pytest.raises(UserError, match="dpo: sft has no use for this section"):
         api.sft(str(workplace / "base"), [str(workplace / "chats.jsonl")], "1ktok", str(tmp_path / "run"), wishes={"dpo": {}})
 
 

@@ -121,8 +121,11 @@ class Pairs(Packed):
         there = np.zeros((count, 2 * self._most + 1), bool)
         np.put_along_axis(there, documents, True, 1)
         pairs = there[:, : 2 * self._most : 2]
-        arrays = (tokens, targets, documents, None, pairs.sum(1, dtype=np.float32), reference, pairs)
-        return PairBatch(*(array if array is None else torch.from_numpy(array) for array in arrays))
+        arrays = {
+            "tokens": tokens, "targets": targets, "documents": documents, "divisor": pairs.sum(1, dtype=np.float32),
+            "reference": reference, "pairs": pairs,
+        }  # fmt: skip
+        return PairBatch(**{name: torch.from_numpy(array) for name, array in arrays.items()})
 
 
 def pair_losses(chosen: Tensor, rejected: Tensor, settings: DpoConfig, lengths: tuple[Tensor, Tensor] | None = None) -> Tensor:

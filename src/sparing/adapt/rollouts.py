@@ -317,8 +317,11 @@ class Rollouts:
         known = np.zeros((B, len(FACTS)), np.float32)
         known[0] = np.array(facts(whole)) / world
         shares, total = np.full(B, divisor / B, np.float32), np.full(B, float(trained[learnt].sum()) * world, np.float32)
-        arrays = (tokens, targets, documents, weighed, shares, better, sampled, known, total, routes)
-        return PolicyBatch(*(None if array is None else torch.from_numpy(array) for array in arrays))
+        arrays = {
+            "tokens": tokens, "targets": targets, "documents": documents, "weights": weighed, "divisor": shares, "advantages": better,
+            "sampled": sampled, "known": known, "total": total, "routes": routes,
+        }  # fmt: skip
+        return PolicyBatch(**{name: torch.from_numpy(array) for name, array in arrays.items() if array is not None})
 
     # what must be kept
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -195,4 +196,4 @@ class TaughtFeed:
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         rows = self.loader.numbers(step, rank, world)
         batch = self.loader.rows(rows)
-        return Batch(batch.tokens, batch.targets, batch.documents, batch.weights, self.draws.take(self.loader.places(rows)[0]))
+        return replace(batch, drawn=self.draws.take(self.loader.places(rows)[0]))

@@ -214,32 +214,11 @@ class Dpo:
     """Pairs to score on; default: 5 % of the others, by a hash of the first question."""
     keep: list[str] = field(default_factory=list)
     """Text that must not be forgotten, whose loss is told before and after; default: what the run writes by itself."""
-
-
-class Adapt:
-    """Learn from answers that people accepted or corrected, and keep it only if trusted answers improve and old text is not forgotten.
-    Turned down: exit status 3, and the run stays as it is."""
-
-    takes: ClassVar[str] = "recipe"
-    run: tyro.conf.Positional[str | None] = None
-    """The run to begin with; it stays as it is."""
-    data: list[str] = field(default_factory=list)
-    """What `serve --collect` wrote, or conversations as `sft` takes them."""
-    check: list[str] = field(default_factory=list)
-    """Trusted conversations of that kind, at least 20: they decide, and are never learnt."""
-    keep: list[str] = field(default_factory=list)
-    """Text that must not be forgotten: its loss may rise by 0.1 % (--use.old-limit); default: what the run writes by itself."""
-    budget: str | None = None
-    """90s 20m 2h, 50Mtok, 3e17flop, $5, 0.2kWh. It covers everything: reading, training, deciding, saving."""
-    out: str | None = None
-    """The run folder to make."""
     base: str | None = None
     """Of an adapter run whose base has moved: where that is now."""
     seed: int | None = None
     samples: int = 3
     """Held-out questions to answer at the end."""
-
-    """Trusted questions to answer at the end."""
     json: bool = False
     """Print one JSON object on standard output, and nothing else there."""
 
@@ -293,6 +272,34 @@ class Grpo:
         call.api.rebase(self.run, self.base)
         return call.api.grpo(self.run, self.task, self.budget, self.out, self.method, self.data, self.keep, **options)
 
+
+@dataclass
+class Adapt:
+    """Learn from answers that people accepted or corrected, and keep it only if trusted answers improve and old text is not forgotten.
+    Turned down: exit status 3, and the run stays as it is."""
+
+    takes: ClassVar[str] = "recipe"
+    run: tyro.conf.Positional[str | None] = None
+    """The run to begin with; it stays as it is."""
+    data: list[str] = field(default_factory=list)
+    """What `serve --collect` wrote, or conversations as `sft` takes them."""
+    check: list[str] = field(default_factory=list)
+    """Trusted conversations of that kind, at least 20: they decide, and are never learnt."""
+    keep: list[str] = field(default_factory=list)
+    """Text that must not be forgotten: its loss may rise by 0.1 % (--use.old-limit); default: what the run writes by itself."""
+    budget: str | None = None
+    """90s 20m 2h, 50Mtok, 3e17flop, $5, 0.2kWh. It covers everything: reading, training, deciding, saving."""
+    out: str | None = None
+    """The run folder to make."""
+    base: str | None = None
+    """Of an adapter run whose base has moved: where that is now."""
+    seed: int | None = None
+    samples: int = 3
+    """Trusted questions to answer at the end."""
+    json: bool = False
+    """Print one JSON object on standard output, and nothing else there."""
+
+    def __call__(self, call: Call) -> dict:
         call.need(RUN=self.run, data=self.data, check=self.check, budget=self.budget, out=self.out)
         if self.samples < 0:
             raise UserError(f"--samples {self.samples}: must be 0 or more")

@@ -29,10 +29,10 @@ class Batch:
     is one document."""
     weights: torch.Tensor | None = None
     """(B, T) float32: how much each position's targets count; None: all alike."""
-    drawn: torch.Tensor | None = None
-    """(B, T, S) int64: words drawn from a teacher's distribution of the next token; -100: it was not asked. None: there is no teacher."""
     divisor: torch.Tensor | None = None
     """(B,) float32: each row's part of what the loss is divided by; None: the weights of its targets."""
+    drawn: torch.Tensor | None = None
+    """(B, T, S) int64: words drawn from a teacher's distribution of the next token; -100: it was not asked. None: there is no teacher."""
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Self:
         values = (getattr(self, field.name) for field in fields(self))
