@@ -32,6 +32,7 @@ dtype = "float32"
 """
 
 
+@pytest.mark.slow
 def test_both_sides_run_and_are_kept(text, tmp_path):
     (tmp_path / "tiny.toml").write_text(RECIPE)
     options = {"yardstick": "64x1@1e-2", "yardstick_batch": 1, "context": 32, "val_bytes": 2000, "recipe": str(tmp_path / "tiny.toml")}
