@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from sparing.base.config import CannotGoOn, UserError
 from sparing.base.config_file import Wishes, nested, read_recipe
@@ -116,6 +116,15 @@ class Train:
         return call.api.train([], budget, self.out, wishes, started=call.started, samples=self.samples, start=self.from_)
 
 
+def _of_learning(verb: Any, call: Call, own: dict | None = None) -> dict:
+    """What every verb that learns gives its function besides its own arguments; a slip is told before torch is loaded."""
+    if verb.samples < 0:
+        raise UserError(f"--samples {verb.samples}: must be 0 or more")
+    parse_budget(verb.budget)
+    wishes = nested(call.overrides | (own or {}))
+    return {"wishes": wishes, "seed": verb.seed, "started": call.started, "samples": verb.samples}
+
+
 @dataclass
 class Sft:
     """Teach a run to answer, by conversations, inside a budget. What no option sets is derived from budget, data and machine."""
@@ -148,10 +157,7 @@ class Sft:
     def __call__(self, call: Call) -> dict:
         call.need(RUN=self.run, data=self.data, budget=self.budget, out=self.out)
         call.choice("--method", self.method, ("lora", "full", "esft"))
-        if self.samples < 0:
-            raise UserError(f"--samples {self.samples}: must be 0 or more")
-        parse_budget(self.budget)  # a slip is told before torch is loaded
-        options = {"wishes": nested(call.overrides), "seed": self.seed, "started": call.started, "samples": self.samples}
+        options = _of_learning(self, call)
         call.api.rebase(self.run, self.base)
         return call.api.sft(self.run, self.data, self.budget, self.out, self.method, self.val, self.keep, **options)
 
@@ -186,11 +192,7 @@ class Distill:
 
     def __call__(self, call: Call) -> dict:
         call.need(RUN=self.run, **({} if self.mtp else {"teacher": self.teacher}), budget=self.budget, out=self.out)
-        if self.samples < 0:
-            raise UserError(f"--samples {self.samples}: must be 0 or more")
-        parse_budget(self.budget)  # a slip is told before torch is loaded
-        wishes = nested(call.overrides | ({} if self.text_key is None else {"data.text_key": self.text_key}))
-        options = {"wishes": wishes, "seed": self.seed, "started": call.started, "samples": self.samples}
+        options = _of_learning(self, call, {} if self.text_key is None else {"data.text_key": self.text_key})
         return call.api.distill(self.run, self.teacher, self.data, self.budget, self.out, self.mtp, self.on_policy, **options)
 
 
@@ -225,10 +227,7 @@ class Dpo:
     def __call__(self, call: Call) -> dict:
         call.need(RUN=self.run, data=self.data, budget=self.budget, out=self.out)
         call.choice("--method", self.method, ("lora", "full"))
-        if self.samples < 0:
-            raise UserError(f"--samples {self.samples}: must be 0 or more")
-        parse_budget(self.budget)  # a slip is told before torch is loaded
-        options = {"wishes": nested(call.overrides), "seed": self.seed, "started": call.started, "samples": self.samples}
+        options = _of_learning(self, call)
         call.api.rebase(self.run, self.base)
         return call.api.dpo(self.run, self.data, self.budget, self.out, self.method, self.val, self.keep, **options)
 
@@ -265,10 +264,7 @@ class Grpo:
     def __call__(self, call: Call) -> dict:
         call.need(RUN=self.run, task=self.task, budget=self.budget, out=self.out)
         call.choice("--method", self.method, ("lora", "full"))
-        if self.samples < 0:
-            raise UserError(f"--samples {self.samples}: must be 0 or more")
-        parse_budget(self.budget)  # a slip is told before torch is loaded
-        options = {"wishes": nested(call.overrides), "seed": self.seed, "started": call.started, "samples": self.samples}
+        options = _of_learning(self, call)
         call.api.rebase(self.run, self.base)
         return call.api.grpo(self.run, self.task, self.budget, self.out, self.method, self.data, self.keep, **options)
 
@@ -301,11 +297,8 @@ class Adapt:
 
     def __call__(self, call: Call) -> dict:
         call.need(RUN=self.run, data=self.data, check=self.check, budget=self.budget, out=self.out)
-        if self.samples < 0:
-            raise UserError(f"--samples {self.samples}: must be 0 or more")
-        parse_budget(self.budget)  # a slip is told before torch is loaded
+        options = _of_learning(self, call)
         call.api.rebase(self.run, self.base)
-        options = {"wishes": nested(call.overrides), "seed": self.seed, "started": call.started, "samples": self.samples}
         with _told(self.json, call):
             return call.api.adapt(self.run, self.data, self.check, self.budget, self.out, self.keep, **options)
 
@@ -733,11 +726,7 @@ class Grow:
 
     def __call__(self, call: Call) -> dict:
         call.need(RUN=self.run, domain=self.domain, data=self.data, budget=self.budget, out=self.out)
-        if self.samples < 0:
-            raise UserError(f"--samples {self.samples}: must be 0 or more")
-        parse_budget(self.budget)  # a slip is told before torch is loaded
-        own = {} if self.text_key is None else {"data.text_key": self.text_key}
-        options = {"wishes": nested(call.overrides | own), "seed": self.seed, "started": call.started, "samples": self.samples}
+        options = _of_learning(self, call, {} if self.text_key is None else {"data.text_key": self.text_key})
         return call.api.grow(self.run, self.domain, self.data, self.budget, self.out, self.keep, **options)
 
 
