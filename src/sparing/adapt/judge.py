@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import math
 import os
 import re
 import selectors
@@ -17,15 +18,40 @@ import sys
 import threading
 import time
 from contextlib import suppress
-from typing import IO
-
-from sparing.adapt.json_schema import BadSchema, keeps_to, parse_json
+from typing import IO, Any
 
 CPU_S, WALL_S = 3.0, 60.0
 MEMORY = 4 << 30
 """Bytes of address space."""
 START_S = 60.0
 FENCED = re.compile(r"```(?:json)?[ \t]*\n(.*?)```", re.DOTALL)
+
+
+def parse_json(text: str) -> Any:
+    """A JSON value. Raises ValueError, of what only Python would read too."""
+
+    def refuse(name: str):
+        raise ValueError(f"{name} is no JSON")
+
+    def number(digits: str) -> float:
+        value = float(digits)
+        return value if math.isfinite(value) else refuse(digits)
+
+    try:
+        return json.loads(text, parse_constant=refuse, parse_float=number)
+    except RecursionError:
+        raise ValueError("too deep") from None
+
+
+def schema_validator(schema: Any):
+    """What says whether a value keeps to a JSON schema (draft 2020-12 where it names no other). Raises ValueError for what is no schema, or
+    refers to another document: nothing is fetched."""
+    from jsonschema_rs import validator_for
+
+    def refuse(uri: str):
+        raise ValueError(f"{uri} is another document")
+
+    return validator_for(schema, retriever=refuse)
 
 
 def judge_format(pattern: str, text: str) -> tuple[bool, str]:
@@ -41,10 +67,7 @@ def judge_schema(schema: str, text: str) -> tuple[bool, str]:
         value = parse_json(blocks[-1] if blocks else text)
     except ValueError:
         return False, "no JSON"
-    try:
-        good = keeps_to(value, json.loads(schema))
-    except (BadSchema, RecursionError):
-        return False, "a schema without end"
+    good = schema_validator(json.loads(schema)).is_valid(value)
     return good, "right" if good else "against the schema"
 
 

@@ -17,8 +17,7 @@ from importlib.util import find_spec
 from typing import NamedTuple
 
 from sparing.adapt.contained import Outcome, run, uncontained
-from sparing.adapt.json_schema import check_schema, parse_json
-from sparing.adapt.judge import Judge
+from sparing.adapt.judge import Judge, parse_json, schema_validator
 from sparing.base.config import UserError
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
@@ -148,16 +147,21 @@ def _check_format(problem: Problem) -> None:
         raise UserError(f"answer {problem.answer[:60]!r}: is no regular expression ({error})") from None
 
 
+def _need(verifier: str, module: str, package: str) -> None:
+    if find_spec(module) is None:
+        raise UserError(f"verifier {verifier} needs the {package} package: pip install 'sparing[{verifier}]'")
+
+
 def _check_schema(problem: Problem) -> None:
+    _need("schema", "jsonschema_rs", "jsonschema-rs")
     try:
-        check_schema(parse_json(problem.answer))
-    except ValueError as error:  # BadSchema too
-        raise UserError(f"answer {problem.answer[:60]!r}: is no JSON schema that can be used ({error})") from None
+        schema_validator(parse_json(problem.answer))
+    except ValueError as error:
+        raise UserError(f"answer {problem.answer[:60]!r}: is no JSON schema that can be used ({str(error).splitlines()[0]})") from None
 
 
 def _check_math(problem: Problem) -> None:
-    if find_spec("math_verify") is None:
-        raise UserError("verifier math needs the math-verify package: pip install 'sparing[math]'")
+    _need("math", "math_verify", "math-verify")
     if not problem.answer.strip():
         raise UserError("math: no answer")
 

@@ -15,7 +15,7 @@ from sparing.base.config_limits import chosen_experts
 from sparing.base.held import held_as, held_bytes_of
 from sparing.base.layers import FeedForward, Layer, layers, shapes
 from sparing.budget.flops import expert_weights, factor_weights, kv_cache_bytes, parameters
-from sparing.kernels.sizes import ATTENTION_ROWS, EXPERT_ROWS, HEAD_TOKENS, MOMENT_BLOCK, OWN_HEAD_TOKENS
+from sparing.kernels.sizes import ATTENTION_ROWS, EXPERT_ROWS, FLOAT_HEAD_TOKENS, HEAD_TOKENS, MOMENT_BLOCK, OWN_HEAD_TOKENS
 
 FULL = PrecisionConfig()
 
@@ -207,7 +207,7 @@ def training_memory(config: Config, measured: bool = False, path: KernelPath | N
     kept = replicas * activations(config, rows, seq_len, path)
     head = replicas * (2 * HEAD_TOKENS * c.vocab_size * size + c.vocab_size * c.hidden_size * size)
     if path == "products":  # rows of the head are packed a few at a time
-        head = replicas * OWN_HEAD_TOKENS * c.vocab_size * size
+        head = replicas * (OWN_HEAD_TOKENS if size == 2 else FLOAT_HEAD_TOKENS) * c.vocab_size * size
     device = t.device or "cpu"
     # The compiled update works matrix by matrix, on less than a layer's backward pass takes besides what was kept.
     work = max(rows * seq_len * saved_per_token(layer, seq_len, size, path) for layer in _ends(c)) * replicas

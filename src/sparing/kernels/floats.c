@@ -31,7 +31,7 @@ enum { LANES = 4, MR = 12 };
 enum { LANES = 4, MR = 6 };
 #endif
 enum { NR = 2 * LANES, HIGH = 2 * MR, DEPTH = 256, HEIGHT = 32 * MR, WIDTH = 256 };
-enum { TO_F32 = 1, ADD_F32, TO_NUMBER = TO_F32, OWN = FLOAT32, SKEW = 16, TOKENS = 384, SUMMED = HEIGHT, QUERIES = 24, SLICE = 24, KEYS = 96 };
+enum { TO_F32 = 1, ADD_F32, TO_NUMBER = TO_F32, OWN = FLOAT32, SKEW = 16, TOKENS = FLOAT_HEAD_TOKENS, SUMMED = HEIGHT, QUERIES = 24, SLICE = 24, KEYS = 96 };
 
 typedef float vec __attribute__((vector_size(LANES * 4)));
 typedef float loose_vec __attribute__((vector_size(LANES * 4), aligned(4)));

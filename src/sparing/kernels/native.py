@@ -28,7 +28,7 @@ from torch import Tensor
 
 from sparing.base.hardware import cpu_flags, cpu_name, home
 from sparing.base.messages import say
-from sparing.kernels.sizes import CACHE_BLOCK, MOMENT_BLOCK, NEWTON_SCHULZ, OWN_HEAD_TOKENS
+from sparing.kernels.sizes import CACHE_BLOCK, FLOAT_HEAD_TOKENS, MOMENT_BLOCK, NEWTON_SCHULZ, OWN_HEAD_TOKENS
 
 Path = Literal["tiles", "vectors", "compiled", "plain"]
 """plain: PyTorch's operations. compiled: our passes, and matrix products by PyTorch. vectors: our passes with our own products, of float32
@@ -54,6 +54,7 @@ FLAGS = (
     *(("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()),  # compilers prefer 256 (LAB.md)
     "-O3", "-fopenmp-simd", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared",
     f"-DMOMENT_BLOCK={MOMENT_BLOCK}", f"-DCACHE_BLOCK={CACHE_BLOCK}", f"-DOWN_HEAD_TOKENS={OWN_HEAD_TOKENS}",
+    f"-DFLOAT_HEAD_TOKENS={FLOAT_HEAD_TOKENS}",
     "-DNEWTON_SCHULZ=" + ",".join(f"{x}f" for x in NEWTON_SCHULZ),
 )  # fmt: skip
 SUFFIXES = {torch.bfloat16: "_bf16", torch.float32: "_f32"}

@@ -12,8 +12,8 @@ EXPERT_ROWS = 64
 filler rows."""
 HEAD_TOKENS = 512
 """Tokens of a chunk in the output head: only their logits exist at once."""
-OWN_HEAD_TOKENS = 256
-"""The same in the output head over our own products of bfloat16; of float32 384."""
+OWN_HEAD_TOKENS, FLOAT_HEAD_TOKENS = 256, 384
+"""The same in the output head over our own products, of bfloat16 and of float32."""
 SCORED_LOGITS = 1 << 22
 """Logits that exist at once, at most, where text is scored and nothing learns: as floats and as their softmax they are several tensors."""
 MOMENT_BLOCK = 256
