@@ -131,7 +131,7 @@ def sft(
         raise UserError("sft needs --data: conversations, such as JSON lines with messages")
     arguments = {"data.paths": tuple(data), "train.seed": seed, "start.run": run, "chats.val": tuple(val), "chats.keep": tuple(keep)}
     wishes = Wishes.of(wishes, nested({name: value for name, value in arguments.items() if value is not None}))
-    refuse(wishes, "sft", "distill", "drafts", "growth", "dpo", "grpo", "use")
+    refuse(wishes, "sft", "adapter", "chats", "esft")
     if method != "lora" and wishes.get("adapter") is not None:
         raise UserError(f"adapter: low-rank updates are what --method lora learns; leave it out with {method}")
     if method != "esft" and wishes.get("esft") is not None:
@@ -191,7 +191,7 @@ def distill(
         if not data:
             raise UserError("distill needs --data: conversations whose questions the teacher is asked")
         with begin("distill", RunFolder.create(out), started) as job:
-            refuse(wishes, "distill with a URL", "distill", "drafts", "esft")
+            refuse(wishes, "distill with a URL", "adapter", "chats")
             with job.meter.stage("teach"), job.signals.interruptible():
                 answers = adapt_asked.collect(job, teacher, data, amount)
             wishes = Wishes.of(wishes, {"data": {"paths": (str(answers.resolve()),)}, "chats": {}})
@@ -238,7 +238,7 @@ def grow(
         raise UserError("grow needs --data: the domain's texts")
     arguments = {"data.paths": tuple(data), "train.seed": seed, "start.run": run, "growth.domain": domain, "growth.keep": tuple(keep)}
     wishes = Wishes.of(wishes, nested({name: value for name, value in arguments.items() if value is not None}))
-    refuse(wishes, "grow", "distill", "drafts", "dpo", "grpo", "use")
+    refuse(wishes, "grow", "growth")
     RunFolder.open(run)
     folder = RunFolder.create(out)
     with _leaving_nothing(folder), begin("grow", folder, started) as job:
@@ -283,8 +283,7 @@ def dpo(
         raise UserError("dpo needs --data: pairs, such as JSON lines with prompt, chosen and rejected")
     arguments = {"data.paths": tuple(data), "train.seed": seed, "start.run": run, "chats.val": tuple(val), "chats.keep": tuple(keep)}
     wishes = Wishes.of({"dpo": {}}, wishes, nested({name: value for name, value in arguments.items() if value is not None}))
-    if wishes.get("esft") is not None or (method == "full" and wishes.get("adapter") is not None):
-        raise UserError(f"{'esft' if wishes.get('esft') is not None else 'adapter'}: is no part of dpo --method {method}")
+    refuse(wishes, "dpo --method full" if method == "full" else "dpo", "dpo", "chats", *(() if method == "full" else ("adapter",)))
     if method == "lora":
         wishes = Wishes.of({"adapter": {}}, wishes)
     RunFolder.open(run)
@@ -319,8 +318,7 @@ def grpo(
         raise UserError(f"--method {method}: choose lora or full")
     arguments = {"grpo.task": task, "grpo.data": tuple(data), "train.seed": seed, "start.run": run, "chats.keep": tuple(keep)}
     wishes = Wishes.of(wishes, nested({name: value for name, value in arguments.items() if value is not None}))
-    if wishes.get("esft") is not None or (method == "full" and wishes.get("adapter") is not None):
-        raise UserError(f"{'esft' if wishes.get('esft') is not None else 'adapter'}: is no part of grpo --method {method}")
+    refuse(wishes, "grpo --method full" if method == "full" else "grpo", "grpo", "chats", *(() if method == "full" else ("adapter",)))
     if method == "lora":
         wishes = Wishes.of({"adapter": {}}, wishes)
     RunFolder.open(run)
@@ -354,8 +352,7 @@ def adapt(
             raise UserError(f"adapt needs --{option}: conversations, such as JSON lines with messages")
     arguments = {"train.seed": seed, "start.run": run, "chats.keep": tuple(keep), "use.data": tuple(data), "use.check": tuple(check)}
     wishes = Wishes.of(wishes, nested({name: value for name, value in arguments.items() if value is not None}))
-    if wishes.get("esft") is not None:
-        raise UserError("esft: adapt learns low-rank updates; leave it out")
+    refuse(wishes, "adapt", "use", "adapter", "chats")
     RunFolder.open(run)
     with begin("adapt", RunFolder.create(out), started) as job:
         return adapt_from_use.go(job, adapt_from_use.resolved(job, wishes, amount), samples)

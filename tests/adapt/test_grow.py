@@ -279,7 +279,7 @@ def test_refused_in_one_line(workplace, grown_run, tmp_path):
     assert "needs --data" in refused(api.grow, base, "x", **code | {"data": []})
     assert "stay as they are" in refused(api.grow, base, "x", **code, wishes={"train": {"bias_update_rate": 0.1}})
     assert "not to be chosen" in refused(api.grow, base, "x", **code, wishes={"growth": {"root_sha256": "0"}})
-    assert "other ways to learn" in refused(api.grow, base, "x", **code, wishes={"adapter": {}})
+    assert "grow has no use for this section" in refused(api.grow, base, "x", **code, wishes={"adapter": {}})
     assert "no such" in refused(api.grow, base, "x", **code, keep=[str(tmp_path / "none.txt")])
     assert "nearest: code" in refused(api.retire, run, "coda", out)
     assert "has no domains" in refused(api.slice, base, "code", out)

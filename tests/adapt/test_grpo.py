@@ -193,7 +193,7 @@ def test_what_cannot_be_asked_leaves_nothing(workplace, tmp_path):
         (str(tmp_path / "none.jsonl"), WISHES, "neither a file nor one of"),
         (task, {"grpo": {"max_tokens": 90}}, "the model's context is 64"),
         (task, {"grpo": {"problems": 8, "updates": 3, "max_tokens": 4}}, "must divide grpo.problems"),
-        (task, {"esft": {}}, "is no part of grpo"),
+        (task, {"esft": {}}, "grpo has no use for this section"),
     ):
         with pytest.raises(UserError, match=said) as error:
             api.grpo(base, name, "20ktok", str(tmp_path / "run"), wishes=wishes)

@@ -217,7 +217,7 @@ def test_paths_mean_the_same_from_any_folder(workplace, tmp_path, monkeypatch, c
 
 
 def test_other_verbs_say_what_they_are_not_for(workplace, tmp_path):
-    with pytest.raises(UserError, match=r"conversations are for .sparing sft"):
+    with pytest.raises(UserError, match=r"chats: train has no use for this section, which is for .sparing sft"):
         api.train([str(workplace / "text")], "20ktok", str(tmp_path / "run"), {"chats": {}})
     with pytest.raises(UserError, match="leave it out with full"):
         api.sft(str(workplace / "base"), [str(workplace / "chats.jsonl")], "1ktok", str(tmp_path / "run"), "full", wishes={"adapter": {}})

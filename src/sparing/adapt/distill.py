@@ -119,7 +119,7 @@ def limit(job: Job, config: Config, model: Transformer, data: TrainingData) -> C
 def resolved(job: Job, wishes: Wishes, budget: Budget, teacher: str) -> Config:
     """The configuration of a new run that learns from `teacher`, written into its folder. Raises UserError, before any text is read, for a
     teacher that it cannot learn from."""
-    refuse(wishes, "distill", "drafts", "esft", "chats", *(("adapter",) if wishes.value("distill.on_policy") else ()))
+    refuse(wishes, "distill", "distill", *(() if wishes.value("distill.on_policy") else ("adapter",)))
     run = opened(teacher)
     theirs = read_config(run.config_file)
     wishes = Wishes.of(with_absolute_paths(wishes), {"distill": {"teacher": absolute(teacher), "weights_sha256": weights_sha256(run)}})

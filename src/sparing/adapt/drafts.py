@@ -163,7 +163,7 @@ def limit(job: Job, config: Config, model: Transformer, data: TrainingData) -> C
 def resolved(job: Job, wishes: Wishes, budget: Budget) -> Config:
     """The configuration of a new run that gets a drafting module, written into its folder. Raises UserError, before any text is read, for
     a model that has one."""
-    refuse(wishes, "distill --mtp", "distill", "adapter", "esft", "chats")
+    refuse(wishes, "distill --mtp", "drafts")
     own = with_absolute_paths(wishes)
     wishes = with_start(own)
     c = wishes.config().model

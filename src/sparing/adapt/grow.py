@@ -192,8 +192,6 @@ def _with_growth(own: Wishes) -> Wishes:
             raise UserError(f"train.{name}: routers and modules that draft stay as they are when a domain is grown; leave it out")
     if stray := own.get("growth", {}).keys() - {"domain", "keep", "eps", "tokens", "width"}:
         raise UserError(f"growth.{min(stray)} is not to be chosen; growth.eps, growth.tokens and growth.width are")
-    if own.get("adapter") is not None or own.get("esft") is not None:
-        raise UserError("adapter and esft are other ways to learn than grow: leave the section out")
     model = grown_model(grown.model, len(names) + 1, own.value("growth.width") or grown.width)
     if names and model != replace(grown.config.model, n_routed_experts=model.n_routed_experts):
         raise UserError(f"growth.width {own.value('growth.width')}: the experts of {grown.run} are {grown.width} wide")

@@ -135,11 +135,18 @@ def _docstrings() -> dict[tuple[str, str], str]:
     return texts
 
 
-def refuse(wishes: Wishes, verb: str, *sections: str) -> None:
-    """Raises UserError where `wishes` have one of the sections, which mean nothing to `verb`."""
-    for name in sections:
-        if wishes.get(name) is not None:
-            raise UserError(f"{name}: {verb} has no use for this section; leave it out")
+BELONGS = {
+    "adapter": "sft", "chats": "sft", "esft": "sft --method esft", "growth": "grow", "distill": "distill --teacher",
+    "drafts": "distill --mtp", "dpo": "dpo", "grpo": "grpo", "use": "adapt",
+}  # fmt: skip
+"""The verb that each section of one kind of learning is for."""
+
+
+def refuse(wishes: Wishes, verb: str, *takes: str) -> None:
+    """Raises UserError where `wishes` have a section of BELONGS that is none of those that `verb` takes."""
+    for name, other in BELONGS.items():
+        if name not in takes and wishes.get(name) is not None:
+            raise UserError(f"{name}: {verb} has no use for this section, which is for `sparing {other}`; leave it out")
 
 
 def nested(dotted: dict[str, Any]) -> dict:

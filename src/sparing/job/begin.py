@@ -11,7 +11,7 @@ from sparing.account.meter import Meter, metered
 from sparing.account.prices import home_rent
 from sparing.account.receipt import read_state
 from sparing.base.config import Budget, Config, UserError
-from sparing.base.config_file import Wishes, write_config
+from sparing.base.config_file import Wishes, refuse, write_config
 from sparing.base.files import write_atomic
 from sparing.base.hardware import Machine
 from sparing.base.messages import say
@@ -94,19 +94,7 @@ def resolved(job: Job, wishes: Wishes, budget: Budget) -> Config:
     """The configuration of a new run, written into its folder and shown with its reasons. Raises UserError for what cannot be, before any
     text is read."""
     names_texts = bool(wishes.value("data.paths"))
-    if wishes.get("chats") is not None:
-        raise UserError("chats: conversations are for `sparing sft`; `train` learns texts as they are")
-    if wishes.get("esft") is not None:
-        raise UserError("esft: experts are chosen by conversations: `sparing sft RUN --method esft`")
-    if wishes.get("growth") is not None:
-        raise UserError("growth: experts are grown by `sparing grow RUN --domain NAME`")
-    if wishes.get("distill") is not None or wishes.get("drafts") is not None:
-        raise UserError("distill, drafts: these are for `sparing distill RUN --teacher RUN`, and for `sparing distill RUN --mtp`")
-    for name in ("dpo", "grpo"):
-        if wishes.get(name) is not None:
-            raise UserError(f"{name}: is for `sparing {name}`; `train` learns texts as they are")
-    if wishes.get("use") is not None:
-        raise UserError("use: what people said of answers is for `sparing adapt`")
+    refuse(wishes, "train", "adapter")
     wishes = with_vocabulary(with_start(with_absolute_paths(wishes)))
     try_out(job, wishes, budget)
     with job.meter.stage("scan"):
