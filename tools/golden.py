@@ -259,11 +259,14 @@ def work(folder: Path, names: list[str]) -> None:
         hide_amx()
     if names[0].startswith(WITHOUT_COMPILER):
         os.environ["PATH"] = ""
-    import sparing.api
-    from sparing.kernels import products
+    import torch
 
-    if names[0].startswith(WITHOUT_AMX) and hasattr(products, "fastest"):
-        products.fastest = lambda *_: ("vectors", "what these runs are for")
+    import sparing.api
+    from sparing.kernels import native, products
+
+    if hasattr(products, "fastest"):
+        kinds = ("vectors",) if names[0].startswith(WITHOUT_AMX) else ("tiles", "vectors", "compiled")
+        products.fastest = lambda dtype=torch.bfloat16, *_: (next(kind for kind in kinds if native.can(kind, dtype)), "not measured")
 
     measure_no_peak()
     write_corpus(folder / "corpus")

@@ -250,7 +250,7 @@ def test_refused_in_one_line(workplace, tmp_path):
     assert "128 tokens at most" in refused(student, shorter(teacher, tmp_path / "short"), wishes={"train": {"seq_len": 256}})
     assert "esft: distill has no use" in refused(student, teacher, wishes={"esft": {}})
     assert "adapter: distill has no use" in refused(teacher, teacher, wishes={"adapter": {}}, on_policy=True)
-    with pytest.raises(UserError, match="sparing distill RUN"):
+    with pytest.raises(UserError, match="sparing distill --teacher"):
         api.train([str(workplace / "text")], "20ktok", str(tmp_path / "run"), {"distill": {}})
 
 

@@ -124,7 +124,7 @@ def test_refused_in_one_line(workplace, tmp_path):
     assert "different experts of 0 to 7" in refused(base, {"esft": {"experts": ["1: 8"]}})
     assert "such as" in refused(base, {"esft": {"experts": ["1"]}})
     assert "float32" in refused(base, {"esft": {}, "precision": {"weights": "bfloat16"}})
-    with pytest.raises(UserError, match="sparing sft RUN --method esft"):
+    with pytest.raises(UserError, match="sparing sft --method esft"):
         api.train([str(workplace / "text")], "20ktok", str(tmp_path / "run"), {"esft": {}})
 
 

@@ -286,7 +286,7 @@ def test_refused_in_one_line(workplace, grown_run, tmp_path):
     assert "has no domains" in refused(api.pack, base, "code", out)
     assert "is no pack" in refused(api.merge, base, out, packs=[str(tmp_path)])
     assert "no pack of a domain is named" in refused(api.merge, base, out)
-    assert "sparing grow RUN" in refused(
+    assert "for `sparing grow`" in refused(
         lambda folder: api.train([str(workplace / "old")], "8ktok", folder, BASE | {"growth": {"eps": 0.1}}), out
     )
 

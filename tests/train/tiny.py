@@ -143,7 +143,7 @@ def main(argv: list[str], started: float) -> int:
 
     def slow_evaluate(nll) -> dict:
         print("evaluating", flush=True)
-        time.sleep(arguments.slow_eval)
+        nap(arguments.slow_eval)
         return evaluate(nll)
 
     class Slow:
@@ -151,7 +151,7 @@ def main(argv: list[str], started: float) -> int:
             print("batch", step, flush=True)
             if arguments.stuck and step == 3:
                 torch.linalg.svd(torch.randn(6000, 6000))
-            time.sleep(arguments.slow_step)
+            nap(arguments.slow_step)
             ticks[0] += arguments.tick
             return loader.batch(step)
 
@@ -167,6 +167,13 @@ def main(argv: list[str], started: float) -> int:
         print(error, file=sys.stderr)
         return 2
     return 0
+
+
+def nap(seconds: float) -> None:
+    """Sleep, a little at a time: a signal that comes just before a sleep does not end it, and is seen only after it."""
+    end = time.perf_counter() + seconds
+    while (left := end - time.perf_counter()) > 0:
+        time.sleep(min(left, 0.05))
 
 
 def zygote() -> None:
