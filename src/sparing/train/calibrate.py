@@ -215,7 +215,10 @@ def _micro_batches(t: TrainConfig) -> list[int]:
 
 
 def _replicas(model: Transformer, config: Config, device: str, *, compiled: bool = False, replicas: int = 1) -> Replicas:
+    """As the trainer makes them: twins have what is set before they are made."""
     t = config.train
+    model.compute_dtype = getattr(torch, t.dtype)
+    model.set_recompute(t.recompute)
     kernels = t.kernels or fitting(replicas, torch.get_num_threads(), device, t.dtype, config.model)[0]
     return Replicas(model, NextToken.of(config), replicas, compiled, kernels)
 
@@ -227,8 +230,7 @@ def _speed(model: Transformer, config: Config, batch: Batch, micro: int, device:
     part = part.cut(t.short_seq_len) if t.short_seq_len else part
     part = part if t.document_mask else replace(part, documents=None)
     took = []
-    model.compute_dtype = getattr(torch, t.dtype)
-    model.train()
+    replicas.train(True)
     for _ in range(passes):
         wait(device)
         before = time.perf_counter()
