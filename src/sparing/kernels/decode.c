@@ -19,6 +19,7 @@
 #else
 #define PAUSE() ((void)0)
 #endif
+#include "scratch.inc"
 #include "decode_products.inc"
 
 enum { BLOCK = CACHE_BLOCK };

@@ -85,7 +85,7 @@ def choose(
                 return speeds.get((threads, micro), 0.0)
             if device == "cpu":
                 torch.set_num_threads(threads)
-            if threads not in replicas_by_threads:  # one set of threads for all probes: a thread's work space is never freed
+            if threads not in replicas_by_threads:  # one set of threads for all probes, whose work space is made once
                 replicas_by_threads[threads] = _replicas(model, config, device, replicas=replicas)
             speeds[threads, micro] = _speed(model, config, batch, micro, device, replicas_by_threads[threads])
         return speeds[threads, micro]
