@@ -159,7 +159,7 @@ def key() -> dict[str, str]:
     compiler = next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
     version = compiler and subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout.partition("\n")[0]
     sets = [name for name in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16") if name in flags]
-    limits = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR")
+    limits = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR", "SPARING_PROCESSOR")
     return {
         "torch": torch.__version__,
         "kernels": f"compiled by {version}" if compiler else "plain",
@@ -265,8 +265,8 @@ def work(folder: Path, names: list[str]) -> None:
     from sparing.kernels import native, products
 
     if hasattr(products, "fastest"):
-        kinds = ("vectors",) if names[0].startswith(WITHOUT_AMX) else ("tiles", "vectors", "compiled")
-        products.fastest = lambda dtype=torch.bfloat16, *_: (next(kind for kind in kinds if native.can(kind, dtype)), "not measured")
+        kinds = [] if names[0].startswith(WITHOUT_AMX) else ["tiles", "vectors", "compiled"]
+        products.fastest = lambda dtype=torch.bfloat16, *_: (next((k for k in kinds if native.can(k, dtype)), "vectors"), "not measured")
 
     measure_no_peak()
     write_corpus(folder / "corpus")

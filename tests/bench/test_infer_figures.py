@@ -11,6 +11,7 @@ from sparing.bench.figures import bench
 from sparing.bench.results import ROW_KEYS
 
 
+@pytest.mark.slow
 def test_generate(make_run):  # noqa: F811
     pytest.importorskip("transformers")
     path = str(make_run(mtp_depth=1))

@@ -95,11 +95,13 @@ class Ours(TrainingSide):
         """precision: bfloat16 or float32, over float32 weights. replicas: threads that divide the rows among them."""
         import torch
 
+        from sparing.kernels import native
         from sparing.kernels.products import fitting
         from sparing.model.transformer import Transformer
         from sparing.train.objective import NextToken
         from sparing.train.replicas import Replicas
 
+        native.open_pool()  # as a run does
         self.model = Transformer(config)
         self.model.load_state_dict(weights)
         self.model.train()

@@ -232,19 +232,13 @@ def training_memory(config: Config, measured: bool = False, path: KernelPath | N
         process += CORPUS_BYTES
     if measured and path == "plain":
         process += activations(config, micro, seq_len, "plain") + head / replicas + weights
-    reused = REUSED[gives_back(p) or pools(config)] * min(gradients, kept)
+    reused = REUSED[gives_back(p) or (device == "cpu" and path != "plain")] * min(gradients, kept)
     return Memory(weights, gradients, moments, kept + head, process, reused)
 
 
 def gives_back(p: PrecisionConfig) -> bool:
     """Whether training in this precision gives the memory of dead tensors back to the system (`kernels/native.py`)."""
     return (p.weights, p.moments, p.activations) != (FULL.weights, FULL.moments, FULL.activations)
-
-
-def pools(config: Config) -> bool:
-    """Whether dead tensors' memory is handed to the next ones of their size instead of to malloc, in whose heap a third
-    of it lies idle: in what goes on from another run, which is as a rule larger than what begins here."""
-    return config.start is not None
 
 
 def serving_memory(c: ModelConfig, context: int) -> float:

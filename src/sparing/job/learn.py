@@ -18,7 +18,7 @@ from sparing.base.run import RunFolder
 from sparing.budget.estimate import Estimate
 from sparing.budget.flops import parameters
 from sparing.budget.gain import GainPoint, add_gain
-from sparing.budget.memory import gives_back, pools
+from sparing.budget.memory import gives_back
 from sparing.budget.predict import SAMPLE_BYTES_PER_S, after_gain
 from sparing.budget.scaling import Point, add_point, effective_bytes
 from sparing.evals.bpb import NllFn
@@ -81,7 +81,7 @@ def learn(
         say(f"precision.linear: {speed_note(config.precision.linear, device.type)}")
     if device.type == "cpu" and gives_back(config.precision):
         native.give_back()
-    elif device.type == "cpu" and pools(config):
+    elif device.type == "cpu":
         native.open_pool()
     with signals.interruptible():
         begun = any(run.state.glob("step-*"))  # the checkpoint will be loaded over whatever the weights (or an adapter's factors) are
