@@ -40,7 +40,7 @@ from sparing.base.messages import say
 from sparing.base.run import RunFolder, weights_sha256
 from sparing.budget.flops import forward_flops
 from sparing.budget.units import format_budget
-from sparing.data.chat import template_text
+from sparing.data.chat import taught, template_text
 from sparing.data.chats import SAMPLE, chats
 from sparing.data.files import absolute, find_files
 from sparing.data.rows import permutation
@@ -110,7 +110,6 @@ def resolved(job: Job, wishes: Wishes, budget: Budget) -> None:
     own = Wishes.of({name: section for name, section in wishes.items() if name not in ("reason", "start")})
     start = {"start": {"run": str(Path(wishes.value("start.run")).resolve())}, "data": {"paths": (reason.task,)}}
     begun = with_start(Wishes.of({"adapter": {}} if reason.method == "lora" else {}, own, start))
-    try_out(job, begun, budget)
     base = begun.config()
     parent = RunFolder(base.start.run)
     tokenizer = Tokenizer.load(parent.tokenizer_file, base.tokens)
@@ -129,6 +128,9 @@ def resolved(job: Job, wishes: Wishes, budget: Budget) -> None:
         room = _room_of_student(reason.student, task)
         if most > room:
             raise UserError(f"--student {named.student}: behind the longest problem its context has room for {room} tokens, not {most}")
+    for name in _stages(bool(answers), reason):
+        if name != SAMPLED:
+            _try_out(job, begun, budget, name, bool(answers), reason)
     rows = read_config(parent.config_file).train.seq_len
     config = replace(
         Config(), model=base.model, tokens=base.tokens, start=base.start, budget=budget, reason=reason,
@@ -142,6 +144,33 @@ def resolved(job: Job, wishes: Wishes, budget: Budget) -> None:
     bind(job.run, config.data, facts_of(task), earlier=[])
     job.write(config, {})
     say(f"task {task.name}: {len(task.problems):,} problems, {len(task.held_out):,} held out; an answer has {most} tokens at most")
+
+
+def _stages(cold: bool, reason: ReasonConfig) -> list[str]:
+    left_out = {COLD: not cold, STUDENT: not reason.student}
+    return [name for name in SHARES if not left_out.get(name)]
+
+
+def _divided(amount: float, left: Sequence[str], among: Sequence[str]) -> dict[str, float]:
+    """What of an amount each of the stages `left` may spend, if all of it is for those of `among`."""
+    return {name: amount * SHARES[name][0] / sum(SHARES[one][0] for one in among) for name in left}
+
+
+def _try_out(job: Job, wishes: Wishes, budget: Budget, name: str, cold: bool, reason: ReasonConfig) -> None:
+    """Resolve a stage's configuration for the checks alone. Raises UserError, which names the stage."""
+    stages = _stages(cold, reason)
+    share = replace(budget, amount=_divided(budget.amount, stages, stages)[name])
+    try:
+        try_out(job, wishes, share)
+    except UserError as error:
+        raise UserError(f"{name} has {share.amount / budget.amount:.0%} of --budget {format_budget(budget)}: {error}") from None
+
+
+def _of_stage(wishes: Wishes, name: str) -> Wishes:
+    """What is wished for one stage: grpo.* is for rewards, where it settles rows and batches, and all else for every stage."""
+    apart = {"train.seq_len", "train.batch_size"} if name == RL else {"grpo"}
+    kept = {section: {key: value for key, value in fields.items() if f"{section}.{key}" not in apart} for section, fields in wishes.items()}
+    return Wishes.of({section: fields for section, fields in kept.items() if section not in apart})
 
 
 def _worked(run: RunFolder) -> Path:
@@ -159,8 +188,8 @@ def _answers(cold: Sequence[str]) -> list[str]:
 
 
 def _longest(task: Task, tokenizer: Tokenizer, run: RunFolder) -> int:
-    """Tokens of the longest problem, as the run is asked."""
-    ask = Asker(tokenizer, template_text(run))
+    """Tokens of the longest problem, as the run is asked, or, where it has no chat template, what `sft` makes of it."""
+    ask = Asker(tokenizer, template_text(run) or taught(tokenizer))
     return max(len(ask(problem)) for problem in (*task.problems, *task.held_out))
 
 
@@ -197,25 +226,20 @@ class _Recipe:
         self.wishes = Wishes.of(json.loads((run.state / "wishes.json").read_text()))
         self.grpo = self.wishes.config().grpo
         self.cold = self.reason.cold or ((str(_worked(run)),) if _worked(run).exists() else ())
-        left_out = {COLD: not self.cold, STUDENT: not self.reason.student}
-        self.stages = [name for name in SHARES if not left_out.get(name)]
+        self.stages = _stages(bool(self.cold), self.reason)
         self.notes, self.score_file = run.state / "stages.jsonl", run.state / "scores.jsonl"
 
     def go(self) -> dict:
         self._tell()
         self._score("base", self.base)
-        without_grpo = Wishes.of({name: section for name, section in self.wishes.items() if name != "grpo"})
-        answered = self.base
-        if self.cold:
-            answered = self._stage(COLD, lambda *place, **more: self.verbs.sft(str(self.base), self.cold, *place, **more), without_grpo)
-        asked, data = self.reason.task, self.reason.data
-        taught = self._stage(RL, lambda *place, **more: self.verbs.grpo(str(answered), asked, *place, data=data, **more), self.wishes)
-        kept = [str(self._sampled(taught))]
-        self._learnt(SFT, self.base, kept, without_grpo, self.samples)
+        begun = self._stage(COLD, self.verbs.sft, self.base, self.cold) if self.cold else self.base
+        rewarded = self._stage(RL, self.verbs.grpo, begun, self.reason.task, data=self.reason.data)
+        kept = self._sampled(rewarded)
+        self._learnt(SFT, self.base, kept, samples=self.samples)
         if self.reason.student:
             student = RunFolder(self.reason.student)
             self._score("student", student)
-            self._learnt(STUDENT, student, kept, without_grpo)
+            self._learnt(STUDENT, student, kept)
         return self._finish()
 
     # budgets
@@ -226,7 +250,7 @@ class _Recipe:
 
     def _amount(self, name: str) -> Budget:
         """What a stage may spend; settled when it begins, and kept. Raises CannotGoOn where nothing is left."""
-        noted = {line["stage"]: line["amount"] for line in read_lines(self.notes)}
+        noted = self._noted()
         if name not in noted:
             amount = self._shares(name)[name]
             if amount < (1 if self.budget.unit in ("s", "tok") else 1e-9):
@@ -234,6 +258,10 @@ class _Recipe:
             noted[name] = int(amount) if self.budget.unit == "tok" else float(f"{amount:.5g}")
             append_durably(self.notes, json.dumps({"stage": name, "amount": noted[name]}))
         return Budget(noted[name], self.budget.unit)
+
+    def _noted(self) -> dict[str, float]:
+        """What the stages that have begun may spend."""
+        return {line["stage"]: line["amount"] for line in read_lines(self.notes)}
 
     def _shares(self, first: str) -> dict[str, float]:
         """What each stage from `first` on may spend as things are now."""
@@ -246,14 +274,16 @@ class _Recipe:
             among = left
         else:
             free, among = self.budget.amount, self.stages
-        return {name: free * SHARES[name][0] / sum(SHARES[one][0] for one in among) for name in left}
+        return _divided(free, left, among)
 
     def _tell(self) -> None:
         """Say what remains to be done and how the budget is divided, and what is left out."""
         done = {name for name in self.stages if self._done(name)}
         left = [name for name in self.stages if name not in done]
         say(f"reason, {format_budget(self.budget)} in all" + (f"; done before: {', '.join(sorted(done))}" if done else ""))
-        for name, amount in (self._shares(left[0]) if left else {}).items():
+        begun, shares = self._noted(), self._shares(left[0]) if left else {}
+        for name in left:
+            amount = begun.get(name, shares[name])
             about = format_budget(Budget(round(amount) if amount >= 10 else float(f"{amount:.2g}"), self.budget.unit))
             say(f"  {name:<9} about {about}  # {SHARES[name][1]}")
         if not self.cold:
@@ -266,8 +296,8 @@ class _Recipe:
 
     # stages
 
-    def _stage(self, name: str, make: Callable[..., dict], wishes: Wishes, samples: int = 0) -> RunFolder:
-        """A stage's run, made, gone on with, or found; scored."""
+    def _stage(self, name: str, verb: Callable[..., dict], start: RunFolder, learns: Any, samples: int = 0, **more: Any) -> RunFolder:
+        """A stage's run, made of `start` by a verb, gone on with, or found; scored."""
         run = RunFolder(self.run.path / name)
         if not self._done(name):
             budget = format_budget(self._amount(name))
@@ -275,15 +305,16 @@ class _Recipe:
             if run.config_file.exists():
                 self.verbs.resume(str(run), started=self.mark, samples=samples)
             else:
-                make(budget, str(run), self.reason.method, wishes=wishes, started=self.mark, samples=samples)
+                wishes = _of_stage(self.wishes, name)
+                verb(str(start), learns, budget, str(run), self.reason.method, wishes=wishes, started=self.mark, samples=samples, **more)
             gc.collect()  # a model, its moments and replicas, before the next ones
             self.mark = time.monotonic()
         self._score(name, run)
         return run
 
-    def _learnt(self, name: str, start: RunFolder, kept: list[str], wishes: Wishes, samples: int = 0) -> None:
+    def _learnt(self, name: str, start: RunFolder, kept: Path, samples: int = 0) -> None:
         """A stage that learns the kept answers; what they have cost is its ancestors'."""
-        run = self._stage(name, lambda *place, **more: self.verbs.sft(str(start), kept, *place, **more), wishes, samples)
+        run = self._stage(name, self.verbs.sft, start, [str(kept)], samples)
         inherit(run, RunFolder(self.run.path / RL), "wrote its answers")
         inherit(run, self.run, "chose its answers")
 
@@ -350,44 +381,51 @@ class _Recipe:
         budget = self._amount(SAMPLED)
         say(f"\n{SAMPLED}, {format_budget(budget)}")
         folder.mkdir(exist_ok=True)
-        lines, r = read_lines(drawn), self.reason
-        before, size = sum(line["cost"] for line in lines), max(1, AT_A_TIME // r.samples)
+        lines, size = read_lines(drawn), max(1, AT_A_TIME // self.reason.samples)
+        before = sum(line["cost"] for line in lines)
         with self._writing(run, "sample") as (job, answered):
             most = self._chunks(budget, run, size)
             origin = {"run": RL, "weights_sha256": weights_sha256(run), "task": self.task.name}
             while (most is None or len(lines) < most) and (found := self._next(lines, size)):
-                last = lines[-1]["cost"] if lines else 0.0
-                if most is None and lines and sum(line["cost"] for line in lines) + last > budget.amount:
+                spent = sum(line["cost"] for line in lines)
+                if most is None and lines and spent + lines[-1]["cost"] > budget.amount:
                     break
-                epoch, places = found
-                seeds = [mix(mix(mix(self.config.train.seed % (1 << 64)) ^ (epoch * len(self.task.problems) + n)) + 3) for n in places]
-                groups = answered(seeds, [self.task.problems[n] for n in places], r.samples)
-                rows = []
-                for place, seed, group in zip(places, seeds, groups, strict=True):
-                    prompt = self.task.problems[place].prompt
-                    source = origin | {"problem": place, "seed": seed, "answers": r.samples, "right": len(_right(group))}
-                    rows += [as_chat(prompt, text, source=source) for text in _shortest(_right(group), r.kept)]
-                right = sum(len(_right(group)) for group in groups)
-                cut = sum(answer.cut for group in groups for answer in group.answers)
-                cost = before + used(job.meter.rows(), budget.unit) - sum(line["cost"] for line in lines)
-                line = {"epoch": epoch, "problems": places, "answers": len(places) * r.samples, "right": right, "cut": cut, "kept": rows}
-                lines.append(line | {"cost": cost})
+                line = self._drawn(*found, answered, origin)
+                lines.append(line | {"cost": before + used(job.meter.rows(), budget.unit) - spent})
                 append_durably(drawn, json.dumps(lines[-1], ensure_ascii=False))
-        held_out = {problem.prompt for problem in self.task.held_out}
-        kept = {(row["messages"][0]["content"], row["messages"][1]["content"]): row for line in lines for row in line["kept"]}
-        rows = [row for (asked, _), row in kept.items() if asked not in held_out]
-        solved = len({row["messages"][0]["content"] for row in rows})
-        counts = {"problems": len({place for line in lines for place in line["problems"]}), "solved": solved}
-        counts |= {name: sum(line[name] for line in lines) for name in ("answers", "right", "cut")} | {"kept": len(rows)}
+        rows, counts = self._kept(lines)
         say("{problems:,} problems, {answers:,} answers: {right:,} right, {kept:,} kept, to {solved:,} problems".format(**counts))
-        if solved < FEWEST:
+        if counts["solved"] < FEWEST:
+            solved = f"{counts['solved']} of {counts['problems']} problems have a right answer"
             raise CannotGoOn(
-                f"{self.run}: {solved} of {counts['problems']} problems have a right answer, and fewer than {FEWEST} teach nothing: the task "
-                "is too hard for this model in this budget; a longer one, or --cold with worked answers, may help"
+                f"{self.run}: {solved}, and fewer than {FEWEST} teach nothing: the task is too hard for this model in this budget; a "
+                "longer one, or --cold with worked answers, may help"
             )
         write_atomic(folder / "counts.json", json.dumps(counts, indent=1))
         write_atomic(answers, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         return answers
+
+    def _drawn(self, epoch: int, places: list[int], answered: Answered, origin: dict) -> dict:
+        """A chunk: answers to the problems at `places` in pass `epoch`, counted, and the rows that are kept of them."""
+        seed, problems, samples = self.config.train.seed % (1 << 64), self.task.problems, self.reason.samples
+        seeds = [mix(mix(mix(seed) ^ (epoch * len(problems) + place)) + 3) for place in places]
+        groups, rows, right = answered(seeds, [problems[place] for place in places], samples), [], 0
+        for place, one, group in zip(places, seeds, groups, strict=True):
+            good = _right(group)
+            right += len(good)
+            source = origin | {"problem": place, "seed": one, "answers": samples, "right": len(good)}
+            rows += [as_chat(problems[place].prompt, text, source=source) for text in _shortest(good, self.reason.kept)]
+        cut = sum(answer.cut for group in groups for answer in group.answers)
+        return {"epoch": epoch, "problems": places, "answers": len(places) * samples, "right": right, "cut": cut, "kept": rows}
+
+    def _kept(self, lines: list[dict]) -> tuple[list[dict], dict[str, int]]:
+        """(rows of all chunks, none twice, none of a held-out problem; how many there were of what)."""
+        held_out = {problem.prompt for problem in self.task.held_out}
+        every = {tuple(message["content"] for message in row["messages"]): row for line in lines for row in line["kept"]}
+        rows = [row for (asked, _), row in every.items() if asked not in held_out]
+        counts = {"problems": len({place for line in lines for place in line["problems"]})}
+        counts |= {"solved": len({row["messages"][0]["content"] for row in rows})}
+        return rows, counts | {name: sum(line[name] for line in lines) for name in ("answers", "right", "cut")} | {"kept": len(rows)}
 
     def _chunks(self, budget: Budget, run: RunFolder, size: int) -> int | None:
         """How many chunks of problems a budget in tokens or operations pays for, an answer counted at its greatest length; None: the meter
