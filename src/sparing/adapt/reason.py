@@ -71,6 +71,8 @@ PASSES = 4
 """Problems that were not solved are asked again, so many times in all."""
 FEWEST = 8
 """Problems with a right answer, to learn from."""
+LONGEST = 64
+"""Problems whose tokens are counted."""
 SPENT = {"s": "wall_s", "usd": "usd", "kwh": "kwh"}
 """Where the ledger has what a budget is of. One in tokens or operations is divided before anything begins."""
 
@@ -188,9 +190,11 @@ def _answers(cold: Sequence[str]) -> list[str]:
 
 
 def _longest(task: Task, tokenizer: Tokenizer, run: RunFolder) -> int:
-    """Tokens of the longest problem, as the run is asked, or, where it has no chat template, what `sft` makes of it."""
+    """Tokens of the longest problem, as the run is asked, or, where it has no chat template, what `sft` makes of it. Of thousands, those
+    with the most characters are looked at."""
     ask = Asker(tokenizer, template_text(run) or taught(tokenizer))
-    return max(len(ask(problem)) for problem in (*task.problems, *task.held_out))
+    longest = sorted((*task.problems, *task.held_out), key=lambda problem: len(problem.prompt))[-LONGEST:]
+    return max(len(ask(problem)) for problem in longest)
 
 
 def _room_of_student(student: str, task: Task) -> int:
