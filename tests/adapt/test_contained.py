@@ -14,7 +14,7 @@ from sparing.adapt.rewards import load_task, verify
 from sparing.adapt.verifiers import Problem
 from sparing.base.config import UserError
 
-SHORT = Limits(cpu_s=1, wall_s=15.0)
+SHORT = Limits(cpu_s=1, wall_s=15.0, memory=256 << 20)
 linux = pytest.mark.skipif(sys.platform != "linux", reason="code is contained on Linux only")
 
 
@@ -34,7 +34,7 @@ def _contained():
         ("def f(", "f()", "failed"),
         ("def f(): f()\nf()", "1", "failed"),
         ("while True: pass", "1", "time"),
-        ("x = []\nwhile True: x.append(bytearray(1 << 20))", "1", "memory"),
+        ("x = []\nwhile True: x.append(bytearray(1 << 24))", "1", "memory"),
         ("while True: print('x' * 10_000)", "1", "output"),
         ("import sys; sys.exit(0)", "assert False", "failed"),
         ("import os; os._exit(0)", "assert False", "ended"),

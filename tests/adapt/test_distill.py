@@ -31,7 +31,9 @@ from sparing.budget.flops import train_flops
 from sparing.data.loader import IGNORED, Batch
 from sparing.infer.engine import Engine
 from sparing.infer.generate import generate_texts
+from sparing.kernels.decode import library
 
+compiled = pytest.mark.skipif(library() is None, reason="drafting and int8 are the compiled step's, which needs a C compiler")
 TRAIN = {"threads": 1, "replicas": 1, "compile": False, "micro_batch_size": 8, "kernels": "plain", "dtype": "float32"}
 TEACHER = {
     "model": {
@@ -309,6 +311,7 @@ def test_a_module_learns_to_draft_and_nothing_else_changes(drafting):
     assert len(words) == summary["draft_words"] == 256 and summary["draft_words_share"] > 0.95
 
 
+@compiled
 @pytest.mark.parametrize("weights", ["float32", "int8"])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_the_same_texts_in_fewer_steps(drafting, weights, temperature):
@@ -325,6 +328,7 @@ def test_the_same_texts_in_fewer_steps(drafting, weights, temperature):
     assert texts[0] == texts[1] and steps[1] < 0.9 * steps[0] and accepted > 0.3
 
 
+@compiled
 @pytest.mark.parametrize("drafting", ["dense"], indirect=True)
 def test_words_of_drafts_are_checked(drafting, tmp_path):
     _, out, _ = drafting
@@ -372,6 +376,7 @@ def test_mtp_refused_in_one_line(drafting, workplace, tmp_path):
         api.distill(str(workplace / "student.toml") + "x", None, text, "20ktok", str(tmp_path / "run"), mtp=True)
 
 
+@compiled
 def test_own_texts_of_the_student(workplace, tmp_path):
     """What the teacher says there serves other texts too; killed in the middle it repeats the undisturbed run bit for bit."""
     base, killed, straight = tmp_path / "base", tmp_path / "killed", tmp_path / "straight"

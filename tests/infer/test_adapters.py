@@ -12,9 +12,11 @@ from sparing.base.files import link_or_copy
 from sparing.base.run import RunFolder, weights_sha256, write_tensors
 from sparing.infer.engine import Engine
 from sparing.infer.request import Sampling
+from sparing.kernels.decode import library
 from sparing.model.low_rank import add_low_rank, learned
 from sparing.model.transformer import Transformer
 
+compiled = pytest.mark.skipif(library() is None, reason="adapters are the compiled step's, which needs a C compiler")
 DENSE = {"attention": "gqa", "num_dense_layers": 3, "mtp_depth": 0}
 
 
@@ -48,6 +50,7 @@ def runs(make_run, tmp_path_factory):
 PROMPTS = [list(range(20, 60)), [5, 6, 7], list(range(20, 60)), [9, 200, 33, 4, 5]]
 
 
+@compiled
 @pytest.mark.parametrize("weights", ["float32", "int8"])
 def test_each_text_gets_its_adapter(runs, tmp_path, weights):
     base, adapters = runs
@@ -73,6 +76,7 @@ def test_each_text_gets_its_adapter(runs, tmp_path, weights):
     assert len({tuple(token for token, _ in answer) for answer in together[:3]}) == 3
 
 
+@compiled
 def test_what_is_refused(runs, make_run, tmp_path):
     base, adapters = runs
     with Engine(base, adapters=adapters) as engine, pytest.raises(UserError, match="no adapter 'three': one, two"):

@@ -12,6 +12,7 @@ from sparing.infer.engine import Engine
 from sparing.infer.generate import load
 from sparing.infer.network import Rows, TorchNetwork, choose_backend
 from sparing.infer.request import Sampling
+from sparing.kernels.decode import library
 
 SHAPES = [{}, {"attention": "gqa"}, {"n_group": 4, "topk_group": 2, "q_lora_rank": None}]
 
@@ -71,6 +72,7 @@ def test_what_cannot_run_here_is_told(make_run):
             Engine(make_run(), device="cuda")
 
 
+@pytest.mark.skipif(library() is None, reason="int8 needs a C compiler")
 def test_a_gpu_is_taken_where_there_is_one(make_run, monkeypatch):
     c = load(make_run()).config.model
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

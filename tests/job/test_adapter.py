@@ -19,7 +19,7 @@ from sparing.base.layers import mixtures
 from sparing.base.run import fill, read_tensors, write_tensors
 from sparing.cli.main import main
 from sparing.job.start import start_of
-from sparing.kernels import native
+from sparing.kernels import decode, native
 from sparing.model.low_rank import adaptable, learned
 
 MIXTURE = SMALL["model"] | {"num_dense_layers": 1, "n_routed_experts": 4, "num_experts_per_tok": 2, "mtp_depth": 1}
@@ -148,7 +148,8 @@ def test_an_adapter_run_works_wherever_a_run_does(adapted, workplace, tmp_path):
     api.merge(str(run), str(tmp_path / "merged"))
     assert text == api.generate(str(tmp_path / "merged"), "The bird", max_tokens=12, temperature=0)["text"]
     assert text != api.generate(str(base), "The bird", max_tokens=12, temperature=0)["text"]
-    assert api.generate(str(run), "The bird", max_tokens=12, temperature=0, weights="int8")["tokens"] == 12
+    if decode.library() is not None:
+        assert api.generate(str(run), "The bird", max_tokens=12, temperature=0, weights="int8")["tokens"] == 12
     scores = [api.evaluate(str(folder), [str(workplace / "other")])["bpb"] for folder in (base, run, tmp_path / "merged")]
     assert scores[1] == pytest.approx(scores[2], rel=1e-3) and scores[1] < scores[0] - 0.2
     api.export(str(run), "hf", str(tmp_path / "hf"))

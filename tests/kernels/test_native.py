@@ -3,11 +3,14 @@
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
+import torch
 
-from sparing.kernels import native
+from sparing.account.power import resident_memory
+from sparing.kernels import native, products
 
 pytestmark = pytest.mark.skipif(native.passes() is None, reason="no C compiler here")
 STEP = """
@@ -35,3 +38,23 @@ def test_builds_that_nobody_uses_are_deleted(tmp_path, monkeypatch):
     os.utime(made, (time.time() - 40 * days,) * 2)
     assert native.build("pool", native.SOURCES["pool"], ("-O0", "-fPIC", "-shared")) == made
     assert time.time() - made.stat().st_mtime < days  # used
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_threads_work_space_is_freed_with_it(dtype):
+    """A replica's threads come and go; what they packed weights into is 64 MiB here, or 32."""
+
+    def work() -> None:
+        with native.path("vectors"):
+            products.nt(torch.zeros(64, 2048, dtype=dtype), torch.zeros(8192, 2048))
+
+    if not native.can("vectors", dtype):
+        pytest.skip("no such kernels here")
+    work()
+    before = resident_memory()
+    for _ in range(8):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    native.trim_heap()
+    assert resident_memory() - before < 128 << 20

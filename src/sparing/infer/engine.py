@@ -115,6 +115,7 @@ class Engine:
         self._manager = BlockManager(blocks)
         self._network: TorchNetwork | CompiledNetwork
         if self.plain:
+            assert live is None, "the plain network reads no packed weights"
             network = network or load_transformer(folder, self.config, self.device, getattr(torch, self.weights))
             self._network = TorchNetwork(network, blocks)
         else:

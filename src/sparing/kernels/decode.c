@@ -19,6 +19,7 @@
 #else
 #define PAUSE() ((void)0)
 #endif
+#include "scratch.inc"
 #include "decode_products.inc"
 
 enum { BLOCK = CACHE_BLOCK };
@@ -209,11 +210,12 @@ static void quantise(const Input *in, int64_t i, const float *x, int64_t n) {
     }
 }
 
-static void rotate(float *x, const float *turns, int64_t n) {
-    for (int64_t i = 0; i < n; i += 2) {
-        float a = x[i], b = x[i + 1];
-        x[i] = a * turns[i] - b * turns[i + 1];
-        x[i + 1] = a * turns[i + 1] + b * turns[i];
+/* Pairs of numbers of x turned -> out, which is elsewhere. */
+static void rotate(const float *restrict x, const float *restrict turns, int64_t n, float *restrict out) {
+    SIMD for (int64_t i = 0; i < n / 2; i++) {
+        float a = x[2 * i], b = x[2 * i + 1], cosine = turns[2 * i], sine = turns[2 * i + 1];
+        out[2 * i] = a * cosine - b * sine;
+        out[2 * i + 1] = a * sine + b * cosine;
     }
 }
 
@@ -573,8 +575,7 @@ static void latent_attention(Model *m, const Batch *b, const Layer *l, int64_t l
     MINE(i, N) {
         float *row = first + i * width, *to = cached(m, b, i, layer, b->positions[i]);
         norm(row + q_first, l->kv_norm, m->eps, C, to);
-        memcpy(to + C, row + q_first + C, R * 4);
-        rotate(to + C, m->rotary + b->positions[i] * R, R);
+        rotate(row + q_first + C, m->rotary + b->positions[i] * R, R, to + C);
         if (!m->q_rank) continue;
         norm(row, l->q_norm, m->eps, m->q_rank, row);
         if (m->quantised) quantise(&compressed, i, row, m->q_rank);
@@ -586,8 +587,7 @@ static void latent_attention(Model *m, const Batch *b, const Layer *l, int64_t l
     }
     MINE(j, N * H) {
         int64_t i = j / H, h = j % H;
-        memcpy(absorbed + j * K + C, q + i * q_row + h * A + m->nope, R * 4);
-        rotate(absorbed + j * K + C, m->rotary + b->positions[i] * R, R);
+        rotate(q + i * q_row + h * A + m->nope, m->rotary + b->positions[i] * R, R, absorbed + j * K + C);
     }
     by_head(m, &l->k_b, q, q_row, A, N, absorbed, H * K, K, t, T);
     WAIT();
@@ -606,10 +606,9 @@ static void grouped_attention(Model *m, const Batch *b, const Layer *l, int64_t 
         if (l->first_bias)
             for (int64_t j = 0; j < (H + 2 * G) * K; j += W) STORE(row + j, LOAD(row + j) + LOAD(l->first_bias + j));
         for (int64_t h = 0; h < H + G; h++) {
-            float *head = h < H ? q + (i * H + h) * K : to + (h - H) * K;
             const float *gain = h < H ? l->q_norm : l->kv_norm;
-            if (gain) norm(row + h * K, gain, m->eps, K, head); else memcpy(head, row + h * K, K * 4);
-            rotate(head, turns, K);
+            if (gain) norm(row + h * K, gain, m->eps, K, row + h * K);
+            rotate(row + h * K, turns, K, h < H ? q + (i * H + h) * K : to + (h - H) * K);
         }
         memcpy(to + G * K, row + (H + G) * K, G * K * 4);
     }
@@ -735,7 +734,9 @@ static void matrix_row(const Matrix *m, int64_t r, float *out) {
         for (int64_t k = 0; k < K; k++) out[k] = get_bf16(((const bf16 *)m->data)[from + (k / 2 * PANEL + c) * 2 + k % 2]);
     else {
         float scale = scales_of(m)[r];
-        for (int64_t k = 0; k < K; k++) out[k] = (float)(((const uint8_t *)m->data)[from + (k / 4 * PANEL + c) * 4 + k % 4] - 128) * scale;
+        const uint8_t *codes = (const uint8_t *)m->data + from + c * 4;
+        for (int64_t k = 0; k < K; k += 4, codes += 4 * PANEL)
+            for (int64_t i = 0; i < 4; i++) out[k + i] = (float)(codes[i] - 128) * scale;
     }
 }
 

@@ -14,7 +14,7 @@ import numpy as np
 from sparing.base.hardware import cpu_flags
 from sparing.kernels import native
 
-SOURCES = ("decode.c", "decode_products.inc", "tiles.inc", "numbers.inc")
+SOURCES = ("decode.c", "decode_products.inc", "scratch.inc", "tiles.inc", "numbers.inc")
 FLAGS = (*native.FLAGS, "-pthread", "-Wno-psabi")
 FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
 PRODUCTS = ("plain C", "AVX2", "AVX-VNNI", "AVX512-VNNI")

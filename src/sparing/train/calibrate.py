@@ -85,7 +85,7 @@ def choose(
                 return speeds.get((threads, micro), 0.0)
             if device == "cpu":
                 torch.set_num_threads(threads)
-            if threads not in replicas_by_threads:  # one set of threads for all probes: a thread's work space is never freed
+            if threads not in replicas_by_threads:  # one set of threads for all probes, whose work space is made once
                 replicas_by_threads[threads] = _replicas(model, config, device, replicas=replicas)
             speeds[threads, micro] = _speed(model, config, batch, micro, device, replicas_by_threads[threads])
         return speeds[threads, micro]
@@ -215,7 +215,10 @@ def _micro_batches(t: TrainConfig) -> list[int]:
 
 
 def _replicas(model: Transformer, config: Config, device: str, *, compiled: bool = False, replicas: int = 1) -> Replicas:
+    """As the trainer makes them: twins have what is set before they are made."""
     t = config.train
+    model.compute_dtype = getattr(torch, t.dtype)
+    model.set_recompute(t.recompute)
     kernels = t.kernels or fitting(replicas, torch.get_num_threads(), device, t.dtype, config.model)[0]
     return Replicas(model, NextToken.of(config), replicas, compiled, kernels)
 
@@ -227,8 +230,7 @@ def _speed(model: Transformer, config: Config, batch: Batch, micro: int, device:
     part = part.cut(t.short_seq_len) if t.short_seq_len else part
     part = part if t.document_mask else replace(part, documents=None)
     took = []
-    model.compute_dtype = getattr(torch, t.dtype)
-    model.train()
+    replicas.train(True)
     for _ in range(passes):
         wait(device)
         before = time.perf_counter()
