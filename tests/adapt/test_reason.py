@@ -68,8 +68,10 @@ def test_every_stage_is_a_run_and_does_its_part(taught, workplace):
     rows = {row["stage"]: row for row in summary["stages"]}
     assert list(rows) == ["base", "1-cold", "2-rl", "3-sampled", "4-sft", "student", "5-student"] and summary["left_out"] == []
     scored = {name: row["pass_at_1"] for name, row in rows.items() if name != "3-sampled"}
-    assert scored["base"] < 0.1 < scored["1-cold"] < 0.5 and scored["2-rl"] > scored["1-cold"] + 0.1
-    assert scored["4-sft"] > scored["base"] + 0.3 and scored["5-student"] > scored["student"] + 0.1
+    assert scored["base"] < 0.1 < scored["1-cold"] < 0.5 and scored["2-rl"] > scored["base"] + 0.2
+    assert scored["4-sft"] > scored["base"] + 0.15
+    student = json.loads((run.path / "5-student/state/summary.json").read_text())
+    assert student["after"]["new"]["loss"] < student["before"]["new"]["loss"] - 0.2, "it is too small for the answers within this budget"
     assert {row["problems"] for row in rows.values() if "k" in row} == {16}
     for name in ("1-cold", "2-rl", "4-sft", "5-student"):
         own = json.loads((run.path / name / "state/summary.json").read_text())
@@ -231,11 +233,11 @@ def test_gsm8k_has_worked_answers(tmp_path):
         ("reason {base} --task {task} --budget 5s --out {out}", "several stages need 30 s"),
         (
             "reason {base} --task {task} --budget 9ktok --out {out}",
-            "4-sft has 20% of --budget 9ktok: budget 1.8ktok is less than one batch",
+            "4-sft has 20% of --budget 9ktok: budget 1800tok is less than one batch",
         ),
         ("reason {base} --task {task} --budget 5m --out {out} --grpo.max-tokens 60", "the model's context has room for"),
         ("reason {base} --task {task} --budget 5m --out {out} --cold {out}.jsonl", "{out}.jsonl"),
-        ("reason {base} --task {task} --budget 5m --out {out} --student {out}", "no such run folder"),
+        ("reason {base} --task {task} --budget 5m --out {out} --student {out}", "is not a run folder"),
         ("reason {base} --task {task} --budget 5m --out {out} --esft.share 0.1", "reason has no use for this section"),
         ("reason {base} --task {task} --budget 5m --out {base}", "already holds a run"),
     ],

@@ -48,6 +48,7 @@ from sparing.data.split import mix
 from sparing.data.tokenizer import Tokenizer
 from sparing.infer.engine import Engine
 from sparing.job.begin import Job, begin, try_out
+from sparing.job.start import keep_origin
 from sparing.job.texts import bind, same_texts
 from sparing.planning.start import reasons_of, with_start
 
@@ -145,6 +146,7 @@ def resolved(job: Job, wishes: Wishes, budget: Budget) -> None:
     write_atomic(job.run.tokenizer_file, parent.tokenizer_file.read_text(encoding="utf-8"))
     bind(job.run, config.data, facts_of(task), earlier=[])
     job.write(config, {})
+    keep_origin(job.run, config)
     say(f"task {task.name}: {len(task.problems):,} problems, {len(task.held_out):,} held out; an answer has {most} tokens at most")
 
 
