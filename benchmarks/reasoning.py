@@ -18,6 +18,7 @@ from pathlib import Path
 import tyro
 
 import sparing
+from sparing.adapt.reason import as_chat
 from sparing.adapt.rewards import load_task, verify
 from sparing.adapt.rollouts import Asker
 from sparing.base.files import write_atomic
@@ -81,9 +82,7 @@ class Reasoning:
 
     def _answers(self) -> list[dict]:
         """The task's problems with their answers, as conversations."""
-        problems = load_task(self.task).problems
-        turns = ([("user", problem.prompt), ("assistant", problem.answer)] for problem in problems)
-        return [{"messages": [{"role": role, "content": text} for role, text in turn]} for turn in turns]
+        return [as_chat(problem.prompt, problem.answer) for problem in load_task(self.task).problems]
 
     def _merged(self, run: str) -> str:
         """An adapter run with its base, as one run."""

@@ -26,7 +26,7 @@ VERBS = {
     ("train", "sft", "distill", "dpo", "grpo", "resume", "evaluate", "generate", "chat", "export", "merge", "import_", "fetch", "load"),
     "sparing.api",
 )
-VERBS |= dict.fromkeys(("grow", "retire", "slice", "pack", "adapt", "rollback"), "sparing.api")
+VERBS |= dict.fromkeys(("grow", "retire", "slice", "pack", "adapt", "rollback", "reason"), "sparing.api")
 """The module of each verb's function, and of `load`."""
 
 

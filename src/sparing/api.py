@@ -25,6 +25,7 @@ from sparing.adapt import from_use as adapt_from_use
 from sparing.adapt import grow as adapt_grow
 from sparing.adapt import grown as adapt_grown
 from sparing.adapt import grpo as adapt_grpo
+from sparing.adapt import reason as adapt_reason
 from sparing.adapt import rollback as adapt_rollback
 from sparing.adapt import sft as adapt_sft
 from sparing.base.config import Budget, Config, StartConfig, UserError
@@ -358,6 +359,47 @@ def adapt(
         return adapt_from_use.go(job, adapt_from_use.resolved(job, wishes, amount), samples)
 
 
+def reason(
+    run: str,
+    task: str,
+    budget: str,
+    out: str,
+    cold: Sequence[str] = (),
+    student: str | None = None,
+    method: str = "lora",
+    data: Sequence[str] = (),
+    wishes: dict | None = None,
+    seed: int | None = None,
+    started: float | None = None,
+    samples: int = 3,
+) -> dict:
+    """Teach a run to reason about a task's problems by R1's recipe, inside one budget; into the new run folder `out`, stage by stage.
+
+    task, data: as for `grpo`. cold: conversations with worked answers, as for `sft`; none: those that a built-in task has. student: a run
+    of a smaller model that is taught the right answers too. method: "lora" or "full", in all stages. wishes: `grpo` is for the rewards, all
+    else for every stage. -> before, after (as of `grpo`), stages (each with pass_at_1, pass_at_k, seconds, tokens), student, answers (what
+    was sampled, right and kept), and the sums of what `sft` gives. Raises UserError; Interrupted on a signal (the run can be resumed);
+    CannotGoOn where hardly anything was answered rightly.
+    """
+    started = time.monotonic() if started is None else started
+    amount = parse_budget(budget)
+    if method not in ("lora", "full"):
+        raise UserError(f"--method {method}: choose lora or full")
+    arguments = {"reason.task": task, "reason.data": tuple(data), "reason.cold": tuple(cold), "reason.student": student}
+    arguments |= {"reason.method": method, "train.seed": seed, "start.run": run}
+    wishes = Wishes.of(wishes, nested({name: value for name, value in arguments.items() if value is not None}))
+    refuse(wishes, "reason --method full" if method == "full" else "reason", "reason", "grpo", *(() if method == "full" else ("adapter",)))
+    RunFolder.open(run)
+    folder = RunFolder.create(out)
+    with begin("reason", folder, started) as job:
+        adapt_reason.resolved(job, wishes, amount)
+    return adapt_reason.go(folder, _stages(), time.monotonic(), samples)
+
+
+def _stages() -> adapt_reason.Verbs:
+    return adapt_reason.Verbs(sft, grpo, resume)
+
+
 def rollback(run: str, out: str) -> dict:
     """Make the new folder `out` the run that `run` began with, byte for byte; -> out, run, weights_sha256. Raises UserError where that is
     gone or has changed."""
@@ -379,6 +421,10 @@ def resume(
     """
     started = time.monotonic() if started is None else started
     folder = RunFolder.open(run)
+    if read_config(folder.config_file).reason is not None:
+        if (folder.state / "summary.json").exists() or budget is not None or data:
+            raise UserError(f"{run} is made of stages: name the one to train further, sparing resume {folder.path / '2-rl'} --budget +5m")
+        return adapt_reason.go(folder, _stages(), started, samples)
     with _leaving_nothing(folder), begin("resume", folder, started, ready=partial(_make_ready, folder, budget, data, text_key)) as job:
         config = read_config(folder.config_file)
         if config.growth is not None:

@@ -11,7 +11,7 @@ import sqlite3
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import psutil
@@ -22,7 +22,7 @@ from sparing.base.run import RunFolder
 
 STALE_S = 60.0
 """A row that says it is running and was not written for so long belongs to a process that died."""
-TRAINING = ("train", "sft", "dpo", "grpo", "distill", "grow", "adapt", "resume")
+TRAINING = ("train", "sft", "dpo", "grpo", "distill", "grow", "adapt", "reason", "resume")
 """Verbs whose cost a run's budget covers; evaluating the result later is not part of it."""
 ADDS_UP = ("wall_s", "device_s", "tokens", "flops", "kwh", "co2e_g", "usd")
 
@@ -118,6 +118,15 @@ def entries_of(run: RunFolder) -> list[Entry]:
         if row.uid not in known and row.run_id in names and (row.run == here or not os.path.exists(row.run))  # not a copy's
     ]
     return sorted(own + elsewhere, key=lambda row: row.started)
+
+
+def whole(run: RunFolder) -> list[Entry]:
+    """All rows about a run, and those about the runs inside its folder that it was made by (`reason`): their stages have the names of
+    these before them."""
+    rows = entries_of(run)
+    for file in sorted(run.path.glob("[1-9]-*/config.toml")):
+        rows += [replace(row, stage=f"{file.parent.name}: {row.stage}") for row in entries_of(RunFolder(file.parent))]
+    return sorted(rows, key=lambda row: row.started)
 
 
 def _path_id(path: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sparing.account.codecarbon import write_csv
-from sparing.account.history import entries, entries_of
+from sparing.account.history import entries, whole
 from sparing.account.ledger import workspace_file
 from sparing.account.receipt import receipt as of_run
 from sparing.account.receipt import workspace
@@ -18,7 +18,7 @@ def receipt(run: str | None = None, csv: str | None = None) -> dict:
     file = None if csv is None else output_file(csv, "--csv")
     result = of_run(folder) if folder else workspace()
     if file:
-        write_csv(file, entries_of(folder) if folder else entries(workspace_file()))
+        write_csv(file, whole(folder) if folder else entries(workspace_file()))
     return result
 
 

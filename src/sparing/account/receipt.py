@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sparing.account.history import TRAINING, ancestors_of, bill, entries, entries_of
+from sparing.account.history import TRAINING, ancestors_of, bill, entries, whole
 from sparing.account.ledger import Entry, workspace_file
 from sparing.base.config import UserError
 from sparing.base.files import from_json, read_lines
@@ -22,7 +22,7 @@ COMPARED = (
 
 
 def receipt(run: RunFolder) -> dict:
-    """The receipt of one run.
+    """The receipt of one run, with that of the runs that it was made by.
 
     -> run, status, predicted (as `plan --json` gave it before the run, or None), actual (the same names, each {"value", "how", "source"}),
     difference (of a finished run: actual / predicted - 1, and whether it is in the interval), stages (of training, with predictions),
@@ -30,7 +30,7 @@ def receipt(run: RunFolder) -> dict:
     saved per byte: all, per dollar, per kWh), missing (what cannot be said), cut_short (what a limit in seconds left undone).
     Raises UserError where nothing was metered, or for a damaged ledger.
     """
-    rows = entries_of(run)
+    rows = whole(run)
     if not rows:
         raise UserError(f"{run}: nothing was metered (the run is older than its ledger, or was imported)")
     training = [row for row in rows if row.verb in TRAINING] or rows

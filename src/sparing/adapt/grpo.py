@@ -10,7 +10,6 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from sparing.adapt import sft
 from sparing.adapt.policy import Policy
@@ -51,7 +50,8 @@ SEEDS = 1 << 40
 """What evaluations sample with, beside what rollouts do."""
 
 
-class TaskFacts(NamedTuple):
+@dataclass(frozen=True)
+class TaskFacts:
     """What is bound to a run."""
 
     documents: int

@@ -1,5 +1,7 @@
 """Tasks: problems to learn from and others to score on, with a verifier each. From JSON lines, or built in: add, countdown, gsm8k.
 
+Built-in problems have worked answers too: steps by a rule between <think> marks, as DeepSeek-R1 has them, and then what is asked for.
+
 Whether a problem is held out is decided by a hash of what it is about, so that none is on both sides: for `add`, of each operand, for
 `countdown`, of its numbers, else of the prompt.
 """
@@ -9,6 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +35,9 @@ TRIES = 60_000
 """Of two numbers there are few countdown problems."""
 DIGITS, COUNT = (1, 18), (2, 6)
 """Least and most of an operand's digits in `add`, and of numbers in `countdown`."""
+
+CALCULATED = re.compile("<<.*?>>")
+"""What GSM8K's answers have for a calculator, behind each step that says the same."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +83,25 @@ def _add(name: str, number: str, _data: Sequence[str]) -> Task:
     sides = []
     for held_out, most in ((False, PROBLEMS), (True, HELD_OUT)):
         pairs = _some(_operands(low, high, held_out, 2 * most), most)
-        sides.append([Problem(f"What is {a} + {b}? Answer with the number alone.", str(a + b)) for a, b in pairs])
+        asked = "What is {} + {}? Answer with the number alone."
+        sides.append([Problem(asked.format(a, b), str(a + b), worked=_in_columns(a, b)) for a, b in pairs])
     return Task(name, *sides)
+
+
+def _in_columns(a: int, b: int) -> str:
+    """The sum of two numbers of as many digits, digit by digit from the right."""
+    steps, carry, columns = [], 0, list(zip(reversed(str(a)), reversed(str(b)), strict=True))
+    for place, (x, y) in enumerate(columns, 1):
+        total = int(x) + int(y) + carry
+        steps.append(f"{x} + {y}{' + 1' if carry else ''} = {total}")
+        carry = int(total >= 10)
+        if carry and place < len(columns):
+            steps[-1] += f", write {total - 10}, carry 1"
+    return _thought(steps, str(a + b))
+
+
+def _thought(steps: Sequence[str], answer: str) -> str:
+    return f"<think>{' '.join(f'{step}.' for step in steps)}</think>{answer}"
 
 
 def _operands(low: int, high: int, held_out: bool, count: int) -> list[int]:
@@ -107,28 +130,31 @@ def _countdown(name: str, number: str, _data: Sequence[str]) -> Task:
         if all(len(sides[side]) == most for side, most in wanted.items()):
             break
         numbers = [rng.randint(1, 25) for _ in range(count)]
-        target = _reached(numbers, rng)
+        target, worked = _reached(numbers, rng)
         subject = f"countdown {sorted(numbers)}"
         side = _held_out(subject, SHARE)
-        if target is None or (subject, target) in seen or len(sides[side]) == wanted[side]:
+        if not 1 <= target <= 100 or (subject, target) in seen or len(sides[side]) == wanted[side]:
             continue
         seen.add((subject, target))
         prompt = (
             f"Use each of the numbers {', '.join(map(str, numbers))} once, with +, -, * and /, to make {target}. "
             "Write the expression as <answer>expression</answer>."
         )
-        sides[side].append(Problem(prompt, str(target), "countdown", tuple(map(str, numbers))))
+        sides[side].append(Problem(prompt, str(target), "countdown", tuple(map(str, numbers)), worked))
     return Task(name, sides[False], sides[True])
 
 
-def _reached(numbers: list[int], rng: random.Random) -> int | None:
-    """What some expression of all the numbers gives; None: nothing between 1 and 100."""
-    values = list(numbers)
+def _reached(numbers: list[int], rng: random.Random) -> tuple[int, str]:
+    """What some expression of all the numbers gives, and the worked answer that has it."""
+    values, steps = [(number, str(number)) for number in numbers], []
     while len(values) > 1:
-        a, b = (values.pop(rng.randrange(len(values))) for _ in range(2))
-        results = [a + b, a - b, a * b] + ([a // b] if b and a % b == 0 else [])
-        values.append(rng.choice(results))
-    return values[0] if 1 <= values[0] <= 100 else None
+        (a, left), (b, right) = (values.pop(rng.randrange(len(values))) for _ in range(2))
+        results = [(a + b, "+"), (a - b, "-"), (a * b, "*")] + ([(a // b, "/")] if b and a % b == 0 else [])
+        value, operation = rng.choice(results)
+        steps.append(f"{a} {operation} {b} = {value}")
+        values.append((value, f"({left} {operation} {right})"))
+    value, expression = values[0]
+    return value, _thought(steps, f"<answer>{expression[1:-1]}</answer>")
 
 
 # gsm8k
@@ -146,7 +172,8 @@ def _question_of(value: dict) -> Problem:
     question, answer = value.get("question"), value.get("answer")
     if not isinstance(question, str) or not isinstance(answer, str) or "####" not in answer:
         raise UserError("no question, or no answer with ####")
-    return Problem(f"{question.strip()}\nEnd with #### and the number.", answer.rpartition("####")[2].strip())
+    worked = CALCULATED.sub("", answer).strip()
+    return Problem(f"{question.strip()}\nEnd with #### and the number.", answer.rpartition("####")[2].strip(), worked=worked)
 
 
 # files

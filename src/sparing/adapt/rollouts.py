@@ -121,37 +121,28 @@ class Judge:
             self._new = []
 
 
-class Sampler:
-    """Our engine over the weights of a model that learns."""
+class Writer:
+    """Writes answers by an engine, and closes it."""
 
-    def __init__(self, run: RunFolder, model: Transformer, config: Config):
-        c, settings = config.model, config.grpo
-        self.model, self.routes = model, bool(mixtures(c)) and settings.replay
-        self.live: LiveWeights | None = None
-        options = {"max_batch": AT_A_TIME, "max_queue": 1 << 20, "speculate": False}
-        if model.device.type == "cpu" and not cannot_compile(c):
-            self.live = LiveWeights(model, settings.weights or fastest_format())
-            self.engine = Engine(run.path, live=self.live, **options)
-        else:
-            self.engine = Engine(run.path, network=sharing(model), **options)
-        self._fresh = ""
+    def __init__(self, engine: Engine, routes: bool = False):
+        """routes: answers tell which experts their tokens went through."""
+        self.engine, self.routes = engine, routes
 
-    def refresh(self) -> str:
-        """Take over the model's weights; -> their fingerprint."""
-        found = fingerprint(self.model)
-        if found != self._fresh:
-            if self.live is not None:
-                self.live.refresh()
-            self.engine.renew()
-            self._fresh = found
-        return found
+    def __enter__(self) -> Writer:
+        return self
 
-    def answers(self, prompts: Sequence[tuple[list[int], int]], max_tokens: int, temperature: float = 1.0) -> list[Answer]:
-        """An answer to each (prompt, seed), in order."""
+    def __exit__(self, *_exc) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.engine.close()
+
+    def answers(self, prompts: Sequence[tuple[list[int], int]], max_tokens: int) -> list[Answer]:
+        """An answer to each (prompt, seed), at temperature 1, in order."""
         requests: list[Request] = []
         try:
             for prompt, seed in prompts:
-                sampling = Sampling(max_tokens, temperature, seed=seed, logprobs=0, routes=self.routes)
+                sampling = Sampling(max_tokens, 1.0, seed=seed, logprobs=0, routes=self.routes)
                 requests.append(self.engine.submit(prompt, sampling))
             return [self._answer(request) for request in requests]
         except BaseException:
@@ -175,8 +166,55 @@ class Sampler:
             assert len(routes) == len(request.prompt) + len(tokens) - 1
         return Answer(tokens, logprobs, "".join(piece.text for piece in pieces), request.finish_reason == "length", routes)
 
-    def close(self) -> None:
-        self.engine.close()
+
+OPTIONS = {"max_batch": AT_A_TIME, "max_queue": 1 << 20, "speculate": False}
+"""Of an engine that samples answers."""
+
+
+class Sampler(Writer):
+    """Our engine over the weights of a model that learns."""
+
+    def __init__(self, run: RunFolder, model: Transformer, config: Config):
+        c, settings = config.model, config.grpo
+        self.model = model
+        self.live: LiveWeights | None = None
+        if model.device.type == "cpu" and not cannot_compile(c):
+            self.live = LiveWeights(model, settings.weights or fastest_format())
+            engine = Engine(run.path, live=self.live, **OPTIONS)
+        else:
+            engine = Engine(run.path, network=sharing(model), **OPTIONS)
+        super().__init__(engine, bool(mixtures(c)) and settings.replay)
+        self._fresh = ""
+
+    def refresh(self) -> str:
+        """Take over the model's weights; -> their fingerprint."""
+        found = fingerprint(self.model)
+        if found != self._fresh:
+            if self.live is not None:
+                self.live.refresh()
+            self.engine.renew()
+            self._fresh = found
+        return found
+
+
+def judged(
+    writer: Writer, ask: Asker, judge: Judge, problems: Sequence[Problem], seeds: Sequence[int], samples: int, max_tokens: int
+) -> list[Group]:
+    """`samples` answers to each problem at temperature 1, and what they are worth. seeds: of each problem's."""
+    prompts = [ask(problem) for problem in problems]
+    asked = [(prompt, mix(seed + 2 * k) % (1 << 63)) for prompt, seed in zip(prompts, seeds, strict=True) for k in range(samples)]
+    found = writer.answers(asked, max_tokens)
+    groups = []
+    for at, (problem, prompt) in enumerate(zip(problems, prompts, strict=True)):
+        mine = found[at * samples : (at + 1) * samples]
+        groups.append(Group(prompt, [answer._replace(reward=judge(problem, answer.text)) for answer in mine]))
+    judge.keep()
+    return groups
+
+
+def tokens_of(groups: Sequence[Group]) -> int:
+    """Tokens that sampling the groups has computed: each prompt once, each answer."""
+    return sum(len(group.prompt) + sum(len(answer.tokens) for answer in group.answers) for group in groups)
 
 
 @torch.no_grad()
@@ -249,19 +287,12 @@ class Rollouts:
         epoch, place = divmod(number, len(self.task.problems))
         return self.task.problems[permutation(len(self.task.problems), self.config.train.seed, epoch, 3)[place]]
 
-    def answered(self, problems: Sequence[Problem], seeds: Sequence[int], samples: int, temperature: float = 1.0) -> list[Group]:
+    def answered(self, problems: Sequence[Problem], seeds: Sequence[int], samples: int) -> list[Group]:
         """`samples` answers to each problem, judged."""
         assert self.sampler is not None
-        prompts = [self.ask(problem) for problem in problems]
-        asked = [(prompt, mix(seed + 2 * k) % (1 << 63)) for prompt, seed in zip(prompts, seeds, strict=True) for k in range(samples)]
-        found = self.sampler.answers(asked, self.config.grpo.max_tokens, temperature)
-        tokens = sum(len(prompt) for prompt in prompts) + sum(len(answer.tokens) for answer in found)
+        groups = judged(self.sampler, self.ask, self.judge, problems, seeds, samples, self.config.grpo.max_tokens)
+        tokens = tokens_of(groups)
         self.job.meter.add(tokens, tokens * forward_flops(self.config.model, self.config.train.seq_len, mtp=False))
-        groups = []
-        for at, (problem, prompt) in enumerate(zip(problems, prompts, strict=True)):
-            mine = found[at * samples : (at + 1) * samples]
-            groups.append(Group(prompt, [answer._replace(reward=self.judge(problem, answer.text)) for answer in mine]))
-        self.judge.keep()
         return groups
 
     def _show(self, step: int, groups: list[Group]) -> None:

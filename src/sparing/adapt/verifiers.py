@@ -11,7 +11,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -40,6 +40,8 @@ class Problem:
     verifier: str = "number"
     tests: tuple[str, ...] = ()
     """code: Python statements that fail where the code is wrong, or JSON objects with input and output; countdown: the numbers."""
+    worked: str = field(default="", repr=False, compare=False)
+    """A right answer with the steps that lead to it; empty where none is known. No part of what is asked or judged."""
 
 
 class Verdict(NamedTuple):

@@ -391,6 +391,27 @@ class UseConfig:
 
 
 @dataclass(frozen=True)
+class ReasonConfig:
+    """Learning to reason by stages, each a run of its own in this run's folder: worked answers, rewards, right answers of its own, and a
+    smaller model that is taught those (`adapt/reason.py`)."""
+
+    task: str = ""
+    """A file of problems, or a built-in task: add, countdown, gsm8k."""
+    data: tuple[str, ...] = ()
+    """gsm8k's own files."""
+    cold: tuple[str, ...] = ()
+    """Files of conversations with worked answers; none: those that a built-in task has."""
+    student: str = ""
+    """The run of a smaller model that is taught too; empty: none is."""
+    method: Literal["lora", "full"] = "lora"
+    """What learns in each stage."""
+    samples: int = 4
+    """Answers to each problem, of which the right ones are kept."""
+    kept: int = 1
+    """Right answers to a problem that are kept at most, the shortest first."""
+
+
+@dataclass(frozen=True)
 class TokensConfig:
     """Ids of the tokens that begin and end a text, as an imported model has them."""
 
@@ -432,5 +453,7 @@ class Config:
     """None: texts or answers are given, and not sampled and judged."""
     use: UseConfig | None = None
     """None: what was learnt is kept, whatever it does to what was known."""
+    reason: ReasonConfig | None = None
+    """None: one run, and not one that is made of several."""
     tokens: TokensConfig | None = None
     """None: what the tokenizer's names say; the end-of-text token also begins every text."""

@@ -137,7 +137,7 @@ def _docstrings() -> dict[tuple[str, str], str]:
 
 BELONGS = {
     "adapter": "sft", "chats": "sft", "esft": "sft --method esft", "growth": "grow", "distill": "distill --teacher",
-    "drafts": "distill --mtp", "dpo": "dpo", "grpo": "grpo", "use": "adapt",
+    "drafts": "distill --mtp", "dpo": "dpo", "grpo": "grpo", "use": "adapt", "reason": "reason",
 }  # fmt: skip
 """The verb that each section of one kind of learning is for."""
 

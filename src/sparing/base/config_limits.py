@@ -57,6 +57,7 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {
         "truncate": (1, math.inf),
     },
     "UseConfig": {"old_limit": (1e-9, math.inf)},
+    "ReasonConfig": {"samples": (1, 1024), "kept": _ONE},
     "TokensConfig": {"bos": (0, math.inf)},
     "PrecisionConfig": {"error_budget": (1e-9, math.inf), "measure_every": (0, math.inf)},
 }

@@ -31,7 +31,7 @@ from sparing.cli.streams import discard, make_safe
 from sparing.cli.verbs import VERBS
 
 INTERRUPTED = 130
-LEARNING = ("train", "sft", "distill", "dpo", "grpo", "grow", "adapt")
+LEARNING = ("train", "sft", "distill", "dpo", "grpo", "grow", "adapt", "reason")
 """Verbs that make a run which `resume` goes on with."""
 PATH_ERRORS = (
     errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP,
@@ -46,6 +46,7 @@ HELP = f"""Sparing {__version__}: say what you can spend, get the best language 
   sparing distill  RUN --teacher RUN --data PATH... --budget 20m --out RUN2   learn from a larger model, or from its own text
   sparing dpo      RUN --data PAIRS... --budget 20m --out RUN2           let it prefer the better of two answers
   sparing grpo     RUN --task FILE|NAME --budget 20m --out RUN2          let it learn from what its own answers are worth
+  sparing reason   RUN --task FILE|NAME --budget 40m --out RUN2          all stages of R1's recipe on one task
   sparing adapt    RUN --data FILE --check TRUSTED --budget 20m --out RUN2 learn from answers that people accepted, if it does good
   sparing rollback RUN2 --out RUN                                        the run before that, byte for byte
   sparing resume   RUN [--budget +20m] [--data PATH...]                  go on after an interruption, or extend a finished run

@@ -304,6 +304,45 @@ class Adapt:
 
 
 @dataclass
+class Reason:
+    """Teach a run to reason about a task's problems, as DeepSeek-R1 was taught, inside one budget: worked answers, rewards, the right
+    answers that come of it, and a smaller model that learns those. Each stage is a run of its own in the folder. --grpo.* is for the
+    rewards, every other field of a recipe for all stages."""
+
+    takes: ClassVar[str] = "recipe"
+    run: tyro.conf.Positional[str | None] = None
+    """The run, or imported model, to begin with; it stays as it is."""
+    task: str | None = None
+    """add, add:3, countdown, gsm8k, or a file of JSON lines with prompt, verifier, and answer or tests."""
+    data: list[str] = field(default_factory=list)
+    """gsm8k's own files."""
+    cold: list[str] = field(default_factory=list)
+    """Conversations with worked answers, as `sft` takes them; default: those that a built-in task has, else none."""
+    student: str | None = None
+    """The run of a smaller model that is taught the right answers too; default: none is."""
+    budget: str | None = None
+    """90s 20m 2h, 50Mtok, 3e17flop, $5, 0.2kWh. It covers all stages, and scoring after each."""
+    out: str | None = None
+    """The run folder to make."""
+    method: str = "lora"
+    """lora: low-rank updates beside a run's weights, which stay; full: all weights learn."""
+    base: str | None = None
+    """Of an adapter run whose base has moved: where that is now."""
+    seed: int | None = None
+    samples: int = 3
+    """Questions to answer at the end."""
+    json: bool = False
+    """Print one JSON object on standard output, and nothing else there."""
+
+    def __call__(self, call: Call) -> dict:
+        call.need(RUN=self.run, task=self.task, budget=self.budget, out=self.out)
+        call.choice("--method", self.method, ("lora", "full"))
+        options = _of_learning(self, call)
+        call.api.rebase(self.run, self.base)
+        return call.api.reason(self.run, self.task, self.budget, self.out, self.cold, self.student, self.method, self.data, **options)
+
+
+@dataclass
 class Rollback:
     """The run that a run began with, byte for byte, as a new run: what was learnt since is left out."""
 
@@ -781,5 +820,5 @@ VERBS = {
     "resume": Resume, "eval": Eval, "generate": Generate,
     "receipt": Receipt, "report": Report, "compare": Compare, "chat": Chat, "merge": Merge, "export": Export, "import": Import,
     "fetch": Fetch, "serve": Serve, "bench": Bench, "grow": Grow, "retire": Retire,
-    "slice": Slice, "pack": Pack, "adapt": Adapt, "rollback": Rollback,
+    "slice": Slice, "pack": Pack, "adapt": Adapt, "rollback": Rollback, "reason": Reason,
 }  # fmt: skip
