@@ -59,6 +59,7 @@ def test_train_help_lists_the_fields_of_a_recipe(capsys):
     for option in ("--budget", "--text-key", "--model.num-layers", "--model.yarn.factor", "--optim.lr", "--data.text-key"):
         assert option in out
     assert "--budget.amount" not in out
+    assert "--model.num-dense-layers whole number [1]" in out and "--train.recompute true|false [false]" in out
 
 
 def test_python_dash_m_and_version():

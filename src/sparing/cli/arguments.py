@@ -158,5 +158,6 @@ def print_help(verb: str, kind: type) -> None:
     if getattr(kind, "takes", "nothing") == "recipe":
         print("Every field of a recipe is an option too. What is not set is derived; in brackets the built-in value.\n")
         for name, (hint, default, text) in recipe_options().items():
-            shown = {None: "none", True: "true", False: "false"}.get(default, default) if not isinstance(default, tuple) else "none"
+            shown = "none" if default is None or isinstance(default, tuple) else default
+            shown = str(shown).lower() if isinstance(shown, bool) else shown
             print(f"  {flag_of(name)} {describe(hint)} [{shown}]" + (f"  {text}" if text else ""))
