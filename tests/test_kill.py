@@ -116,6 +116,7 @@ def test_killed_anywhere_the_losses_are_those_of_the_undisturbed_run(instant, tm
     kill_and_finish(instant, tmp_path, corpus, undisturbed)
 
 
+@pytest.mark.slow
 def test_killed_in_eight_bits(tmp_path, corpus):
     (tmp_path / "undisturbed").mkdir()
     undisturbed = straight_through(tmp_path / "undisturbed", corpus, *EIGHT_BITS)

@@ -16,6 +16,7 @@ WIDE = replace(TINY, vocab_size=4096, hidden_size=256, num_layers=6, num_heads=4
 DTYPE = this_machine().training_dtype("cpu")
 
 
+@pytest.mark.slow
 def test_few_bits_take_less(monkeypatch):
     monkeypatch.setattr(precision_memory, "MODELS", {"tiny": WIDE})
     rows = bench("precision", "memory", models="tiny", batch_size=4, seq_len=64, linear="none")["rows"]
