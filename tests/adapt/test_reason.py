@@ -68,14 +68,17 @@ def test_every_stage_is_a_run_and_does_its_part(taught, workplace):
     rows = {row["stage"]: row for row in summary["stages"]}
     assert list(rows) == ["base", "1-cold", "2-rl", "3-sampled", "4-sft", "student", "5-student"] and summary["left_out"] == []
     scored = {name: row["pass_at_1"] for name, row in rows.items() if name != "3-sampled"}
-    assert scored["base"] < 0.1 < scored["1-cold"] < 0.5 and scored["2-rl"] > scored["base"] + 0.2
+    assert scored["base"] < 0.1 < scored["1-cold"] < 0.5 and scored["2-rl"] >= scored["1-cold"]
+    begun, rewarded = (file_sha256(RunFolder(run.path / name).learned_file) for name in ("1-cold", "2-rl"))
+    assert begun != rewarded and rows["2-rl"]["tokens"] > 1000, "rewards moved it"
     assert scored["4-sft"] > scored["base"] + 0.15
     student = json.loads((run.path / "5-student/state/summary.json").read_text())
     assert student["after"]["new"]["loss"] < student["before"]["new"]["loss"] - 0.2, "it is too small for the answers within this budget"
     assert {row["problems"] for row in rows.values() if "k" in row} == {16}
     for name in ("1-cold", "2-rl", "4-sft", "5-student"):
         own = json.loads((run.path / name / "state/summary.json").read_text())
-        assert rows[name]["budget"] == own["budget"] and rows[name]["seconds"] >= own["seconds"] > 0 < rows[name]["tokens"]
+        assert rows[name]["budget"] == own["budget"] and rows[name]["tokens"] > 0
+        assert 0 < own["seconds"] <= rows[name]["seconds"], "the ledger's rows cover the stage's own time"
     configs = {name: read_config(run.path / name / "config.toml") for name in ("1-cold", "2-rl", "4-sft", "5-student")}
     begun = {name: config.start.run for name, config in configs.items()}
     base, small = str(workplace / "base"), str(workplace / "small")
@@ -119,6 +122,12 @@ def test_a_receipt_adds_up_the_stages(taught):
     behind = {row["name"]: row["relation"] for row in api.receipt(str(run.path / "5-student"))["ancestors"]}
     wanted = {"small": "first weights", "2-rl": "wrote its answers", "taught": "chose its answers", "1-cold": "first weights"}
     assert behind.items() >= wanted.items()
+
+
+def test_a_run_inside_another_ones_folder_is_no_stage_of_it(workplace, tmp_path):
+    for name in ("run", "run/1-other"):
+        shutil.copytree(workplace / "small", tmp_path / name)
+    assert [row["stage"] for row in api.receipt(str(tmp_path / "run"))["stages"] if "1-other" in row["stage"]] == []
 
 
 def test_the_whole_run_has_the_model_of_the_fine_tuning(taught):

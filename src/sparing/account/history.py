@@ -20,6 +20,8 @@ from sparing.account.ledger import WAIT_S, Ancestor, Entry, Ledger, complain, wo
 from sparing.base.config import UserError
 from sparing.base.run import RunFolder
 
+STAGES = "stages.jsonl"
+"""In a run's state folder: what each of its stages may spend (`adapt/reason.py`); other runs have none."""
 STALE_S = 60.0
 """A row that says it is running and was not written for so long belongs to a process that died."""
 TRAINING = ("train", "sft", "dpo", "grpo", "distill", "grow", "adapt", "reason", "resume")
@@ -122,9 +124,9 @@ def entries_of(run: RunFolder) -> list[Entry]:
 
 def whole(run: RunFolder) -> list[Entry]:
     """All rows about a run, and those about the runs inside its folder that it was made by (`reason`): their stages have the names of
-    these before them."""
+    these before them. Runs that a user put into another one's folder are none of its stages."""
     rows = entries_of(run)
-    for file in sorted(run.path.glob("[1-9]-*/config.toml")):
+    for file in sorted(run.path.glob("[1-9]-*/config.toml")) if (run.state / STAGES).exists() else ():
         rows += [replace(row, stage=f"{file.parent.name}: {row.stage}") for row in entries_of(RunFolder(file.parent))]
     return sorted(rows, key=lambda row: row.started)
 

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sparing.account.history import TRAINING, ancestors_of, bill, inherit, whole
+from sparing.account.history import STAGES, TRAINING, ancestors_of, bill, inherit, whole
 from sparing.account.ledger import Entry
 from sparing.account.receipt import read_state
 from sparing.account.wording import duration, table
@@ -233,7 +233,7 @@ class _Recipe:
         self.grpo = self.wishes.config().grpo
         self.cold = self.reason.cold or ((str(_worked(run)),) if _worked(run).exists() else ())
         self.stages = _stages(bool(self.cold), self.reason)
-        self.notes, self.score_file = run.state / "stages.jsonl", run.state / "scores.jsonl"
+        self.notes, self.score_file = run.state / STAGES, run.state / "scores.jsonl"
 
     def go(self) -> dict:
         self._tell()
