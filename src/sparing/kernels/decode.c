@@ -233,108 +233,132 @@ static inline float *cached(const Model *m, const Batch *b, int64_t row, int64_t
 #define EACH_H _Pragma("GCC unroll 4") for (int h = 0; h < n; h++)
 #define EACH_4(i) _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++)
 
-/* n (1 to 4) heads of one row over the keys (width K, at `key` in a cached token) and values (width V, at `value`). */
-INLINE void attend(int n, const Model *m, const Batch *b, int64_t layer, int64_t row, const float *const *q, int64_t key, int64_t K,
-                   int64_t value, int64_t V, float *const *out, float *scores) {
-    int64_t first = b->first ? b->first[row] : 0, length = b->positions[row] + 1, seen = length - first, room = m->longest + 16;
-    for (int64_t j = first, count; j < length; j += count) {
-        count = BLOCK - j % BLOCK < length - j ? BLOCK - j % BLOCK : length - j;
-        const float *base = cached(m, b, row, layer, j) + key;
-        for (int64_t i = 0; i < count; i += 4) { /* past the last key: the last one again, which is overwritten later */
-            const float *k[4];
-            EACH_4(s) k[s] = base + (i + s < count ? i + s : count - 1) * m->width;
-            vec acc[4][4];
-            EACH_H EACH_4(s) acc[h][s] = spread(0.0f);
-            for (int64_t d = 0; d < K; d += W) {
-                vec keys[4];
-                EACH_4(s) {
-                    keys[s] = LOAD(k[s] + d);
-                    KEEP(keys[s]);
-                }
-                EACH_H {
-                    vec x = LOAD(q[h] + d);
-                    KEEP(x);
-                    EACH_4(s) acc[h][s] += x * keys[s];
-                }
+enum { TOGETHER = 8 }; /* rows of one text that go over a block of its cache while that is near */
+
+typedef struct { /* up to four heads of a row that have the same keys */
+    int64_t first, length; /* positions that it sees: from, to */
+    const float *q[4];
+    float *out[4], *scores[4], inverse[4];
+} Seen;
+
+/* A row's scores of `count` keys, which lie m->width apart, from the position `at` on. */
+INLINE void score(int n, const Model *m, const Seen *row, const float *keys, int64_t count, int64_t K, int64_t at) {
+    for (int64_t i = 0; i < count; i += 4) { /* past the last key: the last one again, which is overwritten later */
+        const float *k[4];
+        EACH_4(s) k[s] = keys + (i + s < count ? i + s : count - 1) * m->width;
+        vec acc[4][4];
+        EACH_H EACH_4(s) acc[h][s] = spread(0.0f);
+        for (int64_t d = 0; d < K; d += W) {
+            vec x[4]; /* with three heads and one key at a time all is in 16 registers */
+            EACH_H {
+                x[h] = LOAD(row->q[h] + d);
+                KEEP(x[h]);
             }
-            EACH_H *(vec4_any *)(scores + h * room + j - first + i) = sums(acc[h][0], acc[h][1], acc[h][2], acc[h][3]) * m->scale;
+            EACH_4(s) {
+                vec key = LOAD(k[s] + d);
+                KEEP(key);
+                EACH_H acc[h][s] += x[h] * key;
+            }
         }
+        EACH_H *(vec4_any *)(row->scores[h] + at - row->first + i) = sums(acc[h][0], acc[h][1], acc[h][2], acc[h][3]) * m->scale;
     }
-    float inverse[4];
+}
+
+/* Scores -> what they weigh, times the sum, whose inverse is kept. */
+INLINE void weigh(int n, Seen *row) {
+    int64_t seen = row->length - row->first;
     for (int h = 0; h < n; h++) {
-        float *s = scores + h * room, most = -INFINITY;
+        float *s = row->scores[h], most = -INFINITY;
         MAX(most) for (int64_t j = 0; j < seen; j++) most = s[j] > most ? s[j] : most;
         SIMD for (int64_t j = 0; j < up(seen, W); j++) s[j] = exp_(s[j] - most);
         for (int64_t j = seen; j < up(seen, W); j++) s[j] = 0.0f;
         vec total = spread(0.0f);
         for (int64_t j = 0; j < seen; j += W) total += LOAD(s + j);
-        inverse[h] = 1.0f / sum(total);
+        row->inverse[h] = 1.0f / sum(total);
     }
+}
+
+/* `count` values by a row's weights of them, from the position `at` on, added to what `out` has unless they are the first. */
+INLINE void gather(int n, const Model *m, const Seen *row, const float *values, int64_t count, int64_t V, int64_t at) {
+    int first = at == row->first, last = at + count == row->length;
     for (int64_t c = 0; c < V; c += 4 * W) {
         int vectors = V - c >= 4 * W ? 4 : (int)(V - c) / W;
         vec acc[4][4];
-        EACH_H EACH_4(v) acc[h][v] = spread(0.0f);
-        for (int64_t j = first, count; j < length; j += count) {
-            count = BLOCK - j % BLOCK < length - j ? BLOCK - j % BLOCK : length - j;
-            const float *base = cached(m, b, row, layer, j) + value + c, *p = scores + j - first;
+        EACH_H EACH_4(v) acc[h][v] = first || v >= vectors ? spread(0.0f) : (vec)LOAD(row->out[h] + c + v * W);
 #define VALUES(COUNT)                                                            \
     for (int64_t i = 0; i < count; i++)                                          \
         _Pragma("GCC unroll 4") for (int v = 0; v < COUNT; v++) {                \
-            vec x = LOAD(base + i * m->width + v * W);                           \
+            vec x = LOAD(values + c + i * m->width + v * W);                     \
             KEEP(x);                                                             \
-            EACH_H acc[h][v] += x * p[h * room + i];                             \
+            EACH_H acc[h][v] += x * row->scores[h][at - row->first + i];         \
         }
-            if (vectors == 4) VALUES(4) else if (vectors == 3) VALUES(3) else if (vectors == 2) VALUES(2) else VALUES(1)
-        }
-        EACH_H EACH_4(v) if (v < vectors) STORE(out[h] + c + v * W, acc[h][v] * inverse[h]);
+        if (vectors == 4) VALUES(4) else if (vectors == 3) VALUES(3) else if (vectors == 2) VALUES(2) else VALUES(1)
+        EACH_H EACH_4(v) if (v < vectors) STORE(row->out[h] + c + v * W, last ? acc[h][v] * row->inverse[h] : acc[h][v]);
     }
 }
 
-static void attend_1(const Model *m, const Batch *b, int64_t layer, int64_t row, const float *const *q, int64_t key, int64_t K, int64_t value,
-                     int64_t V, float *const *out, float *scores) {
-    attend(1, m, b, layer, row, q, key, K, value, V, out, scores);
-}
-static void attend_2(const Model *m, const Batch *b, int64_t layer, int64_t row, const float *const *q, int64_t key, int64_t K, int64_t value,
-                     int64_t V, float *const *out, float *scores) {
-    attend(2, m, b, layer, row, q, key, K, value, V, out, scores);
-}
-static void attend_3(const Model *m, const Batch *b, int64_t layer, int64_t row, const float *const *q, int64_t key, int64_t K, int64_t value,
-                     int64_t V, float *const *out, float *scores) {
-    attend(3, m, b, layer, row, q, key, K, value, V, out, scores);
-}
-static void attend_4(const Model *m, const Batch *b, int64_t layer, int64_t row, const float *const *q, int64_t key, int64_t K, int64_t value,
-                     int64_t V, float *const *out, float *scores) {
-    attend(4, m, b, layer, row, q, key, K, value, V, out, scores);
+/* n (1 to 4) heads of some rows of one text, of which `any` is one, over the keys (width K, at `key` in a cached token) and values (width V, at
+ * `value`). */
+INLINE void attend(int n, const Model *m, const Batch *b, int64_t layer, int64_t any, Seen *rows, int count, int64_t key, int64_t K,
+                   int64_t value, int64_t V) {
+    int64_t first = INT64_MAX, length = 0;
+    for (int r = 0; r < count; r++) {
+        first = rows[r].first < first ? rows[r].first : first;
+        length = rows[r].length > length ? rows[r].length : length;
+    }
+#define EACH_BLOCK                                                                                                                     \
+    for (int64_t j = first / BLOCK * BLOCK; j < length; j += BLOCK)                                                                    \
+        for (int r = 0; r < count; r++)                                                                                                \
+            for (int64_t from = rows[r].first > j ? rows[r].first : j, to = rows[r].length < j + BLOCK ? rows[r].length : j + BLOCK;   \
+                 from < to; from = to)
+    EACH_BLOCK score(n, m, rows + r, cached(m, b, any, layer, from) + key, to - from, K, from);
+    for (int r = 0; r < count; r++) weigh(n, rows + r);
+    EACH_BLOCK gather(n, m, rows + r, cached(m, b, any, layer, from) + value, to - from, V, from);
 }
 
-/* Pairs of heads `from` to `to` of a row; two pairs at once where they can be. */
-static void attend_pairs(const Model *m, const Batch *b, int64_t layer, int64_t row, int64_t from, int64_t to, const float *q, int64_t K,
-                         int64_t V, float *out, float *scores) {
-    int64_t groups = m->latent_attention ? 1 : m->kv_heads, share = m->heads / groups, pairs = (share + 1) / 2;
+#define ATTEND(N)                                                                                                                       \
+    static void attend_##N(const Model *m, const Batch *b, int64_t layer, int64_t any, Seen *rows, int count, int64_t key, int64_t K,   \
+                           int64_t value, int64_t V) {                                                                                  \
+        attend(N, m, b, layer, any, rows, count, key, K, value, V);                                                                     \
+    }
+ATTEND(1) ATTEND(2) ATTEND(3) ATTEND(4)
+
+/* Pairs of heads `from` to `to` of `count` rows of one text, from `row` on `apart` from each other; two pairs at once where they can be. */
+static void attend_pairs(const Model *m, const Batch *b, int64_t layer, int64_t row, int count, int64_t apart, int64_t from, int64_t to,
+                         const float *q, int64_t K, int64_t V, float *out, float *scores) {
+    int64_t groups = m->latent_attention ? 1 : m->kv_heads, share = m->heads / groups, pairs = (share + 1) / 2, room = m->longest + 16;
     int64_t values = m->latent_attention ? 0 : m->kv_heads * K;
     for (int64_t p = from, took; p < to; p += took) {
         int64_t g = p / pairs, h = g * share + p % pairs * 2, left = (g + 1) * share - h;
         int n = left > 2 && p + 1 < to ? (left > 3 ? 4 : 3) : left >= 2 ? 2 : 1;
-        const float *queries[4];
-        float *outs[4];
-        for (int i = 0; i < n; i++) {
-            queries[i] = q + (row * m->heads + h + i) * K;
-            outs[i] = out + (row * m->heads + h + i) * V;
+        Seen rows[TOGETHER];
+        for (int r = 0; r < count; r++) {
+            int64_t mine = row + r * apart;
+            rows[r].first = b->first ? b->first[mine] : 0;
+            rows[r].length = b->positions[mine] + 1;
+            for (int i = 0; i < n; i++) {
+                rows[r].q[i] = q + (mine * m->heads + h + i) * K;
+                rows[r].out[i] = out + (mine * m->heads + h + i) * V;
+                rows[r].scores[i] = scores + (r * 4 + i) * room;
+            }
         }
-        (n == 4 ? attend_4 : n == 3 ? attend_3 : n == 2 ? attend_2 : attend_1)(m, b, layer, row, queries, g * K, K, values + g * V, V, outs, scores);
+        (n == 4 ? attend_4 : n == 3 ? attend_3 : n == 2 ? attend_2 : attend_1)(m, b, layer, row, rows, count, g * K, K, values + g * V, V);
         took = n > 2 ? 2 : 1;
     }
 }
 
 /* All heads of all rows: rows are dealt to the threads in turn, as later ones see more; what is left over is divided. q: (rows, heads, K),
- * out: (rows, heads, V). */
+ * out: (rows, heads, V), which may be q. */
 static void attention(const Model *m, const Batch *b, int64_t layer, const float *q, int64_t K, int64_t V, float *out, float *scores, int t,
                       int T) {
     int64_t groups = m->latent_attention ? 1 : m->kv_heads, pairs = groups * ((m->heads / groups + 1) / 2), whole = b->rows - b->rows % T;
-    for (int64_t row = t; row < whole; row += T) attend_pairs(m, b, layer, row, 0, pairs, q, K, V, out, scores);
+    for (int64_t row = t, count; row < whole; row += count * T) {
+        for (count = 1; count < TOGETHER && row + count * T < whole && b->owners[row + count * T] == b->owners[row];) count++;
+        attend_pairs(m, b, layer, row, (int)count, T, 0, pairs, q, K, V, out, scores);
+    }
     for (int64_t row = whole, left = (b->rows - whole) * pairs; row < b->rows; row++) {
         int64_t before = (row - whole) * pairs, from = left * t / T - before, to = left * (t + 1) / T - before;
-        attend_pairs(m, b, layer, row, from > 0 ? from : 0, to < pairs ? to : pairs, q, K, V, out, scores);
+        attend_pairs(m, b, layer, row, 1, 0, from > 0 ? from : 0, to < pairs ? to : pairs, q, K, V, out, scores);
     }
 }
 
@@ -470,7 +494,7 @@ static void reserve(Model *m, int64_t rows, int64_t longest, int T) {
     floats[HEADS] = m->latent_attention ? rows * heads : 0;
     floats[SLOTS] = slots * 2 * m->expert_width;
     floats[PARTS] = slots * m->hidden;
-    floats[SCORES] = 4 * (m->longest + 16) * T;
+    floats[SCORES] = TOGETHER * 4 * (m->longest + 16) * T;
     floats[LOGITS] = rows * up(m->experts, PANEL);
     floats[GATES] = floats[CHOSEN] = floats[ORDER] = slots;
     floats[ENDS] = m->experts + 1;
@@ -591,7 +615,7 @@ static void latent_attention(Model *m, const Batch *b, const Layer *l, int64_t l
     }
     by_head(m, &l->k_b, q, q_row, A, N, absorbed, H * K, K, t, T);
     WAIT();
-    attention(m, b, layer, absorbed, K, C, mixed, (float *)m->scratch[SCORES] + 4 * (m->longest + 16) * t, t, T);
+    attention(m, b, layer, absorbed, K, C, mixed, (float *)m->scratch[SCORES] + TOGETHER * 4 * (m->longest + 16) * t, t, T);
     WAIT();
     by_head(m, &l->v_b, mixed, H * C, C, N, heads, H * m->value, m->value, t, T);
 }
@@ -613,7 +637,7 @@ static void grouped_attention(Model *m, const Batch *b, const Layer *l, int64_t 
         memcpy(to + G * K, row + (H + G) * K, G * K * 4);
     }
     WAIT();
-    attention(m, b, layer, q, K, K, q, (float *)m->scratch[SCORES] + 4 * (m->longest + 16) * t, t, T);
+    attention(m, b, layer, q, K, K, q, (float *)m->scratch[SCORES] + TOGETHER * 4 * (m->longest + 16) * t, t, T);
 }
 
 /* x += experts(normed) for the chosen experts of each row, one expert's rows together; `normed` is quantised already. */
