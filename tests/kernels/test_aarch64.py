@@ -40,15 +40,17 @@ int main(int argc, char **argv) {
     FILE *f = fopen(argv[1], "rb");
     int64_t calls = take(f), bad = 0;
     for (int64_t n = 0; n < calls; n++) {
-        char *buffer[16], *expected[16];
-        int64_t size[16], kind[16], which = take(f), buffers = take(f);
+        char *buffer[48], *expected[48];
+        int64_t size[48], kind[48], which = take(f), buffers = take(f);
+        if (buffers > 48) return 4;
         for (int64_t b = 0; b < buffers; b++) {
             size[b] = take(f), kind[b] = take(f);
             buffer[b] = aligned_alloc(64, size[b] / 64 * 64 + 64), expected[b] = malloc(size[b]);
             if (fread(buffer[b], 1, size[b], f) != size[b] || fread(expected[b], 1, size[b], f) != size[b]) return 3;
         }
-        void *p[24] = {0}; int64_t i[24]; float x[24];
+        void *p[48] = {0}; int64_t i[48]; float x[48];
         int64_t arguments = take(f);
+        if (arguments > 48) return 4;
         for (int64_t a = 0; a < arguments; a++) {
             int64_t what = take(f), value = take(f);
             if (what == 0) p[a] = value < 0 ? 0 : buffer[value >> 40] + (value & ((1LL << 40) - 1));
