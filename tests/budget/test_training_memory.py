@@ -233,6 +233,18 @@ def test_moments_share_scales_as_counted():
     assert Average("mean/weight", torch.zeros(2, 3 * MOMENT_BLOCK), signed=True, eight_bit=True).scale.shape == (2, 3)
 
 
+@pytest.mark.parametrize(
+    ("dense", "vocab", "replicas", "peaks"),
+    [(False, 4096, 2, (812e6, 908e6)), (True, 4096, 1, (588e6, 632e6)), (True, 2048, 2, (608e6, 617e6))],
+)
+def test_runs_without_a_compiler_took_about_as_much(dense, vocab, replicas, peaks):
+    """Peaks of runs of 70 s to 5 minutes in bfloat16, two threads (LAB.md)."""
+    model = shaped(LADDER[2], vocab, 512, not dense)
+    train = TrainConfig(seq_len=512, batch_size=8, micro_batch_size=8, replicas=replicas, threads=2, device="cpu", kernels="plain")
+    planned = training_memory(Config(model=model, train=train), measured=True).total
+    assert 0.88 * max(peaks) < planned < 1.12 * min(peaks)
+
+
 def test_few_bits_need_half():
     """100 million parameters and 2,048 tokens at a time, without what the process needs anyway; with it, a little more."""
     model = shaped(LADDER[4], 8192, 512, False)

@@ -30,6 +30,9 @@ MUON_BYTES = 12.0
 CORPUS_BYTES = 95e6
 """What a run of `train` has more: tokenizer, corpus, metrics, evaluations. With PROCESS_BYTES what runs of 0.2-17 M active parameters were
 fitted to (LAB.md)."""
+HEAP_OF_GROUPS = 2.0
+"""A mixture without compiled kernels, in what it keeps, measured by a run: its experts' rows have other numbers in every step, so what was
+freed seldom fits the next. Fitted to one mixture, in runs of 80 s and 5 minutes (LAB.md); dense models need nothing of the kind."""
 SERVING_BYTES = 300e6
 """A process that only generates."""
 SPREAD = 0.12
@@ -191,8 +194,7 @@ def activations(config: Config, rows: int, seq_len: int, path: KernelPath = "pla
 def training_memory(config: Config, measured: bool = False, path: KernelPath | None = None) -> Memory:
     """Peak of one training process. Micro-batch and replicas left open count as the whole batch and one.
 
-    measured: by a run of `train`, with its corpus and evaluations; without compiled kernels it begins by timing steps with and without
-    replicas, and what other threads used is not given back.
+    measured: by a run of `train`, with its corpus and evaluations.
     """
     c, t = config.model, config.train
     path = path or path_of(config)
@@ -230,8 +232,8 @@ def training_memory(config: Config, measured: bool = False, path: KernelPath | N
     process = PROCESS_BYTES[device] + work
     if measured and device == "cpu":
         process += CORPUS_BYTES
-    if measured and path == "plain":
-        process += activations(config, micro, seq_len, "plain") + head / replicas + weights
+    if measured and path == "plain" and any(layer.mixture for layer in layers(c)):
+        process += HEAP_OF_GROUPS * (activations(config, micro, seq_len, "plain") + head / replicas + weights)
     reused = REUSED[gives_back(p) or (device == "cpu" and path != "plain")] * min(gradients, kept)
     return Memory(weights, gradients, moments, kept + head, process, reused)
 
