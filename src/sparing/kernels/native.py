@@ -236,8 +236,8 @@ _open = False
 
 
 def open_pool() -> None:
-    """From here on, in this process. Without a C compiler it stays closed, and glibc's threads share a heap instead: what one has freed serves
-    another (614 MB instead of 658 in runs of a minute, as fast: LAB.md)."""
+    """From here on, in this process. Without a C compiler it stays closed, and threads share one of glibc's heaps instead: what one of them
+    has freed serves another (614 MB instead of 658 in runs of a minute, as fast: LAB.md)."""
     global _open
     _open = library("pool") is not None
     if not _open and platform.libc_ver()[0] == "glibc":
