@@ -1,4 +1,4 @@
-"""lm-eval in process and through the server: the same weights, the same figures to the last bit."""
+"""lm-eval in process and through the server: the same weights, the same figures, with the compiled step to the last bit."""
 
 from __future__ import annotations
 
@@ -19,9 +19,19 @@ from sparing.base.config import UserError
 from sparing.evals.harness import HarnessModel, run_tasks
 from sparing.infer.engine import Engine
 from sparing.infer.generate import generate_texts, score_tokens
+from sparing.kernels.decode import library
 
 SOURCE = Path(json.__file__).read_text()
 LIMIT = 8
+
+
+def same(ours, theirs) -> bool:
+    """Without the compiled step sums depend on what is computed beside them, in their last digits."""
+    if isinstance(ours, dict):
+        return ours.keys() == theirs.keys() and all(same(ours[key], theirs[key]) for key in ours)
+    if isinstance(ours, list | tuple):
+        return len(ours) == len(theirs) and all(map(same, ours, theirs))
+    return ours == (theirs if library() is not None or isinstance(theirs, str) else pytest.approx(theirs, rel=1e-6))
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +69,7 @@ def through_server(server, run, tmp_path_factory):
 
 def test_tasks_score_the_same(in_process, through_server, files):
     ours = run_tasks(in_process, files, LIMIT)
-    assert ours == run_tasks(through_server, files, LIMIT)
+    assert same(ours, run_tasks(through_server, files, LIMIT))
     assert [row["name"] for row in ours] == ["quiz", "words", "written"] and all(row["items"] == LIMIT for row in ours)
     assert {"acc", "acc_stderr", "acc_norm"} <= ours[0].keys()
     assert 1 < ours[1]["perplexity"] < 1e9 and 0 <= ours[2]["exact_match"] <= 1
@@ -72,10 +82,10 @@ def test_every_number_is_the_same(in_process, through_server):
     pairs = [("import json\n", "import"), ("", "class JSONDecoder"), (SOURCE[:4000], SOURCE[4000:4040]), ("def f( ", "x")]
     requests = ask("loglikelihood", *pairs)
     found = in_process.loglikelihood(requests)
-    assert found == through_server.loglikelihood(requests)
+    assert same(found, through_server.loglikelihood(requests))
     assert len({nats for nats, _ in found}) == 4
     requests = ask("loglikelihood_rolling", (SOURCE[:5000],), ("import json",))
-    assert in_process.loglikelihood_rolling(requests) == through_server.loglikelihood_rolling(requests)
+    assert same(in_process.loglikelihood_rolling(requests), through_server.loglikelihood_rolling(requests))
     settings = [{"until": ["\n"]}, {"until": "e", "max_gen_toks": 9}, {"until": ["zz"], "temperature": 0.8, "max_gen_toks": 20}]
     requests = ask("generate_until", *[(SOURCE[:80], dict(one)) for one in settings], (SOURCE[:4000], {"until": ["q"], "max_gen_toks": 5}))
     written = in_process.generate_until(requests)

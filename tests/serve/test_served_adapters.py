@@ -14,6 +14,7 @@ from sparing.base.config import Config, UserError
 from sparing.base.config_file import write_config
 from sparing.base.run import RunFolder, write_tensors
 from sparing.data.tokenizer import train_tokenizer
+from sparing.kernels.decode import library
 from sparing.model.init import init_weights
 from sparing.model.transformer import Transformer
 from sparing.serve.entry import serve
@@ -40,6 +41,13 @@ def dense(tmp_path_factory):
     return root
 
 
+@pytest.mark.skipif(library() is not None, reason="there is a C compiler")
+def test_without_a_compiler_it_says_what_to_do(dense, tmp_path):
+    with pytest.raises(UserError, match=r"there is no C compiler.*sparing merge"):
+        serve(str(dense / "base"), port=0, adapter=(f"left={dense / 'left'}",))
+
+
+@pytest.mark.skipif(library() is None, reason="there is no C compiler")
 def test_models_are_chosen_by_name(dense, tmp_path):
     server = Server(dense / "base", "--adapter", f"left={dense / 'left'}", f"right={dense / 'right'}", env={"SPARING_HOME": str(tmp_path)})
     try:
