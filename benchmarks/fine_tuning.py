@@ -32,10 +32,9 @@ PRECISIONS = ("autocast", "bfloat16", "float32")
 OURS = (
     *((method, micro, again, "") for method in ("lora", "full") for micro in (2, 8) for again in (False, True)),
     *(("lora", 2, False, base) for base in ("float32", "int8", "int4")),
-    *(("full", 2, again, "int8-moments") for again in (False, True)),
+    *(("full", 2, again, "float32") for again in (False, True)),
 )
-"""Arms of `speed`: method, micro-batch, recomputation, what the base (full: weights, in bfloat16, and averages) is held in where not as by
-default."""
+"""Arms of `speed`: method, micro-batch, recomputation, what the base (full: weights and averages) is held in where not as by default."""
 PEERS = (
     *(("loop", "lora", precision, micro, False) for precision in PRECISIONS for micro in (2, 8)),
     *(("loop", "lora", "autocast", micro, True) for micro in (2, 8)),
@@ -137,7 +136,7 @@ def ours(options: argparse.Namespace, method: str, micro: int, again: bool, base
     }  # fmt: skip
     own = [part for name, value in settings.items() for part in (f"--train.{name}", str(value).lower())]
     if method == "full" and base:
-        own += ["--precision.weights", "bfloat16", "--precision.moments", "int8"]
+        own += ["--precision.weights", base, "--precision.moments", base]
     elif base:
         own += ["--adapter.base", base]
     budget = f"{((options.timed or STEPS['ours']) + 1) * options.rows * options.length}tok"

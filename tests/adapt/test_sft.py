@@ -19,6 +19,7 @@ from sparing.base.run import RunFolder
 from sparing.cli.main import main
 from sparing.data.chat import ChatTemplate, template_text
 from sparing.data.tokenizer import Tokenizer
+from sparing.kernels import native
 
 TRAIN = {"threads": 1, "replicas": 1, "compile": False, "micro_batch_size": 8, "kernels": "plain", "dtype": "float32"}
 BASE = {
@@ -92,6 +93,8 @@ def test_it_was_asked_as_the_server_asks(tuned):
         assert sample["prompt"].endswith("\n\nAssistant:")
     config = read_config(run.config_file)
     assert config.train.seq_len == 64 and config.optim.final_lr == 0 and config.optim.matrix == "adamw"
+    few = config.adapter is None and config.train.dtype == "bfloat16" and native.can("vectors")
+    assert (config.precision.weights, config.precision.moments) == (("bfloat16", "int8") if few else ("float32", "float32"))
     assert config.data.holdout_fraction == 0.05
 
 

@@ -9,6 +9,9 @@ from sparing.base.run import RunFolder
 from sparing.bench.drafting import repeats
 from sparing.bench.figures import bench
 from sparing.bench.results import ROW_KEYS
+from sparing.kernels.decode import library
+
+COMPILED = pytest.mark.skipif(library() is None, reason="int8, which these figures are in, needs a C compiler")
 
 
 @pytest.mark.slow
@@ -36,11 +39,13 @@ def test_drafts(make_run, tmp_path):  # noqa: F811
         bench("infer", "drafts", run=str(make_run(mtp_depth=0)))
 
 
+@COMPILED
 def test_turns(make_run):  # noqa: F811
     (row,) = bench("infer", "turns", run=str(make_run(mtp_depth=0)), rounds=2, first=200, second=20, threads=1)["rows"]
     assert row["ratio"] > 0  # below 1 on a machine that does nothing else
 
 
+@COMPILED
 def test_cache(make_run):  # noqa: F811
     path = make_run(mtp_depth=1)
     c = read_config(RunFolder.open(path).config_file).model
@@ -52,6 +57,7 @@ def test_cache(make_run):  # noqa: F811
         bench("infer", "cache", run=str(path), context=c.max_position_embeddings + 1)
 
 
+@COMPILED
 def test_experts(make_run):  # noqa: F811
     speed, memory = bench("infer", "experts", run=str(make_run(mtp_depth=0)), rounds=1, tokens=4, threads=1)["rows"]
     assert speed["ours"] > 0 and speed["peer"] == speed["tokens_per_s"] > 0 and 0 < speed["reads"]

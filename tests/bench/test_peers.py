@@ -13,6 +13,7 @@ from sparing.base.config import UserError
 from sparing.bench import peers
 from sparing.bench.quality import quality
 from sparing.bench.throughput import throughput
+from sparing.kernels.decode import library
 
 
 @pytest.fixture
@@ -40,6 +41,7 @@ def test_training_speed_without_a_peer(installed, text, capsys):
     assert capsys.readouterr().err.count("transformers is left out") == 1
 
 
+@pytest.mark.skipif(library() is None, reason="int8, which these figures are in, needs a C compiler")
 def test_decoding_without_a_peer(installed, make_run, capsys):  # noqa: F811
     path = str(make_run(mtp_depth=1))
     (speed, memory, start) = sparing.bench("infer", "generate", run=path, rounds=1, prompt_tokens=8, tokens=4, threads=1)["rows"]

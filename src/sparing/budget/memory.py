@@ -235,6 +235,8 @@ def training_memory(config: Config, measured: bool = False, path: KernelPath | N
     if measured and path == "plain" and any(layer.mixture for layer in layers(c)):
         process += HEAP_OF_GROUPS * (activations(config, micro, seq_len, "plain") + head / replicas + weights)
     reused = REUSED[gives_back(p) or (device == "cpu" and path != "plain")] * min(gradients, kept)
+    if micro < t.batch_size:  # the gradients of one micro-batch are there while the next one's activations come
+        reused = 0.0
     return Memory(weights, gradients, moments, kept + head, process, reused)
 
 
