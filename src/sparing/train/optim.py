@@ -96,9 +96,14 @@ class Optimizer:
             for share, norms in zip(parts, divided(jobs), strict=True):
                 found |= dict(zip(share, norms, strict=True))
             return torch.linalg.vector_norm(torch.stack([found[i] for i in range(len(grads))]))
-        # Row by row: the sums are float32 without a float32 copy of a whole gradient.
-        norms = [torch.linalg.vector_norm(part[rows], dtype=torch.float32) for part in map(rows_of, grads) for rows in slices(*part.shape)]
-        return torch.linalg.vector_norm(torch.stack(norms))
+        # Some rows at a time: the sums are float32 without a float32 copy of a whole gradient. All in one place: small results
+        # among pieces that come and go would keep the heap from using a piece's memory again (390 MiB for SmolLM2, LAB.md).
+        pieces = [part[rows] for part in map(rows_of, grads) for rows in slices(*part.shape)]
+        room = torch.empty(max(piece.numel() for piece in pieces), device=grads[0].device)
+        norms = torch.empty(len(pieces), device=room.device)
+        for piece, norm in zip(pieces, norms, strict=True):
+            torch.linalg.vector_norm(room[: piece.numel()].view(piece.shape).copy_(piece), out=norm)
+        return torch.linalg.vector_norm(norms)
 
     @torch.no_grad()
     def clip(self, norm: float) -> None:
