@@ -245,6 +245,27 @@ def test_runs_without_a_compiler_took_about_as_much(dense, vocab, replicas, peak
     assert 0.88 * max(peaks) < planned < 1.12 * min(peaks)
 
 
+SMOLLM2 = ModelConfig(
+    vocab_size=49152, hidden_size=576, num_layers=30, num_dense_layers=30, intermediate_size=1536, attention="gqa", num_heads=9,
+    num_kv_heads=3, head_dim=64, tie_word_embeddings=True, mtp_depth=0, max_position_embeddings=2048,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("precision", "recompute", "peak"),
+    [("full", False, 3195), ("full", True, 2969), ("small", False, 1879), ("small", True, 1607)],
+)
+def test_gradients_lie_beside_the_next_micro_batch(precision, recompute, peak):
+    """Peaks in MiB of full fine-tuning, four micro-batches a step (docs/adapting.md): what the first one left is there while others run."""
+    train = TrainConfig(
+        seq_len=512, batch_size=8, micro_batch_size=2, replicas=2, threads=2, device="cpu", kernels="tiles", recompute=recompute
+    )
+    config = Config(model=SMOLLM2, train=train, precision=STORAGE[precision], optim=OptimConfig(matrix="adamw"))
+    planned = training_memory(config, measured=True)
+    assert planned.reused == 0 and planned.total / 2**20 == pytest.approx(peak, rel=0.08)
+    assert training_memory(replace(config, train=replace(train, micro_batch_size=8)), measured=True).reused > 0
+
+
 def test_few_bits_need_half():
     """100 million parameters and 2,048 tokens at a time, without what the process needs anyway; with it, a little more."""
     model = shaped(LADDER[4], 8192, 512, False)
