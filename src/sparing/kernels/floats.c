@@ -141,7 +141,10 @@ static inline __attribute__((always_inline)) void tile(int rows, int64_t depth, 
     const float *at[(MR + 2) / 3]; /* every third row: what lies between is addressed from there */
     for (int i = 0; i < (rows + 2) / 3; i++) at[i] = a + 3 * i * row;
 #pragma GCC unroll 12
-    for (int i = 0; i < rows; i++) sum[i][0] = sum[i][1] = (vec){0};
+    for (int i = 0; i < rows; i++) {
+        __builtin_prefetch(c + i * stride, 1); /* it may lie far off, and is wanted only at the end */
+        sum[i][0] = sum[i][1] = (vec){0};
+    }
     for (int64_t k = 0; k < depth; k++) {
         vec left = *(const vec *)(b + k * NR), right = *(const vec *)(b + k * NR + LANES);
 #pragma GCC unroll 12
