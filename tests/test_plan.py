@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,14 @@ import pytest
 from sparing import api
 from sparing.account import prices
 from sparing.base import hardware
-from sparing.base.config import UserError
+from sparing.base.config import Budget, ChatsConfig, Config, DataConfig, TrainConfig, UserError
 from sparing.base.hardware import save_calibration
 from sparing.budget.estimate import DEFAULTS, DESCRIPTION
+from sparing.budget.predict import check_begun
+from sparing.budget.units import parse_budget
 from sparing.cli.main import main
 from sparing.kernels import native
-from sparing.planning.places import this_machine
+from sparing.planning.places import Given, elsewhere, planned_run, this_machine
 from sparing.planning.plan import plan
 
 KEYS = (
@@ -226,3 +229,22 @@ def test_a_runs_own_configuration_is_a_recipe(tmp_path):
     (tmp_path / "config.toml").write_text(first["recipe"] + "\n[plan]\ndata_bytes = 100e6\n")
     again = plan(str(tmp_path / "config.toml"))
     assert again["config"] == first["config"] and again["bpb"] == first["bpb"]
+
+
+def test_a_run_that_has_begun_is_refused_until_one_step_fits(tmp_path):
+    """The budget that the refusal names is not refused, and not much longer than the shortest one that is not."""
+    config = Config(data=DataConfig(paths=("text",)), train=TrainConfig(batch_size=8, seq_len=512, eval_bytes=100_000))
+
+    def begun(amount: float, after_s: float = 3.0, **changes) -> None:
+        wished = replace(config, budget=Budget(amount, "s"), **changes)
+        check_begun(replace(planned_run(wished, Given(1e7), elsewhere("h100", "own"), amount), start_s=after_s))
+
+    with pytest.raises(UserError, match=r"^budget 4s: 3 s have gone by now, and .* more; nearest that works: (\S+)$") as error:
+        begun(4.0)
+    works = parse_budget(str(error.value).split()[-1]).amount
+    begun(works)
+    with pytest.raises(UserError, match="nearest that works"):
+        begun(works / 1.3)
+    with pytest.raises(UserError, match="nearest that works"):
+        begun(works, after_s=3.0 + works / 4)  # it took longer to begin
+    begun(works / 1.3, chats=ChatsConfig())  # conversations are tokenised by then

@@ -194,7 +194,12 @@ def test_what_cannot_be_asked_leaves_nothing(workplace, tmp_path):
         (task, {"grpo": {"max_tokens": 90}}, "the model's context is 64"),
         (task, {"grpo": {"problems": 8, "updates": 3, "max_tokens": 4}}, "must divide grpo.problems"),
         (task, {"esft": {}}, "grpo has no use for this section"),
+        (task, WISHES | {"train": TRAIN | {"batch_size": 32}}, "train.batch_size 32: an update learns from 64 answers"),
+        (task, WISHES | {"train": TRAIN | {"seq_len": 8}}, r"train.seq_len 8: the longest problem and its answer have up to \d+ tokens"),
     ):
         with pytest.raises(UserError, match=said) as error:
             api.grpo(base, name, "20ktok", str(tmp_path / "run"), wishes=wishes)
         assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match=r"^budget 1s: .* nearest that works: "):
+        api.grpo(base, task, "1s", str(tmp_path / "run"), wishes=WISHES)
+    assert not (tmp_path / "run").exists()

@@ -194,6 +194,23 @@ def test_answers_that_no_row_reaches(workplace, tmp_path):
         api.sft(str(workplace / "base"), [write(tmp_path / "c.jsonl", long)], "20ktok", str(tmp_path / "run"), "full", wishes=WISHES)
 
 
+@pytest.mark.parametrize("verb", ["sft", "train --from", "dpo", "grow"])
+def test_a_budget_that_is_too_short_is_one_line_and_leaves_nothing(workplace, tmp_path, verb):
+    base, chats, run = str(workplace / "base"), str(workplace / "chats.jsonl"), str(tmp_path / "run")
+    pair = {"prompt": "What is it?", "chosen": "A ship.", "rejected": "A cat."}
+    pairs = write(tmp_path / "pairs.jsonl", [pair | {"prompt": f"What is number {number}?"} for number in range(60)])
+    text = [str(workplace / "text")]
+    begin = {
+        "sft": lambda budget: api.sft(base, [chats], budget, run, "full", wishes=WISHES, samples=0),
+        "train --from": lambda budget: api.train(text, budget, run, {"start": {"run": base}, "train": TRAIN}, samples=0),
+        "dpo": lambda budget: api.dpo(base, [pairs], budget, run, "full", wishes=WISHES, samples=0),
+        "grow": lambda budget: api.grow(base, "sea", text, budget, run),
+    }[verb]
+    with pytest.raises(UserError, match=r"^budget 1s: \d+ s have gone by now, and .* nearest that works: \S+$"):
+        begin("1s")
+    assert not (tmp_path / "run").exists()
+
+
 def test_texts_to_keep_that_are_none_leave_nothing(workplace, tmp_path):
     (tmp_path / "keep.jsonl").write_text('{"bad"')
     options = {"wishes": WISHES, "keep": [str(tmp_path / "keep.jsonl")]}

@@ -98,8 +98,13 @@ def resolved(job: Job, wishes: Wishes, budget: Budget) -> Config:
         raise UserError("train.recompute: a mixture's routes are replayed in one forward pass: leave it out, or set grpo.replay = false")
     if settings.problems % settings.updates or settings.updates > settings.problems:
         raise UserError(f"grpo.updates {settings.updates} must divide grpo.problems {settings.problems}")
-    wishes = Wishes.of(wishes, {"train": {"seq_len": length, "short_seq_len": None, "eval_context": None}})
-    wishes = Wishes.of(wishes, {"train": {"batch_size": settings.problems * settings.samples // settings.updates}}, own)
+    answers = settings.problems * settings.samples // settings.updates
+    if own.value("train.batch_size", answers) != answers:
+        what = f"an update learns from {answers} answers (grpo.problems * grpo.samples / grpo.updates): change those"
+        raise UserError(f"train.batch_size {own.value('train.batch_size')}: {what}")
+    if own.value("train.seq_len", length) < length:
+        raise UserError(f"train.seq_len {own.value('train.seq_len')}: the longest problem and its answer have up to {length} tokens")
+    wishes = Wishes.of(wishes, {"train": {"seq_len": length, "short_seq_len": None, "eval_context": None, "batch_size": answers}}, own)
     try_out(job, wishes, budget)
     place = look_at(job, wishes, budget)
     more, reasons = _derived(job, own, wishes, budget, place, len(task.held_out))

@@ -130,11 +130,16 @@ def _saving_s(run: PlannedRun) -> float:
 def _evaluating_s(run: PlannedRun, tokens_per_s: float) -> float:
     """All evaluations: a forward pass is a third of a training step; at most a twentieth of a time budget, the last one and that of the
     model that a run starts from not counted."""
-    t = run.config.train
-    once = min(t.eval_bytes, 0.05 * run.corpus.train_bytes) / run.bytes_per_token / (3 * tokens_per_s)
-    every = (t.evals + 1) * once
+    once = _evaluated_s(run, tokens_per_s)
+    every = (run.config.train.evals + 1) * once
     every = every if run.budget_s is None else min(every, 0.05 * run.budget_s + once)
     return every + (once if run.beginning else 0.0)
+
+
+def _evaluated_s(run: PlannedRun, tokens_per_s: float) -> float:
+    """One evaluation; beside conversations, of old text too, half as much."""
+    read = min(run.config.train.eval_bytes, 0.05 * run.corpus.train_bytes) / run.bytes_per_token
+    return (1.0 if run.config.chats is None else 1.5) * read / (3 * tokens_per_s)
 
 
 def _ending_s(run: PlannedRun) -> float:
@@ -181,19 +186,37 @@ def check(run: PlannedRun) -> None:
             AIM - CALIBRATION[0] - 0.05
         )
         if run.budget_s < least:
-            scale = run.config.budget.amount / run.budget_s
-            # More than needed here: what a longer budget resolves to may take longer to start.
-            works = format_budget(Budget(float(f"{1.2 * least * scale:.2g}"), run.config.budget.unit))
             megabytes = run.corpus.train_bytes / 1e6
-            raise UserError(
-                f"budget {format_budget(run.config.budget)}: starting, tokenising {megabytes:.1f} MB and {FEWEST_STEPS} steps take about "
-                f"{least:.0f} s; nearest that works: {works}"
-            )
+            raise _too_short(run, f"starting, tokenising {megabytes:.1f} MB and {FEWEST_STEPS} steps take about {least:.0f} s", least)
     need = run.memory().total
     if run.memory_limit and need > run.memory_limit:
         raise UserError(
             f"training needs {need / 1e9:.1f} GB, {run.memory_limit / 1e9:.1f} GB are there; what fits: {_smaller(run)}"
         )  # fmt: skip
+
+
+def check_begun(run: PlannedRun) -> None:
+    """For a run that began `start_s` ago. Raises UserError, with the nearest budget that works, where what it does in any case, one step
+    included, does not fit into what is left of a budget in time, money or energy."""
+    if run.budget_s is None:
+        return
+    t = run.config.train
+    tokenising = 0.0 if run.config.chats is not None else tokenising_s(run)  # conversations are tokenised by now
+    scoring = _evaluated_s(run, run.speed.value) * (1 if run.beginning is None else 2)
+    saved = 0.0 if run.config.adapter is not None else weight_bytes(run.config.model, run.config.precision)
+    rest = tokenising + scoring + t.batch_size * t.seq_len / run.speed.value + saved / SAVE_BYTES_PER_S + END_S
+    if run.start_s + rest > run.budget_s:
+        gone = f"{run.start_s:.0f} s have gone by now, and scoring, one step and saving take about {rest:.0f} s more"
+        raise _too_short(run, gone, run.start_s + rest)
+
+
+def _too_short(run: PlannedRun, why: str, least: float) -> UserError:
+    """least: seconds that it takes."""
+    assert run.budget_s is not None
+    budget = run.config.budget
+    # More than needed here: what a longer budget resolves to may take longer to start.
+    works = Budget(float(f"{1.2 * least * budget.amount / run.budget_s:.2g}"), budget.unit)
+    return UserError(f"budget {format_budget(budget)}: {why}; nearest that works: {format_budget(works)}")
 
 
 def _smaller(run: PlannedRun) -> str:

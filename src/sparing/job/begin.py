@@ -17,11 +17,11 @@ from sparing.base.hardware import Machine
 from sparing.base.messages import say
 from sparing.base.preempt import Interrupted, Preempt
 from sparing.base.run import RunFolder
-from sparing.budget.predict import Corpus, in_seconds
+from sparing.budget.predict import Corpus, check_begun, in_seconds
 from sparing.budget.units import format_budget
 from sparing.data.progress import Stopped
 from sparing.job.texts import Facts, bind, facts_of, same_texts, with_absolute_paths
-from sparing.planning.places import MEASURE_S, Given, Place, here, with_vocabulary
+from sparing.planning.places import MEASURE_S, Given, Place, here, planned_run, with_vocabulary
 from sparing.planning.plan import foresee
 from sparing.planning.start import SETTLED, with_start
 from sparing.resolve import Resolved, resolve
@@ -140,8 +140,10 @@ def derive(job: Job, wishes: Wishes, budget: Budget, corpus: Corpus, place: Plac
 
 def keep(job: Job, config: Config, reasons: dict[str, str], facts: Facts, corpus: Corpus | None, place: Place, read: str) -> None:
     """Write a new run's configuration, what it is trained on and what is expected of it; show what was derived. corpus: None where nothing
-    can be expected. read: what it learns from, in words."""
+    can be expected. read: what it learns from, in words. Raises UserError, and writes nothing, where one step no longer fits the budget."""
     run, peak = job.run, place.peak_flops
+    lasts, begun_s = job.lasts(config.budget), job.clock.seconds()
+    check_begun(replace(planned_run(config, corpus or Given(1.0), place, lasts), start_s=begun_s))
     say(f"{read}; budget {format_budget(config.budget)}; peak {peak / 1e9:,.0f} GFLOP/s")
     show(config, reasons)
     run.tokenizer_file.unlink(missing_ok=True)  # of an import that died in this folder
@@ -150,7 +152,7 @@ def keep(job: Job, config: Config, reasons: dict[str, str], facts: Facts, corpus
     if corpus is None:
         return
     try:
-        forecast = foresee(config, corpus, place, job.lasts(config.budget), job.clock.seconds())
+        forecast = foresee(config, corpus, place, lasts, begun_s)
         write_atomic(run.state / "prediction.json", json.dumps(forecast, indent=1))
     except UserError as error:  # a forecast that cannot be made is no reason not to train
         say(f"no prediction: {error}")
