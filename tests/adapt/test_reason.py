@@ -2,13 +2,14 @@
 
 import json
 import shutil
+import time
 
 import pytest
 from tests.adapt.test_grpo import BASE
 from tests.adapt.test_sft import TRAIN, kill_at, write
 
 from sparing import api
-from sparing.adapt.reason import FEWEST, SHARES, _Recipe, _shortest
+from sparing.adapt.reason import FEWEST, SHARES, STAGES, Verbs, _Recipe, _shortest
 from sparing.adapt.rewards import _in_columns, load_task, verify
 from sparing.adapt.rollouts import Answer
 from sparing.base.config import Budget, CannotGoOn, Config, ReasonConfig, TrainConfig, UserError
@@ -267,3 +268,16 @@ def test_too_few_right_answers_are_no_stage(taught, workplace):
     drawn.write_text("".join(json.dumps(line | {"kept": []}) + "\n" for line in read_lines(drawn)))
     with pytest.raises(CannotGoOn, match="0 of 16 problems have a right answer"):
         _Recipe(RunFolder(out), None, 0.0, 0)._sampled(RunFolder(out / "2-rl"))
+
+
+def test_a_stage_that_no_longer_fits_the_budget(taught, workplace):
+    out = workplace / "late"
+    shutil.copytree(taught[1].path, out)
+    shutil.rmtree(out / "4-sft")
+    run = RunFolder(out)
+    (run.state / STAGES).unlink()
+    recipe = _Recipe(run, Verbs(api.sft, api.grpo, api.resume), time.monotonic() - 20_000, 0)  # so long ago, the last stage ended
+    recipe.budget = Budget(10_800, "s")
+    with pytest.raises(CannotGoOn, match=r"3h in all leave too little for 4-sft: budget .* 2\d{4} s have gone by now"):
+        recipe._learnt("4-sft", RunFolder(workplace / "base"), out / "3-sampled/answers.jsonl")
+    assert not (out / "4-sft").exists()

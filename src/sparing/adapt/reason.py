@@ -39,6 +39,7 @@ from sparing.base.files import append_durably, link_or_copy, read_lines, to_json
 from sparing.base.messages import say
 from sparing.base.run import RunFolder, weights_sha256
 from sparing.budget.flops import forward_flops
+from sparing.budget.predict import TooShort
 from sparing.budget.units import format_budget
 from sparing.data.chat import taught, template_text
 from sparing.data.chats import SAMPLE, chats
@@ -213,7 +214,8 @@ def go(run: RunFolder, verbs: Verbs, mark: float, samples: int) -> dict:
     """Make whatever of the run's stages is not there yet; -> the summary.
 
     mark: `time.monotonic()` until which time was metered. samples: problems that the final model answers at the end. Raises Interrupted on
-    a signal, UserError where task or base have changed, CannotGoOn where too little was answered rightly or the budget is used up."""
+    a signal, UserError where task or base have changed, CannotGoOn where too little was answered rightly, the budget is used up or too
+    little of it is left for a stage."""
     return _Recipe(run, verbs, mark, samples).go()
 
 
@@ -311,8 +313,11 @@ class _Recipe:
             if run.config_file.exists():
                 self.verbs.resume(str(run), started=self.mark, samples=samples)
             else:
-                wishes = _of_stage(self.wishes, name)
-                verb(str(start), learns, budget, str(run), self.reason.method, wishes=wishes, started=self.mark, samples=samples, **more)
+                more |= {"wishes": _of_stage(self.wishes, name), "started": self.mark, "samples": samples}
+                try:
+                    verb(str(start), learns, budget, str(run), self.reason.method, **more)
+                except TooShort as error:
+                    raise CannotGoOn(f"{self.run}: {format_budget(self.budget)} in all leave too little for {name}: {error}") from None
             gc.collect()  # a model, its moments and replicas, before the next ones
             self.mark = time.monotonic()
         self._score(name, run)

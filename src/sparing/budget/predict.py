@@ -40,6 +40,10 @@ WATTS_SPREAD = 0.4
 """Power is a model of the processor, not a measurement."""
 
 
+class TooShort(UserError):
+    """A budget that what a run does in any case does not fit into; it names the nearest that works."""
+
+
 class Corpus(Protocol):
     """What is needed of `sparing.data.scan.CorpusFacts`."""
 
@@ -196,8 +200,8 @@ def check(run: PlannedRun) -> None:
 
 
 def check_begun(run: PlannedRun) -> None:
-    """For a run that began `start_s` ago. Raises UserError, with the nearest budget that works, where what it does in any case, one step
-    included, does not fit into what is left of a budget in time, money or energy."""
+    """For a run that began `start_s` ago. Raises TooShort where a budget in time, money or energy leaves no room for what it does in any
+    case, one step included."""
     if run.budget_s is None:
         return
     t = run.config.train
@@ -210,13 +214,13 @@ def check_begun(run: PlannedRun) -> None:
         raise _too_short(run, gone, run.start_s + rest)
 
 
-def _too_short(run: PlannedRun, why: str, least: float) -> UserError:
+def _too_short(run: PlannedRun, why: str, least: float) -> TooShort:
     """least: seconds that it takes."""
     assert run.budget_s is not None
     budget = run.config.budget
     # More than needed here: what a longer budget resolves to may take longer to start.
     works = Budget(float(f"{1.2 * least * budget.amount / run.budget_s:.2g}"), budget.unit)
-    return UserError(f"budget {format_budget(budget)}: {why}; nearest that works: {format_budget(works)}")
+    return TooShort(f"budget {format_budget(budget)}: {why}; nearest that works: {format_budget(works)}")
 
 
 def _smaller(run: PlannedRun) -> str:
