@@ -1,6 +1,7 @@
 """`grpo`: a run learns from what its own answers are worth; its losses are TRL's; killed and resumed it is the same bit for bit."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -75,6 +76,8 @@ def test_what_a_summary_says(tuned, workplace):
     for when in ("before", "after"):
         assert summary[when]["new"].keys() >= {"loss", "bpb", "pass_at_1", "pass_at_k", "k", "length", "problems"}
         assert summary[when]["old"]["loss"] > 0
+    before, after = (f"{summary[when]['new']['pass_at_1']:.3f}, pass@8" for when in ("before", "after"))
+    assert re.search(f"problems of .*task.jsonl: pass@1 {after} .*; before: pass@1 {before} ", run.model_card_file.read_text())
     assert summary["base"] == file_sha256(workplace / "base/weights/model.safetensors") and summary["ancestors"][0]["name"] == "base"
     assert 0 < summary["trained_tokens"] < summary["tokens"] <= 30_000 and summary["trainable_parameters"] > 0
     steps = [line for line in losses(run.path) if "mismatch" in line]

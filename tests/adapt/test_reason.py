@@ -99,6 +99,16 @@ def test_what_a_summary_says(taught, workplace):
     assert len(summary["samples"]) == 1
 
 
+def test_its_report_shows_the_stages_side_by_side(taught, tmp_path):
+    page = str(tmp_path / "report.html")
+    assert api.report(str(taught[1].path), page)["report"] == page
+    text = (tmp_path / "report.html").read_text()
+    assert "<h1>Runs compared</h1>" in text
+    assert [name for name in ("1-cold", "2-rl", "3-sampled", "4-sft", "5-student") if f"<summary>{name}</summary>" in text] == [
+        "1-cold", "2-rl", "4-sft", "5-student",
+    ]  # fmt: skip
+
+
 def test_right_answers_are_kept_with_their_source_and_no_held_out_problem(taught, workplace):
     summary, run = taught
     task, rows = load_task(str(workplace / "task.jsonl")), read_lines(run.path / "3-sampled/answers.jsonl")

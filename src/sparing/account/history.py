@@ -126,9 +126,14 @@ def whole(run: RunFolder) -> list[Entry]:
     """All rows about a run, and those about the runs inside its folder that it was made by (`reason`): their stages have the names of
     these before them. Runs that a user put into another one's folder are none of its stages."""
     rows = entries_of(run)
-    for file in sorted(run.path.glob("[1-9]-*/config.toml")) if (run.state / STAGES).exists() else ():
-        rows += [replace(row, stage=f"{file.parent.name}: {row.stage}") for row in entries_of(RunFolder(file.parent))]
+    for stage in stages_of(run):
+        rows += [replace(row, stage=f"{stage.path.name}: {row.stage}") for row in entries_of(stage)]
     return sorted(rows, key=lambda row: row.started)
+
+
+def stages_of(run: RunFolder) -> list[RunFolder]:
+    """The runs inside its folder that a run was made by (`reason`), in their order; of any other run none."""
+    return [RunFolder(file.parent) for file in sorted(run.path.glob("[1-9]-*/config.toml"))] if (run.state / STAGES).exists() else []
 
 
 def _path_id(path: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sparing.account.codecarbon import write_csv
-from sparing.account.history import entries, whole
+from sparing.account.history import entries, stages_of, whole
 from sparing.account.ledger import workspace_file
 from sparing.account.receipt import receipt as of_run
 from sparing.account.receipt import workspace
@@ -23,9 +23,11 @@ def receipt(run: str | None = None, csv: str | None = None) -> dict:
 
 
 def report(run: str, out: str | None = None) -> dict:
-    """Write the run's page (`account.report`), by default to RUN/report.html. -> {"report", "bytes"}."""
+    """Write the run's page (`account.report`), by default to RUN/report.html. -> {"report", "bytes"}. Of a run that was made by stages, its
+    stages are shown side by side, as far as they have come."""
     folder = RunFolder.open(run)
-    return write_page([folder], folder.report_file if out is None else out)
+    stages = [stage for stage in stages_of(folder) if stage.metrics_file.exists()]
+    return write_page(stages or [folder], folder.report_file if out is None else out)
 
 
 def compare(runs: list[str], out: str = "compare.html") -> dict:

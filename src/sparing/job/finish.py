@@ -116,6 +116,12 @@ def _named(paths: Sequence[str]) -> str:
     return ", ".join(paths) or "the Python standard library's source"
 
 
+def _solved(score: dict | None) -> str:
+    new = (score or {}).get("new") or {}
+    known = new.get("pass_at_1") is not None
+    return f"pass@1 {new['pass_at_1']:.3f}, pass@{new['k']} {new['pass_at_k']:.3f}" if known else "not scored"
+
+
 def _model_card(config: Config, summary: dict, origin: Origin | None, texts: list[Sequence[str]]) -> str:
     """MODEL_CARD.md as model hubs read it. summary: what `train` returns. origin: of the model that it began with. texts: paths of each
     corpus that it was trained on in turn."""
@@ -130,13 +136,18 @@ def _model_card(config: Config, summary: dict, origin: Origin | None, texts: lis
         chosen += f"\n- Learnt from the distribution of {config.distill.teacher}, {where}"
     if config.drafts:
         chosen += "\n- A module that drafts was learnt; nothing else was changed"
-    score = "not evaluated" if bits is None else f"{bits:.4f} bits per byte"
+    context = f"context {config.train.eval_context or config.train.seq_len} tokens"
+    score = "not evaluated" if bits is None else f"{bits:.4f} bits per byte ({context})"
+    held_out = f"{'text' if config.chats is None else 'answers'}: {score}"
+    if config.grpo:
+        before, after = (_solved(summary[when]) for when in ("before", "after"))
+        held_out = f"problems of {config.grpo.task}: {after}; before: {before}"
     return f"""# Model card
 
 A {kind} language model of {summary["parameters"]:,} parameters ({summary["active_parameters"]:,} active), trained with Sparing.
 
 - Data: {", then ".join(map(_named, texts))}; {summary["tokens"]:,} tokens in {summary["steps"]:,} steps{chosen}
-- Held-out {"text" if config.chats is None else "answers"}: {score} (context {config.train.eval_context or config.train.seq_len} tokens)
+- Held-out {held_out}
 - Vocabulary {m.vocab_size:,}, {m.num_layers} layers of width {m.hidden_size}, {kv_cache_bytes(m):,} bytes of cache per token (16 bit)
 - Budget {summary["budget"]}; the whole recipe is in config.toml{ancestry}
 
