@@ -208,7 +208,7 @@ def check_begun(run: PlannedRun) -> None:
     tokenising = 0.0 if run.config.chats is not None else tokenising_s(run)  # conversations are tokenised by now
     scoring = _evaluated_s(run, run.speed.value) * (1 if run.beginning is None else 2)
     saved = 0.0 if run.config.adapter is not None else weight_bytes(run.config.model, run.config.precision)
-    rest = tokenising + scoring + t.batch_size * t.seq_len / run.speed.value + saved / SAVE_BYTES_PER_S + END_S
+    rest = tokenising + scoring + t.batch_size * t.seq_len / run.speed.value + saved / SAVE_BYTES_PER_S + _ending_s(run)
     if run.start_s + rest > run.budget_s:
         gone = f"{run.start_s:.0f} s have gone by now, and scoring, one step and saving take about {rest:.0f} s more"
         raise _too_short(run, gone, run.start_s + rest)
