@@ -154,13 +154,19 @@ def test_the_whole_run_has_the_model_of_the_fine_tuning(taught):
 
 
 def test_killed_and_resumed_bit_for_bit(taught, workplace):
+    """Its base has moved meanwhile."""
     _, straight = taught
-    killed = workplace / "killed"
-    words = ["reason", workplace / "base", "--task", workplace / "task.jsonl", "--cold", workplace / "cold.jsonl", "--seed", 1]
+    killed, base, moved = workplace / "killed", workplace / "kept", workplace / "moved"
+    shutil.copytree(workplace / "base", base)
+    words = ["reason", base, "--task", workplace / "task.jsonl", "--cold", workplace / "cold.jsonl", "--seed", 1]
     words += ["--student", workplace / "small", "--budget", BUDGET, "--samples", 1, "--out", killed, *OPTIONS]
     kill_at(words, killed / "2-rl", 3)
     assert not (killed / "2-rl/state/summary.json").exists()
     began = (killed / "1-cold/state/summary.json").read_bytes()
+    base.rename(moved)
+    with pytest.raises(UserError, match="if it has moved, say --base RUN"):
+        api.resume(str(killed), samples=1)
+    api.rebase(str(killed), str(moved))
     summary = api.resume(str(killed), samples=1)
     assert (killed / "1-cold/state/summary.json").read_bytes() == began, "a finished stage is not made again"
     for name in ("1-cold", "2-rl", "4-sft", "5-student"):

@@ -8,6 +8,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+from sparing.account.history import stages_of
 from sparing.account.receipt import read_state
 from sparing.base.config import Config, ModelConfig, UserError
 from sparing.base.config_file import Wishes, build, read_config, write_config
@@ -36,7 +37,8 @@ def reasons_of(run: RunFolder) -> dict[str, str]:
 
 
 def rebase(run: str, base: str | None) -> None:
-    """Note that what `run` began with, or one of the adapter runs that it goes on from, is now in the folder `base`; None: nothing moved.
+    """Note that what `run` began with, or one of the adapter runs that it goes on from, is now in the folder `base`; so for the stages that it
+    was made by. None: nothing moved.
 
     Raises UserError where `run` is no adapter run and began with none, and where `base` has the weights of none of them."""
     if base is None:
@@ -53,6 +55,9 @@ def rebase(run: str, base: str | None) -> None:
         with folder.lock():
             changed = replace(config, start=replace(config.start, run=str(moved)))
             write_atomic(folder.config_file, write_config(changed, reasons_of(folder)))
+    for stage in stages_of(RunFolder(run)):
+        if any(config.start.weights_sha256 == digest for _, config in _begun(stage)):
+            rebase(str(stage.path), base)
 
 
 def _begun(run: RunFolder) -> Iterator[tuple[RunFolder, Config]]:
