@@ -37,8 +37,8 @@ def reasons_of(run: RunFolder) -> dict[str, str]:
 
 
 def rebase(run: str, base: str | None) -> None:
-    """Note that what `run` began with, or one of the adapter runs that it goes on from, is now in the folder `base`; so for the stages that it
-    was made by. None: nothing moved.
+    """Note that what `run` began with, or one of the adapter runs that it goes on from, is now in the folder `base`; also for the stages
+    that it was made by. None: nothing moved.
 
     Raises UserError where `run` is no adapter run and began with none, and where `base` has the weights of none of them."""
     if base is None:
