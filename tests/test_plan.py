@@ -231,7 +231,7 @@ def test_a_runs_own_configuration_is_a_recipe(tmp_path):
     assert again["config"] == first["config"] and again["bpb"] == first["bpb"]
 
 
-def test_a_run_that_has_begun_is_refused_until_one_step_fits(tmp_path):
+def test_a_run_that_has_begun_is_refused_until_one_step_fits():
     """The budget that the refusal names is not refused, and not much longer than the shortest one that is not."""
     config = Config(data=DataConfig(paths=("text",)), train=TrainConfig(batch_size=8, seq_len=512, eval_bytes=100_000))
 

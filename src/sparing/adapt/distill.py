@@ -36,7 +36,7 @@ from sparing.job.corpus import TrainingData, text
 from sparing.job.texts import facts_of, with_absolute_paths
 from sparing.kernels.vocabulary import linear_cross_entropy
 from sparing.model.transformer import Transformer
-from sparing.planning.places import SAMPLED, Place, with_vocabulary
+from sparing.planning.places import SAMPLED, Place, planned_run, with_vocabulary
 from sparing.planning.plan import foresee
 from sparing.planning.start import with_start
 from sparing.resolve import TRAINING_SHARE, Resolved
@@ -215,7 +215,8 @@ def _foresee(job: Job, config: Config, facts: CorpusFacts, place: Place) -> None
     write_atomic(job.run.state / "no_teacher.json", json.dumps({key: without[key] for key in keys if key in without}, indent=1))
     share, lasts = 1 - config.distill.teacher_share, job.lasts(config.budget)
     smaller = replace(config, budget=replace(config.budget, amount=share * config.budget.amount))
-    forecast = foresee(smaller, facts, place, None if lasts is None else share * lasts, job.clock.seconds())
+    planned = planned_run(smaller, facts, place, None if lasts is None else share * lasts)
+    forecast = foresee(replace(planned, start_s=job.clock.seconds()))
     write_atomic(job.run.state / "prediction.json", json.dumps(forecast | {"budget": without["budget"]}, indent=1))
 
 

@@ -140,10 +140,10 @@ def derive(job: Job, wishes: Wishes, budget: Budget, corpus: Corpus, place: Plac
 
 def keep(job: Job, config: Config, reasons: dict[str, str], facts: Facts, corpus: Corpus | None, place: Place, read: str) -> None:
     """Write a new run's configuration, what it is trained on and what is expected of it; show what was derived. corpus: None where nothing
-    can be expected. read: what it learns from, in words. Raises UserError, and writes nothing, where one step no longer fits the budget."""
+    can be expected. read: what it learns from, in words. Raises TooShort, and writes nothing, where one step no longer fits the budget."""
     run, peak = job.run, place.peak_flops
-    lasts, begun_s = job.lasts(config.budget), job.clock.seconds()
-    check_begun(replace(planned_run(config, corpus or Given(1.0), place, lasts), start_s=begun_s))
+    planned = replace(planned_run(config, corpus or Given(1.0), place, job.lasts(config.budget)), start_s=job.clock.seconds())
+    check_begun(planned)
     say(f"{read}; budget {format_budget(config.budget)}; peak {peak / 1e9:,.0f} GFLOP/s")
     show(config, reasons)
     run.tokenizer_file.unlink(missing_ok=True)  # of an import that died in this folder
@@ -152,8 +152,7 @@ def keep(job: Job, config: Config, reasons: dict[str, str], facts: Facts, corpus
     if corpus is None:
         return
     try:
-        forecast = foresee(config, corpus, place, lasts, begun_s)
-        write_atomic(run.state / "prediction.json", json.dumps(forecast, indent=1))
+        write_atomic(run.state / "prediction.json", json.dumps(foresee(planned), indent=1))
     except UserError as error:  # a forecast that cannot be made is no reason not to train
         say(f"no prediction: {error}")
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 from sparing.account.prices import home_rent
-from sparing.base.config import Budget, Config, UserError
+from sparing.base.config import Budget, UserError
 from sparing.base.config_file import Wishes, nearest, read_recipe, write_config
 from sparing.base.messages import say
 from sparing.budget.cluster import plan_stages
@@ -16,7 +16,7 @@ from sparing.budget.predict import Corpus, PlannedRun, check, predict
 from sparing.budget.units import format_budget, parse_budget, parse_size
 from sparing.data.scan import CorpusFacts, scan
 from sparing.planning.compare import alternatives
-from sparing.planning.places import Given, Place, elsewhere, here, planned_run, resolve_run, with_vocabulary
+from sparing.planning.places import Given, Place, elsewhere, here, resolve_run, with_vocabulary
 from sparing.planning.start import scored, with_start
 from sparing.resolve import LADDER, Resolved, shaped
 
@@ -100,11 +100,10 @@ def plan(
     return result
 
 
-def foresee(config: Config, corpus: Corpus, place: Place, budget_s: float | None, start_s: float) -> dict[str, Any]:
+def foresee(run: PlannedRun) -> dict[str, Any]:
     """The prediction for a run that is about to tokenise, `start_s` after its beginning: `plan --json`'s keys, and the size and kind of its
     corpus."""
-    run = replace(planned_run(config, corpus, place, budget_s), start_s=start_s)
-    return {**predict(run), "budget": format_budget(config.budget), "kind": run.law.kind, "train_bytes": corpus.train_bytes}
+    return {**predict(run), "budget": format_budget(run.config.budget), "kind": run.law.kind, "train_bytes": run.corpus.train_bytes}
 
 
 def _corpus(wishes: Wishes, section: dict) -> CorpusFacts | Given:
