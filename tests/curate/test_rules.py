@@ -1,0 +1,125 @@
+import json
+import pickle
+from dataclasses import replace
+
+import pyarrow
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.curate.prose import prose, sentence
+
+from sparing.base.config import UserError
+from sparing.curate.filters import C4, FineWeb, GopherQuality
+from sparing.curate.rules import Rules, judge, verdicts
+
+
+def batch(*texts, **columns):
+    size = len(texts)
+    standard = {"text": list(texts), "source": ["made.txt"] * size, "line": list(range(size)), "meta": ['{"id": "x"}'] * size}
+    return pyarrow.RecordBatch.from_pydict(standard | columns)
+
+
+GOOD = prose(12)
+TEXTS = [
+    GOOD,
+    GOOD.replace("\n", "\n\n"),
+    "too short.",
+    GOOD + "\n" + GOOD,
+    GOOD + "\nfunction() { return; }",
+    "\n".join(f"• {sentence(start=index)}" for index in range(20)),
+    "# " * 100,
+    " \n ",
+]
+
+
+def test_judge_adds_two_columns_and_keeps_the_rows():
+    judged = judge(batch(*TEXTS, extra=list(range(8))), Rules.default())
+    assert judged.schema.names == ["text", "source", "line", "meta", "extra", "attributes", "rejected"]
+    assert judged.column("line").to_pylist() == list(range(8))
+    rejected = judged.column("rejected").to_pylist()
+    assert rejected[:2] == [None, None]
+    assert rejected[2] == "gopher_repetition: top_2_gram"
+    assert rejected[3] == "gopher_repetition: dup_line_fraction"
+    assert rejected[4] == "c4: curly_bracket"
+    assert rejected[5] == "gopher_quality: max_bullet_lines"
+    attributes = json.loads(judged.column("attributes")[0].as_py())
+    assert list(attributes) == ["gopher_repetition", "gopher_quality", "c4", "fineweb"]
+    assert attributes["gopher_quality"]["words"] == 12 * 12
+    assert judged.column("text")[1].as_py() == GOOD  # C4 drops empty lines
+
+
+def test_batches_do_not_matter_and_judging_twice_changes_nothing():
+    rules = Rules.default()
+    whole = judge(batch(*TEXTS), rules)
+    parts = [judge(batch(*TEXTS).slice(at, 1), rules) for at in range(len(TEXTS))]
+    assert pyarrow.Table.from_batches([whole]).equals(pyarrow.Table.from_batches(parts).combine_chunks())
+    again = judge(whole, rules)
+    assert again.schema == whole.schema
+    assert again.column("text").equals(whole.column("text"))
+
+
+def test_an_empty_batch():
+    judged = judge(batch(), Rules.default())
+    assert judged.num_rows == 0
+    assert judged.schema.field("rejected").type == pyarrow.string()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.text(max_size=80), min_size=1, max_size=4), st.integers(0, 60))
+def test_thresholds_move_without_the_text(texts, words):
+    """Whatever the texts are: attributes written under one set of thresholds give the verdicts of another."""
+    rows = batch(*texts, GOOD, sentence() * 9)
+    default = Rules.default()
+    moved = replace(default, gopher_quality=GopherQuality(min_words=words, min_stop_words=None), fineweb=FineWeb(max_short_lines=0.2))
+    attributes = judge(rows, default).column("attributes").to_pylist()
+    expected = judge(rows, moved)
+    assert [verdicts(one, moved) for one in attributes] == expected.column("rejected").to_pylist()
+    assert expected.column("attributes").to_pylist() == attributes
+
+
+def test_the_first_rule_that_rejects_ends_the_judging_where_not_all_scores_are_wanted():
+    rules = replace(Rules.default(), all_scores=False)
+    judged = judge(batch(*TEXTS), rules)
+    assert judged.column("rejected").equals(judge(batch(*TEXTS), Rules.default()).column("rejected"))
+    assert list(json.loads(judged.column("attributes")[3].as_py())) == ["gopher_repetition"]
+    assert judged.column("text")[3].as_py() == TEXTS[3]
+
+
+def test_rules_travel_to_other_processes():
+    rules = Rules.default()
+    assert pickle.loads(pickle.dumps(rules)) == rules
+
+
+def toml(tmp_path, text):
+    path = tmp_path / "rules.toml"
+    path.write_text(text)
+    return path
+
+
+def test_from_toml_changes_the_default(tmp_path):
+    rules = Rules.from_toml(
+        toml(tmp_path, 'fineweb = "none"\n[gopher_quality]\nmin_words = 3\nmax_words = "none"\n[c4]\nmin_sentences = 1\n')
+    )
+    assert rules.gopher_quality == GopherQuality(min_words=3, max_words=None)
+    assert rules.c4 == C4(min_sentences=1, line_end=False)  # what the default sets stays
+    assert rules.fineweb is None
+    assert rules.gopher_repetition == Rules.default().gopher_repetition
+    assert [rule.name for rule in rules] == ["gopher_repetition", "gopher_quality", "c4"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[gopher_qualty]\n", "rules.toml: gopher_qualty: unknown key; nearest: gopher_quality"),
+        ("[c4]\nmin_sentence = 3\n", "rules.toml: c4.min_sentence: unknown key; nearest: min_sentences"),
+        ('[c4]\nmin_sentences = "many"\n', "rules.toml: c4.min_sentences: 'many' is not a whole number|none"),
+        ("[fineweb]\nmin_ended_lines = -1\n", 'rules.toml: fineweb.min_ended_lines must be at least 0, not -1.0; "none" leaves it out'),
+        ("c4 = 3\n", "rules.toml: c4: 3 is not a section|none"),
+        ("[c4\n", "rules.toml: not valid TOML: "),
+    ],
+)
+def test_from_toml_refuses(tmp_path, text, message):
+    with pytest.raises(UserError) as error:
+        Rules.from_toml(toml(tmp_path, text))
+    assert str(error.value).removeprefix(f"{tmp_path}/").startswith(message)
+    assert "\n" not in str(error.value)
