@@ -253,7 +253,7 @@ FINEWEB = {
 @pytest.mark.parametrize("field", FINEWEB)
 def test_fineweb(field):
     kept, rejected = FINEWEB[field]
-    nothing_else = {name: None for name in FINEWEB} | {field: getattr(FineWeb(), field)}
+    nothing_else = dict.fromkeys(FINEWEB) | {field: getattr(FineWeb(), field)}
     assert verdict(FineWeb(**nothing_else), kept) is None
     assert verdict(FineWeb(**nothing_else), rejected) == f"fineweb: {field}"
 

@@ -61,7 +61,7 @@ Mr. Mrs. Ms. Ph.D. Prof. Rep. Rev. Sen. St. vs. v.s. Mt. Ak. Ala. Apr. Ariz. Ark
 Ill. Ind. Jan. Jul. Jun. Kan. Kans. Ky. La. Mar. Mass. Mich. Minn. Miss. N.C. N.D. N.H. N.J. N.M. N.Y. Neb. Nebr. Nev. Nov. Oct. Okla. Ore.
 Pa. S.C. Sep. Sept. Tenn. Va. Wash. Wis. and/or w/o 'Cause 'cause 'cos 'Cos 'coz 'Coz 'cuz 'Cuz 'bout 'em 'nuff 'll 're 'd 's 'S ma'am
 Ma'am o'clock O'clock lovin' Lovin' havin' Havin' doin' Doin' goin' Goin' nothin' Nothin' somethin' Somethin' ol' Ol' C++ ''""".split()
-EMOTICONS = """:) :-) :)) (: ): [: =) :] :-] :D :-D XD ;) ;-) :( :-( :(( =( :'( :'-( :/ :-/ =/ :| :-| :P :-P :p :-p :O :-O :o :-o :* :-* :x <3
+EMOTICONS = """:) :-) :)) (: ): [: =) :] :-] :D :-D XD ;) ;-) :( :-( :(( =( :'( :'-( :/ :-/ =/ :| :-| :P :-P :p :-p :O :-O :o :-o :* :-* <3
 </3 ^_^ -_- o_o O_O o.o O.O 8) 8-) (8 ;_; >.< (^_^) (-_-)""".split()
 
 
@@ -171,7 +171,7 @@ def split_piece(piece: str) -> tuple[str, ...]:
         rest = rest[start:end]
     if not rest:
         middle: list[str] = []
-    elif rest in CONTRACTIONS or "." in rest and address.match(rest):
+    elif rest in CONTRACTIONS or ("." in rest and address.match(rest)):
         middle = [rest]
     else:
         middle, at = [], 0
