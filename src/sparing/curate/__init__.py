@@ -1,0 +1,1 @@
+"""Makes training text better before it is read."""
