@@ -22,6 +22,7 @@ VERBS = {
     "compare": "sparing.account.paper",
     "serve": "sparing.serve.entry",
     "bench": "sparing.bench.figures",
+    "data": "sparing.curate.entry",
 } | dict.fromkeys(
     ("train", "sft", "distill", "dpo", "grpo", "resume", "evaluate", "generate", "chat", "export", "merge", "import_", "fetch", "load"),
     "sparing.api",

@@ -738,6 +738,33 @@ class Bench:
 
 
 @dataclass
+class Data:
+    """Look at a corpus, or make a better one: `curate` judges documents by rules and takes duplicates out, `dedup` takes duplicates out,
+    `stats` says what `curate` would do. Interrupted, the same command goes on."""
+
+    way: tyro.conf.Positional[str | None] = None
+    """stats, curate or dedup"""
+    paths: tyro.conf.Positional[list[str]] = field(default_factory=list)
+    """Files, folders and globs, as for `train --data`."""
+    out: str | None = None
+    """The folder to make: documents/, attributes/, rejected/, quarantine.jsonl, card.html. `train --data` takes it as it is."""
+    rules: str | None = None
+    """TOML file that changes the rules (docs/data.md)."""
+    text_key: str = "text"
+    """JSONL and Parquet: the field that holds the text."""
+    workers: int | None = None
+    """Processes; default: one a core."""
+    json: bool = False
+    """Print one JSON object on standard output, and nothing else there."""
+
+    def __call__(self, call: Call) -> dict:
+        call.need(WAY=self.way, PATH=self.paths, out=self.out)
+        from sparing.curate.entry import data
+
+        return data(self.way, self.paths, self.out, self.rules, self.text_key, self.workers, call.started)
+
+
+@dataclass
 class Grow:
     """Give a run experts for a new domain, inside a budget. All else of it stays to the last bit, and old text is left alone: where its
     loss would rise by more than 0.1 %, the growth is made stricter or turned down. What no option sets is derived."""
@@ -820,5 +847,5 @@ VERBS = {
     "resume": Resume, "eval": Eval, "generate": Generate,
     "receipt": Receipt, "report": Report, "compare": Compare, "chat": Chat, "merge": Merge, "export": Export, "import": Import,
     "fetch": Fetch, "serve": Serve, "bench": Bench, "grow": Grow, "retire": Retire,
-    "slice": Slice, "pack": Pack, "adapt": Adapt, "rollback": Rollback, "reason": Reason,
+    "slice": Slice, "pack": Pack, "adapt": Adapt, "rollback": Rollback, "reason": Reason, "data": Data,
 }  # fmt: skip

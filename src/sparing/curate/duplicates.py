@@ -16,19 +16,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import signal
-import threading
 import unicodedata
 from array import array
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
-from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,13 +32,12 @@ import pyarrow.compute as pc
 from sparing.base.config import UserError
 from sparing.base.files import atomic_path, write_atomic
 from sparing.curate.minhash import DuplicateSettings, jaccard, ngram_sets, signatures, texts_of
-from sparing.data.progress import check, result_of
+from sparing.curate.parts import Read, Stop, digest_of, open_table, parts_of, write_parts, write_table
+from sparing.data.progress import check
 from sparing.data.split import content_hash
 
 VERSION = 1
 """Of the files in a work folder, which another version of this program does not read."""
-PART_DOCUMENTS, PART_BYTES = 16_384, 8 << 20
-"""A part ends with the document that brings it to either."""
 RECORD_BYTES = 64
 """Memory for one key while keys are sorted: it, its document, their order and copies of all that."""
 REPRESENTATIVES = 16
@@ -53,10 +45,6 @@ REPRESENTATIVES = 16
 CHANGED = "duplicates: the input changed while it was being read; start again when it is complete"
 LAST = np.uint64(2**64 - 1)
 """The key of what has none."""
-
-Read = Callable[[], Iterator[pa.RecordBatch]]
-Stop = Callable[[], bool] | None
-SCHEMA = pa.schema([("text", pa.large_string()), ("source", pa.large_string()), ("line", pa.int64())])
 
 
 class Decision(NamedTuple):
@@ -96,7 +84,7 @@ def find_duplicates(
     settings = settings or DuplicateSettings()
     work = Path(work)
     _open(work, settings)
-    digests = _write_parts(_write_signatures, "signatures", read, work, settings, workers, should_stop)
+    digests = write_parts(partial(_write_signatures, settings=settings), "signatures", read, work, workers, should_stop)
     corpus = _Corpus(work, len(digests))
     done = work / hashlib.sha256("".join(digests).encode()).hexdigest()[:16]  # what follows is of this input
     done.mkdir(exist_ok=True)
@@ -135,115 +123,7 @@ def _save(path: Path, array: np.ndarray) -> None:
         np.save(file, array, allow_pickle=False)
 
 
-def _write_table(path: Path, columns: dict[str, pa.Array], digest: str) -> None:
-    table = pa.RecordBatch.from_arrays(list(columns.values()), list(columns)).replace_schema_metadata({"input": digest})
-    with atomic_path(path) as beside, pa.OSFile(str(beside), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
-        writer.write_batch(table)
-
-
-@contextmanager
-def _table(path: Path) -> Iterator[pa.RecordBatch]:
-    """A file of `_write_table`, mapped into memory, not read."""
-    with pa.memory_map(os.fsencode(path)) as file, pa.ipc.open_file(file) as reader:
-        yield reader.get_batch(0)
-
-
-def _digest_in(path: Path) -> str | None:
-    """Which input a file was made of; None: there is no whole file."""
-    try:
-        with _table(path) as table:
-            return table.schema.metadata[b"input"].decode()
-    except (OSError, pa.ArrowException):
-        return None
-
-
-# parts of the corpus
-
-
-def _parts(read: Read, should_stop: Stop) -> Iterator[pa.RecordBatch]:
-    """The documents of all batches, cut where PART_DOCUMENTS and PART_BYTES say and nowhere else."""
-    pending: list[pa.RecordBatch] = []
-    documents = size = 0
-    for batch in read():
-        check(should_stop)
-        batch = _columns(batch)
-        sizes = np.cumsum(pc.fill_null(pc.binary_length(batch.column("text")), 0).to_numpy(zero_copy_only=False))
-        start = 0
-        while start < len(sizes):
-            before = int(sizes[start - 1]) if start else 0
-            end = 1 + int(np.searchsorted(sizes, PART_BYTES - size + before))
-            full = end <= len(sizes)
-            if start + PART_DOCUMENTS - documents <= min(end, len(sizes)):
-                end, full = start + PART_DOCUMENTS - documents, True
-            end = min(end, len(sizes))
-            pending.append(batch.slice(start, end - start))
-            documents, size = documents + end - start, size + int(sizes[end - 1]) - before
-            start = end
-            if full:
-                yield pa.concat_batches(pending)
-                pending, documents, size = [], 0, 0
-    if pending:
-        yield pa.concat_batches(pending)
-
-
-def _columns(batch: pa.RecordBatch) -> pa.RecordBatch:
-    missing = [name for name in SCHEMA.names if name not in batch.schema.names]
-    if missing:
-        raise UserError(f"duplicates: a batch has no column {missing[0]!r} (columns: {', '.join(batch.schema.names)})")
-    return pa.RecordBatch.from_arrays([pc.cast(batch.column(field.name), field.type) for field in SCHEMA], schema=SCHEMA)
-
-
-def _digest(part: pa.RecordBatch) -> str:
-    """Of all that its signatures depend on, and where it was found."""
-    hash = hashlib.blake2b(digest_size=16)
-    for column in (part.column("text"), part.column("source")):
-        hash.update(pc.fill_null(pc.binary_length(column), -1).to_numpy(zero_copy_only=False).tobytes())
-        hash.update("".join(pc.fill_null(column, "").to_pylist()).encode())
-    hash.update(pc.fill_null(part.column("line"), -1).to_numpy(zero_copy_only=False).tobytes())
-    return hash.hexdigest()
-
-
-def _write_parts(
-    write: Callable, name: str, read: Read, work: Path, settings: DuplicateSettings, workers: int, should_stop: Stop
-) -> list[str]:
-    """Let `write(part, path, digest, settings)` make NAME-00000.arrow and so on, in `workers` processes; -> the digest of each part. A
-    file that is there, of the same part, stays."""
-    digests: list[str] = []
-    pending: deque = deque()
-    pool = None
-    try:
-        for part in _parts(read, should_stop):
-            path, digest = work / f"{name}-{len(digests):05d}.arrow", _digest(part)
-            digests.append(digest)
-            if _digest_in(path) == digest:
-                continue
-            if workers <= 1:
-                write(part, path, digest, settings)
-                continue
-            pool = pool or ProcessPoolExecutor(workers, get_context("spawn"), _begin_worker)
-            pending.append(pool.submit(write, part, path, digest, settings))
-            if len(pending) >= 2 * workers:
-                result_of(pending.popleft(), should_stop)
-        while pending:
-            result_of(pending.popleft(), should_stop)
-    finally:
-        if pool:
-            pool.shutdown(wait=True, cancel_futures=True)
-    for path in work.glob(f"{name}-*.arrow"):
-        if int(path.stem.rsplit("-", 1)[1]) >= len(digests):  # of an input that was longer
-            path.unlink()
-    return digests
-
-
-def _begin_worker() -> None:
-    """An interrupt at the keyboard is for the parent, and a worker whose parent is gone would wait for ever."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def watch() -> None:
-        connection.wait([parent_process().sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+# signatures
 
 
 def _write_signatures(part: pa.RecordBatch, path: Path, digest: str, settings: DuplicateSettings) -> None:
@@ -254,7 +134,7 @@ def _write_signatures(part: pa.RecordBatch, path: Path, digest: str, settings: D
         keys = pc.fill_null(table.column(name), int(LAST)).to_numpy()
         rows = np.argsort(keys, kind="stable")
         columns |= {f"sorted_{name}": pa.array(keys[rows]), f"rows_{name}": pa.array(rows.astype(np.uint32))}
-    _write_table(path, columns, digest)
+    write_table(path, columns, digest)
 
 
 class _Corpus:
@@ -270,7 +150,7 @@ class _Corpus:
         self.documents = int(self.starts[-1])
 
     def part(self, number: int):
-        return _table(self.work / f"signatures-{number:05d}.arrow")
+        return open_table(self.work / f"signatures-{number:05d}.arrow")
 
     def places(self, documents: np.ndarray) -> list[tuple[str, int]]:
         """Source and line of each of some documents, which ascend."""
@@ -385,8 +265,8 @@ class _Candidates:
         ranges = {number: (low, high) for number, low, high in self.corpus.ranges(self.documents)}
         if not all(self._sets(number).exists() for number in ranges):
             number = -1
-            for number, part in enumerate(_parts(read, should_stop)):
-                if number >= len(digests) or _digest(part) != digests[number]:
+            for number, part in enumerate(parts_of(read, should_stop)):
+                if number >= len(digests) or digest_of(part) != digests[number]:
                     raise UserError(CHANGED)
                 if number in ranges and not self._sets(number).exists():
                     low, high = ranges[number]
@@ -566,10 +446,10 @@ def repeated_lines(read: Read, work: Path, settings: DuplicateSettings, workers:
         return np.empty(0, np.uint64)
     work = Path(work)
     _open(work, settings)
-    parts = len(_write_parts(_write_lines, "lines", read, work, settings, workers, should_stop))
+    parts = len(write_parts(partial(_write_lines, settings=settings), "lines", read, work, workers, should_stop))
     total = 0
     for number in range(parts):
-        with _table(work / f"lines-{number:05d}.arrow") as table:
+        with open_table(work / f"lines-{number:05d}.arrow") as table:
             total += table.num_rows
     ranges = max(1, -(-total * RECORD_BYTES // (settings.memory_mb << 20)))
     found = [np.empty(0, np.uint64)]
@@ -578,7 +458,7 @@ def repeated_lines(read: Read, work: Path, settings: DuplicateSettings, workers:
         low, high = (np.uint64((2**64 - 1) * at // ranges) for at in (index, index + 1))
         hashes, counts = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
         for number in range(parts):
-            with _table(work / f"lines-{number:05d}.arrow") as table:
+            with open_table(work / f"lines-{number:05d}.arrow") as table:
                 run = table.column("hash").to_numpy()
                 begin, end = np.searchsorted(run, [low, high])
                 hashes.append(run[begin:end].copy())
@@ -615,4 +495,4 @@ def _write_lines(part: pa.RecordBatch, path: Path, digest: str, settings: Duplic
     for text in texts_of(part):
         found += {_line_hash(line, settings) for line in text.split("\n")} - {None}
     hashes, counts = np.unique(np.array(found, np.uint64), return_counts=True)
-    _write_table(path, {"hash": pa.array(hashes), "documents": pa.array(counts)}, digest)
+    write_table(path, {"hash": pa.array(hashes), "documents": pa.array(counts)}, digest)

@@ -59,6 +59,11 @@ class Rules:
             values = tomllib.loads(read_text(path))
         except tomllib.TOMLDecodeError as error:
             raise UserError(f"{path}: not valid TOML: {error}") from None
+        return cls.from_values(values, path)
+
+    @classmethod
+    def from_values(cls, values: dict, path: str | Path) -> Rules:
+        """What a file at `path` holds, read already; as `from_toml`."""
         checked, rules, hints = check_section(values, cls, f"{path}: "), cls.default(), get_type_hints(cls)
         for name, value in checked.items():
             if isinstance(value, dict):

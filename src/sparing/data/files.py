@@ -23,6 +23,10 @@ BINARY_SUFFIXES = frozenset(
 )
 
 
+CURATED = "curated.json"
+"""Marks a folder that `sparing data` made: its texts are in the folder documents/ alone."""
+
+
 @dataclass(frozen=True)
 class SourceFile:
     """A file of the corpus, as it was when it was found."""
@@ -112,6 +116,8 @@ def _walk(root: str, leave_out: Iterable[str] = ()) -> Iterator[str]:
         if _ours(folder):
             folders.clear()
             continue
+        if CURATED in names:
+            folders[:], names = ["documents"], []
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in skip)
         for name in sorted(names):
             path = os.path.join(folder, name)

@@ -70,7 +70,7 @@ def _lines(stories: list[Story], lines: list[tuple[list[float], list[float]]], k
             data += _predicted(story, x, colour)
         whose = f"{story.name}: " if len(stories) > 1 else ""
         said.append(f"{whose}{digits(y[0])} at first, {digits(y[-1])} at last, between {digits(min(y))} and {digits(max(y))}")
-    layout = _layout(unit, legend=len(data) > 1)
+    layout = layout_of(unit, legend=len(data) > 1)
     if key in ("loss", "bpb"):
         layout["yaxis"] |= _without_the_beginning(lines, data)
     else:
@@ -102,7 +102,7 @@ def _predicted(story: Story, x: list[float], colour: str) -> list[dict]:
     return [mark]
 
 
-def _layout(unit: str, *, legend: bool) -> dict:
+def layout_of(unit: str, *, legend: bool, across: str = "million tokens") -> dict:
     axis = {"gridcolor": GRID, "zeroline": False, "automargin": True, "fixedrange": True, "tickfont": {"color": INK}}
     return {
         "height": 300 if legend else 270,
@@ -110,7 +110,7 @@ def _layout(unit: str, *, legend: bool) -> dict:
         "paper_bgcolor": "white",
         "plot_bgcolor": "white",
         "font": {"family": "system-ui, sans-serif", "size": 13, "color": INK},
-        "xaxis": axis | {"title": {"text": "million tokens", "standoff": 8}},
+        "xaxis": axis | {"title": {"text": across, "standoff": 8}},
         "yaxis": axis | {"title": {"text": unit, "standoff": 6}},
         "hovermode": "x unified" if legend else "closest",
         "showlegend": legend,
@@ -129,7 +129,7 @@ def heat_map(story: Story, named: bool) -> Chart | None:
     rows = [list(row) for row in zip(*columns, strict=True)]
     names = [f"{i + 1}.{j + 1}" for i, n in enumerate(layers) for j in range(n)] if every else [f"{i + 1}" for i in range(len(layers))]
     starts = [sum(layers[:i]) for i in range(len(layers))] if every else list(range(len(layers)))
-    layout = _layout("MoE layer" + (", its experts" if every else ""), legend=False)
+    layout = layout_of("MoE layer" + (", its experts" if every else ""), legend=False)
     layout["height"] = max(260, min(560, 90 + 5 * len(rows)))
     layout["xaxis"] |= {"title": {"text": "step", "standoff": 8}, "showgrid": False}
     layout["yaxis"] |= {
@@ -176,7 +176,7 @@ def wakes_map(story: Story, named: bool) -> Chart | None:
     rows = [[story.wakes[text][layer].get(expert) for expert in experts] for text, layer in places]
     starts = [places.index((text, next(iter(by_layer)))) for text, by_layer in story.wakes.items()]
     middles = [start + (len(by_layer) - 1) / 2 for start, by_layer in zip(starts, story.wakes.values(), strict=True)]
-    layout = _layout("", legend=False)
+    layout = layout_of("", legend=False)
     layout["height"] = max(260, min(700, 90 + 6 * len(rows)))
     layout["xaxis"] |= {"title": {"text": "expert", "standoff": 8}, "showgrid": False, "type": "category"}
     layout["yaxis"] |= {"showgrid": False, "autorange": "reversed", "tickmode": "array", "tickvals": middles, "ticktext": list(story.wakes)}

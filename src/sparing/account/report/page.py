@@ -106,16 +106,23 @@ def page(stories: list[Story]) -> str:
     maps = [chart for chart in drawn if chart.wide]
     sections = [
         ("prediction", "Predicted and actual" if one else "Side by side", parts.prediction(one) if one else parts.side_by_side(stories)),
-        ("curves", "Curves", _grid(curves, 0)),
-        ("experts", "Experts", _grid(maps, len(curves))),
+        ("curves", "Curves", grid(curves, 0)),
+        ("experts", "Experts", grid(maps, len(curves))),
         ("samples", "Samples", _each(stories, parts.samples)),
         ("receipt", "Receipt", _each(stories, parts.bill)),
         ("recipe", "Recipe", "".join(parts.recipe(each) for each in stories)),
     ]
+    notes = "".join(f"<p>{escape(each.name if not one else '')} {escape(note)}</p>" for each in stories for note in each.notes)
+    return frame(title, _subtitle(stories), sections, drawn, notes=notes, tiles=parts.tiles(one) if one else "")
+
+
+def frame(title: str, subtitle: str, sections: list[tuple[str, str, str]], drawn: list[Chart], *, notes: str = "", tiles: str = "") -> str:
+    """An HTML page that needs no network. sections: (id, heading, HTML), empty ones left out; drawn: the charts that they place by `grid`.
+
+    Raises UserError where plotly is not installed."""
     sections = [(name, heading, body) for name, heading, body in sections if body]
     links = "".join(f'<li><a href="#{name}">{heading}</a></li>' for name, heading, _ in sections)
     body = "".join(f'<section aria-labelledby="{name}"><h2 id="{name}">{heading}</h2>{body}</section>' for name, heading, body in sections)
-    notes = "".join(f"<p>{escape(each.name if not one else '')} {escape(note)}</p>" for each in stories for note in each.notes)
     data = "".join(_data(chart, number) for number, chart in enumerate(drawn))
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -130,10 +137,10 @@ def page(stories: list[Story]) -> str:
 <a class="skip" href="#main">Skip to the figures</a>
 <header>
 <h1>{escape(title)}</h1>
-<p>{escape(_subtitle(stories))}</p>
+<p>{escape(subtitle)}</p>
 {notes}
 <nav aria-label="Sections"><ul>{links}</ul></nav>
-{parts.tiles(one) if one else ""}
+{tiles}
 </header>
 <main id="main">{body}</main>
 <footer>Sparing {__version__}. This page needs no network.</footer>
@@ -157,7 +164,8 @@ def _subtitle(stories: list[Story]) -> str:
     return ", ".join(said)
 
 
-def _grid(drawn: list[Chart], first: int) -> str:
+def grid(drawn: list[Chart], first: int) -> str:
+    """Places for charts, the first of which is number `first` of the page's."""
     figures = "".join(
         f"<figure{' class=wide' if chart.wide else ''}><h3>{escape(chart.title)}</h3>"
         f'<div class="plot" data-figure="figure{first + i}" role="img" aria-label="{escape(chart.says)}" '

@@ -30,6 +30,11 @@ def tiles(story: Story) -> str:
     parts = story.summary.get("parameters")
     if parts:
         figures.append(("parameters", scaled(parts, ""), f"{scaled(story.summary['active_parameters'], '')} active"))
+    return boxes(figures)
+
+
+def boxes(figures: list[tuple[str, str, str]]) -> str:
+    """(name, value, small print) side by side."""
     cells = "".join(
         f'<div class="tile"><dt>{escape(name)}</dt><dd>{escape(value)}<small>{escape(how)}</small></dd></div>'
         for name, value, how in figures

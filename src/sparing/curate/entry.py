@@ -1,0 +1,64 @@
+"""The verb `data`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from sparing.account.meter import metered
+from sparing.base.config import UserError
+from sparing.base.hardware import cores
+from sparing.base.messages import say
+from sparing.base.preempt import Interrupted, Preempt
+from sparing.base.run import RunFolder, folder_lock
+from sparing.curate.card import write_card
+from sparing.curate.pipeline import curate, finish, vacant
+from sparing.curate.recipe import Recipe
+from sparing.data.files import find_files
+from sparing.data.progress import Stopped
+
+WAYS = ("stats", "curate", "dedup")
+
+
+def data(
+    way: str,
+    paths: Sequence[str],
+    out: str,
+    rules: str | None = None,
+    text_key: str = "text",
+    workers: int | None = None,
+    started: float | None = None,
+) -> dict:
+    """Look at a corpus, or make a better one of it, in the folder `out`.
+
+    way: "curate" judges documents by rules and takes duplicates out; "dedup" takes duplicates out; "stats" says what "curate" would do, and
+    writes no texts. rules: a TOML file that changes the default `Recipe`. workers: processes; None: one a core.
+
+    -> {"documents": {"in", "out", "rejected", "quarantined"}, "bytes", "edited", "rejected", "quarantined", "languages", "licences",
+    "stages", "out"}. Raises UserError; Interrupted, and then the same call goes on where it was.
+    """
+    if way not in WAYS:
+        raise UserError(f"data {way}: not known; choose {', '.join(WAYS)}")
+    recipe = Recipe() if rules is None else Recipe.from_toml(rules)
+    if way == "dedup":
+        if recipe.duplicates is None:
+            raise UserError(f"{rules}: duplicates are left in, and `data dedup` does nothing else")
+        recipe = replace(recipe, rules=None)
+    find_files(paths)
+    folder = vacant(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    run = RunFolder(folder)
+    with folder_lock(folder), metered("data", run, started=started) as meter, Preempt("the same command goes on") as signals:
+        try:
+            count = workers or cores()
+            summary, fate = curate(paths, out, recipe, text_key, count, meter, lambda: signals.requested, keep_texts=way != "stats")
+        except Stopped:
+            raise Interrupted(signals.message) from None
+        stages = meter.rows()
+        summary["stages"] = [{"name": row.stage, "seconds": row.wall_s, "usd": row.usd, "kwh": row.kwh} for row in stages]
+        write_card(folder / "card.html", Path(out).name, summary, fate, stages)
+        finish(folder, summary)
+    counts = summary["documents"]
+    say("documents: " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))
+    return summary | {"out": out}

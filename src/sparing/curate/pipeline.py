@@ -1,0 +1,308 @@
+"""A corpus through its stages: documents are read, judged by rules and compared with each other; each one's fate is written down.
+
+    OUT/documents/   what stays, JSON lines as Dolma has them: id, text, source, line, metadata
+    OUT/attributes/  id, and the scores of every document that was judged, whether or not it stays
+    OUT/rejected/    as in documents/, and `rejected`: the rule that did it
+    OUT/quarantine.jsonl, card.html, ledger.sqlite; curated.json, written last: the summary
+
+A stage is a pure function of Arrow batches (`rules.judge`, `minhash.signatures`), so another engine can map it. What a stage has done lies
+in OUT/.work until the end: the same command goes on from there. Memory does not grow with the corpus, but for two bytes a document.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import zstandard
+
+from sparing.account.meter import NoMeter
+from sparing.base.config import UserError
+from sparing.base.files import atomic_path, output_folder, write_atomic
+from sparing.curate.duplicates import find_duplicates, remove_lines, repeated_lines
+from sparing.curate.parts import Stop, open_table, part_file, write_parts, write_table
+from sparing.curate.recipe import Recipe
+from sparing.curate.rules import Rules, judge
+from sparing.data.files import CURATED, SourceFile, find_files
+from sparing.data.progress import Bars, check
+from sparing.data.sources import Reject, Rejected, Tally, Tick, documents
+from sparing.data.split import content_hash
+
+BATCH_DOCUMENTS, BATCH_BYTES = 1024, 4 << 20
+"""A batch ends with the document that brings it to either."""
+FILE_BYTES = 64 << 20
+"""Text of an output file."""
+SAMPLES, SAMPLE_CHARS = 3, 400
+"""Of each reason, for the card: those with the smallest hashes."""
+WORK, QUARANTINE = ".work", "quarantine.jsonl"
+FOLDERS = ("documents", "attributes", "rejected")
+EMPTIED = "repeated_lines: nothing else"
+"""Why a document goes that had no other lines."""
+SCHEMA = pa.schema([("text", pa.large_string()), ("source", pa.large_string()), ("line", pa.int64()), ("meta", pa.large_string())])
+
+
+def batches(files: Sequence[SourceFile], text_key: str, reject: Reject, tick: Tick) -> Iterator[pa.RecordBatch]:
+    """The documents of files as Arrow batches: text, source, line and meta (a JSON object as text)."""
+    rows: list[tuple[str, str, int, str]] = []
+    size = 0
+    for document in documents(files, text_key, reject, tick):
+        rows.append((document.text, document.source, document.line, json.dumps(dict(getattr(document, "meta", {})), ensure_ascii=False)))
+        size += len(document.text)
+        if len(rows) >= BATCH_DOCUMENTS or size >= BATCH_BYTES:
+            yield _batch(rows)
+            rows, size = [], 0
+    if rows:
+        yield _batch(rows)
+
+
+def _batch(rows: list[tuple[str, str, int, str]]) -> pa.RecordBatch:
+    columns = [pa.array(list(column), kind) for column, kind in zip(zip(*rows, strict=True), SCHEMA.types, strict=True)]
+    return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
+
+
+@dataclass
+class Fate:
+    """What became of the documents, for the summary and the card."""
+
+    documents: Counter[str] = field(default_factory=Counter)
+    """out, edited; and by reason without its details."""
+    bytes: Counter[str] = field(default_factory=Counter)
+    """The same, of UTF-8 text as it was read (`out`: as it is written)."""
+    lengths: dict[str, Counter[int]] = field(default_factory=lambda: {"out": Counter(), "rejected": Counter()})
+    """Documents by the power of two below their characters."""
+    languages: Counter[str] = field(default_factory=Counter)
+    licences: Counter[str] = field(default_factory=Counter)
+    samples: dict[str, list[tuple[int, str, str]]] = field(default_factory=dict)
+    """By reason: (hash, where, the beginning)."""
+
+    total: int = 0
+    read: int = 0
+    """Bytes of all, as they were read."""
+    edited: int = 0
+
+    def add(self, row: Row) -> None:
+        name, stays = _short(row.reason) or "out", not row.reason
+        self.total, self.read = self.total + 1, self.read + row.bytes
+        self.edited += row.edited and stays
+        self.documents[name] += 1
+        self.bytes[name] += len(row.text.encode()) if stays else row.bytes
+        self.lengths["out" if stays else "rejected"][max(1, len(row.text)).bit_length() - 1] += 1
+        if stays:
+            self.languages[str(row.meta.get("language") or _likeliest(row.attributes.get("language")) or "not known")] += 1
+            self.licences[str(row.meta.get("licence") or "not known")] += 1
+            return
+        first = self.samples.setdefault(name, [])
+        first.append((content_hash(row.text.encode()), f"{row.source}:{row.line}: {row.reason}", row.text[:SAMPLE_CHARS]))
+        first.sort()
+        del first[SAMPLES:]
+
+    @property
+    def rejected(self) -> Counter[str]:
+        """Documents by what rejected them."""
+        return Counter({name: count for name, count in self.documents.items() if name != "out"})
+
+
+def _short(reason: str) -> str:
+    """A reason without what differs from document to document."""
+    return reason.partition(" of ")[0] if reason.startswith("duplicate_") else reason
+
+
+def _likeliest(scores: dict[str, float] | None) -> str:
+    return max(scores, key=scores.__getitem__) if scores else ""
+
+
+def curate(
+    paths: Sequence[str],
+    out: str | Path,
+    recipe: Recipe,
+    text_key: str = "text",
+    workers: int = 1,
+    meter: NoMeter | None = None,
+    should_stop: Stop = None,
+    keep_texts: bool = True,
+) -> tuple[dict, Fate]:
+    """Judge the documents behind `paths`, take duplicates out, and write the folder `out` (see above).
+
+    keep_texts: False writes no texts (`data stats`). -> (the summary: `documents` in, out, rejected and quarantined, `bytes` in and out,
+    what rejected how many, languages, licences; more of it for the card). Raises UserError; Stopped, then the same call goes on.
+    """
+    folder, meter = vacant(out), meter or NoMeter()
+    work = folder / WORK
+    work.mkdir(parents=True, exist_ok=True)
+    with meter.stage("judge"), Bars() as bars, open(work / QUARANTINE, "w", encoding="utf-8") as quarantine:
+        tally = Tally()
+
+        def reject(rejected: Rejected) -> None:
+            quarantine.write(rejected.as_json() + "\n")
+            tally(rejected)
+
+        files = find_files(paths)
+        total, done = max(1, sum(file.bytes for file in files)), 0
+
+        def tick(size: int) -> None:
+            nonlocal done
+            check(should_stop)
+            done += size
+            bars("scan", done, total)
+
+        write, name = partial(_write_judged, rules=recipe.rules), f"judged-{recipe.digest}"  # under other rules it is other work
+        digests = write_parts(write, name, lambda: batches(files, text_key, reject, tick), work, workers, should_stop)
+    judged = [part_file(work, name, number) for number in range(len(digests))]
+    fate, settings, decisions = Fate(), recipe.duplicates, None
+    repeated, read = None, partial(_kept, judged)
+    if settings is not None:
+        with meter.stage("duplicates"):
+            if settings.lines:
+                repeated = repeated_lines(read, work / f"duplicates-{recipe.digest}", settings, workers, should_stop)
+                read = partial(_kept, judged, partial(remove_lines, repeated=repeated, settings=settings))
+            decisions = find_duplicates(read, work / f"duplicates-{recipe.digest}", settings, workers, should_stop)
+    with meter.stage("write"), ExitStack() as around:
+        lines = {name: around.enter_context(_Lines(folder / name)) if keep_texts else None for name in FOLDERS}
+        for row in _rows(judged, repeated, recipe, decisions):
+            check(should_stop)
+            fate.add(row)
+            if keep_texts:
+                _write_row(row, lines)
+    (work / QUARANTINE).replace(folder / QUARANTINE)
+    counts = {"in": fate.total + tally.total, "out": fate.documents["out"], "rejected": fate.rejected.total(), "quarantined": tally.total}
+    assert counts["in"] == counts["out"] + counts["rejected"] + counts["quarantined"], f"documents were lost: {counts}"
+    summary = {
+        "documents": counts, "bytes": {"in": fate.read, "out": fate.bytes["out"]}, "edited": fate.edited,
+        "rejected": dict(fate.rejected.most_common()), "quarantined": dict(tally.reasons.most_common()),
+        "languages": dict(fate.languages.most_common()), "licences": dict(fate.licences.most_common()),
+    }  # fmt: skip
+    return summary, fate
+
+
+def vacant(out: str | Path) -> Path:
+    """Where a corpus can be written: a new folder, or one in which the same command was interrupted. Raises UserError."""
+    folder = output_folder(out, "--out")
+    if (folder / CURATED).exists():
+        raise UserError(f"{out} holds a curated corpus already: choose a new folder for --out")
+    names = {entry.name for entry in folder.glob("[!.]*") if not entry.name.startswith("ledger.")}
+    if others := names - {QUARANTINE, *FOLDERS}:
+        raise UserError(f"{out} is not empty (it has {min(others)}): choose a new folder for --out")
+    return folder
+
+
+def finish(out: str | Path, summary: dict) -> None:
+    """Mark the folder as a whole corpus, and take away what is no longer needed."""
+    write_atomic(Path(out) / CURATED, json.dumps(summary, indent=1))
+    shutil.rmtree(Path(out) / WORK, ignore_errors=True)
+
+
+# stages
+
+
+def _write_judged(part: pa.RecordBatch, path: Path, digest: str, rules: Rules | None) -> None:
+    """One part, judged, with the bytes of the text as it was read, and whether a rule has changed it."""
+    if rules is None:
+        none = pa.nulls(part.num_rows, pa.string())
+        columns = dict(zip(part.schema.names, part.columns, strict=True)) | {"attributes": none, "rejected": none}
+    else:
+        found = judge(part, rules)
+        columns = dict(zip(found.schema.names, found.columns, strict=True))
+    columns["bytes"] = pc.cast(pc.binary_length(part.column("text")), pa.int64())
+    columns["edited"] = pc.not_equal(pc.cast(columns["text"], pa.large_string()), part.column("text"))
+    write_table(path, columns, digest)
+
+
+def _kept(judged: list[Path], edit: Callable[[pa.RecordBatch], tuple[pa.RecordBatch, Any]] | None = None) -> Iterator[pa.RecordBatch]:
+    """What no rule has rejected, with less text where `edit` takes some away."""
+    for path in judged:
+        with open_table(path) as batch:
+            kept = batch.filter(pc.is_null(batch.column("rejected"))).select(["text", "source", "line"])
+            yield kept if edit is None else edit(kept)[0]
+
+
+@dataclass
+class Row:
+    """A document at the end."""
+
+    text: str
+    source: str
+    line: int
+    meta: dict
+    attributes: dict
+    bytes: int
+    """Of its text as it was read."""
+    edited: bool
+    reason: str
+    """Why it goes; empty: it stays."""
+
+    @property
+    def id(self) -> str:
+        return str(self.meta.get("id") or f"{self.source}:{self.line}")
+
+
+def _rows(judged: list[Path], repeated: Any, recipe: Recipe, decisions: Iterator | None) -> Iterator[Row]:
+    """Every document, in the order of the input. decisions: about those that no rule rejects; None: all of them stay."""
+    for path in judged:
+        with open_table(path) as batch:
+            rows = batch.to_pylist()
+            kept = batch.filter(pc.is_null(batch.column("rejected")))
+        texts = kept.column("text").to_pylist()
+        if repeated is not None:
+            texts = remove_lines(kept, repeated, recipe.duplicates)[0].column("text").to_pylist()
+        left = iter(texts)
+        for row in rows:
+            reason, text, edited = row["rejected"] or "", row["text"], row["edited"]
+            if not reason:
+                text = next(left)
+                edited |= text != row["text"]
+                decision = next(decisions) if decisions is not None else None
+                reason = EMPTIED if not text.strip() else "" if decision is None else decision.reason
+            meta, attributes = (json.loads(row.get(name) or "{}") for name in ("meta", "attributes"))
+            yield Row(text, row["source"], row["line"], meta, attributes, row["bytes"], edited, reason)
+
+
+# files
+
+
+class _Lines:
+    """Compressed JSON lines in a folder of files, each of about FILE_BYTES of text and whole or absent; a context manager."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.number, self.size = folder, 0, 0
+        self.open: ExitStack | None = None
+
+    def __enter__(self) -> _Lines:
+        shutil.rmtree(self.folder, ignore_errors=True)  # of an earlier attempt
+        self.folder.mkdir(parents=True)
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if self.open is not None:
+            self.open.__exit__(kind, error, trace)
+
+    def write(self, value: dict) -> None:
+        if self.open is None:
+            self.open = ExitStack()
+            beside = self.open.enter_context(atomic_path(self.folder / f"part-{self.number:05d}.jsonl.zst"))
+            file = self.open.enter_context(open(beside, "wb"))
+            self.stream = self.open.enter_context(zstandard.ZstdCompressor().stream_writer(file))
+        line = json.dumps(value, ensure_ascii=False).encode() + b"\n"
+        self.stream.write(line)
+        self.size += len(line)
+        if self.size >= FILE_BYTES:
+            self.open.close()
+            self.open, self.number, self.size = None, self.number + 1, 0
+
+
+def _write_row(row: Row, lines: dict[str, _Lines]) -> None:
+    place = {"source": row.source, "line": row.line, "metadata": row.meta}
+    if row.attributes:
+        lines["attributes"].write({"id": row.id, "attributes": row.attributes})
+    if row.reason:
+        lines["rejected"].write({"id": row.id, "text": row.text, **place, "rejected": row.reason})
+    else:
+        lines["documents"].write({"id": row.id, "text": row.text, **place})
