@@ -17,7 +17,7 @@ from sparing.base.run import looks_like_run
 
 # Inside folders these are passed over in silence: nobody expects text in them. A file named by the user is always opened.
 BINARY_SUFFIXES = frozenset(
-    ".7z .a .avi .bin .bmp .bz2 .class .dll .doc .docx .dylib .eot .exe .flac .gif .ico .jar .jpeg .jpg .lib .mkv .mov .mp3 .mp4 .npy .npz "
+    ".7z .a .avi .bin .bmp .class .dll .doc .docx .dylib .eot .exe .flac .gif .ico .jar .jpeg .jpg .lib .mkv .mov .mp3 .mp4 .npy .npz "
     ".o .obj .odt .ogg .otf .pdf .pkl .png .ppt .pptx .pt .pyc .pyd .pyo .rar .safetensors .so .sqlite .sqlite3 .tar .tgz .tif .tiff .ttf "
     ".wasm .wav .webm .webp .whl .woff .woff2 .xls .xlsx .xz .zip".split()
 )
@@ -31,6 +31,8 @@ class SourceFile:
     bytes: int
     """Size on disk."""
     mtime_ns: int
+    licence: str = ""
+    """Of the source tree that it is in; empty: none is noted."""
 
 
 def find_files(paths: Sequence[str]) -> list[SourceFile]:
@@ -69,7 +71,7 @@ def fingerprint(files: Iterable[SourceFile], *settings: object) -> str:
 def kind_of(path: str) -> str:
     """The suffix that says how a file is read, lower case, compression left out: `notes.jsonl.gz` is `jsonl`; no suffix: `text`."""
     name, suffix = os.path.splitext(os.path.basename(path).lower())
-    if suffix in (".gz", ".zst"):
+    if suffix in (".gz", ".bz2", ".zst"):
         suffix = os.path.splitext(name)[1]
     return suffix.removeprefix(".") or "text"
 

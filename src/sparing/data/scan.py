@@ -20,7 +20,7 @@ from sparing.base.files import FULL
 from sparing.base.hardware import home
 from sparing.data.files import SourceFile, find_files, fingerprint, kind_of
 from sparing.data.progress import Progress, check
-from sparing.data.sources import Rejected, Tally, documents, pieces
+from sparing.data.sources import Rejected, Tally, documents, pieces, readers
 from sparing.data.split import SECTION_BYTES, HashHistogram, Split, choose_split, content_hash, mix
 
 FORMAT = 1
@@ -72,7 +72,7 @@ def data_home() -> Path:
 
 
 def corpus_fingerprint(config: DataConfig, files: list[SourceFile]) -> str:
-    return fingerprint(files, FORMAT, config.text_key, config.holdout_fraction)
+    return fingerprint(files, FORMAT, config.text_key, config.holdout_fraction, *readers(files, config.extract))
 
 
 def scan(
@@ -157,7 +157,7 @@ def _pass(config, files, folder, fingerprint, progress, should_stop) -> CorpusFa
             quarantine.write(rejected.as_json() + "\n")
             tally(rejected)
 
-        for text, source, _ in documents(files, config.text_key, reject, tick):
+        for text, source, *_ in documents(files, config.text_key, reject, tick, extract=config.extract):
             raw = text.encode()
             size, hash = len(raw), content_hash(raw)
             documents_seen += 1
