@@ -25,6 +25,8 @@ from sparing.data.document import (
     pieces,
 )
 from sparing.data.files import SourceFile, find_files, kind_of
+from sparing.data.office import KINDS as OFFICE
+from sparing.data.office import office
 from sparing.data.web import web
 from sparing.data.wiki import is_dump, wiki
 
@@ -261,12 +263,14 @@ FORMATS: dict[str, Reader] = {
     **dict.fromkeys(PARQUET, _parquet),
     **dict.fromkeys(("warc", "wet"), web),
     "xml": _xml,
+    **dict.fromkeys(OFFICE, office),
 }
 """How each kind of file (`files.kind_of`: the suffix below .gz, .bz2 and .zst) is read; any other is text."""
 
 PACKAGES = {
     web: ("fastwarc", "resiliparse", "trafilatura"),
     _xml: ("mwparserfromhell",),
+    office: ("markitdown",),
 }
 """What the text of other formats depends on."""
 

@@ -215,8 +215,7 @@ def _page(raw: bytes, charset: str | None, extract: str, meta: dict[str, str]) -
     from resiliparse.parse.encoding import bytes_to_str, detect_encoding
     from resiliparse.parse.html import HTMLTree
 
-    if _depth(raw) > DEPTH:
-        raise Unreadable(f"nested deeper than {DEPTH} elements")
+    check_depth(raw)
     html = None
     if charset:
         try:
@@ -252,11 +251,12 @@ CLOSES_ITSELF = frozenset(
 )
 
 
-def _depth(raw: bytes) -> int:
-    """How deeply elements are nested, about: an upper bound for a page that closes what it opens."""
-    depth = deepest = 0
+def check_depth(raw: bytes) -> None:
+    """Raises Unreadable for HTML that nests elements deeper than DEPTH: an upper bound, exact where all that is opened is closed."""
+    level = deepest = 0
     for match in TAG.finditer(raw):
         if match[2].lower() not in CLOSES_ITSELF:
-            depth = max(0, depth - 1) if match[1] else depth + 1
-            deepest = max(deepest, depth)
-    return deepest
+            level = max(0, level - 1) if match[1] else level + 1
+            deepest = max(deepest, level)
+    if deepest > DEPTH:
+        raise Unreadable(f"nested deeper than {DEPTH:,} elements")
