@@ -44,6 +44,8 @@ def monkeypatch_module(tmp_path_factory):
 
 def test_training_leaves_a_whole_run_folder(run):
     out, summary = run
+    counts = summary["documents"]
+    assert counts["in"] == counts["out"] > 0 and counts["rejected"] == counts["quarantined"] == 0
     assert summary["steps"] == 80_000 // (64 * 8) and summary["tokens"] <= 80_000
     assert 0 < summary["bpb"] < 4 and math.isfinite(summary["loss"])
     assert len(summary["samples"]) == min(3, summary_held_out(out))
@@ -66,7 +68,8 @@ def summary_held_out(out):
 def test_the_trained_model_scores_and_writes_text(run, corpus):
     out, _ = run
     score = api.evaluate(str(out), [str(corpus / "00.txt")])
-    assert score["context"] == 64 and score["documents"] == 1 and score["bytes"] == (corpus / "00.txt").stat().st_size
+    assert score["documents"] == {"in": 1, "out": 1, "rejected": 0, "quarantined": 0}
+    assert score["context"] == 64 and score["bytes"] == (corpus / "00.txt").stat().st_size
     assert score["bpb"] == pytest.approx(score["loss"] * score["tokens"] / score["bytes"] / math.log(2))
     greedy = [api.generate(str(out), "The cat number", 20, temperature=0)["text"] for _ in range(2)]
     assert greedy[0] == greedy[1] and greedy[0]
@@ -79,11 +82,11 @@ def test_a_score_says_what_it_left_out(run, tmp_path, capsys):
     rows = [{"text": "the cat went to the sea"}, {"body": "x", "id": 1}, {"text": 3}, {"body": "y"}, {"text": "the dog"}]
     (tmp_path / "half.jsonl").write_text("\n".join(map(json.dumps, rows)))
     score = api.evaluate(str(run[0]), [str(tmp_path / "half.jsonl")])
-    assert (score["documents"], score["rejected"]) == (2, 3)
+    assert (score["documents"], score["rejected"]) == ({"in": 5, "out": 2, "rejected": 0, "quarantined": 3}, 3)
     assert score["reasons"] == {"no key 'text'": 2, "'text' is not text but int": 1}
     said = capsys.readouterr().err
     assert "2 documents were scored, 3 could not be used: 2 × no key 'text' (keys: body, id), in " in said
-    assert api.evaluate(str(run[0]), [str(tmp_path / "half.jsonl")], text_key="body")["documents"] == 2
+    assert api.evaluate(str(run[0]), [str(tmp_path / "half.jsonl")], text_key="body")["documents"]["out"] == 2
     (tmp_path / "none.jsonl").write_text(json.dumps(rows[1]))
     (tmp_path / "pointer.txt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12\n")
     with pytest.raises(UserError, match=r"no usable text: 1 × no key 'text' \(keys: body, id\), in .*none\.jsonl:1; 1 × a Git LFS pointer"):

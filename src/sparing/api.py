@@ -38,6 +38,7 @@ from sparing.base.origin import hub_card, inherit_origin, origin_of
 from sparing.base.run import RunFolder, StoredTensors, run_tensors, stream_tensors, tensors_of, weights_sha256, write_tensors
 from sparing.budget.flops import forward_flops, parameters
 from sparing.budget.units import format_budget, parse_budget, parse_extension
+from sparing.data.accounts import Accounts, in_words
 from sparing.data.answers import Cutting
 from sparing.data.chat import ChatTemplate, template_text
 from sparing.data.chats import chats, looks_like_chats
@@ -489,10 +490,11 @@ def evaluate(
     weights: str = "float32",
     text_key: str | None = None,
 ) -> dict:
-    """{"bpb", "loss", "bytes", "tokens", "documents", "context", "rejected", "reasons", "dtype"} of a run on documents: "dtype" is what
-    the text was computed in, bfloat16 where that is faster here and changes the score by less than 0.1 %. Of conversations, which are
-    recognised by their first row: {"bpb" (of the answers), "answer_loss", "answer_tokens", "examples", ...}. With `tasks`,
-    {"weights", "rows"}: the scores of each (`evals.harness.run_tasks`), by the engine with these weights. Raises UserError."""
+    """{"bpb", "loss", "bytes", "tokens", "documents", "context", "rejected", "reasons", "dtype"} of a run on documents: "documents" is
+    `data.accounts`' {"in", "out", "rejected", "quarantined"}, "rejected" how many could not be used, "dtype" what the text was computed
+    in, bfloat16 where that is faster here and changes the score by less than 0.1 %. Of conversations, which are recognised by their
+    first row: {"bpb" (of the answers), "answer_loss", "answer_tokens", "examples", ...}. With `tasks`, {"weights", "rows"}: the scores
+    of each (`evals.harness.run_tasks`), by the engine with these weights. Raises UserError."""
     with metered("eval", RunFolder.open(run), "evaluate", started) as meter:
         result = {}
         if data:
@@ -516,9 +518,10 @@ COMPARED_FROM = 32_768
 def _answers(run: str, data: Sequence[str], context: int | None, meter: Meter) -> dict:
     """Scores of conversations, in the form of the run's own chat template."""
     model, rejected = load(run), Tally()
+    accounts = Accounts(rejected)
     context = context or model.config.train.seq_len
     cutting = Cutting(ChatTemplate(template_text(model.run)), model.tokenizer, context)
-    pieces = cutting.pieces(chats(data, rejected))
+    pieces = cutting.pieces(accounts.reading(chats(data, accounts)))
     if not len(pieces):
         raise UserError(
             f"{', '.join(data)}: no answer to score: {rejected if rejected.total else cutting.refusal or 'none in the context'}"
@@ -527,14 +530,16 @@ def _answers(run: str, data: Sequence[str], context: int | None, meter: Meter) -
     nll, dtype = _scorers(model.network, lengths[pieces.tokens].sum() >= COMPARED_FROM)
     found = score_answers(nll, pieces, lengths, batch_tokens=max(cores() * context, EVAL_TOKENS))
     counts = cutting.counts
+    accounts.out, accounts.rejected = counts["chats"], counts["refused"]
     if rejected.reasons or counts["refused"]:
         refused = f"; {counts['refused']} × {cutting.refusal}" if counts["refused"] else ""
         say(f"{counts['chats']} conversations were scored, {rejected.total + counts['refused']} could not be used: {rejected}{refused}")
+    say(in_words(accounts.balance()))
     meter.add(len(pieces.tokens), len(pieces.tokens) * forward_flops(model.config.model, context, mtp=False))
     return {
         "bpb": found["bpb"], "answer_loss": found["loss"], "answer_tokens": found["tokens"], "examples": counts["chats"],
         "bytes": found["bytes"], "context": context, "truncated": counts["truncated"], "rejected": rejected.total + counts["refused"],
-        "reasons": dict(rejected.reasons), "dtype": dtype(),
+        "reasons": dict(rejected.reasons), "documents": accounts.balance(), "dtype": dtype(),
     }  # fmt: skip
 
 
@@ -542,21 +547,24 @@ def _bpb(run: str, data: Sequence[str], context: int | None, text_key: str, mete
     model = load(run)
     t = model.config.train
     context = context or t.eval_context or t.seq_len
-    rejected, size = Tally(), 0
-    for document in documents(data, text_key, rejected):
+    rejected, size, extract = Tally(), 0, model.config.data.extract
+    for document in documents(data, text_key, rejected, extract=extract):
         size += len(document.text)
         if size >= COMPARED_FROM:
             break
     if not size:
         raise UserError(f"{', '.join(data)}: no usable text: {rejected if rejected.total else 'no files'} (--text-key is {text_key!r})")
     rejected = Tally()
-    texts = (document.text for document in documents(data, text_key, rejected))
+    accounts = Accounts(rejected)
+    texts = (accounts.use(document).text for document in accounts.reading(documents(data, text_key, accounts, extract=extract)))
     nll, dtype = _scorers(model.network, size >= COMPARED_FROM)
     result = bpb(nll, model.tokenizer, texts, context, batch=max(cores(), EVAL_TOKENS // context))
     if rejected.reasons:
         say(f"{result['documents']} documents were scored, {rejected.total} could not be used: {rejected}")
+    say(in_words(accounts.balance()))
     meter.add(result["tokens"], result["tokens"] * forward_flops(model.config.model, context, mtp=False))
-    return result | {"rejected": rejected.total, "reasons": dict(rejected.reasons), "dtype": dtype()}
+    counts = {"documents": accounts.balance(), "rejected": rejected.total, "reasons": dict(rejected.reasons)}
+    return result | counts | {"dtype": dtype()}
 
 
 def _scorers(network: Transformer, compare: bool) -> tuple[NllFn, Callable[[], str]]:

@@ -4,6 +4,7 @@ import pytest
 
 from sparing.base.config import UserError
 from sparing.data.files import absolute, find_files, fingerprint, kind_of
+from sparing.data.sources import documents
 
 
 def names(files, root):
@@ -109,3 +110,53 @@ def test_absolute_paths_name_the_same_files_from_anywhere(tree, monkeypatch):
 
 def test_kinds():
     assert [kind_of(path) for path in ("/a/b.jsonl.gz", "x.PY", "notes", "dump.zst", "a.b/c")] == ["jsonl", "py", "text", "text", "text"]
+
+
+def test_globs_do_not_follow_loops_of_links(tree):
+    for name in ("one", "two", "three"):
+        (tree / name).symlink_to(tree)
+        (tree / "sub" / name).symlink_to(tree)
+    found = [os.path.relpath(file.path, tree) for file in find_files([str(tree / "**")])]
+    assert {os.path.relpath(file.path, tree) for file in find_files([str(tree)])} <= set(found)
+    assert not any(name.split(os.sep)[0] in ("one", "two", "three") for name in found)
+    assert [os.path.relpath(file.path, tree) for file in find_files([str(tree / "**" / "*.txt")])] == ["b.txt"]
+
+
+def test_gitignore_is_respected_and_licences_are_noted(tmp_path):
+    files = {
+        "repo/.gitignore": "build/\n*.log\n!keep.log\n/only-here.txt\n",
+        "repo/LICENSE": "MIT License\n\nCopyright (c) 2024 Somebody\n",
+        "repo/a.py": "a = 1\n",
+        "repo/x.log": "x",
+        "repo/keep.log": "kept",
+        "repo/only-here.txt": "x",
+        "repo/sub/only-here.txt": "kept",
+        "repo/build/b.py": "b = 1\n",
+        "repo/sub/.gitignore": "*.py\n!*.log\n",
+        "repo/sub/c.py": "c = 1\n",
+        "repo/sub/d.log": "kept",
+        "repo/vendor/COPYING": "Some terms that nobody knows\n",
+        "repo/vendor/e.py": "e = 1\n",
+        "other/f.py": "f = 1\n",
+        "spdx/LICENSE.txt": "SPDX-License-Identifier: GPL-2.0-or-later\n",
+        "spdx/g.py": "g = 1\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    found = {os.path.relpath(file.path, tmp_path).replace(os.sep, "/"): file.licence for file in find_files([str(tmp_path)])}
+    assert found == {
+        "other/f.py": "",
+        "repo/LICENSE": "MIT",
+        "repo/a.py": "MIT",
+        "repo/keep.log": "MIT",
+        "repo/sub/d.log": "MIT",
+        "repo/sub/only-here.txt": "MIT",
+        "repo/vendor/COPYING": "COPYING",
+        "repo/vendor/e.py": "COPYING",
+        "spdx/LICENSE.txt": "GPL-2.0-or-later",
+        "spdx/g.py": "GPL-2.0-or-later",
+    }
+    (document,) = (document for document in documents([str(tmp_path / "spdx")]) if document.source.endswith("g.py"))
+    assert document.meta == {"format": "py", "licence": "GPL-2.0-or-later"}
+    assert find_files([str(tmp_path / "repo" / "build")])[0].path.endswith("b.py")  # what is named is read

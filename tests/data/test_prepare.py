@@ -21,7 +21,7 @@ from sparing.data.prepare import prepare
 from sparing.data.progress import Stopped
 from sparing.data.split import content_hash
 from sparing.data.store import TokenStore
-from sparing.data.workers import _python_path
+from sparing.data.workers import python_path
 
 
 def digest(folder: Path) -> dict[str, str]:
@@ -190,7 +190,7 @@ print(made.path, flush=True)
 
 
 def run(corpus: str, root: Path, workers: int) -> subprocess.Popen:
-    environment = dict(os.environ, PYTHONPATH=_python_path())
+    environment = dict(os.environ, PYTHONPATH=python_path())
     command = [sys.executable, "-c", SCRIPT, corpus, str(root), str(workers)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
 
@@ -241,7 +241,7 @@ try:
 except UserError as error:
     print(error)
 """
-    result = subprocess.run([sys.executable, "-c", code], env=dict(os.environ, PYTHONPATH=_python_path()), capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", code], env=dict(os.environ, PYTHONPATH=python_path()), capture_output=True, text=True)
     assert result.stdout.count("\n") == 1 and "no space left" in result.stdout and "SPARING_HOME" in result.stdout, result.stderr
     assert not list(tmp_path.glob("**/*.partial"))
     assert prepare(DataConfig(paths=(corpus,), workers=1), 300, tmp_path).documents

@@ -114,8 +114,13 @@ class ChatData(TrainingData):
         return super().score(evaluation) | old
 
     def more(self, job: Job, config: Config) -> dict:
-        asked = read_state(job.run, "asked", dict)
-        return {} if asked is None else {"teacher": asked}
+        asked, made, texts = read_state(job.run, "asked", dict), job.run.state / "chats" / "counts.json", corpora(job.run)
+        more = {} if asked is None else {"teacher": asked}
+        if texts and "counts" in texts[-1] and made.exists():  # what the template refuses could be read and is not used
+            counts, made = texts[-1]["counts"], json.loads(made.read_text())
+            refused = sum(made[part].get("refused", 0) for part in PARTS)
+            more["documents"] = counts | {"out": counts["out"] - refused, "rejected": counts["rejected"] + refused}
+        return more
 
     def trained_tokens(self, result: TrainResult) -> int:
         return self.feed.trained_tokens(result.steps + result.skipped)

@@ -111,6 +111,8 @@ class DataConfig:
     """Files, folders and globs; empty: the Python standard library's own source."""
     text_key: str = "text"
     """JSONL and Parquet: the field that holds the text."""
+    extract: Literal["resiliparse", "trafilatura"] = "resiliparse"
+    """What takes the main text out of the pages of WARC files."""
     tokenizer: str | None = None
     """A tokenizer.json to use instead of training one."""
     holdout_fraction: float = 0.02

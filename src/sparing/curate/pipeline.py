@@ -55,7 +55,7 @@ def batches(files: Sequence[SourceFile], text_key: str, reject: Reject, tick: Ti
     rows: list[tuple[str, str, int, str]] = []
     size = 0
     for document in documents(files, text_key, reject, tick):
-        rows.append((document.text, document.source, document.line, json.dumps(dict(getattr(document, "meta", {})), ensure_ascii=False)))
+        rows.append((document.text, document.source, document.line, json.dumps(dict(document.meta), ensure_ascii=False)))
         size += len(document.text)
         if len(rows) >= BATCH_DOCUMENTS or size >= BATCH_BYTES:
             yield _batch(rows)

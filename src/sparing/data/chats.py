@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sparing.base.config import UserError
+from sparing.data.accounts import Accounts
 from sparing.data.chat import ROLES, flat
 from sparing.data.files import SourceFile, find_files
 from sparing.data.progress import Progress, check
@@ -265,6 +266,8 @@ class ChatFacts:
     quarantined: int
     reasons: str
     """The commonest reasons for which rows cannot be used, each with a place; empty where all can."""
+    counts: dict[str, int]
+    """`accounts.Accounts.balance` of all conversations, those of `validation` among them."""
     sample: tuple[Chat, ...] = field(repr=False, compare=False)
     """The first conversations in the order of sampling, held-out ones among them."""
     content: str
@@ -311,7 +314,9 @@ def scan_chats(
         done += size
         progress("scan", done, total)
 
-    for chat in chats(files, tally, tick) if files else ():
+    accounts = Accounts(tally)
+    for chat in accounts.reading(chats(files, accounts, tick) if files else ()):
+        accounts.use(chat)
         raw, first = chat.raw, chat.first_hash
         kinds[chat.kind] += 1
         entry = (-order(chat), len(seen), chat)
@@ -334,7 +339,8 @@ def scan_chats(
     content.update(repr(split).encode())
     split = replace(split, reason=split.reason.replace("documents", "conversations").replace("the content", "the first question"))
     held_out, held_out_bytes = split.documents, split.bytes
-    for chat in chats(find_files(validation), tally) if validation else ():
+    for chat in accounts.reading(chats(find_files(validation), accounts) if validation else ()):
+        accounts.use(chat)
         content.update(content_hash(chat.raw).to_bytes(8, "little"))
         held_out, held_out_bytes = held_out + 1, held_out_bytes + len(chat.raw)
     if not held_out:
@@ -342,6 +348,6 @@ def scan_chats(
     every = sum(size for _, _, size in seen)
     return ChatFacts(
         len(seen) + (held_out if validation else 0), every + (held_out_bytes if validation else 0), held_out, held_out_bytes,
-        dict(kinds.most_common()), tally.total, str(tally), tuple(chat for _, _, chat in sorted(sample, reverse=True)),
+        dict(kinds.most_common()), tally.total, str(tally), accounts.balance(), tuple(chat for _, _, chat in sorted(sample, reverse=True)),
         content.hexdigest(), split, sampled.entries(),
     )  # fmt: skip

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import hashlib
 import os
+import re
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,11 +16,12 @@ from sparing.base.config import UserError
 from sparing.base.files import alike
 from sparing.base.hardware import home
 from sparing.base.run import looks_like_run
+from sparing.data.hub import HUB, data_set
 
 # Inside folders these are passed over in silence: nobody expects text in them. A file named by the user is always opened.
 BINARY_SUFFIXES = frozenset(
-    ".7z .a .avi .bin .bmp .bz2 .class .dll .doc .docx .dylib .eot .exe .flac .gif .ico .jar .jpeg .jpg .lib .mkv .mov .mp3 .mp4 .npy .npz "
-    ".o .obj .odt .ogg .otf .pdf .pkl .png .ppt .pptx .pt .pyc .pyd .pyo .rar .safetensors .so .sqlite .sqlite3 .tar .tgz .tif .tiff .ttf "
+    ".7z .a .avi .bin .bmp .class .dll .doc .dylib .eot .exe .flac .gif .ico .jar .jpeg .jpg .lib .mkv .mov .mp3 .mp4 .npy .npz "
+    ".o .obj .odt .ogg .otf .pkl .png .ppt .pt .pyc .pyd .pyo .rar .safetensors .so .sqlite .sqlite3 .tar .tgz .tif .tiff .ttf "
     ".wasm .wav .webm .webp .whl .woff .woff2 .xls .xlsx .xz .zip".split()
 )
 
@@ -35,27 +38,29 @@ class SourceFile:
     bytes: int
     """Size on disk."""
     mtime_ns: int
+    licence: str = ""
+    """Of the source tree that it is in; empty: none is noted."""
 
 
 def find_files(paths: Sequence[str]) -> list[SourceFile]:
     """The regular files behind files, folders (recursive) and globs.
 
-    Folders leave out hidden entries and binaries by suffix; folders and globs leave out what Sparing wrote, run folders and $SPARING_HOME.
+    `hf:OWNER/NAME` and `hf:OWNER/NAME/FOLDER` are data sets of the hub (`hub.data_set`). Folders leave out hidden entries, binaries by
+    suffix, and what a `.gitignore` in them excludes; folders and globs leave out what Sparing wrote, run folders and $SPARING_HOME.
     Sorted by path and free of repetitions, so that the order of the arguments does not matter. No paths: the default corpus.
     Raises UserError for a path that does not exist (naming the nearest one that does), a glob or folder without files.
     """
     files: dict[str, SourceFile] = {}
-    for path in _default_corpus() if not paths else _expand(paths):
-        path = os.path.abspath(path)
-        if path not in files:
-            status = os.stat(path)
-            files[path] = SourceFile(path, status.st_size, status.st_mtime_ns)
+    for file in _default_corpus() if not paths else _expand(paths):
+        files.setdefault(file.path, file)
     return [files[path] for path in sorted(files)]
 
 
 def absolute(path: str) -> str:
     """A path or glob that names the same files whatever the working folder is."""
     path = os.path.expanduser(str(path))
+    if path.startswith(HUB):
+        return path
     if os.path.lexists(path) or not glob.has_magic(path):
         return os.path.abspath(path)
     return path if os.path.isabs(path) else os.path.join(glob.escape(os.getcwd()), path)
@@ -73,27 +78,34 @@ def fingerprint(files: Iterable[SourceFile], *settings: object) -> str:
 def kind_of(path: str) -> str:
     """The suffix that says how a file is read, lower case, compression left out: `notes.jsonl.gz` is `jsonl`; no suffix: `text`."""
     name, suffix = os.path.splitext(os.path.basename(path).lower())
-    if suffix in (".gz", ".zst"):
+    if suffix in (".gz", ".bz2", ".zst"):
         suffix = os.path.splitext(name)[1]
     return suffix.removeprefix(".") or "text"
 
 
-def _default_corpus() -> Iterator[str]:
+def _source(path: str, licence: str = "") -> SourceFile:
+    status = os.stat(path)
+    return SourceFile(os.path.abspath(path), status.st_size, status.st_mtime_ns, licence)
+
+
+def _default_corpus() -> Iterator[SourceFile]:
     """The Python standard library's own source on this machine."""
     root = sysconfig.get_path("stdlib")
-    files = [path for path in _walk(root, leave_out={"site-packages", "dist-packages", "__pycache__"}) if path.endswith(".py")]
+    files = [file for file in _walk(root, leave_out={"site-packages", "dist-packages", "__pycache__"}) if file.path.endswith(".py")]
     if not files:
         raise UserError(f"the default corpus, Python's own source, is not in {root}: name your text with --data PATH")
     return iter(files)
 
 
-def _expand(paths: Sequence[str]) -> Iterator[str]:
+def _expand(paths: Sequence[str]) -> Iterator[SourceFile]:
     for argument in paths:
         path = os.path.expanduser(str(argument))
+        if path.startswith(HUB):
+            path = data_set(path)
         if os.path.lexists(path):
             matches = [path]
         elif glob.has_magic(path):
-            matches = sorted(match for match in glob.glob(path, recursive=True) if not _in_ours(match, _literal(path)))
+            matches = sorted(match for match in _glob(path) if not _in_ours(match, _literal(path)))
             if not matches:
                 raise UserError(f"no file matches {argument!r}: {_nearest(path)}")
         else:
@@ -105,24 +117,120 @@ def _expand(paths: Sequence[str]) -> Iterator[str]:
                     raise UserError(f"no files of text in the folder {argument} (hidden files, binaries and run folders do not count)")
                 yield from inside
             elif os.path.isfile(match):
-                yield match
+                yield _source(match)
             elif len(matches) == 1:
                 raise UserError(f"{argument} is neither a file nor a folder (a broken link, a pipe or a device): name a regular file")
 
 
-def _walk(root: str, leave_out: Iterable[str] = ()) -> Iterator[str]:
-    skip = set(leave_out)
+def _glob(pattern: str) -> Iterator[str]:
+    """What a glob matches. Its `**` does not follow links to folders, of which two that form a loop would never end."""
+    base = _literal(pattern)
+    parts = os.path.relpath(pattern, base or os.curdir).split(os.sep)
+    if "**" not in parts:
+        return glob.iglob(pattern)
+    walked = ((folder, name, name in folders) for folder, folders, names in os.walk(base or os.curdir) for name in folders + names)
+    found = (path for folder, name, inner in walked if not (os.path.islink(path := os.path.join(folder, name)) and inner))
+    return (path for path in found if _matches(os.path.relpath(path, base or os.curdir).split(os.sep), parts))
+
+
+def _matches(names: list[str], parts: list[str]) -> bool:
+    """Whether a path matches a pattern, both in their parts. Hidden names are matched by what begins with a dot alone."""
+    if not parts:
+        return not names
+    hidden = bool(names) and names[0].startswith(".")
+    if parts[0] == "**":
+        return _matches(names, parts[1:]) or (bool(names) and not hidden and _matches(names[1:], parts))
+    fits = bool(names) and fnmatch.fnmatchcase(names[0], parts[0]) and (not hidden or parts[0].startswith("."))
+    return fits and _matches(names[1:], parts[1:])
+
+
+def _walk(root: str, leave_out: Iterable[str] = ()) -> Iterator[SourceFile]:
+    """The files below a folder. Links to folders are not followed, so that none is read twice and no loop is walked. What a `.gitignore` in
+    it excludes is left out; the licence of a source tree goes with its files."""
+    skip, rules, licences = set(leave_out), _Ignored(), {}
     for folder, folders, names in os.walk(root):
         if _ours(folder):
             folders.clear()
             continue
         if CURATED in names:
             folders[:], names = ["documents"], []
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in skip)
+        if ".gitignore" in names:
+            rules.add(folder)
+        licences[folder] = _licence(folder, names) or licences.get(os.path.dirname(folder), "")
+        seen = (name for name in folders if not name.startswith(".") and name not in skip)
+        folders[:] = sorted(name for name in seen if not rules.exclude(os.path.join(folder, name) + "/"))
         for name in sorted(names):
             path = os.path.join(folder, name)
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() not in BINARY_SUFFIXES and os.path.isfile(path):
-                yield path
+            if name.startswith(".") or os.path.splitext(name)[1].lower() in BINARY_SUFFIXES or rules.exclude(path):
+                continue
+            if os.path.isfile(path):
+                yield _source(path, licences[folder])
+
+
+class _Ignored:
+    """The rules of the `.gitignore` files that were found."""
+
+    def __init__(self):
+        self._rules: dict[str, object] = {}
+
+    def add(self, folder: str) -> None:
+        from pathspec import GitIgnoreSpec
+
+        try:
+            with open(os.path.join(folder, ".gitignore"), encoding="utf-8", errors="replace") as file:
+                self._rules[folder] = GitIgnoreSpec.from_lines(file.read(1 << 20).splitlines())
+        except (OSError, ValueError):  # not a file that can be read, or no rules: git ignores it too
+            pass
+
+    def exclude(self, path: str) -> bool:
+        """Whether the nearest file with a rule for the path excludes it. Of a folder the path ends with a slash."""
+        folder = path.rstrip("/") if self._rules else ""
+        while folder and (parent := os.path.dirname(folder)) != folder:
+            folder = parent
+            if spec := self._rules.get(folder):
+                verdict = spec.check_file(path[len(folder) :].lstrip("/").replace(os.sep, "/")).include
+                if verdict is not None:
+                    return verdict
+        return False
+
+
+LICENCES = (
+    ("Apache-2.0", r"apache license,? version 2\.0"),
+    ("AGPL-3.0-only", r"gnu affero general public license version 3"),
+    ("LGPL-3.0-only", r"gnu lesser general public license version 3"),
+    ("LGPL-2.1-only", r"gnu lesser general public license version 2\.1"),
+    ("GPL-3.0-only", r"gnu general public license version 3"),
+    ("GPL-2.0-only", r"gnu general public license version 2"),
+    ("MPL-2.0", r"mozilla public license,? version 2\.0"),
+    ("EPL-2.0", r"eclipse public license - v 2\.0"),
+    ("BSL-1.0", r"boost software license - version 1\.0"),
+    ("CC0-1.0", r"cc0 1\.0 universal"),
+    ("CC-BY-SA-4.0", r"attribution-sharealike 4\.0 international"),
+    ("CC-BY-4.0", r"attribution 4\.0 international"),
+    ("Unlicense", r"this is free and unencumbered software released into the public domain"),
+    ("ISC", r"isc license|permission to use, copy, modify, and(/or)? distribute this software for any purpose"),
+    ("MIT", r"mit license|permission is hereby granted, free of charge, to any person obtaining a copy of this software"),
+    ("BSD-3-Clause", r"redistribution and use in source and binary forms.*neither the name"),
+    ("BSD-2-Clause", r"redistribution and use in source and binary forms"),
+)
+"""SPDX identifiers, and what the beginning of the licence says, in lower case and with single spaces."""
+
+
+def _licence(folder: str, names: Sequence[str]) -> str:
+    """The licence that a folder's own LICENSE file gives; its name where the text is not recognised; empty without one."""
+    for name in sorted(names):
+        if not re.fullmatch(r"(licen[cs]e|copying|unlicense)([-._].*)?", name.lower()) or not os.path.isfile(os.path.join(folder, name)):
+            continue
+        try:
+            with open(os.path.join(folder, name), encoding="utf-8", errors="replace") as file:
+                text = file.read(4000)
+        except OSError:
+            continue
+        if found := re.search(r"SPDX-License-Identifier:\s*([\w.+-]+)", text):
+            return found[1]
+        text = " ".join(text.lower().split())
+        return next((licence for licence, words in LICENCES if re.search(words, text)), name)
+    return ""
 
 
 def _ours(folder: str) -> bool:

@@ -27,7 +27,7 @@ from sparing.data.scan import (
     scan,
     sections,
 )
-from sparing.data.sources import documents
+from sparing.data.sources import documents, readers
 from sparing.data.split import content_hash, held_out_bound, threshold
 from sparing.data.store import StoreWriter, TokenStore
 from sparing.data.tokenizer import Tokenizer, train_tokenizer
@@ -68,7 +68,8 @@ def prepare(
         tokenizer = Tokenizer.load(config.tokenizer)
     else:
         tokenizer = _trained(config, files, vocab_size, root, progress, should_stop)
-    key = fingerprint(files, FORMAT, config.text_key, config.holdout_fraction, config.max_tokens, tokenizer.to_json())
+    settings = (config.text_key, config.holdout_fraction, config.max_tokens, tokenizer.to_json())
+    key = fingerprint(files, FORMAT, *settings, *readers(files, config.extract))
     target, partial = root / key, root / f"{key}.partial"
     with contextlib.suppress(UserError):  # not there, or not whole: build it
         return TokenStore(target)
@@ -101,7 +102,7 @@ def training_parts(raw: bytes, hash: int, facts: CorpusFacts, whole: bool) -> It
 
 def held_out_texts(config: DataConfig, facts: CorpusFacts) -> Iterator[str]:
     """All documents of the corpus `config` that are held out, or their held-out ends. facts: of the same corpus."""
-    for document in documents(find_files(config.paths), config.text_key):
+    for document in documents(find_files(config.paths), config.text_key, extract=config.extract):
         raw = document.text.encode()
         hash = content_hash(raw)
         if hash == facts.split.tail_hash:
@@ -112,7 +113,7 @@ def held_out_texts(config: DataConfig, facts: CorpusFacts) -> Iterator[str]:
 
 def _trained(config, files, vocab_size, root, progress, should_stop) -> Tokenizer:
     """The tokenizer of this corpus. It is kept beside the stores and serves every `max_tokens`."""
-    key = fingerprint(files, FORMAT, config.text_key, config.holdout_fraction, vocab_size)
+    key = fingerprint(files, FORMAT, config.text_key, config.holdout_fraction, vocab_size, *readers(files, config.extract))
     path = root / "tokenizers" / f"{key}.json"
     if path.is_file():
         return Tokenizer.load(path)
@@ -150,7 +151,7 @@ def _tokenise(config, files, facts, tokenizer, folder, root, workers, progress, 
 
     def chunks() -> Iterator[tuple[list[tuple[int, int]], list[str]]]:
         entry, keys, texts, size = 0, [], [], 0
-        for document in documents(files, config.text_key, tick=lambda _: check(should_stop)):
+        for document in documents(files, config.text_key, tick=lambda _: check(should_stop), extract=config.extract):
             raw = document.text.encode()
             hash = content_hash(raw)
             if hash == split.tail_hash:

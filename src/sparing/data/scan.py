@@ -18,9 +18,10 @@ import numpy as np
 from sparing.base.config import DataConfig, UserError
 from sparing.base.files import FULL
 from sparing.base.hardware import home
+from sparing.data.accounts import Accounts
 from sparing.data.files import SourceFile, find_files, fingerprint, kind_of
 from sparing.data.progress import Progress, check
-from sparing.data.sources import Rejected, Tally, documents, pieces
+from sparing.data.sources import Rejected, Tally, documents, pieces, readers
 from sparing.data.split import SECTION_BYTES, HashHistogram, Split, choose_split, content_hash, mix
 
 FORMAT = 1
@@ -42,6 +43,8 @@ class CorpusFacts:
     quarantined: int
     reasons: dict[str, int]
     """Quarantined documents per reason, details left out."""
+    counts: dict[str, int]
+    """`accounts.Accounts.balance`: a text that is read in pieces counts once here, and each piece in `documents`."""
     fingerprint: str
     """Changes when a file, the text key or the held-out fraction does."""
     content: str
@@ -72,7 +75,7 @@ def data_home() -> Path:
 
 
 def corpus_fingerprint(config: DataConfig, files: list[SourceFile]) -> str:
-    return fingerprint(files, FORMAT, config.text_key, config.holdout_fraction)
+    return fingerprint(files, FORMAT, config.text_key, config.holdout_fraction, *readers(files, config.extract))
 
 
 def scan(
@@ -157,7 +160,9 @@ def _pass(config, files, folder, fingerprint, progress, should_stop) -> CorpusFa
             quarantine.write(rejected.as_json() + "\n")
             tally(rejected)
 
-        for text, source, _ in documents(files, config.text_key, reject, tick):
+        accounts = Accounts(reject)
+        for document in accounts.reading(documents(files, config.text_key, accounts, tick, extract=config.extract)):
+            text, source, *_ = accounts.use(document)
             raw = text.encode()
             size, hash = len(raw), content_hash(raw)
             documents_seen += 1
@@ -185,7 +190,8 @@ def _pass(config, files, folder, fingerprint, progress, should_stop) -> CorpusFa
             file.write(json.dumps(text, ensure_ascii=False) + "\n")
     return CorpusFacts(
         documents_seen, text_bytes, split.documents, split.bytes, len(files), dict(sorted(kinds.items())),
-        tally.total, dict(tally.reasons.most_common()), fingerprint, content.hexdigest(), split, entries, section_table.entries(),
+        tally.total, dict(tally.reasons.most_common()), accounts.balance(), fingerprint,
+        content.hexdigest(), split, entries, section_table.entries(),
     )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Tokenises in worker processes: texts in, arrays of ids out, in order. A worker runs this file: `python -m sparing.data.workers`.
 
 Plain child processes with pipes, not `multiprocessing`: they never import the user's main script, share nothing, and end by themselves
-when the parent does, because their input ends. Messages are a uint64 length and that many bytes; nothing is pickled.
+when the parent does, because their input ends. `pipes` has the form of the messages.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
+from sparing.data.pipes import python_path, receive, send
 from sparing.data.progress import check, result_of
 from sparing.data.tokenizer import Tokenizer
 
@@ -78,7 +78,7 @@ def encode_chunks(
 class _Worker:
     def __init__(self, tokenizer: Tokenizer):
         # Its own session: an interrupt at the keyboard is for the parent, which ends the worker itself.
-        environment = dict(os.environ, TOKENIZERS_PARALLELISM="false", PYTHONPATH=_python_path())
+        environment = dict(os.environ, TOKENIZERS_PARALLELISM="false", PYTHONPATH=python_path())
         command = [sys.executable, "-P", "-m", "sparing.data.workers"]  # -P: a numpy.py in the working folder is not meant
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True)
         self.tokenizer: Tokenizer | None = tokenizer
@@ -88,12 +88,12 @@ class _Worker:
         sizes = np.array([len(raw) for raw in raws], np.uint64)
         try:
             if self.tokenizer is not None:  # sent first, by the thread that waits anyway
-                _send(self.process.stdin, self.tokenizer.to_json().encode())
-            _send(self.process.stdin, sizes.tobytes())
-            _send(self.process.stdin, b"".join(raws))
-            counts = np.frombuffer(_receive(self.process.stdout), np.uint64).astype(np.int64)
-            dtype = np.uint16 if _receive(self.process.stdout) == b"2" else np.uint32
-            ids = np.frombuffer(_receive(self.process.stdout), dtype)
+                send(self.process.stdin, self.tokenizer.to_json().encode())
+            send(self.process.stdin, sizes.tobytes())
+            send(self.process.stdin, b"".join(raws))
+            counts = np.frombuffer(receive(self.process.stdout), np.uint64).astype(np.int64)
+            dtype = np.uint16 if receive(self.process.stdout) == b"2" else np.uint32
+            ids = np.frombuffer(receive(self.process.stdout), dtype)
         except (BrokenPipeError, EOFError, ValueError):
             status = self.process.poll()
             raise RuntimeError(f"a tokenising process ended early (status {status}): was it killed for want of memory?") from None
@@ -110,42 +110,19 @@ class _Worker:
                 pass
 
 
-def _python_path() -> str:
-    """Where this package is, before whatever the parent's path says: works from a checkout as from an installation."""
-    here = str(Path(__file__).resolve().parents[2])
-    return os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
-
-
-def _send(pipe: BinaryIO, raw: bytes) -> None:
-    pipe.write(len(raw).to_bytes(8, "little"))
-    pipe.write(raw)
-    pipe.flush()
-
-
-def _receive(pipe: BinaryIO) -> bytes:
-    size = pipe.read(8)
-    if len(size) < 8:
-        raise EOFError
-    size = int.from_bytes(size, "little")
-    raw = pipe.read(size)
-    if len(raw) < size:
-        raise EOFError
-    return raw
-
-
 def _main() -> None:
-    receive, send = sys.stdin.buffer, sys.stdout.buffer
+    source, sink = sys.stdin.buffer, sys.stdout.buffer
     try:
-        tokenizer = Tokenizer(_receive(receive).decode())
+        tokenizer = Tokenizer(receive(source).decode())
         while True:
-            sizes = np.frombuffer(_receive(receive), np.uint64).tolist()
-            raw, start, ids = _receive(receive), 0, []
+            sizes = np.frombuffer(receive(source), np.uint64).tolist()
+            raw, start, ids = receive(source), 0, []
             for size in sizes:
                 ids.append(tokenizer.encode_array(raw[start : start + size].decode()))
                 start += size
-            _send(send, np.array([len(part) for part in ids], np.uint64).tobytes())
-            _send(send, str(tokenizer.dtype.itemsize).encode())
-            _send(send, np.concatenate(ids).tobytes() if ids else b"")
+            send(sink, np.array([len(part) for part in ids], np.uint64).tobytes())
+            send(sink, str(tokenizer.dtype.itemsize).encode())
+            send(sink, np.concatenate(ids).tobytes() if ids else b"")
     except (EOFError, BrokenPipeError):  # the parent has what it wanted, or is gone
         os._exit(0)
 

@@ -6,7 +6,6 @@ What came from the package index is kept under $SPARING_HOME/models, by its hash
 from __future__ import annotations
 
 import hashlib
-import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 from sparing.base.config import CannotGoOn, UserError
 from sparing.base.files import atomic_file, disk_errors, file_sha256
 from sparing.base.hardware import home
+from sparing.base.hub import snapshot
 from sparing.base.lock import folder_lock
 from sparing.base.messages import say
 from sparing.interop.known_models import Package
@@ -91,31 +91,5 @@ def from_hub(name: str, not_here: str = "") -> tuple[Path, str]:
 
     Raises UserError where the library is missing or there is no such repository, CannotGoOn where the hub cannot be reached.
     """
-    try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import (
-            GatedRepoError,
-            HfHubHTTPError,
-            HFValidationError,
-            LocalEntryNotFoundError,
-            RepositoryNotFoundError,
-        )
-    except ImportError:
-        raise UserError(f"{name}: {not_here}the hub needs the huggingface_hub package: pip install 'sparing[hub]'") from None
-    try:
-        folder = Path(snapshot_download(name, allow_patterns=list(READ)))
-    except HFValidationError as error:
-        raise UserError(f"{name}: {not_here}{_line(error)}") from None
-    except GatedRepoError:
-        raise UserError(f"{name}: its publisher asks for an agreement first: accept it on the hub, then log in (hf auth login)") from None
-    except RepositoryNotFoundError:
-        raise UserError(f"{name}: {not_here}the hub has no such repository (or it is private: hf auth login)") from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        if isinstance(error, OSError) and error.errno and error.filename:
-            raise
-        raise CannotGoOn(f"{name}: {not_here}the hub cannot be reached, and it was not fetched before ({_line(error)})") from None
+    folder = snapshot(name, list(READ), not_here=not_here)
     return folder, folder.name
-
-
-def _line(error: Exception) -> str:
-    return re.sub(r"\s+", " ", str(error))[:300]

@@ -18,6 +18,7 @@ from sparing.base.origin import Origin, credits, origin_of
 from sparing.base.run import RunFolder
 from sparing.budget.flops import kv_cache_bytes, parameters
 from sparing.budget.units import format_budget
+from sparing.data.accounts import balanced, in_words
 from sparing.infer.generate import Model
 from sparing.job.begin import Job
 from sparing.job.corpus import Prompt, TrainingData
@@ -59,13 +60,18 @@ def finish(job: Job, config: Config, model: Transformer, data: TrainingData, res
     }
     if config.start is not None or config.distill is not None:
         summary |= _beside_its_start(run, config, model, data, result)
+    texts = corpora(run)
+    if texts and "counts" in texts[-1]:
+        summary["documents"] = texts[-1]["counts"]
     summary |= data.more(job, config)
     write_atomic(
-        run.model_card_file, _model_card(config, summary, origin_of(run), [entry["paths"] for entry in corpora(run)] or [config.data.paths])
+        run.model_card_file, _model_card(config, summary, origin_of(run), [entry["paths"] for entry in texts] or [config.data.paths])
     )
     summary |= {"seconds": job.clock.seconds()} | bill(job.meter.earlier() + job.meter.rows())
     write_atomic(run.state / "summary.json", json.dumps(to_json(summary), indent=1))
     cost = f"${summary['cost_usd']:.3g}, {1000 * summary['energy_kwh']:.3g} Wh ({summary['energy_how']}), {summary['co2e_g']:.3g} gCO2e"
+    if "documents" in summary:
+        say(f"\n{in_words(balanced(summary['documents']))}")
     say(f"\nspent: {summary['seconds']:,.0f} s, {cost}; sparing receipt {run} has the details")
     kept = "weights/" if config.adapter is None else f"adapter/ beside the weights of {config.start.run}"
     say(f"{run}: the recipe with its reasons is config.toml, the model {kept}, every step metrics.jsonl, a summary MODEL_CARD.md")

@@ -70,6 +70,8 @@ def with_own_tokenizer(run: RunFolder, data: DataConfig) -> DataConfig:
 def bind(run: RunFolder, data: DataConfig, facts: Facts, earlier: list[dict]) -> None:
     """Note what the run is trained on from here on. earlier: what it was trained on before, `corpora(run)`; of a new run nothing."""
     entry = {"paths": list(data.paths), "fingerprint": facts.content, "documents": facts.documents, "bytes": facts.bytes}
+    if counts := getattr(facts, "counts", None):  # problems to practise on have none
+        entry["counts"] = counts
     if earlier and earlier[-1]["fingerprint"] == facts.content:
         earlier = earlier[:-1]  # the same texts, perhaps moved
     write_atomic(run.state / "corpus.json", json.dumps([*earlier, entry], indent=1))

@@ -111,7 +111,8 @@ def with_start(wishes: Wishes) -> Wishes:
 
 
 def corpora(run: RunFolder) -> list[dict]:
-    """What the run was trained on, one after the other: {"paths", "fingerprint", "documents", "bytes"}. Empty: nothing is known of it."""
+    """What the run was trained on, one after the other: {"paths", "fingerprint", "documents", "bytes"} and, of newer
+    runs, "counts" (`data.accounts`). Empty: nothing is known of it."""
     entries = read_state(run, "corpus", list) or []
     return [entry for entry in entries if isinstance(entry, dict) and entry.keys() >= {"paths", "fingerprint", "documents", "bytes"}]
 
