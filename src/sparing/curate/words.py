@@ -126,7 +126,7 @@ def _patterns() -> tuple[re.Pattern, re.Pattern, re.Pattern, re.Pattern]:
     prefix = rf"\.\.+|(?:US|C|A)\$|\+(?![0-9])|[§%=—–{marks}{quotes}{money}{icon}]"
     suffix = (
         rf"(?:\.\.+|['’][sS]|(?<=[0-9])(?:US\$|C\$|A\$|{units}|[+{money}])|[—–{marks}{quotes}{icon}]"
-        rf"|(?<=[0-9{lower}%²\-+{marks}{quotes}])\.|(?<=[{upper}][{upper}])\.)\Z"
+        rf"|(?<=°[FfCcKk])\.|(?<=[0-9{lower}%²\-+{marks}{quotes}])\.|(?<=[{upper}][{upper}])\.)\Z"
     )
     infix = (
         rf"\.\.+|[…{icon}]|(?<=[0-9])[+\-*^](?=[0-9-])|(?<=[{lower}{quotes}])\.(?=[{upper}{quotes}])|(?<={letter}),(?={letter})"
