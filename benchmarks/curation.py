@@ -22,6 +22,7 @@ import tyro
 from sparing.base.files import write_atomic
 from sparing.base.messages import say
 from sparing.bench.results import stored_result
+from sparing.curate.contamination import all_text
 from sparing.curate.document import Document
 from sparing.curate.filters import C4, FineWeb, GopherQuality, GopherRepetition
 from sparing.data.files import find_files, kind_of
@@ -183,7 +184,7 @@ def _pieces(path: str) -> Iterator[tuple[str, str]]:
     dice = random.Random(0)
     for file in find_files([path]):
         if kind_of(file.path) in (*JSON, *PARQUET):
-            found = ((_all_text(row.value), row.source, row.line) for row in rows([file]))
+            found = ((all_text(row.value), row.source, row.line) for row in rows([file]))
         else:
             found = documents([file])
         for text, source, line in found:
@@ -194,14 +195,6 @@ def _pieces(path: str) -> Iterator[tuple[str, str]]:
                 if text[at:end].strip():
                     yield f"{Path(source).name}:{line}+{at}", text[at:end]
                 at = end
-
-
-def _all_text(value: object) -> str:
-    if isinstance(value, dict):
-        return "\n".join(filter(None, map(_all_text, value.values())))
-    if isinstance(value, list):
-        return "\n".join(filter(None, map(_all_text, value)))
-    return value if isinstance(value, str) else ""
 
 
 def compare(place: str, mangling: str, text: str) -> dict:
