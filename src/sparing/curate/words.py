@@ -3,8 +3,8 @@
 The filters of Gopher and FineWeb are defined over words and punctuation marks. datatrove takes both from spaCy's blank English pipeline
 (spacy/lang/punctuation.py, spacy/lang/en). `split` follows the same conventions: punctuation, quotes, currency signs and units are cut
 from both ends of what stands between spaces; hyphens, slashes and commas between letters are words of their own; "don't" is "do" "n't";
-abbreviations, addresses and the commonest emoticons stay whole. It differs from spaCy's in rare emoticons, in exotic URLs, and in
-scripts whose letters spaCy does not list.
+abbreviations, addresses and emoticons stay whole. It differs from spaCy's in rare emoticons, in exotic URLs, and in scripts whose letters
+spaCy does not list.
 
 How a piece of text between spaces is split depends on that piece alone. So each is split once, and looked up after that.
 """
@@ -56,13 +56,16 @@ QUOTES = "'\"”“`‘´’‚„»«「」『』（）〔〕【】《》〈〉
 CURRENCY = "$£€¥฿₽﷼₴₠₡₢₣₤₥₦₧₨₩₪₫₭₮₯₰₱₲₳₵₶₷₸₹₺₻₼₾₿"
 UNITS = """km km² km³ m m² m³ dm dm² dm³ cm cm² cm³ mm mm² mm³ ha µm nm yd in ft kg g mg µg t lb oz m/s km/h kmh mph hPa Pa mbar mb MB kb
 KB gb GB tb TB T G M K %""".split()
-ABBREVIATIONS = """a.m. p.m. Adm. Bros. co. Co. Corp. D.C. Dr. e.g. E.g. E.G. Gen. Gov. i.e. I.e. I.E. Inc. Jr. Ltd. Md. Messrs. Mo. Mont.
-Mr. Mrs. Ms. Ph.D. Prof. Rep. Rev. Sen. St. vs. v.s. Mt. Ak. Ala. Apr. Ariz. Ark. Aug. Calif. Colo. Conn. Dec. Del. Feb. Fla. Ga. Ia. Id.
-Ill. Ind. Jan. Jul. Jun. Kan. Kans. Ky. La. Mar. Mass. Mich. Minn. Miss. N.C. N.D. N.H. N.J. N.M. N.Y. Neb. Nebr. Nev. Nov. Oct. Okla. Ore.
-Pa. S.C. Sep. Sept. Tenn. Va. Wash. Wis. and/or w/o 'Cause 'cause 'cos 'Cos 'coz 'Coz 'cuz 'Cuz 'bout 'em 'nuff 'll 're 'd 's 'S ma'am
-Ma'am o'clock O'clock lovin' Lovin' havin' Havin' doin' Doin' goin' Goin' nothin' Nothin' somethin' Somethin' ol' Ol' C++ ''""".split()
-EMOTICONS = """:) :-) :)) (: ): [: =) :] :-] :D :-D XD ;) ;-) :( :-( :(( =( :'( :'-( :/ :-/ =/ :| :-| :P :-P :p :-p :O :-O :o :-o :* :-* <3
-</3 ^_^ -_- o_o O_O o.o O.O 8) 8-) (8 ;_; >.< (^_^) (-_-)""".split()
+ABBREVIATIONS = """a.m. p.m. Adm. Bros. co. Co. Corp. D.C. Dr. e.g. E.g. E.G. Gen. Gov. i.e. I.e. I.E. Inc. Jr. Ltd. Md. Messrs. Mo.
+Mont. Mr. Mrs. Ms. Ph.D. Prof. Rep. Rev. Sen. St. vs. v.s. Mt. Ak. Ala. Apr. Ariz. Ark. Aug. Calif. Colo. Conn. Dec.
+Del. Feb. Fla. Ga. Ia. Id. Ill. Ind. Jan. Jul. Jun. Kan. Kans. Ky. La. Mar. Mass. Mich. Minn. Miss. N.C. N.D. N.H.
+N.J. N.M. N.Y. Neb. Nebr. Nev. Nov. Oct. Okla. Ore. Pa. S.C. Sep. Sept. Tenn. Va. Wash. Wis. and/or w/o 'Cause 'cause
+'cos 'Cos 'coz 'Coz 'cuz 'Cuz 'bout 'em 'nuff 'll 're 'd 's 'S ma'am Ma'am o'clock O'clock lovin' Lovin' havin' Havin'
+doin' Doin' goin' Goin' nothin' Nothin' nuthin' Nuthin' somethin' Somethin' ol' Ol' C++ ''""".split()
+EMOTICONS = """:) :-) :)) :))) :-)) (: (-: (; ): )-: [: [-: =) (= =] =[ [= ]= =| =D =3 :] :-] :} :-} :D :-D 8D 8-D XD xD ;) ;-) ;D
+;-D :( :-( :(( :-(( =( :'( :'-( :') :'-) :/ :-/ =/ :| :-| :P :-P :p :-p :O :-O :o :-o :o) (o: :0 :-0 :1 :3 :-3 :x :-x
+:X :-X :> :-> :* :-* <3 <33 </3 ^_^ ^__^ -_- -__- o_o O_O o_O O_o 0_0 o.o O.O o.O O.o 0.0 8) 8-) (-8 ;_; ._. >.< >.>
+<.< @_@ (^_^) (-_-) (._.) (*_*) (>_<) \\")""".split()
 
 
 def _contractions() -> dict[str, tuple[str, ...]]:
@@ -81,7 +84,7 @@ def _contractions() -> dict[str, tuple[str, ...]]:
     add(f"i you he she it we they {asked} that this {shown}", "'ll", "'d", "'ll 've", "'d 've")
     add(f"i you we they {asked} {shown}", "'ve")
     add(f"you we they {asked} {shown}", "'re")
-    add(f"he she it {asked} that", "'s")
+    add(f"he she it {asked} that this", "'s")
     add("i", "'m", "'m a")
     helpers = "ca could do does did had may might must need ought sha should wo would"
     add(helpers, "n't", "n't 've")
@@ -126,7 +129,7 @@ def _patterns() -> tuple[re.Pattern, re.Pattern, re.Pattern, re.Pattern]:
     prefix = rf"\.\.+|(?:US|C|A)\$|\+(?![0-9])|[§%=—–{marks}{quotes}{money}{icon}]"
     suffix = (
         rf"(?:\.\.+|['’][sS]|(?<=[0-9])(?:US\$|C\$|A\$|{units}|[+{money}])|[—–{marks}{quotes}{icon}]"
-        rf"|(?<=[0-9{lower}%²\-+{marks}{quotes}])\.|(?<=[{upper}][{upper}])\.)\Z"
+        rf"|(?<=°[FfCcKk])\.|(?<=[0-9{lower}%²\-+{marks}{quotes}])\.|(?<=[{upper}][{upper}])\.)\Z"
     )
     infix = (
         rf"\.\.+|[…{icon}]|(?<=[0-9])[+\-*^](?=[0-9-])|(?<=[{lower}{quotes}])\.(?=[{upper}{quotes}])|(?<={letter}),(?={letter})"
