@@ -95,8 +95,8 @@ def test_exact_and_near_duplicates_are_found_and_the_longest_stays(tmp_path):
     found = decisions(texts, tmp_path)
     assert [one.line for one in found] == [1, 2, 3, 4, 5]
     expected = f"duplicate_near of a.jsonl:3 (J={similarity(texts[0], texts[2]):.2f})"
-    assert [one.reason for one in found] == [expected, "duplicate_exact of a.jsonl:4", "", "", "duplicate_exact of a.jsonl:3"]
-    assert [one.kept for one in found] == [False, False, True, True, False]
+    assert [one.reason for one in found] == [expected, "", "", "duplicate_exact of a.jsonl:2", "duplicate_exact of a.jsonl:3"]
+    assert [one.kept for one in found] == [False, True, True, False, False]
 
 
 def test_a_copy_of_a_document_that_goes_names_the_one_that_stays(tmp_path):
@@ -122,7 +122,7 @@ def test_every_removed_document_is_similar_to_one_that_stays_and_none_is_lost(tm
             elif one.kind == "near":
                 assert one.of_line in kept and one.jaccard >= settings.jaccard
                 assert one.jaccard == pytest.approx(similarity(text, texts[one.of_line - 1]), abs=1e-9)
-        assert min(kinds.values()) > 15
+        assert min(kinds.values()) > 10
     stayed = [text for text, one in zip(texts, found, strict=True) if one.kept and len(text.split()) >= 5]
     missed = sum(similarity(a, b) >= 0.95 for index, a in enumerate(stayed) for b in stayed[:index])
     assert missed == 0
@@ -136,7 +136,7 @@ def test_a_chain_of_small_changes_does_not_remove_what_has_little_in_common(tmp_
     texts = [" ".join(words) for words in chain]
     assert all(similarity(a, b) > 0.7 for a, b in pairwise(texts)) and similarity(texts[0], texts[-1]) < 0.5
     found = decisions(texts, tmp_path)
-    assert 2 <= sum(one.kept for one in found) < 6
+    assert 2 <= sum(one.kept for one in found) < len(texts) - 3
     assert all(similarity(text, texts[one.of_line - 1]) >= 0.7 for text, one in zip(texts, found, strict=True) if not one.kept)
 
 
@@ -177,13 +177,14 @@ def test_no_documents(tmp_path):
 
 
 def test_batches_and_workers_change_nothing(tmp_path, small_parts):
-    texts = corpus()
+    texts = corpus(120)
     expected, files = decisions(texts, tmp_path / "whole"), contents(tmp_path / "whole")
     assert sum(name.startswith("signatures") for name in files) > 5
     for size in (1, 7):
         assert decisions(texts, tmp_path / str(size), size=size) == expected
         assert contents(tmp_path / str(size)) == files
-    assert decisions(texts, tmp_path / "two", size=50, workers=2) == expected  # workers have the constants as they are in the file
+    assert decisions(texts, tmp_path / "two", size=50, workers=2) == expected
+    assert contents(tmp_path / "two") == files
     few = DuplicateSettings(memory_mb=1)
     duplicates.RECORD_BYTES, before = 1 << 15, duplicates.RECORD_BYTES
     try:
@@ -193,7 +194,7 @@ def test_batches_and_workers_change_nothing(tmp_path, small_parts):
 
 
 def test_the_order_of_the_input_changes_nothing(tmp_path):
-    texts = [text for text in dict.fromkeys(corpus())]
+    texts = list({text.strip(): text for text in corpus()}.values())  # of equal texts the first by line stays
     order = list(range(len(texts)))
     random.Random(9).shuffle(order)
     first = decisions(texts, tmp_path / "a")
@@ -236,7 +237,10 @@ KILLED = """
 import json, os, signal, sys, time
 from pathlib import Path
 import pyarrow as pa
+from sparing.curate import duplicates
 from sparing.curate.duplicates import find_duplicates
+
+duplicates.PART_BYTES = 50_000
 
 def read():
     for number, line in enumerate(open(sys.argv[1], encoding="utf-8")):
@@ -254,10 +258,10 @@ if __name__ == "__main__":
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="reads the list of child processes in /proc")
-def test_killed_with_workers_it_goes_on_and_the_workers_end(tmp_path):
-    rng = random.Random(7)
-    words = text_of(rng, 20_000)
-    texts = [" ".join(words[start : start + 6000]) for start in range(0, 14_000, 10)]  # some 46 MB: several parts
+def test_killed_with_workers_it_goes_on_and_the_workers_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(duplicates, "PART_BYTES", 50_000)
+    words = text_of(random.Random(7), 2000)
+    texts = [" ".join(words[start : start + 200]) for start in range(0, 1800, 6)]  # 0.4 MB, 8 parts
     (tmp_path / "texts").write_text("".join(json.dumps(text) + "\n" for text in texts), encoding="utf-8")
     (tmp_path / "killed.py").write_text(KILLED, encoding="utf-8")
     command = [sys.executable, str(tmp_path / "killed.py"), str(tmp_path / "texts"), str(tmp_path / "work")]
@@ -275,8 +279,8 @@ def test_killed_with_workers_it_goes_on_and_the_workers_end(tmp_path):
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path, monkeypatch):
-    monkeypatch.setattr(duplicates, "PART_BYTES", 200_000)
-    monkeypatch.setattr(duplicates, "RECORD_BYTES", 4096)  # at one megabyte, a range of keys for each 256 documents
+    monkeypatch.setattr(duplicates, "PART_BYTES", 100_000)
+    monkeypatch.setattr(duplicates, "RECORD_BYTES", 8192)  # at one megabyte, a range of keys for each 128 documents
     rng = random.Random(8)
     vocabulary = text_of(rng, 3000)
 
@@ -292,13 +296,13 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path, monkeypatch):
 
     peaks = []
     decisions(["a first one fills the caches of the module"], tmp_path / "warm")
-    for documents in (300, 2400):
+    for documents in (150, 900):
         tracemalloc.start()
         kept = sum(one.kept for one in find_duplicates(read(documents), tmp_path / str(documents), DuplicateSettings(memory_mb=1)))
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert kept == documents
-    assert peaks[1] < peaks[0] + 400 * 2 * (2400 - 300)  # of the texts there are 1,400 bytes a document
+    assert peaks[1] < 1.3 * peaks[0]
 
 
 def test_a_bucket_of_many_does_not_cost_their_square(tmp_path, monkeypatch):

@@ -398,7 +398,8 @@ class _Candidates:
         self.sizes = np.concatenate(sizes or [[]]).astype(np.int64)
         """N-grams of each candidate."""
         self._offsets = np.concatenate([len(part) + np.cumsum(part) - part for part in sizes] or [[]]).astype(np.int64)
-        self._parts = np.concatenate([np.full(high - low, number) for number, (low, high) in ranges.items()] or [[]]).astype(np.int32)
+        self._paths = [str(self._sets(number)) for number in ranges]
+        self._parts = np.repeat(np.arange(len(ranges)), [high - low for low, high in ranges.values()])
 
     @staticmethod
     def _write_sets(path: Path, texts: list[str], settings: DuplicateSettings) -> None:
@@ -415,7 +416,7 @@ class _Candidates:
         return self.done / f"sets-{number:05d}.bin"
 
     def set(self, candidate: int) -> np.ndarray:
-        path = self._sets(int(self._parts[candidate]))
+        path = self._paths[self._parts[candidate]]
         return np.fromfile(path, np.uint64, int(self.sizes[candidate]), offset=8 * int(self._offsets[candidate]))
 
     @cached_property
