@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tyro
 
+from sparing.base.config import UserError
 from sparing.base.files import atomic_path, write_atomic
 from sparing.base.messages import say
 from sparing.curate.duplicates import find_duplicates
@@ -83,11 +84,14 @@ class Planted:
     def _pairs(self, work: Path, n: int) -> list[Path]:
         """Parquet files of BLOCK pairs each: an original, its variation, and so on; `line` numbers them through."""
         files = [work / f"pairs-{number:03d}.parquet" for number in range(-(-self.pairs // BLOCK))]
-        stretches = self._stretches()
+        texts = [] if all(file.exists() for file in files) else [document.text for document in documents([self.data])]
         for number, file in enumerate(files):
-            some = list(islice(stretches, min(BLOCK, self.pairs - number * BLOCK)))
             if file.exists():
                 continue
+            wanted = min(BLOCK, self.pairs - number * BLOCK)
+            some = list(islice(self._stretches(texts[number :: len(files)], n), wanted))
+            if len(some) < wanted:
+                raise UserError(f"--data {self.data}: too little text for {self.pairs:,} pairs; choose fewer --pairs")
             rng, rows = random.Random(f"{self.seed} {number}"), []
             vocabulary = [word for words in some[:100] for word in words]
             for words in some:
@@ -100,23 +104,23 @@ class Planted:
             say(f"{number * BLOCK + len(some)} pairs planted")
         return files
 
-    def _stretches(self) -> Iterator[list[str]]:
-        """Words that lie one after the other in a text, no word in two stretches."""
+    def _stretches(self, texts: list[str], n: int) -> Iterator[list[str]]:
+        """Words that lie one after the other in a text, no word in two stretches, no n-gram twice in one."""
         rng = random.Random(self.seed)
-        for document in documents([self.data]):
-            words, start = re.findall("[a-z]+", document.text.lower()), 0
+        for text in texts:
+            words, start = re.findall("[a-z]+", text.lower()), 0
             while len(words) - start >= LONGEST:
                 size = rng.randint(SHORTEST, LONGEST)
-                yield words[start : start + size]
+                if len(_grams(words[start : start + size], n)) == size - n + 1:
+                    yield words[start : start + size]
                 start += size
 
     def _variation(self, words: list[str], vocabulary: list[str], rng: random.Random, n: int) -> tuple[list[str], float]:
         """A copy with words replaced, and its similarity. A word by itself is in n n-grams; one that follows another replaced one at a
         distance of d < n is in d that the other is not in. So any number of n-grams can be changed."""
         grams = len(words) - n + 1
-        target = grams * (1 - self.jaccard) / (1 + self.jaccard)
+        whole, rest = divmod(round(grams * (1 - self.jaccard) / (1 + self.jaccard)), n)
         while True:
-            whole, rest = divmod(round(target), n)
             places = [n + n * 2 * at for at in sorted(rng.sample(range((len(words) - 2 * n) // (2 * n)), whole))]
             changed = [*places, *([places[rng.randrange(whole)] + rest] if rest else [])]
             other = list(words)
@@ -124,7 +128,6 @@ class Planted:
                 other[at] = rng.choice(vocabulary)
             if abs((similarity := _similarity(words, other, n)) - self.jaccard) <= self.tolerance:
                 return other, similarity
-            target += rng.choice((-1, 1))  # n-grams that occur more than once
 
     def _merges(self, files: list[Path], removed: dict, n: int) -> dict:
         """What documents other than their partner were removed for."""
@@ -137,8 +140,12 @@ class Planted:
         return {"other_merges": len(found), "false_merges": sum(similarity < 0.5 for similarity in found)}
 
 
+def _grams(words: list[str], n: int) -> set[tuple[str, ...]]:
+    return set(zip(*(words[at:] for at in range(n)), strict=False))
+
+
 def _similarity(one: list[str], other: list[str], n: int) -> float:
-    a, b = (set(zip(*(words[at:] for at in range(n)), strict=False)) for words in (one, other))
+    a, b = _grams(one, n), _grams(other, n)
     return len(a & b) / len(a | b)
 
 

@@ -176,7 +176,7 @@ def test_no_documents(tmp_path):
 # the same for any order, batches, workers, kills
 
 
-def test_batches_and_workers_change_nothing(tmp_path, small_parts):
+def test_batches_and_workers_change_nothing(tmp_path, small_parts, monkeypatch):
     texts = corpus(120)
     expected, files = decisions(texts, tmp_path / "whole"), contents(tmp_path / "whole")
     assert sum(name.startswith("signatures") for name in files) > 5
@@ -185,12 +185,8 @@ def test_batches_and_workers_change_nothing(tmp_path, small_parts):
         assert contents(tmp_path / str(size)) == files
     assert decisions(texts, tmp_path / "two", size=50, workers=2) == expected
     assert contents(tmp_path / "two") == files
-    few = DuplicateSettings(memory_mb=1)
-    duplicates.RECORD_BYTES, before = 1 << 15, duplicates.RECORD_BYTES
-    try:
-        assert decisions(texts, tmp_path / "ranges", few) == expected
-    finally:
-        duplicates.RECORD_BYTES = before
+    monkeypatch.setattr(duplicates, "RECORD_BYTES", 1 << 15)
+    assert decisions(texts, tmp_path / "ranges", DuplicateSettings(memory_mb=1)) == expected
 
 
 def test_the_order_of_the_input_changes_nothing(tmp_path):
@@ -268,7 +264,7 @@ def test_killed_with_workers_it_goes_on_and_the_workers_end(tmp_path, monkeypatc
     killed = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     children = killed.stdout.split()
-    assert children and (tmp_path / "work" / "signatures-00000.arrow").exists()
+    assert len(children) >= 2 and 0 < len(contents(tmp_path / "work")) < 9
     subprocess.run(["timeout", "20", "sh", "-c", f"while kill -0 {' '.join(children)} 2>/dev/null; do sleep 0.1; done"], check=True)
     expected = decisions(texts, tmp_path / "whole")
     assert decisions(texts, tmp_path / "work", size=100) == expected
@@ -279,8 +275,8 @@ def test_killed_with_workers_it_goes_on_and_the_workers_end(tmp_path, monkeypatc
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path, monkeypatch):
-    monkeypatch.setattr(duplicates, "PART_BYTES", 100_000)
-    monkeypatch.setattr(duplicates, "RECORD_BYTES", 8192)  # at one megabyte, a range of keys for each 128 documents
+    monkeypatch.setattr(duplicates, "PART_BYTES", 70_000)
+    monkeypatch.setattr(duplicates, "RECORD_BYTES", 1 << 14)  # at one megabyte, a range of keys for each 64 documents
     rng = random.Random(8)
     vocabulary = text_of(rng, 3000)
 
@@ -296,7 +292,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path, monkeypatch):
 
     peaks = []
     decisions(["a first one fills the caches of the module"], tmp_path / "warm")
-    for documents in (150, 900):
+    for documents in (100, 500):
         tracemalloc.start()
         kept = sum(one.kept for one in find_duplicates(read(documents), tmp_path / str(documents), DuplicateSettings(memory_mb=1)))
         peaks.append(tracemalloc.get_traced_memory()[1])

@@ -331,7 +331,7 @@ def _exact_copies(corpus: _Corpus, done: Path, settings: DuplicateSettings, shou
     """(copies, 2) int64: a document and the one that it is a copy of, ascending. Of equal documents the first by source and line stays."""
     path = done / "exact.npy"
     if not path.exists():
-        found = [np.empty((0, 2), np.int64)]
+        found = array("q")
         for keys, documents in corpus.groups("exact", None, settings.memory_mb, should_stop):
             order = np.argsort(documents)
             places: list = [None] * len(documents)
@@ -339,8 +339,10 @@ def _exact_copies(corpus: _Corpus, done: Path, settings: DuplicateSettings, shou
                 places[at] = (*place, int(documents[at]))
             for low, high in _runs(keys):
                 first = min(places[low:high])[-1]
-                found.append(np.array([(other, first) for other in documents[low:high].tolist() if other != first], np.int64))
-        copies = np.concatenate(found)
+                for other in documents[low:high].tolist():
+                    if other != first:
+                        found.extend((other, first))
+        copies = np.array(found, np.int64).reshape(-1, 2)
         _save(path, copies[np.argsort(copies[:, 0])])
     return np.load(path)
 
@@ -463,12 +465,12 @@ def _verify(candidates: _Candidates, buckets: list[Path], done: Path, settings: 
         if not stored.exists():
             keys, documents = np.load(path)
             members = np.searchsorted(candidates.documents, documents.astype(np.int64))
-            found: list[tuple[int, int]] = []
+            found = array("q")
             for count, (low, high) in enumerate(_runs(keys)):
                 if count % 256 == 0:
                     check(should_stop)
                 bucket = members[low:high]
-                found += _joined(bucket[np.argsort(candidates.ranks[bucket])].tolist(), candidates, clusters, settings)
+                found.extend(_joined(bucket[np.argsort(candidates.ranks[bucket])].tolist(), candidates, clusters, settings, should_stop))
             _save(stored, np.array(found, np.int64).reshape(-1, 2))
             pairs.append(np.load(stored))
         else:
@@ -478,11 +480,13 @@ def _verify(candidates: _Candidates, buckets: list[Path], done: Path, settings: 
     return np.concatenate(pairs)
 
 
-def _joined(bucket: list[int], candidates: _Candidates, clusters: _Clusters, settings: DuplicateSettings) -> list[tuple[int, int]]:
-    """The pairs that join documents of a bucket to its representatives; `clusters` grow by them."""
-    found: list[tuple[int, int]] = []
+def _joined(bucket: list[int], candidates: _Candidates, clusters: _Clusters, settings: DuplicateSettings, should_stop: Stop) -> array:
+    """The pairs that join documents of a bucket to its representatives, one after the other; `clusters` grow by them."""
+    found = array("q")
     representatives: dict[int, np.ndarray | None] = {}  # sets are read when they are needed
-    for one in bucket:
+    for count, one in enumerate(bucket, 1):
+        if count % 64 == 0:
+            check(should_stop)
         root = clusters.find(one)
         if any(clusters.find(other) == root for other in representatives):
             continue
@@ -491,7 +495,7 @@ def _joined(bucket: list[int], candidates: _Candidates, clusters: _Clusters, set
                 grams = representatives[other] = candidates.set(other)
             if candidates.similarity(other, one, grams, settings.jaccard) >= settings.jaccard:
                 clusters.join(one, other)
-                found.append((one, other))
+                found.extend((one, other))
                 break
         else:
             if len(representatives) < REPRESENTATIVES:
