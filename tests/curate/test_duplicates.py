@@ -140,6 +140,21 @@ def test_a_chain_of_small_changes_does_not_remove_what_has_little_in_common(tmp_
     assert all(similarity(text, texts[one.of_line - 1]) >= 0.7 for text, one in zip(texts, found, strict=True) if not one.kept)
 
 
+def test_a_cluster_of_many_unlike_documents_loses_what_it_can(tmp_path, monkeypatch):
+    """Beyond the documents that all of a long chain are compared with, verified pairs decide."""
+    monkeypatch.setattr(duplicates, "REPRESENTATIVES", 2)
+    rng = random.Random(12)
+    chain = [text_of(rng, 100)]
+    for _ in range(20):
+        chain.append(changed(rng, chain[-1], 2))
+    texts = [" ".join(words) for words in chain]
+    found = decisions(texts, tmp_path)
+    kept = {one.line for one in found if one.kept}
+    assert 5 < len(kept) < 16
+    for text, one in zip(texts, found, strict=True):
+        assert one.kept or (one.of_line in kept and 0.7 <= one.jaccard == pytest.approx(similarity(text, texts[one.of_line - 1])))
+
+
 def test_short_and_empty_documents_have_exact_copies_only(tmp_path):
     texts = [
         "",
@@ -430,3 +445,24 @@ def test_lines_that_many_documents_have_are_removed_and_counted(tmp_path, small_
         assert after == "\n".join(line for line in before.split("\n") if line.strip() != boilerplate)
     assert cleaned.schema == batch.schema and cleaned.drop_columns(["text"]).equals(batch.drop_columns(["text"]))
     assert len(repeated_lines(batches(texts), tmp_path / "off", SETTINGS)) == 0 and not (tmp_path / "off").exists()
+
+
+# the benchmark
+
+
+def test_planted_pairs_are_as_similar_as_they_should_be(tmp_path):
+    from benchmarks.duplicates import Planted
+
+    rng = random.Random(13)
+    vocabulary = text_of(rng, 2000)
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text(" ".join(rng.choices(vocabulary, k=20_000)), encoding="utf-8")
+    out = tmp_path / "out.json"
+    result = Planted(str(tmp_path / "text"), str(out), pairs=40)()
+    assert json.loads(out.read_text()) == result
+    assert 0.79 <= result["jaccard"]["least"] <= result["jaccard"]["most"] <= 0.81
+    assert result["theory"] == pytest.approx(0.923, abs=0.01) and result["pairs"] == 40
+    assert 30 <= result["removed"] == result["found"] == round(40 * result["recall"])
+    assert result["false_merges"] == result["other_merges"] == 0
+    with pytest.raises(UserError, match="too little text"):
+        Planted(str(tmp_path / "text"), str(tmp_path / "more.json"), pairs=400)()

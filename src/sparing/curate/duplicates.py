@@ -105,7 +105,7 @@ def find_duplicates(
     candidates = _Candidates(corpus, buckets, done)
     candidates.write_sets(read, digests, settings, should_stop)
     pairs = _verify(candidates, buckets, done, settings, should_stop)
-    return _decisions(corpus, exact, _near(candidates, pairs, settings, should_stop))
+    return _decisions(corpus, exact, _near(candidates, pairs, done, settings, should_stop))
 
 
 # the work folder
@@ -503,36 +503,50 @@ def _joined(bucket: list[int], candidates: _Candidates, clusters: _Clusters, set
     return found
 
 
-def _near(candidates: _Candidates, pairs: np.ndarray, settings: DuplicateSettings, should_stop: Stop) -> np.ndarray:
+def _near(candidates: _Candidates, pairs: np.ndarray, done: Path, settings: DuplicateSettings, should_stop: Stop) -> np.ndarray:
     """A document, the one that stays for it, their similarity: (documents, 3) float64, ascending by the first.
 
     A chain of pairs can connect documents that have little in common. So the first of a cluster stays, those similar to it go, and the
-    first of the others stays, and so on, up to REPRESENTATIVES; what is left then stays too.
+    first of the others stays, and so on, up to REPRESENTATIVES; of what is left those go that are in a pair with one that stays.
     """
+    path = done / "near.npy"
+    if path.exists():
+        return np.load(path)
     clusters = _Clusters(len(candidates.documents))
     for one, other in pairs.tolist():
         clusters.join(one, other)
     members = np.unique(pairs)
     roots = np.array([clusters.find(one) for one in members.tolist()], np.uint64)
-    order = np.lexsort((candidates.ranks[members], roots)) if len(members) else members
+    order = np.lexsort((candidates.ranks[members], roots))
     members, roots = members[order], roots[order]
+    pairs = pairs[np.argsort(pairs[:, 0], kind="stable")]  # the second of each ranks before the first
+    removed = np.zeros(len(candidates.documents), bool)
     found = array("d")  # a double holds the number of any document
+
+    def remove_similar(first: int, others: list[int]) -> None:
+        grams = candidates.set(first)
+        for other in others:
+            if (similarity := candidates.similarity(first, other, grams, settings.jaccard)) >= settings.jaccard:
+                removed[other] = True
+                found.extend((candidates.documents[other], candidates.documents[first], similarity))
+
     for low, high in _runs(roots):
-        check(should_stop)
         rest = members[low:high].tolist()
         for _ in range(REPRESENTATIVES):
+            check(should_stop)
             if len(rest) < 2:
                 break
-            first, others, rest = rest[0], rest[1:], []
-            grams = candidates.set(first)
-            for other in others:
-                similarity = candidates.similarity(first, other, grams, settings.jaccard)
-                if similarity >= settings.jaccard:
-                    found.extend((candidates.documents[other], candidates.documents[first], similarity))
-                else:
-                    rest.append(other)
+            remove_similar(rest[0], rest[1:])
+            rest = [one for one in rest[1:] if not removed[one]]
+        for one in rest:
+            begin, end = np.searchsorted(pairs[:, 0], [one, one + 1])
+            for first in pairs[begin:end, 1].tolist():
+                if not removed[first]:
+                    remove_similar(first, [one])
+                    break
     near = np.array(found).reshape(-1, 3)
-    return near[np.argsort(near[:, 0])]
+    _save(path, near[np.argsort(near[:, 0])])
+    return np.load(path)
 
 
 def _decisions(corpus: _Corpus, exact: np.ndarray, near: np.ndarray) -> Iterator[Decision]:
