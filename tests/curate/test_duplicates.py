@@ -95,8 +95,8 @@ def test_exact_and_near_duplicates_are_found_and_the_longest_stays(tmp_path):
     found = decisions(texts, tmp_path)
     assert [one.line for one in found] == [1, 2, 3, 4, 5]
     expected = f"duplicate_near of a.jsonl:3 (J={similarity(texts[0], texts[2]):.2f})"
-    assert [one.reason for one in found] == [expected, "duplicate_exact of a.jsonl:4", "", "", "duplicate_exact of a.jsonl:3"]
-    assert [one.kept for one in found] == [False, False, True, True, False]
+    assert [one.reason for one in found] == [expected, "", "", "duplicate_exact of a.jsonl:2", "duplicate_exact of a.jsonl:3"]
+    assert [one.kept for one in found] == [False, True, True, False, False]
 
 
 def test_a_copy_of_a_document_that_goes_names_the_one_that_stays(tmp_path):
@@ -122,7 +122,7 @@ def test_every_removed_document_is_similar_to_one_that_stays_and_none_is_lost(tm
             elif one.kind == "near":
                 assert one.of_line in kept and one.jaccard >= settings.jaccard
                 assert one.jaccard == pytest.approx(similarity(text, texts[one.of_line - 1]), abs=1e-9)
-        assert min(kinds.values()) > 15
+        assert min(kinds.values()) > 10
     stayed = [text for text, one in zip(texts, found, strict=True) if one.kept and len(text.split()) >= 5]
     missed = sum(similarity(a, b) >= 0.95 for index, a in enumerate(stayed) for b in stayed[:index])
     assert missed == 0
@@ -136,8 +136,23 @@ def test_a_chain_of_small_changes_does_not_remove_what_has_little_in_common(tmp_
     texts = [" ".join(words) for words in chain]
     assert all(similarity(a, b) > 0.7 for a, b in pairwise(texts)) and similarity(texts[0], texts[-1]) < 0.5
     found = decisions(texts, tmp_path)
-    assert 2 <= sum(one.kept for one in found) < 6
+    assert 2 <= sum(one.kept for one in found) < len(texts) - 3
     assert all(similarity(text, texts[one.of_line - 1]) >= 0.7 for text, one in zip(texts, found, strict=True) if not one.kept)
+
+
+def test_a_cluster_of_many_unlike_documents_loses_what_it_can(tmp_path, monkeypatch):
+    """Beyond the documents that all of a long chain are compared with, verified pairs decide."""
+    monkeypatch.setattr(duplicates, "REPRESENTATIVES", 2)
+    rng = random.Random(12)
+    chain = [text_of(rng, 100)]
+    for _ in range(20):
+        chain.append(changed(rng, chain[-1], 2))
+    texts = [" ".join(words) for words in chain]
+    found = decisions(texts, tmp_path)
+    kept = {one.line for one in found if one.kept}
+    assert 5 < len(kept) < 16
+    for text, one in zip(texts, found, strict=True):
+        assert one.kept or (one.of_line in kept and 0.7 <= one.jaccard == pytest.approx(similarity(text, texts[one.of_line - 1])))
 
 
 def test_short_and_empty_documents_have_exact_copies_only(tmp_path):
@@ -176,24 +191,21 @@ def test_no_documents(tmp_path):
 # the same for any order, batches, workers, kills
 
 
-def test_batches_and_workers_change_nothing(tmp_path, small_parts):
-    texts = corpus()
+def test_batches_and_workers_change_nothing(tmp_path, small_parts, monkeypatch):
+    texts = corpus(120)
     expected, files = decisions(texts, tmp_path / "whole"), contents(tmp_path / "whole")
     assert sum(name.startswith("signatures") for name in files) > 5
     for size in (1, 7):
         assert decisions(texts, tmp_path / str(size), size=size) == expected
         assert contents(tmp_path / str(size)) == files
-    assert decisions(texts, tmp_path / "two", size=50, workers=2) == expected  # workers have the constants as they are in the file
-    few = DuplicateSettings(memory_mb=1)
-    duplicates.RECORD_BYTES, before = 1 << 15, duplicates.RECORD_BYTES
-    try:
-        assert decisions(texts, tmp_path / "ranges", few) == expected
-    finally:
-        duplicates.RECORD_BYTES = before
+    assert decisions(texts, tmp_path / "two", size=50, workers=2) == expected
+    assert contents(tmp_path / "two") == files
+    monkeypatch.setattr(duplicates, "RECORD_BYTES", 1 << 15)
+    assert decisions(texts, tmp_path / "ranges", DuplicateSettings(memory_mb=1)) == expected
 
 
 def test_the_order_of_the_input_changes_nothing(tmp_path):
-    texts = [text for text in dict.fromkeys(corpus())]
+    texts = list({text.strip(): text for text in corpus()}.values())  # of equal texts the first by line stays
     order = list(range(len(texts)))
     random.Random(9).shuffle(order)
     first = decisions(texts, tmp_path / "a")
@@ -236,7 +248,10 @@ KILLED = """
 import json, os, signal, sys, time
 from pathlib import Path
 import pyarrow as pa
+from sparing.curate import duplicates
 from sparing.curate.duplicates import find_duplicates
+
+duplicates.PART_BYTES = 50_000
 
 def read():
     for number, line in enumerate(open(sys.argv[1], encoding="utf-8")):
@@ -254,17 +269,17 @@ if __name__ == "__main__":
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="reads the list of child processes in /proc")
-def test_killed_with_workers_it_goes_on_and_the_workers_end(tmp_path):
-    rng = random.Random(7)
-    words = text_of(rng, 20_000)
-    texts = [" ".join(words[start : start + 6000]) for start in range(0, 14_000, 10)]  # some 46 MB: several parts
+def test_killed_with_workers_it_goes_on_and_the_workers_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(duplicates, "PART_BYTES", 50_000)
+    words = text_of(random.Random(7), 2000)
+    texts = [" ".join(words[start : start + 200]) for start in range(0, 1800, 6)]  # 0.4 MB, 8 parts
     (tmp_path / "texts").write_text("".join(json.dumps(text) + "\n" for text in texts), encoding="utf-8")
     (tmp_path / "killed.py").write_text(KILLED, encoding="utf-8")
     command = [sys.executable, str(tmp_path / "killed.py"), str(tmp_path / "texts"), str(tmp_path / "work")]
     killed = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     children = killed.stdout.split()
-    assert children and (tmp_path / "work" / "signatures-00000.arrow").exists()
+    assert len(children) >= 2 and 0 < len(contents(tmp_path / "work")) < 9
     subprocess.run(["timeout", "20", "sh", "-c", f"while kill -0 {' '.join(children)} 2>/dev/null; do sleep 0.1; done"], check=True)
     expected = decisions(texts, tmp_path / "whole")
     assert decisions(texts, tmp_path / "work", size=100) == expected
@@ -275,8 +290,8 @@ def test_killed_with_workers_it_goes_on_and_the_workers_end(tmp_path):
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path, monkeypatch):
-    monkeypatch.setattr(duplicates, "PART_BYTES", 200_000)
-    monkeypatch.setattr(duplicates, "RECORD_BYTES", 4096)  # at one megabyte, a range of keys for each 256 documents
+    monkeypatch.setattr(duplicates, "PART_BYTES", 70_000)
+    monkeypatch.setattr(duplicates, "RECORD_BYTES", 1 << 14)  # at one megabyte, a range of keys for each 64 documents
     rng = random.Random(8)
     vocabulary = text_of(rng, 3000)
 
@@ -292,13 +307,13 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path, monkeypatch):
 
     peaks = []
     decisions(["a first one fills the caches of the module"], tmp_path / "warm")
-    for documents in (300, 2400):
+    for documents in (100, 500):
         tracemalloc.start()
         kept = sum(one.kept for one in find_duplicates(read(documents), tmp_path / str(documents), DuplicateSettings(memory_mb=1)))
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert kept == documents
-    assert peaks[1] < peaks[0] + 400 * 2 * (2400 - 300)  # of the texts there are 1,400 bytes a document
+    assert peaks[1] < 1.3 * peaks[0]
 
 
 def test_a_bucket_of_many_does_not_cost_their_square(tmp_path, monkeypatch):
@@ -430,3 +445,24 @@ def test_lines_that_many_documents_have_are_removed_and_counted(tmp_path, small_
         assert after == "\n".join(line for line in before.split("\n") if line.strip() != boilerplate)
     assert cleaned.schema == batch.schema and cleaned.drop_columns(["text"]).equals(batch.drop_columns(["text"]))
     assert len(repeated_lines(batches(texts), tmp_path / "off", SETTINGS)) == 0 and not (tmp_path / "off").exists()
+
+
+# the benchmark
+
+
+def test_planted_pairs_are_as_similar_as_they_should_be(tmp_path):
+    from benchmarks.duplicates import Planted
+
+    rng = random.Random(13)
+    vocabulary = text_of(rng, 2000)
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text(" ".join(rng.choices(vocabulary, k=20_000)), encoding="utf-8")
+    out = tmp_path / "out.json"
+    result = Planted(str(tmp_path / "text"), str(out), pairs=40)()
+    assert json.loads(out.read_text()) == result
+    assert 0.79 <= result["jaccard"]["least"] <= result["jaccard"]["most"] <= 0.81
+    assert result["theory"] == pytest.approx(0.923, abs=0.01) and result["pairs"] == 40
+    assert 30 <= result["removed"] == result["found"] == round(40 * result["recall"])
+    assert result["false_merges"] == result["other_merges"] == 0
+    with pytest.raises(UserError, match="too little text"):
+        Planted(str(tmp_path / "text"), str(tmp_path / "more.json"), pairs=400)()

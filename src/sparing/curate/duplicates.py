@@ -47,6 +47,7 @@ LAST = np.uint64(2**64 - 1)
 """The key of what has none."""
 
 
+
 class Decision(NamedTuple):
     """Whether a document stays."""
 
@@ -93,7 +94,7 @@ def find_duplicates(
     candidates = _Candidates(corpus, buckets, done)
     candidates.write_sets(read, digests, settings, should_stop)
     pairs = _verify(candidates, buckets, done, settings, should_stop)
-    return _decisions(corpus, exact, _near(candidates, pairs, settings, should_stop))
+    return _decisions(corpus, exact, _near(candidates, pairs, done, settings, should_stop))
 
 
 # the work folder
@@ -211,7 +212,7 @@ def _exact_copies(corpus: _Corpus, done: Path, settings: DuplicateSettings, shou
     """(copies, 2) int64: a document and the one that it is a copy of, ascending. Of equal documents the first by source and line stays."""
     path = done / "exact.npy"
     if not path.exists():
-        found = [np.empty((0, 2), np.int64)]
+        found = array("q")
         for keys, documents in corpus.groups("exact", None, settings.memory_mb, should_stop):
             order = np.argsort(documents)
             places: list = [None] * len(documents)
@@ -219,8 +220,10 @@ def _exact_copies(corpus: _Corpus, done: Path, settings: DuplicateSettings, shou
                 places[at] = (*place, int(documents[at]))
             for low, high in _runs(keys):
                 first = min(places[low:high])[-1]
-                found.append(np.array([(other, first) for other in documents[low:high].tolist() if other != first], np.int64))
-        copies = np.concatenate(found)
+                for other in documents[low:high].tolist():
+                    if other != first:
+                        found.extend((other, first))
+        copies = np.array(found, np.int64).reshape(-1, 2)
         _save(path, copies[np.argsort(copies[:, 0])])
     return np.load(path)
 
@@ -278,7 +281,8 @@ class _Candidates:
         self.sizes = np.concatenate(sizes or [[]]).astype(np.int64)
         """N-grams of each candidate."""
         self._offsets = np.concatenate([len(part) + np.cumsum(part) - part for part in sizes] or [[]]).astype(np.int64)
-        self._parts = np.concatenate([np.full(high - low, number) for number, (low, high) in ranges.items()] or [[]]).astype(np.int32)
+        self._paths = [str(self._sets(number)) for number in ranges]
+        self._parts = np.repeat(np.arange(len(ranges)), [high - low for low, high in ranges.values()])
 
     @staticmethod
     def _write_sets(path: Path, texts: list[str], settings: DuplicateSettings) -> None:
@@ -295,7 +299,7 @@ class _Candidates:
         return self.done / f"sets-{number:05d}.bin"
 
     def set(self, candidate: int) -> np.ndarray:
-        path = self._sets(int(self._parts[candidate]))
+        path = self._paths[self._parts[candidate]]
         return np.fromfile(path, np.uint64, int(self.sizes[candidate]), offset=8 * int(self._offsets[candidate]))
 
     @cached_property
@@ -342,12 +346,12 @@ def _verify(candidates: _Candidates, buckets: list[Path], done: Path, settings: 
         if not stored.exists():
             keys, documents = np.load(path)
             members = np.searchsorted(candidates.documents, documents.astype(np.int64))
-            found: list[tuple[int, int]] = []
+            found = array("q")
             for count, (low, high) in enumerate(_runs(keys)):
                 if count % 256 == 0:
                     check(should_stop)
                 bucket = members[low:high]
-                found += _joined(bucket[np.argsort(candidates.ranks[bucket])].tolist(), candidates, clusters, settings)
+                found.extend(_joined(bucket[np.argsort(candidates.ranks[bucket])].tolist(), candidates, clusters, settings, should_stop))
             _save(stored, np.array(found, np.int64).reshape(-1, 2))
             pairs.append(np.load(stored))
         else:
@@ -357,11 +361,13 @@ def _verify(candidates: _Candidates, buckets: list[Path], done: Path, settings: 
     return np.concatenate(pairs)
 
 
-def _joined(bucket: list[int], candidates: _Candidates, clusters: _Clusters, settings: DuplicateSettings) -> list[tuple[int, int]]:
-    """The pairs that join documents of a bucket to its representatives; `clusters` grow by them."""
-    found: list[tuple[int, int]] = []
+def _joined(bucket: list[int], candidates: _Candidates, clusters: _Clusters, settings: DuplicateSettings, should_stop: Stop) -> array:
+    """The pairs that join documents of a bucket to its representatives, one after the other; `clusters` grow by them."""
+    found = array("q")
     representatives: dict[int, np.ndarray | None] = {}  # sets are read when they are needed
-    for one in bucket:
+    for count, one in enumerate(bucket, 1):
+        if count % 64 == 0:
+            check(should_stop)
         root = clusters.find(one)
         if any(clusters.find(other) == root for other in representatives):
             continue
@@ -370,7 +376,7 @@ def _joined(bucket: list[int], candidates: _Candidates, clusters: _Clusters, set
                 grams = representatives[other] = candidates.set(other)
             if candidates.similarity(other, one, grams, settings.jaccard) >= settings.jaccard:
                 clusters.join(one, other)
-                found.append((one, other))
+                found.extend((one, other))
                 break
         else:
             if len(representatives) < REPRESENTATIVES:
@@ -378,36 +384,50 @@ def _joined(bucket: list[int], candidates: _Candidates, clusters: _Clusters, set
     return found
 
 
-def _near(candidates: _Candidates, pairs: np.ndarray, settings: DuplicateSettings, should_stop: Stop) -> np.ndarray:
+def _near(candidates: _Candidates, pairs: np.ndarray, done: Path, settings: DuplicateSettings, should_stop: Stop) -> np.ndarray:
     """A document, the one that stays for it, their similarity: (documents, 3) float64, ascending by the first.
 
     A chain of pairs can connect documents that have little in common. So the first of a cluster stays, those similar to it go, and the
-    first of the others stays, and so on, up to REPRESENTATIVES; what is left then stays too.
+    first of the others stays, and so on, up to REPRESENTATIVES; of what is left those go that are in a pair with one that stays.
     """
+    path = done / "near.npy"
+    if path.exists():
+        return np.load(path)
     clusters = _Clusters(len(candidates.documents))
     for one, other in pairs.tolist():
         clusters.join(one, other)
     members = np.unique(pairs)
     roots = np.array([clusters.find(one) for one in members.tolist()], np.uint64)
-    order = np.lexsort((candidates.ranks[members], roots)) if len(members) else members
+    order = np.lexsort((candidates.ranks[members], roots))
     members, roots = members[order], roots[order]
+    pairs = pairs[np.argsort(pairs[:, 0], kind="stable")]  # the second of each ranks before the first
+    removed = np.zeros(len(candidates.documents), bool)
     found = array("d")  # a double holds the number of any document
+
+    def remove_similar(first: int, others: list[int]) -> None:
+        grams = candidates.set(first)
+        for other in others:
+            if (similarity := candidates.similarity(first, other, grams, settings.jaccard)) >= settings.jaccard:
+                removed[other] = True
+                found.extend((candidates.documents[other], candidates.documents[first], similarity))
+
     for low, high in _runs(roots):
-        check(should_stop)
         rest = members[low:high].tolist()
         for _ in range(REPRESENTATIVES):
+            check(should_stop)
             if len(rest) < 2:
                 break
-            first, others, rest = rest[0], rest[1:], []
-            grams = candidates.set(first)
-            for other in others:
-                similarity = candidates.similarity(first, other, grams, settings.jaccard)
-                if similarity >= settings.jaccard:
-                    found.extend((candidates.documents[other], candidates.documents[first], similarity))
-                else:
-                    rest.append(other)
+            remove_similar(rest[0], rest[1:])
+            rest = [one for one in rest[1:] if not removed[one]]
+        for one in rest:
+            begin, end = np.searchsorted(pairs[:, 0], [one, one + 1])
+            for first in pairs[begin:end, 1].tolist():
+                if not removed[first]:
+                    remove_similar(first, [one])
+                    break
     near = np.array(found).reshape(-1, 3)
-    return near[np.argsort(near[:, 0])]
+    _save(path, near[np.argsort(near[:, 0])])
+    return np.load(path)
 
 
 def _decisions(corpus: _Corpus, exact: np.ndarray, near: np.ndarray) -> Iterator[Decision]:

@@ -236,6 +236,8 @@ def _functions(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 def minima(grams: np.ndarray, offsets: np.ndarray, settings: DuplicateSettings) -> np.ndarray:
     """Of each document that has n-grams the least value of each hash function: uint32, (bands * rows, documents)."""
+    # numpy, not a library: rensa 0.5 is faster (1 against 5 ms a megabyte of text), but its minima depend on each other in short documents
+    # (0.94 of pairs of 90 n-grams with J = 0.8 met, by the formula it is 0.924) and change from version to version; datasketch takes 48 ms.
     a, b = _functions(settings.bands * settings.rows, settings.seed)
     starts = offsets[:-1][np.diff(offsets) > 0]
     bits = (grams >> np.uint64(32)).astype(np.uint32)
