@@ -31,7 +31,7 @@ from sparing.data.sources import documents
 from sparing.evals.select import select
 
 HELD_OUT = 20
-PROMPTS, WRITTEN, ROUNDS = 4, 48, 3
+PROMPTS, WRITTEN, ROUNDS = 8, 48, 3
 """Beginnings of held-out documents that a slice and the whole go on with, tokens each, and how often."""
 
 
@@ -58,11 +58,12 @@ class Growing:
         (folder / "text").mkdir(parents=True, exist_ok=True)
         self._selected("books", (one.text for one in documents([f"{self.books}/val"])))
         for domain in self.domains:
-            self._split(domain)
+            self._split(domain)  # before any is grown, since each is told apart from the others' text
         rows = {"base": self._scores("base", self.base, ("books", *self.domains))}
         for domain in self.domains:
+            others = [str(folder / "text" / f"{other}.jsonl") for other in self.domains if other != domain]
             for arm, command in {
-                "grown": ("grow", self.base, "--domain", domain, "--keep", f"{self.books}/train"),
+                "grown": ("grow", self.base, "--domain", domain, "--keep", f"{self.books}/train", "--apart", *others),
                 "full": ("train", "--from", self.base),
             }.items():
                 name = f"{domain}-{arm}"

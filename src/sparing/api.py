@@ -222,6 +222,7 @@ def grow(
     budget: str,
     out: str,
     keep: Sequence[str] = (),
+    apart: Sequence[str] = (),
     wishes: dict | None = None,
     seed: int | None = None,
     started: float | None = None,
@@ -230,7 +231,8 @@ def grow(
     """Give a run experts for a new domain, inside a budget, and leave all else of it as it is to the last bit; into the new run `out`.
 
     run: dense, or a mixture with sigmoid scores and selection biases; it may have domains already. data: the domain's texts, as for
-    `train`. keep: text that the experts are to leave alone; none: what the run writes by itself. wishes, started: as for `train`.
+    `train`. keep: text that the experts are to leave alone; none: what the run writes by itself. apart: text of other
+    domains, from which routers learn to tell this one. wishes, started: as for `train`.
     -> what `sft` gives. Raises UserError; Interrupted on a signal (the run can be resumed); `adapt.grow.TurnedDown`, which leaves no run
     behind, where old text's loss would rise by more than 0.1 %, or the domain's would not fall.
     """
@@ -238,7 +240,8 @@ def grow(
     amount = parse_budget(budget)
     if not data:
         raise UserError("grow needs --data: the domain's texts")
-    arguments = {"data.paths": tuple(data), "train.seed": seed, "start.run": run, "growth.domain": domain, "growth.keep": tuple(keep)}
+    arguments = {"data.paths": tuple(data), "train.seed": seed, "start.run": run, "growth.domain": domain}
+    arguments |= {"growth.keep": tuple(keep), "growth.apart": tuple(apart)}
     wishes = Wishes.of(wishes, nested({name: value for name, value in arguments.items() if value is not None}))
     refuse(wishes, "grow", "growth")
     RunFolder.open(run)

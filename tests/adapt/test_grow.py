@@ -265,6 +265,38 @@ def test_without_named_text_the_old_is_what_the_model_writes(workplace, tmp_path
     assert summary["before"]["old"]["loss"] > 0 and (tmp_path / "run/state/old.jsonl").exists()
 
 
+def test_told_apart_another_domains_expert_stays_asleep(two, workplace, tmp_path):
+    """Two routers that were fitted against old text alone both claim a token of either domain."""
+    base, packs = two
+
+    def strays(paths: list[str], name: str) -> float:
+        """Share of the tokens of both domains, over layers, that wake the other one's expert where the two are joined."""
+        api.merge(str(base), str(tmp_path / name), packs=paths)
+        model, woken = load(str(tmp_path / name)), []
+        first = model.config.model.n_routed_experts - 2
+        for layer in grow.mixtures_of(model.network).values():
+            layer.gate.register_forward_hook(lambda _m, _i, routing: woken.append(routing.experts_NK))
+        counts = []
+        for number, domain in enumerate(("code", "sums")):
+            woken.clear()
+            text = (workplace / domain / "07.txt").read_text()[:400]
+            model.network(torch.tensor([model.tokenizer.encode_prompt(text)]))
+            counts.append(sum(float((experts == first + 1 - number).any(-1).float().mean()) for experts in woken) / len(woken))
+        return sum(counts) / 2
+
+    apart = []
+    for domain, other in (("code", "sums"), ("sums", "code")):
+        run = tmp_path / domain
+        growing(workplace, base.path, domain, run, apart=[str(workplace / other)])
+        assert read_config(run / "config.toml").growth.apart == (str(workplace / other),)
+        uses = [json.loads(line)["for"] for line in (run / "state/old.jsonl").read_text().splitlines()]
+        assert set(uses) == {*grow.USES, grow.APART}
+        apart.append(str(tmp_path / f"{domain}.pack"))
+        api.pack(str(run), domain, apart[-1])
+    before, after = strays(packs, "before"), strays(apart, "after")
+    assert before > 0.1 and after < 0.75 * before
+
+
 def test_refused_in_one_line(workplace, grown_run, tmp_path):
     _, base, run = grown_run
 
@@ -283,6 +315,7 @@ def test_refused_in_one_line(workplace, grown_run, tmp_path):
     assert "not to be chosen" in refused(api.grow, base, "x", **code, wishes={"growth": {"root_sha256": "0"}})
     assert "grow has no use for this section" in refused(api.grow, base, "x", **code, wishes={"adapter": {}})
     assert "no such" in refused(api.grow, base, "x", **code, keep=[str(tmp_path / "none.txt")])
+    assert "no such" in refused(api.grow, base, "x", **code, apart=[str(workplace / "old"), str(tmp_path / "none.txt")])
     assert "nearest: code" in refused(api.retire, run, "coda", out)
     assert "has no domains" in refused(api.slice, base, "code", out)
     assert "has no domains" in refused(api.pack, base, "code", out)

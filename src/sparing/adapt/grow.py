@@ -1,7 +1,7 @@
 """Growing: a domain gets an expert in each mixture, and nothing else of the model changes.
 
-Before the first step, each new router row is fitted by least squares to tell the domain's tokens from old text's, on the states that the
-router reads, and its selection bias is set so that no more than a share `growth.eps` of other old tokens wakes the expert, in each layer.
+Before the first step, each new router row is fitted by least squares to tell the domain's tokens from old text's, and from those of other
+domains where their text is named, on the states that the router reads, and its selection bias is set so that no more than a share `growth.eps` of other old tokens wakes the expert, in each layer.
 Then the experts alone learn, with that routing. At the end, where the loss of old text that was not looked at is more than WORSE above what
 it was, the bias becomes stricter; where that does not help, or the domain's own loss is no better, the growth is turned down.
 """
@@ -60,7 +60,7 @@ STEEP = 4.0
 RIDGES = (1e-3, 1e-2, 1e-1)
 """Ridges of the least squares, as shares of the mean square of a state; each layer takes the one with which most of the domain wakes."""
 OPTIM = {
-    "matrix": "adamw", "lr": 1e-3, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.0, "warmup": 0.03, "decay": 0.97,
+    "matrix": "adamw", "lr": 3e-3, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.0, "warmup": 0.03, "decay": 0.97,
     "final_lr": 0.0,
 }  # fmt: skip
 OPTIM_REASONS = {
@@ -76,6 +76,8 @@ OWN_TOKENS = 8192
 BYTES_PER_TOKEN = 4.0
 GUARD, USES = 4, ("routing", "guard")
 """Every fourth part of the old text is only read by the guard."""
+APART = "apart"
+"""The use of other domains' text."""
 NUDGE = 1e-6
 """A threshold is so far above the margin that it comes from: sums may round otherwise another time."""
 ROWS = 8
@@ -97,6 +99,7 @@ class DomainData(TrainingData):
     keeps_best: ClassVar[bool] = True
     old: list[str]
     guarded: list[str]
+    apart: list[str]
 
     def reserve_s(self, job: Job, config: Config) -> float:
         """What the map of what wakes what takes, and an evaluation or two more."""
@@ -160,9 +163,11 @@ def resolved(job: Job, wishes: Wishes, budget: Budget) -> Config:
 
     Raises UserError, before anything is written, for a run that cannot grow and for texts from which nothing can be learnt."""
     own = with_absolute_paths(wishes)
-    if keep := own.value("growth.keep"):
-        own = Wishes.of(own, {"growth": {"keep": tuple(map(absolute, keep))}})
-        find_files(own.value("growth.keep"))
+    for name in ("keep", "apart"):
+        if paths := own.value(f"growth.{name}"):
+            own = Wishes.of(own, {"growth": {name: tuple(map(absolute, paths))}})
+            for path in own.value(f"growth.{name}"):
+                find_files([path])
     wishes = _with_growth(own)
     try_out(job, wishes, budget)
     with job.meter.stage("scan"):
@@ -190,7 +195,7 @@ def _with_growth(own: Wishes) -> Wishes:
     for name in STAYS:
         if own.value(f"train.{name}", 0.0):
             raise UserError(f"train.{name}: routers and modules that draft stay as they are when a domain is grown; leave it out")
-    if stray := own.get("growth", {}).keys() - {"domain", "keep", "eps", "tokens", "width"}:
+    if stray := own.get("growth", {}).keys() - {"domain", "keep", "apart", "eps", "tokens", "width"}:
         raise UserError(f"growth.{min(stray)} is not to be chosen; growth.eps, growth.tokens and growth.width are")
     model = grown_model(grown.model, len(names) + 1, own.value("growth.width") or grown.width)
     if names and model != replace(grown.config.model, n_routed_experts=model.n_routed_experts):
@@ -225,12 +230,11 @@ def _derived(own: Wishes, tokens: float) -> tuple[dict, dict[str, str]]:
 def data(job: Job, config: Config) -> DomainData:
     """The domain's tokenised text, and old text."""
     found = text(job, config)
-    old, guarded = _old_text(job, config, found.tokenizer)
-    return DomainData(found.feed, found.tokenizer, found.held_out, old, guarded)
+    return DomainData(found.feed, found.tokenizer, found.held_out, *_other_text(job, config, found.tokenizer))
 
 
-def _old_text(job: Job, config: Config, tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
-    """(text to tell the domain from, text to guard) of what the model could already; kept in the run."""
+def _other_text(job: Job, config: Config, tokenizer: Tokenizer) -> tuple[list[str], list[str], list[str]]:
+    """(text to tell the domain from, text to guard) of what the model could already, and other domains' text; kept in the run."""
     file, growth = job.run.state / "old.jsonl", config.growth
     if not file.exists():
         if growth.keep:
@@ -243,10 +247,16 @@ def _old_text(job: Job, config: Config, tokenizer: Tokenizer) -> tuple[list[str]
         if len(parts) < len(USES):
             raise UserError(f"too little old text in {', '.join(growth.keep[:3])}" if growth.keep else f"{config.start.run} writes no text")
         lines = [{"text": part, "for": USES[number % GUARD == GUARD - 1]} for number, part in enumerate(parts)]
+        size = int(BYTES_PER_TOKEN * growth.tokens) // max(1, len(growth.apart))
+        for path in growth.apart:  # each has an equal share, however long it is
+            others = select((document.text for document in documents([path])), size)
+            if not others:
+                raise UserError(f"--apart {path}: there is no text in it")
+            lines += [{"text": part, "for": APART} for part in others]
         write_atomic(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     lines = read_lines(file)
-    first, last = ([line["text"] for line in lines if line["for"] == use] for use in USES)
-    return first, select(last, config.train.eval_bytes)
+    first, last, apart = ([line["text"] for line in lines if line["for"] == use] for use in (*USES, APART))
+    return first, select(last, config.train.eval_bytes), apart
 
 
 def _parts(texts: list[str], size: int) -> list[str]:
@@ -379,34 +389,40 @@ def threshold(old_N: Tensor, first_M: Tensor, eps: float) -> float:
     return max([least, *first_M.tolist()]) + NUDGE
 
 
-def fit(model: Transformer, number: int, new: list[Iterable[Window]], old: list[Iterable[Window]], eps: float, job: Job) -> dict[int, Fit]:
+def fit(
+    model: Transformer, number: int, new: list[list[Window]], old: list[list[Window]], apart: list[Window], eps: float, job: Job
+) -> dict[int, Fit]:
     """Router rows for expert `number` of each layer. new, old: windows of the domain and of old text, some to fit and others to set biases
-    by. Margins are of the new expert's score over the weakest choice without it."""
+    by. apart: windows of other domains, which have half of old text's weight, to fit only. Margins are of the new expert's score over the
+    weakest choice without it."""
     layers = mixtures_of(model)
     width = model.config.hidden_size
-    moments = {layer: torch.zeros(width, width) for layer in layers}
-    means = {kind: {layer: torch.zeros(width) for layer in layers} for kind in ("new", "old")}
-    counts = {"new": 0.0, "old": 0.0}
+    kinds = {"new": new[0], "old": old[0]} | ({APART: apart} if apart else {})
+    moments = {kind: {layer: torch.zeros(width, width) for layer in layers} for kind in kinds}
+    means = {kind: {layer: torch.zeros(width) for layer in layers} for kind in kinds}
+    counts = dict.fromkeys(kinds, 0.0)
 
     def sums(kind: str) -> Callable[[int, Tensor, Window], None]:
         def look(layer: int, x_ND: Tensor, window: Window) -> None:
             x, weights = x_ND.cpu(), window.counts.flatten().float()
-            if kind == "old":
+            if kind != "new":
                 weights += HEAVY * window.first.flatten()
-            moments[layer].addmm_(x.T, x * weights[:, None])
+            moments[kind][layer].addmm_(x.T, x * weights[:, None])
             means[kind][layer] += weights @ x
             counts[kind] += float(weights.sum()) if layer == next(iter(layers)) else 0.0
 
         return look
 
-    for kind, windows in (("new", new[0]), ("old", old[0])):
+    for kind, windows in kinds.items():
         _read(model, windows, sums(kind), job)
-    if not counts["new"] or not counts["old"]:
+    if not all(counts.values()):
         raise UserError("grow: there is too little text to tell the domain from what the model could before")
-    rows = {}
+    share, rows = counts["new"] / (counts["new"] + counts["old"]), {}
     for layer in layers:
-        mean = {kind: of[layer].double() / counts[kind] for kind, of in means.items()}
-        rows[layer] = rows_of(moments[layer].double() / sum(counts.values()), mean["new"], mean["old"]).float()
+        mean, moment = ({kind: of[layer].double() / counts[kind] for kind, of in found.items()} for found in (means, moments))
+        for of in (mean, moment):
+            of["old"] = (of["old"] + of.get(APART, of["old"])) / 2
+        rows[layer] = rows_of(share * moment["new"] + (1 - share) * moment["old"], mean["new"], mean["old"]).float()
     margins: dict[str, dict[int, list[Tensor]]] = {kind: {layer: [] for layer in layers} for kind in ("new", "old", "first")}
 
     def compare(kind: str) -> Callable[[int, Tensor, Window], None]:
@@ -451,13 +467,14 @@ def _route(job: Job, config: Config, model: Transformer, data: DomainData) -> No
     model.compute_dtype = getattr(torch, config.train.dtype)
     old = _mixed(windows_of(data.tokenizer, data.old, context), growth.tokens)
     new = list(_rows(data.feed, growth.tokens))
+    apart = _mixed(windows_of(data.tokenizer, data.apart, context), growth.tokens // 2)
     number = _number(config)
-    found = fit(model, number, [new[::2], new[1::2]], [old[::2], old[1::2]], growth.eps, job)
+    found = fit(model, number, [new[::2], new[1::2]], [old[::2], old[1::2]], apart, growth.eps, job)
     for layer, fitted in found.items():
         router: Router = mixtures_of(model)[layer].gate
         router.weight.data[number] = fitted.row_D
         router.e_score_correction_bias[number] = -fitted.thresholds[0]
-    took = (time.monotonic() - began) / max(1, sum(len(window.tokens) for window in (*old, *new)))
+    took = (time.monotonic() - began) / max(1, sum(len(window.tokens) for window in (*old, *new, *apart)))
     note = {"seconds_per_token": took, "thresholds": {str(layer): fitted.thresholds for layer, fitted in found.items()}}
     write_atomic(job.run.state / f"{FOUND}.json", json.dumps(note, indent=1))
     shares = [fitted.woken for fitted in found.values()]

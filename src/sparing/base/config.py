@@ -292,7 +292,7 @@ class GrowthConfig:
     """What the root's matrices are stored in there."""
     dense: bool = False
     """The root is dense: its feed-forwards are the shared experts, and routed expert 0 of each layer does nothing."""
-    eps: float = 1e-3
+    eps: float = 3e-3
     """Share of old text's tokens, in each layer, that may wake a domain's expert."""
     width: int | None = None
     """Of an expert beside a dense root; None: a quarter of the feed-forward's, or the next part that divides it."""
@@ -300,6 +300,8 @@ class GrowthConfig:
     """Of old text as of the domain's, from which the routers learn which is which."""
     keep: tuple[str, ...] = ()
     """Files of old text, which the experts are to leave alone; none: what the run writes by itself."""
+    apart: tuple[str, ...] = ()
+    """Files of other domains' text, from which the routers learn to tell this domain."""
 
 
 @dataclass(frozen=True)

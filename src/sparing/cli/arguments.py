@@ -61,7 +61,7 @@ def _type_of(field: dataclasses.Field) -> str:
 def recipe_options() -> dict[str, tuple[Any, Any, str]]:
     """The fields of a recipe that are options, by dotted name; budget, start and conversations have options of their own, and an imported
     model's tokens come with it, as a grown one's domains do."""
-    hidden = {f"growth.{name}" for name in ("domains", "domain", "root_sha256", "stored", "dense", "keep")}
+    hidden = {f"growth.{name}" for name in ("domains", "domain", "root_sha256", "stored", "dense", "keep", "apart")}
     hidden |= {f"reason.{name}" for name in ("task", "data", "cold", "student", "method")}
     shown = {name: row for name, row in options().items() if name not in hidden}
     return {name: row for name, row in shown.items() if name.partition(".")[0] not in ("budget", "start", "chats", "tokens")}

@@ -784,6 +784,8 @@ class Grow:
     """The run folder to make."""
     keep: list[str] = field(default_factory=list)
     """Text that the new experts are to leave alone, a few hundred kilobytes of it; default: what the run writes by itself."""
+    apart: list[str] = field(default_factory=list)
+    """Text of other domains that will stand beside this one, a hundred kilobytes of each, so that the right one's expert wakes."""
     seed: int | None = None
     samples: int = 3
     """Held-out beginnings to go on with at the end."""
@@ -793,7 +795,7 @@ class Grow:
     def __call__(self, call: Call) -> dict:
         call.need(RUN=self.run, domain=self.domain, data=self.data, budget=self.budget, out=self.out)
         options = _of_learning(self, call, {} if self.text_key is None else {"data.text_key": self.text_key})
-        return call.api.grow(self.run, self.domain, self.data, self.budget, self.out, self.keep, **options)
+        return call.api.grow(self.run, self.domain, self.data, self.budget, self.out, self.keep, self.apart, **options)
 
 
 @dataclass
