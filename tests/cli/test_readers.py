@@ -51,5 +51,5 @@ def test_train_on_a_web_archive_and_eval_on_a_dump(home, capsys):
     assert json.loads(said.out)["documents"] == {"in": 4, "out": 3, "rejected": 0, "quarantined": 1}
     assert "documents: 4 in, 3 out, 0 rejected, 1 quarantined" in said.err
 
-    assert main(["sft", str(run), "--data", str(home / "dump.xml.bz2"), "--budget", "1ktok", "--out", str(home / "chats")]) == 2
+    assert main(["sft", str(run), "--data", str(home / "dump.xml.bz2"), "--budget", "20ktok", "--out", str(home / "chats")]) == 2
     assert "rows are read from JSON lines, JSON and Parquet and not from .xml files" in capsys.readouterr().err
