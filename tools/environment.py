@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"  # on Linux, PyPI's torch carries CUDA; the CPU builds live here
 # Download sizes, dependencies included ("cuda": NVIDIA's libraries), measured with torch 2.13.0 for Python 3.11 on Linux x86-64.
-MB = {"cpu": 192, "cuda": 2731, "sparing": 101, "dev": 110, "gguf,serve": 7}
+MB = {"cpu": 192, "cuda": 2731, "sparing": 101, "dev": 185, "gguf,serve": 7}
 PROBE = "import torch; print(torch.__version__, torch.version.cuda, torch.__file__, sep='\\n')"
 
 

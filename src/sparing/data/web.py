@@ -81,9 +81,9 @@ def records(path: str, reject: Reject, tick: Tick) -> Iterator[Record]:
                 if last is not None and _goes_on(file, mark, _behind(file, mark, *last)):
                     raise OSError("it ends in the middle of a record")
                 return
-            except OSError as error:
-                if error.errno is not None:  # the disk's, not the archive's
-                    raise
+            except BaseException as error:  # FastWARC's own failures (PanicException) are no Exception
+                if type(error).__name__ != "PanicException" and not (isinstance(error, OSError) and error.errno is None):
+                    raise  # the disk's errors have a number
                 bad = start if last is None else last[0] if inside else _behind(file, mark, *last)
                 if sound:
                     reject(Rejected(path, bad, f"damaged or truncated WARC ({error})"))
@@ -231,12 +231,13 @@ def _page(raw: bytes, charset: str | None, extract: str, meta: dict[str, str]) -
     if extract == "trafilatura":
         import trafilatura
 
-        # As FineWeb's pages were read (arXiv 2406.17557, section 3.2): rather less text than menus in it.
-        text = trafilatura.extract(html, favor_precision=True, include_comments=False, deduplicate=True) or ""
+        # As FineWeb's pages were read (arXiv 2406.17557): rather less text than menus in it. But without `deduplicate`, which remembers
+        # other pages: what a page says must not depend on what was read before.
+        text = trafilatura.extract(html, favor_precision=True, include_comments=False) or ""
     else:
         from resiliparse.extract.html2text import extract_plain_text
 
-        # As DCLM's pages were read (arXiv 2406.11794, section 4.2): main content, without what stands for pictures.
+        # As DCLM's pages were read (arXiv 2406.11794): main content, without what stands for pictures.
         text = extract_plain_text(tree, main_content=True, preserve_formatting=True, alt_texts=False)
     if not text.strip():
         raise Unreadable("no text in the page")
