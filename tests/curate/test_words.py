@@ -41,6 +41,15 @@ def test_no_character_is_lost_and_no_word_is_empty(text):
         assert all(parts)
 
 
+@pytest.mark.parametrize("unit", ["=", "(a", ".", "a.", "-", "a-", "@a", "1.", "ab://", "'s", "é́"])
+def test_long_pieces(unit):
+    """They must not take the square of their length: a rule of = signs across a page is one piece."""
+    piece = unit * (100_000 // len(unit))
+    parts = split_piece(piece)
+    assert "".join(parts) == piece
+    assert parts == (piece,) or len(parts) > 1
+
+
 @pytest.mark.parametrize("text", SPLITS)
 def test_against_spacy(text):
     """Where spaCy is installed: the convention that the filters' thresholds were chosen with."""
@@ -67,8 +76,9 @@ def test_a_vocabulary_grows_and_does_not_keep_long_pieces():
     numbers = vocabulary.of(pieces)
     assert np.array_equal(numbers, vocabulary.of(pieces))
     assert len(set(numbers.tolist())) == 5000
-    vocabulary.of(["y" * 1000])
-    assert "y" * 1000 not in vocabulary
+    long = vocabulary.of(["y" * 1000])
+    assert "y" * 1000 not in vocabulary and "y" * 1000 not in vocabulary.numbers
+    assert vocabulary.of(["y" * 1000]) == long and vocabulary.lengths[long] == 1000
 
 
 def test_a_full_vocabulary_is_replaced_and_the_old_one_still_answers(monkeypatch):

@@ -1,9 +1,10 @@
 """Growing: a domain gets an expert in each mixture, and nothing else of the model changes.
 
 Before the first step, each new router row is fitted by least squares to tell the domain's tokens from old text's, and from those of other
-domains where their text is named, on the states that the router reads, and its selection bias is set so that no more than a share `growth.eps` of other old tokens wakes the expert, in each layer.
-Then the experts alone learn, with that routing. At the end, where the loss of old text that was not looked at is more than WORSE above what
-it was, the bias becomes stricter; where that does not help, or the domain's own loss is no better, the growth is turned down.
+domains where their text is named, on the states that the router reads. Its selection bias is set so that no more than a share `growth.eps`
+of other old tokens wakes the expert, in each layer. Then the experts alone learn, with that routing. At the end, where the loss of old text
+that was not looked at is more than WORSE above what it was, the bias becomes stricter; where that does not help, or the domain's own loss
+is no better, the growth is turned down.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from sparing.base.run import RunFolder, folder_lock
 from sparing.curate.card import write_card
 from sparing.curate.pipeline import curate, finish, vacant
 from sparing.curate.recipe import Recipe
+from sparing.data.accounts import in_words
 from sparing.data.files import find_files
 from sparing.data.progress import Stopped
 
@@ -45,6 +46,8 @@ def data(
         if recipe.duplicates is None:
             raise UserError(f"{rules}: duplicates are left in, and `data dedup` does nothing else")
         recipe = replace(recipe, rules=None)
+    if recipe.rules is not None:
+        recipe.rules.load()  # what a rule lacks is said before any text is read
     find_files(paths)
     folder = vacant(out)
     folder.mkdir(parents=True, exist_ok=True)
@@ -59,6 +62,5 @@ def data(
         summary["stages"] = [{"name": row.stage, "seconds": row.wall_s, "usd": row.usd, "kwh": row.kwh} for row in stages]
         write_card(folder / "card.html", Path(out).name, summary, fate, stages)
         finish(folder, summary)
-    counts = summary["documents"]
-    say("documents: " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))
+    say(in_words(summary["documents"]))
     return summary | {"out": out}

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,9 +32,10 @@ from sparing.curate.duplicates import find_duplicates, remove_lines, repeated_li
 from sparing.curate.parts import Stop, open_table, part_file, write_parts, write_table
 from sparing.curate.recipe import Recipe
 from sparing.curate.rules import Rules, judge
-from sparing.data.files import CURATED, SourceFile, find_files
+from sparing.data.accounts import balanced
+from sparing.data.files import CURATED, find_files
 from sparing.data.progress import Bars, check
-from sparing.data.sources import Reject, Rejected, Tally, Tick, documents
+from sparing.data.sources import Document, Rejected, Tally, documents
 from sparing.data.split import content_hash
 
 BATCH_DOCUMENTS, BATCH_BYTES = 1024, 4 << 20
@@ -50,11 +51,11 @@ EMPTIED = "repeated_lines: nothing else"
 SCHEMA = pa.schema([("text", pa.large_string()), ("source", pa.large_string()), ("line", pa.int64()), ("meta", pa.large_string())])
 
 
-def batches(files: Sequence[SourceFile], text_key: str, reject: Reject, tick: Tick) -> Iterator[pa.RecordBatch]:
-    """The documents of files as Arrow batches: text, source, line and meta (a JSON object as text)."""
+def batches(found: Iterable[Document]) -> Iterator[pa.RecordBatch]:
+    """Documents as Arrow batches: text, source, line and meta (a JSON object as text)."""
     rows: list[tuple[str, str, int, str]] = []
     size = 0
-    for document in documents(files, text_key, reject, tick):
+    for document in found:
         rows.append((document.text, document.source, document.line, json.dumps(dict(document.meta), ensure_ascii=False)))
         size += len(document.text)
         if len(rows) >= BATCH_DOCUMENTS or size >= BATCH_BYTES:
@@ -84,14 +85,13 @@ class Fate:
     samples: dict[str, list[tuple[int, str, str]]] = field(default_factory=dict)
     """By reason: (hash, where, the beginning)."""
 
-    total: int = 0
     read: int = 0
     """Bytes of all, as they were read."""
     edited: int = 0
 
     def add(self, row: Row) -> None:
         name, stays = _short(row.reason) or "out", not row.reason
-        self.total, self.read = self.total + 1, self.read + row.bytes
+        self.read += row.bytes
         self.edited += row.edited and stays
         self.documents[name] += 1
         self.bytes[name] += len(row.text.encode()) if stays else row.bytes
@@ -146,7 +146,7 @@ def curate(
             tally(rejected)
 
         files = find_files(paths)
-        total, done = max(1, sum(file.bytes for file in files)), 0
+        total, done, came_in = max(1, sum(file.bytes for file in files)), 0, 0
 
         def tick(size: int) -> None:
             nonlocal done
@@ -154,8 +154,14 @@ def curate(
             done += size
             bars("scan", done, total)
 
+        def read() -> Iterator[pa.RecordBatch]:
+            nonlocal came_in
+            for batch in batches(documents(files, text_key, reject, tick)):
+                came_in += batch.num_rows
+                yield batch
+
         write, name = partial(_write_judged, rules=recipe.rules), f"judged-{recipe.digest}"  # under other rules it is other work
-        digests = write_parts(write, name, lambda: batches(files, text_key, reject, tick), work, workers, should_stop)
+        digests = write_parts(write, name, read, work, workers, should_stop)
     judged = [part_file(work, name, number) for number in range(len(digests))]
     fate, settings, decisions = Fate(), recipe.duplicates, None
     repeated, read = None, partial(_kept, judged)
@@ -173,8 +179,8 @@ def curate(
             if keep_texts:
                 _write_row(row, lines)
     (work / QUARANTINE).replace(folder / QUARANTINE)
-    counts = {"in": fate.total + tally.total, "out": fate.documents["out"], "rejected": fate.rejected.total(), "quarantined": tally.total}
-    assert counts["in"] == counts["out"] + counts["rejected"] + counts["quarantined"], f"documents were lost: {counts}"
+    counts = {"in": came_in + tally.total, "out": fate.documents["out"], "rejected": fate.rejected.total(), "quarantined": tally.total}
+    balanced(counts)
     summary = {
         "documents": counts, "bytes": {"in": fate.read, "out": fate.bytes["out"]}, "edited": fate.edited,
         "rejected": dict(fate.rejected.most_common()), "quarantined": dict(tally.reasons.most_common()),

@@ -107,6 +107,9 @@ def _contractions() -> dict[str, tuple[str, ...]]:
 
 
 CONTRACTIONS = _contractions()
+LONGEST_WHOLE = max(map(len, CONTRACTIONS))
+LONGEST_SUFFIX = 16
+"""Characters; none of what is cut from an end is as long, except an ellipsis."""
 
 
 def _class(test) -> str:
@@ -153,28 +156,31 @@ def split_piece(piece: str) -> tuple[str, ...]:
     prefix, suffix, infix, address = _patterns()
     before: list[str] = []
     after: list[str] = []
-    rest = piece
-    while rest and rest not in CONTRACTIONS:
-        start = match.end() if (match := prefix.match(rest)) else 0
-        if start and rest[start:] in CONTRACTIONS:
-            before.append(rest[:start])
-            rest = rest[start:]
+    first, last = 0, len(piece)  # what is not cut off yet; no copies of it, because there are pieces of megabytes
+    while first < last and not _is_whole(piece, first, last):
+        start = match.end() if (match := prefix.match(piece, first, last)) else first
+        if start > first and _is_whole(piece, start, last):
+            before.append(piece[first:start])
+            first = start
             break
-        end = match.start() + start if (match := suffix.search(rest[start:])) else len(rest)
-        if end < len(rest) and rest[:end] in CONTRACTIONS:
-            after.append(rest[end:])
-            rest = rest[:end]
+        end = match.start() if (match := suffix.search(piece, max(start, last - LONGEST_SUFFIX), last)) else last
+        if end == last - LONGEST_SUFFIX:  # an ellipsis may be longer
+            end = start + len(piece[start:last].rstrip("."))
+        if end < last and _is_whole(piece, first, end):
+            after.append(piece[end:last])
+            last = end
             break
-        if not start and end == len(rest):
+        if start == first and end == last:
             break
-        if start:
-            before.append(rest[:start])
-        if end < len(rest):
-            after.append(rest[end:])
-        rest = rest[start:end]
+        if start > first:
+            before.append(piece[first:start])
+        if end < last:
+            after.append(piece[end:last])
+        first, last = start, end
+    rest = piece[first:last]
     if not rest:
         middle: list[str] = []
-    elif rest in CONTRACTIONS or ("." in rest and address.match(rest)):
+    elif _is_whole(piece, first, last) or ("." in rest and address.match(rest)):
         middle = [rest]
     else:
         middle, at = [], 0
@@ -185,6 +191,10 @@ def split_piece(piece: str) -> tuple[str, ...]:
             at = match.end()
         middle += [rest[at:]] * (at < len(rest))
     return tuple(_whole([*before, *middle, *reversed(after)]))
+
+
+def _is_whole(piece: str, first: int, last: int) -> bool:
+    return last - first <= LONGEST_WHOLE and piece[first:last] in CONTRACTIONS
 
 
 def _whole(parts: list[str]) -> Iterable[str]:
@@ -217,8 +227,7 @@ class Vocabulary(dict):
     """
 
     def __init__(self):
-        self.numbers: dict[str, int] = {}
-        self._flags: dict[str, str] = {}
+        self.numbers: dict[str | int, int] = {}
         self._grow(1 << 12)
 
     def _grow(self, size: int) -> None:
@@ -236,8 +245,9 @@ class Vocabulary(dict):
 
     def number(self, word: str) -> int:
         """The word's number; a new one where it has none."""
-        if (number := self.numbers.get(word)) is None:
-            self.numbers[word] = number = len(self.numbers)
+        key = word if len(word) <= LONG_PIECE else stable_hash(word)
+        if (number := self.numbers.get(key)) is None:
+            self.numbers[key] = number = len(self.numbers)
             if number == self.hashes.size:
                 self._grow(2 * number)
             self.hashes[number] = stable_hash(word)
