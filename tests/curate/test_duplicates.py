@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 
 from sparing.base.config import UserError
-from sparing.curate import duplicates, minhash
+from sparing.curate import duplicates, minhash, parts
 from sparing.curate.duplicates import find_duplicates, remove_lines, repeated_lines
 from sparing.curate.minhash import DuplicateSettings, band_keys, minima, signatures
 from sparing.data.progress import Stopped
@@ -80,8 +80,8 @@ def contents(folder) -> dict:
 
 @pytest.fixture
 def small_parts(monkeypatch):
-    monkeypatch.setattr(duplicates, "PART_DOCUMENTS", 17)
-    monkeypatch.setattr(duplicates, "PART_BYTES", 20_000)
+    monkeypatch.setattr(parts, "PART_DOCUMENTS", 17)
+    monkeypatch.setattr(parts, "PART_BYTES", 20_000)
 
 
 # what is found
@@ -248,10 +248,10 @@ KILLED = """
 import json, os, signal, sys, time
 from pathlib import Path
 import pyarrow as pa
-from sparing.curate import duplicates
+from sparing.curate import parts
 from sparing.curate.duplicates import find_duplicates
 
-duplicates.PART_BYTES = 50_000
+parts.PART_BYTES = 50_000
 
 def read():
     for number, line in enumerate(open(sys.argv[1], encoding="utf-8")):
@@ -270,7 +270,7 @@ if __name__ == "__main__":
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="reads the list of child processes in /proc")
 def test_killed_with_workers_it_goes_on_and_the_workers_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(duplicates, "PART_BYTES", 50_000)
+    monkeypatch.setattr(parts, "PART_BYTES", 50_000)
     words = text_of(random.Random(7), 2000)
     texts = [" ".join(words[start : start + 200]) for start in range(0, 1800, 6)]  # 0.4 MB, 8 parts
     (tmp_path / "texts").write_text("".join(json.dumps(text) + "\n" for text in texts), encoding="utf-8")
@@ -290,7 +290,7 @@ def test_killed_with_workers_it_goes_on_and_the_workers_end(tmp_path, monkeypatc
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path, monkeypatch):
-    monkeypatch.setattr(duplicates, "PART_BYTES", 70_000)
+    monkeypatch.setattr(parts, "PART_BYTES", 70_000)
     monkeypatch.setattr(duplicates, "RECORD_BYTES", 1 << 14)  # at one megabyte, a range of keys for each 64 documents
     rng = random.Random(8)
     vocabulary = text_of(rng, 3000)

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from sparing.data.workers import _python_path
+from sparing.data.pipes import python_path
 
 LIMIT_MB = 1500
 
@@ -49,7 +49,7 @@ assert prepare(DataConfig(paths=(corpus,), max_tokens=max_tokens, workers=2), 40
 
 def peak_mb(corpus: Path, root: Path, max_tokens: int) -> int:
     """The largest sum of resident memory, MB, of a process that prepares `corpus` under a limit on address space, and its workers."""
-    environment = dict(os.environ, PYTHONPATH=_python_path(), OPENBLAS_NUM_THREADS="1")
+    environment = dict(os.environ, PYTHONPATH=python_path(), OPENBLAS_NUM_THREADS="1")
     command = [sys.executable, "-c", PREPARE, str(corpus), str(root), str(max_tokens), str(LIMIT_MB)]
     process = psutil.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     peak, most = 0, 0

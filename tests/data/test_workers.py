@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from sparing.data import workers
+from sparing.data.pipes import python_path
 from sparing.data.progress import Stopped
 from sparing.data.workers import encode_chunks
 
@@ -88,9 +89,7 @@ workers.subprocess.Popen = start
 for _ in workers.encode_chunks(Tokenizer.load({str(tmp_path)!r}), ((n, ["some text " * 1000]) for n in range(10**9)), 2):
     pass
 """
-    parent = subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, env=dict(os.environ, PYTHONPATH=workers._python_path())
-    )
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env=dict(os.environ, PYTHONPATH=python_path()))
     pids = [int(parent.stdout.readline()) for _ in range(2)]
     time.sleep(0.5)
     assert all(map(alive, pids))

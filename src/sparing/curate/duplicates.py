@@ -47,7 +47,6 @@ LAST = np.uint64(2**64 - 1)
 """The key of what has none."""
 
 
-
 class Decision(NamedTuple):
     """Whether a document stays."""
 
