@@ -187,7 +187,7 @@ def _pieces(path: str) -> Iterator[tuple[str, str]]:
             found = ((all_text(row.value), row.source, row.line) for row in rows([file]))
         else:
             found = documents([file])
-        for text, source, line in found:
+        for text, source, line, *_ in found:
             at = 0
             while at < len(text):
                 end = at + int(200 * 30 ** dice.random())

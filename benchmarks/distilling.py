@@ -41,6 +41,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--budget", default="5m", help="of a student and of asking its teacher; of the module")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--weights", default="int8", help="drafts: number format of the weights")
+    parser.add_argument("--prompts", type=int, default=40, help="drafts: beginnings of each text")
     options = parser.parse_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)
     {"students": students, "drafts": drafts}[options.figure](options)
@@ -120,8 +121,9 @@ def drafts(options: argparse.Namespace) -> None:
     for path in options.val:
         for temperature in (0, 0.8):
             words = ["--run", options.out / "runs/module", "--data", path, "--weights", options.weights, "--temperature", temperature]
+            words += ["--prompts", options.prompts]
             arm = f"{Path(path).stem}-{options.weights}-{temperature}"
-            rows = stored(options, arm, lambda words=words: sparing("bench", "infer", "drafts", *words, "--prompts", 40))["rows"]
+            rows = stored(options, arm, lambda words=words: sparing("bench", "infer", "drafts", *words))["rows"]
             speed, accepted = rows[0], rows[1]
             print(f"{arm}: {speed['ours'] / speed['peer']:.3f} times as fast, {accepted['ours']:.1%} of drafts accepted")
 
