@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -51,6 +52,10 @@ class Reasoning:
     """A run of a mixture: trained with and without replayed routes."""
     max_tokens: int = 64
     """Of an answer, in training and in scoring."""
+    method: str = "lora"
+    """Of learning, by rewards as by right answers: lora or full."""
+    options: str = ""
+    """More of them for `grpo`, such as "--grpo.problems 16 --optim.lr 3e-4"."""
 
     def __call__(self) -> dict:
         """The figure's numbers, also in OUT/result.json."""
@@ -65,7 +70,7 @@ class Reasoning:
         for seed in range(self.seeds):
             run = self._trained(f"grpo-{seed}", "grpo", base, *self._options, "--seed", str(seed))
             rows.append(self._scored(f"grpo, seed {seed}", run) | self._of(run))
-        run = self._trained("sft", "sft", base, "--data", str(answers))
+        run = self._trained("sft", "sft", base, "--data", str(answers), "--method", self.method)
         rows.append(self._scored("sft on right answers", run))
         if self.mixture is not None:
             rows.append(self._scored("mixture", self.mixture))
@@ -78,7 +83,7 @@ class Reasoning:
 
     @property
     def _options(self) -> list[str]:
-        return ["--task", self.task, "--grpo.max-tokens", str(self.max_tokens)]
+        return ["--task", self.task, "--grpo.max-tokens", str(self.max_tokens), "--method", self.method, *shlex.split(self.options)]
 
     def _answers(self) -> list[dict]:
         """The task's problems with their answers, as conversations."""
