@@ -10,7 +10,7 @@ answers at the length of the answers, and no score depends on a document's lengt
               not the sum, because pieces are not equally long, and the highest weights stay, where DSIR draws by them.
     random    by a hash of the text: the order to be beaten.
 
-The pool is read once, into parts; scored part by part; and written by a threshold. Memory: 40 bytes a document, and two samples of
+The pool is read once, into parts; scored part by part; and written by a threshold. Memory: 50 bytes a document, and two samples of
 SAMPLE_BYTES.
 """
 
@@ -313,7 +313,7 @@ def _limit(chosen: Selection, sizes: np.ndarray) -> float:
 
 
 def _judged(parts: list[Path], scores: np.ndarray, kept: np.ndarray) -> Iterator[Row]:
-    for row, value, stays in zip(rows(parts), scores.tolist(), kept.tolist(), strict=True):
-        row.attributes = {"select": {"score": round(value, 6)}}
+    for row, value, stays in zip(rows(parts), scores, kept, strict=True):
+        row.attributes = {"select": {"score": round(float(value), 6)}}
         row.reason = "" if stays else REASON
         yield row
