@@ -7,7 +7,8 @@ import signal
 import subprocess
 import sys
 import time
-from itertools import pairwise
+from itertools import islice, pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from sparing.curate import entry, pipeline, select
 from sparing.curate.select import Selection, best, cut, draw, parse_amount, told_apart
 from sparing.data.tokenizer import Tokenizer, train_tokenizer
 
+REAL = Path(__file__).parents[3] / "shared" / "data"
 KINDS = {"tides": words(300), "looms": words(300, 200)}
 """Two kinds of text that share a third of their words."""
 
@@ -237,3 +239,20 @@ def test_a_draw_is_bounded_and_keeps_texts_together():
     some = draw(long, 50_000)
     assert 50_000 <= sum(map(len, some)) < 50_000 + select.PIECE_BYTES and set(some) < set(everything)
     assert len({next(number for number, text in enumerate(long) if piece in text) for piece in some}) > 6
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize("by", ["quality", "overlap"])
+def test_medicine_out_of_a_book(by):
+    """60 kB of answers as the sample, as much again in ten times as much of books."""
+    medquad, books = REAL / "medicine" / "medquad.jsonl", REAL / "books" / "val"
+    if not (medquad.exists() and books.is_dir()):
+        pytest.skip(f"no {medquad} and {books}")
+    with open(medquad, encoding="utf-8") as file:
+        answers = [json.loads(line)["answer"] for line in islice(file, 0, 8000, 100)]
+    pages = [page for path in sorted(books.iterdir()) for page in cut(path.read_text()[20_000:80_000])]
+    pool = [*answers[40:], *pages]
+    scorer, told = select.fit(by, draw(answers[:40], 1 << 20), draw(pool, 1 << 20))
+    assert told > 0.85
+    values = [select.score(scorer, text) for text in pool]
+    assert told_apart(values[:40], values[40:]) > 0.97
