@@ -188,7 +188,10 @@ def test_refused_in_one_line(pool, sample, tmp_path, capsys):
         ("select", pool, "--for", sample, "--budget", "20m"): "write one of 2Mtok, 20MB, 10%",
         ("select", pool, "--for", sample, "--budget", "0%"): "must be more than 0 %",
         ("select", pool, "--for", sample, "--budget", "$5"): "write one of 2Mtok, 20MB, 10%",
-        ("select", pool, "--for", sample, "--budget", "10%", "--by", "hope"): "choose quality, overlap, random",
+        ("select", pool, "--for", sample, "--budget", "10%", "--by", "hope"): "choose quality, overlap, loss, random",
+        ("select", pool, "--budget", "10%", "--by", "loss", "--model", "x"): "--by loss needs --reference RUN",
+        ("select", pool, "--for", sample, "--budget", "10%", "--model", "x"): "--model goes with --by loss",
+        ("select", pool, "--budget", "10%", "--by", "loss", "--model", "x", "--reference", "x"): "x",
         ("select", pool, "--for", str(tmp_path / "none"), "--budget", "10%"): "no such file or folder",
         ("select", pool, "--for", sample, "--budget", "10%", "--tokenizer", "x"): "is not in tokens",
         ("select", pool, "--for", sample, "--budget", "1ktok", "--tokenizer", str(tmp_path / "x")): "does not exist",
@@ -239,6 +242,25 @@ def test_a_draw_is_bounded_and_keeps_texts_together():
     some = draw(long, 50_000)
     assert 50_000 <= sum(map(len, some)) < 50_000 + select.PIECE_BYTES and set(some) < set(everything)
     assert len({next(number for number, text in enumerate(long) if piece in text) for piece in some}) > 6
+
+
+SMALL = {
+    "model": {"hidden_size": 32, "num_layers": 1, "num_heads": 1, "num_dense_layers": 1, "vocab_size": 300},
+    "train": {"seq_len": 64, "batch_size": 8, "threads": 1, "replicas": 1, "compile": False, "micro_batch_size": 8},
+}
+
+
+def test_loss_takes_what_the_reference_knows(pool, whole, tmp_path, monkeypatch):
+    """The model has learnt one kind and the reference the other, which is what the model lacks."""
+    from sparing import api
+
+    monkeypatch.setenv("SPARING_HOME", str(tmp_path / "home"))
+    for kind in KINDS:
+        data = write(tmp_path / f"{kind}.jsonl", [{"text": text_of(kind, number)} for number in range(200, 300)])
+        api.train([data], "60ktok", str(tmp_path / kind), SMALL, seed=1)
+    command = ["data", "select", pool, "--by", "loss", "--model", str(tmp_path / "looms"), "--reference", str(tmp_path / "tides")]
+    assert main([*command, "--budget", f"{whole['tides'] // 2}B", "--out", str(tmp_path / "out")]) == 0
+    assert len(ids(tmp_path / "out")) > 3 and all(name.startswith("tides") for name in ids(tmp_path / "out"))
 
 
 @pytest.mark.real_data

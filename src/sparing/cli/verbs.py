@@ -759,7 +759,11 @@ class Data:
     budget: str | None = None
     """select: how much to keep: 2Mtok, 20MB, or 10% of the pool."""
     by: str | None = None
-    """select: quality (default: a model that tells the sample from the pool), overlap (of words and pairs of words), random."""
+    """select: quality (default: a model that tells the sample from the pool), overlap (of words and pairs of words), loss, random."""
+    model: str | None = None
+    """select --by loss: a run; what it finds hardest beside --reference stays, and --for is not needed."""
+    reference: str | None = None
+    """select --by loss: a run, or imported model, that is good at what you care about."""
     tokenizer: str | None = None
     """select: a run, or its tokenizer.json, to count tokens with; default: 4 bytes are a token."""
     json: bool = False
@@ -771,9 +775,10 @@ class Data:
         from sparing.curate.select import Selection
 
         selection, asked = None, {"for": self.for_, "budget": self.budget, "by": self.by, "tokenizer": self.tokenizer}
+        asked |= {"model": self.model, "reference": self.reference}
         if self.way == "select":
             call.need(budget=self.budget)
-            selection = Selection(self.budget, tuple(self.for_), self.by or "quality", self.tokenizer)
+            selection = Selection(self.budget, tuple(self.for_), self.by or "quality", self.tokenizer, self.model, self.reference)
         elif given := [name for name, value in asked.items() if value]:
             raise UserError(f"--{given[0]} goes with `data select`, not with `data {self.way}`")
         return data(self.way, self.paths, self.out, self.rules, self.text_key, self.workers, call.started, selection)

@@ -8,6 +8,8 @@ answers at the length of the answers, and no score depends on a document's lengt
     overlap   which of its words and pairs of words the sample has more often than the pool: mean logarithm of the ratio of their
               frequencies, the importance weight of DSIR (Xie et al. 2023, arXiv 2302.03169, section 4). Two things differ: the mean and
               not the sum, because pieces are not equally long, and the highest weights stay, where DSIR draws by them.
+    loss      bits per byte under a model, minus those under a reference that is good at what is wanted: what the model has still to learn
+              and the reference shows to be learnable (RHO-LOSS, Mindermann et al. 2022, arXiv 2206.07137).
     random    by a hash of the text: the order to be beaten.
 
 The pool is read once, into parts; scored part by part; and written by a threshold. Memory: 50 bytes a document, and two samples of
@@ -24,7 +26,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -45,7 +47,10 @@ from sparing.data.split import content_hash, mix
 from sparing.data.tokenizer import Tokenizer
 from sparing.resolve import BYTES_PER_TOKEN
 
-BY = ("quality", "overlap", "random")
+if TYPE_CHECKING:
+    from sparing.infer.generate import Model
+
+BY = ("quality", "overlap", "loss", "random")
 PIECE_BYTES = 2048
 SAMPLE_BYTES = 4 << 20
 """Of the sample, and of the pool, a scorer learns from no more than this; of more, from pieces drawn by their hashes."""
@@ -73,23 +78,34 @@ class Selection:
     budget: str
     """Tokens, bytes, or a share of the pool's bytes."""
     sample: tuple[str, ...] = ()
-    """Files of text that the user cares about; `random` needs none."""
+    """Files of text that the user cares about; for `quality` and `overlap`."""
     by: str = "quality"
     tokenizer: str | None = None
     """A run, or its tokenizer.json, to count tokens with."""
+    model: str | None = None
+    """For `loss`: a run."""
+    reference: str | None = None
+    """For `loss`: a run, or imported model, that is good at what is wanted."""
 
     def __post_init__(self):
         if self.by not in BY:
             raise UserError(f"--by {self.by}: not known; choose {', '.join(BY)}")
-        if self.by != "random" and not self.sample:
+        if self.by in FITS and not self.sample:
             raise UserError(f"--by {self.by} needs --for SAMPLE: some text of the kind that is wanted")
+        for name in ("model", "reference"):
+            if (getattr(self, name) is None) == (self.by == "loss"):
+                raise UserError(f"--by loss needs --{name} RUN" if self.by == "loss" else f"--{name} goes with --by loss")
         _, unit = parse_amount(self.budget)
         if self.tokenizer is not None and unit != "tok":
             raise UserError(f"--tokenizer counts tokens, and --budget {self.budget} is not in tokens: write one as 2Mtok")
 
     def load(self) -> None:
         """Say what is missing before any text is read. Raises UserError."""
-        find_files(self.sample) if self.by != "random" else None
+        if self.by in FITS:
+            find_files(self.sample)
+        if self.by == "loss":
+            for run in (self.model, self.reference):
+                _run(run)
         if self.tokenizer is not None:
             _tokenizer(self.tokenizer)
 
@@ -134,9 +150,11 @@ def select(
         raise UserError(f"no text to select from in {', '.join(paths)}" + (f": {tally}" if tally.total else ""))
     with meter.stage("score"):
         scorer, told = None, None
-        if chosen.by != "random":
+        if chosen.by in FITS:
             sample = _sample(chosen, text_key, should_stop)
             scorer, told = fit(chosen.by, sample, draw(_texts(parts, should_stop), SAMPLE_BYTES))
+        elif chosen.by == "loss":
+            scorer, workers = ExcessLoss.of(chosen.model, chosen.reference), 1  # its products take all cores
         scores, sizes = _scores(parts, work, scorer, chosen.tokenizer, workers, should_stop)
     limit = _limit(chosen, sizes)
     kept = best(scores, sizes, limit)
@@ -188,6 +206,40 @@ class Overlap:
 
 
 FITS = {"quality": train, "overlap": Overlap.of}
+"""By way, what learns a scorer from texts of the sample and of the pool."""
+
+
+@dataclass(frozen=True)
+class ExcessLoss:
+    """Bits per byte under a run minus those under another."""
+
+    runs: tuple[str, str]
+    weights: tuple[str, str]
+    """Their SHA-256: under other weights scores are others."""
+
+    @classmethod
+    def of(cls, model: str, reference: str) -> ExcessLoss:
+        """Raises UserError for what is no run."""
+        runs = (model, reference)
+        from sparing.base.run import weights_sha256
+
+        return cls(runs, tuple(weights_sha256(_run(run).run) for run in runs))
+
+    def score(self, document: Document) -> float:
+        from sparing.evals.bpb import bpb
+
+        found = []
+        for run in map(_run, self.runs):
+            t = run.config.train
+            found.append(bpb(run.network.nll, run.tokenizer, [document.text], t.eval_context or t.seq_len)["bpb"])
+        return found[0] - found[1]
+
+
+@cache
+def _run(path: str) -> Model:
+    from sparing.infer.generate import load  # here, because torch takes seconds to load
+
+    return load(path)
 
 
 def fit(by: str, good: list[str], bad: list[str]) -> tuple[Scorer, float | None]:
