@@ -12,6 +12,8 @@ Students of one shape and one tokenizer learn from what `sparing data select` ta
     random-half    half as many
     overlap        half as many, by n-gram overlap
     quality        half as many, by the quality model
+    loss           half as many, by excess loss: under the student random-half minus under one that went on from it with the sample for
+                   --passes passes. What both cost to train counts as selecting.
 
 and each is scored in bits per byte of the medicine that nothing has read. What is in FOLDER already is not done again.
 """
@@ -33,7 +35,7 @@ from sparing.data.sources import documents
 
 MEDICINE = 0.1
 """Of the pool's bytes."""
-HALVES = ("random-half", "overlap", "quality")
+HALVES = ("random-half", "overlap", "quality", "loss")
 SHAPE = STUDENT | {"vocab_size": 4096}
 
 
@@ -45,6 +47,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--pool", type=float, default=100, help="megabytes")
     parser.add_argument("--sample", type=float, default=0.3, help="megabytes of medicine that say what is wanted")
     parser.add_argument("--scored", type=float, default=1, help="megabytes of medicine that are scored")
+    parser.add_argument("--passes", type=float, default=4, help="loss: over the sample")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(argv)
@@ -122,15 +125,22 @@ def selection(options: argparse.Namespace, arm: str, budget: str, words: list) -
     """What `sparing data select` says, and `medicine`: its share of the bytes."""
     out = options.out / "selected" / arm
     pool = [options.out / f"pool-{name}.jsonl" for name in ("books", "code", "medicine")]
-    sample = ["--for", options.out / "sample.jsonl"]
-    by = arm.removesuffix("-half")
+    sample = options.out / "sample.jsonl"
+    how, before = ["--by", arm.removesuffix("-half"), "--for", sample], 0.0
+    if arm == "loss":
+        model, reference = options.out / "runs/random-half-0", options.out / "runs/reference"
+        tokens = round(options.passes * sample.stat().st_size / ESTIMATED)
+        learnt = made_by(options, "reference", "train", "--from", model, "--data", sample, "--budget", f"{tokens}tok")
+        before = learnt["seconds"] + json.loads((options.out / "random-half-0.json").read_text())["seconds"]
+        how = ["--by", "loss", "--model", model, "--reference", reference]
 
     def run() -> dict:
         if not (out / "curated.json").exists():
-            sparing("data", "select", *pool, *sample, "--by", by, "--budget", budget, *words, "--out", out)
+            sparing("data", "select", *pool, *how, "--budget", budget, *words, "--out", out)
         summary = json.loads((out / "curated.json").read_text())
         medicine = sum(len(found.text.encode()) for found in documents([str(out)]) if "pool-medicine" in found.meta["source"])
-        return summary | {"out": str(out), "medicine": medicine / summary["bytes"]["out"]}
+        seconds = summary["seconds"] + before
+        return summary | {"out": str(out), "medicine": medicine / summary["bytes"]["out"], "seconds": seconds}
 
     return stored(options, f"selected-{arm}", run)
 

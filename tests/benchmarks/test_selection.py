@@ -33,12 +33,14 @@ def test_the_table(tmp_path, capsys):
     for arm in ("random", *HALVES):
         half = arm != "random"
         learnt = {"tokens": 4_000_000 if half else 8_000_000, "seconds": 100.0 if half else 200.0}
-        chosen = {"out": "nowhere", "seconds": 10.0, "told_apart": 0.93 if arm in HALVES[1:] else None, "medicine": 0.1}
+        chosen = {"out": "nowhere", "seconds": 10.0, "told_apart": 0.93 if arm in ("overlap", "quality") else None, "medicine": 0.1}
         (tmp_path / f"selected-{arm}.json").write_text(json.dumps(chosen))
         (tmp_path / f"{arm}-0.json").write_text(json.dumps(learnt))
+        (tmp_path / "sample.jsonl").write_text("")
+        (tmp_path / "reference.json").write_text(json.dumps({"seconds": 5.0}))
         (tmp_path / f"{arm}-0-scored.json").write_text(json.dumps({"bpb": 1.9 if arm == "quality" else 2.0}))
     main(["--books", "nowhere", "--medicine", "nowhere", "--out", str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 4 and "2.0000 bpb (+0.00%)  8.00 M tokens (100%)" in lines[0]
+    assert len(lines) == 5 and "2.0000 bpb (+0.00%)  8.00 M tokens (100%)" in lines[0]
     assert "quality  1.9000 bpb (-5.00%)  4.00 M tokens (50%)  100 s and 10 s of selecting (52%)" in lines[3]
     assert "medicine 10.0%, told apart 0.930" in lines[3]
