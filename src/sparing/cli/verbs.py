@@ -740,10 +740,10 @@ class Bench:
 @dataclass
 class Data:
     """Look at a corpus, or make a better one: `curate` judges documents by rules and takes duplicates out, `dedup` takes duplicates out,
-    `stats` says what `curate` would do. Interrupted, the same command goes on."""
+    `stats` says what `curate` would do, `select` keeps the documents that are most like a sample. Interrupted, the same command goes on."""
 
     way: tyro.conf.Positional[str | None] = None
-    """stats, curate or dedup"""
+    """stats, curate, dedup or select"""
     paths: tyro.conf.Positional[list[str]] = field(default_factory=list)
     """Files, folders and globs, as for `train --data`."""
     out: str | None = None
@@ -754,14 +754,34 @@ class Data:
     """JSONL and Parquet: the field that holds the text."""
     workers: int | None = None
     """Processes; default: one a core."""
+    for_: Annotated[list[str], tyro.conf.arg(name="for")] = field(default_factory=list)
+    """select: a sample of what you care about, some hundred kilobytes of text; read as PATH is."""
+    budget: str | None = None
+    """select: how much to keep: 2Mtok, 20MB, or 10% of the pool."""
+    by: str | None = None
+    """select: quality (default: a model that tells the sample from the pool), overlap (of words and pairs of words), loss, random."""
+    model: str | None = None
+    """select --by loss: a run; what it finds hardest beside --reference stays, and --for is not needed."""
+    reference: str | None = None
+    """select --by loss: a run, or imported model, that is good at what you care about."""
+    tokenizer: str | None = None
+    """select: a run, or its tokenizer.json, to count tokens with; default: 4 bytes are a token."""
     json: bool = False
     """Print one JSON object on standard output, and nothing else there."""
 
     def __call__(self, call: Call) -> dict:
         call.need(WAY=self.way, PATH=self.paths, out=self.out)
         from sparing.curate.entry import data
+        from sparing.curate.select import Selection
 
-        return data(self.way, self.paths, self.out, self.rules, self.text_key, self.workers, call.started)
+        selection, asked = None, {"for": self.for_, "budget": self.budget, "by": self.by, "tokenizer": self.tokenizer}
+        asked |= {"model": self.model, "reference": self.reference}
+        if self.way == "select":
+            call.need(budget=self.budget)
+            selection = Selection(self.budget, tuple(self.for_), self.by or "quality", self.tokenizer, self.model, self.reference)
+        elif given := [name for name, value in asked.items() if value]:
+            raise UserError(f"--{given[0]} goes with `data select`, not with `data {self.way}`")
+        return data(self.way, self.paths, self.out, self.rules, self.text_key, self.workers, call.started, selection)
 
 
 @dataclass

@@ -15,11 +15,12 @@ from sparing.base.run import RunFolder, folder_lock
 from sparing.curate.card import write_card
 from sparing.curate.pipeline import curate, finish, vacant
 from sparing.curate.recipe import Recipe
+from sparing.curate.select import Selection, select
 from sparing.data.accounts import in_words
 from sparing.data.files import find_files
 from sparing.data.progress import Stopped
 
-WAYS = ("stats", "curate", "dedup")
+WAYS = ("stats", "curate", "dedup", "select")
 
 
 def data(
@@ -30,36 +31,48 @@ def data(
     text_key: str = "text",
     workers: int | None = None,
     started: float | None = None,
+    selection: Selection | None = None,
 ) -> dict:
     """Look at a corpus, or make a better one of it, in the folder `out`.
 
     way: "curate" judges documents by rules and takes duplicates out; "dedup" takes duplicates out; "stats" says what "curate" would do, and
-    writes no texts. rules: a TOML file that changes the default `Recipe`. workers: processes; None: one a core.
+    writes no texts; "select" keeps what `selection` says. rules: a TOML file that changes the default `Recipe`. workers: processes; None:
+    one a core.
 
     -> {"documents": {"in", "out", "rejected", "quarantined"}, "bytes", "edited", "rejected", "quarantined", "languages", "licences",
-    "stages", "out"}. Raises UserError; Interrupted, and then the same call goes on where it was.
+    "stages", "seconds", "out"}, and what `select.select` adds. Raises UserError; Interrupted, and then the same call goes on where it was.
     """
     if way not in WAYS:
         raise UserError(f"data {way}: not known; choose {', '.join(WAYS)}")
+    if (way == "select") != (selection is not None):
+        raise UserError("a selection goes with `data select`, and with nothing else")
+    if selection is not None and rules is not None:
+        raise UserError("--rules goes with stats, curate and dedup: curate the pool first, and select from what stays")
     recipe = Recipe() if rules is None else Recipe.from_toml(rules)
-    if way == "dedup":
-        if recipe.duplicates is None:
-            raise UserError(f"{rules}: duplicates are left in, and `data dedup` does nothing else")
+    if way == "dedup" and recipe.duplicates is None:
+        raise UserError(f"{rules}: duplicates are left in, and `data dedup` does nothing else")
+    if way in ("dedup", "select"):
         recipe = replace(recipe, rules=None)
     if recipe.rules is not None:
         recipe.rules.load()  # what a rule lacks is said before any text is read
+    if selection is not None:
+        selection.load()
     find_files(paths)
     folder = vacant(out)
     folder.mkdir(parents=True, exist_ok=True)
     run = RunFolder(folder)
     with folder_lock(folder), metered("data", run, started=started) as meter, Preempt("the same command goes on") as signals:
         try:
-            count = workers or cores()
-            summary, fate = curate(paths, out, recipe, text_key, count, meter, lambda: signals.requested, keep_texts=way != "stats")
+            how = {"text_key": text_key, "workers": workers or cores(), "meter": meter, "should_stop": lambda: signals.requested}
+            if selection is not None:
+                summary, fate = select(paths, out, selection, **how)
+            else:
+                summary, fate = curate(paths, out, recipe, **how, keep_texts=way != "stats")
         except Stopped:
             raise Interrupted(signals.message) from None
         stages = meter.rows()
         summary["stages"] = [{"name": row.stage, "seconds": row.wall_s, "usd": row.usd, "kwh": row.kwh} for row in stages]
+        summary["seconds"] = sum(row.wall_s for row in stages)
         write_card(folder / "card.html", Path(out).name, summary, fate, stages)
         finish(folder, summary)
     say(in_words(summary["documents"]))

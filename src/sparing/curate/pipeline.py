@@ -29,6 +29,7 @@ from sparing.account.meter import NoMeter
 from sparing.base.config import UserError
 from sparing.base.files import atomic_path, output_folder, write_atomic
 from sparing.curate.duplicates import find_duplicates, remove_lines, repeated_lines
+from sparing.curate.minhash import DuplicateSettings
 from sparing.curate.parts import Stop, open_table, part_file, write_parts, write_table
 from sparing.curate.recipe import Recipe
 from sparing.curate.rules import Rules, judge
@@ -137,8 +138,31 @@ def curate(
     """
     folder, meter = vacant(out), meter or NoMeter()
     work = folder / WORK
+    with meter.stage("judge"):
+        judged, tally, came_in = judge_parts(paths, text_key, work, recipe.rules, recipe.digest, workers, should_stop)
+    settings, decisions = recipe.duplicates, None
+    repeated, read = None, partial(_kept, judged)
+    if settings is not None:
+        with meter.stage("duplicates"):
+            if settings.lines:
+                repeated = repeated_lines(read, work / f"duplicates-{recipe.digest}", settings, workers, should_stop)
+                read = partial(_kept, judged, partial(remove_lines, repeated=repeated, settings=settings))
+            decisions = find_duplicates(read, work / f"duplicates-{recipe.digest}", settings, workers, should_stop)
+    with meter.stage("write"):
+        fate = write_rows(folder, rows(judged, repeated, settings, decisions), should_stop, keep_texts)
+    return summary_of(fate, tally, came_in), fate
+
+
+def judge_parts(
+    paths: Sequence[str], text_key: str, work: Path, rules: Rules | None, digest: str, workers: int = 1, should_stop: Stop = None
+) -> tuple[list[Path], Tally, int]:
+    """Read the documents behind `paths` into files of `work`, each document judged by `rules` (None: by none).
+
+    digest: of all settings; under other rules it is other work. -> (the files, in the order of the input; what could not be read, which is
+    also listed in `work`; how many documents could be). Raises UserError, Stopped.
+    """
     work.mkdir(parents=True, exist_ok=True)
-    with meter.stage("judge"), Bars() as bars, open(work / QUARANTINE, "w", encoding="utf-8") as quarantine:
+    with Bars() as bars, open(work / QUARANTINE, "w", encoding="utf-8") as quarantine:
         tally = Tally()
 
         def reject(rejected: Rejected) -> None:
@@ -160,33 +184,34 @@ def curate(
                 came_in += batch.num_rows
                 yield batch
 
-        write, name = partial(_write_judged, rules=recipe.rules), f"judged-{recipe.digest}"  # under other rules it is other work
-        digests = write_parts(write, name, read, work, workers, should_stop)
-    judged = [part_file(work, name, number) for number in range(len(digests))]
-    fate, settings, decisions = Fate(), recipe.duplicates, None
-    repeated, read = None, partial(_kept, judged)
-    if settings is not None:
-        with meter.stage("duplicates"):
-            if settings.lines:
-                repeated = repeated_lines(read, work / f"duplicates-{recipe.digest}", settings, workers, should_stop)
-                read = partial(_kept, judged, partial(remove_lines, repeated=repeated, settings=settings))
-            decisions = find_duplicates(read, work / f"duplicates-{recipe.digest}", settings, workers, should_stop)
-    with meter.stage("write"), ExitStack() as around:
+        name = f"judged-{digest}"
+        digests = write_parts(partial(_write_judged, rules=rules), name, read, work, workers, should_stop)
+    return [part_file(work, name, number) for number in range(len(digests))], tally, came_in
+
+
+def write_rows(folder: Path, found: Iterable[Row], should_stop: Stop = None, keep_texts: bool = True) -> Fate:
+    """Write every document where it belongs in `folder`, and the list of what could not be read. Raises Stopped."""
+    fate = Fate()
+    with ExitStack() as around:
         lines = {name: around.enter_context(_Lines(folder / name)) if keep_texts else None for name in FOLDERS}
-        for row in _rows(judged, repeated, recipe, decisions):
+        for row in found:
             check(should_stop)
             fate.add(row)
             if keep_texts:
                 _write_row(row, lines)
-    (work / QUARANTINE).replace(folder / QUARANTINE)
+    (folder / WORK / QUARANTINE).replace(folder / QUARANTINE)
+    return fate
+
+
+def summary_of(fate: Fate, tally: Tally, came_in: int) -> dict:
+    """What `curate` says of a corpus."""
     counts = {"in": came_in + tally.total, "out": fate.documents["out"], "rejected": fate.rejected.total(), "quarantined": tally.total}
     balanced(counts)
-    summary = {
+    return {
         "documents": counts, "bytes": {"in": fate.read, "out": fate.bytes["out"]}, "edited": fate.edited,
         "rejected": dict(fate.rejected.most_common()), "quarantined": dict(tally.reasons.most_common()),
         "languages": dict(fate.languages.most_common()), "licences": dict(fate.licences.most_common()),
     }  # fmt: skip
-    return summary, fate
 
 
 def vacant(out: str | Path) -> Path:
@@ -250,17 +275,19 @@ class Row:
         return str(self.meta.get("id") or f"{self.source}:{self.line}")
 
 
-def _rows(judged: list[Path], repeated: Any, recipe: Recipe, decisions: Iterator | None) -> Iterator[Row]:
+def rows(
+    judged: list[Path], repeated: Any = None, settings: DuplicateSettings | None = None, decisions: Iterator | None = None
+) -> Iterator[Row]:
     """Every document, in the order of the input. decisions: about those that no rule rejects; None: all of them stay."""
     for path in judged:
         with open_table(path) as batch:
-            rows = batch.to_pylist()
+            found = batch.to_pylist()
             kept = batch.filter(pc.is_null(batch.column("rejected")))
         texts = kept.column("text").to_pylist()
         if repeated is not None:
-            texts = remove_lines(kept, repeated, recipe.duplicates)[0].column("text").to_pylist()
+            texts = remove_lines(kept, repeated, settings)[0].column("text").to_pylist()
         left = iter(texts)
-        for row in rows:
+        for row in found:
             reason, text, edited = row["rejected"] or "", row["text"], row["edited"]
             if not reason:
                 text = next(left)

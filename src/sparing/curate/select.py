@@ -1,0 +1,371 @@
+"""Chooses from a pool, up to a budget, the documents that are most like a sample: the verb `data select`.
+
+A document is scored as its pieces of PIECE_BYTES are, by their mean, and stays or goes whole: so a book is compared with a sample of short
+answers at the length of the answers, and no score depends on a document's length. Ways to score a piece (`BY`):
+
+    quality   probability that it is from the sample and not from a random draw of the pool, by `quality.train`, as DCLM (Li et al. 2024,
+              arXiv 2406.11794) chose its texts. The draw has some of the sample's kind in it; that moves all scores, and not their order.
+    overlap   which of its words and pairs of words the sample has more often than the pool: mean logarithm of the ratio of their
+              frequencies, the importance weight of DSIR (Xie et al. 2023, arXiv 2302.03169, section 4). Two things differ: the mean and
+              not the sum, because pieces are not equally long, and the highest weights stay, where DSIR draws by them.
+    loss      bits per byte under a model, minus those under a reference that is good at what is wanted: what the model has still to learn
+              and the reference shows to be learnable (RHO-LOSS, Mindermann et al. 2022, arXiv 2206.07137).
+    random    by a hash of the text: the order to be beaten.
+
+The pool is read once, into parts; scored part by part; and written by a threshold. Memory: 50 bytes a document, and two samples of
+SAMPLE_BYTES.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import pickle
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from sparing.account.meter import NoMeter
+from sparing.base.config import UserError
+from sparing.base.messages import say
+from sparing.budget.units import parse_budget, parse_size
+from sparing.curate.document import Document
+from sparing.curate.parts import Stop, open_table, part_file, write_parts, write_table
+from sparing.curate.pipeline import WORK, Fate, Row, judge_parts, rows, summary_of, vacant, write_rows
+from sparing.curate.quality import BITS, features, train
+from sparing.data.document import pieces
+from sparing.data.files import find_files
+from sparing.data.progress import check
+from sparing.data.sources import Tally, documents
+from sparing.data.split import content_hash, mix
+from sparing.data.tokenizer import Tokenizer
+from sparing.resolve import BYTES_PER_TOKEN
+
+if TYPE_CHECKING:
+    from sparing.infer.generate import Model
+
+BY = ("quality", "overlap", "loss", "random")
+PIECE_BYTES = 2048
+SAMPLE_BYTES = 4 << 20
+"""Of the sample, and of the pool, a scorer learns from no more than this; of more, from pieces drawn by their hashes."""
+HELD_OUT = 0.2
+"""Share of both on which the first fit is tried."""
+OVERLAP_BITS = 14
+"""2^14 frequencies; DSIR has 10,000."""
+ESTIMATED = BYTES_PER_TOKEN[8192]
+"""Bytes per token where no tokenizer is named."""
+REASON = "select: score"
+FORMS = "2Mtok, 20MB, 10%"
+
+
+class Scorer(Protocol):
+    """It can be pickled."""
+
+    def score(self, document: Document) -> float:
+        """How like the sample a piece of text is; more is more alike."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What to select. Raises UserError for a budget or a way that is none, and where the sample is missing."""
+
+    budget: str
+    """Tokens, bytes, or a share of the pool's bytes."""
+    sample: tuple[str, ...] = ()
+    """Files of text that the user cares about; for `quality` and `overlap`."""
+    by: str = "quality"
+    tokenizer: str | None = None
+    """A run, or its tokenizer.json, to count tokens with."""
+    model: str | None = None
+    """For `loss`: a run."""
+    reference: str | None = None
+    """For `loss`: a run, or imported model, that is good at what is wanted."""
+
+    def __post_init__(self):
+        if self.by not in BY:
+            raise UserError(f"--by {self.by}: not known; choose {', '.join(BY)}")
+        if self.by in FITS and not self.sample:
+            raise UserError(f"--by {self.by} needs --for SAMPLE: some text of the kind that is wanted")
+        for name in ("model", "reference"):
+            if (getattr(self, name) is None) == (self.by == "loss"):
+                raise UserError(f"--by loss needs --{name} RUN" if self.by == "loss" else f"--{name} goes with --by loss")
+        _, unit = parse_amount(self.budget)
+        if self.tokenizer is not None and unit != "tok":
+            raise UserError(f"--tokenizer counts tokens, and --budget {self.budget} is not in tokens: write one as 2Mtok")
+
+    def load(self) -> None:
+        """Say what is missing before any text is read. Raises UserError."""
+        if self.by in FITS:
+            find_files(self.sample)
+        if self.by == "loss":
+            for run in (self.model, self.reference):
+                _run(run)
+        if self.tokenizer is not None:
+            _tokenizer(self.tokenizer)
+
+
+def parse_amount(text: str) -> tuple[float, str]:
+    """(2e6, "tok"), (2e7, "bytes") or (0.1, "share") of `2Mtok`, `20MB`, `10%`. Raises UserError."""
+    compact = re.sub(r"\s+", "", text)
+    if compact.lower().rstrip("s").endswith(("tok", "token")):
+        return parse_budget(compact).amount, "tok"
+    if compact.lower().endswith("b"):  # not 20m: everywhere else that is twenty minutes
+        return float(parse_size(compact)), "bytes"
+    if match := re.fullmatch(r"(\d+\.?\d*|\.\d+)%", compact):
+        if 0 < float(match[1]) <= 100:
+            return float(match[1]) / 100, "share"
+        raise UserError(f"--budget {text}: must be more than 0 % and at most 100 %")
+    raise UserError(f"--budget {text}: not tokens, bytes or a share of the pool; write one of {FORMS}")
+
+
+def select(
+    paths: Sequence[str],
+    out: str | Path,
+    chosen: Selection,
+    text_key: str = "text",
+    workers: int = 1,
+    meter: NoMeter | None = None,
+    should_stop: Stop = None,
+) -> tuple[dict, Fate]:
+    """Write the best documents behind `paths` up to the budget to the folder `out`, as `pipeline.curate` does; the others are rejected.
+
+    Documents are taken from the highest score down until the next one would not fit; of equal scores, the earlier one in the input first.
+    A document that is larger than the whole budget goes.
+
+    -> (`pipeline.summary_of`, and `by`, `budget`, `size`: {"unit": bytes or tokens, "limit", "in", "out"}, `threshold`: the lowest score
+    that stays, `told_apart`: the area under the ROC curve of held-out sample against held-out pool, None where there is no text to hold
+    out; more for the card). Raises UserError; Stopped, then the same call goes on.
+    """
+    folder, meter = vacant(out), meter or NoMeter()
+    work = folder / WORK
+    with meter.stage("read"):
+        parts, tally, came_in = judge_parts(paths, text_key, work, None, "pool", 1, should_stop)
+    if not came_in:
+        raise UserError(f"no text to select from in {', '.join(paths)}" + (f": {tally}" if tally.total else ""))
+    with meter.stage("score"):
+        scorer, told = None, None
+        if chosen.by in FITS:
+            sample = _sample(chosen, text_key, should_stop)
+            scorer, told = fit(chosen.by, sample, draw(_texts(parts, should_stop), SAMPLE_BYTES))
+        elif chosen.by == "loss":
+            scorer, workers = ExcessLoss.of(chosen.model, chosen.reference), 1  # its products take all cores
+        scores, sizes = _scores(parts, work, scorer, chosen.tokenizer, workers, should_stop)
+    limit = _limit(chosen, sizes)
+    kept = best(scores, sizes, limit)
+    if not kept.any():
+        raise UserError(f"--budget {chosen.budget} keeps nothing: the smallest document has {sizes.min():,} {_unit(chosen)}; allow more")
+    if kept.all():
+        say(f"--budget {chosen.budget} is as much as the pool has, {sizes.sum():,} {_unit(chosen)}, or more: all of it is kept")
+    with meter.stage("write"):
+        fate = write_rows(folder, _judged(parts, scores, kept), should_stop)
+    size = {"unit": _unit(chosen), "limit": int(limit), "in": int(sizes.sum()), "out": int(sizes[kept].sum())}
+    more = {"by": chosen.by, "budget": chosen.budget, "size": size, "threshold": float(scores[kept].min()), "told_apart": told}
+    return summary_of(fate, tally, came_in) | more, fate
+
+
+def best(scores: np.ndarray, sizes: np.ndarray, limit: float) -> np.ndarray:
+    """bool [documents]: those with the highest scores that together have at most `limit`; one that is larger than that stands in no way."""
+    order = np.argsort(-scores, kind="stable")
+    order = order[sizes[order] <= limit]
+    kept = np.zeros(len(scores), bool)
+    kept[order[: np.searchsorted(np.cumsum(sizes[order]), limit, side="right")]] = True
+    return kept
+
+
+# scorers
+
+
+@dataclass(frozen=True, eq=False)
+class Overlap:
+    """Importance weights of hashed words and pairs of words."""
+
+    weights: np.ndarray
+    """float32 [2^OVERLAP_BITS]: logarithm of the frequency in the sample over that in the pool."""
+
+    def score(self, document: Document) -> float:
+        """The mean over the words and pairs of words, each once; 0 without any."""
+        buckets = features(document) >> (BITS - OVERLAP_BITS)
+        return float(self.weights[buckets].mean(dtype=np.float64)) if buckets.size else 0.0
+
+    @classmethod
+    def of(cls, good: Iterable[str], bad: Iterable[str]) -> Overlap:
+        """Of texts of the sample and of the pool; every bucket counts once more than it occurs, so that none is impossible."""
+        logs = []
+        for texts in (good, bad):
+            counts = np.ones(1 << OVERLAP_BITS)
+            for text in texts:
+                np.add.at(counts, features(Document(text)) >> (BITS - OVERLAP_BITS), 1)
+            logs.append(np.log(counts / counts.sum()))
+        return cls((logs[0] - logs[1]).astype(np.float32))
+
+
+FITS = {"quality": train, "overlap": Overlap.of}
+"""By way, what learns a scorer from texts of the sample and of the pool."""
+
+
+@dataclass(frozen=True)
+class ExcessLoss:
+    """Bits per byte under a run minus those under another."""
+
+    runs: tuple[str, str]
+    weights: tuple[str, str]
+    """Their SHA-256: under other weights scores are others."""
+
+    @classmethod
+    def of(cls, model: str, reference: str) -> ExcessLoss:
+        """Raises UserError for what is no run."""
+        runs = (model, reference)
+        from sparing.base.run import weights_sha256
+
+        return cls(runs, tuple(weights_sha256(_run(run).run) for run in runs))
+
+    def score(self, document: Document) -> float:
+        from sparing.evals.bpb import bpb
+
+        found = []
+        for run in map(_run, self.runs):
+            t = run.config.train
+            found.append(bpb(run.network.nll, run.tokenizer, [document.text], t.eval_context or t.seq_len)["bpb"])
+        return found[0] - found[1]
+
+
+@cache
+def _run(path: str) -> Model:
+    from sparing.infer.generate import load  # here, because torch takes seconds to load
+
+    return load(path)
+
+
+def fit(by: str, good: list[str], bad: list[str]) -> tuple[Scorer, float | None]:
+    """(a scorer that learnt from all pieces of the sample and of the pool; how well one that did not see the last fifth of both tells
+    those apart, see `told_apart`, or None where a fifth is no piece). Pieces are in the order of `draw`."""
+    fitted, told = FITS[by], None
+    cuts = [len(texts) - int(HELD_OUT * len(texts)) for texts in (good, bad)]
+    if cuts[0] < len(good) and cuts[1] < len(bad):
+        trial = fitted(good[: cuts[0]], bad[: cuts[1]])
+        told = told_apart(*([trial.score(Document(text)) for text in texts[cut:]] for texts, cut in zip((good, bad), cuts, strict=True)))
+    return fitted(good, bad), told
+
+
+def told_apart(good: Sequence[float], bad: Sequence[float]) -> float:
+    """Probability that one of `good` is higher than one of `bad`, ties counting half: the area under the ROC curve."""
+    ranked = np.sort(bad)
+    below, upto = (np.searchsorted(ranked, good, side=side) for side in ("left", "right"))
+    return float((below + upto).mean() / (2 * len(ranked)))
+
+
+def cut(text: str) -> list[str]:
+    """The pieces that a text is compared by."""
+    return [piece.decode() for piece in pieces(text.encode(), PIECE_BYTES) if piece.strip()]
+
+
+def score(scorer: Scorer | None, text: str) -> float:
+    """Of a whole document. None: its place in a random order, from 0 to 1."""
+    if scorer is None:
+        return mix(content_hash(text.encode())) / 2**64  # mixed: `train` holds out what has the smallest hashes
+    found = cut(text)
+    return float(np.average([scorer.score(Document(piece)) for piece in found], weights=[len(piece) for piece in found]))
+
+
+def draw(texts: Iterable[str], max_bytes: int) -> list[str]:
+    """Pieces of the texts, all of them or those with the smallest hashes that come to `max_bytes`.
+
+    Texts are in the order of their hashes, so that another order gives the same; pieces of one text stay together, so that few texts are
+    on both sides of a cut.
+    """
+    heap: list[tuple[int, int, int, str]] = []  # largest hash of a piece on top
+    size = 0
+    for text in texts:
+        whole = content_hash(text.encode())
+        for number, piece in enumerate(cut(text)):
+            hash = mix(content_hash(piece.encode()))
+            if size >= max_bytes and hash >= -heap[0][0]:
+                continue
+            heapq.heappush(heap, (-hash, whole, number, piece))
+            size += len(piece.encode())
+            while size - (top := len(heap[0][3].encode())) >= max_bytes:
+                size -= top
+                heapq.heappop(heap)
+    return [piece for _, _, _, piece in sorted(heap, key=lambda entry: entry[1:3])]
+
+
+# stages
+
+
+def _sample(chosen: Selection, text_key: str, should_stop: Stop) -> list[str]:
+    tally = Tally()
+    texts = draw((document.text for document in documents(chosen.sample, text_key, tally, lambda _: check(should_stop))), SAMPLE_BYTES)
+    if not texts:
+        raise UserError(f"--for {' '.join(chosen.sample)}: no text in it" + (f": {tally}" if tally.total else ""))
+    if tally.total:
+        say(f"--for: {tally.total} documents cannot be used: {tally}")
+    return texts
+
+
+def _texts(parts: list[Path], should_stop: Stop) -> Iterator[str]:
+    for path in parts:
+        check(should_stop)
+        with open_table(path) as batch:
+            yield from batch.column("text").to_pylist()
+
+
+def _scores(
+    parts: list[Path], work: Path, scorer: Scorer | None, tokenizer: str | None, workers: int, should_stop: Stop
+) -> tuple[np.ndarray, np.ndarray]:
+    """(float64 [documents] scores, int64 [documents] sizes), in the order of the input."""
+
+    def read() -> Iterator[pa.RecordBatch]:
+        for path in parts:
+            with open_table(path) as batch:
+                yield batch.select(["text", "source", "line"])
+
+    counted = tokenizer and _tokenizer(tokenizer).to_json()
+    name = "scored-" + hashlib.blake2b(pickle.dumps((scorer, counted)), digest_size=8).hexdigest()
+    digests = write_parts(partial(_write_scores, scorer=scorer, tokenizer=tokenizer), name, read, work, workers, should_stop)
+    found: tuple[list[np.ndarray], ...] = ([], [])
+    for number in range(len(digests)):
+        with open_table(part_file(work, name, number)) as batch:
+            for column, arrays in zip(batch.columns, found, strict=True):
+                arrays.append(column.to_numpy().copy())
+    return np.concatenate(found[0]), np.concatenate(found[1])
+
+
+def _write_scores(part: pa.RecordBatch, path: Path, digest: str, scorer: Scorer | None, tokenizer: str | None) -> None:
+    """One part's scores and sizes: bytes, or tokens with one that ends the text."""
+    texts = part.column("text").to_pylist()
+    if tokenizer is None:
+        sizes = [len(text.encode()) for text in texts]
+    else:
+        sizes = [len(_tokenizer(tokenizer).encode_array(text)) + 1 for text in texts]
+    columns = {"score": pa.array([score(scorer, text) for text in texts], pa.float64()), "size": pa.array(sizes, pa.int64())}
+    write_table(path, columns, digest)
+
+
+@cache
+def _tokenizer(path: str) -> Tokenizer:
+    return Tokenizer.load(path)
+
+
+def _unit(chosen: Selection) -> str:
+    return "bytes" if chosen.tokenizer is None else "tokens"
+
+
+def _limit(chosen: Selection, sizes: np.ndarray) -> float:
+    """The budget in the unit of the sizes."""
+    amount, unit = parse_amount(chosen.budget)
+    if unit == "share":
+        return amount * float(sizes.sum())
+    return amount * ESTIMATED if unit == "tok" and chosen.tokenizer is None else amount
+
+
+def _judged(parts: list[Path], scores: np.ndarray, kept: np.ndarray) -> Iterator[Row]:
+    for row, value, stays in zip(rows(parts), scores, kept, strict=True):
+        row.attributes = {"select": {"score": round(float(value), 6)}}
+        row.reason = "" if stays else REASON
+        yield row
