@@ -30,7 +30,7 @@ def test_no_disease_and_no_answer_is_on_two_sides(tmp_path):
 
 def test_the_table(tmp_path, capsys):
     (tmp_path / "pool.json").write_text(json.dumps({"pool": {"books": 20_000_000, "code": 20_000_000}, "sample": 1, "scored": 1}))
-    for arm in ("random", *HALVES):
+    for arm in ("random", *HALVES, "loss"):
         half = arm != "random"
         learnt = {"tokens": 4_000_000 if half else 8_000_000, "seconds": 100.0 if half else 200.0}
         chosen = {"out": "nowhere", "seconds": 10.0, "told_apart": 0.93 if arm in ("overlap", "quality") else None, "medicine": 0.1}
@@ -39,7 +39,7 @@ def test_the_table(tmp_path, capsys):
         (tmp_path / "sample.jsonl").write_text("")
         (tmp_path / "reference.json").write_text(json.dumps({"seconds": 5.0}))
         (tmp_path / f"{arm}-0-scored.json").write_text(json.dumps({"bpb": 1.9 if arm == "quality" else 2.0}))
-    main(["--books", "nowhere", "--medicine", "nowhere", "--out", str(tmp_path)])
+    main(["--loss", "--books", "nowhere", "--medicine", "nowhere", "--out", str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5 and "2.0000 bpb (+0.00%)  8.00 M tokens (100%)" in lines[0]
     assert "quality  1.9000 bpb (-5.00%)  4.00 M tokens (50%)  100 s and 10 s of selecting (52%)" in lines[3]
