@@ -740,25 +740,44 @@ class Bench:
 @dataclass
 class Data:
     """Look at a corpus, or make a better one: `curate` judges documents by rules and takes duplicates out, `dedup` takes duplicates out,
-    `stats` says what `curate` would do. Interrupted, the same command goes on."""
+    `stats` says what `curate` would do. Interrupted, the same command goes on. Or make exercises that a program can judge: `synth`."""
 
     way: tyro.conf.Positional[str | None] = None
-    """stats, curate or dedup"""
+    """stats, curate, dedup or synth"""
     paths: tyro.conf.Positional[list[str]] = field(default_factory=list)
-    """Files, folders and globs, as for `train --data`."""
+    """Files, folders and globs, as for `train --data`; synth: KIND or KIND:DIFFICULTY of exercises (words, countdown, puzzles, programs;
+    1 to 5, default: all in turn)."""
     out: str | None = None
-    """The folder to make: documents/, attributes/, rejected/, quarantine.jsonl, card.html. `train --data` takes it as it is."""
+    """The folder to make: documents/, attributes/, rejected/, quarantine.jsonl, card.html. `train --data` takes it as it is. synth: a file
+    of JSON lines, or a folder with one for each kind."""
     rules: str | None = None
     """TOML file that changes the rules (docs/data.md)."""
     text_key: str = "text"
     """JSONL and Parquet: the field that holds the text."""
     workers: int | None = None
     """Processes; default: one a core."""
+    count: int | None = None
+    """synth: exercises, in all."""
+    seed: int = 0
+    """synth: another one makes other exercises."""
+    form: str = "task"
+    """synth: task, for `grpo --task`; chats, with worked answers, for `sft --data`."""
+    against: list[str] = field(default_factory=list)
+    """synth: files of evaluation texts that nothing is to share 13 words with."""
     json: bool = False
     """Print one JSON object on standard output, and nothing else there."""
 
     def __call__(self, call: Call) -> dict:
+        if self.way == "synth":
+            call.need(KIND=self.paths, count=self.count, out=self.out)
+            if self.rules is not None or self.workers is not None:
+                raise UserError("data synth: --rules and --workers are for documents")
+            from sparing.curate.synth import synth
+
+            return synth(self.paths, self.count, self.out, self.seed, self.form, self.against, call.started)
         call.need(WAY=self.way, PATH=self.paths, out=self.out)
+        if (self.count, self.seed, self.form, self.against) != (None, 0, "task", []):
+            raise UserError(f"data {self.way}: --count, --seed, --form and --against are for `data synth`")
         from sparing.curate.entry import data
 
         return data(self.way, self.paths, self.out, self.rules, self.text_key, self.workers, call.started)

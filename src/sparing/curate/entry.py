@@ -40,7 +40,7 @@ def data(
     "stages", "out"}. Raises UserError; Interrupted, and then the same call goes on where it was.
     """
     if way not in WAYS:
-        raise UserError(f"data {way}: not known; choose {', '.join(WAYS)}")
+        raise UserError(f"data {way}: not known; choose {', '.join(WAYS)}, synth")
     recipe = Recipe() if rules is None else Recipe.from_toml(rules)
     if way == "dedup":
         if recipe.duplicates is None:

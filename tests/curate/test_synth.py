@@ -1,0 +1,189 @@
+"""Exercises: each is right by its own verifier, none comes twice, and the same seed gives the same bytes."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from itertools import pairwise
+from statistics import mean
+
+import pytest
+
+from sparing.adapt.rewards import load_task, verify
+from sparing.adapt.verifiers import Problem
+from sparing.base.config import UserError
+from sparing.cli.main import main
+from sparing.curate.exercises import DIFFICULTIES
+from sparing.curate.synth import KINDS, make, synth
+from sparing.data.chats import chats
+
+
+@pytest.fixture(autouse=True)
+def _home(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARING_HOME", str(tmp_path / "home"))
+
+
+def lines(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def problem(exercise) -> Problem:
+    return Problem(exercise.prompt, exercise.answer, exercise.verifier, exercise.tests, exercise.worked)
+
+
+def made(kind: str, difficulty: int, count: int = 40) -> list:
+    return [make(kind, difficulty, 3, number) for number in range(count)]
+
+
+# by kind
+
+
+@pytest.mark.parametrize("difficulty", DIFFICULTIES)
+@pytest.mark.parametrize("kind", ["words", "countdown"])
+def test_worked_answers_are_right_and_those_of_others_are_not(kind, difficulty):
+    exercises = made(kind, difficulty)
+    for one, other in pairwise(exercises):
+        assert verify(problem(one), one.worked) == (1, "right"), one
+        assert re.fullmatch("<think>.+</think>.+", one.worked)
+        if one.answer != other.answer or one.tests != other.tests:
+            assert verify(problem(one), other.worked).reward == 0, (one, other)
+
+
+@pytest.mark.parametrize("difficulty", DIFFICULTIES)
+@pytest.mark.parametrize("kind", ["words", "countdown"])
+def test_each_step_of_a_calculation_is_right(kind, difficulty):
+    for exercise in made(kind, difficulty):
+        for left, right in re.findall(r"([-\d]+ [-+*/] [-\d]+) = ([-\d]+)", exercise.worked):
+            assert eval(left) == int(right), exercise.worked
+
+
+@pytest.mark.parametrize("difficulty", DIFFICULTIES)
+def test_a_word_problem_has_the_operations_and_the_number_too_many_of_its_difficulty(difficulty):
+    for exercise in made("words", difficulty):
+        assert exercise.worked.count("=") == (1, 2, 3, 5, 8)[difficulty - 1]
+        needed = sorted(re.findall(r"\d+", exercise.subject))
+        told = re.sub("half|a third|a quarter|a fifth", lambda part: {"h": "1/2", "t": "1/3", "q": "1/4", "f": "1/5"}[
+            part[0].removeprefix("a ")[0]], exercise.question)  # fmt: skip
+        assert len(re.findall(r"\d+", told)) == len(needed) + (difficulty >= 4), exercise
+
+
+def test_a_countdown_has_one_number_more_than_its_difficulty():
+    for difficulty in DIFFICULTIES:
+        assert {len(exercise.tests) for exercise in made("countdown", difficulty)} == {difficulty + 1}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_harder_takes_more_work(kind):
+    work = [mean(len(exercise.worked) for exercise in made(kind, difficulty)) for difficulty in DIFFICULTIES]
+    assert all(more > 1.1 * less for less, more in pairwise(work)), work
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_exercise_depends_on_its_seed_number_and_difficulty_alone(kind):
+    one = make(kind, 3, 7, 12)
+    random.seed(1)
+    assert make(kind, 3, 7, 12) == one
+    assert len({exercise.subject for exercise in (one, make(kind, 3, 7, 13), make(kind, 3, 8, 12), make(kind, 4, 7, 12))}) == 4
+
+
+# the verb
+
+
+def test_a_task_is_what_grpo_reads(tmp_path):
+    out = tmp_path / "task.jsonl"
+    summary = synth(["words", "countdown:2"], 40, str(out), seed=7)
+    assert summary["documents"]["out"] == 40 and summary["documents"]["in"] == 40 + summary["documents"]["rejected"]
+    assert summary["exercises"] == {"countdown/2": 20, **{f"words/{difficulty}": 4 for difficulty in DIFFICULTIES}}
+    task, rows = load_task(str(out)), lines(out)
+    assert len(task.problems) + len(task.held_out) == len(rows) == 40
+    worked = {row["prompt"]: row["worked"] for row in rows}
+    assert all(verify(one, worked[one.prompt]).reward == 1 for one in task.problems + task.held_out)
+    assert rows[0]["source"] == "words/1 seed 7 number 0" and rows[0]["difficulty"] == 1
+    kind, difficulty, seed, number = re.fullmatch(r"(\w+)/(\d) seed (\d+) number (\d+)", rows[-1]["source"]).groups()
+    assert make(kind, int(difficulty), int(seed), int(number)).prompt == rows[-1]["prompt"]
+
+
+def test_chats_are_what_sft_reads(tmp_path):
+    out = tmp_path / "chats.jsonl"
+    synth(["words:2"], 10, str(out), seed=7, form="chats")
+    refused = []
+    found = list(chats([str(out)], refused.append))
+    assert len(found) == 10 and not refused
+    exercise = make("words", 2, 7, 0)
+    assert [message["content"] for message in found[0].messages] == [exercise.prompt, exercise.worked]
+    assert lines(out)[0]["source"] == "words/2 seed 7 number 0"
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_one_others(tmp_path):
+    files = [tmp_path / name for name in ("a.jsonl", "b.jsonl", "c.jsonl")]
+    for file, seed in zip(files, (1, 1, 2), strict=True):
+        synth(list(KINDS), 20, str(file), seed=seed)
+    assert files[0].read_bytes() == files[1].read_bytes() != files[2].read_bytes()
+    assert not {row["prompt"] for row in lines(files[0])} & {row["prompt"] for row in lines(files[2])}
+
+
+def test_a_folder_has_a_file_for_each_kind_and_is_a_task(tmp_path):
+    synth(["words", "countdown"], 10, str(tmp_path / "made"))
+    assert {file.name: len(lines(file)) for file in (tmp_path / "made").iterdir()} == {"words.jsonl": 5, "countdown.jsonl": 5}
+    task = load_task(str(tmp_path / "made"))
+    assert len(task.problems) + len(task.held_out) == 10
+    with pytest.raises(UserError, match="is not empty; choose a new folder"):
+        synth(["words"], 1, str(tmp_path / "made"))
+
+
+def test_none_comes_twice_and_what_was_left_out_is_counted(tmp_path):
+    out = tmp_path / "many.jsonl"
+    summary = synth(["words:1"], 2000, str(out))
+    assert summary["rejected"]["made before"] == summary["documents"]["rejected"] > 0
+    numbers = [int(row["source"].rpartition(" ")[2]) for row in lines(out)]
+    assert len({make("words", 1, 0, number).subject for number in numbers}) == 2000
+
+
+def test_evaluation_data_is_left_out(tmp_path):
+    evaluation, out = tmp_path / "evaluation.jsonl", tmp_path / "task.jsonl"
+    wanted = list(KINDS)
+    synth(wanted, 30, str(evaluation), seed=1)
+    leaked = {row["prompt"] for row in lines(evaluation)}
+    summary = synth(wanted, 60, str(out), seed=1, against=[str(evaluation)])
+    assert summary["rejected"]["contamination"] >= 30 and not leaked & {row["prompt"] for row in lines(out)}
+    others = synth(wanted, 60, str(out), seed=2, against=[str(evaluation)])  # they have the same words, but other numbers and names
+    assert others["rejected"].get("contamination", 0) < 6
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("synth word --count 3 --out {tmp}/x", "data synth word: no such kind; nearest: words; all: words, countdown"),
+        ("synth words:6 --count 3 --out {tmp}/x", "data synth words:6: difficulty is 1 to 5, as words:3"),
+        ("synth words: --count 3 --out {tmp}/x", "difficulty is 1 to 5"),
+        ("synth --count 3 --out {tmp}/x", "data needs KIND"),
+        ("synth words --out {tmp}/x", "data needs --count"),
+        ("synth words --count -3 --out {tmp}/x", "--count -3: must be 1 or more"),
+        ("synth words --count 3 --out {tmp}/x.txt", "x.txt: name a file that ends in .jsonl, or a folder"),
+        ("synth words --count 3 --out {tmp}/no/x.jsonl", "there is no folder"),
+        ("synth words --count 3 --out {tmp}/x --form table", "--form table: choose task or chats"),
+        ("synth words --count 3 --out {tmp}/x --against {tmp}/gone", "no such file or folder"),
+        ("synth words --count 3 --out {tmp}/x --workers 2", "--rules and --workers are for documents"),
+        ("stats {tmp} --count 3 --out {tmp}/x", "are for `data synth`"),
+    ],
+)  # fmt: skip
+def test_a_slip_is_one_line(tmp_path, capsys, words, said):
+    assert main(["data", *words.format(tmp=tmp_path).split()]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+def test_more_than_there_are_is_one_line_and_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("sparing.curate.synth.TRIES", 5)
+    with pytest.raises(UserError, match=r"countdown:1: no more of them \(5 in a row were made before\), \d+ of 100000 are made; ask for"):
+        synth(["countdown:1"], 100_000, str(tmp_path / "x.jsonl"))
+    assert not list(tmp_path.glob("*x.jsonl*"))
+
+
+def test_the_command_line(tmp_path, capsys):
+    command = ["data", "synth", "words:2", "countdown", "--count", "6", "--seed", "5", "--out", str(tmp_path / "x.jsonl"), "--json"]
+    assert main(command) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["documents"] == {"in": 6, "out": 6, "rejected": 0, "quarantined": 0}
+    assert "documents: 6 in, 6 out" in captured.err
