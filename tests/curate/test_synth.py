@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from itertools import pairwise
+from itertools import pairwise, permutations, product
 from statistics import mean
 
 import pytest
@@ -17,6 +17,14 @@ from sparing.cli.main import main
 from sparing.curate.exercises import DIFFICULTIES
 from sparing.curate.synth import KINDS, make, synth
 from sparing.data.chats import chats
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _ended():
+    yield
+    from sparing.adapt.verifiers import JUDGE
+
+    JUDGE.end()
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +40,7 @@ def problem(exercise) -> Problem:
     return Problem(exercise.prompt, exercise.answer, exercise.verifier, exercise.tests, exercise.worked)
 
 
-def made(kind: str, difficulty: int, count: int = 40) -> list:
+def made(kind: str, difficulty: int, count: int = 25) -> list:
     return [make(kind, difficulty, 3, number) for number in range(count)]
 
 
@@ -40,7 +48,7 @@ def made(kind: str, difficulty: int, count: int = 40) -> list:
 
 
 @pytest.mark.parametrize("difficulty", DIFFICULTIES)
-@pytest.mark.parametrize("kind", ["words", "countdown"])
+@pytest.mark.parametrize("kind", ["words", "countdown", "puzzles"])
 def test_worked_answers_are_right_and_those_of_others_are_not(kind, difficulty):
     exercises = made(kind, difficulty)
     for one, other in pairwise(exercises):
@@ -71,6 +79,76 @@ def test_a_word_problem_has_the_operations_and_the_number_too_many_of_its_diffic
 def test_a_countdown_has_one_number_more_than_its_difficulty():
     for difficulty in DIFFICULTIES:
         assert {len(exercise.tests) for exercise in made("countdown", difficulty)} == {difficulty + 1}
+
+
+CLUES = {
+    r"(\w+) is somewhere to the left of (\w+)": lambda at, a, b: at[a] < at[b],
+    r"(\w+) is directly to the left of (\w+)": lambda at, a, b: at[a] == at[b] - 1,
+    r"(\w+) and (\w+) are side by side": lambda at, a, b: abs(at[a] - at[b]) == 1,
+    r"(\w+) and (\w+) are not side by side": lambda at, a, b: abs(at[a] - at[b]) > 1,
+    r"Between (\w+) and (\w+) are exactly (\d)": lambda at, a, b, n: abs(at[a] - at[b]) - 1 == int(n),
+    r"(\w+) is at one of the ends": lambda at, a: at[a] in (1, len(at)),
+    r"(\w+) is not in place (\d)": lambda at, a, n: at[a] != int(n),
+}
+CLAIMS = {
+    r"(\w+) is a knight": lambda is_, me, a: is_[a],
+    r"(\w+) is a knave": lambda is_, me, a: not is_[a],
+    r"(\w+) and I are of different kinds": lambda is_, me, a: is_[a] != is_[me],
+    r"(\w+) and (\w+) are of the same kind": lambda is_, me, a, b: is_[a] == is_[b],
+    r"At least one of (\w+) and (\w+) is a knave": lambda is_, me, a, b: not (is_[a] and is_[b]),
+    r"At least one of (\w+) and (\w+) is a knight": lambda is_, me, a, b: is_[a] or is_[b],
+    r"If (\w+) is a knight, so is (\w+)": lambda is_, me, a, b: is_[b] if is_[a] else True,
+    r"Exactly (\d) of us are knights": lambda is_, me, n: sum(is_.values()) == int(n),
+}
+
+
+def said(sentence: str, table: dict):
+    """(what it says, as a function; its words)"""
+    ((holds, match),) = [(holds, match) for pattern, holds in table.items() if (match := re.fullmatch(pattern, sentence))]
+    return holds, match.groups()
+
+
+def solutions(question: str) -> list[list[str]]:
+    """Every answer to a puzzle, from its text alone."""
+    if row := re.fullmatch(r"(.+) stand in a row\. (.+) In which order do they stand, from left to right\?", question):
+        names = re.split(", | and ", row[1])
+        clues = [said(clue, CLUES) for clue in re.findall(r"\(\d+\) ([^.]+)\.", row[2])]
+        orders = ({name: place for place, name in enumerate(order, 1)} for order in permutations(names))
+        return [list(at) for at in orders if all(holds(at, *words) for holds, words in clues)]
+    names = re.split(", | and ", re.search(r"lie\. (.+) are knights or knaves", question)[1])
+    claims = [(me, *said(claim, CLAIMS)) for me, claim in re.findall(r'(\w+) says: "([^."]+)\."', question)]
+    kinds = (dict(zip(names, kinds, strict=True)) for kinds in product((True, False), repeat=len(names)))
+    found = [is_ for is_ in kinds if all(holds(is_, me, *words) == is_[me] for me, holds, words in claims)]
+    return [[name for name in names if is_[name]] or ["nobody"] for is_ in found]
+
+
+@pytest.mark.parametrize("difficulty", DIFFICULTIES)
+def test_a_puzzle_has_one_solution_by_its_text_alone(difficulty):
+    sorts = set()
+    for exercise in made("puzzles", difficulty, 12):
+        assert [f"<answer>{', '.join(names)}</answer>" for names in solutions(exercise.question)] == [
+            exercise.worked.partition("</think>")[2]
+        ]
+        sorts.add(exercise.subject.split()[0])
+    assert sorts == {"row", "island"}
+
+
+def test_a_puzzle_has_two_people_more_than_its_difficulty():
+    for difficulty in DIFFICULTIES:
+        for exercise in made("puzzles", difficulty):
+            people = re.search(r"(?:^|lie\. )([\w, ]+?) (?:stand|are knights)", exercise.question)[1]
+            assert len(re.split(", | and ", people)) == difficulty + 2
+
+
+def test_names_in_another_order_or_fewer_of_them_are_wrong():
+    for exercise in made("puzzles", 3, 20):
+        names = re.search("<answer>(.+)</answer>", exercise.worked)[1].split(", ")
+        for wrong in (names[::-1], names[1:], [*names, "Zoe"]):
+            if wrong != names:
+                assert verify(problem(exercise), f"<answer>{', '.join(wrong)}</answer>").reward == 0
+        right = f"<answer>{', '.join(names)}</answer>"
+        assert verify(problem(exercise), f"<answer>{names[0]}?</answer>\nNo:\n{right}.\n").reward == 1
+        assert verify(problem(exercise), f"{right} or <answer>Zoe</answer>").reward == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -154,7 +232,7 @@ def test_evaluation_data_is_left_out(tmp_path):
 @pytest.mark.parametrize(
     "words, said",
     [
-        ("synth word --count 3 --out {tmp}/x", "data synth word: no such kind; nearest: words; all: words, countdown"),
+        ("synth word --count 3 --out {tmp}/x", "data synth word: no such kind; nearest: words; all: words, countdown, puzzles"),
         ("synth words:6 --count 3 --out {tmp}/x", "data synth words:6: difficulty is 1 to 5, as words:3"),
         ("synth words: --count 3 --out {tmp}/x", "difficulty is 1 to 5"),
         ("synth --count 3 --out {tmp}/x", "data needs KIND"),
