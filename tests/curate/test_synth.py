@@ -10,6 +10,7 @@ from statistics import mean
 
 import pytest
 
+from sparing.adapt.contained import uncontained
 from sparing.adapt.rewards import load_task, verify
 from sparing.adapt.verifiers import Problem
 from sparing.base.config import UserError
@@ -151,6 +152,48 @@ def test_names_in_another_order_or_fewer_of_them_are_wrong():
         assert verify(problem(exercise), f"{right} or <answer>Zoe</answer>").reward == 0
 
 
+def program(exercise) -> list[str]:
+    """The lines of the worked answer's function."""
+    return re.search("```python\n(.+)\n```", exercise.worked, re.DOTALL)[1].splitlines()
+
+
+def passes(lines: list[str], tests) -> bool:
+    names: dict = {}
+    try:
+        exec("\n".join([*lines, *tests]), names)
+    except Exception:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("difficulty", DIFFICULTIES)
+def test_a_program_passes_its_tests_and_without_any_of_its_steps_it_does_not(difficulty):
+    for exercise in made("programs", difficulty):
+        lines = program(exercise)
+        assert lines[0] == "def solve(value):" and lines[-1] == "    return value"
+        assert len(lines) - 2 == (2, 3, 4, 6, 8)[difficulty - 1] and len(exercise.tests) == 8
+        assert passes(lines, exercise.tests)
+        given, result = re.search(r"So (.+) becomes (.+)\.$", exercise.question).groups()
+        assert passes(lines, [f"assert solve({given}) == {result}"])
+        assert not any(given in test for test in exercise.tests)  # what is shown is not what is asked
+        for at in range(1, len(lines) - 1):
+            assert not passes([*lines[:at], *lines[at + 1 :]], exercise.tests), lines
+        assert not passes(["def solve(value):", f"    return {exercise.tests[0].partition(' == ')[2]}"], exercise.tests)
+
+
+@pytest.mark.skipif(uncontained() is not None, reason=f"code cannot be contained here: {uncontained()}")
+def test_programs_are_judged_contained(tmp_path):
+    synth(["programs"], 10, str(tmp_path / "task.jsonl"))
+    task = load_task(str(tmp_path / "task.jsonl"))
+    rows = {row["prompt"]: row for row in lines(tmp_path / "task.jsonl")}
+    found = task.problems + task.held_out
+    assert len(found) == 10
+    for one, other in pairwise(found):
+        assert verify(one, rows[one.prompt]["worked"]) == (1, "right")
+        assert verify(one, rows[other.prompt]["worked"]).reward == 0
+    assert verify(found[0], "<think>so</think>I do not know.").reward == 0
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_harder_takes_more_work(kind):
     work = [mean(len(exercise.worked) for exercise in made(kind, difficulty)) for difficulty in DIFFICULTIES]
@@ -232,7 +275,7 @@ def test_evaluation_data_is_left_out(tmp_path):
 @pytest.mark.parametrize(
     "words, said",
     [
-        ("synth word --count 3 --out {tmp}/x", "data synth word: no such kind; nearest: words; all: words, countdown, puzzles"),
+        ("synth word --count 3 --out {tmp}/x", "data synth word: no such kind; nearest: words; all: words, countdown, puzzles, programs"),
         ("synth words:6 --count 3 --out {tmp}/x", "data synth words:6: difficulty is 1 to 5, as words:3"),
         ("synth words: --count 3 --out {tmp}/x", "difficulty is 1 to 5"),
         ("synth --count 3 --out {tmp}/x", "data needs KIND"),

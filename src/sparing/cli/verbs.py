@@ -745,7 +745,7 @@ class Data:
     way: tyro.conf.Positional[str | None] = None
     """stats, curate, dedup or synth"""
     paths: tyro.conf.Positional[list[str]] = field(default_factory=list)
-    """Files, folders and globs, as for `train --data`; synth: KIND or KIND:DIFFICULTY of exercises (words, countdown, puzzles;
+    """Files, folders and globs, as for `train --data`; synth: KIND or KIND:DIFFICULTY of exercises (words, countdown, puzzles, programs;
     1 to 5, default: all in turn)."""
     out: str | None = None
     """The folder to make: documents/, attributes/, rejected/, quarantine.jsonl, card.html. `train --data` takes it as it is. synth: a file

@@ -1,4 +1,4 @@
-"""Exercises that a program makes and can judge: word problems and Countdown. Logic puzzles are in `puzzles`.
+"""Exercises that a program makes and can judge: word problems and Countdown. `puzzles` and `programs` make others.
 
 A maker is a function of (random numbers, difficulty) -> Exercise, and of nothing else. Difficulty is 1 to 5: more steps, larger numbers.
 """

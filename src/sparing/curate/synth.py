@@ -17,12 +17,13 @@ from sparing.base.messages import say
 from sparing.curate.contamination import Contamination
 from sparing.curate.document import Document
 from sparing.curate.exercises import DIFFICULTIES, Exercise, countdown, words
+from sparing.curate.programs import programs
 from sparing.curate.puzzles import puzzles
 from sparing.data.accounts import balanced, in_words
 from sparing.data.split import content_hash
 
 Maker = Callable[[random.Random, int], Exercise]
-KINDS: dict[str, Maker] = {"words": words, "countdown": countdown, "puzzles": puzzles}
+KINDS: dict[str, Maker] = {"words": words, "countdown": countdown, "puzzles": puzzles, "programs": programs}
 FORMS = ("task", "chats")
 SUFFIXES = (".jsonl", ".ndjson", ".json")
 """Of files that are read as JSON lines."""
