@@ -763,7 +763,7 @@ class Data:
     form: str = "task"
     """synth: task, for `grpo --task`; chats, with worked answers, for `sft --data`."""
     against: list[str] = field(default_factory=list)
-    """synth: files of evaluation texts that nothing is to share 13 words with."""
+    """synth: files of evaluation texts; an exercise goes that has half of its runs of 13 words from them."""
     json: bool = False
     """Print one JSON object on standard output, and nothing else there."""
 

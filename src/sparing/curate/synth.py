@@ -14,7 +14,7 @@ from sparing.base.config import UserError
 from sparing.base.config_file import nearest
 from sparing.base.files import atomic_file, output_file, output_folder
 from sparing.base.messages import say
-from sparing.curate.contamination import Contamination
+from sparing.curate.contamination import Contamination, n_grams
 from sparing.curate.document import Document
 from sparing.curate.exercises import DIFFICULTIES, Exercise, countdown, words
 from sparing.curate.programs import programs
@@ -59,7 +59,7 @@ def synth(
     """Make `count` exercises in all, of each of `kinds` as many, in the file `out`, or a file for each kind in the new folder `out`.
 
     kinds: "words" for all difficulties in turn, "words:3" for one. against: files of evaluation texts; an exercise goes whose question
-    shares 13 words in a row with one of them, numbers included.
+    has half of its runs of 13 words, numbers included, from them.
 
     -> {"documents": {"in", "out", "rejected", "quarantined"}, "rejected": by reason, "exercises": by kind and difficulty, "out"}. The same
     arguments give the same bytes. Raises UserError: a slip, or there are not as many different exercises.
@@ -103,7 +103,7 @@ def _different(
             numbers[kind, difficulty] += 1
             exercise = make(kind, difficulty, seed, number)
             subject = content_hash(exercise.subject.encode())
-            leaks = evaluations is not None and evaluations.verdict(evaluations.scores(Document(exercise.question)))
+            leaks = evaluations is not None and _leaks(exercise, evaluations)
             if subject not in seen and not leaks:
                 break
             failed[LEAKS if leaks else TWICE] += 1
@@ -115,6 +115,13 @@ def _different(
         rejected.update(failed)
         seen.add(subject)
         yield kind, difficulty, exercise, f"{kind}/{difficulty} seed {seed} number {number}"
+
+
+def _leaks(exercise: Exercise, evaluations: Contamination) -> bool:
+    """Whether evaluation texts have half of all runs of n words of the question. One alone may be a phrase of the maker's."""
+    document = Document(exercise.question)
+    runs = n_grams(document.pieces, evaluations.n, evaluations.numbers).size
+    return runs > 0 and 2 * evaluations.scores(document)["shared"] >= runs
 
 
 def _kind(name: str) -> tuple[str, Sequence[int]]:
