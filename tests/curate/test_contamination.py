@@ -36,6 +36,12 @@ def test_shared_n_grams(rule, text, shared):
     assert rule.verdict(scores) == ("contamination: max_shared" if shared else None)
 
 
+def test_numbers_can_be_told_apart(rule):
+    apart = Contamination(evaluations=rule.evaluations, numbers=True)
+    text = " ".join([*words(13), "{} apples"])
+    assert [apart.scores(Document(text.format(number)))["shared"] for number in ("3.5", "2.5")] == [4, 1]
+
+
 def test_a_threshold(rule):
     assert Contamination(max_shared=3).verdict({"shared": 3}) is None
     assert Contamination(max_shared=3).verdict({"shared": 4}) == "contamination: max_shared"

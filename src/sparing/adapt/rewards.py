@@ -24,6 +24,7 @@ from sparing.base.files import alike
 from sparing.data.files import find_files
 from sparing.data.sources import Row, Tally, rows
 from sparing.data.split import SPACE, content_hash
+from sparing.data.worked import countdown, thought
 
 PROBLEMS, HELD_OUT = 8192, 512
 """Most problems of a built-in task."""
@@ -97,11 +98,7 @@ def _in_columns(a: int, b: int) -> str:
         carry = int(total >= 10)
         if carry and place < len(columns):
             steps[-1] += f", write {total - 10}, carry 1"
-    return _thought(steps, str(a + b))
-
-
-def _thought(steps: Sequence[str], answer: str) -> str:
-    return f"<think>{' '.join(f'{step}.' for step in steps)}</think>{answer}"
+    return thought(steps, str(a + b))
 
 
 def _operands(low: int, high: int, held_out: bool, count: int) -> list[int]:
@@ -130,31 +127,14 @@ def _countdown(name: str, number: str, _data: Sequence[str]) -> Task:
         if all(len(sides[side]) == most for side, most in wanted.items()):
             break
         numbers = [rng.randint(1, 25) for _ in range(count)]
-        target, worked = _reached(numbers, rng)
+        target, question, form, worked = countdown(numbers, rng)
         subject = f"countdown {sorted(numbers)}"
         side = _held_out(subject, SHARE)
         if not 1 <= target <= 100 or (subject, target) in seen or len(sides[side]) == wanted[side]:
             continue
         seen.add((subject, target))
-        prompt = (
-            f"Use each of the numbers {', '.join(map(str, numbers))} once, with +, -, * and /, to make {target}. "
-            "Write the expression as <answer>expression</answer>."
-        )
-        sides[side].append(Problem(prompt, str(target), "countdown", tuple(map(str, numbers)), worked))
+        sides[side].append(Problem(f"{question} {form}", str(target), "countdown", tuple(map(str, numbers)), worked))
     return Task(name, sides[False], sides[True])
-
-
-def _reached(numbers: list[int], rng: random.Random) -> tuple[int, str]:
-    """What some expression of all the numbers gives, and the worked answer that has it."""
-    values, steps = [(number, str(number)) for number in numbers], []
-    while len(values) > 1:
-        (a, left), (b, right) = (values.pop(rng.randrange(len(values))) for _ in range(2))
-        results = [(a + b, "+"), (a - b, "-"), (a * b, "*")] + ([(a // b, "/")] if b and a % b == 0 else [])
-        value, operation = rng.choice(results)
-        steps.append(f"{a} {operation} {b} = {value}")
-        values.append((value, f"({left} {operation} {right})"))
-    value, expression = values[0]
-    return value, _thought(steps, f"<answer>{expression[1:-1]}</answer>")
 
 
 # gsm8k

@@ -740,14 +740,17 @@ class Bench:
 @dataclass
 class Data:
     """Look at a corpus, or make a better one: `curate` judges documents by rules and takes duplicates out, `dedup` takes duplicates out,
-    `stats` says what `curate` would do, `select` keeps the documents that are most like a sample. Interrupted, the same command goes on."""
+    `stats` says what `curate` would do, `select` keeps the documents that are most like a sample. Interrupted, the same command goes on. Or
+    make exercises that a program can judge: `synth`."""
 
     way: tyro.conf.Positional[str | None] = None
-    """stats, curate, dedup or select"""
+    """stats, curate, dedup, select or synth"""
     paths: tyro.conf.Positional[list[str]] = field(default_factory=list)
-    """Files, folders and globs, as for `train --data`."""
+    """Files, folders and globs, as for `train --data`; synth: KIND or KIND:DIFFICULTY of exercises (words, countdown, puzzles, programs;
+    1 to 5, default: all in turn)."""
     out: str | None = None
-    """The folder to make: documents/, attributes/, rejected/, quarantine.jsonl, card.html. `train --data` takes it as it is."""
+    """The folder to make: documents/, attributes/, rejected/, quarantine.jsonl, card.html. `train --data` takes it as it is. synth: a file
+    of JSON lines, or a folder with one for each kind."""
     rules: str | None = None
     """TOML file that changes the rules (docs/data.md)."""
     text_key: str = "text"
@@ -766,21 +769,39 @@ class Data:
     """select --by loss: a run, or imported model, that is good at what you care about."""
     tokenizer: str | None = None
     """select: a run, or its tokenizer.json, to count tokens with; default: 4 bytes are a token."""
+    count: int | None = None
+    """synth: exercises, in all."""
+    seed: int = 0
+    """synth: another one makes other exercises."""
+    form: str = "task"
+    """synth: task, for `grpo --task`; chats, with worked answers, for `sft --data`."""
+    against: list[str] = field(default_factory=list)
+    """synth: files of evaluation texts; an exercise goes that has half of its runs of 13 words from them."""
     json: bool = False
     """Print one JSON object on standard output, and nothing else there."""
 
     def __call__(self, call: Call) -> dict:
+        of_select = {"for": self.for_, "budget": self.budget, "by": self.by, "tokenizer": self.tokenizer}
+        of_select |= {"model": self.model, "reference": self.reference}
+        if self.way != "select" and (given := [name for name, value in of_select.items() if value]):
+            raise UserError(f"--{given[0]} goes with `data select`, not with `data {self.way}`")
+        if self.way == "synth":
+            call.need(KIND=self.paths, count=self.count, out=self.out)
+            if self.rules is not None or self.workers is not None:
+                raise UserError("data synth: --rules and --workers are for documents")
+            from sparing.curate.synth import synth
+
+            return synth(self.paths, self.count, self.out, self.seed, self.form, self.against, call.started)
         call.need(WAY=self.way, PATH=self.paths, out=self.out)
+        if (self.count, self.seed, self.form, self.against) != (None, 0, "task", []):
+            raise UserError(f"data {self.way}: --count, --seed, --form and --against are for `data synth`")
         from sparing.curate.entry import data
         from sparing.curate.select import Selection
 
-        selection, asked = None, {"for": self.for_, "budget": self.budget, "by": self.by, "tokenizer": self.tokenizer}
-        asked |= {"model": self.model, "reference": self.reference}
+        selection = None
         if self.way == "select":
             call.need(budget=self.budget)
             selection = Selection(self.budget, tuple(self.for_), self.by or "quality", self.tokenizer, self.model, self.reference)
-        elif given := [name for name, value in asked.items() if value]:
-            raise UserError(f"--{given[0]} goes with `data select`, not with `data {self.way}`")
         return data(self.way, self.paths, self.out, self.rules, self.text_key, self.workers, call.started, selection)
 
 

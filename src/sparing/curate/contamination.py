@@ -24,9 +24,10 @@ _TO_SPACES = dict.fromkeys(map(ord, SYMBOLS), " ")
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 
-def normalise(piece: str) -> list[str]:
-    """The words of a piece of text in lower case, numbers as 0, without punctuation and accents (as datatrove's simplify_text does)."""
-    text = _NUMBER.sub("0", piece.lower()).translate(_TO_SPACES)
+def normalise(piece: str, numbers: bool = False) -> list[str]:
+    """The words of a piece of text in lower case, without punctuation and accents, and unless `numbers` are told apart each as 0 (as
+    datatrove's simplify_text does)."""
+    text = (piece.lower() if numbers else _NUMBER.sub("0", piece.lower())).translate(_TO_SPACES)
     if not text.isascii():
         text = "".join(char for char in unicodedata.normalize("NFD", text) if unicodedata.category(char) != "Mn")
     return text.split()
@@ -35,21 +36,25 @@ def normalise(piece: str) -> list[str]:
 class _Hashes(dict):
     """Pieces of text between spaces → the hashes of their normalised words."""
 
+    def __init__(self, numbers: bool):
+        self.numbers = numbers
+
     def __missing__(self, piece: str) -> tuple[int, ...]:
-        hashes = tuple(map(stable_hash, normalise(piece)))
+        hashes = tuple(map(stable_hash, normalise(piece, self.numbers)))
         if len(piece) <= LONG_PIECE:
             self[piece] = hashes
         return hashes
 
 
-_hashes = _Hashes()
+_hashes = {numbers: _Hashes(numbers) for numbers in (False, True)}
 
 
-def n_grams(pieces: Iterable[str], n: int) -> np.ndarray:
+def n_grams(pieces: Iterable[str], n: int, numbers: bool = False) -> np.ndarray:
     """uint64 [n-grams]: hashes of the n-grams of normalised words, the same in every process."""
-    if len(_hashes) > MAX_PIECES:
-        _hashes.clear()
-    words = np.fromiter(chain.from_iterable(map(_hashes.__getitem__, pieces)), np.uint64)
+    hashes = _hashes[numbers]
+    if len(hashes) > MAX_PIECES:
+        hashes.clear()
+    words = np.fromiter(chain.from_iterable(map(hashes.__getitem__, pieces)), np.uint64)
     count = words.size - n + 1
     keys = np.zeros(max(0, count), np.uint64)
     for at in range(n if count > 0 else 0):
@@ -57,9 +62,9 @@ def n_grams(pieces: Iterable[str], n: int) -> np.ndarray:
     return keys
 
 
-def index(texts: Iterable[str], n: int) -> np.ndarray:
+def index(texts: Iterable[str], n: int, numbers: bool = False) -> np.ndarray:
     """uint64 [different n-grams], sorted: those of evaluation texts. A text of fewer than n words has none."""
-    parts = [n_grams(text.split(), n) for text in texts]
+    parts = [n_grams(text.split(), n, numbers) for text in texts]
     return np.unique(np.concatenate(parts)) if parts else np.zeros(0, np.uint64)
 
 
@@ -83,8 +88,8 @@ def all_text(value: object) -> str:
 
 
 @cache
-def _indexed(paths: tuple[str, ...], n: int) -> np.ndarray:
-    return index(evaluation_texts(paths), n)
+def _indexed(paths: tuple[str, ...], n: int, numbers: bool) -> np.ndarray:
+    return index(evaluation_texts(paths), n, numbers)
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,8 @@ class Contamination:
     """Files and folders of evaluation texts: JSON lines, Parquet or plain text; the score depends on them."""
     n: int = 13
     """Words of an n-gram. Texts with fewer are not looked for. The score depends on it."""
+    numbers: bool = False
+    """Tell numbers apart; otherwise all of them are the same word. The score depends on it."""
     max_shared: int = 0
     """n-grams of a document that an evaluation has."""
 
@@ -105,11 +112,11 @@ class Contamination:
             raise UserError("contamination.evaluations: no files; name evaluation texts, or leave the section out")
         if self.n < 1:
             raise UserError(f"contamination.n must be at least 1, not {self.n}")
-        if not _indexed(self.evaluations, self.n).size:
+        if not _indexed(self.evaluations, self.n, self.numbers).size:
             raise UserError(f"contamination.evaluations: no text of {self.n} words in {', '.join(self.evaluations)}")
 
     def scores(self, document: Document) -> Scores:
-        known, keys = _indexed(self.evaluations, self.n), n_grams(document.pieces, self.n)
+        known, keys = _indexed(self.evaluations, self.n, self.numbers), n_grams(document.pieces, self.n, self.numbers)
         if not known.size or not keys.size:
             return {"shared": 0}
         at = np.minimum(np.searchsorted(known, keys), known.size - 1)

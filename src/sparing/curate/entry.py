@@ -43,7 +43,7 @@ def data(
     "stages", "seconds", "out"}, and what `select.select` adds. Raises UserError; Interrupted, and then the same call goes on where it was.
     """
     if way not in WAYS:
-        raise UserError(f"data {way}: not known; choose {', '.join(WAYS)}")
+        raise UserError(f"data {way}: not known; choose {', '.join(WAYS)}, synth")
     if (way == "select") != (selection is not None):
         raise UserError("a selection goes with `data select`, and with nothing else")
     if selection is not None and rules is not None:
