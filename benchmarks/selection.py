@@ -12,8 +12,8 @@ Students of one shape and one tokenizer learn from what `sparing data select` ta
     random-half    half as many
     overlap        half as many, by n-gram overlap
     quality        half as many, by the quality model
-    loss           with --loss, because scoring takes hours: half as many, by excess loss, under the student random-half minus under one that
-                   went on from it with the sample for --passes passes. What both cost to train counts as selecting.
+    loss           with --loss, because scoring takes hours: half as many, by excess loss, under the student random-half minus under one
+                   that went on from it with the sample for --passes passes. What both cost to train counts as selecting.
 
 and each is scored in bits per byte of the medicine that nothing has read. What is in FOLDER already is not done again.
 """
