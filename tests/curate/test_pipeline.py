@@ -15,6 +15,7 @@ from sparing.account.history import entries
 from sparing.base.config import UserError
 from sparing.cli.main import main
 from sparing.curate import entry, pipeline
+from sparing.curate.select import Selection
 from sparing.data.sources import documents
 
 WORDS = """the of and that have with to be in river house morning letter garden winter story window table paper light road hill bridge
@@ -148,3 +149,24 @@ def test_refused_in_one_line(corpus, tmp_path, curated, capsys):
         assert main(list(command)) == 2
         said = capsys.readouterr().err.strip().splitlines()
         assert len(said) == 1 and line in said[0] and not (tmp_path / "x").exists()
+
+
+def test_refused_while_it_reads_nothing_stays(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": prose(1)}) + "\n")
+    (tmp_path / "sample.jsonl").write_text(json.dumps({"body": "no text"}) + "\n")
+    with pytest.raises(UserError, match="no text in it"):
+        entry.data(
+            "select",
+            [str(tmp_path / "a.jsonl")],
+            str(tmp_path / "out"),
+            workers=1,
+            selection=Selection("50%", (str(tmp_path / "sample.jsonl"),)),
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_plotly_there_is_no_card(corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    entry.data("dedup", [str(corpus)], str(tmp_path / "out"), workers=1)
+    assert "without a data card: reports need plotly" in capsys.readouterr().err
+    assert (tmp_path / "out" / "curated.json").exists() and not (tmp_path / "out" / "card.html").exists()

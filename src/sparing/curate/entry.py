@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,9 +61,13 @@ def data(
         selection.load()
     find_files(paths)
     folder = vacant(out)
-    folder.mkdir(parents=True, exist_ok=True)
     run = RunFolder(folder)
-    with folder_lock(folder), metered("data", run, started=started) as meter, Preempt("the same command goes on") as signals:
+    with (
+        _leaving_nothing(folder),
+        folder_lock(folder),
+        metered("data", run, started=started) as meter,
+        Preempt("the same command goes on") as signals,
+    ):
         try:
             how = {"text_key": text_key, "workers": workers or cores(), "meter": meter, "should_stop": lambda: signals.requested}
             if selection is not None:
@@ -73,7 +79,23 @@ def data(
         stages = meter.rows()
         summary["stages"] = [{"name": row.stage, "seconds": row.wall_s, "usd": row.usd, "kwh": row.kwh} for row in stages]
         summary["seconds"] = sum(row.wall_s for row in stages)
-        write_card(folder / "card.html", Path(out).name, summary, fate, stages)
+        try:
+            write_card(folder / "card.html", Path(out).name, summary, fate, stages)
+        except UserError as error:  # plotly is an extra
+            say(f"without a data card: {error}")
         finish(folder, summary)
     say(in_words(summary["documents"]))
     return summary | {"out": out}
+
+
+@contextmanager
+def _leaving_nothing(folder: Path) -> Iterator[None]:
+    """A folder for what is made, which goes again where that is refused. What an interruption leaves stays: the same command goes on."""
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except UserError:
+        if made:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
