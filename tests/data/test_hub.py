@@ -1,20 +1,18 @@
 """Data sets by name, from a hub of the test's own."""
 
-import http.server
 import json
 import os
 import subprocess
 import sys
-import threading
 
 import pytest
+from tests.hub import hub_with
 
 from sparing.base.config import UserError
 from sparing.data.files import absolute
 from sparing.data.hub import data_set
 from sparing.data.pipes import python_path
 
-REVISION = "0123456789abcdef0123456789abcdef01234567"
 FILES = {
     "README.md": b"# a card\n",
     "train/a.jsonl": b'{"text": "one", "meta": {"pile_set_name": "Books"}}\n{"x": 1}\n',
@@ -26,44 +24,8 @@ FILES = {
 @pytest.fixture
 def hub():
     """-> (its address, the files that were asked for)."""
-    asked = []
-
-    class Hub(http.server.BaseHTTPRequestHandler):
-        def do_HEAD(self):
-            self.answer(False)
-
-        def do_GET(self):
-            self.answer(True)
-
-        def answer(self, whole: bool) -> None:
-            path, headers = self.path.split("?")[0], {"X-Repo-Commit": REVISION}
-            name = path.removeprefix(f"/datasets/somebody/texts/resolve/{REVISION}/")
-            if path.startswith("/api/datasets/somebody/texts/revision/"):
-                data = json.dumps({"id": "somebody/texts", "sha": REVISION, "siblings": [{"rfilename": one} for one in FILES]}).encode()
-            elif path.startswith("/api/datasets/somebody/texts/tree/"):
-                tree = [{"type": "file", "path": one, "size": len(raw), "oid": f"{len(raw):040x}"} for one, raw in FILES.items()]
-                data = json.dumps(tree).encode()
-            elif name in FILES:
-                data = FILES[name]
-                asked.append(name)
-                headers |= {"ETag": f'"{name.replace("/", "-")}"', "Accept-Ranges": "bytes"}
-            else:
-                data, headers = b"{}", {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"}
-            self.send_response(404 if "X-Error-Code" in headers else 200)
-            for key, value in (headers | {"Content-Length": str(len(data)), "Content-Type": "application/json"}).items():
-                self.send_header(key, value)
-            self.end_headers()
-            if whole:
-                self.wfile.write(data)
-
-        def log_message(self, *arguments) -> None:
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}", asked
-    server.shutdown()
-    server.server_close()
+    with hub_with("datasets", "somebody/texts", lambda: FILES) as served:
+        yield served
 
 
 READ = """

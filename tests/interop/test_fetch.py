@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import http.server
 import json
 import os
 import subprocess
 import sys
-import threading
 import zipfile
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tests.hub import REVISION, hub_with
 
 from sparing.base.config import CannotGoOn, ModelConfig, UserError
 from sparing.base.origin import Origin, origin_of
@@ -101,55 +100,15 @@ def test_known_models_are_told_apart():
     assert all(one.licence and one.url.startswith("https://") for one in known_models().values())
 
 
-REVISION = "0123456789abcdef0123456789abcdef01234567"
-
-
 @pytest.fixture
 def hub(random_model, tmp_path):
     """A hub with one repository, `somebody/small`; -> (its address, the files that were asked for)."""
-    folder, asked = tmp_path / "repository", []
+    folder = tmp_path / "repository"
     export_hf(SMALL, random_model(SMALL).state_dict(), None, folder, card="---\nlicense: mit\n---\nA small model.\n")
     (folder / "pytorch_model.bin").write_bytes(b"a pickle")
 
-    class Hub(http.server.BaseHTTPRequestHandler):
-        def do_HEAD(self):
-            self.answer(False)
-
-        def do_GET(self):
-            self.answer(True)
-
-        def answer(self, whole: bool) -> None:
-            path = self.path.split("?")[0]
-            files = {file.name: file.read_bytes() for file in folder.iterdir()}
-            name = path.rsplit("/", 1)[-1]
-            headers = {"X-Repo-Commit": REVISION}
-            if path.startswith("/api/models/somebody/small/revision/"):
-                siblings = [{"rfilename": one} for one in files]
-                data = json.dumps({"id": "somebody/small", "sha": REVISION, "siblings": siblings}).encode()
-            elif path.startswith("/api/models/somebody/small/tree/"):
-                tree = [{"type": "file", "path": one, "size": len(body), "oid": sha256(body)[:40]} for one, body in files.items()]
-                data = json.dumps(tree).encode()
-            elif path.startswith("/somebody/small/resolve/") and name in files:
-                data = files[name]
-                asked.append(name)
-                headers |= {"ETag": f'"{sha256(data)}"', "Accept-Ranges": "bytes"}
-            else:
-                data, headers = b"{}", {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"}
-            self.send_response(404 if "X-Error-Code" in headers else 200)
-            for key, value in (headers | {"Content-Length": str(len(data)), "Content-Type": "application/json"}).items():
-                self.send_header(key, value)
-            self.end_headers()
-            if whole:
-                self.wfile.write(data)
-
-        def log_message(self, *arguments) -> None:
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}", asked
-    server.shutdown()
-    server.server_close()
+    with hub_with("models", "somebody/small", lambda: {file.name: file.read_bytes() for file in folder.iterdir()}) as served:
+        yield served
 
 
 def sparing(tmp_path: Path, endpoint: str, *words: str) -> subprocess.CompletedProcess:

@@ -18,6 +18,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from sparing.data import pipes
 from sparing.data.document import Unreadable
 from sparing.data.pipes import python_path, receive, send
 
@@ -110,13 +111,7 @@ class _Process:
         return f"its parser crashed (status {status})"
 
     def end(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
-            try:
-                pipe.close()
-            except OSError:  # unsent bytes to a process that is gone
-                pass
+        pipes.end(self.process)
 
 
 def _main(module: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 from typing import BinaryIO
 
@@ -29,3 +30,14 @@ def receive(pipe: BinaryIO) -> bytes:
     if len(raw) < size:
         raise EOFError
     return raw
+
+
+def end(process: subprocess.Popen) -> None:
+    """Kill a process, wait for it, and close the pipes to it."""
+    process.kill()
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        try:
+            pipe.close()
+        except OSError:  # unsent bytes to a process that is gone
+            pass

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from sparing.data import pipes
 from sparing.data.pipes import python_path, receive, send
 from sparing.data.progress import check, result_of
 from sparing.data.tokenizer import Tokenizer
@@ -101,13 +102,7 @@ class _Worker:
         return np.split(ids, np.cumsum(counts)[:-1])
 
     def end(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
-            try:
-                pipe.close()
-            except OSError:  # unsent bytes to a process that is gone
-                pass
+        pipes.end(self.process)
 
 
 def _main() -> None:
