@@ -15,7 +15,8 @@ import pytest
 
 from sparing.base.config import UserError
 from sparing.curate import duplicates, minhash, parts
-from sparing.curate.duplicates import find_duplicates, remove_lines, repeated_lines
+from sparing.curate.duplicates import find_duplicates
+from sparing.curate.lines import remove_lines, repeated_lines
 from sparing.curate.minhash import DuplicateSettings, band_keys, minima, signatures
 from sparing.data.progress import Stopped
 

@@ -11,7 +11,7 @@ from sparing.data.sources import documents
 pytest.importorskip("fastwarc", reason="needs the extra web")
 pytest.importorskip("resiliparse", reason="needs the extra web")
 
-REAL = Path("/work/shared/data/common-crawl")
+REAL = Path(__file__).parents[3] / "shared" / "data" / "common-crawl"
 WORDS = "The old lighthouse keeper wrote a long letter about the storm that had carried away his only boat. "
 
 
@@ -179,7 +179,7 @@ def test_without_the_extra_the_reason_names_it(tmp_path, monkeypatch):
 @pytest.mark.real_data
 def test_real_archives():
     if not REAL.is_dir():
-        pytest.skip("no real data here")
+        pytest.skip(f"no {REAL}")
     found, rejected = read(REAL / "web-pages.warc.gz")
     assert len(found) + len(rejected) == 24 and len(found) >= 20
     assert all(document.meta["url"].startswith("https://") and document.text.strip() for document in found)

@@ -10,7 +10,7 @@ from sparing.data.sources import documents
 
 pytest.importorskip("mwparserfromhell", reason="needs the extra web")
 
-REAL = Path("/work/shared/data/wikipedia/smallwiki-latest-pages-articles.xml")
+REAL = Path(__file__).parents[3] / "shared" / "data" / "wikipedia" / "smallwiki-latest-pages-articles.xml"
 HEAD = """<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.11/" version="0.11" xml:lang="de">
   <siteinfo>
     <base>https://de.wikipedia.org/wiki/Wikipedia:Hauptseite</base>
@@ -143,7 +143,7 @@ def test_a_dump_without_pages(tmp_path):
 @pytest.mark.real_data
 def test_a_real_dump():
     if not REAL.is_file():
-        pytest.skip("no real data here")
+        pytest.skip(f"no {REAL}")
     rejected = []
     found = list(documents([str(REAL)], reject=rejected.append))
     assert len(found) + len(rejected) == REAL.read_bytes().count(b"<page>")

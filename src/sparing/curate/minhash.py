@@ -66,7 +66,7 @@ class DuplicateSettings:
     memory_mb: int = 256
     """Megabytes of records that are sorted at a time."""
     lines: int = 0
-    """A line that this many documents have is boilerplate (`duplicates.repeated_lines`); 0: lines are left alone."""
+    """A line that this many documents have is boilerplate (`lines.repeated_lines`); 0: lines are left alone."""
     line_chars: int = 40
     """A shorter line is never boilerplate: headings, dialogue and code repeat for good reasons."""
 

@@ -28,7 +28,8 @@ import zstandard
 from sparing.account.meter import NoMeter
 from sparing.base.config import UserError
 from sparing.base.files import atomic_path, output_folder, write_atomic
-from sparing.curate.duplicates import find_duplicates, remove_lines, repeated_lines
+from sparing.curate.duplicates import find_duplicates
+from sparing.curate.lines import remove_lines, repeated_lines
 from sparing.curate.minhash import DuplicateSettings
 from sparing.curate.parts import Stop, open_table, part_file, write_parts, write_table
 from sparing.curate.recipe import Recipe

@@ -140,7 +140,8 @@ def _input(rng: random.Random, kind: str) -> Any:
 
 @cache
 def _function(code: str) -> Callable[[Any], Any]:
-    """Of one of our own expressions."""
+    """Of an expression of STEPS with its number put in, so that what a worked answer shows is what ran. Nothing that a user writes gets
+    here; answers are judged in a contained process (`adapt/contained.py`)."""
     return eval(f"lambda value: {code}")
 
 
