@@ -17,7 +17,7 @@ from sparing.data.split import content_hash
 
 def repeated_lines(read: Read, work: Path, settings: DuplicateSettings, workers: int = 1, should_stop: Stop = None) -> np.ndarray:
     """The hashes of the lines that at least `settings.lines` documents have, ascending, uint64; counted exactly (as CCNet counts
-    paragraphs: Wenzek et al. 2020, section 3.1). Works, stops and goes on like `duplicates.find_duplicates`, and may use the same folder."""
+    paragraphs: Wenzek et al. 2020, section 3.1). Works, stops and goes on like `duplicates.find_duplicates`; may use the same folder."""
     if not settings.lines:
         return np.empty(0, np.uint64)
     work = Path(work)
