@@ -316,6 +316,11 @@ def test_refused_in_one_line(workplace, grown_run, tmp_path):
     assert "grow has no use for this section" in refused(api.grow, base, "x", **code, wishes={"adapter": {}})
     assert "no such" in refused(api.grow, base, "x", **code, keep=[str(tmp_path / "none.txt")])
     assert "no such" in refused(api.grow, base, "x", **code, apart=[str(workplace / "old"), str(tmp_path / "none.txt")])
+    (tmp_path / "blank.txt").write_text(" \n")
+    for name in ("keep", "apart"):
+        assert f"--{name} {tmp_path / 'blank.txt'}: there is no text" in refused(
+            api.grow, base, "x", **code, **{name: [str(tmp_path / "blank.txt")]}
+        )
     assert "nearest: code" in refused(api.retire, run, "coda", out)
     assert "has no domains" in refused(api.slice, base, "code", out)
     assert "has no domains" in refused(api.pack, base, "code", out)

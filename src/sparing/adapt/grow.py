@@ -32,7 +32,7 @@ from sparing.base.files import DamagedError, read_lines, write_atomic
 from sparing.base.layers import mixtures
 from sparing.base.messages import say
 from sparing.base.run import RunFolder, fill, weights_sha256, write_tensors
-from sparing.data.files import absolute, find_files
+from sparing.data.files import absolute
 from sparing.data.loader import IGNORED
 from sparing.data.rows import permutation
 from sparing.data.sources import documents
@@ -168,7 +168,8 @@ def resolved(job: Job, wishes: Wishes, budget: Budget) -> Config:
         if paths := own.value(f"growth.{name}"):
             own = Wishes.of(own, {"growth": {name: tuple(map(absolute, paths))}})
             for path in own.value(f"growth.{name}"):
-                find_files([path])
+                if next(documents([path]), None) is None:
+                    raise UserError(f"--{name} {path}: there is no text in it")
     wishes = _with_growth(own)
     try_out(job, wishes, budget)
     with job.meter.stage("scan"):
@@ -250,10 +251,7 @@ def _other_text(job: Job, config: Config, tokenizer: Tokenizer) -> tuple[list[st
         lines = [{"text": part, "for": USES[number % GUARD == GUARD - 1]} for number, part in enumerate(parts)]
         size = int(BYTES_PER_TOKEN * growth.tokens) // max(1, len(growth.apart))
         for path in growth.apart:  # each has an equal share, however long it is
-            others = select((document.text for document in documents([path])), size)
-            if not others:
-                raise UserError(f"--apart {path}: there is no text in it")
-            lines += [{"text": part, "for": APART} for part in others]
+            lines += [{"text": part, "for": APART} for part in select((document.text for document in documents([path])), size)]
         write_atomic(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     lines = read_lines(file)
     first, last, apart = ([line["text"] for line in lines if line["for"] == use] for use in (*USES, APART))
