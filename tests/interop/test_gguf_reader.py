@@ -91,6 +91,13 @@ def test_blocks_are_the_floats_that_llama_cpp_makes_of_them(number, opened):
     assert np.array_equal(found, expected) and np.abs(found - values).max() < 1.2 and found.std() > 0.5
 
 
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (512, 0)])
+@pytest.mark.parametrize("number", BLOCKS)
+def test_a_tensor_without_numbers_is_read(number, shape, opened):
+    found = opened(file_of([ARCHITECTURE], [listed("w", shape, number, 0)])).read("w")
+    assert found.shape == shape[::-1] and found.dtype == PLAIN.get(BLOCKS[number][0], torch.float32)
+
+
 HOSTILE = {
     "nothing": (b"", "not a GGUF file"),
     "another file": (b"PK\3\4" + b"\0" * 100, "not a GGUF file"),

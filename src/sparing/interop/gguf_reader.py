@@ -87,15 +87,15 @@ class GgufFile:
         """A tensor as floats, in memory of its own: F16 and BF16 as they are, all others float32. Raises UserError for numbers that are not
         finite, and where the file has become shorter."""
         stored = self.tensors[name]
-        data = np.empty(stored.nbytes, np.uint8)
+        data = torch.empty(stored.nbytes, dtype=torch.uint8)  # torch's own: of no bytes too, it can be seen as other numbers
         with open(self.path, "rb") as file:
             file.seek(stored.offset)
-            if file.readinto(data) != stored.nbytes:
+            if file.readinto(data.numpy()) != stored.nbytes:
                 raise UserError(f"{self.path}: ends inside {name}")
         if stored.kind in PLAIN:
-            tensor = torch.from_numpy(data).view(PLAIN[stored.kind]).view(stored.shape)
+            tensor = data.view(PLAIN[stored.kind]).view(stored.shape)
         else:
-            tensor = self._dequantised(stored, data)
+            tensor = self._dequantised(stored, data.numpy())
         if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
             raise UserError(f"{self.path}: {name} has numbers that are not finite: the file is damaged")
         return tensor
