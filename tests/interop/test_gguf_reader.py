@@ -91,13 +91,6 @@ def test_blocks_are_the_floats_that_llama_cpp_makes_of_them(number, opened):
     assert np.array_equal(found, expected) and np.abs(found - values).max() < 1.2 and found.std() > 0.5
 
 
-@pytest.mark.parametrize("shape", [(0,), (0, 3), (512, 0)])
-@pytest.mark.parametrize("number", BLOCKS)
-def test_a_tensor_without_numbers_is_read(number, shape, opened):
-    found = opened(file_of([ARCHITECTURE], [listed("w", shape, number, 0)])).read("w")
-    assert found.shape == shape[::-1] and found.dtype == PLAIN.get(BLOCKS[number][0], torch.float32)
-
-
 HOSTILE = {
     "nothing": (b"", "not a GGUF file"),
     "another file": (b"PK\3\4" + b"\0" * 100, "not a GGUF file"),
@@ -122,6 +115,8 @@ HOSTILE = {
     "a tensor twice": (file_of([], [listed("w", (1,), 0, 0), listed("w", (1,), 0, 32)], b"\0" * 64), "the tensor w twice"),
     "eight dimensions": (file_of([], [listed("w", (1,) * 8, 0, 0)], b"\0" * 64), "w has 8 dimensions"),
     "no dimension": (file_of([], [listed("w", (), 0, 0)], b"\0" * 64), "w has 0 dimensions"),
+    "a row of nothing": (file_of([], [listed("w", (0,), 0, 0)]), "w has no numbers, its dimensions are 0"),
+    "nothing, of a size that overflows": (file_of([], [listed("w", (32, 0, 2**63), 8, 0)]), "w has no numbers"),
     "a size that overflows": (file_of([], [listed("w", (2**33, 2**33), 0, 0)], b"\0" * 64), "w would end at byte"),
     "an offset past the end": (file_of([], [listed("w", (1,), 0, 2**40)], b"\0" * 64), "w would end at byte"),
     "an offset that overflows": (file_of([], [listed("w", (16,), 0, 2**64 - 32)], b"\0" * 64), "w would end at byte"),

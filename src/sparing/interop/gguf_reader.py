@@ -87,16 +87,16 @@ class GgufFile:
         """A tensor as floats, in memory of its own: F16 and BF16 as they are, all others float32. Raises UserError for numbers that are not
         finite, and where the file has become shorter."""
         stored = self.tensors[name]
-        data = torch.empty(stored.nbytes, dtype=torch.uint8)  # torch's own: of no bytes too, it can be seen as other numbers
+        data = np.empty(stored.nbytes, np.uint8)
         with open(self.path, "rb") as file:
             file.seek(stored.offset)
-            if file.readinto(data.numpy()) != stored.nbytes:
+            if file.readinto(data) != stored.nbytes:
                 raise UserError(f"{self.path}: ends inside {name}")
         if stored.kind in PLAIN:
-            tensor = data.view(PLAIN[stored.kind]).view(stored.shape)
+            tensor = torch.from_numpy(data).view(PLAIN[stored.kind]).view(stored.shape)
         else:
-            tensor = self._dequantised(stored, data.numpy())
-        if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+            tensor = self._dequantised(stored, data)
+        if not torch.stack(tensor.aminmax()).isfinite().all():
             raise UserError(f"{self.path}: {name} has numbers that are not finite: the file is damaged")
         return tensor
 
@@ -220,6 +220,8 @@ class _Cursor:
             if not 1 <= dimensions <= DIMENSIONS:
                 raise self.fail(f"{name} has {dimensions:,} dimensions, at most {DIMENSIONS} are possible: the file is damaged")
             shape = struct.unpack(f"<{dimensions}Q", self.take(8 * dimensions, f"the shape of {name}"))
+            if not all(shape):
+                raise self.fail(f"{name} has no numbers, its dimensions are {' x '.join(map(str, shape))}: the file is damaged")
             kind, offset = self.whole(4, f"the type of {name}"), self.whole(8, f"the offset of {name}")
             if kind not in BLOCKS:
                 names = [block[0] for block in BLOCKS.values()]
