@@ -379,7 +379,7 @@ def reason(
 ) -> dict:
     """Teach a run to reason about a task's problems by R1's recipe, inside one budget; into the new run folder `out`, stage by stage.
 
-    task, data: as for `grpo`. cold: conversations with worked answers, as for `sft`; none: those that a built-in task has. student: a run
+    task, data: as for `grpo`. cold: conversations with worked answers, as for `sft`; none: those that the task has. student: a run
     of a smaller model that is taught the right answers too. method: "lora" or "full", in all stages. wishes: `grpo` is for the rewards, all
     else for every stage. -> before, after (as of `grpo`), stages (each with pass_at_1, pass_at_k, seconds, tokens), student, answers (what
     was sampled, right and kept), and the sums of what `sft` gives. Raises UserError; Interrupted on a signal (the run can be resumed);

@@ -9,7 +9,7 @@ from tests.adapt.test_grpo import BASE
 from tests.adapt.test_sft import TRAIN, kill_at, write
 
 from sparing import api
-from sparing.adapt.reason import FEWEST, SHARES, STAGES, Verbs, _Recipe, _shortest
+from sparing.adapt.reason import FEWEST, SHARES, STAGES, Verbs, _Recipe, _shortest, _worked_right
 from sparing.adapt.rewards import _in_columns, load_task, verify
 from sparing.adapt.rollouts import Answer
 from sparing.base.config import Budget, CannotGoOn, Config, ReasonConfig, TrainConfig, UserError
@@ -235,6 +235,21 @@ def test_worked_answers_of_built_in_tasks_are_right(name):
     task = load_task(name)
     for problem in task.problems[:300] + task.held_out[:50]:
         assert problem.worked.startswith("<think>") and verify(problem, problem.worked).reward == 1, problem.worked
+
+
+def test_a_file_has_worked_answers_too_and_wrong_ones_are_left_out(tmp_path, capsys):
+    """So a file of `data synth` is a task that begins with them."""
+    rows = [{"prompt": f"Say {n}.", "verifier": "number", "answer": n, "worked": f"<think>It is {n}.</think>{n}"} for n in range(20)]
+    code = {"verifier": "code", "tests": ["assert f() == 1"]}
+    rows += [code | {"prompt": f"Write f, {n}.", "worked": f"```python\ndef f():\n    return {1 + n % 2}\n```"} for n in range(6)]
+    rows += [{"prompt": "Say nothing.", "verifier": "number", "answer": 0}]
+    rows[3]["worked"] = "<think>It is 3.</think>4"
+    task = load_task(write(tmp_path / "t.jsonl", rows))
+    learnt = {problem.prompt for problem in task.problems}
+    expected = {f"Say {n}." for n in range(20) if n != 3} | {f"Write f, {n}." for n in (0, 2, 4)}
+    assert {problem.prompt for problem, _ in _worked_right(task)} == expected & learnt
+    wrong = len(({"Say 3."} | {f"Write f, {n}." for n in (1, 3, 5)}) & learnt)
+    assert wrong and f"{wrong} of {len(learnt - {'Say nothing.'})} worked answers are not right" in capsys.readouterr().err
 
 
 def test_what_worked_answers_look_like():

@@ -89,6 +89,7 @@ def test_a_file_is_a_task(tmp_path):
     [
         ({"verifier": "number"}, "no prompt"), ({"prompt": "x"}, "no verifier"), ({"prompt": "x", "verifier": "luck"}, "choose math"),
         ({"prompt": "x", "verifier": "number", "answer": "many"}, "has no number"), ([1], "no JSON object"),
+        ({"prompt": "x", "verifier": "number", "answer": "1", "worked": 1}, "worked is no text"),
         ({"prompt": "x", "verifier": "format", "answer": "("}, "no regular expression"),
         ({"prompt": "x", "verifier": "schema", "answer": {"type": "numbre"}}, "no JSON schema that can be used"),
     ],

@@ -69,6 +69,8 @@ LEAST_S = 30.0
 """A shorter budget would be starting programs."""
 LONGER = 1.25
 """An answer may become so many times as long as nearly all worked ones are."""
+PROGRAMS = 256
+"""Worked answers that have to be run, at most: each is a process of its own."""
 PASSES = 4
 """Problems that were not solved are asked again, so many times in all."""
 FEWEST = 8
@@ -117,8 +119,7 @@ def resolved(job: Job, wishes: Wishes, budget: Budget) -> None:
     base = begun.config()
     parent = RunFolder(base.start.run)
     tokenizer = Tokenizer.load(parent.tokenizer_file, base.tokens)
-    worked = [] if reason.cold else [(problem, problem.worked) for problem in task.problems if problem.worked]
-    worked = [(problem, text) for problem, text in worked if verify(problem, text).reward >= 1]
+    worked = [] if reason.cold else _worked_right(task)
     answers = [text for _, text in worked[:SAMPLE]] or _answers(reason.cold)
     room = base.model.max_position_embeddings - _longest(task, tokenizer, parent)
     if not own.sets("grpo.max_tokens"):
@@ -176,6 +177,16 @@ def _of_stage(wishes: Wishes, name: str) -> Wishes:
     apart = {"train.seq_len", "train.batch_size"} if name == RL else {"grpo"}
     kept = {section: {key: value for key, value in fields.items() if f"{section}.{key}" not in apart} for section, fields in wishes.items()}
     return Wishes.of({section: fields for section, fields in kept.items() if section not in apart})
+
+
+def _worked_right(task: Task) -> list[tuple[Problem, str]]:
+    """The task's own worked answers that its verifier finds right."""
+    worked = [problem for problem in task.problems if problem.worked and problem.verifier != "code"]
+    worked += [problem for problem in task.problems if problem.worked and problem.verifier == "code"][:PROGRAMS]
+    right = [(problem, problem.worked) for problem in worked if verify(problem, problem.worked).reward >= 1]
+    if wrong := len(worked) - len(right):
+        say(f"{task.name}: {wrong:,} of {len(worked):,} worked answers are not right as its verifier has it, and left out")
+    return right
 
 
 def _worked(run: RunFolder) -> Path:

@@ -55,7 +55,8 @@ class Task:
 def load_task(path_or_name: str, data: Sequence[str] = ()) -> Task:
     """A built-in task by its name (add, add:3 for three digits, countdown, countdown:4 for four numbers, gsm8k), else a file of JSON lines.
 
-    data: gsm8k's own files. Each line has `prompt`, `verifier`, and, as the verifier has it, `answer` and `tests`.
+    data: gsm8k's own files. Each line has `prompt`, `verifier`, and, as the verifier has it, `answer` and `tests`; it may have `worked`, an
+    answer with its steps.
     Raises UserError, one line, for what cannot be read or cannot be judged here.
     """
     name, _, number = path_or_name.partition(":")
@@ -161,15 +162,17 @@ def _question_of(value: dict) -> Problem:
 
 def problem_of(value: dict) -> Problem:
     """A problem from an object of a task's file. Raises UserError."""
-    prompt, verifier, answer = value.get("prompt"), value.get("verifier"), value.get("answer", "")
+    prompt, verifier, answer, worked = value.get("prompt"), value.get("verifier"), value.get("answer", ""), value.get("worked") or ""
     if not isinstance(prompt, str) or not prompt.strip():
         raise UserError("no prompt")
     if not isinstance(verifier, str):
         raise UserError("no verifier")
+    if not isinstance(worked, str):
+        raise UserError("worked is no text")
     tests = value.get("tests") or ()
     if not isinstance(tests, list | tuple):
         tests = (tests,)
-    return Problem(prompt, _as_text(answer), verifier, tuple(map(_as_text, tests)))
+    return Problem(prompt, _as_text(answer), verifier, tuple(map(_as_text, tests)), worked)
 
 
 def _as_text(value: object) -> str:

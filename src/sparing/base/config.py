@@ -404,7 +404,7 @@ class ReasonConfig:
     data: tuple[str, ...] = ()
     """gsm8k's own files."""
     cold: tuple[str, ...] = ()
-    """Files of conversations with worked answers; none: those that a built-in task has."""
+    """Files of conversations with worked answers; none: those that the task has."""
     student: str = ""
     """The run of a smaller model that is taught too; empty: none is."""
     method: Literal["lora", "full"] = "lora"

@@ -317,7 +317,7 @@ class Reason:
     data: list[str] = field(default_factory=list)
     """gsm8k's own files."""
     cold: list[str] = field(default_factory=list)
-    """Conversations with worked answers, as `sft` takes them; default: those that a built-in task has, else none."""
+    """Conversations with worked answers, as `sft` takes them; default: those that the task has, else none."""
     student: str | None = None
     """The run of a smaller model that is taught the right answers too; default: none is."""
     budget: str | None = None
