@@ -170,6 +170,45 @@ def test_packs_are_joined_in_any_order_and_taken_apart(two, grown_run, tmp_path)
     assert (tmp_path / "pack" / grown.PACK).read_bytes() == open(f"{packs[1]}/{grown.PACK}", "rb").read()
 
 
+def test_a_slice_leaves_out_what_its_domain_does_not_wake(grown_run, tmp_path):
+    _, _, run = grown_run
+
+    def refused(least: float, folder=run.path) -> str:
+        with pytest.raises(UserError) as error:
+            api.slice(str(folder), "code", str(tmp_path / "out"), least=least)
+        assert not (tmp_path / "out").exists()
+        return str(error.value)
+
+    if read_config(run.config_file).growth.dense:
+        assert "no experts of its own" in refused(0.1)
+        return
+    wakes = json.loads((run.state / "wakes.json").read_text())["code"]
+    shares = {int(layer): [by_expert[str(number)] for number in range(8)] for layer, by_expert in wakes.items()}
+    least = max(sorted(by_expert)[3] for by_expert in shares.values()) + 1e-6  # so that four or more go in each layer
+    count = max(2, *(sum(share >= least for share in by_expert) for by_expert in shares.values()))
+    made = api.slice(str(run), "code", str(tmp_path / "few"), least=least)
+    config = read_config(tmp_path / "few/config.toml")
+    assert made["experts"] == config.model.n_routed_experts == count + 1 <= 5 and (config.growth, config.model.mtp_depth) == (None, 0)
+    kept = {layer: [*sorted(sorted(range(8), key=lambda n, by=by: (-by[n], n))[:count]), 8] for layer, by in shares.items()}
+    whole = StoredTensors(run.weights_file)
+    for name, tensor in StoredTensors(tmp_path / "few/weights/model.safetensors").items():
+        layer, _, part = name.removeprefix("model.layers.").partition(".mlp.")
+        assert torch.equal(tensor, whole[name][kept[int(layer)]] if part in grown.PARTS else whole[name]), name
+    tokens = torch.tensor([[3, *range(40, 90)]])
+    before, after, chosen = load(str(run)).network, load(str(tmp_path / "few")).network, []
+    for layer, mixture in grow.mixtures_of(before).items():
+        stays = torch.isin(torch.arange(9), torch.tensor(kept[layer]))
+        mixture.gate.e_score_correction_bias[~stays] = grown.ASLEEP  # the whole model, held to what stays
+        mixture.gate.register_forward_hook(lambda _m, _i, routing, stays=stays: chosen.append(stays[routing.experts_NK].all()))
+    assert (before(tokens) - after(tokens)).abs().max() < 1e-4 and all(chosen)
+    assert api.slice(str(run), "code", str(tmp_path / "all"), least=0.0)["experts"] == 9
+    assert file_sha256(tmp_path / "all/weights/model.safetensors") == file_sha256(run.weights_file)
+    assert "from 0 to 1" in refused(1.5)
+    shutil.copytree(run.path, tmp_path / "silent")
+    (tmp_path / "silent/state/wakes.json").unlink()
+    assert "does not say" in refused(0.1, tmp_path / "silent")
+
+
 def test_a_grown_run_grows_again(grown_run, workplace, tmp_path):
     _, base, run = grown_run
     summary = growing(workplace, run, "sums", tmp_path / "both")

@@ -25,6 +25,7 @@ from sparing.base.config_file import nearest, read_config, write_config
 from sparing.base.config_limits import DOMAIN, checked
 from sparing.base.files import DamagedError, from_json, link_or_copy, output_folder, write_atomic
 from sparing.base.layers import SELECTION_BIAS, is_matrix, mixtures, shapes
+from sparing.base.messages import say
 from sparing.base.origin import inherit_origin
 from sparing.base.run import RunFolder, StoredTensors, stream_tensors, tensors_header, verify_folder, weights_sha256, write_folder
 
@@ -146,6 +147,24 @@ class Root(Mapping[str, Tensor]):
         return self.grown[name.replace(".mlp.", ".mlp.shared_experts.")]
 
 
+class Fewer(Mapping[str, Tensor]):
+    """Weights with some of each mixture's experts alone."""
+
+    def __init__(self, whole: Mapping[str, Tensor], model: ModelConfig, kept: Mapping[int, list[int]]):
+        """model: the shape with fewer experts. kept: by layer, the numbers of those that stay."""
+        self.whole, self.shapes = whole, shapes(model)
+        self.kept = {f"model.layers.{layer}.mlp.{part}": numbers for layer, numbers in kept.items() for part in PARTS}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.whole[name][self.kept[name]] if name in self.kept else self.whole[name]
+
+
 def pack_of(grown: Mapping[str, Tensor], growth: GrowthConfig, model: ModelConfig, domain: str) -> Pack:
     """The experts of one of a grown model's domains."""
     number = model.n_routed_experts - len(growth.domains) + growth.domains.index(domain)
@@ -231,13 +250,15 @@ def _make(
     growth: GrowthConfig | None,
     tensors: Mapping[str, Tensor],
     kind: str = "float32",
+    expected: str | None = None,
 ) -> str:
-    """A run folder with these weights and what else the run has; -> their SHA-256. Raises UserError; then nothing stays."""
+    """A run folder with these weights and what else the run has; -> their SHA-256, which must be `expected`, if that is there. Raises
+    UserError; then nothing stays."""
     run = RunFolder.create(out)
     with run.making(), metered(verb, run, verb, started):
         kinds = layout(model, kind)
         written = stream_tensors(run.weights_file, kinds, ((name, tensors[name].to(dtype)) for name, (dtype, _) in kinds.items()))
-        if growth is None and written["sha256"] != grown.growth.root_sha256:
+        if expected not in (None, written["sha256"]):
             raise UserError(f"{grown.run} does not give back the weights that it was grown from: its old tensors have changed")
         for file in (grown.run.tokenizer_file, grown.run.path / "chat_template.jinja", grown.run.model_card_file):
             if file.exists():
@@ -259,7 +280,7 @@ def _without(verb: str, grown: Grown, packs: list[Pack], out: str, started: floa
         model, growth, tensors = grown.with_packs(packs)
         digest = _make(verb, grown, out, started, model, growth, tensors)
     else:
-        digest = _make(verb, grown, out, started, grown.model, None, grown.root, grown.growth.stored)
+        digest = _make(verb, grown, out, started, grown.model, None, grown.root, grown.growth.stored, grown.growth.root_sha256)
     return {"out": out, "domains": [pack.domain for pack in packs], "weights_sha256": digest, "base": grown.growth.root_sha256}
 
 
@@ -272,10 +293,44 @@ def retire(run: str, domain: str, out: str, started: float | None = None) -> dic
     return _without("retire", grown, [pack for pack in grown.packs if pack is not gone], out, started)
 
 
-def slice(run: str, domain: str, out: str, started: float | None = None) -> dict:
-    """Make a run with one domain alone. -> as `retire`. Raises UserError."""
+def slice(run: str, domain: str, out: str, least: float | None = None, started: float | None = None) -> dict:
+    """Make a run with one domain alone.
+
+    least: of a mixture's own experts those go too that fewer than this share of the domain's tokens wake (as `grow` counted), from 0 to 1;
+    all layers keep as many, those that wake most. What is left has no domains any more, and no modules that draft.
+    -> as `retire`, and "experts": of each mixture. Raises UserError."""
     grown = Grown.open(run)
-    return _without("slice", grown, [grown.having(domain)], out, started)
+    own = grown.having(domain)
+    kept = None if least is None else _used(grown, domain, least)
+    model, _, tensors = grown.with_packs([own])
+    if kept is None or (fewer := len(next(iter(kept.values())))) == model.n_routed_experts:
+        if kept is not None:
+            say(f"--least {least}: in some layer {domain} wakes all experts so often: none is left out")
+        return _without("slice", grown, [own], out, started) | {"experts": model.n_routed_experts}
+    say(f"{model.n_routed_experts - fewer} of {model.n_routed_experts} experts of each mixture are left out")
+    if model.mtp_depth:
+        say("its modules that draft are left out too: what they wake is not known")
+    smaller = replace(model, n_routed_experts=fewer, mtp_depth=0)
+    digest = _make("slice", grown, out, started, smaller, None, Fewer(tensors, smaller, kept))
+    return {"out": out, "domains": [], "weights_sha256": digest, "base": grown.growth.root_sha256, "experts": fewer}
+
+
+def _used(grown: Grown, domain: str, least: float) -> dict[int, list[int]]:
+    """By layer, the numbers of the experts that stay where `domain` stands alone: as many in each. Raises UserError."""
+    if not 0 <= least <= 1:
+        raise UserError(f"--least {least}: a share of the domain's tokens, from 0 to 1")
+    if grown.growth.dense:
+        raise UserError(f"--least: {grown.run} was grown from a dense model, which has no experts of its own that could be left out")
+    wakes = (read_state(grown.run, WAKES, dict) or {}).get(domain)
+    layers, own = [layer.index for layer in mixtures(grown.model) if not layer.mtp], range(grown.model.n_routed_experts)
+    try:
+        shares = {layer: [float(wakes[str(layer)][str(number)]) for number in own] for layer in layers}
+    except (TypeError, KeyError, ValueError):
+        raise UserError(f"--least: what {domain} wakes is not known here: {grown.run}/state/{WAKES}.json does not say") from None
+    count = max(sum(share >= least for share in by_number) for by_number in shares.values())
+    count = max(count, grown.model.num_experts_per_tok)
+    most = {layer: sorted(own, key=lambda number: (-by_number[number], number))[:count] for layer, by_number in shares.items()}
+    return {layer: [*sorted(numbers), len(own)] for layer, numbers in most.items()}
 
 
 def pack(run: str, domain: str, out: str) -> dict:

@@ -862,11 +862,13 @@ class Slice:
     domain: str | None = None
     out: str | None = None
     """The run folder to make."""
+    least: float | None = None
+    """Of a mixture's own experts leave out those too that fewer than this share of the domain's tokens wake, such as 0.01."""
     json: bool = False
 
     def __call__(self, call: Call) -> dict:
         call.need(RUN=self.run, domain=self.domain, out=self.out)
-        return call.api.slice(self.run, self.domain, self.out, call.started)
+        return call.api.slice(self.run, self.domain, self.out, self.least, call.started)
 
 
 @dataclass
