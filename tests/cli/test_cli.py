@@ -12,7 +12,7 @@ import pytest
 
 import sparing
 from sparing.base.files import to_json
-from sparing.cli.arguments import parse
+from sparing.cli.arguments import choose, parse, ways_of
 from sparing.cli.main import _way_on, main
 from sparing.cli.output import show
 from sparing.cli.verbs import VERBS
@@ -43,14 +43,47 @@ def test_help_is_cheap_and_names_every_verb():
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_explains_itself_without_torch(verb):
-    result = python(
-        "-c",
-        f"import sys; from sparing.cli.main import main; code = main(['{verb}', '--help']); print('torch' in sys.modules); sys.exit(code)",
-    )
+    program = "import sys; from sparing.cli.main import main; code = main(sys.argv[1:]); print('torch' in sys.modules); sys.exit(code)"
+    result = python("-c", program, *verb.split(), "--help")
     assert result.returncode == 0, result.stderr
     assert result.stdout.endswith("False\n")
     assert f"usage: sparing {verb}" in result.stdout
     assert "--json" in result.stdout
+
+
+def test_a_verb_with_ways_lists_them_and_each_has_its_own_options(capsys):
+    assert main(["data", "--help"]) == 0
+    listed = capsys.readouterr().out
+    ways = ways_of("data", VERBS)
+    assert list(ways) == ["stats", "curate", "dedup", "select", "synth"]
+    for way, kind in ways.items():
+        assert f"sparing data {way}" in listed and " ".join(kind.__doc__.split()) in listed
+    assert main(["data", "curate", "--help"]) == 0
+    own = capsys.readouterr().out
+    assert "--rules" in own and "--count" not in own and "--budget" not in own
+
+
+@pytest.mark.parametrize(
+    "line, says",
+    [
+        ("data", "data: no way given; choose: stats, curate, dedup, select, synth"),
+        ("data curat a --out b", "data: unknown way 'curat'; nearest: curate; all: stats, curate, dedup, select, synth"),
+        ("data --json a", "data: unknown way 'a'; nearest: stats"),
+        ("data curate a --cout b", "data curate: unknown option --cout; nearest: --out"),
+        ("data curate a --for b", "data curate: unknown option --for"),
+        ("data synth words --rules b", "data synth: unknown option --rules"),
+        ("daat curate a", "unknown verb 'daat'; nearest: data"),
+    ],
+)
+def test_a_wrong_way_and_an_option_of_another_way_are_one_line(capsys, line, says):
+    assert_one_line(capsys, main(line.split()), says)
+
+
+def test_options_may_stand_before_the_way():
+    assert choose("data --out stats --json --workers=2 curate a".split(), VERBS) == (
+        "data curate",
+        "--out stats --json --workers=2 a".split(),
+    )
 
 
 def test_train_help_lists_the_fields_of_a_recipe(capsys):

@@ -183,7 +183,7 @@ def test_the_verb(pool, sample, tmp_path, capsys):
 def test_refused_in_one_line(pool, sample, tmp_path, capsys):
     (tmp_path / "blank.txt").write_text(" \n")
     for words_, line in {
-        ("select", pool, "--for", sample): "data needs --budget",
+        ("select", pool, "--for", sample): "data select needs --budget",
         ("select", pool, "--budget", "10%"): "--by quality needs --for SAMPLE",
         ("select", pool, "--for", sample, "--budget", "20m"): "write one of 2Mtok, 20MB, 10%",
         ("select", pool, "--for", sample, "--budget", "0%"): "must be more than 0 %",
@@ -195,8 +195,8 @@ def test_refused_in_one_line(pool, sample, tmp_path, capsys):
         ("select", pool, "--for", str(tmp_path / "none"), "--budget", "10%"): "no such file or folder",
         ("select", pool, "--for", sample, "--budget", "10%", "--tokenizer", "x"): "is not in tokens",
         ("select", pool, "--for", sample, "--budget", "1ktok", "--tokenizer", str(tmp_path / "x")): "does not exist",
-        ("select", pool, "--for", sample, "--budget", "10%", "--rules", "x"): "curate the pool first",
-        ("curate", pool, "--for", sample): "--for goes with `data select`",
+        ("select", pool, "--for", sample, "--budget", "10%", "--rules", "x"): "data select: unknown option --rules",
+        ("curate", pool, "--for", sample): "data curate: unknown option --for",
     }.items():
         assert main(["data", *words_, "--out", str(tmp_path / "x")]) == 2
         said = capsys.readouterr().err.strip().splitlines()

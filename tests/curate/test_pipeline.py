@@ -140,8 +140,7 @@ def test_killed_and_begun_again(corpus, tmp_path, curated):
 
 def test_refused_in_one_line(corpus, tmp_path, curated, capsys):
     for command, line in {
-        ("data", "curate", str(corpus)): "data needs --out",
-        ("data", "curat", str(corpus), "--out", str(tmp_path / "x")): "not known; choose stats, curate, dedup",
+        ("data", "curate", str(corpus)): "data curate needs --out",
         ("data", "curate", str(tmp_path / "none"), "--out", str(tmp_path / "x")): "no such file or folder",
         ("data", "curate", str(corpus), "--out", str(curated[1])): "holds a curated corpus already",
         ("data", "curate", str(corpus), "--out", str(corpus)): "is not empty (it has a.jsonl)",

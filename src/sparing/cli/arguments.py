@@ -18,6 +18,7 @@ from sparing.base.config_file import describe, nearest, options, parse_text
 
 MAY_BE_EMPTY = ("--prompt",)
 """Options whose value is text; that of any other is a name, a path or a number, and an empty one is the work of an unset variable."""
+HELP_FLAGS = {"--help", "-h"}
 
 
 @dataclasses.dataclass
@@ -46,6 +47,34 @@ class Call:
     def choice(self, option: str, value: str, choices: tuple[str, ...]) -> None:
         if value not in choices:
             raise UserError(f"{option} {value}: not available; choose {' or '.join(choices)}")
+
+
+def choose(argv: list[str], verbs: dict[str, type]) -> tuple[str, list[str]]:
+    """(the verb that `argv` names, its arguments). A verb with ways, such as `data curate`, is named by two words; where the second is
+    missing and help is asked for, the first alone is given back. Raises UserError with the nearest."""
+    names = list(dict.fromkeys(verb.partition(" ")[0] for verb in verbs))
+    if not argv or argv[0] not in names:
+        hint = f"unknown verb {argv[0]!r}; nearest: {nearest(argv[0], names)}; all" if argv else "no verb given; choose"
+        raise UserError(f"{hint}: {', '.join(names)}")
+    first, *rest = argv
+    if first in verbs:
+        return first, rest
+    kinds = ways_of(first, verbs)
+    switches = {flag_of(field.name) for kind in kinds.values() for field in dataclasses.fields(kind) if field.type == "bool"}
+    at = 0
+    while at < len(rest) and rest[at].startswith("-") and rest[at] not in HELP_FLAGS:  # options may stand before the way
+        at += 1 if "=" in rest[at] or rest[at] in switches else 2
+    if at < len(rest) and rest[at] in kinds:
+        return f"{first} {rest[at]}", rest[:at] + rest[at + 1 :]
+    if HELP_FLAGS & set(rest):
+        return first, rest
+    hint = f"unknown way {rest[at]!r}; nearest: {nearest(rest[at], kinds)}; all" if at < len(rest) else "no way given; choose"
+    raise UserError(f"{first}: {hint}: {', '.join(kinds)}")
+
+
+def ways_of(verb: str, verbs: dict[str, type]) -> dict[str, type]:
+    """The ways of a verb that has them, by their names."""
+    return {name.removeprefix(f"{verb} "): kind for name, kind in verbs.items() if name.startswith(f"{verb} ")}
 
 
 def flag_of(name: str) -> str:
@@ -151,8 +180,16 @@ def _tyro(verb: str, kind: type, arguments: list[str]) -> Any:
     return tyro.cli(kind, prog=f"sparing {verb}", args=arguments, config=style)
 
 
-def print_help(verb: str, kind: type) -> None:
-    """The verb's own options, and below them what may be overridden."""
+def print_help(verb: str, verbs: dict[str, type]) -> None:
+    """The verb's own options, and below them what may be overridden; of a verb with ways, these."""
+    if verb not in verbs:
+        ways = ways_of(verb, verbs)
+        print(f"usage: sparing {verb} {'|'.join(ways)} ...\n")
+        for way, kind in ways.items():
+            print(f"  sparing {verb} {way:8}{' '.join(kind.__doc__.split())}")
+        print(f"\n`sparing {verb} {next(iter(ways))} --help` lists its options, such as --out and --json; so do the others.")
+        return
+    kind = verbs[verb]
     with contextlib.suppress(SystemExit):
         _tyro(verb, kind, ["--help"])
     if getattr(kind, "takes", "nothing") == "recipe":

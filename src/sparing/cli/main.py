@@ -22,10 +22,9 @@ from typing import Any
 
 from sparing import __version__
 from sparing.base.config import CannotGoOn, UserError
-from sparing.base.config_file import nearest
 from sparing.base.files import is_text
 from sparing.base.preempt import Preempt
-from sparing.cli.arguments import Call, parse, print_help
+from sparing.cli.arguments import HELP_FLAGS, Call, choose, parse, print_help
 from sparing.cli.output import print_json, show
 from sparing.cli.streams import discard, make_safe
 from sparing.cli.verbs import VERBS
@@ -64,9 +63,11 @@ HELP = f"""Sparing {__version__}: say what you can spend, get the best language 
   sparing export   RUN --format hf|gguf|peft --out PATH                  for Hugging Face transformers, for llama.cpp, for PEFT
   sparing import   FOLDER | FILE.gguf | OWNER/NAME --out RUN             the other way round
   sparing fetch    smollm2-135m --out RUN                                a small open model to begin with
-  sparing data     stats|curate|dedup PATH... --out FOLDER               look at a corpus, judge it by rules, take duplicates out
-  sparing data     select PATH... --for SAMPLE --budget 2Mtok --out FOLDER   keep what is most like a sample
-  sparing data     synth KIND... --count N --out FILE                    exercises that a program can judge, for grpo and sft
+  sparing data stats  PATH... --out FOLDER                               what curate would do with a corpus
+  sparing data curate PATH... --out FOLDER [--rules TOML]                judge documents by rules, take duplicates out
+  sparing data dedup  PATH... --out FOLDER                               take duplicates out
+  sparing data select PATH... --for SAMPLE --budget 2Mtok --out FOLDER   keep what is most like a sample
+  sparing data synth  KIND... --count N --out FILE                       exercises that a program can judge, for grpo and sft
   sparing bench    train|precision|infer [FIGURE]                        this code against its peers, in one run
 
 `sparing VERB --help` explains a verb. A budget is a number with a unit: 90s 20m 2h, 50Mtok, 3e17flop, $5, 0.2kWh.
@@ -109,17 +110,14 @@ def _run(argv: list[str], started: float) -> int:
         if argv and argv[0] == "--version":
             print(f"sparing {__version__}")
             return 0
-        if not argv or argv[0] not in VERBS:
-            hint = f"unknown verb {argv[0]!r}; nearest: {nearest(argv[0], VERBS)}; all" if argv else "no verb given; choose"
-            raise UserError(f"{hint}: {', '.join(VERBS)}")
-        verb = argv[0]
+        verb, words = choose(argv, VERBS)
         for word in argv:
             if not is_text(word):
                 raise UserError(f"{verb}: {os.fsencode(word).decode(errors='backslashreplace')} is not UTF-8 text; rename what it names")
-        if {"--help", "-h"} & set(argv[1:]):
-            print_help(verb, VERBS[verb])
+        if HELP_FLAGS & set(words):
+            print_help(verb, VERBS)
             return 0
-        arguments, overrides = parse(verb, VERBS[verb], argv[1:])
+        arguments, overrides = parse(verb, VERBS[verb], words)
         # With --json, standard output belongs to the result: what anything prints on the way goes to standard error.
         quiet = contextlib.redirect_stdout(sys.stderr) if arguments.json else contextlib.nullcontext()
         call = Call(verb, started, overrides, sys.stdout)

@@ -13,6 +13,7 @@ from sparing.base.config import CannotGoOn, UserError
 from sparing.base.config_file import Wishes, nested, read_recipe
 from sparing.base.files import decoded
 from sparing.budget.units import parse_budget, parse_extension
+from sparing.cli.data_verbs import WAYS
 from sparing.cli.output import print_json, show_plan
 from sparing.cli.streams import leaving_on_sigterm
 
@@ -738,74 +739,6 @@ class Bench:
 
 
 @dataclass
-class Data:
-    """Look at a corpus, or make a better one: `curate` judges documents by rules and takes duplicates out, `dedup` takes duplicates out,
-    `stats` says what `curate` would do, `select` keeps the documents that are most like a sample. Interrupted, the same command goes on. Or
-    make exercises that a program can judge: `synth`."""
-
-    way: tyro.conf.Positional[str | None] = None
-    """stats, curate, dedup, select or synth"""
-    paths: tyro.conf.Positional[list[str]] = field(default_factory=list)
-    """Files, folders and globs, as for `train --data`; synth: KIND or KIND:DIFFICULTY of exercises (words, countdown, puzzles, programs;
-    1 to 5, default: all in turn)."""
-    out: str | None = None
-    """The folder to make: documents/, attributes/, rejected/, quarantine.jsonl, card.html. `train --data` takes it as it is. synth: a file
-    of JSON lines, or a folder with one for each kind."""
-    rules: str | None = None
-    """TOML file that changes the rules (docs/data.md)."""
-    text_key: str = "text"
-    """JSONL and Parquet: the field that holds the text."""
-    workers: int | None = None
-    """Processes; default: one a core."""
-    for_: Annotated[list[str], tyro.conf.arg(name="for")] = field(default_factory=list)
-    """select: a sample of what you care about, some hundred kilobytes of text; read as PATH is."""
-    budget: str | None = None
-    """select: how much to keep: 2Mtok, 20MB, or 10% of the pool."""
-    by: str | None = None
-    """select: quality (default: a model that tells the sample from the pool), overlap (of words and pairs of words), loss, random."""
-    model: str | None = None
-    """select --by loss: a run; what it finds hardest beside --reference stays, and --for is not needed."""
-    reference: str | None = None
-    """select --by loss: a run, or imported model, that is good at what you care about."""
-    tokenizer: str | None = None
-    """select: a run, or its tokenizer.json, to count tokens with; default: 4 bytes are a token."""
-    count: int | None = None
-    """synth: exercises, in all."""
-    seed: int = 0
-    """synth: another one makes other exercises."""
-    form: str = "task"
-    """synth: task, for `grpo --task`; chats, with worked answers, for `sft --data`."""
-    against: list[str] = field(default_factory=list)
-    """synth: files of evaluation texts; an exercise goes that has half of its runs of 13 words from them."""
-    json: bool = False
-    """Print one JSON object on standard output, and nothing else there."""
-
-    def __call__(self, call: Call) -> dict:
-        of_select = {"for": self.for_, "budget": self.budget, "by": self.by, "tokenizer": self.tokenizer}
-        of_select |= {"model": self.model, "reference": self.reference}
-        if self.way != "select" and (given := [name for name, value in of_select.items() if value]):
-            raise UserError(f"--{given[0]} goes with `data select`, not with `data {self.way}`")
-        if self.way == "synth":
-            call.need(KIND=self.paths, count=self.count, out=self.out)
-            if self.rules is not None or self.workers is not None:
-                raise UserError("data synth: --rules and --workers are for documents")
-            from sparing.curate.synth import synth
-
-            return synth(self.paths, self.count, self.out, self.seed, self.form, self.against, call.started)
-        call.need(WAY=self.way, PATH=self.paths, out=self.out)
-        if (self.count, self.seed, self.form, self.against) != (None, 0, "task", []):
-            raise UserError(f"data {self.way}: --count, --seed, --form and --against are for `data synth`")
-        from sparing.curate.entry import data
-        from sparing.curate.select import Selection
-
-        selection = None
-        if self.way == "select":
-            call.need(budget=self.budget)
-            selection = Selection(self.budget, tuple(self.for_), self.by or "quality", self.tokenizer, self.model, self.reference)
-        return data(self.way, self.paths, self.out, self.rules, self.text_key, self.workers, call.started, selection)
-
-
-@dataclass
 class Grow:
     """Give a run experts for a new domain, inside a budget. All else of it stays to the last bit, and old text is left alone: where its
     loss would rise by more than 0.1 %, the growth is made stricter or turned down. What no option sets is derived."""
@@ -892,5 +825,7 @@ VERBS = {
     "resume": Resume, "eval": Eval, "generate": Generate,
     "receipt": Receipt, "report": Report, "compare": Compare, "chat": Chat, "merge": Merge, "export": Export, "import": Import,
     "fetch": Fetch, "serve": Serve, "bench": Bench, "grow": Grow, "retire": Retire,
-    "slice": Slice, "pack": Pack, "adapt": Adapt, "rollback": Rollback, "reason": Reason, "data": Data,
+    "slice": Slice, "pack": Pack, "adapt": Adapt, "rollback": Rollback, "reason": Reason,
+    **{f"data {way}": kind for way, kind in WAYS.items()},
 }  # fmt: skip
+"""By name; one of two words is a way of its verb."""
