@@ -1,4 +1,4 @@
-"""The verbs: each a dataclass of its own options, which `cli.main` parses and then calls."""
+"""The verbs: each a dataclass of its own options, which `cli.main` parses and then calls. Those of `data` are in `data_verbs.py`."""
 
 from __future__ import annotations
 
