@@ -14,7 +14,7 @@ import zstandard
 from sparing.account.history import entries
 from sparing.base.config import UserError
 from sparing.cli.main import main
-from sparing.curate import entry, pipeline
+from sparing.curate import entry, parts, pipeline
 from sparing.curate.select import Selection
 from sparing.data.sources import documents
 
@@ -86,13 +86,22 @@ def test_the_card_and_the_ledger(curated):
     assert {row.verb for row in entries(out / "ledger.sqlite")} == {"data"}
 
 
+def written(out) -> dict[str, bytes]:
+    """The files of texts and scores."""
+    return {str(file.relative_to(out)): file.read_bytes() for name in pipeline.FOLDERS for file in sorted((out / name).iterdir())}
+
+
 def test_workers_and_batches_change_nothing(curated, corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "BATCH_DOCUMENTS", 7)
+    monkeypatch.setattr(parts, "PART_DOCUMENTS", 16)  # four parts
     entry.data("curate", [str(corpus)], str(tmp_path / "two"), workers=2)
-    for name in pipeline.FOLDERS:
-        assert [f.read_bytes() for f in sorted((tmp_path / "two" / name).iterdir())] == [
-            f.read_bytes() for f in sorted((curated[1] / name).iterdir())
-        ]
+    assert written(tmp_path / "two") == written(curated[1])
+
+
+def test_one_part_starts_no_process(corpus, tmp_path, monkeypatch, curated):
+    monkeypatch.setattr(parts, "ProcessPoolExecutor", None)
+    entry.data("curate", [str(corpus)], str(tmp_path / "out"), workers=4)
+    assert written(tmp_path / "out") == written(curated[1])
 
 
 def test_rules_of_a_file(corpus, tmp_path):
@@ -134,8 +143,7 @@ def test_killed_and_begun_again(corpus, tmp_path, curated):
         process.send_signal(signal.SIGKILL)
     assert not (out / "curated.json").exists()
     entry.data("curate", [str(corpus)], str(out), workers=1)
-    for name in pipeline.FOLDERS:
-        assert [f.read_bytes() for f in sorted((out / name).iterdir())] == [f.read_bytes() for f in sorted((curated[1] / name).iterdir())]
+    assert written(out) == written(curated[1])
 
 
 def test_refused_in_one_line(corpus, tmp_path, curated, capsys):
@@ -144,6 +152,8 @@ def test_refused_in_one_line(corpus, tmp_path, curated, capsys):
         ("data", "curate", str(tmp_path / "none"), "--out", str(tmp_path / "x")): "no such file or folder",
         ("data", "curate", str(corpus), "--out", str(curated[1])): "holds a curated corpus already",
         ("data", "curate", str(corpus), "--out", str(corpus)): "is not empty (it has a.jsonl)",
+        ("data", "stats", str(corpus), "--out", str(tmp_path / "x"), "--engine", "spark"): "--engine spark: not known; choose local or ray",
+        ("data", "stats", str(corpus), "--out", str(tmp_path / "x"), "--extract", "lynx"): "choose resiliparse or trafilatura",
     }.items():
         assert main(list(command)) == 2
         said = capsys.readouterr().err.strip().splitlines()
@@ -169,3 +179,20 @@ def test_without_plotly_there_is_no_card(corpus, tmp_path, monkeypatch, capsys):
     entry.data("dedup", [str(corpus)], str(tmp_path / "out"), workers=1)
     assert "without a data card: reports need plotly" in capsys.readouterr().err
     assert (tmp_path / "out" / "curated.json").exists() and not (tmp_path / "out" / "card.html").exists()
+
+
+def test_the_text_of_web_pages_is_taken_as_asked(tmp_path, capsys):
+    for package in ("fastwarc", "resiliparse", "trafilatura"):
+        pytest.importorskip(package, reason="needs the extra web")
+    from tests.data.test_web import article, http, record
+
+    page = article(1).replace(b"<h1>", b"<ul><li>A list of three words</li></ul><h1>")
+    (tmp_path / "a.warc").write_bytes(record(http(page)))
+    found = {}
+    for extract in ("resiliparse", "trafilatura"):
+        out = tmp_path / extract
+        assert main(["data", "dedup", str(tmp_path / "a.warc"), "--out", str(out), "--extract", extract, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["documents"]["out"] == 1
+        found[extract] = [row["text"] for row in texts(out / "documents")]
+        assert found[extract] == [document.text for document in documents([str(tmp_path / "a.warc")], extract=extract)]
+    assert found["resiliparse"] != found["trafilatura"]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 if TYPE_CHECKING:
     import tyro  # `arguments.parse` imports it for the chosen way
 
     from sparing.cli.arguments import Call
-    from sparing.curate.select import Selection
 
 
 @dataclass
@@ -22,54 +21,61 @@ class _Corpus:
     """The folder to make: documents/, attributes/, rejected/, quarantine.jsonl, card.html. `train --data` takes it as it is."""
     text_key: str = "text"
     """JSONL and Parquet: the field that holds the text."""
+    extract: str = "resiliparse"
+    """What takes the text out of web pages: resiliparse or trafilatura."""
     workers: int | None = None
     """Processes; default: one a core."""
     json: bool = False
     """Print one JSON object on standard output, and nothing else there."""
 
-    def _data(self, call: Call, way: str, rules: str | None = None, selection: Selection | None = None) -> dict:
+    way: ClassVar[str]
+
+    def _data(self, call: Call, **more: Any) -> dict:
         from sparing.curate.entry import data
 
-        return data(way, self.paths, self.out, rules, self.text_key, self.workers, call.started, selection)
+        how = {"text_key": self.text_key, "extract": self.extract, "workers": self.workers}
+        return data(self.way, self.paths, self.out, **how, **more, started=call.started)
 
 
 @dataclass
 class _Ruled(_Corpus):
     rules: str | None = None
     """TOML file that changes the rules (docs/data.md)."""
+    engine: str = "local"
+    """local, or ray: Ray Data judges and signs the documents, on the cluster that $RAY_ADDRESS names or on one of --workers processes that
+    is started here. The result has the same bytes."""
+
+    def __call__(self, call: Call) -> dict:
+        call.need(PATH=self.paths, out=self.out)
+        return self._data(call, rules=self.rules, engine=self.engine)
 
 
 @dataclass
 class Stats(_Ruled):
     """Say what `data curate` would do; no texts are written. Interrupted, the same command goes on."""
 
-    def __call__(self, call: Call) -> dict:
-        call.need(PATH=self.paths, out=self.out)
-        return self._data(call, "stats", self.rules)
+    way: ClassVar[str] = "stats"
 
 
 @dataclass
 class Curate(_Ruled):
     """Judge documents by rules and take duplicates out. Interrupted, the same command goes on."""
 
-    def __call__(self, call: Call) -> dict:
-        call.need(PATH=self.paths, out=self.out)
-        return self._data(call, "curate", self.rules)
+    way: ClassVar[str] = "curate"
 
 
 @dataclass
 class Dedup(_Ruled):
     """Take duplicates out. Interrupted, the same command goes on."""
 
-    def __call__(self, call: Call) -> dict:
-        call.need(PATH=self.paths, out=self.out)
-        return self._data(call, "dedup", self.rules)
+    way: ClassVar[str] = "dedup"
 
 
 @dataclass
 class Select(_Corpus):
     """Keep the documents of a pool that are most like a sample. Interrupted, the same command goes on."""
 
+    way: ClassVar[str] = "select"
     for_: Annotated[list[str], tyro.conf.arg(name="for")] = field(default_factory=list)
     """A sample of what you care about, some hundred kilobytes of text; read as PATH is."""
     budget: str | None = None
@@ -88,7 +94,7 @@ class Select(_Corpus):
         from sparing.curate.select import Selection
 
         selection = Selection(self.budget, tuple(self.for_), self.by, self.tokenizer, self.model, self.reference)
-        return self._data(call, "select", selection=selection)
+        return self._data(call, selection=selection)
 
 
 @dataclass

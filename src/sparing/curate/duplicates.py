@@ -1,7 +1,7 @@
 """Finds documents that are in a corpus more than once, exactly or nearly, on one machine and in bounded memory.
 
-1. Every part of the corpus (a fixed number of documents, whatever the batches) gets a file of signatures, sorted by each key; worker
-   processes share the parts.
+1. Every part of the corpus (a fixed number of documents, whatever the batches) gets a file of signatures, sorted by each key; an
+   engine maps the parts.
 2. The files are merged key by key, a range of keys at a time. Exact copies are set aside; the other documents that agree in the key of a
    band are a bucket.
 3. The documents of all buckets are read again, and their sets of n-grams stored.
@@ -32,7 +32,7 @@ import pyarrow.compute as pc
 from sparing.base.config import UserError
 from sparing.base.files import atomic_path, write_atomic
 from sparing.curate.minhash import DuplicateSettings, jaccard, ngram_sets, signatures, texts_of
-from sparing.curate.parts import Read, Stop, digest_of, open_table, parts_of, write_parts, write_table
+from sparing.curate.parts import Engine, Read, Stop, digest_of, open_table, parts_of, write_parts
 from sparing.data.progress import check
 
 VERSION = 1
@@ -70,20 +70,20 @@ class Decision(NamedTuple):
 
 
 def find_duplicates(
-    read: Read, work: Path, settings: DuplicateSettings | None = None, workers: int = 1, should_stop: Stop = None
+    read: Read, work: Path, settings: DuplicateSettings | None = None, engine: Engine | int = 1, should_stop: Stop = None
 ) -> Iterator[Decision]:
     """A decision about each document, in the order of the input. All work but the reading of the result is done in the call.
 
     `read()` gives the batches (columns `text`, `source`, `line`); it is called twice and must give the same documents each time. `work`
     is a folder for files of about 0.3 kB a document and 1.5 times the text of possible duplicates; whoever calls removes it afterwards.
-    Memory: two bytes a document, some 100 a possible duplicate, `settings.memory_mb`, and a few parts of 8 MB a worker. `workers` are
-    processes that import the main module anew, as all of `multiprocessing` do. Raises Stopped, and UserError where `work` holds something
+    Memory: two bytes a document, some 100 a possible duplicate, `settings.memory_mb`, and a few parts of 8 MB a process. `engine`
+    signs the parts: an `Engine`, or how many processes of this machine. Raises Stopped, and UserError where `work` holds something
     else or the input changes.
     """
     settings = settings or DuplicateSettings()
     work = Path(work)
     claim(work, settings)
-    digests = write_parts(partial(_write_signatures, settings=settings), "signatures", read, work, workers, should_stop)
+    digests = write_parts(partial(_signed, settings=settings), "signatures", read, work, engine, should_stop)
     corpus = _Corpus(work, len(digests))
     done = work / hashlib.sha256("".join(digests).encode()).hexdigest()[:16]  # what follows is of this input
     done.mkdir(exist_ok=True)
@@ -125,7 +125,7 @@ def _save(path: Path, array: np.ndarray) -> None:
 # signatures
 
 
-def _write_signatures(part: pa.RecordBatch, path: Path, digest: str, settings: DuplicateSettings) -> None:
+def _signed(part: pa.RecordBatch, settings: DuplicateSettings) -> pa.RecordBatch:
     """Where each document is, its length and its exact hash; and of each key a sorted run, and which row each key of the run is of."""
     table = signatures(part, settings)
     columns = {name: table.column(name) for name in ("source", "line", "bytes", "exact")}
@@ -133,7 +133,7 @@ def _write_signatures(part: pa.RecordBatch, path: Path, digest: str, settings: D
         keys = pc.fill_null(table.column(name), int(LAST)).to_numpy()
         rows = np.argsort(keys, kind="stable")
         columns |= {f"sorted_{name}": pa.array(keys[rows]), f"rows_{name}": pa.array(rows.astype(np.uint32))}
-    write_table(path, columns, digest)
+    return pa.RecordBatch.from_pydict(columns)
 
 
 class _Corpus:

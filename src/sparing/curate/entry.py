@@ -15,14 +15,17 @@ from sparing.base.messages import say
 from sparing.base.preempt import Interrupted, Preempt
 from sparing.base.run import RunFolder, folder_lock
 from sparing.curate.card import write_card
+from sparing.curate.parts import Engine
 from sparing.curate.pipeline import curate, finish, vacant
 from sparing.curate.recipe import Recipe
 from sparing.curate.select import Selection, select
 from sparing.data.accounts import in_words
 from sparing.data.files import find_files
 from sparing.data.progress import Stopped
+from sparing.data.web import EXTRACTORS
 
 WAYS = ("stats", "curate", "dedup", "select")
+ENGINES = ("local", "ray")
 
 
 def data(
@@ -34,12 +37,15 @@ def data(
     workers: int | None = None,
     started: float | None = None,
     selection: Selection | None = None,
+    engine: str = "local",
+    extract: str = EXTRACTORS[0],
 ) -> dict:
     """Look at a corpus, or make a better one of it, in the folder `out`.
 
     way: "curate" judges documents by rules and takes duplicates out; "dedup" takes duplicates out; "stats" says what "curate" would do, and
     writes no texts; "select" keeps what `selection` says. rules: a TOML file that changes the default `Recipe`. workers: processes; None:
-    one a core.
+    one a core. engine: "ray" judges and compares on the cluster that $RAY_ADDRESS names, or on one that is started here; the bytes are the
+    same. extract: what takes the text out of web pages, of EXTRACTORS.
 
     -> {"documents": {"in", "out", "rejected", "quarantined"}, "bytes", "edited", "rejected", "quarantined", "languages", "licences",
     "stages", "seconds", "out"}, and what `select.select` adds. Raises UserError; Interrupted, and then the same call goes on where it was.
@@ -50,6 +56,11 @@ def data(
         raise UserError("a selection goes with `data select`, and with nothing else")
     if selection is not None and rules is not None:
         raise UserError("--rules goes with stats, curate and dedup: curate the pool first, and select from what stays")
+    for option, value, choices in (("engine", engine, ENGINES), ("extract", extract, EXTRACTORS)):
+        if value not in choices:
+            raise UserError(f"--{option} {value}: not known; choose {' or '.join(choices)}")
+    if selection is not None and engine != "local":
+        raise UserError(f"--engine {engine} goes with stats, curate and dedup")
     recipe = Recipe() if rules is None else Recipe.from_toml(rules)
     if way == "dedup" and recipe.duplicates is None:
         raise UserError(f"{rules}: duplicates are left in, and `data dedup` does nothing else")
@@ -66,14 +77,15 @@ def data(
         _leaving_nothing(folder),
         folder_lock(folder),
         metered("data", run, started=started) as meter,
+        _engine(engine, workers) as mapping,
         Preempt("the same command goes on") as signals,
     ):
         try:
-            how = {"text_key": text_key, "workers": workers or cores(), "meter": meter, "should_stop": lambda: signals.requested}
+            how = {"text_key": text_key, "meter": meter, "should_stop": lambda: signals.requested, "extract": extract}
             if selection is not None:
-                summary, fate = select(paths, out, selection, **how)
+                summary, fate = select(paths, out, selection, workers=workers or cores(), **how)
             else:
-                summary, fate = curate(paths, out, recipe, **how, keep_texts=way != "stats")
+                summary, fate = curate(paths, out, recipe, engine=mapping, **how, keep_texts=way != "stats")
         except Stopped:
             raise Interrupted(signals.message) from None
         stages = meter.rows()
@@ -86,6 +98,17 @@ def data(
         finish(folder, summary)
     say(in_words(summary["documents"]))
     return summary | {"out": out}
+
+
+@contextmanager
+def _engine(name: str, workers: int | None) -> Iterator[Engine | int]:
+    if name == "local":
+        yield workers or cores()
+        return
+    from sparing.curate.ray_engine import RayData
+
+    with RayData(workers) as engine:
+        yield engine
 
 
 @contextmanager

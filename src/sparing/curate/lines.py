@@ -10,19 +10,19 @@ import pyarrow as pa
 
 from sparing.curate.duplicates import RECORD_BYTES, claim
 from sparing.curate.minhash import DuplicateSettings, texts_of
-from sparing.curate.parts import Read, Stop, open_table, write_parts, write_table
+from sparing.curate.parts import Engine, Read, Stop, open_table, write_parts
 from sparing.data.progress import check
 from sparing.data.split import content_hash
 
 
-def repeated_lines(read: Read, work: Path, settings: DuplicateSettings, workers: int = 1, should_stop: Stop = None) -> np.ndarray:
+def repeated_lines(read: Read, work: Path, settings: DuplicateSettings, engine: Engine | int = 1, should_stop: Stop = None) -> np.ndarray:
     """The hashes of the lines that at least `settings.lines` documents have, ascending, uint64; counted exactly (as CCNet counts
     paragraphs: Wenzek et al. 2020, section 3.1). Works, stops and goes on like `duplicates.find_duplicates`; may use the same folder."""
     if not settings.lines:
         return np.empty(0, np.uint64)
     work = Path(work)
     claim(work, settings)
-    parts = len(write_parts(partial(_write_lines, settings=settings), "lines", read, work, workers, should_stop))
+    parts = len(write_parts(partial(_lines, settings=settings), "lines", read, work, engine, should_stop))
     total = 0
     for number in range(parts):
         with open_table(work / f"lines-{number:05d}.arrow") as table:
@@ -65,10 +65,10 @@ def _line_hash(line: str, settings: DuplicateSettings) -> int | None:
     return content_hash(line.encode()) if len(line) >= settings.line_chars else None
 
 
-def _write_lines(part: pa.RecordBatch, path: Path, digest: str, settings: DuplicateSettings) -> None:
+def _lines(part: pa.RecordBatch, settings: DuplicateSettings) -> pa.RecordBatch:
     """Of each line that is long enough its hash and how many documents of the part have it, in the order of the hashes."""
     found: list[int] = []
     for text in texts_of(part):
         found += {_line_hash(line, settings) for line in text.split("\n")} - {None}
     hashes, counts = np.unique(np.array(found, np.uint64), return_counts=True)
-    write_table(path, {"hash": pa.array(hashes), "documents": pa.array(counts)}, digest)
+    return pa.RecordBatch.from_pydict({"hash": pa.array(hashes), "documents": pa.array(counts)})

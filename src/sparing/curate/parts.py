@@ -1,4 +1,4 @@
-"""Cuts a stream of Arrow batches into parts and lets worker processes make a file of each. What is there already, of the same input, stays.
+"""Cuts a stream of Arrow batches into parts and lets an engine make a file of each. What is there already, of the same input, stays.
 
 A part is a fixed number of documents, whatever the batches were, so that files do not depend on how the input was cut.
 """
@@ -13,8 +13,10 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from itertools import chain, islice
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -31,49 +33,77 @@ SCHEMA = pa.schema([("text", pa.large_string()), ("source", pa.large_string()), 
 Read = Callable[[], Iterator[pa.RecordBatch]]
 """Gives the batches of a corpus, the same documents in the same order each time."""
 Stop = Callable[[], bool] | None
-Write = Callable[[pa.RecordBatch, Path, str], None]
-"""write(part, path, digest of the part): makes a file with `write_table`. It can be pickled."""
+Stage = Callable[[pa.RecordBatch], pa.RecordBatch]
+"""A pure function of a part: the same part always gives the same rows, as many as it likes. It can be pickled."""
+Job = tuple[pa.RecordBatch, Path, str]
+"""A part, the file to make of it, and the part's digest."""
 
 
-def write_parts(write: Write, name: str, read: Read, work: Path, workers: int, should_stop: Stop = None) -> list[str]:
-    """Let `write` make work/NAME-00000.arrow and so on of the parts of `read()`, in `workers` processes (1: in this one).
+class Engine(Protocol):
+    """Where stages run."""
 
-    -> the digest of each part. A file that is there, of the same part, stays. Workers import the main module anew, as all of
-    `multiprocessing` do. Raises Stopped."""
+    def run(self, stage: Stage, jobs: Iterator[Job], should_stop: Stop) -> None:
+        """Make the file of each job: `write_table(path, stage(part), digest)`. Raises Stopped."""
+
+
+def write_parts(stage: Stage, name: str, read: Read, work: Path, engine: Engine | int = 1, should_stop: Stop = None) -> list[str]:
+    """Make work/NAME-00000.arrow and so on of what `stage` gives for the parts of `read()`.
+
+    engine: an `Engine`, or how many processes of this machine. -> the digest of each part. A file that is there, of the same part, stays.
+    Raises Stopped."""
     digests: list[str] = []
-    pending: deque = deque()
-    pool = None
-    try:
+
+    def jobs() -> Iterator[Job]:
         for part in parts_of(read, should_stop):
             path, digest = part_file(work, name, len(digests)), digest_of(part)
             digests.append(digest)
-            if _digest_in(path) == digest:
-                continue
-            if workers <= 1:
-                write(part, path, digest)
-                continue
-            pool = pool or ProcessPoolExecutor(workers, get_context("spawn"), _begin_worker)
-            pending.append(pool.submit(write, part, path, digest))
-            if len(pending) >= 2 * workers:
-                result_of(pending.popleft(), should_stop)
-        while pending:
-            result_of(pending.popleft(), should_stop)
-    finally:
-        if pool:
-            pool.shutdown(wait=True, cancel_futures=True)
+            if _digest_in(path) != digest:
+                yield part, path, digest
+
+    (Processes(engine) if isinstance(engine, int) else engine).run(stage, jobs(), should_stop)
     for path in work.glob(f"{name}-*.arrow"):
         if int(path.stem.rsplit("-", 1)[1]) >= len(digests):  # of an input that was longer
             path.unlink()
     return digests
 
 
+class Processes:
+    """Processes of this machine. They import the main module anew, as all of `multiprocessing` do; a single part is done in this process,
+    before another one would have started."""
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def run(self, stage: Stage, jobs: Iterator[Job], should_stop: Stop) -> None:
+        first = list(islice(jobs, 2))
+        if self.count <= 1 or len(first) < 2:
+            for job in chain(first, jobs):
+                _write(stage, *job)
+            return
+        pending: deque = deque()
+        pool = ProcessPoolExecutor(self.count, get_context("spawn"), _begin_worker)
+        try:
+            for job in chain(first, jobs):
+                pending.append(pool.submit(_write, stage, *job))
+                if len(pending) >= 2 * self.count:
+                    result_of(pending.popleft(), should_stop)
+            while pending:
+                result_of(pending.popleft(), should_stop)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _write(stage: Stage, part: pa.RecordBatch, path: Path, digest: str) -> None:
+    write_table(path, stage(part), digest)
+
+
 def part_file(work: Path, name: str, number: int) -> Path:
     return work / f"{name}-{number:05d}.arrow"
 
 
-def write_table(path: Path, columns: dict[str, pa.Array], digest: str) -> None:
-    """A file of these columns, whole or not at all. digest: of the part that it is made of."""
-    batch = pa.RecordBatch.from_arrays(list(columns.values()), list(columns)).replace_schema_metadata({"input": digest})
+def write_table(path: Path, batch: pa.RecordBatch, digest: str) -> None:
+    """A file of these rows, whole or not at all. digest: of the part that they are made of."""
+    batch = batch.replace_schema_metadata({"input": digest})
     with atomic_path(path) as beside, pa.OSFile(str(beside), "wb") as file, pa.ipc.new_file(file, batch.schema) as writer:
         writer.write_batch(batch)
 

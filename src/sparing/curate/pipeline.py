@@ -5,8 +5,9 @@
     OUT/rejected/    as in documents/, and `rejected`: the rule that did it
     OUT/quarantine.jsonl, card.html, ledger.sqlite; curated.json, written last: the summary
 
-A stage is a pure function of Arrow batches (`rules.judge`, `minhash.signatures`), so another engine can map it. What a stage has done lies
-in OUT/.work until the end: the same command goes on from there. Memory does not grow with the corpus, but for two bytes a document.
+A stage is a pure function of Arrow batches (`rules.judge`, `minhash.signatures`), so an engine maps it (`parts.Engine`). What a stage has
+done lies in OUT/.work until the end: the same command goes on from there. Memory does not grow with the corpus, but for two bytes a
+document.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from sparing.base.files import atomic_path, output_folder, write_atomic
 from sparing.curate.duplicates import find_duplicates
 from sparing.curate.lines import remove_lines, repeated_lines
 from sparing.curate.minhash import DuplicateSettings
-from sparing.curate.parts import Stop, open_table, part_file, write_parts, write_table
+from sparing.curate.parts import Engine, Stop, open_table, part_file, write_parts
 from sparing.curate.recipe import Recipe
 from sparing.curate.rules import Rules, judge
 from sparing.data.accounts import balanced
@@ -39,6 +40,7 @@ from sparing.data.files import CURATED, find_files
 from sparing.data.progress import Bars, check
 from sparing.data.sources import Document, Rejected, Tally, documents
 from sparing.data.split import content_hash
+from sparing.data.web import EXTRACTORS
 
 BATCH_DOCUMENTS, BATCH_BYTES = 1024, 4 << 20
 """A batch ends with the document that brings it to either."""
@@ -127,35 +129,45 @@ def curate(
     out: str | Path,
     recipe: Recipe,
     text_key: str = "text",
-    workers: int = 1,
+    engine: Engine | int = 1,
     meter: NoMeter | None = None,
     should_stop: Stop = None,
     keep_texts: bool = True,
+    extract: str = EXTRACTORS[0],
 ) -> tuple[dict, Fate]:
     """Judge the documents behind `paths`, take duplicates out, and write the folder `out` (see above).
 
-    keep_texts: False writes no texts (`data stats`). -> (the summary: `documents` in, out, rejected and quarantined, `bytes` in and out,
-    what rejected how many, languages, licences; more of it for the card). Raises UserError; Stopped, then the same call goes on.
+    engine: what judges and signs the documents, an `Engine` or how many processes of this machine. keep_texts: False writes no texts
+    (`data stats`). extract: what takes the text out of web pages. -> (the summary: `documents` in, out, rejected and quarantined, `bytes`
+    in and out, what rejected how many, languages, licences; more of it for the card). Raises UserError; Stopped, then the same call goes
+    on.
     """
     folder, meter = vacant(out), meter or NoMeter()
     work = folder / WORK
     with meter.stage("judge"):
-        judged, tally, came_in = judge_parts(paths, text_key, work, recipe.rules, recipe.digest, workers, should_stop)
+        judged, tally, came_in = judge_parts(paths, text_key, work, recipe.rules, recipe.digest, engine, should_stop, extract)
     settings, decisions = recipe.duplicates, None
     repeated, read = None, partial(_kept, judged)
     if settings is not None:
         with meter.stage("duplicates"):
             if settings.lines:
-                repeated = repeated_lines(read, work / f"duplicates-{recipe.digest}", settings, workers, should_stop)
+                repeated = repeated_lines(read, work / f"duplicates-{recipe.digest}", settings, engine, should_stop)
                 read = partial(_kept, judged, partial(remove_lines, repeated=repeated, settings=settings))
-            decisions = find_duplicates(read, work / f"duplicates-{recipe.digest}", settings, workers, should_stop)
+            decisions = find_duplicates(read, work / f"duplicates-{recipe.digest}", settings, engine, should_stop)
     with meter.stage("write"):
         fate = write_rows(folder, rows(judged, repeated, settings, decisions), should_stop, keep_texts)
     return summary_of(fate, tally, came_in), fate
 
 
 def judge_parts(
-    paths: Sequence[str], text_key: str, work: Path, rules: Rules | None, digest: str, workers: int = 1, should_stop: Stop = None
+    paths: Sequence[str],
+    text_key: str,
+    work: Path,
+    rules: Rules | None,
+    digest: str,
+    engine: Engine | int = 1,
+    should_stop: Stop = None,
+    extract: str = EXTRACTORS[0],
 ) -> tuple[list[Path], Tally, int]:
     """Read the documents behind `paths` into files of `work`, each document judged by `rules` (None: by none).
 
@@ -181,12 +193,12 @@ def judge_parts(
 
         def read() -> Iterator[pa.RecordBatch]:
             nonlocal came_in
-            for batch in batches(documents(files, text_key, reject, tick)):
+            for batch in batches(documents(files, text_key, reject, tick, extract=extract)):
                 came_in += batch.num_rows
                 yield batch
 
         name = f"judged-{digest}"
-        digests = write_parts(partial(_write_judged, rules=rules), name, read, work, workers, should_stop)
+        digests = write_parts(partial(_judged, rules=rules), name, read, work, engine, should_stop)
     return [part_file(work, name, number) for number in range(len(digests))], tally, came_in
 
 
@@ -235,7 +247,7 @@ def finish(out: str | Path, summary: dict) -> None:
 # stages
 
 
-def _write_judged(part: pa.RecordBatch, path: Path, digest: str, rules: Rules | None) -> None:
+def _judged(part: pa.RecordBatch, rules: Rules | None) -> pa.RecordBatch:
     """One part, judged, with the bytes of the text as it was read, and whether a rule has changed it."""
     if rules is None:
         none = pa.nulls(part.num_rows, pa.string())
@@ -245,7 +257,7 @@ def _write_judged(part: pa.RecordBatch, path: Path, digest: str, rules: Rules | 
         columns = dict(zip(found.schema.names, found.columns, strict=True))
     columns["bytes"] = pc.cast(pc.binary_length(part.column("text")), pa.int64())
     columns["edited"] = pc.not_equal(pc.cast(columns["text"], pa.large_string()), part.column("text"))
-    write_table(path, columns, digest)
+    return pa.RecordBatch.from_pydict(columns)
 
 
 def _kept(judged: list[Path], edit: Callable[[pa.RecordBatch], tuple[pa.RecordBatch, Any]] | None = None) -> Iterator[pa.RecordBatch]:

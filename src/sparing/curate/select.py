@@ -36,7 +36,7 @@ from sparing.base.config import UserError
 from sparing.base.messages import say
 from sparing.budget.units import parse_budget, parse_size
 from sparing.curate.document import Document
-from sparing.curate.parts import Stop, open_table, part_file, write_parts, write_table
+from sparing.curate.parts import Stop, open_table, part_file, write_parts
 from sparing.curate.pipeline import WORK, Fate, Row, judge_parts, rows, summary_of, vacant, write_rows
 from sparing.curate.quality import BITS, features, train
 from sparing.data.document import pieces
@@ -45,6 +45,7 @@ from sparing.data.progress import check
 from sparing.data.sources import Tally, documents
 from sparing.data.split import content_hash, mix
 from sparing.data.tokenizer import Tokenizer
+from sparing.data.web import EXTRACTORS
 from sparing.resolve import BYTES_PER_TOKEN
 
 if TYPE_CHECKING:
@@ -132,6 +133,7 @@ def select(
     workers: int = 1,
     meter: NoMeter | None = None,
     should_stop: Stop = None,
+    extract: str = EXTRACTORS[0],
 ) -> tuple[dict, Fate]:
     """Write the best documents behind `paths` up to the budget to the folder `out`, as `pipeline.curate` does; the others are rejected.
 
@@ -145,13 +147,13 @@ def select(
     folder, meter = vacant(out), meter or NoMeter()
     work = folder / WORK
     with meter.stage("read"):
-        parts, tally, came_in = judge_parts(paths, text_key, work, None, "pool", 1, should_stop)
+        parts, tally, came_in = judge_parts(paths, text_key, work, None, "pool", 1, should_stop, extract)
     if not came_in:
         raise UserError(f"no text to select from in {', '.join(paths)}" + (f": {tally}" if tally.total else ""))
     with meter.stage("score"):
         scorer, told = None, None
         if chosen.by in FITS:
-            sample = _sample(chosen, text_key, should_stop)
+            sample = _sample(chosen, text_key, should_stop, extract)
             scorer, told = fit(chosen.by, sample, draw(_texts(parts, should_stop), SAMPLE_BYTES))
         elif chosen.by == "loss":
             scorer, workers = ExcessLoss.of(chosen.model, chosen.reference), 1  # its products take all cores
@@ -298,9 +300,10 @@ def draw(texts: Iterable[str], max_bytes: int) -> list[str]:
 # stages
 
 
-def _sample(chosen: Selection, text_key: str, should_stop: Stop) -> list[str]:
+def _sample(chosen: Selection, text_key: str, should_stop: Stop, extract: str) -> list[str]:
     tally = Tally()
-    texts = draw((document.text for document in documents(chosen.sample, text_key, tally, lambda _: check(should_stop))), SAMPLE_BYTES)
+    found = documents(chosen.sample, text_key, tally, lambda _: check(should_stop), extract=extract)
+    texts = draw((document.text for document in found), SAMPLE_BYTES)
     if not texts:
         raise UserError(f"--for {' '.join(chosen.sample)}: no text in it" + (f": {tally}" if tally.total else ""))
     if tally.total:
@@ -327,7 +330,7 @@ def _scores(
 
     counted = tokenizer and _tokenizer(tokenizer).to_json()
     name = "scored-" + hashlib.blake2b(pickle.dumps((scorer, counted)), digest_size=8).hexdigest()
-    digests = write_parts(partial(_write_scores, scorer=scorer, tokenizer=tokenizer), name, read, work, workers, should_stop)
+    digests = write_parts(partial(_scored, scorer=scorer, tokenizer=tokenizer), name, read, work, workers, should_stop)
     found: tuple[list[np.ndarray], ...] = ([], [])
     for number in range(len(digests)):
         with open_table(part_file(work, name, number)) as batch:
@@ -336,15 +339,15 @@ def _scores(
     return np.concatenate(found[0]), np.concatenate(found[1])
 
 
-def _write_scores(part: pa.RecordBatch, path: Path, digest: str, scorer: Scorer | None, tokenizer: str | None) -> None:
+def _scored(part: pa.RecordBatch, scorer: Scorer | None, tokenizer: str | None) -> pa.RecordBatch:
     """One part's scores and sizes: bytes, or tokens with one that ends the text."""
     texts = part.column("text").to_pylist()
     if tokenizer is None:
         sizes = [len(text.encode()) for text in texts]
     else:
         sizes = [len(_tokenizer(tokenizer).encode_array(text)) + 1 for text in texts]
-    columns = {"score": pa.array([score(scorer, text) for text in texts], pa.float64()), "size": pa.array(sizes, pa.int64())}
-    write_table(path, columns, digest)
+    scores = pa.array([score(scorer, text) for text in texts], pa.float64())
+    return pa.RecordBatch.from_pydict({"score": scores, "size": pa.array(sizes, pa.int64())})
 
 
 @cache
