@@ -1,8 +1,10 @@
 """`--engine ray`: the same bytes from a cluster. One cluster of two processes is started for all tests."""
 
 import importlib.util
+import json
 import os
 import signal
+import subprocess
 import sys
 
 import pyarrow as pa
@@ -19,13 +21,21 @@ RULES = '[duplicates]\nlines = 8\n[word_list]\nwords = "{words}"\n'
 
 @pytest.fixture(scope="module")
 def cluster():
-    """Two processes; what is started in between (`RayData`) uses it. Starting one takes seconds, so there is one for all."""
+    """Two nodes of a process each, which $RAY_ADDRESS names. Starting them takes seconds, so there is one cluster for all."""
+    from ray.cluster_utils import Cluster
+
     from sparing.curate.ray_engine import RayData
 
-    handler = signal.getsignal(signal.SIGTERM)
-    with RayData(workers=2) as engine:
-        assert signal.getsignal(signal.SIGTERM) is handler
-        yield engine
+    before = signal.getsignal(signal.SIGTERM)
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    nodes.add_node(num_cpus=1)
+    signal.signal(signal.SIGTERM, before)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_ADDRESS", nodes.address)
+        with RayData() as engine:
+            assert signal.getsignal(signal.SIGTERM) is before
+            yield engine
+    nodes.shutdown()
 
 
 def batches(texts, size=5):
@@ -45,10 +55,21 @@ def test_a_cluster_of_two_processes_writes_the_same_bytes(cluster, corpus, tmp_p
     assert "ray:" not in capsys.readouterr().err
     how["workers"] = None
     on_ray = entry.data("curate", [str(corpus)], str(tmp_path / "ray"), **how, engine="ray")
-    assert "ray: 2 processors of this machine judge and sign documents; this process reads" in capsys.readouterr().err
+    assert f"ray: 2 processors of the cluster at {cluster.address} judge and sign documents; this process" in capsys.readouterr().err
     assert written(tmp_path / "ray") == written(tmp_path / "local")
     assert on_ray["documents"] == local["documents"] and on_ray["rejected"] == local["rejected"]
     assert {"word_list: max_found", "duplicate_exact", "duplicate_near"} <= set(local["rejected"])
+
+
+@needs_ray
+def test_without_an_address_a_cluster_is_started_here_and_ended(corpus, tmp_path):  # noqa: F811
+    command = [sys.executable, "-m", "sparing", "data", "dedup", str(corpus), "--engine", "ray", "--workers", "2", "--json"]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run([*command, "--out", str(tmp_path / "ray")], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["documents"]["in"] == 55 and "ray: 2 processors of this machine" in done.stderr
+    entry.data("dedup", [str(corpus)], str(tmp_path / "local"), workers=1)
+    assert written(tmp_path / "ray") == written(tmp_path / "local")
 
 
 @needs_ray

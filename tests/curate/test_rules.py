@@ -1,7 +1,6 @@
 import json
 import pickle
 from dataclasses import replace
-from functools import partial
 
 import pyarrow
 import pytest
@@ -11,7 +10,7 @@ from tests.curate.prose import prose, sentence
 
 from sparing.base.config import UserError
 from sparing.curate.filters import C4, FineWeb, GopherQuality
-from sparing.curate.rules import Rules, datatrove_step, judge, verdicts
+from sparing.curate.rules import Rules, judge, verdicts
 
 
 def batch(*texts, **columns):
@@ -189,19 +188,3 @@ def test_what_rules_need_is_missed_before_any_text_is_read(tmp_path, text):
     with pytest.raises(UserError) as error:
         Rules.from_toml(toml(tmp_path, f'language = "none"\n{text}\n')).load()
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("drop", [True, False])
-def test_a_step_of_a_datatrove_pipeline(drop):
-    """datatrove's documents where it is installed, else an object of the same shape."""
-    try:
-        from datatrove.data import Document as TheirDocument
-    except ImportError:
-        from types import SimpleNamespace as TheirDocument
-    documents = [TheirDocument(text=text, id=str(at), metadata={"url": "https://a.example"}) for at, text in enumerate(TEXTS)]
-    judged = judge(batch(*TEXTS), DEFAULT)
-    expected = list(zip(*(judged.column(name).to_pylist() for name in ("text", "attributes", "rejected")), strict=True))
-    step = partial(datatrove_step, rules=DEFAULT, drop=drop)
-    found = [(one.text, one.metadata["attributes"], one.metadata["rejected"]) for one in step(documents, 0, 1)]
-    assert found == [row for row in expected if row[2] is None or not drop]
-    assert documents[0].metadata["url"] == "https://a.example"

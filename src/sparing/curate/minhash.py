@@ -95,12 +95,8 @@ def signatures(batch: pa.RecordBatch, settings: DuplicateSettings) -> pa.RecordB
     """
     texts = texts_of(batch)
     keys = np.zeros((settings.bands, len(texts)), np.uint64)
-    counts = np.zeros(len(texts), np.int64)
-    for low, high in _blocks(texts):
-        grams, offsets = ngrams(texts[low:high], settings)
-        counts[low:high] = np.diff(offsets)
-        some = counts[low:high] > 0
-        keys[:, low:high][:, some] = band_keys(minima(grams, offsets, settings), settings)
+    least, counts = minima_of(texts, settings)
+    keys[:, counts > 0] = band_keys(least, settings)
     exact = np.array([content_hash(text.strip().encode()) for text in texts], np.uint64)
     arrays = {
         "source": batch.column("source"),
@@ -111,6 +107,16 @@ def signatures(batch: pa.RecordBatch, settings: DuplicateSettings) -> pa.RecordB
     }
     arrays |= {f"band_{band}": pa.array(keys[band], mask=counts == 0) for band in range(settings.bands)}
     return pa.RecordBatch.from_arrays(list(arrays.values()), list(arrays))
+
+
+def minima_of(texts: Sequence[str], settings: DuplicateSettings) -> tuple[np.ndarray, np.ndarray]:
+    """(the minima of each text that has n-grams, uint32, (bands * rows, such texts); how many n-grams each text has, int64, (texts,))."""
+    least, counts = [np.empty((settings.bands * settings.rows, 0), np.uint32)], np.zeros(len(texts), np.int64)
+    for low, high in _blocks(texts):
+        grams, offsets = ngrams(texts[low:high], settings)
+        counts[low:high] = np.diff(offsets)
+        least.append(minima(grams, offsets, settings))
+    return np.concatenate(least, axis=1), counts
 
 
 def texts_of(batch: pa.RecordBatch) -> list[str]:

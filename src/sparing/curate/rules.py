@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, get_type_hints
@@ -142,20 +142,6 @@ def judge(batch: pyarrow.RecordBatch, rules: Rules) -> pyarrow.RecordBatch:
     columns |= {name: pyarrow.array(values, pyarrow.string()) for name, values in (("text", texts), ("attributes", attributes))}
     columns["rejected"] = pyarrow.array(verdicts_, pyarrow.string())
     return pyarrow.RecordBatch.from_pydict(columns)
-
-
-def datatrove_step(documents: Iterable, rank: int = 0, world_size: int = 1, *, rules: Rules, drop: bool = True) -> Iterator:
-    """A step of a datatrove pipeline: `functools.partial(datatrove_step, rules=rules)`.
-
-    Each document gets the text as the rules edit it, and `attributes` and `rejected` in its metadata, as the columns of `judge`. Those that
-    are rejected go no further, unless `drop` is False.
-    """
-    for one in documents:
-        document, attributes, rejected = judge_document(Document(one.text, json.dumps(one.metadata, default=str)), rules)
-        one.text = document.text
-        one.metadata |= {"attributes": json.dumps(attributes, separators=(",", ":")), "rejected": rejected}
-        if not (rejected and drop):
-            yield one
 
 
 def verdicts(attributes: str, rules: Rules) -> str | None:
