@@ -1,0 +1,288 @@
+"""Does curation pay? Books, the same with as much dirt, and that curated, in equal time. What is in --out is not done again.
+
+python -m benchmarks.curation_pays --books BOOKS --manuals /usr/share/man --out FOLDER [--budget 20m]
+
+BOOKS has train and val. Books of train, cut at empty lines into documents as long as chapters, are the clean corpus, --size megabytes of
+it. The dirty one has as many bytes of dirt beside them (`benchmarks.dirt`): near-duplicates of its documents, boilerplate, manual pages in
+German, French and Spanish (Debian's manpages-de, -fr and -es), spam, and mojibake of the other books. The arms are
+
+    clean    `sparing train` on the clean corpus
+    dirty    on the dirty one
+    curated  `sparing data curate` of the dirty one, and training on what stays in what is left of the budget
+    quality  the same with one rule more: a quality model of some hundred kB of the other books and a random draw of the dirty corpus
+
+all of one shape, which the clean one's budget chooses; each has the tokenizer of its own corpus. They are scored in bits per byte of val.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+import sparing
+from benchmarks.dirt import LANGUAGES, MOJIBAKE, boilerplate, manual_pages, near_duplicate, spam
+from sparing.base.config_file import read_config
+from sparing.base.files import write_atomic
+from sparing.base.messages import say
+from sparing.bench.results import stored_result
+from sparing.budget.units import parse_budget
+from sparing.curate.quality import train
+from sparing.curate.select import draw
+from sparing.data.sources import documents
+from sparing.data.split import content_hash, mix
+from sparing.evals.select import select
+
+CHAPTER = 16_000
+"""Characters from which a document ends at the next empty line."""
+CLEAN, DIRT = 50, {"near-duplicate": 15, "boilerplate": 10, "language": 10, "spam": 10, "mojibake": 5}
+"""Parts of the dirty corpus' bytes, of 100."""
+SAMPLE = 500_000
+"""Bytes of other books, and of the dirty corpus, that the quality model learns from."""
+CURATED = ("curated", "quality")
+ARMS = ("clean", "dirty", *CURATED)
+SHAPE = ("vocab_size", "hidden_size", "num_layers", "num_dense_layers", "intermediate_size", "num_heads")
+RULES = """\
+# FineWeb's rules, but for what they take for granted of web pages and novels do not have.
+[c4]
+min_words_per_line = "none"  # else "No?" goes, and the empty lines between paragraphs
+[fineweb]
+max_short_lines = "none"     # verse and plays
+max_line_ends = "none"       # two a paragraph here, and dialogue has short ones
+max_dup_line_chars = "none"  # "Yes." and refrains; gopher_repetition looks for long repeats
+"""
+"""Settled before any result was seen: by what the rules measure, and how books are laid out."""
+
+
+@dataclass
+class CurationPays:
+    """Train on clean, dirty and curated books in equal time, and compare bits per byte."""
+
+    books: str
+    """BOOKS/train is learnt from, BOOKS/val scored."""
+    manuals: str
+    """Folder with de, fr and es, each with man1 and so on."""
+    out: str
+    """Folder for corpora, runs and results."""
+    budget: str = "20m"
+    """Of each arm, curation included."""
+    size: float = 40.0
+    """Megabytes of clean text; about what the budget can read."""
+    val_bytes: int = 1_000_000
+    """Of val, that are scored."""
+    seeds: int = 1
+    arms: tuple[str, ...] = ARMS
+
+    def __call__(self) -> dict:
+        """The figure's numbers, also in OUT/result.json."""
+        folder = self.folder = Path(self.out)
+        folder.mkdir(parents=True, exist_ok=True)
+        corpus = stored_result(folder / "corpus.json", self._write_corpus)
+        curated = {arm: self._curated(arm) for arm in self.arms if arm in CURATED}
+        rows: dict[str, dict] = {arm: {"bpb": [], "tokens": []} for arm in self.arms}
+        for seed in range(self.seeds):
+            for arm in self.arms:
+                score, learnt = self._trained(arm, seed, curated.get(arm, {}).get("seconds", 0.0))
+                rows[arm]["bpb"].append(score["bpb"])
+                rows[arm]["tokens"].append(learnt["tokens"])
+        for arm in curated:
+            rows[arm] |= curated[arm] | {"by_kind": self._by_kind(arm)}
+        result = {"budget": self.budget, "corpus": corpus, "arms": rows, **_gain(rows)}
+        write_atomic(folder / "result.json", json.dumps(result, indent=1))
+        return result
+
+    # corpora
+
+    def _write_corpus(self) -> dict:
+        """OUT/clean.jsonl, dirty.jsonl, val.jsonl, and sample.jsonl of books that are in neither; -> bytes by kind."""
+        folder, dice = self.folder, random.Random(0)
+        books = sorted((text for text, *_ in documents([f"{self.books}/train"])), key=_place)
+        clean, others, size = [], [], 0
+        for text in books:  # whole books, in a random order that is the same every time
+            chapters = list(cut(text))
+            (clean if size < 1e6 * self.size else others).extend(chapters)
+            size += sum(len(chapter.encode()) for chapter in chapters)
+        size = sum(len(text.encode()) for text in clean)
+        if len(others) < 10:
+            raise SystemExit(f"--size {self.size:g}: leaves no other books; {size / 1e6:.1f} MB are all")
+        dice.shuffle(others)
+        rows = [("clean", "", text) for text in clean]
+        for kind, part in DIRT.items():
+            made = 0
+            for form, text in self._dirt(kind, dice, clean, others):
+                rows.append((kind, form, text))
+                made += len(text.encode())
+                if made >= size * part / CLEAN:
+                    break
+            else:
+                raise SystemExit(f"{kind}: there are {made / 1e6:.1f} MB for --size {self.size:g}")
+        dice.shuffle(rows)
+        _write(folder / "dirty.jsonl", rows)
+        _write(folder / "clean.jsonl", [row for row in rows if row[0] == "clean"])
+        val = select((text for text, *_ in documents([f"{self.books}/val"])), self.val_bytes)
+        _write(folder / "val.jsonl", [("val", "", text) for text in val])
+        sample = draw(others[-len(others) // 10 :], SAMPLE)  # from the end: mojibake takes those at the beginning
+        _write(folder / "sample.jsonl", [("sample", "", text) for text in sample])
+        sizes: Counter[str] = Counter()
+        for kind, _, text in rows:
+            sizes[kind] += len(text.encode())
+        return dict(sizes)
+
+    def _dirt(self, kind: str, dice: random.Random, clean: list[str], others: list[str]) -> Iterator[tuple[str, str]]:
+        """(form, text) of one kind."""
+        if kind == "near-duplicate":
+            for at in dice.sample(range(len(clean)), len(clean)):
+                yield "", near_duplicate(dice, clean[at])
+        elif kind == "language":
+            pages = [(one, part) for one in LANGUAGES for page in manual_pages(self.manuals, one) for part in cut(page)]
+            yield from dice.sample(pages, len(pages))
+        elif kind == "mojibake":
+            for at, text in enumerate(others):
+                form = list(MOJIBAKE)[at % len(MOJIBAKE)] if at % 2 else "as-cp1252"  # by far the commonest
+                yield form, MOJIBAKE[form](dice, text)
+        else:
+            while True:
+                yield "", {"spam": spam, "boilerplate": boilerplate}[kind](dice)
+
+    def _curated(self, arm: str) -> dict:
+        """OUT/ARM-corpus, and what that took: {"seconds", "documents", "rejected", "stages"}. An interrupted one begins anew, so that its
+        time is counted."""
+        out, rules = self.folder / f"{arm}-corpus", self.folder / f"{arm}.toml"
+
+        def curate() -> dict:
+            shutil.rmtree(out, ignore_errors=True)
+            began, more = time.monotonic(), ""
+            if arm == "quality":
+                model = self.folder / "quality.safetensors"
+                good = [text for text, *_ in documents([str(self.folder / "sample.jsonl")])]
+                bad = draw((text for text, *_ in documents([str(self.folder / "dirty.jsonl")])), SAMPLE)
+                train(good, bad).save(model)
+                more = f'[quality]\nmodel = "{model}"\n'
+            write_atomic(rules, RULES + more)
+            dirty = str(self.folder / "dirty.jsonl")
+            summary = self._asked("data", "curate", dirty, "--rules", str(rules), "--out", str(out))
+            return {"seconds": time.monotonic() - began} | {key: summary[key] for key in ("documents", "bytes", "rejected", "stages")}
+
+        return stored_result(self.folder / f"{arm}-corpus.json", curate)
+
+    def _by_kind(self, arm: str) -> dict:
+        """Of each kind of text (and form of it): bytes that came in, share of them that stays, and by which rules documents went."""
+        came = {row["number"]: row for row in _rows(self.folder / "dirty.jsonl")}
+        found: dict[str, dict] = defaultdict(lambda: {"bytes": 0, "stays": 0, "reasons": Counter()})
+
+        def count(row: dict, stays: int, reason: str = "") -> None:
+            for name in {row["kind"], f"{row['kind']} {row['form']}".strip()}:
+                found[name]["bytes"] += len(row["text"].encode())
+                found[name]["stays"] += stays
+                found[name]["reasons"][re.sub(" of .*", "", reason)] += bool(reason)
+
+        for one in documents([str(self.folder / f"{arm}-corpus" / "documents")]):
+            count(came[int(one.meta["number"])], len(one.text.encode()))
+        for one in documents([str(self.folder / f"{arm}-corpus" / "rejected")]):
+            count(came[int(one.meta["number"])], 0, one.meta["rejected"])
+        return {
+            name: {"bytes": row["bytes"], "stays": row["stays"] / row["bytes"], "reasons": dict((+row["reasons"]).most_common(5))}
+            for name, row in sorted(found.items())
+        }
+
+    # runs
+
+    def _trained(self, arm: str, seed: int, before: float) -> tuple[dict, dict]:
+        """(the score of an arm, the summary of its training), which has what `before` seconds have left of the budget."""
+        run = self.folder / f"run-{arm}-{seed}"
+        data = self.folder / (f"{arm}-corpus" if arm in CURATED else f"{arm}.jsonl")
+        budget = parse_budget(self.budget)
+        if before and budget.unit != "s":
+            raise SystemExit("--budget is a time, because curation costs time")
+        command = ["train", "--data", str(data), "--budget", f"{budget.amount - before:.1f}s", "--seed", str(seed), "--samples", "0"]
+        first = self.folder / "run-clean-0" / "config.toml"
+        if first != run / "config.toml" and first.exists():
+            shape = read_config(first).model
+            command += [word for name in SHAPE for word in (f"--model.{name.replace('_', '-')}", str(getattr(shape, name)))]
+        command = ["resume", str(run)] if (run / "config.toml").exists() else [*command, "--out", str(run)]
+        learnt = stored_result(self.folder / f"train-{arm}-{seed}.json", lambda: self._asked(*command))
+        val = str(self.folder / "val.jsonl")
+        score = stored_result(self.folder / f"score-{arm}-{seed}.json", lambda: self._asked("eval", str(run), "--data", val))
+        return score, learnt
+
+    def _asked(self, *command: str) -> dict:
+        """What `sparing COMMAND --json` says, in a process of its own with a home of its own."""
+        say(f"sparing {' '.join(command)}")
+        source = str(Path(sparing.__file__).parent.parent)
+        environment = os.environ | {"SPARING_HOME": str(self.folder / "home"), "PYTHONPATH": source}
+        words = [sys.executable, "-m", "sparing", *command, "--json"]
+        return json.loads(subprocess.run(words, stdout=subprocess.PIPE, check=True, env=environment).stdout)
+
+
+def cut(text: str) -> Iterator[str]:
+    """The text in documents of CHAPTER characters or a little more, cut at empty lines."""
+    part: list[str] = []
+    for paragraph in re.split(r"\n\s*\n", text.strip()):
+        part.append(paragraph)
+        if sum(map(len, part)) >= CHAPTER:
+            yield "\n\n".join(part) + "\n"
+            part = []
+    if part:
+        yield "\n\n".join(part) + "\n"
+
+
+def _place(text: str) -> int:
+    return mix(content_hash(text.encode()))
+
+
+def _write(path: Path, rows: list[tuple[str, str, str]]) -> None:
+    lines = (json.dumps({"text": text, "kind": kind, "form": form, "number": at}) for at, (kind, form, text) in enumerate(rows))
+    write_atomic(path, "".join(f"{line}\n" for line in lines))
+
+
+def _rows(path: Path) -> Iterator[dict]:
+    with open(path, encoding="utf-8") as file:
+        yield from map(json.loads, file)
+
+
+def _gain(rows: dict[str, dict]) -> dict:
+    """Of each curated arm: bits per byte beside the clean corpus', and which part of what dirt costs it makes good (required: 2/3)."""
+    mean = {arm: sum(row["bpb"]) / len(row["bpb"]) for arm, row in rows.items()}
+    if not {"clean", "dirty"} <= mean.keys():
+        return {}
+    costs = mean["dirty"] - mean["clean"]
+    found = {
+        arm: {"beside_clean": value / mean["clean"] - 1, "made_good": (mean["dirty"] - value) / costs if costs else None}
+        for arm, value in mean.items()
+        if arm in CURATED
+    }
+    return {"dirt_costs": costs / mean["clean"], "curation": found}
+
+
+def table(result: dict) -> str:
+    """The figure as lines of text."""
+    lines = [f"{kind:>14}  {size / 1e6:8.2f} MB" for kind, size in result["corpus"].items()]
+    for arm, row in result["arms"].items():
+        bpb, tokens = sum(row["bpb"]) / len(row["bpb"]), sum(row["tokens"]) / len(row["tokens"])
+        told = f"{arm:>14}  {bpb:.4f} bpb  {tokens / 1e6:.2f} M tokens"
+        if arm in result.get("curation", {}):
+            one = result["curation"][arm]
+            told += (
+                f"  {one['beside_clean']:+.2%} beside clean, {one['made_good'] or 0:.0%} of what dirt costs ({result['dirt_costs']:+.2%})"
+            )
+            told += f" made good; curation took {row['seconds']:.1f} s"
+        lines.append(told)
+        for kind, part in row.get("by_kind", {}).items():
+            reasons = ", ".join(f"{count} {reason}" for reason, count in part["reasons"].items())
+            lines.append(f"{kind:>32}  {part['bytes'] / 1e6:8.2f} MB, {part['stays']:7.2%} stays  {reasons}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    say(table(tyro.cli(CurationPays)()))
