@@ -47,8 +47,8 @@ CLEAN, DIRT = 50, {"near-duplicate": 15, "boilerplate": 10, "language": 10, "spa
 """Parts of the dirty corpus' bytes, of 100."""
 SAMPLE = 2_000_000
 """Bytes of other books, and of the dirty corpus, that the quality model learns from: whole documents, as those that it judges."""
-LEAST_GOOD = 0.25
-"""Of the quality model, which learns to tell books from a corpus that half consists of them: at 0.5 it would be guessing there."""
+LEAST_GOOD = 1 / 3
+"""Of the quality model. Half of its bad sample is as good as the good one, so a good text's probability is 2/3, and dirt's is 0."""
 CURATED = ("curated", "quality")
 ARMS = ("clean", "dirty", *CURATED)
 SHAPE = ("vocab_size", "hidden_size", "num_layers", "num_dense_layers", "intermediate_size", "num_heads")
@@ -63,7 +63,8 @@ max_dup_line_chars = "none"  # "Yes." and refrains; gopher_repetition looks for 
 [gopher_quality]
 min_words_with_letter = 0.7  # marks are words too, and dialogue is full of them
 """
-"""By what the rules measure and how books are laid out; the last one after a look at books: 8 % of chapters have less than 0.8, 2 % than 0.7."""
+"""By what the rules measure and how books are laid out. The last one after a look at books: it is below 0.8 in 8 % of chapters, in 2 %
+below 0.7."""
 
 
 class Row(NamedTuple):
