@@ -144,7 +144,7 @@ class CurationPays:
         dice.shuffle(rows)
         _write(folder / "dirty.jsonl", rows)
         _write(folder / "clean.jsonl", [row for row in rows if row.kind == "clean"])
-        val = select((text for text, *_ in documents([f"{self.books}/val"])), self.val_bytes)
+        val = select((unified(text) for text, *_ in documents([f"{self.books}/val"])), self.val_bytes)
         _write(folder / "val.jsonl", [Row("val", text) for text in val])
         _write(folder / "sample.jsonl", [Row("sample", text) for text in _first(reversed(others), SAMPLE)])  # mojibake has the others
         sizes: Counter[str] = Counter()
@@ -238,15 +238,20 @@ class CurationPays:
 
 
 def cut(text: str) -> Iterator[str]:
-    """The text in documents of CHAPTER characters or a little more, cut at empty lines."""
+    """The text in documents of CHAPTER characters or a little more, cut at empty lines; line ends are unified."""
     part: list[str] = []
-    for paragraph in re.split(r"\n\s*\n", text.strip()):
+    for paragraph in re.split(r"\n\n+", unified(text).strip()):
         part.append(paragraph)
         if sum(map(len, part)) >= CHAPTER:
             yield "\n\n".join(part) + "\n"
             part = []
     if part:
         yield "\n\n".join(part) + "\n"
+
+
+def unified(text: str) -> str:
+    """Lines end in a line feed and nothing else: rules see to that in what they keep, and no arm is to learn from it alone."""
+    return "\n".join(line.rstrip() for line in text.split("\n"))
 
 
 def _place(text: str) -> int:

@@ -50,6 +50,14 @@ def test_judge_adds_two_columns_and_keeps_the_rows():
     assert judged.column("text")[1].as_py() == GOOD  # C4 drops empty lines
 
 
+def test_a_text_is_judged_alike_whatever_ends_its_lines():
+    text = GOOD.replace("\n", "\n\n")
+    for rules in (DEFAULT, replace(DEFAULT, c4=None)):
+        judged = judge(batch(*(text.replace("\n", end) for end in ("\n", "\r\n", "\r"))), rules)
+        assert judged.column("rejected").to_pylist() == [None] * 3
+        assert len(set(judged.column("text").to_pylist())) == len(set(judged.column("attributes").to_pylist())) == 1
+
+
 def test_batches_do_not_matter_and_judging_twice_changes_nothing():
     rules = DEFAULT
     whole = judge(batch(*TEXTS), rules)

@@ -7,6 +7,7 @@ time: neither the cut into batches nor the number of processes changes what it s
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -26,6 +27,8 @@ from sparing.curate.quality import Quality
 
 if TYPE_CHECKING:
     import pyarrow
+
+LINE_END = re.compile(r"\r\n?")
 
 
 @dataclass(frozen=True)
@@ -109,8 +112,10 @@ def _refuse_negative(values: dict, where: str) -> None:
 def judge_document(document: Document, rules: Rules) -> tuple[Document, dict[str, dict[str, float]], str | None]:
     """(the document as the rules edit it, scores by the rule's name, why it is rejected or None).
 
-    Each rule sees the text as the rules before it left it, whether or not one of them rejects it.
+    Each rule sees the text as the rules before it left it, whether or not one of them rejects it. Line ends become "\\n" before that: to
+    the published filters, which were made for extracted pages, "\\r" is a line of its own that repeats.
     """
+    document = document.edited(LINE_END.sub("\n", document.text))
     attributes: dict[str, dict[str, float]] = {}
     rejected = None
     for rule in rules:
