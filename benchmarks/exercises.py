@@ -28,8 +28,7 @@ import tyro
 
 from benchmarks.arms import kept, made
 from sparing.adapt.reason import as_chat
-from sparing.adapt.rewards import CALCULATED, verify
-from sparing.adapt.verifiers import Problem
+from sparing.adapt.rewards import CALCULATED, Problem, verify
 from sparing.base.files import write_atomic
 from sparing.base.messages import say
 from sparing.base.run import RunFolder

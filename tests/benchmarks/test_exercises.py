@@ -4,8 +4,7 @@ import json
 import random
 
 from benchmarks.exercises import FORM, Exercises, beside, in_lines, table
-from sparing.adapt.rewards import verify
-from sparing.adapt.verifiers import Problem
+from sparing.adapt.rewards import Problem, verify
 from sparing.curate.exercises import words
 
 LONG = "Anna has 12 red apples and 30 green ones in the cellar, and Ben brings her 7 more on every day of the week."
