@@ -68,7 +68,7 @@ class Exercises:
     """Of each arm that learns."""
     count: int = 8000
     """Exercises that are made; so many that none is learnt twice."""
-    problems: int = 1000
+    problems: int = 600
     """That are scored, of each set; drawn by hash."""
     shots: int = 4
     max_tokens: int = 200
