@@ -31,7 +31,6 @@ import tyro
 
 from benchmarks.arms import asked, kept, made
 from benchmarks.dirt import LANGUAGES, MOJIBAKE, boilerplate, manual_pages, near_duplicate, spam
-from sparing.base.config_file import read_config
 from sparing.base.files import write_atomic
 from sparing.base.messages import say
 from sparing.bench.results import stored_result
@@ -51,7 +50,6 @@ LEAST_GOOD = 1 / 3
 """Of the quality model. Half of its bad sample is as good as the good one, so a good text's probability is 2/3, and dirt's is 0."""
 CURATED = ("curated", "quality")
 ARMS = ("clean", "dirty", *CURATED)
-SHAPE = ("vocab_size", "hidden_size", "num_layers", "num_dense_layers", "intermediate_size", "num_heads")
 RULES = """\
 # FineWeb's rules, but for what they take for granted of web pages and books do not have.
 [c4]
@@ -97,6 +95,7 @@ class CurationPays:
     """Of val, that are scored."""
     seeds: int = 1
     arms: tuple[str, ...] = ARMS
+    """The clean one always comes first: it settles the shape."""
 
     def __call__(self) -> dict:
         """The figure's numbers, also in OUT/result.json."""
@@ -104,9 +103,10 @@ class CurationPays:
         folder.mkdir(parents=True, exist_ok=True)
         corpus = stored_result(folder / "corpus.json", self._write_corpus)
         curated = {arm: self._curated(arm) for arm in self.arms if arm in CURATED}
-        rows: dict[str, dict] = {arm: {"bpb": [], "tokens": []} for arm in self.arms}
+        arms = dict.fromkeys(("clean", *self.arms))
+        rows: dict[str, dict] = {arm: {"bpb": [], "tokens": []} for arm in arms}
         for seed in range(self.seeds):
-            for arm in self.arms:
+            for arm in arms:
                 score, learnt = self._trained(arm, seed, curated.get(arm, {}).get("seconds", 0.0))
                 rows[arm]["bpb"].append(score["bpb"])
                 rows[arm]["tokens"].append(learnt["tokens"])
@@ -228,12 +228,12 @@ class CurationPays:
         budget = parse_budget(self.budget)
         if budget.unit != "s":
             raise SystemExit(f"--budget {self.budget}: must be a time, because curation takes time")
-        command = ["train", "--data", str(data), "--budget", f"{budget.amount - before:.1f}s", "--seed", str(seed)]
-        first = self.folder / "run-clean-0" / "config.toml"
-        if name != "run-clean-0" and first.exists():
-            shape = read_config(first).model
-            command += [word for field in SHAPE for word in (f"--model.{field.replace('_', '-')}", str(getattr(shape, field)))]
-        run, learnt = made(self.folder, name, *command)
+        recipe, first = self.folder / "shape.toml", self.folder / "run-clean-0" / "config.toml"
+        if name != "run-clean-0":
+            write_atomic(recipe, "[model]" + first.read_text().partition("[model]")[2].partition("\n[")[0] + "\n")
+        shape = [str(recipe)] if name != "run-clean-0" else []
+        words = ("train", *shape, "--data", str(data), "--budget", f"{budget.amount - before:.1f}s", "--seed", str(seed))
+        run, learnt = made(self.folder, name, *words)
         return kept(self.folder, f"score-{arm}-{seed}", "eval", str(run), "--data", str(self.folder / "val.jsonl")), learnt
 
 
