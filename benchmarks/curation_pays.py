@@ -50,6 +50,8 @@ LEAST_GOOD = 1 / 3
 """Of the quality model. Half of its bad sample is as good as the good one, so a good text's probability is 2/3, and dirt's is 0."""
 CURATED = ("curated", "quality")
 ARMS = ("clean", "dirty", *CURATED)
+WARM_UP = "50ktok"
+"""Of a run before all arms, so that none of them compiles kernels and measures the machine for the others."""
 RULES = """\
 # FineWeb's rules, but for what they take for granted of web pages and books do not have.
 [c4]
@@ -103,6 +105,7 @@ class CurationPays:
         folder.mkdir(parents=True, exist_ok=True)
         corpus = stored_result(folder / "corpus.json", self._write_corpus)
         curated = {arm: self._curated(arm) for arm in self.arms if arm in CURATED}
+        made(folder, "run-before", "train", "--data", str(folder / "val.jsonl"), "--budget", WARM_UP)
         arms = dict.fromkeys(("clean", *self.arms))
         rows: dict[str, dict] = {arm: {"bpb": [], "tokens": []} for arm in arms}
         for seed in range(self.seeds):
