@@ -45,7 +45,7 @@ def test_judge_adds_two_columns_and_keeps_the_rows():
     assert rejected[4] == "c4: curly_bracket"
     assert rejected[5] == "gopher_quality: max_bullet_lines"
     attributes = json.loads(judged.column("attributes")[0].as_py())
-    assert list(attributes) == ["gopher_repetition", "gopher_quality", "c4", "fineweb", "pii"]
+    assert list(attributes) == ["encoding", "gopher_repetition", "gopher_quality", "c4", "fineweb", "pii"]
     assert attributes["gopher_quality"]["words"] == 12 * 12
     assert judged.column("text")[1].as_py() == GOOD  # C4 drops empty lines
 
@@ -91,7 +91,7 @@ def test_the_first_rule_that_rejects_ends_the_judging_where_not_all_scores_are_w
     rules = replace(DEFAULT, all_scores=False)
     judged = judge(batch(*TEXTS), rules)
     assert judged.column("rejected").equals(judge(batch(*TEXTS), DEFAULT).column("rejected"))
-    assert list(json.loads(judged.column("attributes")[3].as_py())) == ["gopher_repetition"]
+    assert list(json.loads(judged.column("attributes")[3].as_py())) == ["encoding", "gopher_repetition"]
     assert judged.column("text")[3].as_py() == TEXTS[3]
 
 
@@ -114,7 +114,7 @@ def test_from_toml_changes_the_default(tmp_path):
     assert rules.c4 == C4(min_sentences=1, line_end=False)  # what the default sets stays
     assert rules.fineweb is None
     assert rules.gopher_repetition == DEFAULT.gopher_repetition
-    assert [rule.name for rule in rules] == ["language", "gopher_repetition", "gopher_quality", "c4", "pii"]
+    assert [rule.name for rule in rules] == ["encoding", "language", "gopher_repetition", "gopher_quality", "c4", "pii"]
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_every_rule_can_be_set_from_toml_and_judges(tmp_path):
             """,
         )
     ).load()
-    names = ["url_list", "word_list", "language", "c4", "fineweb", "quality", "contamination", "pii"]
+    names = ["encoding", "url_list", "word_list", "language", "c4", "fineweb", "quality", "contamination", "pii"]
     assert [rule.name for rule in rules] == names
     texts = [english, english, english + " In the casino.", english + " " + sentence(14, 500), english + " Call +44 20 7946 0958."]
     metas = ['{"url": "https://good.example/a"}', '{"url": "https://www.bad.example/a"}', "{}", "no json", "{}"]

@@ -19,6 +19,7 @@ from sparing.base.config_file import check_section, unwrap
 from sparing.base.files import read_text
 from sparing.curate.contamination import Contamination
 from sparing.curate.document import Document
+from sparing.curate.encoding import Encoding
 from sparing.curate.filters import C4, FineWeb, GopherQuality, GopherRepetition, Rule
 from sparing.curate.language import Language
 from sparing.curate.lists import UrlList, WordList
@@ -33,8 +34,10 @@ LINE_END = re.compile(r"\r\n?")
 
 @dataclass(frozen=True)
 class Rules:
-    """The chosen rules; those that are None are left out. They are applied in the order of the fields, which is FineWeb's."""
+    """The chosen rules; those that are None are left out. They are applied in the order of the fields, which is FineWeb's. It repairs
+    text at the end, though; here that comes first, so that all rules see it."""
 
+    encoding: Encoding | None = None
     url_list: UrlList | None = None
     word_list: WordList | None = None
     language: Language | None = None
@@ -53,6 +56,7 @@ class Rules:
     def default(cls) -> Rules:
         """FineWeb's rules: those that need no list, model or text of the user's, with the published thresholds."""
         return cls(
+            encoding=Encoding(),
             language=Language(),
             gopher_repetition=GopherRepetition(),
             gopher_quality=GopherQuality(),
