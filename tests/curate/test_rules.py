@@ -182,6 +182,42 @@ def test_every_rule_can_be_set_from_toml_and_judges(tmp_path):
     assert list(json.loads(judged.column("attributes")[0].as_py())) == names
 
 
+def test_other_contents_of_a_named_file_are_other_work(tmp_path):
+    """So an interrupted command that goes on after a list was edited judges again."""
+    from sparing.curate.quality import train
+    from sparing.curate.recipe import Recipe
+
+    rules = toml(
+        tmp_path,
+        f"""
+        language = "none"
+        [url_list]
+        soft_words = "{tmp_path}/soft.txt"
+        [word_list]
+        words = "{tmp_path}/words.txt"
+        [quality]
+        model = "{tmp_path}/model.safetensors"
+        [contamination]
+        evaluations = ["{tmp_path}/questions"]
+        """,
+    )
+    (tmp_path / "questions").mkdir()
+    files = [tmp_path / name for name in ("soft.txt", "words.txt", "model.safetensors", "questions/a.txt")]
+    seen = set()
+    for change in range(2):
+        for file in files:
+            if file.suffix == ".safetensors":
+                train([GOOD] * 2, [sentence(9 + change)] * 2).save(file)
+            else:
+                file.write_text(f"word {change} " + sentence(20))
+            if all(other.exists() for other in files):
+                recipe = Recipe.from_toml(rules)
+                assert sorted(recipe.rules.files()) == sorted(map(str, files))
+                assert recipe.digest == recipe.digest
+                seen.add(recipe.digest)
+    assert len(seen) == 5
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -107,6 +107,9 @@ class Contamination:
     max_shared: int = 0
     """n-grams of a document that an evaluation has."""
 
+    def files(self) -> list[str]:
+        return [file.path for file in find_files(self.evaluations)] if self.evaluations else []
+
     def load(self) -> None:
         if not self.evaluations:
             raise UserError("contamination.evaluations: no files; name evaluation texts, or leave the section out")

@@ -22,7 +22,7 @@ class Rule(Protocol):
     """Judges a document. Its fields are its thresholds.
 
     A rule that changes texts has `edit(document) -> Document` too. It is asked after `scores`, whatever the verdict is. One that reads
-    files or needs a package has `load()`, which raises UserError where they are missing.
+    files or needs a package has `load()`, which raises UserError where they are missing, and `files()`, which names them.
     """
 
     name: ClassVar[str]

@@ -48,8 +48,11 @@ class UrlList:
     """List of words of which a URL may have `max_soft_words` different ones."""
     max_soft_words: int = 1
 
+    def files(self) -> list[str]:
+        return [path for path in (self.domains, self.urls, self.words, self.soft_words) if path]
+
     def load(self) -> None:
-        for path in (self.domains, self.urls, self.words, self.soft_words):
+        for path in self.files():
             entries(path)
 
     def scores(self, document: Document) -> Scores:
@@ -85,6 +88,9 @@ class WordList:
     """The list; the score depends on it."""
     max_found: int = 0
     """How often they may occur, all together."""
+
+    def files(self) -> list[str]:
+        return [self.words] if self.words else []
 
     def load(self) -> None:
         entries(self.words)

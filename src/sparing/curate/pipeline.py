@@ -143,17 +143,17 @@ def curate(
     on.
     """
     folder, meter = vacant(out), meter or NoMeter()
-    work = folder / WORK
+    work, digest = folder / WORK, recipe.digest
     with meter.stage("judge"):
-        judged, tally, came_in = judge_parts(paths, text_key, work, recipe.rules, recipe.digest, engine, should_stop, extract)
+        judged, tally, came_in = judge_parts(paths, text_key, work, recipe.rules, digest, engine, should_stop, extract)
     settings, decisions = recipe.duplicates, None
     repeated, read = None, partial(_kept, judged)
     if settings is not None:
         with meter.stage("duplicates"):
             if settings.lines:
-                repeated = repeated_lines(read, work / f"duplicates-{recipe.digest}", settings, engine, should_stop)
+                repeated = repeated_lines(read, work / f"duplicates-{digest}", settings, engine, should_stop)
                 read = partial(_kept, judged, partial(remove_lines, repeated=repeated, settings=settings))
-            decisions = find_duplicates(read, work / f"duplicates-{recipe.digest}", settings, engine, should_stop)
+            decisions = find_duplicates(read, work / f"duplicates-{digest}", settings, engine, should_stop)
     with meter.stage("write"):
         fate = write_rows(folder, rows(judged, repeated, settings, decisions), should_stop, keep_texts)
     return summary_of(fate, tally, came_in), fate

@@ -122,6 +122,9 @@ class Quality:
     """The model's file; the score depends on it."""
     min_score: float | None = 0.5
 
+    def files(self) -> list[str]:
+        return [self.model] if self.model else []
+
     def load(self) -> None:
         if not self.model:
             raise UserError("quality.model: no file; train one with sparing.curate.quality.train, or leave the section out")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sparing.base.config import UserError
 from sparing.base.config_file import check_section
-from sparing.base.files import read_text
+from sparing.base.files import file_sha256, read_text
 from sparing.curate.minhash import DuplicateSettings
 from sparing.curate.rules import Rules
 
@@ -25,8 +25,10 @@ class Recipe:
 
     @property
     def digest(self) -> str:
-        """Changes when a stage or one of its settings does."""
-        return hashlib.blake2b(repr(self).encode(), digest_size=4).hexdigest()
+        """Changes when a stage, one of its settings, or what is in a file that a rule names does."""
+        files = self.rules.files() if self.rules is not None else []
+        known = [repr(self), *(file_sha256(Path(path)) for path in files)]
+        return hashlib.blake2b("\n".join(known).encode(), digest_size=4).hexdigest()
 
     @classmethod
     def from_toml(cls, path: str | Path) -> Recipe:

@@ -102,6 +102,10 @@ class Rules:
                 load()
         return self
 
+    def files(self) -> list[str]:
+        """What the rules read besides documents: lists, models, evaluation texts."""
+        return [path for rule in self if (named := getattr(rule, "files", None)) for path in named()]
+
     def __iter__(self) -> Iterator[Rule]:
         """The chosen rules, in order."""
         return (rule for field in fields(self) if is_dataclass(rule := getattr(self, field.name)))
