@@ -45,6 +45,18 @@ def batches(texts, size=5):
 
 
 @needs_ray
+@pytest.mark.slow  # it starts a second cluster, and Ray gives up after 30 s where the processors are busy
+def test_without_an_address_a_cluster_is_started_here_and_ended(corpus, tmp_path):  # noqa: F811
+    command = [sys.executable, "-m", "sparing", "data", "dedup", str(corpus), "--engine", "ray", "--workers", "2", "--json"]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run([*command, "--out", str(tmp_path / "ray")], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["documents"]["in"] == 55 and "ray: 2 processors of this machine" in done.stderr
+    entry.data("dedup", [str(corpus)], str(tmp_path / "local"), workers=1)
+    assert written(tmp_path / "ray") == written(tmp_path / "local")
+
+
+@needs_ray
 def test_a_cluster_of_two_processes_writes_the_same_bytes(cluster, corpus, tmp_path, monkeypatch, capsys):  # noqa: F811
     """All three stages: rules, with a list of the user's; repeated lines; signatures."""
     monkeypatch.setattr(parts, "PART_DOCUMENTS", 8)
@@ -59,17 +71,6 @@ def test_a_cluster_of_two_processes_writes_the_same_bytes(cluster, corpus, tmp_p
     assert written(tmp_path / "ray") == written(tmp_path / "local")
     assert on_ray["documents"] == local["documents"] and on_ray["rejected"] == local["rejected"]
     assert {"word_list: max_found", "duplicate_exact", "duplicate_near"} <= set(local["rejected"])
-
-
-@needs_ray
-def test_without_an_address_a_cluster_is_started_here_and_ended(corpus, tmp_path):  # noqa: F811
-    command = [sys.executable, "-m", "sparing", "data", "dedup", str(corpus), "--engine", "ray", "--workers", "2", "--json"]
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    done = subprocess.run([*command, "--out", str(tmp_path / "ray")], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["documents"]["in"] == 55 and "ray: 2 processors of this machine" in done.stderr
-    entry.data("dedup", [str(corpus)], str(tmp_path / "local"), workers=1)
-    assert written(tmp_path / "ray") == written(tmp_path / "local")
 
 
 @needs_ray
