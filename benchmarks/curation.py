@@ -1,9 +1,12 @@
 """Curation beside datatrove's, on the same documents. What is in --out is not done again, so a killed command goes on.
 
 python -m benchmarks.curation decisions --data PATH... --out FOLDER
+python -m benchmarks.curation speed     --data PATH... --out FOLDER [--megabytes 1000]
+python -m benchmarks.curation web       --data PATH... --out FOLDER [--pages 2000]
 
-`decisions` asks datatrove's Gopher, C4 and FineWeb filters and ours about the same real and mangled documents, each filter apart. It needs
-`pip install 'sparing[bench]'`, which brings datatrove and spaCy.
+`decisions` asks datatrove's Gopher, C4 and FineWeb filters and ours about the same real and mangled documents, each filter apart. `speed`
+(`curation_speed.py`) takes the time of all rules and near-duplicates per core, `web` (`web_text.py`) that of text from WARC files, and what
+of it is the page's own. They need `pip install 'sparing[bench,web,curate]'`, which brings datatrove, spaCy and warcio.
 """
 
 from __future__ import annotations
@@ -161,22 +164,35 @@ class Decisions:
         write_atomic(Path(self.out) / "decisions.json", json.dumps(result, indent=1, ensure_ascii=False))
         return result
 
+    @staticmethod
+    def told(result: dict) -> None:
+        for name, row in result["filters"].items():
+            equal, reasons, rejected = (row[key] for key in ("equal", "reasons_equal", "rejected_by_theirs"))
+            say(f"{name}: {equal:.2%} decisions equal, {reasons:.2%} of reasons, {rejected:.0%} rejected")
+            for kind in row["differences"]:
+                example = kind["example"]
+                say(f"  {kind['count']} × theirs {kind['theirs']}, ours {kind['ours']}: {example['place']} ({example['mangling']}), "
+                    f"words {example['words']}, {example['scores']}")  # fmt: skip
+
 
 def mangled(paths: tuple[str, ...]) -> Iterator[tuple[str, str, str]]:
-    """(where it is from, mangling, text), always in the same order: files in turn, so that any number of them is a mixture."""
+    """(where it is from, mangling, text), always in the same order."""
+    for index, (place, text) in enumerate(pieces_in_turn(paths)):
+        # every other document is as it is
+        name = "as it is" if index % 2 else list(MANGLINGS)[index // 2 % len(MANGLINGS)]
+        if (text := MANGLINGS[name](text, random.Random(index))).strip():
+            yield place, name, text
+
+
+def pieces_in_turn(paths: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    """(place, text) of documents: one from each path in turn, so that any number of them is a mixture."""
     sources = [_pieces(path) for path in paths]
-    index = 0
     while sources:
         for source in list(sources):
             if (piece := next(source, None)) is None:
                 sources.remove(source)
-                continue
-            dice = random.Random(index)
-            # every other document is as it is
-            name = "as it is" if index % 2 else list(MANGLINGS)[index // 2 % len(MANGLINGS)]
-            if (text := MANGLINGS[name](piece[1], dice)).strip():
-                yield piece[0], name, text
-            index += 1
+            else:
+                yield piece
 
 
 def _pieces(path: str) -> Iterator[tuple[str, str]]:
@@ -270,13 +286,12 @@ def _example(part: dict, name: str) -> dict:
 
 
 def main() -> None:
-    result = tyro.extras.subcommand_cli_from_dict({"decisions": Decisions}, prog="python -m benchmarks.curation")()
-    for name, row in result["filters"].items():
-        say(f"{name}: {row['equal']:.2%} decisions equal, {row['reasons_equal']:.2%} of reasons, {row['rejected_by_theirs']:.0%} rejected")
-        for kind in row["differences"]:
-            example = kind["example"]
-            say(f"  {kind['count']} × theirs {kind['theirs']}, ours {kind['ours']}: {example['place']} ({example['mangling']}), "
-                f"words {example['words']}, {example['scores']}")  # fmt: skip
+    from benchmarks.curation_speed import Speed
+    from benchmarks.web_text import Web
+
+    way = tyro.extras.subcommand_cli_from_dict({"decisions": Decisions, "speed": Speed, "web": Web}, prog="python -m benchmarks.curation")
+    result = way()
+    way.told(result)
     print(json.dumps(result))
 
 
