@@ -33,6 +33,7 @@ ARMS = {"ours before": TENTH, "datatrove": TENTH, "ours after": TENTH, "ours": W
 CHANGED = 0.1
 """Of the words, when a text is used again: of the runs of five words about 0.9^5 stay, which is a Jaccard similarity of 0.42, and of two
 such texts 0.21. Duplicates begin at 0.7."""
+CPU = max(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
 MANGLED = 4
 """Every fourth document is mangled as for `decisions`, so that rules have something to reject."""
 
@@ -47,7 +48,7 @@ class Speed:
     """Folder for the corpus and the results."""
     megabytes: float = 1000.0
     """Of the corpus; datatrove gets a tenth."""
-    cpu: int = max(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+    cpu: int = CPU
     """The core that everything runs on (taskset)."""
 
     def __call__(self) -> dict:

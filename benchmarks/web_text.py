@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.curation import pieces_in_turn
-from benchmarks.curation_speed import run_on
+from benchmarks.curation_speed import CPU, run_on
 from sparing.base.files import atomic_path, write_atomic
 from sparing.base.messages import say
 from sparing.bench.results import stored_result
@@ -83,7 +83,7 @@ class Web:
     pages: int = 2000
     rounds: int = 3
     """Every arm reads the file so often, in turn with the others."""
-    cpu: int = 0
+    cpu: int = CPU
     """The core that everything runs on (taskset)."""
 
     def __call__(self) -> dict:

@@ -8,7 +8,7 @@ import pytest
 from tests.curate.prose import prose
 
 from benchmarks import curation_speed
-from benchmarks.curation_speed import TENTH, WHOLE, datatrove, make_corpus, run_on, varied
+from benchmarks.curation_speed import CPU, TENTH, WHOLE, datatrove, make_corpus, run_on, varied
 from sparing.curate.duplicates import find_duplicates
 from sparing.curate.pipeline import batches
 from sparing.data.sources import documents
@@ -48,10 +48,10 @@ def test_no_two_documents_are_duplicates(source, tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="taskset is Linux's")
 def test_what_a_command_took(tmp_path):
     program = "import os; held = bytearray(100_000_000); print(len(os.sched_getaffinity(0)))"
-    row = run_on(0, [sys.executable, "-c", program], tmp_path / "log")
+    row = run_on(CPU, [sys.executable, "-c", program], tmp_path / "log")
     assert row["said"] == "1\n" and row["cpu_s"] > 0 and row["peak_mb"] > 95
     with pytest.raises(SystemExit, match="status 3"):
-        run_on(0, [sys.executable, "-c", "raise SystemExit(3)"], tmp_path / "log")
+        run_on(CPU, [sys.executable, "-c", "raise SystemExit(3)"], tmp_path / "log")
 
 
 def test_datatroves_pipeline(source, tmp_path):
