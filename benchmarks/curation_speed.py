@@ -34,8 +34,10 @@ CHANGED = 0.1
 """Of the words, when a text is used again: of the runs of five words about 0.9^5 stay, which is a Jaccard similarity of 0.42, and of two
 such texts 0.21. Duplicates begin at 0.7."""
 CPU = max(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
-MANGLED = 4
-"""Every fourth document is mangled as for `decisions`, so that rules have something to reject."""
+MANGLED = 0.25
+"""Of the documents: as for `decisions`, so that rules have something to reject."""
+LEAST = 1000
+"""Characters of a document before it is varied: shorter ones have too few sentences for the rules, and a crawl has few of them left."""
 
 
 @dataclass
@@ -100,13 +102,14 @@ class Speed:
 
 
 def make_corpus(data: tuple[str, ...], folder: Path, size: float) -> dict:
-    """Write JSON lines until their texts come to `size` bytes: every tenth document in `tenth`, the others in `whole`. -> of both the
-    documents and bytes."""
+    """Write JSON lines until their texts come to `size` bytes: a tenth of the documents, drawn, in `tenth`, the others in `whole`. -> of
+    both the documents and bytes."""
     counts = {name: {"documents": 0, "bytes": 0} for name in (TENTH, WHOLE)}
     shutil.rmtree(folder, ignore_errors=True)
     files: dict = {}
+    dice = random.Random(0)
     for number, text in enumerate(varied(data)):
-        name = WHOLE if number % 10 else TENTH
+        name = TENTH if dice.random() < 0.1 else WHOLE
         counted = counts[name]
         place = folder / name / f"{counted['bytes'] // FILE_BYTES:05d}.jsonl"
         if name not in files or files[name].name != str(place):
@@ -127,24 +130,28 @@ def make_corpus(data: tuple[str, ...], folder: Path, size: float) -> dict:
 def varied(data: tuple[str, ...]) -> Iterator[str]:
     """The documents behind `data` over and over, always the same ones in the same order; each time with other words for CHANGED of them,
     drawn as often as the data has them."""
-    known = [word for _, text in islice(pieces_in_turn(data), 2000) for word in text.split(" ") if word and "\n" not in word]
+    known = [word for text in islice(_long(data), 2000) for word in text.split(" ") if word and "\n" not in word]
     number = 0
     while True:
         before = number
-        for _, text in pieces_in_turn(data):
+        for text in _long(data):
             dice = random.Random(number)
             words = text.split(" ")
             for at in dice.sample(range(len(words)), max(1, round(CHANGED * len(words)))):
                 if "\n" not in words[at]:
                     words[at] = dice.choice(known)
             text = " ".join(words)
-            if number % MANGLED == 0:
+            if dice.random() < MANGLED:
                 text = MANGLINGS[dice.choice(list(MANGLINGS))](text, dice)
             number += 1
             if text.strip():
                 yield text
         if number == before:
             raise SystemExit(f"no text in {', '.join(data)}")
+
+
+def _long(data: tuple[str, ...]) -> Iterator[str]:
+    return (text for _, text in pieces_in_turn(data) if len(text) >= LEAST)
 
 
 def run_on(cpu: int, command: list[str], log: Path) -> dict:

@@ -70,20 +70,20 @@ class Decision(NamedTuple):
 
 
 def find_duplicates(
-    read: Read, work: Path, settings: DuplicateSettings | None = None, engine: Engine | int = 1, should_stop: Stop = None
+    read: Read, work: Path, settings: DuplicateSettings | None = None, workers: Engine | int = 1, should_stop: Stop = None
 ) -> Iterator[Decision]:
     """A decision about each document, in the order of the input. All work but the reading of the result is done in the call.
 
     `read()` gives the batches (columns `text`, `source`, `line`); it is called twice and must give the same documents each time. `work`
     is a folder for files of about 0.3 kB a document and 1.5 times the text of possible duplicates; whoever calls removes it afterwards.
-    Memory: two bytes a document, some 100 a possible duplicate, `settings.memory_mb`, and a few parts of 8 MB a process. `engine`
-    signs the parts: an `Engine`, or how many processes of this machine. Raises Stopped, and UserError where `work` holds something
+    Memory: two bytes a document, some 100 a possible duplicate, `settings.memory_mb`, and a few parts of 8 MB a process. `workers`
+    sign the parts: processes of this machine, or another `Engine`. Raises Stopped, and UserError where `work` holds something
     else or the input changes.
     """
     settings = settings or DuplicateSettings()
     work = Path(work)
     claim(work, settings)
-    digests = write_parts(partial(_signed, settings=settings), "signatures", read, work, engine, should_stop)
+    digests = write_parts(partial(_signed, settings=settings), "signatures", read, work, workers, should_stop)
     corpus = _Corpus(work, len(digests))
     done = work / hashlib.sha256("".join(digests).encode()).hexdigest()[:16]  # what follows is of this input
     done.mkdir(exist_ok=True)

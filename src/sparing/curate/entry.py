@@ -77,7 +77,7 @@ def data(
         _leaving_nothing(folder),
         folder_lock(folder),
         metered("data", run, started=started) as meter,
-        _engine(engine, workers) as mapping,
+        _engine(engine, workers) as those,
         Preempt("the same command goes on") as signals,
     ):
         try:
@@ -85,7 +85,7 @@ def data(
             if selection is not None:
                 summary, fate = select(paths, out, selection, workers=workers or cores(), **how)
             else:
-                summary, fate = curate(paths, out, recipe, engine=mapping, **how, keep_texts=way != "stats")
+                summary, fate = curate(paths, out, recipe, workers=those, **how, keep_texts=way != "stats")
         except Stopped:
             raise Interrupted(signals.message) from None
         stages = meter.rows()

@@ -15,14 +15,14 @@ from sparing.data.progress import check
 from sparing.data.split import content_hash
 
 
-def repeated_lines(read: Read, work: Path, settings: DuplicateSettings, engine: Engine | int = 1, should_stop: Stop = None) -> np.ndarray:
+def repeated_lines(read: Read, work: Path, settings: DuplicateSettings, workers: Engine | int = 1, should_stop: Stop = None) -> np.ndarray:
     """The hashes of the lines that at least `settings.lines` documents have, ascending, uint64; counted exactly (as CCNet counts
     paragraphs: Wenzek et al. 2020, section 3.1). Works, stops and goes on like `duplicates.find_duplicates`; may use the same folder."""
     if not settings.lines:
         return np.empty(0, np.uint64)
     work = Path(work)
     claim(work, settings)
-    parts = len(write_parts(partial(_lines, settings=settings), "lines", read, work, engine, should_stop))
+    parts = len(write_parts(partial(_lines, settings=settings), "lines", read, work, workers, should_stop))
     total = 0
     for number in range(parts):
         with open_table(work / f"lines-{number:05d}.arrow") as table:

@@ -46,11 +46,11 @@ class Engine(Protocol):
         """Make the file of each job: `write_table(path, stage(part), digest)`. Raises Stopped."""
 
 
-def write_parts(stage: Stage, name: str, read: Read, work: Path, engine: Engine | int = 1, should_stop: Stop = None) -> list[str]:
+def write_parts(stage: Stage, name: str, read: Read, work: Path, workers: Engine | int = 1, should_stop: Stop = None) -> list[str]:
     """Make work/NAME-00000.arrow and so on of what `stage` gives for the parts of `read()`.
 
-    engine: an `Engine`, or how many processes of this machine. -> the digest of each part. A file that is there, of the same part, stays.
-    Raises Stopped."""
+    workers: how many processes of this machine, or another `Engine`. -> the digest of each part. A file that is there, of the same part,
+    stays. Raises Stopped."""
     digests: list[str] = []
 
     def jobs() -> Iterator[Job]:
@@ -60,7 +60,7 @@ def write_parts(stage: Stage, name: str, read: Read, work: Path, engine: Engine 
             if _digest_in(path) != digest:
                 yield part, path, digest
 
-    (Processes(engine) if isinstance(engine, int) else engine).run(stage, jobs(), should_stop)
+    (Processes(workers) if isinstance(workers, int) else workers).run(stage, jobs(), should_stop)
     for path in work.glob(f"{name}-*.arrow"):
         if int(path.stem.rsplit("-", 1)[1]) >= len(digests):  # of an input that was longer
             path.unlink()

@@ -129,7 +129,7 @@ def curate(
     out: str | Path,
     recipe: Recipe,
     text_key: str = "text",
-    engine: Engine | int = 1,
+    workers: Engine | int = 1,
     meter: NoMeter | None = None,
     should_stop: Stop = None,
     keep_texts: bool = True,
@@ -137,7 +137,7 @@ def curate(
 ) -> tuple[dict, Fate]:
     """Judge the documents behind `paths`, take duplicates out, and write the folder `out` (see above).
 
-    engine: what judges and signs the documents, an `Engine` or how many processes of this machine. keep_texts: False writes no texts
+    workers: what judges and signs the documents, processes of this machine or another `Engine`. keep_texts: False writes no texts
     (`data stats`). extract: what takes the text out of web pages. -> (the summary: `documents` in, out, rejected and quarantined, `bytes`
     in and out, what rejected how many, languages, licences; more of it for the card). Raises UserError; Stopped, then the same call goes
     on.
@@ -145,15 +145,15 @@ def curate(
     folder, meter = vacant(out), meter or NoMeter()
     work, digest = folder / WORK, recipe.digest
     with meter.stage("judge"):
-        judged, tally, came_in = judge_parts(paths, text_key, work, recipe.rules, digest, engine, should_stop, extract)
+        judged, tally, came_in = judge_parts(paths, text_key, work, recipe.rules, digest, workers, should_stop, extract)
     settings, decisions = recipe.duplicates, None
     repeated, read = None, partial(_kept, judged)
     if settings is not None:
         with meter.stage("duplicates"):
             if settings.lines:
-                repeated = repeated_lines(read, work / f"duplicates-{digest}", settings, engine, should_stop)
+                repeated = repeated_lines(read, work / f"duplicates-{digest}", settings, workers, should_stop)
                 read = partial(_kept, judged, partial(remove_lines, repeated=repeated, settings=settings))
-            decisions = find_duplicates(read, work / f"duplicates-{digest}", settings, engine, should_stop)
+            decisions = find_duplicates(read, work / f"duplicates-{digest}", settings, workers, should_stop)
     with meter.stage("write"):
         fate = write_rows(folder, rows(judged, repeated, settings, decisions), should_stop, keep_texts)
     return summary_of(fate, tally, came_in), fate
@@ -165,7 +165,7 @@ def judge_parts(
     work: Path,
     rules: Rules | None,
     digest: str,
-    engine: Engine | int = 1,
+    workers: Engine | int = 1,
     should_stop: Stop = None,
     extract: str = EXTRACTORS[0],
 ) -> tuple[list[Path], Tally, int]:
@@ -198,7 +198,7 @@ def judge_parts(
                 yield batch
 
         name = f"judged-{digest}"
-        digests = write_parts(partial(_judged, rules=rules), name, read, work, engine, should_stop)
+        digests = write_parts(partial(_judged, rules=rules), name, read, work, workers, should_stop)
     return [part_file(work, name, number) for number in range(len(digests))], tally, came_in
 
 
