@@ -69,8 +69,9 @@ class Speed:
             arms[arm] = stored_result(file, lambda arm=arm, part=part: self._measure(arm, folder, part))
             row = arms[arm] | {"mb": sum(corpus[name]["bytes"] for name in (TENTH, WHOLE)[: 1 + (part == WHOLE)]) / 1e6}
             arms[arm] = row
-            say(f"{arm}: {row['mb']:.0f} MB, {row['mb'] / row['cpu_s']:.2f} MB a CPU second, {row['wall_s']:.0f} s, {row['peak_mb']:.0f} MB "
-                f"of memory, {row['kept'] / row['documents']:.0%} of {row['documents']:,} documents kept")  # fmt: skip
+            rate, kept = row["mb"] / row["cpu_s"], row["kept"] / row["documents"]
+            say(f"{arm}: {row['mb']:.0f} MB, {rate:.2f} MB a CPU second, {row['wall_s']:.0f} s, {row['peak_mb']:.0f} MB of memory, "
+                f"{kept:.0%} of {row['documents']:,} documents kept")  # fmt: skip
         speed = {arm: row["mb"] / row["cpu_s"] for arm, row in arms.items()}
         tenth = (speed["ours before"] + speed["ours after"]) / 2
         result = {
