@@ -158,7 +158,8 @@ def varied(data: tuple[str, ...]) -> Iterator[str]:
 
 
 def _long(data: tuple[str, ...]) -> Iterator[str]:
-    return (text for _, text in pieces_in_turn(data) if len(text) >= LEAST)
+    """With LF for line ends, which datatrove's filters take for granted."""
+    return (text.replace("\r\n", "\n") for _, text in pieces_in_turn(data) if len(text) >= LEAST)
 
 
 def run_on(cpu: int, command: list[str], log: Path) -> dict:
