@@ -30,6 +30,7 @@ from sparing.adapt import rollback as adapt_rollback
 from sparing.adapt import sft as adapt_sft
 from sparing.base.config import Budget, Config, StartConfig, UserError
 from sparing.base.config_file import Wishes, nested, read_config, read_recipe, refuse, write_config
+from sparing.base.endpoint import is_url
 from sparing.base.files import DamagedError, alike, link_or_copy, write_atomic
 from sparing.base.hardware import cores
 from sparing.base.layers import shapes
@@ -187,7 +188,7 @@ def distill(
             return _with_drafts(job, adapt_drafts.resolved(job, wishes, amount), samples)
     if teacher is None:
         raise UserError("distill needs --teacher: a run to learn from (or --mtp, to learn to draft)")
-    if adapt_asked.is_url(teacher):
+    if is_url(teacher):
         if not begins:
             raise UserError(f"{run}: a teacher behind a URL teaches a run to answer; name one, not a recipe")
         if not data:

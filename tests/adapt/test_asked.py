@@ -14,9 +14,10 @@ from tests.adapt.test_sft import TRAIN, say, write
 from tests.adapt.test_sft import workplace as workplace
 
 from sparing import api
-from sparing.adapt import asked
-from sparing.adapt.asked import Endpoint, Failed, questions
+from sparing.adapt.asked import questions
+from sparing.base import endpoint as asked
 from sparing.base.config import UserError
+from sparing.base.endpoint import Endpoint, Failed
 from sparing.base.files import read_lines
 from sparing.base.run import RunFolder
 

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparing.adapt.rewards import load_task, verify
-from sparing.adapt.verifiers import Problem
 from sparing.base.config import UserError
+from sparing.evals.verifiers import Problem
 
 
 def operands(problem: Problem) -> list[int]:

@@ -10,20 +10,20 @@ from statistics import mean
 
 import pytest
 
-from sparing.adapt.contained import uncontained
 from sparing.adapt.rewards import load_task, verify
-from sparing.adapt.verifiers import Problem
 from sparing.base.config import UserError
 from sparing.cli.main import main
 from sparing.curate.exercises import DIFFICULTIES
 from sparing.curate.synth import KINDS, make, synth
 from sparing.data.chats import chats
+from sparing.evals.contained import uncontained
+from sparing.evals.verifiers import Problem
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _ended():
     yield
-    from sparing.adapt.verifiers import JUDGE
+    from sparing.evals.verifiers import JUDGE
 
     JUDGE.end()
 

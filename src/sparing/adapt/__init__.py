@@ -2,6 +2,5 @@
 
 `sft` teaches a run to answer, by conversations; `esft` limits what learns of it to the experts that these use. `from_use` does what `sft`
 does with answers that people accepted (`feedback`), and keeps it if that does good (`gate`); `rollback` is the way back.
-`rewards` has tasks whose answers programs judge (`verifiers`), some in a process that can be ended (`judge`), code without any rights
-(`contained`).
+`rewards` has tasks whose answers programs judge (`evals.verifiers`).
 """

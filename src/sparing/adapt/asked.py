@@ -1,19 +1,14 @@
 """A teacher behind OpenAI's HTTP interface: its answers to the questions of conversations, which a student then learns (`adapt.sft`).
 
-What it says is not to be trusted: an answer may come late, drip, never end, be cut off, be empty, or lie about its length. Each of these
-is counted and left out. Answers are kept under $SPARING_HOME as they come, so that none is paid for twice, and those that a run learns
-from are copied into it.
+What it says is not to be trusted (`base.endpoint`): what cannot be used is counted and left out. Answers are kept under $SPARING_HOME as
+they come, so that none is paid for twice, and those that a run learns from are copied into it.
 """
 
 from __future__ import annotations
 
 import hashlib
-import http.client
 import json
-import os
 import time
-import urllib.error
-import urllib.request
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sparing.base.config import Budget, UserError
+from sparing.base.endpoint import CHARACTERS, TOKENS, Endpoint, Failed
 from sparing.base.files import append_durably, read_lines, write_atomic
 from sparing.base.hardware import home
 from sparing.base.messages import say
@@ -29,116 +25,12 @@ from sparing.data.sources import rows
 from sparing.data.split import content_hash
 from sparing.job.begin import Job
 
-TIMEOUT_S = 60.0
-"""Of an answer, from the request to its last byte."""
 AT_ONCE = 4
-TOKENS = 512
-"""Of an answer, at most; the teacher is told."""
-MOST_CHARACTERS = 16
-"""Characters of a token, at most, by which an answer is longer than was asked."""
-MOST_BYTES = 4 << 20
 PATIENCE = 8
 """Failures before the first usable answer after which a teacher is given up."""
 SHARE = 0.5
 """Of a time budget, for asking."""
-CHARACTERS = 4.0
-"""Of a token, on average: by it answers are counted against a budget in tokens."""
 QUESTIONS = ("prompt", "question", "instruction")
-
-
-class Failed(Exception):
-    """No usable answer, and why, in a few words that are counted."""
-
-
-def is_url(teacher: str) -> bool:
-    return teacher.startswith(("http://", "https://"))
-
-
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """The key is for the server that the user named."""
-
-    def redirect_request(self, *_: Any) -> None:
-        return None
-
-
-class Endpoint:
-    """URL is what OpenAI's clients call the base, such as http://127.0.0.1:8000/v1; behind a # the model's name (default: its first one).
-    $OPENAI_API_KEY is sent where it is set."""
-
-    def __init__(self, url: str, timeout: float = TIMEOUT_S):
-        """Raises UserError where nobody answers there."""
-        self.url, _, self.model = url.partition("#")
-        self.url, self.timeout = self.url.rstrip("/"), timeout
-        self._opener = urllib.request.build_opener(_NoRedirects)
-        if not self.model:
-            try:
-                self.model = str(self._call("/models", None)["data"][0]["id"])
-            except (Failed, KeyError, IndexError, TypeError) as error:
-                why = error if isinstance(error, Failed) else "it names no model"
-                raise UserError(f"--teacher {url}: {why}; expected OpenAI's interface, such as http://127.0.0.1:8000/v1#MODEL") from None
-
-    def answer(self, messages: list[dict]) -> str:
-        """Raises Failed."""
-        body = {"model": self.model, "messages": messages, "max_tokens": TOKENS, "temperature": 1.0}
-        found = self._call("/chat/completions", body)
-        try:
-            choice, usage = found["choices"][0], found.get("usage") or {}
-            text, reason = choice["message"].get("content"), choice.get("finish_reason")
-            told = usage.get("completion_tokens")
-        except (KeyError, IndexError, TypeError, AttributeError):
-            raise Failed("no chat completion") from None
-        if not isinstance(text, str) or not text.strip():
-            raise Failed("empty")
-        if reason == "length":
-            raise Failed("cut off")
-        if len(text) > MOST_CHARACTERS * TOKENS:
-            raise Failed("longer than was asked")
-        if told is not None and not (type(told) is int and len(text) / MOST_CHARACTERS <= told <= TOKENS):
-            raise Failed("lies about its length")
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise Failed("not Unicode text") from None
-        return text
-
-    def _call(self, path: str, body: dict | None) -> dict:
-        """One request; the whole of it ends in `timeout`."""
-        ends = time.monotonic() + self.timeout
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get("OPENAI_API_KEY"):
-            headers["Authorization"] = f"Bearer {key}"
-        data = None if body is None else json.dumps(body).encode()
-        try:
-            request = urllib.request.Request(self.url + path, data, headers)
-            with self._opener.open(request, timeout=self.timeout) as response:
-                parts, size = [], 0
-                while part := response.read1(1 << 16):
-                    parts.append(part)
-                    size += len(part)
-                    if size > MOST_BYTES:
-                        raise Failed("endless")
-                    if time.monotonic() > ends:
-                        raise Failed("timed out")
-                promised = response.headers.get("Content-Length")
-                if promised is not None and promised.strip() != str(size):
-                    raise Failed("ended before its length")
-            found = json.loads(b"".join(parts))
-        except TimeoutError:
-            raise Failed("timed out") from None
-        except urllib.error.HTTPError as error:
-            error.close()
-            raise Failed(f"HTTP {error.code}") from None
-        except (http.client.IncompleteRead, http.client.BadStatusLine):
-            raise Failed("ended before its length") from None
-        except urllib.error.URLError as error:
-            raise Failed("timed out" if isinstance(error.reason, TimeoutError) else "nobody answers") from None
-        except (OSError, http.client.HTTPException):
-            raise Failed("the connection broke") from None
-        except ValueError:
-            raise Failed("no JSON") from None
-        if not isinstance(found, dict):
-            raise Failed("no chat completion")
-        return found
 
 
 def questions(paths: Sequence[str], unusable: Counter) -> list[list[dict]]:
@@ -240,7 +132,7 @@ def _outcome(messages: list[dict], found: Future | dict, counts: Counter) -> dic
     if isinstance(found, dict):
         return found
     try:
-        return {"messages": [*messages, {"role": "assistant", "content": found.result()}]}
+        return {"messages": [*messages, {"role": "assistant", "content": found.result().text}]}
     except Failed as failure:
         counts[str(failure)] += 1
         return None

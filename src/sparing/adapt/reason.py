@@ -32,7 +32,6 @@ from sparing.adapt.grpo import SEEDS, facts_of
 from sparing.adapt.policy import FACTS
 from sparing.adapt.rewards import Task, load_task, verify
 from sparing.adapt.rollouts import AT_A_TIME, OPTIONS, Answer, Asker, Group, Judge, Writer, facts, judged, repeats, tokens_of
-from sparing.adapt.verifiers import Problem
 from sparing.base.config import Budget, CannotGoOn, Config, GrpoConfig, ReasonConfig, UserError
 from sparing.base.config_file import Wishes, read_config, write_config
 from sparing.base.files import append_durably, link_or_copy, read_lines, to_json, write_atomic
@@ -47,6 +46,7 @@ from sparing.data.files import absolute, find_files
 from sparing.data.rows import permutation
 from sparing.data.split import mix
 from sparing.data.tokenizer import Tokenizer
+from sparing.evals.verifiers import Problem
 from sparing.infer.engine import Engine
 from sparing.job.begin import Job, begin, try_out
 from sparing.job.start import keep_origin

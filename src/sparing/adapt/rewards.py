@@ -16,15 +16,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparing.adapt.verifiers import Problem, check
-from sparing.adapt.verifiers import Verdict as Verdict
-from sparing.adapt.verifiers import verify as verify
 from sparing.base.config import UserError
 from sparing.base.files import alike
 from sparing.data.files import find_files
 from sparing.data.sources import Row, Tally, rows
 from sparing.data.split import SPACE, content_hash
 from sparing.data.worked import countdown, thought
+from sparing.evals.verifiers import Problem, check
+from sparing.evals.verifiers import Verdict as Verdict
+from sparing.evals.verifiers import verify as verify
 
 PROBLEMS, HELD_OUT = 8192, 512
 """Most problems of a built-in task."""

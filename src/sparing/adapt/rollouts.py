@@ -20,7 +20,6 @@ import torch
 
 from sparing.adapt.policy import FACTS, PolicyBatch, advantages, token_weights
 from sparing.adapt.rewards import Task, verify
-from sparing.adapt.verifiers import Problem
 from sparing.base.config import Config
 from sparing.base.files import append_durably, read_lines, write_atomic
 from sparing.base.layers import mixtures
@@ -32,6 +31,7 @@ from sparing.data.loader import IGNORED
 from sparing.data.rows import permutation
 from sparing.data.split import mix
 from sparing.data.tokenizer import Tokenizer
+from sparing.evals.verifiers import Problem
 from sparing.infer.engine import Engine
 from sparing.infer.live import LiveWeights
 from sparing.infer.network import cannot_compile, fastest_format

@@ -141,7 +141,7 @@ def _input(rng: random.Random, kind: str) -> Any:
 @cache
 def _function(code: str) -> Callable[[Any], Any]:
     """Of an expression of STEPS with its number put in, so that what a worked answer shows is what ran. Nothing that a user writes gets
-    here; answers are judged in a contained process (`adapt/contained.py`)."""
+    here; answers are judged in a contained process (`evals/contained.py`)."""
     return eval(f"lambda value: {code}")
 
 

@@ -16,9 +16,9 @@ from fractions import Fraction
 from importlib.util import find_spec
 from typing import NamedTuple
 
-from sparing.adapt.contained import Outcome, run, uncontained
-from sparing.adapt.judge import Judge, parse_json, schema_validator
 from sparing.base.config import UserError
+from sparing.evals.contained import Outcome, run, uncontained
+from sparing.evals.judge import Judge, parse_json, schema_validator
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 LONGEST_NUMBER, LONGEST_EXPRESSION = 40, 200

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparing.adapt import judge
-from sparing.adapt.judge import parse_json
-from sparing.adapt.verifiers import Problem, check, verify
 from sparing.base.config import UserError
+from sparing.evals import judge
+from sparing.evals.judge import parse_json
+from sparing.evals.verifiers import Problem, check, verify
 
 R1 = Problem("", r"<think>.*</think>\s*<answer>.*</answer>", "format")
 NUMBER = Problem("", '{"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}', "schema")
@@ -20,7 +20,7 @@ NUMBER = Problem("", '{"type": "object", "properties": {"a": {"type": "integer"}
 @pytest.fixture(autouse=True, scope="module")
 def _ended():
     yield
-    from sparing.adapt.verifiers import JUDGE
+    from sparing.evals.verifiers import JUDGE
 
     JUDGE.end()
 
@@ -62,7 +62,7 @@ def test_formulas_by_math_verify(answer, text, reward):
 
 @pytest.mark.parametrize("verifier, package", [("math", "math-verify"), ("schema", "jsonschema-rs")])
 def test_without_its_package_it_is_one_line(monkeypatch, verifier, package):
-    monkeypatch.setattr("sparing.adapt.verifiers.find_spec", lambda name: None)
+    monkeypatch.setattr("sparing.evals.verifiers.find_spec", lambda name: None)
     with pytest.raises(UserError, match=f"needs the {package} package"):
         check(Problem("", "1", verifier))
 

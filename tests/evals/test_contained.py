@@ -8,11 +8,11 @@ import sys
 
 import pytest
 
-from sparing.adapt import contained
-from sparing.adapt.contained import Limits, run
 from sparing.adapt.rewards import load_task, verify
-from sparing.adapt.verifiers import Problem
 from sparing.base.config import UserError
+from sparing.evals import contained
+from sparing.evals.contained import Limits, run
+from sparing.evals.verifiers import Problem
 
 SHORT = Limits(cpu_s=1, wall_s=15.0, memory=256 << 20)
 linux = pytest.mark.skipif(sys.platform != "linux", reason="code is contained on Linux only")

@@ -1,4 +1,4 @@
-"""Judges texts by verifiers that may never come back, in a process that is ended when one does not: `python -m sparing.adapt.judge`.
+"""Judges texts by verifiers that may never come back, in a process that is ended when one does not: `python -m sparing.evals.judge`.
 
 Regular expressions of users, and formulas of models, can take for ever. Each judgement has CPU_S of CPU time, so that a busy machine
 judges as an idle one does; the process that used it up is replaced. Messages are JSON, one a line.
@@ -110,7 +110,7 @@ class Judge:
 
     def _running(self) -> subprocess.Popen:
         if self._process is None:
-            command = [sys.executable, "-m", "sparing.adapt.judge"]
+            command = [sys.executable, "-m", "sparing.evals.judge"]
             streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
             self._process = subprocess.Popen(command, **streams, start_new_session=True)  # an interrupt is for its parent
             atexit.register(self.end)
