@@ -2,16 +2,15 @@
 
 import json
 import socket
-import threading
 import time
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.adapt.test_sft import TRAIN, say, write
 from tests.adapt.test_sft import workplace as workplace
+from tests.teacher import Teacher, completion
 
 from sparing import api
 from sparing.adapt.asked import questions
@@ -20,43 +19,6 @@ from sparing.base.config import UserError
 from sparing.base.endpoint import Endpoint, Failed
 from sparing.base.files import read_lines
 from sparing.base.run import RunFolder
-
-
-def completion(text, reason="stop", tokens=None) -> dict:
-    usage = {} if tokens is None else {"usage": {"completion_tokens": tokens}}
-    return {"choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": reason}], **usage}
-
-
-class Teacher(ThreadingHTTPServer):
-    """Answers each question by the function `behave(handler, question)`."""
-
-    daemon_threads = True
-
-    def __init__(self, behave):
-        self.behave, self.seen = behave, []
-        super().__init__(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.server_port}/v1"
-
-
-class Handler(BaseHTTPRequestHandler):
-    def log_message(self, *_):
-        pass
-
-    def do_GET(self):
-        self.give({"data": [{"id": "big"}]})
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.seen.append((body, self.headers.get("Authorization")))
-        self.server.behave(self, body["messages"][-1]["content"])
-
-    def give(self, value, status=200, length=None):
-        raw = value if isinstance(value, bytes) else json.dumps(value).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(raw) if length is None else length))
-        self.end_headers()
-        self.wfile.write(raw)
 
 
 @pytest.fixture

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
+from sparing.base.config import UserError
+
 if TYPE_CHECKING:
     import tyro  # `arguments.parse` imports it for the chosen way
 
@@ -97,27 +99,60 @@ class Select(_Corpus):
         return self._data(call, selection=selection)
 
 
+TAUGHT = ("rewrite", "questions", "exercises")
+"""What `data synth` asks a teacher for."""
+
+
 @dataclass
 class Synth:
-    """Make exercises that a program can judge, for `grpo` and `sft`."""
+    """Make exercises that a program can judge, for `grpo` and `sft`; or with a teacher documents in other words, questions about them, and
+    exercises on topics. With a teacher the same command goes on where it was interrupted."""
 
     kinds: tyro.conf.Positional[list[str]] = field(default_factory=list)
-    """KIND or KIND:DIFFICULTY: words, countdown, puzzles, programs; 1 to 5, default: all in turn."""
+    """KIND or KIND:DIFFICULTY: words, countdown, puzzles, programs; 1 to 5, default: all in turn. With --teacher: rewrite PATH..., questions
+    PATH..., exercises TOPICS or exercises:code TOPICS (a file, a topic a line)."""
     count: int | None = None
     """Exercises, in all."""
     out: str | None = None
-    """A file of JSON lines, or a folder with one for each kind."""
+    """A file of JSON lines, or a folder with one for each kind; with a teacher a folder as of `data curate`."""
     seed: int = 0
     """Another one makes other exercises."""
     form: str = "task"
     """task, for `grpo --task`; chats, with worked answers, for `sft --data`."""
     against: list[str] = field(default_factory=list)
-    """Files of evaluation texts; an exercise goes that has half of its runs of 13 words from them."""
+    """Files of evaluation texts; an exercise goes that has half of its runs of 13 words from them, with a teacher one run."""
+    teacher: str | None = None
+    """Who is asked: the URL of OpenAI's interface, such as http://127.0.0.1:8000/v1#MODEL ($OPENAI_API_KEY is sent where it is set), or a
+    run."""
+    budget: str | None = None
+    """With a teacher: 500ktok, asked and answered, or 20m."""
+    style: list[str] = field(default_factory=lambda: ["encyclopedic"])
+    """rewrite: plain, encyclopedic, dialogue; each piece of text is rewritten in each."""
+    votes: int = 3
+    """With a teacher: how often each answer is asked for again; more than half must agree. 0: none, for rewrite alone."""
+    pairs: int = 3
+    """questions: about each 4 kB of text."""
+    answer_tokens: int = 1024
+    """With a teacher: of one answer, at most."""
+    text_key: str = "text"
+    """rewrite, questions: the field of JSONL and Parquet that holds the text."""
     json: bool = False
     """Print one JSON object on standard output, and nothing else there."""
 
     def __call__(self, call: Call) -> dict:
-        call.need(KIND=self.kinds, count=self.count, out=self.out)
+        call.need(KIND=self.kinds, out=self.out)
+        if self.teacher is not None or self.kinds[0].partition(":")[0] in TAUGHT:
+            from sparing.curate.taught import Wanted, taught
+
+            wanted = Wanted(
+                self.kinds[0], self.kinds[1:], self.style, self.count, self.votes, self.pairs, self.form, self.answer_tokens, self.seed,
+                self.against, self.budget, self.text_key,
+            )  # fmt: skip
+            return taught(wanted, self.out, self.teacher, call.started)
+        of_teacher = ("budget", "style", "votes", "pairs", "answer_tokens", "text_key")
+        if given := [name for name in of_teacher if getattr(self, name) != getattr(Synth(), name)]:
+            raise UserError(f"--{given[0].replace('_', '-')} goes with `data synth rewrite|questions|exercises`, which ask a --teacher")
+        call.need(count=self.count)
         from sparing.curate.synth import synth
 
         return synth(self.kinds, self.count, self.out, self.seed, self.form, self.against, call.started)

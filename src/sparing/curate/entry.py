@@ -74,7 +74,7 @@ def data(
     folder = vacant(out)
     run = RunFolder(folder)
     with (
-        _leaving_nothing(folder),
+        leaving_nothing(folder),
         folder_lock(folder),
         metered("data", run, started=started) as meter,
         _engine(engine, workers) as those,
@@ -112,7 +112,7 @@ def _engine(name: str, workers: int | None) -> Iterator[Engine | int]:
 
 
 @contextmanager
-def _leaving_nothing(folder: Path) -> Iterator[None]:
+def leaving_nothing(folder: Path) -> Iterator[None]:
     """A folder for what is made, which goes again where that is refused. What an interruption leaves stays: the same command goes on."""
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)

@@ -202,8 +202,11 @@ def judge_parts(
     return [part_file(work, name, number) for number in range(len(digests))], tally, came_in
 
 
-def write_rows(folder: Path, found: Iterable[Row], should_stop: Stop = None, keep_texts: bool = True) -> Fate:
-    """Write every document where it belongs in `folder`, and the list of what could not be read. Raises Stopped."""
+def write_rows(
+    folder: Path, found: Iterable[Row], should_stop: Stop = None, keep_texts: bool = True, line_of: Callable[[Row], dict] | None = None
+) -> Fate:
+    """Write every document where it belongs in `folder`, and the list of what could not be read. line_of: a document as a line of a file;
+    default: as Dolma has it. Raises Stopped."""
     fate = Fate()
     with ExitStack() as around:
         lines = {name: around.enter_context(_Lines(folder / name)) if keep_texts else None for name in FOLDERS}
@@ -211,7 +214,7 @@ def write_rows(folder: Path, found: Iterable[Row], should_stop: Stop = None, kee
             check(should_stop)
             fate.add(row)
             if keep_texts:
-                _write_row(row, lines)
+                _write_row(row, lines, line_of or _line_of)
     (folder / WORK / QUARANTINE).replace(folder / QUARANTINE)
     return fate
 
@@ -344,11 +347,14 @@ class _Lines:
             self.open, self.number, self.size = None, self.number + 1, 0
 
 
-def _write_row(row: Row, lines: dict[str, _Lines]) -> None:
-    place = {"source": row.source, "line": row.line, "metadata": row.meta}
+def _line_of(row: Row) -> dict:
+    return {"id": row.id, "text": row.text, "source": row.source, "line": row.line, "metadata": row.meta}
+
+
+def _write_row(row: Row, lines: dict[str, _Lines], line_of: Callable[[Row], dict]) -> None:
     if row.attributes:
         lines["attributes"].write({"id": row.id, "attributes": row.attributes})
     if row.reason:
-        lines["rejected"].write({"id": row.id, "text": row.text, **place, "rejected": row.reason})
+        lines["rejected"].write({**line_of(row), "rejected": row.reason})
     else:
-        lines["documents"].write({"id": row.id, "text": row.text, **place})
+        lines["documents"].write(line_of(row))

@@ -37,9 +37,8 @@ def make(kind: str, difficulty: int, seed: int, number: int) -> Exercise:
     return KINDS[kind](random.Random(f"{kind} {difficulty} {seed} {number}"), difficulty)
 
 
-def row(exercise: Exercise, form: str, difficulty: int, source: str) -> dict:
-    """One line of a file that `grpo` ("task") or `sft` ("chats") takes."""
-    about = {"difficulty": difficulty, "source": source}
+def row(exercise: Exercise, form: str, about: dict) -> dict:
+    """One line of a file that `grpo` ("task") or `sft` ("chats") takes. about: further keys."""
     if form == "chats":
         turns = (("user", exercise.prompt), ("assistant", exercise.worked))
         return {"messages": [{"role": role, "content": content} for role, content in turns], **about}
@@ -76,7 +75,7 @@ def synth(
     with metered("data", started=started) as meter, meter.stage("synth"), ExitStack() as around:
         files = {kind: around.enter_context(atomic_file(path)) for kind, path in _files(out, wanted).items()}
         for kind, difficulty, exercise, source in _different(wanted, count, seed, evaluations, rejected):
-            line = json.dumps(row(exercise, form, difficulty, source), ensure_ascii=False)
+            line = json.dumps(row(exercise, form, {"difficulty": difficulty, "source": source}), ensure_ascii=False)
             (files.get(kind) or files[""]).write(line.encode() + b"\n")
             made[f"{kind}/{difficulty}"] += 1
     documents = {"in": count + rejected.total(), "out": made.total(), "rejected": rejected.total(), "quarantined": 0}
