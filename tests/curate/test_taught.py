@@ -6,12 +6,14 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import zstandard
@@ -22,7 +24,8 @@ from tests.serve.conftest import run as run
 from tests.teacher import Teacher, completion
 
 from sparing.adapt.rewards import load_task, verify
-from sparing.base.config import CannotGoOn, UserError
+from sparing.base.config import CannotGoOn, TokensConfig, UserError
+from sparing.base.config_file import read_config, write_config
 from sparing.base.preempt import Interrupted
 from sparing.cli.main import main
 from sparing.curate import posed, questions, teachers
@@ -31,6 +34,7 @@ from sparing.curate.taught import Wanted, taught
 from sparing.curate.teachers import Answer, Ask, Kept, Served
 from sparing.data.chats import chats
 from sparing.data.sources import documents
+from sparing.data.tokenizer import Tokenizer
 from sparing.evals.contained import uncontained
 
 
@@ -155,7 +159,7 @@ def test_what_fails_a_check_is_kept_with_the_check(tmp_path, teacher):
             return handler.give(completion("So far", "length"))
         return spoilt.get(number, lambda text: text)(in_other_words(question))
 
-    evaluation = write(tmp_path / "evaluation.jsonl", [in_other_words(document(7)), document(8)])
+    evaluation = write(tmp_path / "evaluation.jsonl", [in_other_words(document(7)), document(8).partition(". ")[0]])
     texts = [*map(document, range(10)), document(0).replace("all ships", "every ship"), "Too short."]
     (tmp_path / "pool.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts) + "no JSON\n")
     out = tmp_path / "out"
@@ -358,7 +362,7 @@ def test_a_server_that_is_busy_is_asked_again(tmp_path, teacher):
 @pytest.mark.parametrize(
     ("behave", "said"),
     [
-        (lambda h, q: h.give({"error": "no key very-secret"}, 401), r"127.0.0.1:\d+: HTTP 401 \(\$OPENAI_API_KEY is what it is asked with\)"),
+        (lambda h, q: h.give({"error": "no key very-secret"}, 401), r"1:\d+: HTTP 401 \(\$OPENAI_API_KEY is what it is asked with\)"),
         (lambda h, q: h.give({}, 404), r"127.0.0.1:\d+: HTTP 404"),
         (lambda h, q: h.give({}, 500), r"127.0.0.1:\d+: HTTP 500"),
         (lambda h, q: h.give(b"<html>"), r"127.0.0.1:\d+: 8 questions in a row without an answer, the last one: no JSON"),
@@ -462,29 +466,41 @@ def test_a_budget_ends_it(tmp_path, teacher, monkeypatch, capsys):
 # real teachers
 
 
-def test_a_run_is_a_teacher_and_gives_the_same_bytes(tmp_path, run):
-    source = write(tmp_path / "pool.jsonl", [document(number)[:150] for number in range(3)])
-    topics = tmp_path / "topics.txt"
-    topics.write_text("apples\npears\n")
-    for name, wanted in (
-        ("rewrite", Wanted("rewrite", [source], tokens=24, seed=5)),
-        ("exercises", Wanted("exercises", [str(topics)], count=4, tokens=24, seed=5)),
-    ):
-        found = [taught(wanted, str(tmp_path / f"{name}{at}"), str(run)) for at in range(2)]
-        assert found[0]["documents"]["in"] == (3 if name == "rewrite" else 4) and found[0]["teacher"]["teacher"] == run.name
-        assert len(found[0]["teacher"]["teacher_weights_sha256"]) == 64 and found[0]["asked"]["tokens_answered"] > 0
-        assert files(tmp_path / f"{name}0") == files(tmp_path / f"{name}1")
+@pytest.fixture(scope="module")
+def talker(run, tmp_path_factory):
+    """The tiny run, for which a full stop and the end of a line end an answer."""
+    folder = tmp_path_factory.mktemp("talker") / "talker"
+    shutil.copytree(run, folder)
+    config = read_config(folder / "config.toml")
+    tokenizer = Tokenizer.load(folder / "tokenizer.json", config.tokens)
+    ends = (*tokenizer.eos_ids, *tokenizer.encode(".", goes_on=True), *tokenizer.encode("\n", goes_on=True))
+    (folder / "config.toml").write_text(write_config(replace(config, tokens=TokensConfig(eos=ends))))
+    return folder
 
 
-def test_a_run_answers_by_the_seed(run):
-    ask = Ask("Say something.", 12, 1.0)
-    with_run = teachers.Run(str(run))
+def test_a_run_is_a_teacher_and_gives_the_same_bytes(tmp_path, talker):
+    source = write(tmp_path / "pool.jsonl", [document(number)[:150] for number in range(4)])
+    found = [
+        taught(Wanted("rewrite", [source], tokens=24, seed=seed), str(tmp_path / f"out{at}"), str(talker))
+        for at, seed in enumerate((5, 5, 6))
+    ]
+    assert found[0]["documents"]["in"] == 4 and found[0]["teacher"]["teacher"] == talker.name
+    assert len(found[0]["teacher"]["teacher_weights_sha256"]) == 64 and found[0]["asked"]["tokens_answered"] > 0
+    assert files(tmp_path / "out0") == files(tmp_path / "out1")
+    texts = [{row["text"] for row in lines(tmp_path / f"out{at}/rejected") + lines(tmp_path / f"out{at}/documents")} for at in (0, 2)]
+    assert texts[0] != texts[1]
+
+
+def test_a_run_answers_by_the_seed(talker):
+    with_run = teachers.Run(str(talker))
     try:
-        long = Ask("word " * 600, 12, 1.0)
-        (one,), (again,), (other,) = (list(with_run.answers([ask], seed)) for seed in (1, 1, 2))
-        assert one == again != other and one[1].answered == 12 and one[1].failed == "cut off"
-        found = dict(with_run.answers([long, ask], 1))
-        assert found[0].failed == "longer than the context" and found[1] == one[1]
+        asks = [Ask("Say something.", 24, 1.0, number) for number in range(8)]
+        one, again, other = (list(with_run.answers(asks, seed)) for seed in (1, 1, 2))
+        assert one == again != other and len({answer.text for _, answer in one}) > 1
+        assert dict(with_run.answers(asks[::-1], 1)) == {7 - place: answer for place, answer in one}, "whatever else is asked"
+        found = dict(with_run.answers([Ask("word " * 600, 24, 1.0), asks[3]], 1))
+        assert found[0].failed == "longer than the context" and found[1] == dict(one)[3]
+        assert dict(with_run.answers([Ask("Say.", 1, 0.0)], 1))[0].failed in ("cut off", "empty")
     finally:
         with_run.close()
 
@@ -508,7 +524,8 @@ def test_our_own_server_is_a_teacher(tmp_path, run):
     [
         ("Paris", "paris.", True), ("the Eiffel Tower", "Eiffel tower", True), ("1,000", "1000", True), ("3.50", "3.5", True),
         ("It was Paris", "Paris", True), ("not Paris", "Paris", False), ("Paris or Rome", "Paris", False), ("12", "13", False),
-        ("5", "-5", False), ("1889 or so", "1889", False), ("between 1889 and 1890", "1889", False), ("", "", False), ("Émile", "Emile", True),
+        ("5", "-5", False), ("1889 or so", "1889", False), ("between 1889 and 1890", "1889", False), ("", "", False),
+        ("Émile", "Emile", True),
         ("Lyon", "Paris", False), ("a word and nine more words than anybody asked for here", "word", False),
     ],
 )  # fmt: skip
