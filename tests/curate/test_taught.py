@@ -363,8 +363,8 @@ def test_a_server_that_is_busy_is_asked_again(tmp_path, teacher):
     ("behave", "said"),
     [
         (lambda h, q: h.give({"error": "no key very-secret"}, 401), r"1:\d+: HTTP 401 \(\$OPENAI_API_KEY is what it is asked with\)"),
-        (lambda h, q: h.give({}, 404), r"127.0.0.1:\d+: HTTP 404"),
-        (lambda h, q: h.give({}, 500), r"127.0.0.1:\d+: HTTP 500"),
+        (lambda h, q: h.give({"error": {"message": "no model\nbig"}}, 404), r"127.0.0.1:\d+: HTTP 404 \(no model big\)"),
+        (lambda h, q: h.give({"error": {"message": "it was very-secret"}}, 500), r"127.0.0.1:\d+: HTTP 500$"),
         (lambda h, q: h.give(b"<html>"), r"127.0.0.1:\d+: 8 questions in a row without an answer, the last one: no JSON"),
         (lambda h, q: h.give(b" " * (5 << 20)), "8 questions in a row without an answer, the last one: endless"),
         (lambda h, q: h.give({}, 400), "8 questions in a row without an answer, the last one: HTTP 400"),
@@ -372,6 +372,7 @@ def test_a_server_that_is_busy_is_asked_again(tmp_path, teacher):
     ],
 )  # fmt: skip
 def test_a_server_that_does_not_answer_is_one_line_and_leaves_nothing(tmp_path, teacher, behave, said, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "very-secret")
     monkeypatch.setattr(teachers, "TIMEOUT_S", 0.3 if "timed out" in said else 5.0)
     source = write(tmp_path / "pool.jsonl", map(document, range(12)))
     with pytest.raises(UserError, match=said) as error:

@@ -26,6 +26,8 @@ MOST_CHARACTERS = 16
 MOST_BYTES = 4 << 20
 CHARACTERS = 4.0
 """Of a token, on average: by it texts are counted whose tokens nobody has told."""
+TOLD = 200
+"""Characters of a server's error message that are passed on."""
 PASSING = (408, 425, 429, 500, 502, 503, 504, 529)
 """Statuses of a server that may answer later."""
 
@@ -33,7 +35,7 @@ PASSING = (408, 425, 429, 500, 502, 503, 504, 529)
 class Failed(Exception):
     """No usable answer, and why, in a few words that are counted."""
 
-    def __init__(self, why: str, said: bool = False, passing: bool = False, status: int = 0, after: float = 0.0):
+    def __init__(self, why: str, said: bool = False, passing: bool = False, status: int = 0, after: float = 0.0, told: str = ""):
         super().__init__(why)
         self.said = said
         """The model has answered, and what it said cannot be used."""
@@ -41,6 +43,8 @@ class Failed(Exception):
         """Asked again later, the server may answer."""
         self.status, self.after = status, after
         """HTTP's, where there is one; seconds after which the server wants to be asked again."""
+        self.told = told
+        """What the server said about it, without control characters; empty where it may have repeated the key."""
 
 
 class Reply(NamedTuple):
@@ -139,8 +143,9 @@ class Endpoint:
         except TimeoutError:
             raise Failed("timed out", passing=True) from None
         except urllib.error.HTTPError as error:
+            told = _told(error)
             error.close()
-            raise Failed(f"HTTP {error.code}", passing=error.code in PASSING, status=error.code, after=_after(error)) from None
+            raise Failed(f"HTTP {error.code}", False, error.code in PASSING, error.code, _after(error), told) from None
         except (http.client.IncompleteRead, http.client.BadStatusLine):
             raise Failed("ended before its length", passing=True) from None
         except urllib.error.URLError as error:
@@ -152,6 +157,19 @@ class Endpoint:
         if not isinstance(found, dict):
             raise Failed("no chat completion")
         return found
+
+
+def _told(error: urllib.error.HTTPError) -> str:
+    """OpenAI's error message, of a request that was let in."""
+    if error.code in (401, 403):
+        return ""
+    try:
+        text = json.loads(error.read1(1 << 16))["error"]["message"]
+        text = "".join(char if char.isprintable() else " " for char in text)[:TOLD]
+    except (OSError, ValueError, KeyError, TypeError, http.client.HTTPException, RecursionError):
+        return ""
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    return "" if key and key in text else text
 
 
 def _after(error: urllib.error.HTTPError) -> float:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from sparing.curate.contamination import Contamination, normalise
 from sparing.curate.document import Document
 from sparing.curate.teachers import Answer, Ask
-from sparing.data.document import pieces
+from sparing.data.document import PART, pieces
 from sparing.data.sources import Document as Source
 
 N_GRAM = 13
@@ -102,11 +102,14 @@ def said(answer: Answer) -> str:
 
 
 def cut(found: Iterable[Source], size: int) -> Iterator[Piece]:
-    """Documents as pieces of at most `size` bytes, cut at line ends or spaces."""
+    """Documents as pieces of at most `size` bytes, cut at line ends or spaces. Those of one text are numbered through."""
+    number = 0
     for document in found:
-        parts = (raw.decode().strip() for raw in pieces(document.text.encode(), size))
-        for number, text in enumerate(filter(None, parts), 1):
-            yield Piece(text, document.source, document.line, number, document.meta)
+        number = number if PART in document.meta else 0
+        for raw in pieces(document.text.encode(), size):
+            if text := raw.decode().strip():
+                number += 1
+                yield Piece(text, document.source, document.line, number, document.meta)
 
 
 def made_of(makers: Sequence[Steps], ask: Callable[[list[Ask]], list[Answer]]) -> list[list[Made]]:

@@ -153,10 +153,11 @@ class Served:
         if failure.said:
             return
         if (failure.status and failure.status not in REFUSED) or (failure.passing and str(failure) not in QUIET):
-            hint = " ($OPENAI_API_KEY is what it is asked with)" if failure.status in (401, 403) else ""
-            raise Gone(f"{self.endpoint.host}: {failure}{hint}")
+            hint = "$OPENAI_API_KEY is what it is asked with" if failure.status in (401, 403) else failure.told
+            raise Gone(f"{self.endpoint.host}: {failure}" + (f" ({hint})" if hint else ""))
         if silent == PATIENCE:
-            raise Gone(f"{self.endpoint.host}: {PATIENCE} questions in a row without an answer, the last one: {failure}")
+            told = f" ({failure.told})" if failure.told else ""
+            raise Gone(f"{self.endpoint.host}: {PATIENCE} questions in a row without an answer, the last one: {failure}{told}")
 
 
 def _next(found: queue.SimpleQueue, should_stop: Stop):
