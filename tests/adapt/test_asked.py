@@ -56,7 +56,7 @@ FAILURES = {
     "longer than was asked": lambda h, q: h.give(completion("x" * 9000)),
     "lies about its length": lambda h, q: h.give(completion("word " * 100, tokens=2)),
     "no chat completion": lambda h, q: h.give({"choices": []}),
-    "no JSON": lambda h, q: h.give(b"<html>"),
+    "no JSON": lambda h, q: h.give(b"[" * 100_000),
     "HTTP 500": lambda h, q: h.give({}, 500),
     "HTTP 302": lambda h, q: h.give({}, 302),
     "ended before its length": lambda h, q: h.give(b"{}", length=10),
@@ -68,10 +68,23 @@ FAILURES = {
 
 @pytest.mark.parametrize("why", FAILURES)
 def test_what_is_no_answer(teacher, why):
-    endpoint = Endpoint(teacher(FAILURES[why]).url, timeout=0.3)
+    endpoint = Endpoint(teacher(FAILURES[why]).url, timeout=0.3 if why == "timed out" else 60.0)
     assert endpoint.model == "big"
     with pytest.raises(Failed, match=f"^{why}$"):
         endpoint.answer([{"role": "user", "content": "Why?"}])
+
+
+def drip_head(handler, _):
+    """A head that never ends."""
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nX-Long: ")
+    while not handler.server._BaseServer__shutdown_request:
+        handler.wfile.write(b"a")
+        time.sleep(0.02)
+
+
+def test_a_head_that_drips(teacher):
+    with pytest.raises(Failed, match="timed out"):
+        Endpoint(teacher(drip_head).url + "#m", timeout=0.3).answer([{"role": "user", "content": "Why?"}])
 
 
 def test_silence_and_nobody(teacher):

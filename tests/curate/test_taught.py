@@ -23,15 +23,16 @@ from tests.serve.conftest import Server
 from tests.serve.conftest import run as run
 from tests.teacher import Teacher, completion
 
+from sparing.account.meter import NoMeter
 from sparing.adapt.rewards import load_task, verify
-from sparing.base.config import CannotGoOn, TokensConfig, UserError
+from sparing.base.config import Budget, CannotGoOn, TokensConfig, UserError
 from sparing.base.config_file import read_config, write_config
 from sparing.base.preempt import Interrupted
 from sparing.cli.main import main
 from sparing.curate import posed, questions, teachers
 from sparing.curate.agreement import agree, new_numbers, supported
 from sparing.curate.taught import Wanted, taught
-from sparing.curate.teachers import Answer, Ask, Kept, Served
+from sparing.curate.teachers import Answer, Ask, Asking, Kept, Served
 from sparing.data.chats import chats
 from sparing.data.sources import documents
 from sparing.data.tokenizer import Tokenizer
@@ -368,12 +369,12 @@ def test_a_server_that_is_busy_is_asked_again(tmp_path, teacher):
         (lambda h, q: h.give(b"<html>"), r"127.0.0.1:\d+: 8 questions in a row without an answer, the last one: no JSON"),
         (lambda h, q: h.give(b" " * (5 << 20)), "8 questions in a row without an answer, the last one: endless"),
         (lambda h, q: h.give({}, 400), "8 questions in a row without an answer, the last one: HTTP 400"),
-        (lambda h, q: time.sleep(1), "8 questions in a row without an answer, the last one: timed out"),
+        (lambda h, q: time.sleep(0.6), "8 questions in a row without an answer, the last one: timed out"),
     ],
 )  # fmt: skip
 def test_a_server_that_does_not_answer_is_one_line_and_leaves_nothing(tmp_path, teacher, behave, said, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "very-secret")
-    monkeypatch.setattr(teachers, "TIMEOUT_S", 0.3 if "timed out" in said else 5.0)
+    monkeypatch.setattr(teachers, "TIMEOUT_S", 0.3 if "timed out" in said else 60.0)
     source = write(tmp_path / "pool.jsonl", map(document, range(12)))
     with pytest.raises(UserError, match=said) as error:
         taught(Wanted("rewrite", [source]), str(tmp_path / "out"), teacher(behave).url)
@@ -559,6 +560,23 @@ def test_kept_answers_are_whole_or_absent(tmp_path):
     assert again.get("x") == Answer("ünïcode\n", "", 3, 4) and again.get("y").failed == "empty" and again.get("z") is None
     again.put("z", Answer("whole", "", 1, 1))
     assert Kept(tmp_path / "a.jsonl").get("z").text == "whole" and again.get("z").text == "whole"
+
+
+def test_a_budget_in_time_and_a_question_that_is_put_twice(tmp_path):
+    class Echo:
+        name, facts = "echo", {}
+
+        def answers(self, asks, seed, should_stop=None):
+            for place, ask in reversed(list(enumerate(asks))):
+                seconds.append(seconds[-1] + 4)
+                yield place, Answer(f"{ask.prompt} {ask.number} {ask.seed(seed)}", "", 2, 1)
+
+    seconds = [100.0]
+    asking = Asking(Echo(), Kept(tmp_path / "a.jsonl"), 1, NoMeter(), Budget(10, "s"), clock=lambda: seconds[-1])
+    one, two, again = asking([Ask("a", 9, 1.0), Ask("a", 9, 1.0, 1), Ask("a", 9, 1.0)])
+    assert one == again != two and one.text.startswith("a 0 ") and asking.questions == 2 and not asking.spent()
+    assert asking([Ask("b", 9, 1.0)])[0].text.startswith("b 0 ") and asking.spent()
+    assert (asking.asked, asking.answered, asking.earlier) == (6, 3, 0)
 
 
 def test_a_url_with_a_key_is_refused_without_saying_it():

@@ -8,6 +8,8 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import socket
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -26,6 +28,8 @@ MOST_CHARACTERS = 16
 MOST_BYTES = 4 << 20
 CHARACTERS = 4.0
 """Of a token, on average: by it texts are counted whose tokens nobody has told."""
+MODEL = 200
+"""Characters of a model's name, at most."""
 TOLD = 200
 """Characters of a server's error message that are passed on."""
 PASSING = (408, 425, 429, 500, 502, 503, 504, 529)
@@ -67,6 +71,50 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
         return None
 
 
+class _InTime:
+    """A connection on which the head of an answer, too, has to come within the time for the whole, however it drips."""
+
+    def getresponse(self):
+        late = threading.Event()
+        timer = threading.Timer(self.timeout, _cut, [self.sock, late])
+        timer.daemon = True
+        timer.start()
+        try:
+            response = super().getresponse()
+        except (OSError, http.client.HTTPException):
+            if not late.is_set():
+                raise
+        finally:
+            timer.cancel()
+        if late.is_set():  # what was cut off may look like anything
+            raise TimeoutError
+        return response
+
+
+def _cut(sock: socket.socket, late: threading.Event) -> None:
+    late.set()
+    with suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
+
+
+class _Http(_InTime, http.client.HTTPConnection):
+    pass
+
+
+class _Https(_InTime, http.client.HTTPSConnection):
+    pass
+
+
+class _HttpHandler(urllib.request.HTTPHandler):
+    def http_open(self, request):
+        return self.do_open(_Http, request)
+
+
+class _HttpsHandler(urllib.request.HTTPSHandler):
+    def https_open(self, request):
+        return self.do_open(_Https, request, context=self._context)
+
+
 class Endpoint:
     """URL is what OpenAI's clients call the base, such as http://127.0.0.1:8000/v1; behind a # the model's name (default: its first one).
     $OPENAI_API_KEY is sent where it is set."""
@@ -84,10 +132,12 @@ class Endpoint:
             raise UserError(f"--teacher: a URL of {self.host} with a password or a query in it; put the key into $OPENAI_API_KEY")
         self.url, _, self.model = url.partition("#")
         self.url, self.timeout = self.url.rstrip("/"), timeout
-        self._opener = urllib.request.build_opener(_NoRedirects)
+        self._opener = urllib.request.build_opener(_NoRedirects, _HttpHandler, _HttpsHandler)
         if not self.model:
             try:
-                self.model = str(self._call("/models", None)["data"][0]["id"])
+                self.model = self._call("/models", None)["data"][0]["id"]
+                if not (isinstance(self.model, str) and self.model.isprintable() and 0 < len(self.model) <= MODEL):
+                    raise TypeError
             except (Failed, KeyError, IndexError, TypeError) as error:
                 why = error if isinstance(error, Failed) else "it names no model"
                 raise UserError(f"--teacher {url}: {why}; expected OpenAI's interface, such as http://127.0.0.1:8000/v1#MODEL") from None
@@ -119,7 +169,7 @@ class Endpoint:
         return Reply(text, asked if known else round(size / CHARACTERS), round(len(text) / CHARACTERS) if told is None else told)
 
     def _call(self, path: str, body: dict | None) -> dict:
-        """One request; the whole of it ends in `timeout`."""
+        """One request; the whole of it ends in `timeout`, its head too. Raises Failed."""
         ends = time.monotonic() + self.timeout
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get("OPENAI_API_KEY", "").strip():
@@ -152,7 +202,7 @@ class Endpoint:
             raise Failed("timed out" if isinstance(error.reason, TimeoutError) else "nobody answers", passing=True) from None
         except (OSError, http.client.HTTPException):
             raise Failed("the connection broke", passing=True) from None
-        except ValueError:
+        except (ValueError, RecursionError):
             raise Failed("no JSON") from None
         if not isinstance(found, dict):
             raise Failed("no chat completion")

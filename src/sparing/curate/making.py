@@ -20,6 +20,7 @@ from sparing.data.sources import Document as Source
 N_GRAM = 13
 """Words in a row that an evaluation text has too: a leak."""
 THINKING = re.compile(r"<think>.*?</think>", re.DOTALL)
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 PREAMBLE = re.compile(r"\A(?:sure|certainly|of course|okay|ok|here (?:is|are)|here's)\b[^\n]{0,200}:[ \t]*\n+", re.IGNORECASE)
 STEADY = 0.7
 """Temperature of rewritten texts and of votes (Wang et al. 2022, arXiv 2203.11171, section 3.1)."""
@@ -97,7 +98,8 @@ class How:
 
 
 def said(answer: Answer) -> str:
-    """An answer without its thinking, and without a line that announces it."""
+    """An answer without its thinking, without a line that announces it, and without control characters."""
+    answer = answer._replace(text=CONTROL.sub("", answer.text.replace("\r\n", "\n")))
     return PREAMBLE.sub("", THINKING.sub("", answer.text).strip()).strip()
 
 
