@@ -377,7 +377,7 @@ def test_a_server_that_does_not_answer_is_one_line_and_leaves_nothing(tmp_path, 
     monkeypatch.setattr(teachers, "TIMEOUT_S", 0.3 if "timed out" in said else 60.0)
     source = write(tmp_path / "pool.jsonl", map(document, range(12)))
     with pytest.raises(UserError, match=said) as error:
-        taught(Wanted("rewrite", [source]), str(tmp_path / "out"), teacher(behave).url)
+        taught(Wanted("rewrite", [source]), str(tmp_path / "out"), teacher(behave).url + "#big")
     assert "very-secret" not in str(error.value) and "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
@@ -402,21 +402,19 @@ def test_it_goes_on_where_it_was_and_asks_nothing_twice(tmp_path, teacher):
 
     source = write(tmp_path / "pool.jsonl", map(document, range(6)))
     wanted, out = Wanted("rewrite", [source], seed=2), tmp_path / "out"
-    server = teacher(behave)
     with pytest.raises(CannotGoOn, match=r"HTTP 500; 9 answers are kept, and the same command goes on"):
-        taught(wanted, str(out), server.url)
+        taught(wanted, str(out), teacher(behave).url)
     kept = out / ".work" / "answers.jsonl"
     whole = kept.read_bytes().splitlines(keepends=True)
     kept.write_bytes(b"".join([*whole[:3], whole[3].replace(b"tower", b"power").replace(b'"No."', b'"Yes"'), *whole[4:8], whole[8][:20]]))
-    left[0] = 1000
-    before = len(server.seen)
+    server = teacher(rewriting)  # another one, of the same model: what is under way to the first one may still come
     summary = taught(wanted, str(out), server.url)
     assert summary["asked"] == {
         "questions": 24,
         "earlier": 7,
         **{name: summary["asked"][name] for name in ("tokens_asked", "tokens_answered", "failed")},
     }
-    assert len(server.seen) - before == 24 - 7
+    assert len(server.seen) == 24 - 7
     undisturbed = taught(wanted, str(tmp_path / "other"), server.url)
     assert files(out) == files(tmp_path / "other")
     assert undisturbed["asked"] | {"earlier": 7} == summary["asked"]
@@ -533,6 +531,11 @@ def test_our_own_server_is_a_teacher(tmp_path, run):
 )  # fmt: skip
 def test_answers_agree(one, other, same):
     assert agree(one, other) is same and agree(other, one) is same
+
+
+def test_a_question_stands_by_itself():
+    assert questions.BARE.search("What does the author say?") and questions.BARE.search("According to this Passage, who came?")
+    assert not questions.BARE.search("Who is the author of Hamlet?") and not questions.BARE.search("How far above the sea is it?")
 
 
 def test_an_answer_rests_on_a_text():

@@ -21,7 +21,7 @@ ANSWERING = (
 )
 MARK = re.compile(r"^[^\w\n]{0,8}(?:\d{1,3}\s?[.):]\s?)?(Q(?:uestion)?|A(?:nswer)?)\s?\d{0,3}\s?:\s*(.*)", re.IGNORECASE)
 BARE = re.compile(
-    r"\b(?:this|the|that) (?:text|passage|article|document|excerpt|paragraph|author|narrator|speaker)\b|\b(?:above|below)\b", re.IGNORECASE
+    r"\b(?:this|the|that|given) (?:text|passage|article|document|excerpt|paragraph|author|narrator|speaker)\b(?! of\b)", re.IGNORECASE
 )
 """What a question says that cannot be understood by itself."""
 LEAST_WORDS = 3
