@@ -533,6 +533,12 @@ def test_answers_agree(one, other, same):
     assert agree(one, other) is same and agree(other, one) is same
 
 
+def test_pairs_are_read_however_they_are_marked():
+    text = "Sure.\n**Question 1:** Who\ncame?\n- **Answer:** -5 of them\n\n2) Q: 2. Where?\nA: 3.5 km\n"
+    text += "Q: Lost?\nQ: And?\nA:\nQ: Last?\nA: 1990."
+    assert questions.pairs_of(text) == [("Who came?", "-5 of them"), ("Where?", "3.5 km"), ("Last?", "1990.")]
+
+
 def test_a_question_stands_by_itself():
     assert questions.BARE.search("What does the author say?") and questions.BARE.search("According to this Passage, who came?")
     assert not questions.BARE.search("Who is the author of Hamlet?") and not questions.BARE.search("How far above the sea is it?")

@@ -19,7 +19,9 @@ ANSWERING = (
     "Text:\n{text}\n\nQuestion: {question}\n\nAnswer with a few words of the text, and nothing else. If the text does not answer it, "
     "write: not in the text."
 )
-MARK = re.compile(r"^[^\w\n]{0,8}(?:\d{1,3}\s?[.):]\s?)?(Q(?:uestion)?|A(?:nswer)?)\s?\d{0,3}\s?:\s*(.*)", re.IGNORECASE)
+MARK = re.compile(
+    r"^[^\w\n]{0,8}(?:\d{1,3}\s?[.):]\s?)?(Q(?:uestion)?|A(?:nswer)?)\s?\d{0,3}\s?:\s*(?:\d{1,3}[.)]\s)?\s*(.*)", re.IGNORECASE
+)
 BARE = re.compile(
     r"\b(?:this|the|that|given) (?:text|passage|article|document|excerpt|paragraph|author|narrator|speaker)\b(?! of\b)", re.IGNORECASE
 )
