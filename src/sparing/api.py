@@ -43,6 +43,7 @@ from sparing.data.accounts import Accounts, in_words
 from sparing.data.answers import Cutting
 from sparing.data.chat import ChatTemplate, template_text
 from sparing.data.chats import chats, looks_like_chats
+from sparing.data.files import find_files
 from sparing.data.sources import Tally, documents
 from sparing.evals.answers import bytes_of_tokens, score_answers
 from sparing.evals.bpb import NllFn, bpb
@@ -85,23 +86,30 @@ def train(
     started: float | None = None,
     samples: int = 3,
     start: str | None = None,
+    sample: Sequence[str] = (),
 ) -> dict:
     """Train a model inside a budget into the new run folder `out`.
 
     data: files, folders, globs; none: those of `wishes`, else those of `start`, else Python's own standard library.
     budget: "20m", "50Mtok", "3e17flop".
     wishes: nested dict of `Config` fields that are not to be derived, {"model": {"num_layers": 8}}. started: `time.monotonic()` at which
-    the budget began. start: a run (or an imported model) to go on from instead of noise; its model and tokenizer stay.
+    the budget began. start: a run (or an imported model) to go on from instead of noise; its model and tokenizer stay. sample: files of
+    text of the kind that is wanted: of `data` what is most like it is learnt, as much as the budget trains on.
     -> run, bpb, loss, tokens, steps, seconds, parameters, samples, ...  Raises UserError; Interrupted on a signal (the run can be resumed).
     """
     started = time.monotonic() if started is None else started
     amount = parse_budget(budget)
-    arguments = {"data.paths": tuple(data) or None, "train.seed": seed, "start.run": start}
+    arguments = {"data.paths": tuple(data) or None, "train.seed": seed, "start.run": start, "data.sample": tuple(sample) or None}
     wishes = Wishes.of(wishes, nested({name: value for name, value in arguments.items() if value is not None}))
+    chooser = None
+    if wishes.value("data.sample"):
+        from sparing.curate.for_run import Chooser as chooser  # here, because Arrow takes its time to load
+
+        find_files(wishes.value("data.sample"))
     if wishes.value("start.run"):
         RunFolder.open(wishes.value("start.run"))  # a slip in its name leaves no folder behind
     with begin("train", RunFolder.create(out), started) as job:
-        return learn(job, resolved(job, wishes, amount), samples)
+        return learn(job, resolved(job, wishes, amount, chooser), samples)
 
 
 def sft(

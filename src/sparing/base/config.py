@@ -121,6 +121,8 @@ class DataConfig:
     """Tokenise at most about this many tokens (documents sampled by hash); None: everything."""
     workers: int | None = None
     """Processes that tokenise; None: one per core."""
+    sample: tuple[str, ...] = ()
+    """Text of the kind that is wanted: of `paths` what is most like it is learnt, as much as the budget trains on; empty: all of it."""
 
 
 @dataclass(frozen=True)

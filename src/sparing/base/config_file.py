@@ -143,10 +143,12 @@ BELONGS = {
 
 
 def refuse(wishes: Wishes, verb: str, *takes: str) -> None:
-    """Raises UserError where `wishes` have a section of BELONGS that is none of those that `verb` takes."""
+    """Raises UserError where `wishes` have a section of BELONGS that is none of those that `verb` takes, or a sample to choose texts by."""
     for name, other in BELONGS.items():
         if name not in takes and wishes.get(name) is not None:
             raise UserError(f"{name}: {verb} has no use for this section, which is for `sparing {other}`; leave it out")
+    if wishes.value("data.sample") and verb != "train":
+        raise UserError(f"data.sample: {verb} learns from all of its data; `sparing train --for` and `sparing data select --for` choose")
 
 
 def nested(dotted: dict[str, Any]) -> dict:

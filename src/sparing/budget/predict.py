@@ -13,6 +13,7 @@ from sparing.budget.flops import kv_cache_bytes, parameters, train_flops
 from sparing.budget.gain import GainLaw
 from sparing.budget.memory import SPREAD, KernelPath, Memory, optimizer_bytes, training_memory, weight_bytes
 from sparing.budget.scaling import Law, effective_bytes
+from sparing.budget.selecting import SCORED_BYTES
 from sparing.budget.units import format_budget
 
 START_S = 4.0
@@ -86,6 +87,13 @@ class PlannedRun:
     """None: noise."""
     path: KernelPath | None = None
     """Which kernels run; None: as the configuration says, with a C compiler and bfloat16."""
+    selecting: Estimate | None = None
+    """Seconds of choosing texts from a pool, which come on top of `start_s`; None: nothing is chosen."""
+
+    @property
+    def before_s(self) -> float:
+        """Seconds before tokenising."""
+        return self.start_s + (self.selecting.value if self.selecting else 0.0)
 
     def memory(self) -> Memory:
         return training_memory(self.config, True, self.path)
@@ -142,8 +150,9 @@ def _evaluating_s(run: PlannedRun, tokens_per_s: float) -> float:
 
 def _evaluated_s(run: PlannedRun, tokens_per_s: float) -> float:
     """One evaluation; beside conversations, of old text too, half as much."""
-    read = min(run.config.train.eval_bytes, 0.05 * run.corpus.train_bytes) / run.bytes_per_token
-    return (1.0 if run.config.chats is None else 1.5) * read / (3 * tokens_per_s)
+    read = min(run.config.train.eval_bytes, 0.05 * run.corpus.train_bytes)
+    read += SCORED_BYTES if run.config.data.sample else 0
+    return (1.0 if run.config.chats is None else 1.5) * read / run.bytes_per_token / (3 * tokens_per_s)
 
 
 def _ending_s(run: PlannedRun) -> float:
@@ -158,7 +167,7 @@ def tokens_and_time(run: PlannedRun) -> tuple[Estimate, Estimate]:
     if run.budget_s is not None:
 
         def trained(speed: float, slower: float) -> float:
-            around_it = run.start_s + slower * tokenising + _choosing_s(run, speed) + _evaluating_s(run, speed)
+            around_it = run.before_s + slower * tokenising + _choosing_s(run, speed) + _evaluating_s(run, speed)
             rest = AIM * run.budget_s - around_it - _saving_s(run) - _ending_s(run)
             return max(0.0, rest) * speed
 
@@ -168,7 +177,7 @@ def tokens_and_time(run: PlannedRun) -> tuple[Estimate, Estimate]:
 
     def seconds(speed: float, other: float) -> float:
         return tokens / speed + other * (
-            run.start_s + tokenising + _choosing_s(run, speed) + _evaluating_s(run, speed) + _saving_s(run) + _ending_s(run)
+            run.before_s + tokenising + _choosing_s(run, speed) + _evaluating_s(run, speed) + _saving_s(run) + _ending_s(run)
         )
 
     return exactly(tokens, "the budget"), Estimate(
@@ -186,7 +195,7 @@ def check(run: PlannedRun) -> None:
             f"the data have {run.corpus.train_bytes:,.0f} bytes to train on, less than one batch: give {need:,.0f} bytes or more"
         )
     if run.budget_s is not None:
-        least = (run.start_s + _ending_s(run) + tokenising_s(run) + (FEWEST_STEPS + CALIBRATION_STEPS) * batch / run.speed.value) / (
+        least = (run.before_s + _ending_s(run) + tokenising_s(run) + (FEWEST_STEPS + CALIBRATION_STEPS) * batch / run.speed.value) / (
             AIM - CALIBRATION[0] - 0.05
         )
         if run.budget_s < least:
@@ -209,8 +218,11 @@ def check_begun(run: PlannedRun) -> None:
     scoring = _evaluated_s(run, run.speed.value) * (1 if run.beginning is None else 2)
     saved = 0.0 if run.config.adapter is not None else weight_bytes(run.config.model, run.config.precision)
     rest = tokenising + scoring + t.batch_size * t.seq_len / run.speed.value + saved / SAVE_BYTES_PER_S + _ending_s(run)
+    ahead = "scoring, one step and saving"
+    if run.selecting is not None:
+        rest, ahead = rest + run.selecting.value, f"choosing texts, {ahead}"
     if run.start_s + rest > run.budget_s:
-        gone = f"{run.start_s:.0f} s have gone by now, and scoring, one step and saving take about {rest:.0f} s more"
+        gone = f"{run.start_s:.0f} s have gone by now, and {ahead} take about {rest:.0f} s more"
         raise _too_short(run, gone, run.start_s + rest)
 
 
@@ -306,6 +318,7 @@ def _stages(run: PlannedRun, tokens: Estimate) -> dict[str, Estimate]:
         tokens.value / speed.value, tokens.value / speed.high, tokens.value / speed.low, speed.source
     )  # fmt: skip
     return {
+        **({"select": run.selecting} if run.selecting else {}),
         "tokenise": around(tokenising_s(run), 1.0, rough),
         "calibrate": around(_choosing_s(run, speed.value), 0.5, rough),
         "train": around(train.value, 0.05, train.source) if run.budget_s else train,

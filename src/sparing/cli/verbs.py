@@ -89,6 +89,9 @@ class Train:
     """90s 20m 2h, 50Mtok, 3e17flop, $5, 0.2kWh. It covers everything: tokenising, training, evaluation, saving."""
     out: str | None = None
     """The run folder to make."""
+    for_: Annotated[list[str], tyro.conf.arg(name="for")] = field(default_factory=list)
+    """A sample of the text that you want, some hundred kilobytes: of --data what is most like it is learnt, as much as the budget trains
+    on."""
     from_: Annotated[str | None, tyro.conf.arg(name="from")] = None
     """A run, or an imported model, to go on from instead of random weights; its shape and its tokenizer stay."""
     base: str | None = None
@@ -102,6 +105,7 @@ class Train:
     def __call__(self, call: Call) -> dict:
         recipe = read_recipe(self.recipe)
         own = {"data.text_key": self.text_key, "data.paths": tuple(self.data) or None, "train.seed": self.seed}
+        own["data.sample"] = tuple(self.for_) or None
         own = {name: value for name, value in own.items() if value is not None}
         budget = self.budget or recipe.budget
         call.need(budget=budget, out=self.out)

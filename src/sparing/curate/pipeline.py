@@ -143,9 +143,9 @@ def curate(
     on.
     """
     folder, meter = vacant(out), meter or NoMeter()
-    work, digest = folder / WORK, recipe.digest
+    work, digest, reader = folder / WORK, recipe.digest, partial(documents, extract=extract)
     with meter.stage("judge"):
-        judged, tally, came_in = judge_parts(paths, text_key, work, recipe.rules, digest, workers, should_stop, extract)
+        judged, tally, came_in = judge_parts(paths, text_key, work, recipe.rules, digest, workers, should_stop, reader)
     settings, decisions = recipe.duplicates, None
     repeated, read = None, partial(_kept, judged)
     if settings is not None:
@@ -167,12 +167,13 @@ def judge_parts(
     digest: str,
     workers: Engine | int = 1,
     should_stop: Stop = None,
-    extract: str = EXTRACTORS[0],
+    reader: Callable[..., Iterator[Document]] = documents,
 ) -> tuple[list[Path], Tally, int]:
     """Read the documents behind `paths` into files of `work`, each document judged by `rules` (None: by none).
 
-    digest: of all settings; under other rules it is other work. -> (the files, in the order of the input; what could not be read, which is
-    also listed in `work`; how many documents could be). Raises UserError, Stopped.
+    digest: of all settings; under other rules it is other work. reader: gives the documents, called as `data.sources.documents`. -> (the
+    files, in the order of the input; what could not be read, which is also listed in `work`; how many documents could be). Raises
+    UserError, Stopped.
     """
     work.mkdir(parents=True, exist_ok=True)
     with Bars() as bars, open(work / QUARANTINE, "w", encoding="utf-8") as quarantine:
@@ -193,7 +194,7 @@ def judge_parts(
 
         def read() -> Iterator[pa.RecordBatch]:
             nonlocal came_in
-            for batch in batches(documents(files, text_key, reject, tick, extract=extract)):
+            for batch in batches(reader(files, text_key, reject, tick)):
                 came_in += batch.num_rows
                 yield batch
 

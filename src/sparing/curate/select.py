@@ -147,7 +147,7 @@ def select(
     folder, meter = vacant(out), meter or NoMeter()
     work = folder / WORK
     with meter.stage("read"):
-        parts, tally, came_in = judge_parts(paths, text_key, work, None, "pool", 1, should_stop, extract)
+        parts, tally, came_in = judge_parts(paths, text_key, work, None, "pool", 1, should_stop, partial(documents, extract=extract))
     if not came_in:
         raise UserError(f"no text to select from in {', '.join(paths)}" + (f": {tally}" if tally.total else ""))
     with meter.stage("score"):
@@ -157,7 +157,7 @@ def select(
             scorer, told = fit(chosen.by, sample, draw(_texts(parts, should_stop), SAMPLE_BYTES))
         elif chosen.by == "loss":
             scorer, workers = ExcessLoss.of(chosen.model, chosen.reference), 1  # its products take all cores
-        scores, sizes = _scores(parts, work, scorer, chosen.tokenizer, workers, should_stop)
+        scores, sizes = scores_of(parts, work, scorer, chosen.tokenizer, workers, should_stop)
     limit = _limit(chosen, sizes)
     kept = best(scores, sizes, limit)
     if not kept.any():
@@ -165,7 +165,7 @@ def select(
     if kept.all():
         say(f"--budget {chosen.budget} is as much as the pool has, {sizes.sum():,} {_unit(chosen)}, or more: all of it is kept")
     with meter.stage("write"):
-        fate = write_rows(folder, _judged(parts, scores, kept), should_stop)
+        fate = write_rows(folder, judged(parts, scores, kept), should_stop)
     size = {"unit": _unit(chosen), "limit": int(limit), "in": int(sizes.sum()), "out": int(sizes[kept].sum())}
     more = {"by": chosen.by, "budget": chosen.budget, "size": size, "threshold": float(scores[kept].min()), "told_apart": told}
     return summary_of(fate, tally, came_in) | more, fate
@@ -318,10 +318,10 @@ def _texts(parts: list[Path], should_stop: Stop) -> Iterator[str]:
             yield from batch.column("text").to_pylist()
 
 
-def _scores(
+def scores_of(
     parts: list[Path], work: Path, scorer: Scorer | None, tokenizer: str | None, workers: int, should_stop: Stop
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(float64 [documents] scores, int64 [documents] sizes), in the order of the input."""
+    """Of the documents of `judge_parts`: (float64 [documents] scores, int64 [documents] sizes), in the order of the input."""
 
     def read() -> Iterator[pa.RecordBatch]:
         for path in parts:
@@ -367,7 +367,7 @@ def _limit(chosen: Selection, sizes: np.ndarray) -> float:
     return amount * ESTIMATED if unit == "tok" and chosen.tokenizer is None else amount
 
 
-def _judged(parts: list[Path], scores: np.ndarray, kept: np.ndarray) -> Iterator[Row]:
+def judged(parts: list[Path], scores: np.ndarray, kept: np.ndarray) -> Iterator[Row]:
     for row, value, stays in zip(rows(parts), scores, kept, strict=True):
         row.attributes = {"select": {"score": round(float(value), 6)}}
         row.reason = "" if stays else REASON

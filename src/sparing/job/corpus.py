@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
+from sparing.account.receipt import read_state
 from sparing.base.config import Config
 from sparing.base.files import atomic_path
 from sparing.data.loader import Loader
@@ -16,6 +18,7 @@ from sparing.data.tokenizer import Tokenizer
 from sparing.evals.bpb import NllFn, bpb
 from sparing.job.begin import Job
 from sparing.job.texts import with_own_tokenizer
+from sparing.planning.start import texts_of
 from sparing.train.log import TrainResult
 from sparing.train.trainer import Feed
 
@@ -71,6 +74,30 @@ class TrainingData:
         return lambda nll: bpb(nll, self.tokenizer, self.held_out, context, **options)
 
 
+@dataclass(frozen=True)
+class ChosenData(TrainingData):
+    """Texts that were chosen for being like a sample, some of which is scored besides."""
+
+    sample: list[str]
+
+    def scorer(self, config: Config, should_stop: Callable[[], bool]) -> Callable[[NllFn], dict]:
+        """evaluate(nll) -> what it is of held-out documents, and as sample_loss and sample_bpb that of the sample."""
+        held_out, context = super().scorer(config, should_stop), config.train.eval_context or config.train.seq_len
+        options = {"batch": max(1, EVAL_TOKENS // context), "should_stop": should_stop}
+
+        def evaluate(nll: NllFn) -> dict:
+            found = bpb(nll, self.tokenizer, self.sample, context, **options)
+            return held_out(nll) | {f"sample_{key}": found[key] for key in ("loss", "bpb", "bytes", "tokens")}
+
+        return evaluate
+
+    def score(self, evaluation: dict) -> dict:
+        return super().score(evaluation) | {"sample": {key: evaluation.get(f"sample_{key}") for key in ("loss", "bpb", "bytes")}}
+
+    def more(self, job: Job, config: Config) -> dict:
+        return {"selected": read_state(job.run, "selected", dict)}
+
+
 def _beginning(document: str) -> str:
     """Up to its third line or 120 characters, not ending inside a word."""
     start = "\n".join(document.splitlines()[:3])[:120]
@@ -80,13 +107,19 @@ def _beginning(document: str) -> str:
 def text(job: Job, config: Config) -> TrainingData:
     """Tokenise the run's corpus, or open what is tokenised already. Raises UserError, and Stopped on a signal."""
     run, t = job.run, config.train
-    data = with_own_tokenizer(run, config.data)
+    data = with_own_tokenizer(run, texts_of(run, config.data))
     with Bars() as bars:
         store = prepare(data, config.model.vocab_size, progress=bars, should_stop=lambda: job.signals.requested)
     for name in ("tokenizer.json", "quarantine.jsonl"):
         if name == "quarantine.jsonl" or not run.tokenizer_file.exists():
+            source = store.path
+            if name == "quarantine.jsonl" and data.paths != config.data.paths:
+                source = run.state / "selected"  # of the pool
             with atomic_path(run.path / name) as beside:
-                shutil.copyfile(store.path / name, beside)
+                shutil.copyfile(source / name, beside)
     tokenizer = store.tokenizer if config.tokens is None else Tokenizer.load(store.path, config.tokens)
     loader = Loader(store, t.seq_len, t.batch_size, config.model.mtp_depth, t.seed, tokenizer.first_id)
-    return TrainingData(loader, tokenizer, list(store.held_out()))
+    if not config.data.sample:
+        return TrainingData(loader, tokenizer, list(store.held_out()))
+    with open(run.state / "selected" / "sample.jsonl", encoding="utf-8") as file:
+        return ChosenData(loader, tokenizer, list(store.held_out()), [json.loads(line)["text"] for line in file])

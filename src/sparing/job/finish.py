@@ -63,10 +63,12 @@ def finish(job: Job, config: Config, model: Transformer, data: TrainingData, res
     texts = corpora(run)
     if texts and "counts" in texts[-1]:
         summary["documents"] = texts[-1]["counts"]
+    if config.data.sample and "sample_bpb" in result.evaluation:
+        before = data.score(result.before)["sample"] if config.start else None
+        summary["sample"] = {"before": before, "after": data.score(result.evaluation)["sample"]}
     summary |= data.more(job, config)
-    write_atomic(
-        run.model_card_file, _model_card(config, summary, origin_of(run), [entry["paths"] for entry in texts] or [config.data.paths])
-    )
+    read = [_of_corpus(entry) for entry in texts] or [_named(config.data.paths)]
+    write_atomic(run.model_card_file, _model_card(config, summary, origin_of(run), read))
     summary |= {"seconds": job.clock.seconds()} | bill(job.meter.earlier() + job.meter.rows())
     write_atomic(run.state / "summary.json", json.dumps(to_json(summary), indent=1))
     cost = f"${summary['cost_usd']:.3g}, {1000 * summary['energy_kwh']:.3g} Wh ({summary['energy_how']}), {summary['co2e_g']:.3g} gCO2e"
@@ -122,15 +124,20 @@ def _named(paths: Sequence[str]) -> str:
     return ", ".join(paths) or "the Python standard library's source"
 
 
+def _of_corpus(entry: dict) -> str:
+    """What `job.texts.bind` notes of a corpus, in words."""
+    return _named(entry["paths"]) + (f" (of it, what is most like {', '.join(entry['for'])})" if entry.get("for") else "")
+
+
 def _solved(score: dict | None) -> str:
     new = (score or {}).get("new") or {}
     known = new.get("pass_at_1") is not None
     return f"pass@1 {new['pass_at_1']:.3f}, pass@{new['k']} {new['pass_at_k']:.3f}" if known else "not scored"
 
 
-def _model_card(config: Config, summary: dict, origin: Origin | None, texts: list[Sequence[str]]) -> str:
-    """MODEL_CARD.md as model hubs read it. summary: what `train` returns. origin: of the model that it began with. texts: paths of each
-    corpus that it was trained on in turn."""
+def _model_card(config: Config, summary: dict, origin: Origin | None, texts: list[str]) -> str:
+    """MODEL_CARD.md as model hubs read it. summary: what `train` returns. origin: of the model that it began with. texts: each corpus that
+    it was trained on in turn, in words."""
     m, bits = config.model, summary["bpb"]
     kind = f"mixture of {m.n_routed_experts} experts, {m.num_experts_per_tok} a token" if mixtures(m) else "dense"
     ancestry = "\n" + "\n".join(credits(origin)) if origin else ""
@@ -145,6 +152,8 @@ def _model_card(config: Config, summary: dict, origin: Origin | None, texts: lis
     context = f"context {config.train.eval_context or config.train.seq_len} tokens"
     score = "not evaluated" if bits is None else f"{bits:.4f} bits per byte ({context})"
     held_out = f"{'text' if config.chats is None else 'answers'}: {score}"
+    if "sample" in summary:
+        held_out += f" (of what was chosen); {summary['sample']['after']['bpb']:.4f} on {', '.join(config.data.sample)}"
     if config.grpo:
         before, after = (_solved(summary[when]) for when in ("before", "after"))
         held_out = f"problems of {config.grpo.task}: {after}; before: {before}"
@@ -152,7 +161,7 @@ def _model_card(config: Config, summary: dict, origin: Origin | None, texts: lis
 
 A {kind} language model of {summary["parameters"]:,} parameters ({summary["active_parameters"]:,} active), trained with Sparing.
 
-- Data: {", then ".join(map(_named, texts))}; {summary["tokens"]:,} tokens in {summary["steps"]:,} steps{chosen}
+- Data: {", then ".join(texts)}; {summary["tokens"]:,} tokens in {summary["steps"]:,} steps{chosen}
 - Held-out {held_out}
 - Vocabulary {m.vocab_size:,}, {m.num_layers} layers of width {m.hidden_size}, {kv_cache_bytes(m):,} bytes of cache per token (16 bit)
 - Budget {summary["budget"]}; the whole recipe is in config.toml{ancestry}

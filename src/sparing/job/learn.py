@@ -122,7 +122,7 @@ def learn(
         trainer.replicas.train(False)
         with job.meter.stage("evaluate"), signals.interruptible():
             result = settle(job, config, model, material, result, trainer.replicas.nll)
-    if data is text and len(corpora(run)) <= 1:  # the laws are of runs that read one corpus
+    if data is text and len(corpora(run)) <= 1 and not config.data.sample:  # the laws are of runs that read one corpus, all of it
         _add_point(job, config, result)
     with job.meter.stage("sample"), signals.interruptible():
         return finish(job, config, model, material, result, samples)

@@ -22,7 +22,7 @@ from sparing.data.chats import ChatFacts, scan_chats
 from sparing.data.files import absolute
 from sparing.data.progress import Bars
 from sparing.data.scan import CorpusFacts, scan
-from sparing.planning.start import corpora
+from sparing.planning.start import corpora, texts_of
 from sparing.resolve import MARGIN
 
 
@@ -41,9 +41,10 @@ class Facts(Protocol):
 
 def with_absolute_paths(wishes: Wishes) -> Wishes:
     """Wishes that name the same texts, the same tokenizer and the same start from any working folder."""
-    paths, tokenizer, start = (wishes.value(name) for name in ("data.paths", "data.tokenizer", "start.run"))
-    if paths:
-        wishes = Wishes.of(wishes, {"data": {"paths": tuple(map(absolute, paths))}})
+    tokenizer, start = (wishes.value(name) for name in ("data.tokenizer", "start.run"))
+    for name in ("paths", "sample"):
+        if named := wishes.value(f"data.{name}"):
+            wishes = Wishes.of(wishes, {"data": {name: tuple(map(absolute, named))}})
     if tokenizer:
         wishes = Wishes.of(wishes, {"data": {"tokenizer": absolute(tokenizer)}})
     if start:
@@ -62,6 +63,16 @@ def facts_of(data: DataConfig, chats: ChatsConfig | None, should_stop: Callable[
         return scan_chats(data.paths, data.holdout_fraction, chats.val, progress=bars, should_stop=should_stop)
 
 
+def facts_of_own(run: RunFolder, data: DataConfig, chats: ChatsConfig | None, should_stop: Callable[[], bool] | None = None) -> CorpusFacts:
+    """`facts_of` what a run learns from. Where it chose, counts are of the whole pool: what it left is rejected."""
+    own = texts_of(run, data)
+    facts = facts_of(own, chats, should_stop)
+    if own.paths == data.paths:
+        return facts
+    counts = read_state(run, "selected", dict)["documents"]
+    return replace(facts, counts=counts, quarantined=counts["quarantined"])
+
+
 def with_own_tokenizer(run: RunFolder, data: DataConfig) -> DataConfig:
     """`data` with the run's own tokenizer, once it has one: the user's file may be gone, and other texts would give another one."""
     return replace(data, tokenizer=str(run.tokenizer_file)) if run.tokenizer_file.exists() else data
@@ -70,6 +81,8 @@ def with_own_tokenizer(run: RunFolder, data: DataConfig) -> DataConfig:
 def bind(run: RunFolder, data: DataConfig, facts: Facts, earlier: list[dict]) -> None:
     """Note what the run is trained on from here on. earlier: what it was trained on before, `corpora(run)`; of a new run nothing."""
     entry = {"paths": list(data.paths), "fingerprint": facts.content, "documents": facts.documents, "bytes": facts.bytes}
+    if data.sample:
+        entry["for"] = list(data.sample)
     if counts := getattr(facts, "counts", None):  # problems to practise on have none
         entry["counts"] = counts
     if earlier and earlier[-1]["fingerprint"] == facts.content:
@@ -97,15 +110,16 @@ def texts_to_go_on_with(
     data, limit = config.data, config.data.max_tokens
     if paths:
         tokens = (read_state(run, "summary", dict) or {}).get("tokens") or _predicted_tokens(run)  # other texts may be many more
-        data = replace(data, paths=tuple(map(absolute, paths)), text_key=text_key or data.text_key)
+        data = replace(data, paths=tuple(map(absolute, paths)), text_key=text_key or data.text_key, sample=())
         limit = int(MARGIN * tokens) if tokens else limit
     else:
         data = replace(data, paths=tuple(map(absolute, data.paths)))  # older runs have relative ones
     data = replace(data, max_tokens=limit and int(limit * longer))
-    named = shlex.join(data.paths) if 1 <= len(data.paths) <= 3 else "PATH..."
+    named = texts_of(run, data).paths
+    named = shlex.join(named) if 1 <= len(named) <= 3 else "PATH..."
     way_on = shlex.join(["sparing", "resume", str(run), *(["--budget", budget] if budget else [])]) + f" --data {named}"
     try:
-        facts = facts_of(data, config.chats)
+        facts = facts_of_own(run, data, config.chats)
     except UserError as error:
         raise error if paths else UserError(f"{error}; to go on with other texts: {way_on}") from None
     if not paths:

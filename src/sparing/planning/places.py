@@ -15,8 +15,9 @@ from sparing.base.config_file import Wishes
 from sparing.base.hardware import Gpu, Machine, load_calibration
 from sparing.budget.estimate import DESCRIPTION, Estimate, StepModel, fit, profile_model
 from sparing.budget.memory import KernelPath, path_of, training_memory
-from sparing.budget.predict import Corpus, PlannedRun, in_seconds
+from sparing.budget.predict import Corpus, PlannedRun, in_seconds, tokens_and_time
 from sparing.budget.scaling import kind_of, law_of
+from sparing.budget.selecting import kept_bytes, selecting_s
 from sparing.data.scan import CorpusFacts, load_sample
 from sparing.data.tokenizer import Tokenizer
 from sparing.planning.start import beginning
@@ -132,9 +133,22 @@ def resolve_run(wishes: Wishes, budget: Budget, corpus: Corpus, place: Place, be
     """The resolved run and all that predicting it takes. before: bits per byte of the model that it starts from."""
     rates = rates_for(place.machine, place.name, place.country, place.rent)
     seconds = in_seconds(budget, rates)
-    config, reasons = resolve(wishes, budget if seconds is None else Budget(seconds, "s"), place.machine, corpus, place.tokens_per_second)
+    left = seconds
+    if seconds is not None and wishes.value("data.sample"):
+        left = seconds - selecting_s(corpus.train_bytes, seconds, wishes.value("data.workers") or 1).value
+    spends = budget if left is None else Budget(max(0.1, left), "s")
+    config, reasons = resolve(wishes, spends, place.machine, corpus, place.tokens_per_second)
     config = replace(config, budget=budget)
-    return planned_run(config, corpus, place, seconds, before), Resolved(config, reasons)
+    run = planned_run(config, corpus, place, seconds, before)
+    return (selecting(run) if config.data.sample else run), Resolved(config, reasons)
+
+
+def selecting(run: PlannedRun) -> PlannedRun:
+    """The same run where it first chooses its texts, from what is its corpus here; as it is where it would keep all of them."""
+    pool, data = run.corpus, run.config.data
+    chooses = replace(run, selecting=selecting_s(pool.train_bytes, run.budget_s, data.workers or 1))
+    kept = kept_bytes(tokens_and_time(chooses)[0].value, run.bytes_per_token, 0.0)  # the pool's bytes are without what is held out
+    return run if kept >= pool.train_bytes else replace(chooses, corpus=Given(kept, pool.kinds))
 
 
 def planned_run(config: Config, corpus: Corpus, place: Place, budget_s: float | None, before: float | None = None) -> PlannedRun:

@@ -10,7 +10,7 @@ from typing import Any
 
 from sparing.account.history import stages_of
 from sparing.account.receipt import read_state
-from sparing.base.config import Config, ModelConfig, UserError
+from sparing.base.config import Config, DataConfig, ModelConfig, UserError
 from sparing.base.config_file import Wishes, build, read_config, write_config
 from sparing.base.files import write_atomic
 from sparing.base.hardware import cores
@@ -105,9 +105,18 @@ def with_start(wishes: Wishes) -> Wishes:
     if not wishes.value("data.paths"):
         if not corpora(run):
             raise UserError(f"start.run {run} does not say what it was trained on: name texts to go on with")
-        defaults["data"] = {"text_key": config.data.text_key, "holdout_fraction": config.data.holdout_fraction}
-        settled["data"]["paths"] = config.data.paths
+        texts = texts_of(run, config.data)
+        defaults["data"] = {"text_key": texts.text_key, "holdout_fraction": texts.holdout_fraction}
+        settled["data"]["paths"] = texts.paths
     return Wishes.of(defaults, wishes, settled)
+
+
+def texts_of(run: RunFolder, data: DataConfig) -> DataConfig:
+    """What a run with this configuration learns from: what it has chosen from `data` and keeps (`job.begin`), where it chose."""
+    chosen = read_state(run, "selected", dict)
+    if not data.sample or chosen is None or chosen["whole"]:
+        return replace(data, sample=())
+    return replace(data, paths=(str(run.state / "selected" / "documents"),), text_key="text", sample=())
 
 
 def corpora(run: RunFolder) -> list[dict]:
