@@ -105,7 +105,8 @@ def train(
     if wishes.value("data.sample"):
         from sparing.curate.for_run import Chooser as chooser  # here, because Arrow takes its time to load
 
-        find_files(wishes.value("data.sample"))
+        for name in ("sample", "paths"):  # a slip in their names leaves no folder behind
+            find_files(wishes.value(f"data.{name}", ()))
     if wishes.value("start.run"):
         RunFolder.open(wishes.value("start.run"))  # a slip in its name leaves no folder behind
     with begin("train", RunFolder.create(out), started) as job:

@@ -151,16 +151,14 @@ def chosen(
     folder.mkdir(parents=True, exist_ok=True)
     chooser.keep_sample(folder)
     if planned.selecting is None:
-        say(
-            f"the data have {pool.bytes / 1e6:.1f} MB, which is no more than the budget trains on: all of it is used, and nothing is chosen"
-        )
+        say(f"the data have {pool.bytes / 1e6:.2g} MB, no more than the budget trains on: all of it is used, and nothing is chosen")
         write_atomic(run.state / "selected.json", json.dumps({"whole": True, "documents": pool.counts}))
         return pool, None
     check_begun(planned)
     size, looked = planned.corpus.train_bytes / (1 - data.holdout_fraction), looked_at(pool.train_bytes, lasts, workers)
     part = "" if looked == 1 else f"; of the pool {looked:.0%} is looked at, a random part: all would take too much of the budget"
     say(
-        f"choosing {size / 1e6:.1f} of {pool.bytes / 1e6:.1f} MB, what is most like {names} and is trained on once, in about "
+        f"choosing {size / 1e6:.2g} of {pool.bytes / 1e6:.2g} MB, what is most like {names} and is trained on once, in about "
         f"{planned.selecting.value:.0f} s{part}"
     )
     with job.meter.stage("select"):

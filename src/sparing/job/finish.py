@@ -151,9 +151,9 @@ def _model_card(config: Config, summary: dict, origin: Origin | None, texts: lis
         chosen += "\n- A module that drafts was learnt; nothing else was changed"
     context = f"context {config.train.eval_context or config.train.seq_len} tokens"
     score = "not evaluated" if bits is None else f"{bits:.4f} bits per byte ({context})"
-    held_out = f"{'text' if config.chats is None else 'answers'}: {score}"
+    held_out = f"{'text' if config.chats is None else 'answers'}{' of what was chosen' if 'sample' in summary else ''}: {score}"
     if "sample" in summary:
-        held_out += f" (of what was chosen); {summary['sample']['after']['bpb']:.4f} on {', '.join(config.data.sample)}"
+        held_out += f"; {summary['sample']['after']['bpb']:.4f} on {', '.join(config.data.sample)}"
     if config.grpo:
         before, after = (_solved(summary[when]) for when in ("before", "after"))
         held_out = f"problems of {config.grpo.task}: {after}; before: {before}"
