@@ -188,7 +188,7 @@ def test_refused_in_one_line(pool, sample, tmp_path, capsys):
         ("select", pool, "--for", sample, "--budget", "20m"): "write one of 2Mtok, 20MB, 10%",
         ("select", pool, "--for", sample, "--budget", "0%"): "must be more than 0 %",
         ("select", pool, "--for", sample, "--budget", "$5"): "write one of 2Mtok, 20MB, 10%",
-        ("select", pool, "--for", sample, "--budget", "10%", "--by", "hope"): "choose quality, overlap, loss, random",
+        ("select", pool, "--for", sample, "--budget", "10%", "--by", "hope"): "choose quality, overlap, loss, random, mixture",
         ("select", pool, "--budget", "10%", "--by", "loss", "--model", "x"): "--by loss needs --reference RUN",
         ("select", pool, "--for", sample, "--budget", "10%", "--model", "x"): "--model goes with --by loss",
         ("select", pool, "--budget", "10%", "--by", "loss", "--model", "x", "--reference", "x"): "x",

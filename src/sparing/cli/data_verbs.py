@@ -83,19 +83,22 @@ class Select(_Corpus):
     budget: str | None = None
     """How much to keep: 2Mtok, 20MB, or 10% of the pool."""
     by: str = "quality"
-    """quality (a model that tells the sample from the pool), overlap (of words and pairs of words), loss, random."""
+    """quality (a model that tells the sample from the pool), overlap (of words and pairs of words), loss, random; mixture: shares of each
+    PATH, by small models that are trained on some."""
     model: str | None = None
     """--by loss: a run; what it finds hardest beside --reference stays, and --for is not needed."""
     reference: str | None = None
     """--by loss: a run, or imported model, that is good at what you care about."""
     tokenizer: str | None = None
     """A run, or its tokenizer.json, to count tokens with; default: 4 bytes are a token."""
+    proxies: int | None = None
+    """--by mixture: how many small models find the shares of each PATH, in seconds each; default: four a PATH, eight or more."""
 
     def __call__(self, call: Call) -> dict:
         call.need(PATH=self.paths, budget=self.budget, out=self.out)
         from sparing.curate.select import Selection
 
-        selection = Selection(self.budget, tuple(self.for_), self.by, self.tokenizer, self.model, self.reference)
+        selection = Selection(self.budget, tuple(self.for_), self.by, self.tokenizer, self.model, self.reference, self.proxies)
         return self._data(call, selection=selection)
 
 

@@ -77,7 +77,7 @@ class Chooser:
         accounts = Accounts()
         in_bytes = 0
 
-        def reader(files: Sequence[SourceFile], text_key: str, reject: Reject, tick: Tick) -> Iterator[Document]:
+        def reader(files: Sequence[SourceFile], text_key: str, reject: Reject, tick: Tick, **_: str) -> Iterator[Document]:
             nonlocal accounts, in_bytes
             accounts, in_bytes = Accounts(reject), 0
             for document in accounts.reading(documents(files, text_key, accounts, tick, extract=data.extract)):
@@ -86,7 +86,7 @@ class Chooser:
                 if looked == 1 or mix(content_hash(raw)) < looked * SPACE:
                     yield document
 
-        parts, *_ = judge_parts(data.paths, data.text_key, work, None, f"pool-{looked:.6f}", 1, should_stop, reader)
+        parts, *_ = judge_parts(data.paths, data.text_key, work, None, f"pool-{looked:.6f}", 1, should_stop, reader=reader)
         if not parts:
             raise UserError(f"the budget leaves time to look at {looked:.1%} of the data, in which no document falls: allow more")
         scores, sizes = scores_of(parts, work, scorer, None, data.workers or 1, should_stop)

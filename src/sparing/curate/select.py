@@ -11,6 +11,8 @@ answers at the length of the answers, and no score depends on a document's lengt
     loss      bits per byte under a model, minus those under a reference that is good at what is wanted: what the model has still to learn
               and the reference shows to be learnable (RHO-LOSS, Mindermann et al. 2022, arXiv 2206.07137).
     random    by a hash of the text: the order to be beaten.
+    mixture   no score: of each path of the pool a share, in the proportions that small models find best for the sample (`mixture`), and of
+              each the documents with the smallest hashes.
 
 The pool is read once, into parts; scored part by part; and written by a threshold. Memory: 50 bytes a document, and two samples of
 SAMPLE_BYTES.
@@ -51,7 +53,7 @@ from sparing.resolve import BYTES_PER_TOKEN
 if TYPE_CHECKING:
     from sparing.infer.generate import Model
 
-BY = ("quality", "overlap", "loss", "random")
+BY = ("quality", "overlap", "loss", "random", "mixture")
 PIECE_BYTES = 2048
 SAMPLE_BYTES = 4 << 20
 """Of the sample, and of the pool, a scorer learns from no more than this; of more, from pieces drawn by their hashes."""
@@ -87,22 +89,26 @@ class Selection:
     """For `loss`: a run."""
     reference: str | None = None
     """For `loss`: a run, or imported model, that is good at what is wanted."""
+    proxies: int | None = None
+    """For `mixture`: how many small models are trained; None: `mixture.PER_SOURCE` for each path."""
 
     def __post_init__(self):
         if self.by not in BY:
             raise UserError(f"--by {self.by}: not known; choose {', '.join(BY)}")
-        if self.by in FITS and not self.sample:
+        if self.by in (*FITS, "mixture") and not self.sample:
             raise UserError(f"--by {self.by} needs --for SAMPLE: some text of the kind that is wanted")
         for name in ("model", "reference"):
             if (getattr(self, name) is None) == (self.by == "loss"):
                 raise UserError(f"--by loss needs --{name} RUN" if self.by == "loss" else f"--{name} goes with --by loss")
+        if self.proxies is not None and self.by != "mixture":
+            raise UserError("--proxies goes with --by mixture")
         _, unit = parse_amount(self.budget)
         if self.tokenizer is not None and unit != "tok":
             raise UserError(f"--tokenizer counts tokens, and --budget {self.budget} is not in tokens: write one as 2Mtok")
 
     def load(self) -> None:
         """Say what is missing before any text is read. Raises UserError."""
-        if self.by in FITS:
+        if self.sample:
             find_files(self.sample)
         if self.by == "loss":
             for run in (self.model, self.reference):
@@ -146,6 +152,7 @@ def select(
     """
     folder, meter = vacant(out), meter or NoMeter()
     work = folder / WORK
+    owners = _owners(paths, chosen) if chosen.by == "mixture" else {}
     with meter.stage("read"):
         parts, tally, came_in = judge_parts(paths, text_key, work, None, "pool", 1, should_stop, partial(documents, extract=extract))
     if not came_in:
@@ -158,8 +165,14 @@ def select(
         elif chosen.by == "loss":
             scorer, workers = ExcessLoss.of(chosen.model, chosen.reference), 1  # its products take all cores
         scores, sizes = scores_of(parts, work, scorer, chosen.tokenizer, workers, should_stop)
-    limit = _limit(chosen, sizes)
-    kept = best(scores, sizes, limit)
+    limit, found = _limit(chosen, sizes), {}
+    if chosen.by == "mixture":
+        with meter.stage("proxies"):
+            kept, found = _mixed(
+                chosen, paths, owners, parts, scores, sizes, limit, _sample(chosen, text_key, should_stop, extract), work, should_stop
+            )
+    else:
+        kept = best(scores, sizes, limit)
     if not kept.any():
         raise UserError(f"--budget {chosen.budget} keeps nothing: the smallest document has {sizes.min():,} {_unit(chosen)}; allow more")
     if kept.all():
@@ -168,7 +181,7 @@ def select(
         fate = write_rows(folder, judged(parts, scores, kept), should_stop)
     size = {"unit": _unit(chosen), "limit": int(limit), "in": int(sizes.sum()), "out": int(sizes[kept].sum())}
     more = {"by": chosen.by, "budget": chosen.budget, "size": size, "threshold": float(scores[kept].min()), "told_apart": told}
-    return summary_of(fate, tally, came_in) | more, fate
+    return summary_of(fate, tally, came_in) | more | found, fate
 
 
 def best(scores: np.ndarray, sizes: np.ndarray, limit: float) -> np.ndarray:
@@ -312,10 +325,60 @@ def _sample(chosen: Selection, text_key: str, should_stop: Stop, extract: str) -
 
 
 def _texts(parts: list[Path], should_stop: Stop) -> Iterator[str]:
+    return (text for text, _ in _placed(parts, should_stop))
+
+
+def _placed(parts: list[Path], should_stop: Stop) -> Iterator[tuple[str, str]]:
+    """(text, its file) of every document."""
     for path in parts:
         check(should_stop)
         with open_table(path) as batch:
-            yield from batch.column("text").to_pylist()
+            yield from zip(*(batch.column(name).to_pylist() for name in ("text", "source")), strict=True)
+
+
+def _owners(paths: Sequence[str], chosen: Selection) -> dict[str, int]:
+    """Which of the paths each file is of. Raises UserError where that is not one, and for too few paths or proxies."""
+    if len(paths) < 2:
+        raise UserError("--by mixture needs two PATHs or more: each is a source, of which it finds the shares")
+    if chosen.proxies is not None and chosen.proxies < len(paths) + 3:
+        raise UserError(f"--proxies {chosen.proxies}: {len(paths)} sources need {len(paths) + 3} or more")
+    owners: dict[str, int] = {}
+    for number, path in enumerate(paths):
+        for file in find_files([path]):
+            if owners.setdefault(file.path, number) != number:
+                raise UserError(f"--by mixture: {file.path} is in {paths[owners[file.path]]} and in {path}: every file needs one source")
+    return owners
+
+
+def _mixed(
+    chosen: Selection, paths: Sequence[str], owners: dict[str, int], parts: list[Path], order: np.ndarray, sizes: np.ndarray,
+    limit: float, sample: list[str], work: Path, should_stop: Stop,
+) -> tuple[np.ndarray, dict]:  # fmt: skip
+    """(bool [documents]: which make the best mixture; what the summary says of it). order: of the documents within a source."""
+    from sparing.curate import mixture
+
+    numbers = np.array([owners[file] for _, file in _placed(parts, should_stop)])
+    totals = np.bincount(numbers, sizes, len(paths))
+    if not totals.all():
+        raise UserError(f"{paths[int(np.argmin(totals))]}: no usable text: leave it out")
+    if limit >= totals.sum():
+        return np.ones(len(sizes), bool), {}
+    sources = []
+    for number in range(len(paths)):
+        texts = (text for text, file in _placed(parts, should_stop) if owners[file] == number)
+        sources.append(draw(texts, mixture.DRAWN_BYTES))
+    count = chosen.proxies or max(mixture.FEWEST, mixture.PER_SOURCE * len(paths))
+    sample = draw(sample, mixture.SCORED_BYTES)
+    found = mixture.find_mixture(sources, sample, totals / totals.sum(), totals / limit, count, work, should_stop)
+    kept = np.zeros(len(sizes), bool)
+    for number, share in enumerate(found.shares):
+        mine = np.flatnonzero(numbers == number)
+        kept[mine] = best(order[mine], sizes[mine], share * limit)
+    if (filled := found.shares.sum()) < 0.99:
+        say(f"what lowers the loss on the sample comes to {filled:.0%} of the budget, and no more is kept")
+    shares = {path: float(share) for path, share in zip(paths, found.shares, strict=True)}
+    say("the best mixture: " + ", ".join(f"{share:.0%} {path}" for path, share in shares.items()))
+    return kept, {"mixture": shares} | found.summary
 
 
 def scores_of(
