@@ -63,7 +63,9 @@ def facts_of(data: DataConfig, chats: ChatsConfig | None, should_stop: Callable[
         return scan_chats(data.paths, data.holdout_fraction, chats.val, progress=bars, should_stop=should_stop)
 
 
-def facts_of_own(run: RunFolder, data: DataConfig, chats: ChatsConfig | None, should_stop: Callable[[], bool] | None = None) -> CorpusFacts:
+def facts_of_own(
+    run: RunFolder, data: DataConfig, chats: ChatsConfig | None, should_stop: Callable[[], bool] | None = None
+) -> CorpusFacts | ChatFacts:
     """`facts_of` what a run learns from. Where it chose, counts are of the whole pool: what it left is rejected."""
     own = texts_of(run, data)
     facts = facts_of(own, chats, should_stop)
