@@ -152,7 +152,8 @@ def select(
     """
     folder, meter = vacant(out), meter or NoMeter()
     work = folder / WORK
-    owners = _owners(paths, chosen) if chosen.by == "mixture" else {}
+    if chosen.by == "mixture":  # told before the pool is read
+        owners, sample = _owners(paths, chosen), _sample(chosen, text_key, should_stop)
     with meter.stage("read"):
         parts, tally, came_in = judge_parts(paths, text_key, work, None, "pool", 1, should_stop, partial(documents, extract=extract))
     if not came_in:
