@@ -153,7 +153,7 @@ def select(
     folder, meter = vacant(out), meter or NoMeter()
     work = folder / WORK
     if chosen.by == "mixture":  # told before the pool is read
-        owners, sample = _owners(paths, chosen), _sample(chosen, text_key, should_stop)
+        owners, sample = _owners(paths, chosen), _sample(chosen, text_key, should_stop, extract)
     with meter.stage("read"):
         parts, tally, came_in = judge_parts(paths, text_key, work, None, "pool", 1, should_stop, partial(documents, extract=extract))
     if not came_in:
@@ -169,9 +169,7 @@ def select(
     limit, found = _limit(chosen, sizes), {}
     if chosen.by == "mixture":
         with meter.stage("proxies"):
-            kept, found = _mixed(
-                chosen, paths, owners, parts, scores, sizes, limit, _sample(chosen, text_key, should_stop, extract), work, should_stop
-            )
+            kept, found = _mixed(chosen, paths, owners, parts, scores, sizes, limit, sample, work, should_stop)
     else:
         kept = best(scores, sizes, limit)
     if not kept.any():
