@@ -209,6 +209,18 @@ def test_a_plan_counts_it(place):
     assert "select" not in planning.plan(data=[str(place / "pool.jsonl")], budget="20Mtok", wishes=SMALL | pool)["stages"]
 
 
+def test_a_plan_in_time_pays_for_it(tmp_path):
+    """Of a pool that is too large, what a fifth of the budget looks at."""
+    (tmp_path / "recipe.toml").write_text("[plan]\ndata_bytes = 1e11\n")
+    plans = [
+        planning.plan(str(tmp_path / "recipe.toml"), budget="20m", machine="4090", wishes=wishes)
+        for wishes in ({}, {"data": {"sample": ["x"]}})
+    ]
+    assert plans[1]["stages"]["select"]["time_s"]["value"] == pytest.approx(0.2 * 1200, rel=0.05)
+    assert 0.7 < plans[1]["tokens"]["value"] / plans[0]["tokens"]["value"] < 0.9
+    assert plans[1]["time_s"] == plans[0]["time_s"]
+
+
 def test_the_best_until_there_is_enough():
     scores, sizes = np.array([0.5, 0.9, 0.5, 0.7]), np.array([3, 2, 3, 4])
     assert [enough(scores, sizes, size).tolist() for size in (1, 2, 3, 7, 100)] == [
