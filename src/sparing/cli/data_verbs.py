@@ -112,8 +112,8 @@ class Synth:
     exercises on topics. With a teacher the same command goes on where it was interrupted."""
 
     kinds: tyro.conf.Positional[list[str]] = field(default_factory=list)
-    """KIND or KIND:DIFFICULTY: words, countdown, puzzles, programs; 1 to 5, default: all in turn. With --teacher: rewrite PATH..., questions
-    PATH..., exercises TOPICS or exercises:code TOPICS (a file, a topic a line)."""
+    """KIND or KIND:DIFFICULTY: words, countdown, puzzles, programs; 1 to 5, default: all in turn. With --teacher: rewrite PATH...,
+    questions PATH..., exercises TOPICS or exercises:code TOPICS (a file, a topic a line)."""
     count: int | None = None
     """Exercises, in all."""
     out: str | None = None
