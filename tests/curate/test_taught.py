@@ -611,9 +611,9 @@ def test_a_url_with_a_key_is_refused_without_saying_it():
         ("rewrite {tmp}/gone --teacher {tmp} --out {tmp}/x", "no such file or folder"),
         ("rewrite {tmp}/p.jsonl --teacher {tmp}/gone --out {tmp}/x", "gone"),
         ("rewrite {tmp}/p.jsonl --teacher http:///v1 --out {tmp}/x", "no host in the URL"),
-        ("rewrite {tmp}/p.jsonl --teacher {tmp} --out {tmp}/x --workers 2", "--workers does not go with `data synth rewrite`"),
+        ("rewrite {tmp}/p.jsonl --teacher {tmp} --out {tmp}/x --workers 2", "data synth: unknown option --workers"),
         ("rewrite {tmp}/p.jsonl --teacher {tmp} --out {tmp}/x --against {tmp}/gone", "no such file or folder"),
-        ("words --count 3 --out {tmp}/x --votes 2", "--votes, --pairs and --answer-tokens go with"),
+        ("words --count 3 --out {tmp}/x --votes 2", "--votes goes with `data synth rewrite|questions|exercises`"),
     ],
 )  # fmt: skip
 def test_a_slip_is_one_line(tmp_path, capsys, words, said):

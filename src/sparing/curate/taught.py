@@ -286,9 +286,7 @@ class _Parts:
     def flush(self) -> None:
         if self._rows or not self.files:
             path = part_file(self.work, "made", len(self.files))
-            table = pa.Table.from_pylist(self._rows, SCHEMA).combine_chunks()
-            batch = table.to_batches()[0] if self._rows else pa.RecordBatch.from_pylist([], SCHEMA)
-            write_table(path, dict(zip(SCHEMA.names, batch.columns, strict=True)), "")
+            write_table(path, pa.RecordBatch.from_pylist(self._rows, SCHEMA), "")
             self.files.append(path)
             self._rows = []
 
