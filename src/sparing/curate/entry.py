@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from sparing.account.meter import metered
+from sparing.account.meter import Meter, metered
 from sparing.base.config import UserError
 from sparing.base.hardware import cores
 from sparing.base.messages import say
@@ -16,7 +16,7 @@ from sparing.base.preempt import Interrupted, Preempt
 from sparing.base.run import RunFolder, folder_lock
 from sparing.curate.card import write_card
 from sparing.curate.parts import Engine
-from sparing.curate.pipeline import curate, finish, vacant
+from sparing.curate.pipeline import Fate, curate, finish, vacant
 from sparing.curate.recipe import Recipe
 from sparing.curate.select import Selection, select
 from sparing.data.accounts import in_words
@@ -88,16 +88,21 @@ def data(
                 summary, fate = curate(paths, out, recipe, workers=those, **how, keep_texts=way != "stats")
         except Stopped:
             raise Interrupted(signals.message) from None
-        stages = meter.rows()
-        summary["stages"] = [{"name": row.stage, "seconds": row.wall_s, "usd": row.usd, "kwh": row.kwh} for row in stages]
-        summary["seconds"] = sum(row.wall_s for row in stages)
-        try:
-            write_card(folder / "card.html", Path(out).name, summary, fate, stages)
-        except UserError as error:  # plotly is an extra
-            say(f"without a data card: {error}")
-        finish(folder, summary)
+        complete(folder, Path(out).name, summary, fate, meter)
     say(in_words(summary["documents"]))
     return summary | {"out": out}
+
+
+def complete(folder: Path, name: str, summary: dict, fate: Fate, meter: Meter) -> None:
+    """Add to the summary what its stages took, write the data card, and mark the folder as a whole corpus. name: for the card."""
+    stages = meter.rows()
+    summary["stages"] = [{"name": row.stage, "seconds": row.wall_s, "tokens": row.tokens, "usd": row.usd, "kwh": row.kwh} for row in stages]
+    summary["seconds"] = sum(row.wall_s for row in stages)
+    try:
+        write_card(folder / "card.html", name, summary, fate, stages)
+    except UserError as error:  # plotly is an extra
+        say(f"without a data card: {error}")
+    finish(folder, summary)
 
 
 @contextmanager

@@ -31,13 +31,12 @@ from sparing.base.preempt import Interrupted, Preempt
 from sparing.base.run import RunFolder, folder_lock
 from sparing.budget.units import parse_budget
 from sparing.curate import posed, questions, rewrites
-from sparing.curate.card import write_card
 from sparing.curate.duplicates import find_duplicates
-from sparing.curate.entry import leaving_nothing
+from sparing.curate.entry import complete, leaving_nothing
 from sparing.curate.making import How, Leaks, Made, Piece, Steps, cut, made_of
 from sparing.curate.minhash import DuplicateSettings
 from sparing.curate.parts import Stop, open_table, part_file, write_table
-from sparing.curate.pipeline import QUARANTINE, WORK, Fate, Row, finish, rows, summary_of, vacant, write_rows
+from sparing.curate.pipeline import QUARANTINE, WORK, Fate, Row, rows, summary_of, vacant, write_rows
 from sparing.curate.synth import FORMS
 from sparing.curate.teachers import Asking, Kept, Teacher, teacher_of
 from sparing.data.accounts import in_words
@@ -160,16 +159,7 @@ def taught(wanted: Wanted, out: str, teacher: str | None, started: float | None 
             raise Interrupted(signals.message) from None
         finally:
             asked_of.close()
-        stages = meter.rows()
-        summary["stages"] = [
-            {"name": row.stage, "seconds": row.wall_s, "tokens": row.tokens, "usd": row.usd, "kwh": row.kwh} for row in stages
-        ]
-        summary["seconds"] = sum(row.wall_s for row in stages)
-        try:
-            write_card(folder / "card.html", Path(out).name, summary, fate, stages)
-        except UserError as error:  # plotly is an extra
-            say(f"without a data card: {error}")
-        finish(folder, summary)
+        complete(folder, Path(out).name, summary, fate, meter)
     asked = summary["asked"]
     say(
         f"{asked['questions']:,} questions to {asked_of.facts['teacher']}: {asked['tokens_asked']:,} tokens asked, "
