@@ -59,7 +59,7 @@ def test_without_an_address_a_cluster_is_started_here_and_ended(corpus, tmp_path
 @needs_ray
 def test_a_cluster_of_two_processes_writes_the_same_bytes(cluster, corpus, tmp_path, monkeypatch, capsys):  # noqa: F811
     """All three stages: rules, with a list of the user's; repeated lines; signatures."""
-    monkeypatch.setattr(parts, "PART_DOCUMENTS", 8)
+    monkeypatch.setattr(parts, "PART_DOCUMENTS", 24)
     (tmp_path / "words.txt").write_text("harbour voice\ncandle the\nuncle forest\nriver bell\n")
     (tmp_path / "rules.toml").write_text(RULES.format(words=tmp_path / "words.txt"))
     how = {"rules": str(tmp_path / "rules.toml"), "workers": 1}

@@ -156,6 +156,7 @@ def test_a_parser_that_crashes_or_hangs_costs_a_document(monkeypatch, tmp_path):
         with pytest.raises(apart.Unreadable, match=reason):
             apart.parse("crashing", raw, {})
         assert apart.parse("crashing", b"print", {}) == ("print", {})
+    monkeypatch.setattr(apart, "WALL_S", 4.0)  # the process has started
     with pytest.raises(apart.Unreadable, match=r"more than \d+ s|killed"):
         apart.parse("crashing", b"hang", {})
     apart.end()

@@ -201,12 +201,13 @@ def test_refused_in_one_line(place, run, tmp_path, capsys):
 
 def test_a_plan_counts_it(place):
     """Where there is a sample, and the budget does not train on all of the pool."""
-    pool = {"data": of(place)["data"]}
-    found = planning.plan(data=[str(place / "pool.jsonl")], budget="20ktok", wishes=SMALL | pool)
-    assert found["stages"]["select"]["time_s"]["value"] > 1
-    plain = {"data": {"text_key": "body"}}
-    assert "select" not in planning.plan(data=[str(place / "pool.jsonl")], budget="20ktok", wishes=SMALL | plain)["stages"]
-    assert "select" not in planning.plan(data=[str(place / "pool.jsonl")], budget="20Mtok", wishes=SMALL | pool)["stages"]
+    pool, plain = {"data": of(place)["data"]}, {"data": {"text_key": "body"}}
+
+    def stages(budget: str, more: dict) -> dict:
+        return planning.plan(data=[str(place / "pool.jsonl")], budget=budget, machine="4090", wishes=SMALL | more)["stages"]
+
+    assert stages("20ktok", pool)["select"]["time_s"]["value"] > 1
+    assert "select" not in stages("20ktok", plain) and "select" not in stages("20Mtok", pool)
 
 
 def test_a_plan_in_time_pays_for_it(tmp_path):
