@@ -118,8 +118,12 @@ def test_rules_of_a_file(corpus, tmp_path):
 
 def test_dedup_alone(corpus, tmp_path, capsys):
     assert main(["data", "dedup", str(corpus), "--out", str(tmp_path / "out"), "--workers", "1", "--json"]) == 0
-    summary = json.loads(capsys.readouterr().out)
+    printed = capsys.readouterr()
+    summary = json.loads(printed.out)
     assert summary["documents"] == {"in": 55, "out": 50, "rejected": 3, "quarantined": 2}
+    for reason, count in summary["quarantined"].items():
+        assert f"{reason} ({count})" in printed.err, "why, without opening a file"
+    assert f"each with its place in {tmp_path / 'out' / 'quarantine.jsonl'}" in printed.err
 
 
 def test_repeated_lines_are_taken_out(tmp_path):

@@ -16,7 +16,7 @@ from sparing.base.preempt import Interrupted, Preempt
 from sparing.base.run import RunFolder, folder_lock
 from sparing.curate.card import write_card
 from sparing.curate.parts import Engine
-from sparing.curate.pipeline import Fate, curate, finish, vacant
+from sparing.curate.pipeline import QUARANTINE, Fate, curate, finish, vacant
 from sparing.curate.recipe import Recipe
 from sparing.curate.select import Selection, select
 from sparing.data.accounts import in_words
@@ -103,6 +103,9 @@ def complete(folder: Path, name: str, summary: dict, fate: Fate, meter: Meter) -
     except UserError as error:  # plotly is an extra
         say(f"without a data card: {error}")
     finish(folder, summary)
+    if reasons := summary["quarantined"]:
+        counted = ", ".join(f"{reason} ({count:,})" for reason, count in reasons.items())
+        say(f"quarantined: {counted}; each with its place in {folder / QUARANTINE}")
 
 
 @contextmanager
