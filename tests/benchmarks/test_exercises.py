@@ -5,7 +5,7 @@ import random
 
 from benchmarks.exercises import FORM, Exercises, beside, in_lines, table
 from sparing.adapt.rewards import Problem, verify
-from sparing.curate.exercises import words
+from sparing.curate.word_problems import words
 
 LONG = "Anna has 12 red apples and 30 green ones in the cellar, and Ben brings her 7 more on every day of the week."
 

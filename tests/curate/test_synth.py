@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from collections import Counter
 from itertools import pairwise, permutations, product
 from statistics import mean
 
@@ -13,8 +14,10 @@ import pytest
 from sparing.adapt.rewards import load_task, verify
 from sparing.base.config import UserError
 from sparing.cli.main import main
-from sparing.curate.exercises import DIFFICULTIES
+from sparing.curate.exercises import DIFFICULTIES, NAMES
+from sparing.curate.relations import ENDS, OPENINGS
 from sparing.curate.synth import KINDS, make, synth
+from sparing.curate.worlds import WORLDS
 from sparing.data.chats import chats
 from sparing.evals.contained import uncontained
 from sparing.evals.verifiers import Problem
@@ -67,14 +70,73 @@ def test_each_step_of_a_calculation_is_right(kind, difficulty):
             assert eval(left) == int(right), exercise.worked
 
 
+OPERATIONS = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__, "/": lambda a, b: a // b if a % b == 0 else None}
+IN_WORDS = {"twice": "2", "half": "2", "a third": "3", "a quarter": "4", "a fifth": "5"}
+
+
 @pytest.mark.parametrize("difficulty", DIFFICULTIES)
-def test_a_word_problem_has_the_operations_and_the_number_too_many_of_its_difficulty(difficulty):
-    for exercise in made("words", difficulty):
-        assert exercise.worked.count("=") == (1, 2, 3, 5, 8)[difficulty - 1]
-        needed = sorted(re.findall(r"\d+", exercise.subject))
-        told = re.sub("half|a third|a quarter|a fifth", lambda part: {"h": "1/2", "t": "1/3", "q": "1/4", "f": "1/5"}[
-            part[0].removeprefix("a ")[0]], exercise.question)  # fmt: skip
-        assert len(re.findall(r"\d+", told)) == len(needed) + (difficulty >= 4), exercise
+def test_a_word_problem_has_the_operations_of_its_difficulty_and_sometimes_a_number_too_many(difficulty):
+    beside, count = 0, 1000
+    for exercise in made("words", difficulty, count):
+        steps = re.findall(r"(\d+) ([-+*/]) (\d+) = (\d+) [a-z]+", exercise.worked)
+        assert len(steps) == exercise.worked.count("=") == (1, 2, 3, 5, 8)[difficulty - 1]
+        assert all(OPERATIONS[sign](int(a), int(b)) == int(result) for a, sign, b, result in steps), exercise
+        assert steps[-1][-1] == exercise.answer == exercise.worked.partition("</think>")[2]
+        question = re.sub(r"\b(twice|half|a (third|quarter|fifth))\b", lambda part: IN_WORDS[part[0]], exercise.question)
+        told = Counter(re.findall(r"\d+", question))
+        needed = Counter(re.findall(r"\d+", exercise.subject.replace("1/", "")))
+        assert needed <= told and told.total() - needed.total() in (0, 1), exercise
+        beside += told.total() - needed.total()
+        known = needed + Counter(result for *_, result in steps)
+        assert all(known[number] for a, _, b, _ in steps for number in (a, b)) or "remainder" in exercise.subject, exercise
+    assert 0.27 < beside / count < 0.4
+
+
+@pytest.mark.parametrize("difficulty", DIFFICULTIES)
+def test_a_word_problem_is_a_text_without_gaps_or_wrong_plurals(difficulty):
+    for exercise in made("words", difficulty, 1000):
+        assert not re.search(r"[{}\[\]|_]|  | [.,?]|\b[01] [a-z]+s\b", exercise.question + exercise.worked), exercise
+        assert re.fullmatch(r"[A-Z][^?]*\?", exercise.question) and all(
+            sentence[0].isupper() or sentence[0].isdigit() for sentence in re.split(r"(?<=\.) ", exercise.question)
+        )
+        last: set[str] = set()
+        for sentence in re.split(r"(?<=[.?]) ", exercise.question):
+            names = set(re.findall(r"\w+", sentence)) & set(NAMES)
+            if re.search(r"\b(s?he)\b", sentence, re.IGNORECASE):
+                assert len(last) == 1, exercise  # whom else it could mean
+                names |= last
+            last = names or last
+
+
+def test_word_problems_are_of_all_kinds():
+    asked = Counter()
+    for exercise in made("words", 1, 3000):
+        asked.update({kind for kind, question in ASKS.items() if re.search(question, exercise.question)})
+    assert asked.keys() == ASKS.keys() and min(asked.values()) >= 5, asked
+    labels = " ".join(exercise.subject for difficulty in (1, 2, 3) for exercise in made("words", difficulty, 600))
+    assert not [one for one in (*OPENINGS, *ENDS, *(world.label for world in WORLDS)) if one not in labels]
+
+
+ASKS = {
+    "result unknown": r"(find|buy|get|lose|sell|give)s? .* have now\?|are( there)?.* now\b.*\?",
+    "change unknown": r"some .*Now .*\d+.*How many",
+    "start unknown": r"ha[sd] some .*(at first|at the start)\?",
+    "whole unknown": r"\d+ (\w+) \w+ and also \d+ (?!\1)\w+ \w+\. ",
+    "part unknown": r"\d+ of (them|.*) (are|were) .*(others|rest)",
+    "difference unknown": r"How many (more|fewer) \w+ (do|did|does|are|were) .* than",
+    "compared unknown": r"(\w+) ha[sd] \d+ (more|fewer) .* than \w+\. .*How many \w+ (does|did) \1 have\?",
+    "referent unknown": r"ha[sd] \d+ (more|fewer) .* than (\w+)\. .*How many \w+ (does|did) \2 have\?",
+    "equalise": r"need.* as many as|to have as many .* how many more",
+    "product": r"\d+ (bags|boxes|jars) with \d+ \w+ in each",
+    "size of a group": r"into \d+ \w+, the same number",
+    "number of groups": r"into \w+, \d+ into each",
+    "multiple": r"(times|twice) as many .* as .*\. .*How many \w+ ",
+    "ratio": r"How many times as many",
+    "rate": r"a day for \d+ days",
+    "price": r"for \d+ dollars each",
+    "change from a note": r"gave the cashier",
+    "rows": r"\d+ rows of \d+",
+}
 
 
 def test_a_countdown_has_one_number_more_than_its_difficulty():

@@ -16,9 +16,10 @@ from sparing.base.files import atomic_file, output_file, output_folder
 from sparing.base.messages import say
 from sparing.curate.contamination import Contamination, n_grams
 from sparing.curate.document import Document
-from sparing.curate.exercises import DIFFICULTIES, Exercise, countdown, words
+from sparing.curate.exercises import DIFFICULTIES, Exercise, countdown
 from sparing.curate.programs import programs
 from sparing.curate.puzzles import puzzles
+from sparing.curate.word_problems import words
 from sparing.data.accounts import balanced, in_words
 from sparing.data.split import content_hash
 
