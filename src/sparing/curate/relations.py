@@ -46,6 +46,8 @@ class Story:
         self.one, self.two = self.world.things[self.things]
         others = [thing for thing in self.world.things if thing != self.things]
         self.seconds = rng.choice(others) if others and not self.world.places else ""
+        if self.seconds and rng.random() < 0.3:  # the story is of one kind of a thing, beside the other kind
+            (self.things, self.seconds), self.one, self.two = (self.one, self.two), "", ""
         self.past = not self.world.has[0] or rng.random() < 0.6
         self.changed = False
         """Then the past is told, and what holds now."""
@@ -88,8 +90,6 @@ class Story:
         """Add a sentence of the world's, or the sentence itself."""
         past, who, place = self.past and not self.changed, who or self.who, self.world.at
         text = self.rng.choice(self.world.say[sentence]) if sentence in self.world.say else sentence
-        if self.things == "dollars" and fields.get("n") == "some":
-            text = text.replace("{things}", "money")
         text = re.sub(r"\[([^]|]*)\|([^]]*)\]", r"\2" if self.past else r"\1", text)
         after = bool(self.told) and self.told[-1][0].startswith("now ")
         fields = {
@@ -99,7 +99,8 @@ class Story:
             "do": "did" if past else "do", "are": "were" if past else "are", "wants": "wanted" if past else "wants", "verb": verb,
             "now": " now" if self.changed else "", "since": "now " if self.changed else "", "tail": tail, "extra": "", **fields,
         }  # fmt: skip
-        self.told.append((text.format(**fields), who))
+        told = re.sub(r"some (more )?dollars", r"some \1money", text.format(**fields))
+        self.told.append((told, who))
 
     def becomes(self, who: str, a: int, sign: str, b: int, unit: str = "") -> bool:
         """One step; the amount of `who` is its result. -> Whether that is an amount that a story can have."""
@@ -151,7 +152,7 @@ def _groups_and_more(story: Story) -> bool:
 
 def _boxes_of(story: Story) -> bool:
     k, j, m = story.factor(), story.factor(), story.factor()
-    story.say("{who} {has} {k} boxes. In each of them {are} {j} bags with {m} {things} each.", k=k, j=j, m=m)
+    story.say("{who} {has} {k} crates. In each of them {are} {j} bags with {m} {things} each.", k=k, j=j, m=m)
     story.grouped.add(story.who)
     story.subject.append(f"{k} {j} {m}")
     return story.world.label == "has" and story.becomes(story.who, k, "*", j, "bags") and story.becomes(story.who, k * j, "*", m)
@@ -216,7 +217,7 @@ def _happens(story: Story, who: str, n: int | str) -> str:
 
 
 def _change(story: Story) -> bool:
-    n = story.number()
+    n = story.rng.randint(LEAST, min(story.size, max(LEAST, story.amount - LEAST)))
     sign = _happens(story, story.who, n)
     story.subject.append(f"change {sign}{n}")
     return bool(sign) and story.becomes(story.who, story.amount, sign, n)
@@ -352,7 +353,15 @@ def _sold(story: Story) -> bool:
 def _note(story: Story) -> bool:
     notes = [note for note in NOTES if note > story.amount + LEAST]
     note = notes[0] if notes else 0
-    story.say("{name} gave the cashier {n} dollars. How many dollars did {who} get back?", n=note)
+    story.say(
+        story.rng.choice(
+            (
+                "{who} paid with {n} dollars. How many dollars did {who} get back?",
+                "{who} had taken {n} dollars along. How many dollars did {who} have left?",
+            )
+        ),
+        n=note,
+    )
     story.subject.append(f"{note}")
     return story.becomes(story.who, note, "-", story.amount)
 
@@ -381,11 +390,12 @@ LINKS: dict[str, tuple[int, Part]] = {
     "compare": (1, _compare), "referent": (1, _referent), "times": (1, _times), "change": (1, _change), "together": (1, _together),
     "more groups": (2, _more_groups),
 }  # fmt: skip
-ENDS: dict[str, tuple[int, Part]] = {
-    "total": (1, _total), "difference": (1, _difference), "ratio": (1, _ratio), "change unknown": (1, _change_unknown),
-    "start unknown": (1, _start_unknown), "part unknown": (1, _part_unknown), "equal groups": (1, _equal_groups), "sold": (1, _sold),
-    "note": (1, _note), "two things": (1, _two_things), "remainder": (2, _remainder),
+ENDS: dict[str, tuple[int, Part, int]] = {
+    "total": (1, _total, 2), "difference": (1, _difference, 3), "ratio": (1, _ratio, 1), "change unknown": (1, _change_unknown, 2),
+    "start unknown": (1, _start_unknown, 2), "part unknown": (1, _part_unknown, 2), "equal groups": (1, _equal_groups, 3),
+    "sold": (1, _sold, 1), "note": (1, _note, 1), "two things": (1, _two_things, 3), "remainder": (2, _remainder, 1),
 }  # fmt: skip
+"""Operations, what asks, and how often it is chosen."""
 OWN_ENDS = ("remainder", "sold", "note", "two things")
 """That need a world for them."""
 TRIES = 200
@@ -395,7 +405,8 @@ def relations(rng: random.Random, difficulty: int) -> Exercise:
     """A story of amounts that are related, and a question for one of them. Answer: the number."""
     count, size = OPERATIONS[difficulty - 1], SIZES[difficulty - 1]
     while True:
-        end = rng.choice([name for name, (operations, _) in ENDS.items() if operations <= count]) if rng.random() < 0.5 else ""
+        ends = [name for name, (operations, _, weight) in ENDS.items() if operations <= count for _ in range(weight)]
+        end = rng.choice(ends) if rng.random() < 0.6 else ""
         left = count - (ENDS[end][0] if end else 0)
         opening = rng.choice(["state", *(name for name, (operations, _) in OPENINGS.items() if operations <= left)])
         for _ in range(TRIES):

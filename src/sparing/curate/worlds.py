@@ -151,7 +151,7 @@ WORLDS = (
         groups=(
             *map(_hold, ("bags", "boxes", "jars")),
             Groups(
-                "{who} [lays|laid] out {k} rows of {m} {things}.",
+                "{who} {has} {k} rows of {m} {things}.",
                 "{who} [lays|laid] out all the {things} in {k} equal rows. How many {things} {are} in each row?",
                 "{who} [lays|laid] out all the {things} in rows of {m}. How many rows {are} there?",
                 "rows",
@@ -176,14 +176,14 @@ WORLDS = (
         weight=2,
     ),
     World(
-        "paid",
+        "spent",
         {"dollars": ("", "")},
-        ("", "paid", "pay"),
+        ("", "spent", "spend"),
         groups=tuple(
             Groups(
                 f"{{who}} bought {{k}} {goods} for {{m}} dollars each.",
-                f"{{name}} bought {{k}} {goods} for that, which all cost the same. How many dollars did one of the {goods} cost?",
-                f"{{name}} bought only {goods}, for {{m}} dollars each. How many {goods} did {{who}} buy?",
+                f"{{who}} bought {{k}} {goods} for that, which all cost the same. How many dollars did one of the {goods} cost?",
+                f"{{who}} bought only {goods}, for {{m}} dollars each. How many {goods} did {{who}} buy?",
                 goods,
                 rest=" and a bag for {n} dollars.",
             )
@@ -198,8 +198,8 @@ WORLDS = (
         groups=(
             Groups(
                 "{who} picked {k} baskets of {m} {things} each.",
-                "{name} filled {k} baskets, with the same number in each. How many {things} were in each basket?",
-                "{name} put {m} {things} into each basket. How many baskets did {who} fill?",
+                "{who} filled {k} baskets, with the same number in each. How many {things} were in each basket?",
+                "{who} put {m} {things} into each basket. How many baskets did {who} fill?",
                 "baskets",
             ),
         ),
@@ -212,8 +212,8 @@ WORLDS = (
         groups=(
             Groups(
                 "{who} read {m} pages a day for {k} days.",
-                "{name} took {k} days and read the same number of pages on each. How many pages did {who} read a day?",
-                "{name} read {m} pages a day. How many days did that take?",
+                "{who} took {k} days and read the same number of pages on each. How many pages did {who} read a day?",
+                "{who} read {m} pages a day. How many days did that take?",
                 "days",
             ),
         ),
@@ -225,8 +225,8 @@ WORLDS = (
         groups=(
             Groups(
                 "{who} scored {m} points in each of {k} games.",
-                "{name} played {k} games and scored the same number of points in each. How many points did {who} score in a game?",
-                "{name} scored {m} points in each game. How many games did {who} play?",
+                "{who} played {k} games and scored the same number of points in each. How many points did {who} score in a game?",
+                "{who} scored {m} points in each game. How many games did {who} play?",
                 "games",
             ),
         ),
@@ -238,8 +238,8 @@ WORLDS = (
         groups=(
             Groups(
                 "{who} baked {k} trays of {m} {things} each.",
-                "{name} used {k} trays, with the same number on each. How many {things} were on each tray?",
-                "{name} had {m} {things} on each tray. How many trays did {who} use?",
+                "{who} used {k} trays, with the same number on each. How many {things} were on each tray?",
+                "{who} had {m} {things} on each tray. How many trays did {who} use?",
                 "trays",
             ),
         ),
@@ -250,7 +250,7 @@ WORLDS = (
         {"passengers": ("adults", "children"), "people": ("women", "men")},
         gain=(("get on", "got on"),),
         lose=(("get off", "got off"),),
-        at="in",
+        at="on",
         places=_places("red blue green white yellow grey black orange", "bus"),
     ),
     World(
