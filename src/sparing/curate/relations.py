@@ -18,7 +18,7 @@ from sparing.data.worked import thought
 
 OPERATIONS = (1, 2, 3, 5, 8)
 """Of a word problem, by difficulty: sums, differences, products and quotients."""
-SIZES = (30, 60, 120, 250, 500)
+SIZES = (99, 99, 150, 250, 500)
 """Largest number that is added or taken away."""
 BESIDE = 1 / 3
 """Share of word problems with one number that does not matter."""
