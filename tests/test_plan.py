@@ -214,10 +214,11 @@ def test_train_writes_its_prediction_first_and_learns_from_the_run(corpus, tmp_p
 
 
 def test_a_budget_in_money_becomes_seconds(corpus, tmp_path):
-    """Two cores at $500 an hour: a dollar lasts seven seconds. So short a run may miss its end by more than the 2 % of a longer one."""
+    """This machine at $500 an hour: a dollar lasts seven seconds. So short a run may miss its end by more than the 2 % of a longer one."""
     home = Path(tmp_path / "home")
     home.mkdir(exist_ok=True)
-    (home / "prices.toml").write_text(f"[price.cpu]\npurchase = {250 * 4 * 0.3 * prices.YEAR_HOURS}\n[machine.cpu]\nwatts_busy = 4.0\n")
+    core = 500 / hardware.machine(with_gpus=False).cores_physical * 4 * 0.3 * prices.YEAR_HOURS
+    (home / "prices.toml").write_text(f"[price.cpu]\npurchase = {core}\n[machine.cpu]\nwatts_busy = 4.0\n")
     small = {"model": {"hidden_size": 64, "num_layers": 2, "num_heads": 2, "vocab_size": 512}, "train": {"seq_len": 64, "batch_size": 4}}
     summary = api.train([corpus], "$1", str(tmp_path / "run"), small, samples=0)
     assert summary["budget"] == "$1" and 0.7 < summary["cost_usd"] < 1.3

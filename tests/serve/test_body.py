@@ -48,6 +48,15 @@ def test_nulls_vanish_and_whole_floats_become_integers():
     assert type(found["seed"]) is int
 
 
+@pytest.mark.parametrize("empty", [None, "", []])
+def test_empty_is_as_absent_and_the_schema_says_so(empty):
+    jsonschema_rs = pytest.importorskip("jsonschema_rs")
+    for model, name in ((Completion, "suffix"), (Chat, "functions")):
+        body = ({"prompt": "a"} if model is Completion else SAY) | {name: empty}
+        assert jsonschema_rs.is_valid(model.model_json_schema(), body) and name not in check(body, model)
+        assert not jsonschema_rs.is_valid(model.model_json_schema(), body | {name: "b"})
+
+
 def test_the_rest_is_as_the_client_sent_it():
     """Templates write messages and tools into the prompt: order, fields of others' and nulls inside a schema are the client's."""
     parameters = {"required": ["a"], "properties": {"a": {"enum": ["x", None]}}, "default": None}

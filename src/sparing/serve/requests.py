@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
 
 from sparing.serve.errors import ApiError, bad
 
@@ -54,7 +54,8 @@ class Object(BaseModel):
     def _as_sent(cls, value: Any, check) -> dict[str, Any]:
         """A plain dict without nulls, in the client's order, because chat templates write messages and tools into the prompt."""
         checked = dict(check(value))
-        return {name: checked.get(name, sent) for name, sent in value.items() if sent is not None}
+        found = {name: checked.get(name, sent) for name, sent in value.items() if sent is not None}
+        return {name: value for name, value in found.items() if value is not None}  # what is empty may mean null
 
 
 def _whole(value: Any) -> Any:
@@ -79,8 +80,9 @@ Name = Annotated[str, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")]
 ModelName = Annotated[str | None, Field(description="the name of the served model; left out, null or empty it means the same")]
 Ignored = Annotated[Any, Field(description="accepted and ignored")]
 Absent = Annotated[
-    None, BeforeValidator(lambda value: None if value in ("", []) else value), Field(description="not supported: empty or null only")
-]
+    None, BeforeValidator(lambda value: None if value in ("", []) else value),
+    WithJsonSchema({"enum": [None, "", []], "description": "not supported: empty or null only"}),
+]  # fmt: skip
 
 
 class Closed(Object):
