@@ -1,9 +1,14 @@
 """What tests in several folders share."""
 
+import os
 import time
+from pathlib import Path
 
 import pytest
 from tests.clock import ManualClock
+
+# Many tests have a home of their own: what is compiled is the same in all of them.
+os.environ.setdefault("SPARING_NATIVE", str(Path(__file__).parent.parent / ".pytest_cache" / "native"))
 
 
 @pytest.fixture

@@ -63,6 +63,7 @@ def start(work, *arguments, home="home") -> subprocess.Popen:
     command = [sys.executable, "-m", "sparing", *map(str, arguments)]
     source = str(Path(sparing.__file__).parent.parent)
     environment = os.environ | {"SPARING_HOME": str(work / home), "OMP_NUM_THREADS": "1", "PYTHONPATH": source}
+    environment["SPARING_NATIVE"] = ""  # under the home, as everywhere but in tests
     return subprocess.Popen(command, env=environment, stdout=-1, stderr=-1, text=True, preexec_fn=as_a_user, cwd=work)
 
 

@@ -24,7 +24,6 @@ from sparing.adapt.teacher import Draws, drawn, same_tokenizer, strata
 from sparing.base.config import UserError
 from sparing.base.config_file import read_config
 from sparing.base.files import file_sha256, read_lines
-from sparing.base.hardware import home
 from sparing.base.layers import SELECTION_BIAS
 from sparing.base.run import RunFolder, read_tensors
 from sparing.budget.flops import train_flops
@@ -63,9 +62,6 @@ dtype = "float32"
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
     root = tmp_path_factory.mktemp("distill")
-    (home() / "native").mkdir(parents=True, exist_ok=True)
-    (root / "home").mkdir()
-    (root / "home/native").symlink_to(home() / "native")  # kernels are compiled once
     (root / "text").mkdir()
     for i in range(40):
         lines = [f"The {word} number {j} of book {i} went to the sea. What is it?" for j, word in enumerate(["cat", "dog", "ship"] * 20)]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sparing.base.hardware import home, machine, save_calibration
+from sparing.base.hardware import machine, save_calibration
 
 
 @pytest.fixture(scope="session")
@@ -25,13 +25,11 @@ def text(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def measured(tmp_path, monkeypatch):
-    """A function: from here on this machine has these measurements, and no others. What is compiled stays compiled."""
+    """A function: from here on this machine has these measurements, and no others."""
 
     def set_home(**values: object) -> None:
-        compiled, path = home() / "native", tmp_path / "home"
-        compiled.mkdir(parents=True, exist_ok=True)
+        path = tmp_path / "home"
         path.mkdir()
-        (path / "native").symlink_to(compiled.absolute())
         monkeypatch.setenv("SPARING_HOME", str(path))
         save_calibration(machine(), values)
 

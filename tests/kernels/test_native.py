@@ -22,12 +22,13 @@ practise(trainer_of(Config(model=model, train=TrainConfig(batch_size=2, seq_len=
 
 
 def test_full_precision_builds_nothing_for_few_bits(tmp_path):
-    subprocess.run([sys.executable, "-c", STEP], check=True, env=dict(os.environ, SPARING_HOME=str(tmp_path)))
+    subprocess.run([sys.executable, "-c", STEP], check=True, env=dict(os.environ, SPARING_HOME=str(tmp_path), SPARING_NATIVE=""))
     assert [path.name.split("-")[0] for path in (tmp_path / "native").glob("*.so")] == ["passes"]
 
 
 def test_builds_that_nobody_uses_are_deleted(tmp_path, monkeypatch):
     monkeypatch.setenv("SPARING_HOME", str(tmp_path))
+    monkeypatch.delenv("SPARING_NATIVE")
     folder, days = tmp_path / "native", 86400.0
     folder.mkdir()
     for name, age in (("pool-old", 40), ("pool-used", 20), ("decode-old", 40)):

@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 
 from sparing.base.config import UserError
@@ -32,6 +33,12 @@ SEED = 1234
 """lm-eval's own."""
 MADE_TOKENS = 256
 """Where a task does not say how many."""
+
+
+@cache
+def _manager(defaults: bool) -> TaskManager:
+    """Kept, because it reads the thousands of files of lm-eval's own tasks (`defaults`), which takes seconds."""
+    return TaskManager(include_defaults=defaults)
 
 
 class HarnessModel(TemplateLM):
@@ -119,7 +126,7 @@ def run_tasks(model: TemplateLM, tasks: Sequence[str], limit: int | None = None)
     specs = [task(name, titles[name]) if name in titles else name for name in tasks]
     named = [spec for spec in specs if isinstance(spec, str) and Path(spec).suffix not in (".yaml", ".yml")]
     try:
-        loaded = TaskManager(include_defaults=bool(named)).load(specs)
+        loaded = _manager(bool(named)).load(specs)
     except Exception as error:  # whatever lm-eval, its data sets and the network come up with
         if len(files) == len(specs):
             raise

@@ -80,7 +80,7 @@ def build(stem: str, sources: tuple[str, ...], flags: tuple[str, ...]) -> FilePa
     here = FilePath(__file__).parent
     cpu = [cpu_name(), *sorted(cpu_flags())]
     key = hashlib.sha256("\0".join([compiler, *flags, *cpu, *((here / name).read_text() for name in sources)]).encode()).hexdigest()[:16]
-    target = home() / "native" / f"{stem}-{key}.so"
+    target = FilePath(os.environ.get("SPARING_NATIVE") or home() / "native") / f"{stem}-{key}.so"
     try:
         if target.exists():
             with suppress(OSError):  # another user's
