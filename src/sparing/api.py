@@ -60,6 +60,7 @@ from sparing.interop.imported import Imported, chosen_dtype, save
 from sparing.interop.known_models import known_model, recognised
 from sparing.interop.peft import export_peft, import_peft
 from sparing.job.begin import Job, begin, resolved
+from sparing.job.begin import follow as begin_following
 from sparing.job.corpus import EVAL_TOKENS, text
 from sparing.job.learn import learn
 from sparing.job.start import keep_origin
@@ -440,21 +441,35 @@ def resume(
             raise UserError(f"{run} is made of stages: name the one to train further, sparing resume {folder.path / '2-rl'} --budget +5m")
         return adapt_reason.go(folder, _stages(), started, samples)
     with _leaving_nothing(folder), begin("resume", folder, started, ready=partial(_make_ready, folder, budget, data, text_key)) as job:
-        config = read_config(folder.config_file)
-        if config.growth is not None:
-            return learn(job, config, samples, **adapt_grow.WAY)
-        if config.distill is not None:
-            return learn(job, config, samples, **_taught(config))
-        if config.drafts is not None:
-            return _with_drafts(job, config, samples)
-        if config.use is not None:
-            return adapt_from_use.go(job, config, samples)
-        if config.grpo is not None:
-            return adapt_grpo.learn(job, config, samples)
-        if config.dpo is not None:
-            return learn(job, config, samples, data=adapt_dpo.data, objective=adapt_dpo.Preference(config.dpo))
-        limit = None if config.esft is None else adapt_esft.limit
-        return learn(job, config, samples, data=text if config.chats is None else adapt_sft.data, limit=limit)
+        return _go_on(job, samples)
+
+
+def follow(run: str, started: float | None = None) -> None:
+    """Train with rank 0, which makes or resumes the run `run`, as another rank of the same torchrun: in its steps alone. Writes nothing.
+
+    Raises Interrupted on a signal (rank 0 has saved the run by then)."""
+    with begin_following("follow", RunFolder(run), started) as job:
+        if job is not None:
+            _go_on(job, 0)
+
+
+def _go_on(job: Job, samples: int) -> dict:
+    """Train a run that is prepared, in whatever way its configuration says."""
+    config = read_config(job.run.config_file)
+    if config.growth is not None:
+        return learn(job, config, samples, **adapt_grow.WAY)
+    if config.distill is not None:
+        return learn(job, config, samples, **_taught(config))
+    if config.drafts is not None:
+        return _with_drafts(job, config, samples)
+    if config.use is not None:
+        return adapt_from_use.go(job, config, samples)
+    if config.grpo is not None:
+        return adapt_grpo.learn(job, config, samples)
+    if config.dpo is not None:
+        return learn(job, config, samples, data=adapt_dpo.data, objective=adapt_dpo.Preference(config.dpo))
+    limit = None if config.esft is None else adapt_esft.limit
+    return learn(job, config, samples, data=text if config.chats is None else adapt_sft.data, limit=limit)
 
 
 def _make_ready(run: RunFolder, budget: str | None, paths: Sequence[str], text_key: str | None) -> None:

@@ -170,8 +170,11 @@ def _shape_of(
     return model, moe
 
 
-def resolve(wishes: Wishes, budget: Budget, machine: Machine, facts: CorpusFacts, speed: Callable[[Config], float]) -> Resolved:
-    """Derive what `wishes` leaves open. speed: tokens per second that the device will train a configuration at (`planning.places.Place`).
+def resolve(
+    wishes: Wishes, budget: Budget, machine: Machine, facts: CorpusFacts, speed: Callable[[Config], float], ranks: int = 1
+) -> Resolved:
+    """Derive what `wishes` leaves open. machine: of each rank. speed: tokens per second that all ranks together will train a configuration
+    at (`planning.places.Place`).
 
     Raises UserError where the budget cannot work, and for wishes that contradict each other.
     """
@@ -231,6 +234,12 @@ def resolve(wishes: Wishes, budget: Budget, machine: Machine, facts: CorpusFacts
         train = replace(train, batch_size=max(1, batch_tokens // seq_len))
         reasons["train.batch_size"] = f"{batch_tokens} tokens: small budgets want many small steps"
     step_tokens = train.batch_size * seq_len
+    if train.batch_size % ranks and not wishes.sets("train.batch_size"):
+        train = replace(train, batch_size=-(-train.batch_size // ranks) * ranks)
+        reasons["train.batch_size"] += f"; as many rows for each of {ranks} ranks"
+        step_tokens = train.batch_size * seq_len
+    if train.batch_size < ranks:
+        raise UserError(f"train.batch_size {train.batch_size}: {ranks} ranks need a row each; nearest: {ranks}, or fewer ranks")
     if budget.unit in ("tok", "flop") and tokens < step_tokens:
         least = Budget(step_tokens if budget.unit == "tok" else float(f"{1.05 * budget.amount / tokens * step_tokens:.1e}"), budget.unit)
         raise UserError(f"budget {format_budget(budget)} is less than one batch; nearest that works: {format_budget(least)}")

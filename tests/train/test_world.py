@@ -8,35 +8,21 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 import torch.distributed as dist
 from tiny import MODEL, Counting, config, fit, held_out, new_run, steps
 
 from sparing.base.files import read_lines
 from sparing.base.preempt import Interrupted, Preempt
+from sparing.base.rank import Rank
 from sparing.base.run import RunFolder
 from sparing.model.init import init_weights
 from sparing.model.transformer import Transformer
+from sparing.parallel.ranks import Ranks
 from sparing.train.objective import NextToken
 from sparing.train.pace import Clock
 from sparing.train.trainer import Session, Trainer
 
 STEPS, STOPPED_AFTER = 12, 5
-
-
-class Gloo:
-    def __init__(self, folder: str, rank: int):
-        dist.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=2)
-        self.rank, self.size = rank, 2
-
-    def agree(self, values):
-        tensor = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(tensor, dist.ReduceOp.MAX)
-        return tensor.tolist()
-
-    def sum(self, tensors):
-        for tensor in tensors:
-            dist.all_reduce(tensor)
 
 
 class Halves(Counting):
@@ -53,7 +39,7 @@ class Halves(Counting):
 def work(folder: str, rank: int, stop_at: int | None) -> None:
     """One rank, in a folder of its own but for the files that only rank 0 may write."""
     chosen, run, opened = config(steps(STEPS), sequence_balance=0.01), RunFolder.open(Path(folder, "run")), []
-    world = Gloo(folder, rank)
+    world = Ranks(Rank(rank, 2, rank, 2), dist.FileStore(f"{folder}/ranks", 2))
     model = Transformer(MODEL)
     init_weights(model, chosen.train.seed)
     sys.addaudithook(lambda name, found: name == "open" and set(str(found[1])) & set("wax+") and opened.append(str(found[0])))

@@ -17,6 +17,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from typing import Protocol
 
 from sparing.account.history import TRAINING, books, entries_of
 from sparing.account.ledger import Entry, complain
@@ -34,11 +35,25 @@ RELOAD_S = 5.0
 """Between looks at the price file."""
 
 
-def metered(verb: str, run: RunFolder | None = None, first: str = "setup", started: float | None = None) -> Meter:
+def metered(
+    verb: str, run: RunFolder | None = None, first: str = "setup", started: float | None = None, others: Others | None = None
+) -> Meter:
     """A meter on this machine, to be entered. Raises UserError for a price file that cannot be used."""
     from sparing.kernels.formats import this_machine  # loads torch, which a plan or a receipt does without
 
-    return Meter(verb, this_machine(), run, first=first, started=started, say=say)
+    return Meter(verb, this_machine(), run, first=first, started=started, say=say, others=others)
+
+
+class Others(Protocol):
+    """The other ranks of a job: each meters its own share of its host, and rank 0 keeps the ledgers."""
+
+    rank: int
+
+    def send_rows(self, rows: list[dict]) -> None:
+        """Hand rank 0 what this one has used so far."""
+
+    def rows_of_others(self) -> list[dict]:
+        """What the others have handed over."""
 
 
 class NoMeter:
@@ -74,12 +89,15 @@ class Meter(NoMeter):
         first: str = "setup",
         started: float | None = None,
         say: Callable[[str], None] = complain,
+        others: Others | None = None,
     ):
-        """first: the stage of everything outside other stages. started: `time.monotonic()` when the verb began, if before now.
+        """first: the stage of everything outside other stages. started: `time.monotonic()` when the verb began, if before now. others: that
+        work on the same run.
 
         Raises UserError for a price file that cannot be used.
         """
-        self.verb, self.machine, self.run, self.first, self.say = verb, machine, run, first, say
+        self.verb, self.machine, self.run, self.first, self.say, self.others = verb, machine, run, first, say, others
+        self._others: dict[str, Entry] = {}
         self.devices = max(1, len(machine.gpus))
         self.tariff = Tariff(machine, say)
         self.started = time.monotonic() if started is None else started
@@ -99,7 +117,7 @@ class Meter(NoMeter):
     # the verb's side
 
     def __enter__(self) -> Meter:
-        self._ledgers, self.run_id = books(self.run, self.say)
+        self._ledgers, self.run_id = ([], "") if self.others and self.others.rank else books(self.run, self.say)
         self._clock, self._cpu = time.monotonic(), cpu_seconds()
         self._joules = {}
         self._joules = self._count()
@@ -150,15 +168,15 @@ class Meter(NoMeter):
             self._dirty.add(entry.stage)
 
     def rows(self) -> list[Entry]:
-        """Copies of this attempt's rows, up to now."""
+        """Copies of this attempt's rows, up to now, and of the other ranks'."""
         with self._lock:
             self._look()
-            return [replace(entry) for entry in self._entries.values()]
+            return [replace(entry) for entry in (*self._entries.values(), *self._others.values())]
 
     def earlier(self) -> list[Entry]:
         """Rows of earlier attempts at training this run."""
         rows = entries_of(self.run) if self.run else []
-        return [row for row in rows if row.verb in TRAINING and not row.uid.startswith(self._attempt)]
+        return [row for row in rows if row.verb in TRAINING and not row.uid.startswith(self._attempt) and row.uid not in self._others]
 
     def latest(self) -> tuple[float, float, float]:
         """(`time.monotonic()` of the last sample, US dollars, kWh of this attempt until then)."""
@@ -275,14 +293,23 @@ class Meter(NoMeter):
         self.own_s += time.thread_time() - begun - (self.own_s - own)  # `_look` has counted its part
 
     def _total(self) -> tuple[float, float, float]:
-        """(now, US dollars, kWh) of this attempt."""
-        return self._clock, sum(row.usd for row in self._entries.values()), sum(row.kwh for row in self._entries.values())
+        """(now, US dollars, kWh) of this attempt, of all ranks."""
+        rows = [*self._entries.values(), *self._others.values()]
+        return self._clock, sum(row.usd for row in rows), sum(row.kwh for row in rows)
 
     def _write(self) -> None:
         with self._lock:
             rates = json.dumps(asdict(self.tariff.rates))
             rows = [replace(self._entries[name], rates=rates, energy_how=self.energy_how) for name in self._dirty]
             self._dirty.clear()
+        if self.others and self.others.rank:
+            self.others.send_rows([asdict(replace(entry, wall_s=0.0)) for entry in self._entries.values()])  # rank 0 counts the time
+        elif self.others:
+            with self._lock:
+                folder = str(self.run.path.resolve()) if self.run else ""
+                sent = [replace(Entry(**row), run_id=self.run_id, run=folder, verb=self.verb) for row in self.others.rows_of_others()]
+                rows += [row for row in sent if row != self._others.get(row.uid)]
+                self._others |= {row.uid: row for row in sent}
         for ledger in self._ledgers:
             for row in rows:
                 ledger.put(row)

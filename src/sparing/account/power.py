@@ -17,6 +17,7 @@ import psutil
 
 from sparing.account.prices import Rates
 from sparing.base.hardware import Machine
+from sparing.base.rank import this_rank
 
 POWERCAP = Path("/sys/class/powercap")
 
@@ -42,9 +43,10 @@ class Rapl:
 
     part, name, how = "cpu", "RAPL", "measured"
 
-    def __init__(self, folder: Path = POWERCAP):
-        """Raises OSError where there is no zone, or where only root may read it (kernels since 5.10 on many systems)."""
-        zones = {}
+    def __init__(self, folder: Path = POWERCAP, share: float = 1.0):
+        """share: of what is counted, that is this process's. Raises OSError where there is no zone, or where only root may read it (kernels
+        since 5.10 on many systems)."""
+        self.share, zones = share, {}
         for zone in sorted(folder.glob("intel-rapl:*")):
             name = (zone / "name").read_text().strip()
             if name.startswith("package") or name == "dram":
@@ -64,7 +66,7 @@ class Rapl:
             now = self._read(zone)
             self._total += now - before + (self._rounds[zone] if now < before else 0)  # the counter began anew
             self._last[zone] = now
-        return self._total / 1e6
+        return self.share * self._total / 1e6
 
 
 class Nvml:
@@ -165,7 +167,7 @@ def sources(machine: Machine, rates: Rates, processor: Rates) -> list[Source]:
         except (ImportError, RuntimeError):
             chosen.append(Constant(rates.watts_busy))
     try:
-        chosen.append(Rapl())
+        chosen.append(Rapl(share=1 / this_rank().local_size))
     except (OSError, ValueError):
         chosen.append(PowerModel(processor.watts_idle, processor.watts_busy, machine.cores_physical))
     return chosen

@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -95,6 +95,11 @@ class Rates:
     def per_hour(self) -> float:
         """US dollars of an hour at full power, electricity included."""
         return self.usd_per_hour + self.watts_busy / 1000 * self.pue * self.usd_per_kwh
+
+    def times(self, count: int) -> Rates:
+        """Of so many machines."""
+        more = {name: count * getattr(self, name) for name in ("usd_per_hour", "watts_idle", "watts_busy")}
+        return replace(self, **more)
 
 
 def tables() -> dict[str, dict[str, dict[str, Any]]]:

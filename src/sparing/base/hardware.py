@@ -22,6 +22,7 @@ import psutil
 
 from sparing.base.config import UserError
 from sparing.base.files import write_atomic
+from sparing.base.rank import this_rank
 
 
 @dataclass(frozen=True)
@@ -67,13 +68,14 @@ class Machine:
 
 
 def machine(with_gpus: bool = True) -> Machine:
-    """Look at this machine. Looking for GPUs imports torch."""
+    """Look at this machine; of several ranks on it, at this one's share. Looking for GPUs imports torch."""
+    ranks = this_rank().local_size
     here = Machine(
         os=f"{platform.system()} {platform.release()}",
         cpu=cpu_name(),
-        cores_physical=min(cores(), _physical(_affinity())),
-        cores_logical=cores(),
-        memory_bytes=_memory(),
+        cores_physical=max(1, min(cores(), _physical(_affinity())) // ranks),
+        cores_logical=max(1, cores() // ranks),
+        memory_bytes=_memory() // ranks,
         gpus=gpus() if with_gpus else (),
     )
     return replace(here, formats=load_calibration(here).get("formats", {}))

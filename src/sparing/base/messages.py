@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import sys
 
+from sparing.base.rank import this_rank
+
 
 def say(text: str) -> None:
-    """Print one line."""
-    print(text, file=sys.stderr, flush=True)
+    """Print one line. Of several ranks the first one alone does."""
+    if this_rank().number == 0:
+        print(text, file=sys.stderr, flush=True)

@@ -1,7 +1,8 @@
 """Parses a verb's command line into its dataclass and the overrides behind it. Builds the parser of that verb only.
 
 Own options are the dataclass's fields, parsed by tyro. Overrides are every field of a recipe by its dotted name (`--model.num-layers 8`)
-for verbs whose class says `takes = "recipe"`, and any name at all for `takes = "anything"`. Every mistake is a one-line `UserError`.
+for verbs whose class says `takes = "recipe"`, and any name at all for `takes = "anything"`. With `takes = "command"` all words from the
+first that is no option on are another verb's. Every mistake is a one-line `UserError`.
 """
 
 from __future__ import annotations
@@ -110,7 +111,12 @@ def parse(verb: str, kind: type, argv: list[str]) -> tuple[Any, dict[str, Any]]:
     words: dict[str, list[str]] = {}
     positional: list[str] = []
     wants: str | None = None  # the option that takes the next word
-    for token in argv:
+    for at, token in enumerate(argv):
+        if takes == "command" and wants is None and not token.startswith("-"):
+            positional += argv[at:]
+            break
+        if token[:1] == "-" and "-" + token in own:  # of one letter
+            token = "-" + token
         if token.startswith("--") and not any(char.isspace() for char in token.split("=")[0]):
             name, equals, value = token.partition("=")
             flag = name.replace("_", "-")
@@ -142,7 +148,10 @@ def parse(verb: str, kind: type, argv: list[str]) -> tuple[Any, dict[str, Any]]:
             overrides[dotted[flag]] = parse_text(values, recipe_options()[dotted[flag]][0], flag)
         elif flag not in own:
             overrides[flag[2:].replace("-", "_")] = values if len(values) > 1 else _literal(values[0])
-    return _build(verb, kind, own, positional, {flag: values for flag, values in words.items() if flag in own}), overrides
+    words = {flag: values for flag, values in words.items() if flag in own}
+    if takes == "command":
+        return dataclasses.replace(_build(verb, kind, own, [], words), command=positional), overrides
+    return _build(verb, kind, own, positional, words), overrides
 
 
 def _literal(text: str) -> Any:

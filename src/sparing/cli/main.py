@@ -23,11 +23,13 @@ from typing import Any
 from sparing import __version__
 from sparing.base.config import CannotGoOn, UserError
 from sparing.base.files import is_text
+from sparing.base.messages import say
 from sparing.base.preempt import Preempt
+from sparing.base.rank import RankLost, leave, started_anew, this_rank
 from sparing.cli.arguments import HELP_FLAGS, Call, choose, parse, print_help
 from sparing.cli.output import print_json, show
 from sparing.cli.streams import discard, make_safe
-from sparing.cli.verbs import VERBS
+from sparing.cli.verbs import SHARED, VERBS
 
 INTERRUPTED = 130
 LEARNING = ("train", "sft", "distill", "dpo", "grpo", "grow", "adapt", "reason")
@@ -63,6 +65,7 @@ HELP = f"""Sparing {__version__}: say what you can spend, get the best language 
   sparing export   RUN --format hf|gguf|peft --out PATH                  for Hugging Face transformers, for llama.cpp, for PEFT
   sparing import   FOLDER | FILE.gguf | OWNER/NAME --out RUN             the other way round
   sparing fetch    smollm2-135m --out RUN                                a small open model to begin with
+  sparing launch -n 4 VERB ...                                           train, sft, ... as several processes, on one machine or many
   sparing data stats  PATH... --out FOLDER                               what curate would do with a corpus
   sparing data curate PATH... --out FOLDER [--rules TOML]                judge documents by rules, take duplicates out
   sparing data dedup  PATH... --out FOLDER                               take duplicates out
@@ -96,7 +99,11 @@ def main(argv: list[str] | None = None) -> int:
     if argv is None:
         make_safe()
     status = _run(sys.argv[1:] if argv is None else argv, started)
-    if status == INTERRUPTED and argv is None:
+    if argv is None and this_rank().size > 1:
+        status, interrupted = leave(status), status == INTERRUPTED
+    else:
+        interrupted = status == INTERRUPTED
+    if interrupted and argv is None:
         sys.stderr.flush()
         os._exit(status)  # the interpreter would wait for threads whose products have not come back
     return status
@@ -126,7 +133,7 @@ def _run(argv: list[str], started: float) -> int:
             if not getattr(arguments, "owns_signals", False):
                 around.enter_context(around.enter_context(Preempt(lambda: _way_on(verb, arguments, argv))).interruptible())
             around.enter_context(quiet)
-            result = arguments(call)
+            result = arguments(call) if this_rank().size == 1 else _among(verb, arguments, call)
         if arguments.json and result is not None:
             print_json(result)
         elif result is not None:
@@ -137,6 +144,8 @@ def _run(argv: list[str], started: float) -> int:
         return _complain(str(error), 2)
     except CannotGoOn as error:
         return _complain(str(error), 3)
+    except RankLost as error:
+        return _complain(str(error), 1)
     except KeyboardInterrupt:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)  # we are leaving: a second one must not change the exit status
@@ -152,6 +161,21 @@ def _run(argv: list[str], started: float) -> int:
         return _complain(f"{error.filename or 'standard output'}: {error.strerror}", 2)
 
 
+def _among(verb: str, arguments: Any, call: Call) -> Any:
+    """What a rank of several does: the first one what was asked for, or goes on with it where it was begun; the others follow it."""
+    if verb not in SHARED:
+        raise UserError(f"{verb} is not divided among ranks; verbs that are: {', '.join(SHARED)}")
+    run = arguments.run if verb == "resume" else arguments.out
+    call.need(**{"RUN" if verb == "resume" else "out": run})
+    if this_rank().number:
+        return call.api.follow(run, call.started)
+    if started_anew():
+        say(f"a rank was lost: all are started anew ({started_anew()} of at most {os.environ['TORCHELASTIC_MAX_RESTARTS']} times)")
+    if verb != "resume" and os.path.exists(os.path.join(run, "config.toml")):
+        return call.api.resume(run, started=call.started, samples=arguments.samples)
+    return arguments(call)
+
+
 def _way_on(verb: str | None, arguments: Any, argv: list[str]) -> str:
     run = getattr(arguments, "out" if verb in LEARNING else "run", None)
     begun = verb in (*LEARNING, "resume") and run and os.path.exists(os.path.join(run, "config.toml"))
@@ -165,5 +189,6 @@ def _way_on(verb: str | None, arguments: Any, argv: list[str]) -> str:
 
 def _complain(message: str, status: int) -> int:
     line = re.sub(r"\s*[\r\n]+\s*", " ", message.strip())
-    print(f"sparing: {line}", file=sys.stderr)
+    if status != INTERRUPTED or this_rank().number == 0:
+        print(f"sparing: {line}", file=sys.stderr)
     return status

@@ -824,12 +824,51 @@ class Pack:
         return call.api.pack(self.run, self.domain, self.out)
 
 
+@dataclass
+class Launch:
+    """Run a verb as several processes (ranks) that train one model together, on this machine or on many; start them anew when one dies.
+
+    Where the run exists already, it goes on, so the same command may be given again."""
+
+    takes: ClassVar[str] = "command"
+    owns_signals: ClassVar[bool] = True
+    command: tyro.conf.Positional[list[str]] = field(default_factory=list)
+    """The verb, and its options behind it."""
+    n: int | None = None
+    """Ranks on this machine. Default: one a GPU, else one."""
+    nodes: int = 1
+    """Machines. Each runs the same command; RUN is a folder that all of them see."""
+    meet: str | None = None
+    """HOST:PORT of one of them, where they meet."""
+    restarts: int = 100
+    """How often ranks that died are started anew."""
+    json: ClassVar[bool] = False
+    """The verb's own --json does it."""
+
+    def __call__(self, call: Call) -> None:
+        from sparing.base.hardware import gpus
+        from sparing.cli.arguments import choose, parse
+        from sparing.interop.launch import launch
+
+        call.need(VERB=self.command)
+        verb, words = choose(self.command, VERBS)
+        if verb not in SHARED:
+            raise UserError(f"launch: {verb} is not divided among ranks; verbs that are: {', '.join(SHARED)}")
+        parse(verb, VERBS[verb], words)  # a slip is told once, and before anything starts
+        n = max(1, len(gpus())) if self.n is None else self.n
+        status = launch(self.command, n, self.nodes, self.meet, self.restarts)
+        if status:
+            sys.exit(status)
+
+
 VERBS = {
     "plan": Plan, "train": Train, "sft": Sft, "distill": Distill, "dpo": Dpo, "grpo": Grpo,
     "resume": Resume, "eval": Eval, "generate": Generate,
     "receipt": Receipt, "report": Report, "compare": Compare, "chat": Chat, "merge": Merge, "export": Export, "import": Import,
     "fetch": Fetch, "serve": Serve, "bench": Bench, "grow": Grow, "retire": Retire,
-    "slice": Slice, "pack": Pack, "adapt": Adapt, "rollback": Rollback, "reason": Reason,
+    "slice": Slice, "pack": Pack, "adapt": Adapt, "rollback": Rollback, "reason": Reason, "launch": Launch,
     **{f"data {way}": kind for way, kind in WAYS.items()},
 }  # fmt: skip
 """By name; one of two words is a way of its verb."""
+SHARED = ("train", "sft", "distill", "dpo", "resume")
+"""Verbs whose steps are divided among ranks."""

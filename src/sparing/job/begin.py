@@ -26,6 +26,7 @@ from sparing.budget.units import format_budget
 from sparing.data.progress import Stopped
 from sparing.data.scan import CorpusFacts, load_sample
 from sparing.job.texts import Facts, bind, facts_of, facts_of_own, same_texts, with_absolute_paths
+from sparing.parallel.ranks import GO, STOP, Ranks, ranks
 from sparing.planning.places import MEASURE_S, Given, Place, here, planned_run, selecting, with_vocabulary
 from sparing.planning.plan import foresee
 from sparing.planning.start import SETTLED, with_start
@@ -60,12 +61,30 @@ class Chooser(Protocol):
 
 @dataclass
 class Job:
-    """A verb at work on a run: the folder it holds the lock of, its meter, its signals and its clock."""
+    """A verb at work on a run: the folder it holds the lock of, its meter, its signals and its clock, and the ranks that share the work.
+
+    A rank that is not the first holds no lock, and writes nothing."""
 
     run: RunFolder
     meter: Meter
     signals: Preempt
     clock: Clock
+    ranks: Ranks | None = None
+
+    @property
+    def size(self) -> int:
+        """How many ranks there are."""
+        return 1 if self.ranks is None else self.ranks.size
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is rank 0, or alone."""
+        return self.ranks is None or self.ranks.rank == 0
+
+    def ready(self) -> None:
+        """The run is prepared: the other ranks may join."""
+        if self.ranks is not None and self.leads:
+            self.ranks.release(GO)
 
     @property
     def machine(self) -> Machine:
@@ -73,7 +92,7 @@ class Job:
 
     def lasts(self, budget: Budget) -> float | None:
         """Seconds that a budget lasts at this machine's prices and power; None: it is in tokens or operations."""
-        return in_seconds(budget, self.meter.tariff.rates)
+        return in_seconds(budget, self.meter.tariff.rates.times(self.size))
 
     def cut_short(self, message: str) -> None:
         """Tell the user what a limit in seconds left undone, and keep it for the receipt."""
@@ -102,13 +121,39 @@ def begin(verb: str, run: RunFolder, started: float | None = None, ready: Callab
     started: `time.monotonic()` when the verb began. ready: called under the lock; what it refuses is not metered.
     Raises UserError where another process holds the lock, Interrupted (from inside) on a signal.
     """
-    with run.making():
+    others = ranks()
+    with _leading(others), run.making():
         ready()
-        with metered(verb, run, started=started) as meter, Preempt(f"sparing resume {run}") as signals:
+        with metered(verb, run, started=started, others=others) as meter, Preempt(f"sparing resume {run}") as signals:
             try:
-                yield Job(run, meter, signals, Clock(run, meter.started))
+                yield Job(run, meter, signals, Clock(run, meter.started), others)
+                if others is not None:
+                    others.left()
             except Stopped:
                 raise Interrupted(signals.message) from None
+
+
+@contextmanager
+def _leading(others: Ranks | None) -> Iterator[None]:
+    """Where rank 0 ends before the run is ready, the others end too."""
+    try:
+        yield
+    finally:
+        if others is not None:
+            others.release(STOP)  # after GO nobody looks any more
+
+
+@contextmanager
+def follow(verb: str, run: RunFolder, started: float | None = None) -> Iterator[Job | None]:
+    """The job of a rank that is not the first, once rank 0 has prepared the run; None: it has ended without. Raises Interrupted."""
+    others = ranks()
+    with metered(verb, run, started=started, others=others) as meter, Preempt(f"sparing resume {run}") as signals:
+        go = others.wait(signals.check)
+        try:
+            yield Job(run, meter, signals, Clock(run, meter.started), others) if go else None
+        except Stopped:
+            raise Interrupted(signals.message) from None
+    others.left()
 
 
 def resolved(job: Job, wishes: Wishes, budget: Budget, chooser: Callable[[DataConfig, Stop], Chooser] | None = None) -> Config:
@@ -172,7 +217,7 @@ def chosen(
 def try_out(job: Job, wishes: Wishes, budget: Budget) -> None:
     """Resolve for the checks alone, which hold for any text and any speed. Raises UserError."""
     check_log(wishes.value("train.log", "none"))
-    resolve(wishes, _spends(job, budget), job.machine, Given(SOME_BYTES), lambda _: SOME_SPEED)
+    resolve(wishes, _spends(job, budget), job.machine, Given(SOME_BYTES), lambda _: SOME_SPEED, job.size)
 
 
 def look_at(job: Job, wishes: Wishes, budget: Budget) -> Place:
@@ -183,14 +228,14 @@ def look_at(job: Job, wishes: Wishes, budget: Budget) -> Place:
         if lasts is not None and lasts >= MEASURE_FROM_S:  # before the peak, which that process measures too, in memory of its own
             step_timings(machine, device, min(MEASURE_S, MEASURE_SHARE * lasts), say)
         peak_flops(machine, device if machine.gpus else "cpu", wishes.value("train.dtype"), peak_seconds(lasts), job.cut_short)
-        return here(home_rent(), machine=machine)
+        return replace(here(home_rent(), machine=machine), ranks=job.size)
 
 
 def derive(job: Job, wishes: Wishes, budget: Budget, corpus: Corpus, place: Place, aside: float = 0.0) -> Resolved:
     """What the wishes leave open, for what is left of the budget now. aside: seconds that something else is going to take."""
     lasts = job.lasts(budget)
     left = _spends(job, budget) if lasts is None else Budget(max(0.1, lasts - job.clock.seconds() - aside), "s")
-    config, reasons = resolve(wishes, left, job.machine, corpus, place.tokens_per_second)
+    config, reasons = resolve(wishes, left, job.machine, corpus, place.tokens_per_second, job.size)
     if budget.unit in ("usd", "kwh"):
         reasons["budget.amount"] = f"lasts about {lasts:,.0f} s at the prices and the power of this machine"
     if config.start is not None:

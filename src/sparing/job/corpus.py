@@ -110,7 +110,7 @@ def text(job: Job, config: Config) -> TrainingData:
     data = with_own_tokenizer(run, texts_of(run, config.data))
     with Bars() as bars:
         store = prepare(data, config.model.vocab_size, progress=bars, should_stop=lambda: job.signals.requested)
-    for name in ("tokenizer.json", "quarantine.jsonl"):
+    for name in ("tokenizer.json", "quarantine.jsonl") if job.leads else ():
         if name == "quarantine.jsonl" or not run.tokenizer_file.exists():
             source = store.path
             if name == "quarantine.jsonl" and data.paths != config.data.paths:

@@ -39,6 +39,7 @@ from sparing.train.objective import NextToken, Objective
 from sparing.train.optim import keep_as
 from sparing.train.peak import peak_flops, peak_seconds
 from sparing.train.trainer import Evaluate, Feed, Session, Trainer
+from sparing.train.world import ALONE
 
 CALIBRATION_SHARE = 0.02
 """Of a time budget, for choosing micro-batch, threads and compiler."""
@@ -68,10 +69,12 @@ def learn(
     signal (the run can be resumed), UserError, Diverged.
     """
     run, signals, machine = job.run, job.signals, job.machine
-    keep_origin(run, config)
+    if job.leads:
+        keep_origin(run, config)
     with job.meter.stage("tokenise"):
         material = data(job, config)
-    job.clock.record()
+    if job.leads:
+        job.clock.record()
     signals.check()
     t = config.train
     device = torch.device(t.device or ("cuda" if machine.gpus else "cpu"))
@@ -99,6 +102,7 @@ def learn(
     if config.train.kernels and not native.can(config.train.kernels, dtype):
         instead = next(kernels for kernels in ("vectors", "compiled", "plain") if native.can(kernels, dtype))
         say(f"train.kernels = {config.train.kernels} cannot run here: {instead} ones do, slower and with other last bits")
+    job.ready()
     if samples:
         decode.library()  # is compiled at its first use: seconds, which would be missing at the end
     session = Session(
@@ -115,9 +119,11 @@ def learn(
         spent_flops=material.spent_flops(),
     )
     with job.meter.stage("train"):
-        trainer = Trainer(model, material.feed, objective or NextToken.of(config), config=config)
+        trainer = Trainer(model, material.feed, objective or NextToken.of(config), job.ranks or ALONE, config=config)
         evaluate = material.scorer(config, signals.should_stop)
         result = trainer.fit(session, evaluate if config.start is None else _telling(job, evaluate))
+    if not job.leads:
+        return {}
     if settle is not None:
         trainer.replicas.train(False)
         with job.meter.stage("evaluate"), signals.interruptible():
@@ -138,13 +144,16 @@ def _calibrated(job: Job, config: Config, model: Transformer, feed: Feed, peak: 
     lasts = job.lasts(config.budget)
     seconds = CALIBRATION_S if lasts is None else CALIBRATION_SHARE * lasts
     reasons, started = {}, time.monotonic()
+    batch = feed.batch(0, 0, job.size)  # what a rank computes
+    mine = replace(config, train=replace(t, batch_size=len(batch)))
     if open_:
         ways_out = {"check": job.signals.check, "say": say, "cut_short": job.cut_short}
-        train_config, reasons = choose(model, config, job.machine, feed.batch(0), seconds, peak, **ways_out)
-        config = replace(config, train=train_config)
+        chosen, reasons = choose(model, mine, job.machine, batch, seconds, peak, **ways_out)
+        mine = replace(mine, train=chosen)
+        config = replace(config, train=replace(chosen, batch_size=t.batch_size))
     if auto:
         left = seconds - (time.monotonic() - started)
-        precision, reasons["precision.linear"] = choose_products(model, config, feed.batch(0), left, job.cut_short)
+        precision, reasons["precision.linear"] = choose_products(model, mine, batch, left, job.cut_short)
         config = replace(config, precision=precision)
     if config.train.kernels is None:
         kernels, reasons["train.kernels"] = fitting(t.replicas or 1, t.threads, model.device.type, t.dtype, config.model)

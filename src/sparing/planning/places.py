@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
-from sparing.account.prices import Rent, device, device_of, rates_for
+from sparing.account.prices import Rates, Rent, device, device_of, rates_for
 from sparing.base import hardware
 from sparing.base.config import Budget, Config, UserError
 from sparing.base.config_file import Wishes
@@ -50,13 +50,24 @@ class Place:
     step: StepModel | None
     """Timed steps; None: a machine that is not here."""
     peak_flops: float
+    ranks: int = 1
+    """As many of these work together, each on its rows of a batch."""
+
+    @property
+    def rates(self) -> Rates:
+        """Of all ranks."""
+        return rates_for(self.machine, self.name, self.country, self.rent).times(self.ranks)
 
     @property
     def memory_limit(self) -> float:
         return self.machine.gpus[0].memory_bytes * 0.95 if self.machine.gpus else self.machine.memory_bytes * 0.95
 
     def speed(self, config: Config) -> Estimate:
-        """Tokens per second; replicas left open: one a core."""
+        """Tokens per second of all ranks; replicas left open: one a core."""
+        if self.ranks > 1:
+            rows = max(1, config.train.batch_size // self.ranks)
+            alone = replace(self, ranks=1).speed(replace(config, train=replace(config.train, batch_size=rows)))
+            return alone.times(self.ranks)
         if config.train.replicas is None and config.train.device == "cpu":
             replicas = min(config.train.threads or self.machine.cores_physical, config.train.batch_size)
             config = replace(config, train=replace(config.train, replicas=replicas))
@@ -131,13 +142,12 @@ def with_vocabulary(wishes: Wishes) -> Wishes:
 
 def resolve_run(wishes: Wishes, budget: Budget, corpus: Corpus, place: Place, before: float | None = None) -> tuple[PlannedRun, Resolved]:
     """The resolved run and all that predicting it takes. before: bits per byte of the model that it starts from."""
-    rates = rates_for(place.machine, place.name, place.country, place.rent)
-    seconds = in_seconds(budget, rates)
+    seconds = in_seconds(budget, place.rates)
     left = seconds
     if seconds is not None and wishes.value("data.sample"):
         left = seconds - selecting_s(corpus.train_bytes, seconds, wishes.value("data.workers") or 1).value
     spends = budget if left is None else Budget(max(0.1, left), "s")
-    config, reasons = resolve(wishes, spends, place.machine, corpus, place.tokens_per_second)
+    config, reasons = resolve(wishes, spends, place.machine, corpus, place.tokens_per_second, place.ranks)
     config = replace(config, budget=budget)
     run = planned_run(config, corpus, place, seconds, before)
     return (selecting(run) if config.data.sample else run), Resolved(config, reasons)
@@ -174,7 +184,7 @@ def planned_run(config: Config, corpus: Corpus, place: Place, budget_s: float | 
         corpus=corpus,
         law=law_of(kind),
         speed=place.speed(config),
-        rates=rates_for(place.machine, place.name, place.country, place.rent),
+        rates=place.rates,
         bytes_per_token=bytes_per_token,
         memory_limit=place.memory_limit,
         budget_s=budget_s,

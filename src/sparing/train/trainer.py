@@ -21,6 +21,7 @@ from sparing.account.meter import NoMeter
 from sparing.base.config import CannotGoOn, Config, UserError
 from sparing.base.config_limits import checked
 from sparing.base.preempt import Interrupted, Preempt
+from sparing.base.rank import RankLost
 from sparing.base.run import RunFolder
 from sparing.budget.flops import forward_flops, train_flops
 from sparing.data.loader import Batch
@@ -149,6 +150,8 @@ class Trainer:
         """Linears that the last step's errors moved to another precision."""
         self.loads: list[Tensor] = []
         """Tokens that each expert of each mixture was given in the last step."""
+        self.read = 0.0
+        """Tokens of the last batch, of all ranks."""
         self.kernels = t.kernels or fitting(t.replicas or 1, t.threads, self.device.type, t.dtype, config.model)[0]
         self.replicas = Replicas(model, objective, t.replicas or 1, bool(t.compile), self.kernels)
         self.optimizer = Optimizer(model, config.optim, model.compute_dtype, config.precision, t.seed)
@@ -165,11 +168,13 @@ class Trainer:
         t = self.config.train
         if self.policy.sites:
             self.policy.begin(step)
-        weight = torch.tensor([weight_of(batch)], dtype=torch.float64, device=self.device)
-        self.world.sum([weight])
+        here = len(batch)
+        of_all = torch.tensor([weight_of(batch), here, batch.tokens.numel()], dtype=torch.float64, device=self.device)
+        self.world.sum([of_all])
+        weight, rows, self.read = of_all.tolist()
         batch = batch.to(self.device) if t.document_mask else replace(batch, documents=None).to(self.device)
         micro = (t.micro_batch_size or t.batch_size) * t.seq_len // batch.tokens.shape[1]
-        parts = self.replicas.gradients(batch, micro, float(weight), 1.0 / self.world.size)
+        parts = self.replicas.gradients(batch, micro, weight, here / rows)
         counts = [router.tokens_per_expert for router in routers(self.model)]
         self.world.sum([parts, *counts, *(p.grad for p in self.optimizer.parameters.values() if p.grad is not None)])
         with native.path(self.kernels):
@@ -205,7 +210,7 @@ class Trainer:
         with self.signals.finishing("finishing the step and saving"):
             violations = self.update(losses["grad_norm"], scale, momentum(state.step, total, optim))
             state.step, state.cursor = state.step + 1, state.cursor + 1
-            state.tokens += batch.tokens.numel() * self.world.size
+            state.tokens += int(self.read)
         values = {"step": state.step, "tokens": state.tokens, "loss": losses.pop("loss"), "lr": optim.lr * scale}
         values |= {"grad_norm": losses.pop("grad_norm")} | (self.policy.values() if self.policy.sites else {}) | losses
         if violations:
@@ -242,6 +247,10 @@ class Trainer:
             if self.state:  # what an interrupted step has begun is in no tensor that is saved
                 self._save()
             raise Interrupted(self.signals.message) from None
+        except RankLost:  # while they added something up: no weight has changed since the last whole step
+            if self.state and self.pace:
+                self._save()
+            raise
         finally:
             gc.unfreeze()
             self.log.close()
@@ -269,7 +278,8 @@ class Trainer:
                 self._skip(bad)
             elif self.log.loads_due(step, total):
                 self.log.loads(step, [load.int().tolist() for load in self.loads])
-            self.meter.add(tokens, self.work * tokens / self.tokens_per_step)
+            if self.writes:  # of all ranks
+                self.meter.add(tokens, self.work * tokens / self.tokens_per_step)
             if not bad:
                 self._show(self.log.step(values | self.meter.now(), time.monotonic() - before, self.clock.seconds(), tokens))
                 pace.step_took(time.monotonic() - before)  # with what telling about it takes

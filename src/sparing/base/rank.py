@@ -1,0 +1,47 @@
+"""Which of the processes (ranks) that do one job together this one is, as torchrun says it in the environment."""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+
+STATUS = "SPARING_STATUS"
+"""Environment variable: a file to which rank 0 writes an exit status that is no reason to start the ranks anew."""
+
+
+class Rank(NamedTuple):
+    number: int = 0
+    """0 to size - 1. Number 0 alone writes files and messages."""
+    size: int = 1
+    local: int = 0
+    """Number among the ranks of this host."""
+    local_size: int = 1
+    """Ranks of this host: each may use as large a share of it."""
+
+
+def this_rank() -> Rank:
+    """Of a process that torchrun did not start: the only one."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return Rank()
+    return Rank(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")))
+
+
+def started_anew() -> int:
+    """How often torchrun has started these ranks again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+class RankLost(Exception):
+    """Another rank is gone, or does not answer. What is on disk is whole; torchrun starts all ranks anew."""
+
+
+def leave(status: int) -> int:
+    """The exit status of a rank whose verb ended with `status`: 0 where ranks that were started anew would end in the same way."""
+    file = os.environ.get(STATUS)
+    if not file or status == 1:
+        return status
+    if status and this_rank().number == 0:
+        with open(file, "w") as out:
+            out.write(str(status))
+    return 0

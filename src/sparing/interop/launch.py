@@ -1,0 +1,66 @@
+"""Starts several ranks of one verb by torchrun's own agent (`torch.distributed.launcher`), and again when one of them dies."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import signal
+import sys
+import tempfile
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+from sparing.base.config import CannotGoOn, UserError
+from sparing.base.preempt import Interrupted
+from sparing.base.rank import STATUS, this_rank
+
+RESTARTS = 100
+"""How often ranks that died are started anew: a run goes on from its last checkpoint, so it costs little, and spot machines vanish often."""
+ALONE = "localhost:0"
+"""Meeting point of ranks on this machine alone: any free port."""
+
+
+def launch(words: Sequence[str], n: int, nodes: int = 1, meet: str | None = None, restarts: int = RESTARTS) -> int:
+    """Run `sparing WORDS` as `n` ranks on this machine, of `nodes` machines that each run the same command; -> its exit status.
+
+    meet: HOST:PORT where the agents of several machines meet. Raises UserError, Interrupted on a signal (the run is saved), CannotGoOn where
+    ranks die again and again."""
+    if n < 1 or nodes < 1 or restarts < 0:
+        raise UserError(f"launch: -n {n}, --nodes {nodes}, --restarts {restarts}: at least 1, 1 and 0")
+    if nodes > 1 and meet is None:
+        raise UserError(f"launch: {nodes} machines need --meet HOST:PORT, the same on each: where the first one can be reached")
+    if this_rank().size > 1:
+        raise UserError("launch: this is a rank of another launch already")
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher import LaunchConfig, elastic_launch
+
+    for name in logging.root.manager.loggerDict:
+        if name.startswith("torch.distributed.elastic"):  # each has a level of its own; what they report the ranks say in one line
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+    with tempfile.TemporaryDirectory(prefix="sparing-launch-") as folder:
+        status = Path(folder, "status")
+        os.environ[STATUS] = str(status)
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # a new store whenever the ranks meet anew, in which none is known that died
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # what torchrun would set, and say; each rank measures how many it uses
+        settings = {
+            "min_nodes": nodes, "max_nodes": nodes, "nproc_per_node": n, "run_id": os.environ.get("SPARING_LAUNCH_ID") or str(uuid.uuid4()),
+            "rdzv_backend": "c10d", "rdzv_endpoint": meet or ALONE, "max_restarts": restarts, "monitor_interval": 0.2,
+        }  # fmt: skip
+        if "signals_to_handle" in {field.name for field in dataclasses.fields(LaunchConfig)}:
+            settings["signals_to_handle"] = "SIGTERM"
+        before = signal.signal(signal.SIGINT, lambda *_: None)  # the terminal sends it to the ranks too, which save and end
+        try:
+            elastic_launch(LaunchConfig(**settings), sys.executable)("-m", "sparing", *words)
+        except SignalException:
+            if not status.exists():  # else rank 0 has said how to go on
+                raise Interrupted("interrupted") from None
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            raise CannotGoOn(f"rank {rank} ended with status {failure.exitcode} after {restarts} restarts: see what it says above") from None
+        finally:
+            signal.signal(signal.SIGINT, before)
+            del os.environ[STATUS]
+        return int(status.read_text()) if status.exists() else 0

@@ -1,0 +1,1 @@
+"""Several processes that train one model together, on `torch.distributed`: gloo on CPUs, NCCL on GPUs."""

@@ -1,0 +1,144 @@
+"""`sparing launch`: real ranks by torchrun's agent on gloo, which train as one process does, also after one of them was killed."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from sparing.account.history import entries_of
+from sparing.base.files import read_lines
+from sparing.base.run import RunFolder
+
+STEPS, ROWS, LENGTH = 20, 4, 32
+RECIPE = f"""
+[train]
+seq_len = {LENGTH}
+batch_size = {ROWS}
+micro_batch_size = 1
+dtype = "float32"
+kernels = "plain"
+threads = 1
+replicas = 1
+compile = false
+evals = 1
+checkpoint_interval_s = 0.2
+sequence_balance = 0.01
+[model]
+vocab_size = 512
+hidden_size = 32
+num_layers = 2
+num_dense_layers = 1
+intermediate_size = 64
+num_heads = 2
+q_lora_rank = 16
+kv_lora_rank = 16
+qk_nope_head_dim = 16
+qk_rope_head_dim = 16
+v_head_dim = 16
+n_routed_experts = 4
+moe_intermediate_size = 32
+mtp_depth = 1
+"""
+COMPARED = ("loss", "mtp_loss", "balance_loss", "grad_norm", "max_violation")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Text and a recipe of a mixture with a module that looks two tokens ahead; and, as `alone`, what one process makes of it."""
+    folder = tmp_path_factory.mktemp("launch")
+    dice = random.Random(0)
+    words = ["".join(dice.choices("abcdefghij", k=dice.randint(2, 6))) for _ in range(200)]
+    for name in range(12):
+        (folder / f"{name}.txt").write_text(" ".join(dice.choices(words, k=1500)))
+    (folder / "recipe.toml").write_text(RECIPE)
+    assert sparing(folder, *training(folder, "alone")).wait(120) == 0
+    return folder
+
+
+def sparing(folder, *words, **options):
+    environment = os.environ | {"SPARING_HOME": str(folder / "home"), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-m", "sparing", *map(str, words)], env=environment, **options)
+
+
+def training(folder, out):
+    tokens = STEPS * ROWS * LENGTH
+    return "train", folder / "recipe.toml", "--data", folder, "--budget", f"{tokens}tok", "--samples", 0, "--out", folder / out, "--json"
+
+
+def steps_of(run):
+    return [line for line in read_lines(run / "metrics.jsonl") if "loss" in line]
+
+
+def rank_of(run, number):
+    """Process id of a rank that trains `run`."""
+    for process in os.listdir("/proc"):
+        try:
+            words = open(f"/proc/{process}/cmdline").read().split("\0")
+            environment = open(f"/proc/{process}/environ").read().split("\0")
+        except (OSError, ValueError):
+            continue
+        if str(run) in words and f"RANK={number}" in environment:
+            return int(process)
+    raise AssertionError(f"no rank {number}")
+
+
+def alike(run, alone):
+    """Compare two runs of the same steps."""
+    mine, others = steps_of(run), steps_of(alone)
+    assert [line["step"] for line in mine] == [line["step"] for line in others] == list(range(1, STEPS + 1))
+    for one, other in zip(mine, others, strict=True):
+        assert one["tokens"] == other["tokens"]
+        for name in COMPARED:
+            assert one[name] == pytest.approx(other[name], rel=1e-5), (name, one["step"])
+
+
+def test_ranks_train_as_one_process_does_and_their_receipt_has_all_of_them(folder):
+    process = sparing(folder, "launch", "-n", 2, *training(folder, "two"), stdout=subprocess.PIPE)
+    summary = json.loads(process.communicate(timeout=240)[0])
+    assert process.returncode == 0 and summary["steps"] == STEPS
+    alike(folder / "two", folder / "alone")
+    rows = entries_of(RunFolder(folder / "two"))
+    assert {row.status for row in rows} == {"done"} and {row.verb for row in rows} == {"train"}
+    trained = [row for row in rows if row.stage == "train"]
+    assert len(trained) == 2 and len({row.pid for row in trained}) == 2
+    assert sum(row.tokens for row in trained) == summary["tokens"] and sum(row.wall_s > 0 for row in trained) == 1
+    assert all(row.device_s > 0 and row.cpu_s > 0 and row.kwh > 0 and row.usd > 0 for row in trained)
+    assert len({row.run_id for row in rows}) == 1
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="finds a rank by /proc")
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_is_started_anew_and_the_run_goes_on_bit_for_bit(folder, victim):
+    run = folder / f"killed-{victim}"
+    process = sparing(folder, "launch", "-n", 2, *training(folder, run.name), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and len(steps_of(run)) < 3:
+        time.sleep(0.02)
+    os.kill(rank_of(run, victim), signal.SIGKILL)
+    said = process.communicate(timeout=240)[1]
+    assert process.returncode == 0 and "all are started anew (1 of at most 100 times)" in said and "Traceback" not in said
+    alike(run, folder / "alone")
+    again, undisturbed = (
+        [{name: line[name] for name in ("step", *COMPARED)} for line in steps_of(folder / name)] for name in (run.name, "two")
+    )
+    assert again == undisturbed
+
+
+def test_what_cannot_be_is_told_once_and_no_rank_is_started_anew(folder):
+    for words, message in (
+        (("launch", "-n", 2, "eval", "RUN"), "launch: eval is not divided among ranks; verbs that are: train, sft, distill, dpo, resume"),
+        (("launch", "-n", 2, "train", "--bugdet", "1s"), "train: unknown option --bugdet; nearest: --budget"),
+        (("launch", "-n", 0, *training(folder, "no")), "launch: -n 0"),
+        (("launch", "--nodes", 2, *training(folder, "no")), "launch: 2 machines need --meet HOST:PORT"),
+        (("launch", "-n", 2, *training(folder, "no"), "--data", "missing.txt"), "no such file or folder: "),
+        (("launch", "-n", 8, *training(folder, "no")), "train.batch_size 4: 8 ranks need a row each; nearest: 8, or fewer ranks"),
+    ):
+        process = sparing(folder, *words, stderr=subprocess.PIPE, text=True)
+        said = process.communicate(timeout=120)[1]
+        assert process.returncode == 2, said
+        assert said.count("sparing: ") == 1 and message in said, said
+    assert not (folder / "no").exists()
