@@ -170,6 +170,11 @@ def _shape_of(
     return model, moe
 
 
+def fitting_parts(wished: int, ranks: int, experts: int) -> int:
+    """The largest number up to `wished` that divides the ranks and the experts of a layer."""
+    return next(parts for parts in range(max(1, wished), 0, -1) if ranks % parts == 0 and experts % parts == 0)
+
+
 def resolve(
     wishes: Wishes, budget: Budget, machine: Machine, facts: CorpusFacts, speed: Callable[[Config], float], ranks: int = 1
 ) -> Resolved:
@@ -247,6 +252,17 @@ def resolve(
         steps = tokens / step_tokens
         train = replace(train, bias_update_rate=round(min(0.01, max(0.001, 10 / steps)), 5))
         reasons["train.bias_update_rate"] = f"about {steps:,.0f} steps: the published 0.001 would move a bias by no more than that times it"
+    parallel = config.parallel
+    if parallel.divide is None:
+        parallel = replace(parallel, divide="optimizer" if ranks > 1 else "nothing")
+        why = "each rank makes its share of the updates, not all: as many bytes go between ranks, and it takes less work and memory"
+        reasons |= {"parallel.divide": why} if ranks > 1 else {}
+    if parallel.experts > 1 and (parts := fitting_parts(parallel.experts, ranks, model.n_routed_experts)) != parallel.experts:
+        what = f"must divide {ranks} ranks and {model.n_routed_experts} experts of a layer"
+        raise UserError(f"parallel.experts {parallel.experts} {what}; nearest: {parts}")
+    if ranks > 1 and (parallel.divide == "weights" or parallel.experts > 1) and train.replicas is None:
+        train = replace(train, replicas=1)
+        reasons["train.replicas"] = "ranks exchange weights or tokens during the passes, each in one order"
     optim = config.optim
     if config.adapter is not None:
         config, train, optim = _adapting(config, train, wishes, reasons)
@@ -265,7 +281,7 @@ def resolve(
             data = replace(data, max_tokens=needed)
             reasons["data.max_tokens"] = f"{MARGIN} times the {tokens / 1e6:.1f} M tokens that the budget can train on"
     reasons = {name: reason for name, reason in reasons.items() if not wishes.sets(name)}
-    return Resolved(checked(replace(config, train=train, data=data, optim=optim)), reasons)
+    return Resolved(checked(replace(config, train=train, data=data, optim=optim, parallel=parallel)), reasons)
 
 
 def _adapting(config: Config, train: TrainConfig, wishes: Wishes, reasons: dict[str, str]) -> tuple[Config, TrainConfig, OptimConfig]:

@@ -16,7 +16,7 @@ from typing import Protocol
 import psutil
 
 from sparing.account.prices import Rates
-from sparing.base.hardware import Machine
+from sparing.base.hardware import Machine, gpu_numbers
 from sparing.base.rank import this_rank
 
 POWERCAP = Path("/sys/class/powercap")
@@ -87,7 +87,7 @@ class Nvml:
         self._added = 0.0
         try:
             pynvml.nvmlInit()
-            uuids = [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
+            uuids = [str(torch.cuda.get_device_properties(number).uuid) for number in gpu_numbers()]
             self._devices = [pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}") for uuid in uuids]
             if not self._devices:
                 raise RuntimeError("torch sees no CUDA device")

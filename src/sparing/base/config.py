@@ -230,6 +230,17 @@ class Budget:
 
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    """How the work is divided where several ranks train (`sparing launch`); losses do not depend on it, nor do checkpoints."""
+
+    divide: Literal["nothing", "optimizer", "weights"] | None = None
+    """What each rank has only a share of, besides its rows of a batch: nothing; the optimizer's averages and updates (ZeRO stage 1, arXiv
+    1910.02054); weights and gradients too, which are put together layer by layer where they are needed (stage 3). None: derived."""
+    experts: int = 1
+    """Among so many ranks each mixture's experts are divided; tokens travel to them (DeepSeek-V3 §3.2.2)."""
+
+
+@dataclass(frozen=True)
 class StartConfig:
     """The run whose weights, tokenizer and model shape a run begins with."""
 
@@ -438,6 +449,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     budget: Budget = field(default_factory=lambda: Budget(300.0, "s"))
     start: StartConfig | None = None
     """None: random weights from train.seed."""

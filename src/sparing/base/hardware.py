@@ -93,13 +93,23 @@ def _affinity() -> list[int]:
     return process.cpu_affinity() if hasattr(process, "cpu_affinity") else list(range(psutil.cpu_count() or 1))  # macOS has none
 
 
-def gpus() -> tuple[Gpu, ...]:
-    """The CUDA devices that torch sees (CUDA_VISIBLE_DEVICES counts)."""
+def gpu_numbers() -> list[int]:
+    """Which of the CUDA devices that torch sees (CUDA_VISIBLE_DEVICES counts) are this process's: of several ranks on a host, one each."""
     import torch
 
-    if not torch.cuda.is_available():
+    numbers = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    rank = this_rank()
+    return numbers if rank.local_size == 1 or not numbers else [numbers[rank.local % len(numbers)]]
+
+
+def gpus() -> tuple[Gpu, ...]:
+    """The CUDA devices of this process."""
+    numbers = gpu_numbers()
+    if not numbers:
         return ()
-    devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    import torch
+
+    devices = [torch.cuda.get_device_properties(number) for number in numbers]
     return tuple(Gpu(p.name, p.total_memory, f"{p.major}.{p.minor}") for p in devices)
 
 

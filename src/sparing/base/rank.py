@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from typing import NamedTuple
 
-
 STATUS = "SPARING_STATUS"
 """Environment variable: a file to which rank 0 writes an exit status that is no reason to start the ranks anew."""
 

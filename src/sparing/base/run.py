@@ -371,15 +371,31 @@ def write_folder(path: Path, files: Mapping[str, Mapping[str, torch.Tensor] | st
     Killed at any instant, `path` is whole or as it was (between the two renames of a replacement: absent).
     """
     beside = name_beside(path)
+    begin_folder(beside)
+    try:
+        end_folder(beside, path, write_into(beside, files))
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def begin_folder(beside: Path) -> None:
+    """Make the folder `beside`, empty, for what several processes write into it, until one of them ends it."""
     shutil.rmtree(beside, ignore_errors=True)
+    with disk_errors(beside):
+        beside.mkdir(parents=True)
+
+
+def write_into(beside: Path, files: Mapping[str, Mapping[str, torch.Tensor] | str]) -> dict[str, dict]:
+    """Write files of a folder that was begun; -> their checksums by name."""
+    with disk_errors(beside):
+        return {name: (write_atomic if isinstance(body, str) else write_tensors)(beside / name, body) for name, body in files.items()}
+
+
+def end_folder(beside: Path, path: Path, sums: dict[str, dict]) -> None:
+    """Write the checksums of all files of a folder that was begun, and rename it to `path`."""
     with disk_errors(path):
-        try:
-            beside.mkdir(parents=True)
-            sums = {name: (write_atomic if isinstance(body, str) else write_tensors)(beside / name, body) for name, body in files.items()}
-            write_atomic(beside / CHECKSUMS, json.dumps(sums, indent=1))
-            replace_folder(beside, path)
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
+        write_atomic(beside / CHECKSUMS, json.dumps(sums, indent=1))
+        replace_folder(beside, path)
 
 
 def verify_folder(path: Path) -> None:

@@ -17,7 +17,7 @@ from sparing.base.preempt import Interrupted
 from sparing.base.rank import STATUS, this_rank
 
 RESTARTS = 100
-"""How often ranks that died are started anew: a run goes on from its last checkpoint, so it costs little, and spot machines vanish often."""
+"""How often ranks that died are started anew. A run goes on from its last checkpoint, so it costs little; spot machines vanish often."""
 ALONE = "localhost:0"
 """Meeting point of ranks on this machine alone: any free port."""
 
@@ -25,8 +25,8 @@ ALONE = "localhost:0"
 def launch(words: Sequence[str], n: int, nodes: int = 1, meet: str | None = None, restarts: int = RESTARTS) -> int:
     """Run `sparing WORDS` as `n` ranks on this machine, of `nodes` machines that each run the same command; -> its exit status.
 
-    meet: HOST:PORT where the agents of several machines meet. Raises UserError, Interrupted on a signal (the run is saved), CannotGoOn where
-    ranks die again and again."""
+    meet: HOST:PORT where the agents of several machines meet. Raises UserError; Interrupted on a signal (the run is saved); CannotGoOn
+    where ranks die again and again."""
     if n < 1 or nodes < 1 or restarts < 0:
         raise UserError(f"launch: -n {n}, --nodes {nodes}, --restarts {restarts}: at least 1, 1 and 0")
     if nodes > 1 and meet is None:
@@ -59,7 +59,9 @@ def launch(words: Sequence[str], n: int, nodes: int = 1, meet: str | None = None
                 raise Interrupted("interrupted") from None
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
-            raise CannotGoOn(f"rank {rank} ended with status {failure.exitcode} after {restarts} restarts: see what it says above") from None
+            raise CannotGoOn(
+                f"rank {rank} ended with status {failure.exitcode} after {restarts} restarts: see what it says above"
+            ) from None
         finally:
             signal.signal(signal.SIGINT, before)
             del os.environ[STATUS]

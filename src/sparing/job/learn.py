@@ -14,7 +14,7 @@ from sparing.account.receipt import read_state
 from sparing.base.config import Config
 from sparing.base.files import write_atomic
 from sparing.base.messages import say
-from sparing.base.run import RunFolder
+from sparing.base.run import RunFolder, fill, run_tensors
 from sparing.budget.estimate import Estimate
 from sparing.budget.flops import parameters
 from sparing.budget.gain import GainPoint, add_gain
@@ -124,6 +124,10 @@ def learn(
         result = trainer.fit(session, evaluate if config.start is None else _telling(job, evaluate))
     if not job.leads:
         return {}
+    if job.size > 1 and (config.parallel.divide == "weights" or config.parallel.experts > 1):  # it would ask ranks that are gone
+        model = Transformer(config.model)
+        fill(model.state_dict(), run_tensors(run), run.weights_file)
+        model.to(device)
     if settle is not None:
         trainer.replicas.train(False)
         with job.meter.stage("evaluate"), signals.interruptible():

@@ -10,15 +10,17 @@ import json
 import re
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sparing.base.hardware import gpu_numbers
 from sparing.base.rank import Rank, RankLost, started_anew, this_rank
 
 BUCKET_BYTES = 32 << 20
@@ -35,13 +37,14 @@ class Ranks:
     def __init__(self, rank: Rank, store: dist.Store, patience_s: float = PATIENCE_S):
         """Meets the others; returns when all are there."""
         self.rank, self.size, self.store = rank.number, rank.size, store
-        gpus = torch.cuda.is_available()
+        gpus = gpu_numbers()
         if gpus:
-            torch.cuda.set_device(rank.local)
+            torch.cuda.set_device(gpus[0])
         backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
         dist.init_process_group(backend, store=store, rank=rank.number, world_size=rank.size, timeout=timedelta(seconds=patience_s))
         self.bytes = 0
-        """Of tensors that this rank gave to `sum`."""
+        """Of tensors that this rank gave to collectives."""
+        self._collected = 0
 
     # before and after training
 
@@ -84,22 +87,47 @@ class Ranks:
 
     def agree(self, values: Sequence[float]) -> list[float]:
         tensor = torch.tensor(values, dtype=torch.float64)
-        _all_reduce(tensor, dist.ReduceOp.MAX)
+        with answering():
+            dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor.tolist()
 
     def sum(self, tensors: Sequence[Tensor]) -> None:
+        self._each(tensors, lambda flat: dist.all_reduce(flat))
+
+    def sum_at(self, tensors: Sequence[Tensor], rank: int, group: Any = None) -> None:
+        self._each(tensors, lambda flat: dist.reduce(flat, rank, group=group), changes=rank == self.rank)
+
+    def tell(self, tensors: Sequence[Tensor], rank: int, group: Any = None) -> None:
+        self._each(tensors, lambda flat: dist.broadcast(flat, rank, group=group), changes=rank != self.rank)
+
+    def collect(self, text: str) -> list[str]:
+        """All ranks' texts, by rank, on rank 0; nothing on the others."""
+        self._collected += 1
+        with answering():
+            self.store.set(f"text/{self._collected}/{self.rank}", text)
+            names = [] if self.rank else [f"text/{self._collected}/{rank}" for rank in range(self.size)]
+            texts = [self.store.get(name).decode() for name in names]
+            for name in names:
+                self.store.delete_key(name)
+            return texts
+
+    def _each(self, tensors: Sequence[Tensor], call: Callable[[Tensor], object], changes: bool = True) -> None:
+        """Call a collective on buckets of tensors. changes: whether it changes them here."""
         for bucket in _buckets(tensors):
             flat = bucket[0].reshape(-1) if len(bucket) == 1 else torch.cat([tensor.reshape(-1) for tensor in bucket])
-            _all_reduce(flat, dist.ReduceOp.SUM)
+            with answering():
+                call(flat)
             self.bytes += flat.nbytes
             for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
-                if part.data_ptr() != tensor.data_ptr():
+                if changes and part.data_ptr() != tensor.data_ptr():
                     tensor.copy_(part.view_as(tensor))
 
 
-def _all_reduce(tensor: Tensor, how: dist.ReduceOp.RedOpType) -> None:
+@contextmanager
+def answering() -> Iterator[None]:
+    """Around collectives: raises RankLost where another rank is gone."""
     try:
-        dist.all_reduce(tensor, how)
+        yield
     except RuntimeError as error:  # gloo's are no more than that; NCCL's are a kind of it
         what = re.sub(r"^\[\S+\] |\. This is typically.*", "", str(error).splitlines()[0])
         raise RankLost(f"another rank is gone, or did not answer ({what})") from error

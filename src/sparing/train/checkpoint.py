@@ -11,24 +11,28 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from sparing.base.config import Config, PrecisionConfig, UserError
-from sparing.base.files import DamagedError, link_or_copy, replace_folder
-from sparing.base.run import RunFolder, fill, read_tensors, verify_folder, write_folder
+from sparing.base.files import DamagedError, DiskFullError, disk_errors, link_or_copy, replace_folder
+from sparing.base.run import RunFolder, begin_folder, end_folder, read_tensors, stream_tensors, verify_folder, write_folder, write_into
 from sparing.kernels import native
 from sparing.model.low_rank import learned
+from sparing.parallel.owners import Everywhere
 from sparing.train.optim import Optimizer
 
 KEEP = 2
 FORMAT = 1
 BEST = "best"
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
+OPTIMIZERS = "optimizer*.safetensors"
+"""One file, or one of each rank, of whole tensors: which rank had which does not matter to who reads them."""
 
 
 @dataclass
@@ -97,10 +101,12 @@ class Checkpoints:
     """Saving to and loading from one run's state/. `say` gets a line about anything unusual."""
 
     def __init__(
-        self, run: RunFolder, model: nn.Module, optimizer: Optimizer, config: Config, say: Callable[[str], None], kernels: native.Path
-    ):
-        """kernels: which compute in training."""
+        self, run: RunFolder, model: nn.Module, optimizer: Optimizer, config: Config, say: Callable[[str], None], kernels: native.Path,
+        owners: Everywhere,
+    ):  # fmt: skip
+        """kernels: which compute in training. owners: where each rank has a share of what is saved, all of them save together."""
         self.run, self.model, self.optimizer, self.say, self.adapts = run, model, optimizer, say, config.adapter is not None
+        self.owners, self.world = owners, owners.world
         self.fingerprint = fingerprint(config)
         self.arithmetic = native.arithmetic(kernels)
         self._saved: tuple[int, int] | None = None
@@ -124,7 +130,10 @@ class Checkpoints:
         if self._saved == (state.step, state.cursor) and not keep_as_pre_decay:
             return folder  # a signal right after a save
         text = json.dumps(asdict(state), indent=1)
-        write_folder(folder, {WEIGHTS: self._weights(), OPTIMIZER: self.optimizer.state(), STATE: text})
+        self._write(folder, self.optimizer.state(), text)
+        self._saved = (state.step, state.cursor)
+        if self.world.rank:
+            return folder
         self._newest.parent.mkdir(exist_ok=True)
         link_or_copy(folder / WEIGHTS, self._newest)
         if self.adapts and self.run.weights.is_dir():  # made before it was known what would be in it
@@ -132,12 +141,49 @@ class Checkpoints:
         if keep_as_pre_decay:
             self._keep(folder)
         self._prune(state.step)
-        self._saved = (state.step, state.cursor)
         return folder
+
+    def _write(self, folder: Path, moments: Mapping[str, Tensor], text: str) -> None:
+        """Write a folder with the weights, what `moments` has (where ranks have shares: each its own), and `text`. Raises DiskFullError, on
+        all ranks where one of them cannot write."""
+        if self.owners.mine is None:
+            write_folder(folder, {WEIGHTS: self._weights()} | ({OPTIMIZER: moments} if moments else {}) | {STATE: text})
+            return
+        world, beside = self.world, folder.with_name(f".{folder.name}.tmp")
+        name = f"optimizer-{world.rank + 1:05d}-of-{world.size:05d}.safetensors"
+        files = {name: self.owners.labelled(moments)} if moments else {}
+        files |= {STATE: text} if world.rank == 0 else {}
+        failure, sums = None, {}
+        for work in (partial(begin_folder, beside) if world.rank == 0 else None, partial(write_into, beside, files), self._stream):
+            try:
+                sums |= (work(beside) if work == self._stream else work() if work else None) or {}
+            except DiskFullError as error:
+                failure = error
+            if any(world.agree([float(failure is not None)])):
+                shutil.rmtree(beside, ignore_errors=True)
+                raise failure or DiskFullError(f"{folder}: another rank could not write its part")
+        parts = [json.loads(text) for text in world.collect(json.dumps(sums))]
+        if world.rank == 0:
+            end_folder(beside, folder, {name: value for part in parts for name, value in part.items()})
+        world.agree([0.0])  # nobody goes on, and perhaps dies, before it is whole
+
+    def _stream(self, beside: Path) -> dict[str, dict]:
+        """Write whole weights, tensor by tensor, on rank 0. All ranks go through them, even where the disk is full."""
+        weights = self._weights()
+        wholes = self.owners.wholes(weights)
+        try:
+            if self.world.rank:
+                return {}
+            layout = self.owners.layout(weights)
+            with disk_errors(beside):
+                return {WEIGHTS: stream_tensors(beside / WEIGHTS, layout, wholes)}
+        finally:
+            for _ in wholes:
+                pass
 
     def keep_best(self, step: int, loss: float) -> None:
         """Write the weights aside: none scored better until now."""
-        write_folder(self.run.state / BEST, {WEIGHTS: self._weights(), STATE: json.dumps({"step": step, "loss": loss})})
+        self._write(self.run.state / BEST, {}, json.dumps({"step": step, "loss": loss}))
 
     def best(self) -> dict | None:
         """{"step", "loss"} of the weights written aside; None where there are none, or they are damaged."""
@@ -156,8 +202,9 @@ class Checkpoints:
     def use_best(self) -> None:
         """Make the weights written aside the run's and the model's."""
         file = self.run.state / BEST / WEIGHTS
-        link_or_copy(file, self._newest)
-        fill(self._weights(), read_tensors(file), BEST)
+        if self.world.rank == 0:
+            link_or_copy(file, self._newest)
+        self.owners.fill(self._weights(), read_tensors(file), BEST)
 
     def _keep(self, folder: Path) -> None:
         beside = self.run.state / ".pre-decay.tmp"
@@ -207,10 +254,11 @@ class Checkpoints:
             self.say("config.toml was changed since the checkpoint: from here on losses differ from what they would have been")
         if state.arithmetic and state.arithmetic != self.arithmetic:
             self.say(f"begun with {state.arithmetic}, going on with {self.arithmetic}: from here on the run is not bit for bit the same")
-        fill(self._weights(), read_tensors(folder / WEIGHTS), folder.name)
+        self.owners.fill(self._weights(), read_tensors(folder / WEIGHTS), folder.name)
         self.optimizer.reset()
         names = set()
-        for name, tensor in read_tensors(folder / OPTIMIZER):
+        stored = (found for file in sorted(folder.glob(OPTIMIZERS)) for found in read_tensors(file))
+        for name, tensor in self.owners.moments(stored):
             self.optimizer.load(name, tensor)
             names.add(name)
         if missing := self.optimizer.state().keys() - names:

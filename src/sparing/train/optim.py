@@ -7,6 +7,7 @@ no groups. A parameter that requires no gradient when the optimizer is made is i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -37,6 +38,11 @@ def group_of(name: str, parameter: Tensor) -> str:
     return "matrix" if parameter.ndim >= 2 else "norm"
 
 
+def learning_of(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What learns of a model, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
 @torch.no_grad()
 def keep_as(model: Transformer, config: Config) -> None:
     """Keep a model's numbers as `config.precision` says: weights (routers, norms and low-rank factors stay float32) and activations.
@@ -59,10 +65,14 @@ class Optimizer:
         dtype: torch.dtype = torch.bfloat16,
         precision: PrecisionConfig | None = None,
         seed: int = 0,
+        mine: Mapping[str, nn.Parameter] | None = None,
     ):
-        """dtype: the compute type; Newton-Schulz runs in it. precision: how its state is kept, after `keep_as`. seed: of rounding."""
+        """dtype: the compute type; Newton-Schulz runs in it. precision: how its state is kept, after `keep_as`. seed: of rounding. mine:
+        what this rank updates of all that learns, where other ranks update the rest."""
         self.config = config
-        self.parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        learning = learning_of(model)
+        self.parameters = learning if mine is None else dict(mine)
+        self.elsewhere = learning.keys() - self.parameters.keys()
         groups: dict[str, dict[str, Tensor]] = {}
         for name, parameter in self.parameters.items():
             groups.setdefault(group_of(name, parameter), {})[name] = parameter
@@ -138,7 +148,10 @@ class Optimizer:
         return flat
 
     def load(self, name: str, tensor: Tensor) -> None:
-        """Take back one tensor of `state`. Raises DamagedError for a tensor that this model has no place for."""
+        """Take back one tensor of `state`, or pass over one of another rank's. Raises DamagedError for a tensor that this model has no
+        place for."""
+        if name.split("/", 2)[-1] in self.elsewhere:
+            return
         if self.updates is not None:
             place = self.state().get(name)
             if place is None or place.shape != tensor.shape or place.dtype != tensor.dtype:

@@ -48,15 +48,19 @@ class Replicas:
         torch.set_num_threads(1)
         native.choose(self.kernels)
 
-    def gradients(self, batch: Batch, micro: int | None = None, denominator: float | None = None, share: float = 1.0) -> Tensor:
+    def gradients(
+        self, batch: Batch, micro: int | None = None, denominator: float | None = None, share: float = 1.0, count: int | None = None
+    ) -> Tensor:
         """Gradients of `batch` into the first model's parameters, `micro` rows at a time (default: all); -> (P,) the objective's parts.
 
-        denominator: what the loss is divided by (default: `weight_of` the batch). share: of the step's sequences, how many are here."""
-        micro, denominator = micro or len(batch), weight_of(batch) if denominator is None else denominator
+        denominator: what the loss is divided by (default: `weight_of` the batch). share: of the step's sequences, how many are here.
+        count: into exactly so many micro-batches instead."""
+        total, denominator = len(batch), weight_of(batch) if denominator is None else denominator
+        starts = range(0, total, micro or total) if count is None else [total * i // count for i in range(count)]
         parts = []
-        for start in range(0, len(batch), micro):
-            rows = batch[start : start + micro]
-            parts.append(self._divided(rows, share * len(rows) / len(batch), denominator))
+        for start, end in zip(starts, [*starts[1:], total], strict=True):
+            rows = batch[start:end]
+            parts.append(self._divided(rows, share * len(rows) / total, denominator))
         return torch.stack(parts).sum(0)
 
     def _divided(self, batch: Batch, share: float, denominator: float) -> Tensor:

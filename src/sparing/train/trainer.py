@@ -30,11 +30,15 @@ from sparing.kernels import native
 from sparing.kernels.products import fitting
 from sparing.model.experts import routers, update_biases
 from sparing.model.transformer import Transformer
+from sparing.parallel.expert import divide_experts
+from sparing.parallel.owners import Everywhere, Owners
+from sparing.parallel.sharded import Sharded
 from sparing.precision.policy import Move, Policy
+from sparing.resolve import fitting_parts
 from sparing.train.checkpoint import Checkpoints, TrainState
 from sparing.train.log import Log, TrainResult
 from sparing.train.objective import Objective, weight_of
-from sparing.train.optim import Optimizer, decay_start, keep_as, lr_scale, momentum
+from sparing.train.optim import Optimizer, decay_start, keep_as, learning_of, lr_scale, momentum
 from sparing.train.pace import Clock, Pace, PlanLog, fixed_steps
 from sparing.train.replicas import Replicas
 from sparing.train.world import ALONE, World
@@ -153,8 +157,19 @@ class Trainer:
         self.read = 0.0
         """Tokens of the last batch, of all ranks."""
         self.kernels = t.kernels or fitting(t.replicas or 1, t.threads, self.device.type, t.dtype, config.model)[0]
-        self.replicas = Replicas(model, objective, t.replicas or 1, bool(t.compile), self.kernels)
-        self.optimizer = Optimizer(model, config.optim, model.compute_dtype, config.precision, t.seed)
+        divide, pieces = config.parallel.divide if world.size > 1 else "nothing", None
+        parts = fitting_parts(config.parallel.experts, world.size, config.model.n_routed_experts) if divide != "nothing" else 1
+        if parts > 1:
+            pieces = divide_experts(model, parts, world.rank, world.size)
+        learning = learning_of(model)
+        if divide == "weights":
+            self.owners = Sharded(model, learning, world, pieces)
+        else:
+            self.owners = Owners(learning, world, pieces) if divide == "optimizer" else Everywhere(learning, world)
+        self.exchanges = pieces is not None or divide == "weights"
+        threads = 1 if self.exchanges else t.replicas or 1  # what ranks exchange during the passes goes in one order
+        self.replicas = Replicas(model, objective, threads, bool(t.compile), self.kernels)
+        self.optimizer = Optimizer(model, config.optim, model.compute_dtype, config.precision, t.seed, self.owners.mine)
         self.tokens_per_step = t.batch_size * t.seq_len
         self.flops_per_token = train_flops(config.model, t.seq_len, False, config.adapter, config.esft, config.drafts)
         if config.dpo is not None or config.grpo is not None:  # the start reads each token too, or writes it
@@ -174,19 +189,31 @@ class Trainer:
         weight, rows, self.read = of_all.tolist()
         batch = batch.to(self.device) if t.document_mask else replace(batch, documents=None).to(self.device)
         micro = (t.micro_batch_size or t.batch_size) * t.seq_len // batch.tokens.shape[1]
-        parts = self.replicas.gradients(batch, micro, weight, here / rows)
+        parts = self.replicas.gradients(batch, micro, weight, here / rows, self._passes())
         counts = [router.tokens_per_expert for router in routers(self.model)]
-        self.world.sum([parts, *counts, *(p.grad for p in self.optimizer.parameters.values() if p.grad is not None)])
+        self.world.sum([parts, *counts])
+        self.owners.gather()
         with native.path(self.kernels):
-            values = torch.cat([parts, self.optimizer.grad_norm().reshape(1)]).tolist()
+            values = torch.cat([parts, self.owners.norm(self.optimizer.grad_norm())]).tolist()
         self.moves = self.policy.end() if self.policy.sites else []
         return dict(zip((*self.objective.parts, "grad_norm"), values, strict=True))
+
+    def _passes(self) -> int | None:
+        """How many micro-batches a step has, where ranks exchange weights or tokens during the passes and so must have as many; else None.
+
+        As many as the largest part of the rows is to be cut into, but no more than the smallest part has rows."""
+        t = self.config.train
+        if not self.exchanges:
+            return None
+        smallest, largest = t.batch_size // self.world.size, -(-t.batch_size // self.world.size)
+        return min(smallest, -(-largest // (t.micro_batch_size or t.batch_size)))
 
     def update(self, grad_norm: float, lr_scale: float, momentum: float) -> list[float]:
         """Clip, update weights and routers' biases; -> each mixture's largest relative excess of tokens. lr_scale: of every peak."""
         with native.path(self.kernels):
             self.optimizer.clip(grad_norm)
             self.optimizer.step(lr_scale, momentum)
+        self.owners.tell()
         self.loads = [router.tokens_per_expert.clone() for router in routers(self.model)]
         return update_biases(self.model, self.config.train.bias_update_rate)
 
@@ -232,7 +259,7 @@ class Trainer:
         self.writes = self.world.rank == 0
         self.log = Log(self.run, t.log, writes=self.writes, **speed)
         self.guard = Guard()
-        self.checkpoints = Checkpoints(self.run, self.model, self.optimizer, self.config, self.log.progress.say, self.kernels)
+        self.checkpoints = Checkpoints(self.run, self.model, self.optimizer, self.config, self.log.progress.say, self.kernels, self.owners)
         # Recomputing is work, though not in MFU.
         c = self.config
         self.work = self.tokens_per_step * train_flops(c.model, t.seq_len, t.recompute, c.adapter, c.esft, c.drafts)
@@ -247,8 +274,8 @@ class Trainer:
             if self.state:  # what an interrupted step has begun is in no tensor that is saved
                 self._save()
             raise Interrupted(self.signals.message) from None
-        except RankLost:  # while they added something up: no weight has changed since the last whole step
-            if self.state and self.pace:
+        except RankLost:  # where every rank has everything: while they added up, and no weight has changed since the last whole step
+            if self.state and self.pace and self.owners.mine is None:
                 self._save()
             raise
         finally:
@@ -381,14 +408,14 @@ class Trainer:
         self.pace.eval_took(took := time.monotonic() - before, planned=self.state.step > 0)
         line = {"step": self.state.step, "tokens": self.state.tokens, "seconds": self.clock.seconds(), "took_s": took}
         self.log.evaluation(line, result)
-        if self.session.keeps_best and self.writes and 0 < self.state.step < self.pace.total:
+        if self.session.keeps_best and 0 < self.state.step < self.pace.total:
             self._note_best(result)
         return result
 
     def _note_best(self, result: dict) -> None:
         """Keep these weights aside if no others scored better."""
         losses = [line["eval_loss"] for line in self.log.metrics.evals() if 0 < line["step"] < self.state.step]
-        if result["loss"] < min(losses, default=math.inf):
+        if self._decided(result["loss"] < min(losses, default=math.inf)) and (self.writes or self.owners.mine is not None):
             before = time.monotonic()
             with self.meter.stage("save"), self.signals.finishing("saving the best weights"):
                 self.checkpoints.keep_best(self.state.step, result["loss"])
@@ -409,12 +436,13 @@ class Trainer:
         return step
 
     def _save(self, *, keep_as_pre_decay: bool = False) -> None:
-        if not self.writes:
+        if not self.writes and self.owners.mine is None:
             return
         before = time.monotonic()
         state = self.state
         state.seconds, state.guard, state.precision = self.clock.seconds(), self.guard.state(), self.policy.state()
-        self.log.metrics.sync()  # a checkpoint must not be ahead of the metrics
+        if self.writes:
+            self.log.metrics.sync()  # a checkpoint must not be ahead of the metrics
         with self.meter.stage("save"), self.signals.finishing("saving a checkpoint"):
             self.checkpoints.save(state, keep_as_pre_decay=keep_as_pre_decay)
         if self.pace:

@@ -7,7 +7,7 @@ messages, checkpoints. What a clock, a signal or a disk decides is agreed on bef
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -25,6 +25,15 @@ class World(Protocol):
     def sum(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by the sum of all ranks' tensors in its place; the same bits on every rank."""
 
+    def sum_at(self, tensors: Sequence[Tensor], rank: int, group: Any = None) -> None:
+        """The same on one rank alone; what the others' hold afterwards means nothing. group: the ranks whose tensors are added up."""
+
+    def tell(self, tensors: Sequence[Tensor], rank: int, group: Any = None) -> None:
+        """Replace each tensor by that of one rank, on the ranks of `group`."""
+
+    def collect(self, text: str) -> list[str]:
+        """All ranks' texts, by rank, on rank 0; nothing on the others."""
+
 
 class Alone:
     """One process."""
@@ -36,6 +45,15 @@ class Alone:
 
     def sum(self, tensors: Sequence[Tensor]) -> None:
         pass
+
+    def sum_at(self, tensors: Sequence[Tensor], rank: int, group: Any = None) -> None:
+        pass
+
+    def tell(self, tensors: Sequence[Tensor], rank: int, group: Any = None) -> None:
+        pass
+
+    def collect(self, text: str) -> list[str]:
+        return [text]
 
 
 ALONE = Alone()
