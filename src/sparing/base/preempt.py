@@ -4,7 +4,8 @@ Three layers. (1) The handler sets a flag, which the loop looks at between steps
 evaluation, tokenising, any verb that has nothing to save) the handler raises at once. (3) Python runs handlers only between its own
 instructions. For a product, a tokeniser or a compiler that doesn't come back, a thread is woken by the C-level handler and ends the process
 after `GRACE_S`: the newest checkpoint on disk is consistent by construction. Inside `finishing` (an update of the weights, a checkpoint)
-the thread says what is waited for and allows it `SAVING_S`.
+the thread says what is waited for and allows it `SAVING_S`, or what torchrun allows its ranks. Where the machine is about to be taken away
+(`base.notices`), whatever runs has the time that is left: nobody waits at a terminal.
 """
 
 from __future__ import annotations
@@ -18,12 +19,18 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from sparing.base.rank import this_rank
+
 GRACE_S = 1.5
 """For code that can be left at any time."""
 TELL_S = 1.0
 """After this time the user is told what is waited for."""
 SAVING_S = 9.0
 """For what has to be finished first."""
+MARGIN_S = 5.0
+"""By which a process ends before another one, or the machine's end, would end it."""
+TORCHRUN_S = 30.0
+"""After which torchrun kills ranks that it has sent SIGTERM (`LocalElasticAgent`, shutdown_timeout)."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -41,6 +48,8 @@ class Preempt:
         self._finishing: str | None = None
         self._raise = False
         self._since = 0.0
+        self._deadline: float | None = None
+        """When the machine goes away, less a margin, by `time.monotonic`."""
         self._depth = 0
         self._left = threading.Event()
 
@@ -64,6 +73,14 @@ class Preempt:
             signal.set_wakeup_fd(self._old_fd)
             self._send.close()
             del self._old
+
+    def leave_by(self, seconds: float) -> None:
+        """This machine goes away in so many seconds: stop as on SIGTERM, but with this time to finish. For any thread."""
+        self._deadline = time.monotonic() + max(seconds - MARGIN_S, SAVING_S)
+        if hasattr(self, "_old"):
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
+        else:
+            self.requested = True  # not in the main thread: no handler of ours is there
 
     def check(self) -> None:
         """For loops outside `interruptible`: raise Interrupted if a signal has come."""
@@ -97,21 +114,34 @@ class Preempt:
         finally:
             self._finishing = before
 
-    def _handle(self, _number, _frame) -> None:
+    def _handle(self, number, _frame) -> None:
         if self.requested:
-            self._exit()
+            if self._at_once(number):
+                self._exit()
+            return
         self.requested = True
         if self._raise:
             self._raise = False
             raise Interrupted(self.message)
 
+    def _at_once(self, number: int) -> bool:
+        """Whether a second signal means that nothing is to be finished. Of a machine that goes down, and of torchrun, all processes get a
+        SIGTERM, and those that are told already get one more."""
+        return number == signal.SIGINT or (self._deadline is None and this_rank().size == 1)
+
+    def _limit(self) -> float:
+        """When the process ends though the main thread doesn't come back, by `time.monotonic`."""
+        if self._deadline is not None:
+            return self._deadline
+        saving = SAVING_S if this_rank().size == 1 else TORCHRUN_S - MARGIN_S
+        return self._since + (saving if self._finishing else GRACE_S)
+
     def _watch(self) -> None:
         """The thread: waits for a signal's byte, then for the main thread to leave."""
-        receive, signals, announced = self._receive, 0, False
+        receive, signalled, announced = self._receive, False, False
         wanted = {int(number) for number in SIGNALS}
         while not self._left.is_set():
-            limit = SAVING_S if self._finishing else GRACE_S
-            receive.settimeout(None if not signals else max(0.01, min(0.25, self._since + limit - time.monotonic())))
+            receive.settimeout(max(0.01, min(0.25, self._limit() - time.monotonic())) if signalled else None)
             try:
                 data = receive.recv(64)
             except TimeoutError:
@@ -120,14 +150,17 @@ class Preempt:
                 break
             if not data:
                 break  # closed: the context was left
-            came = sum(byte in wanted for byte in data)
-            if came and not signals:
-                self._since = time.monotonic()
-            signals += came
-            if signals == 1 and self._finishing and not announced and time.monotonic() - self._since >= TELL_S:
+            for number in filter(wanted.__contains__, data):
+                if signalled and self._at_once(number):
+                    self._exit()
+                if not signalled:
+                    signalled, self._since = True, time.monotonic()
+            now = time.monotonic()
+            if signalled and self._finishing and not announced and now - self._since >= TELL_S:
                 announced = True
-                print(f"\nsparing: interrupted: {self._finishing} first; again: at once", file=sys.stderr, flush=True)
-            if signals >= 2 or (signals and time.monotonic() - self._since >= limit and not self._left.is_set()):
+                left = "; again: at once" if self._deadline is None else f", in at most {self._deadline - now:.0f} s"
+                print(f"\nsparing: interrupted: {self._finishing} first{left}", file=sys.stderr, flush=True)
+            if signalled and now >= self._limit() and not self._left.is_set():
                 self._exit()
         receive.close()
 

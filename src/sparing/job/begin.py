@@ -17,6 +17,7 @@ from sparing.base.config_file import Wishes, refuse, write_config
 from sparing.base.files import write_atomic
 from sparing.base.hardware import Machine
 from sparing.base.messages import say
+from sparing.base.notices import notices
 from sparing.base.preempt import Interrupted, Preempt
 from sparing.base.run import RunFolder
 from sparing.budget.estimate import Estimate
@@ -124,13 +125,20 @@ def begin(verb: str, run: RunFolder, started: float | None = None, ready: Callab
     others = ranks()
     with _leading(others), run.making():
         ready()
-        with metered(verb, run, started=started, others=others) as meter, Preempt(f"sparing resume {run}") as signals:
+        with metered(verb, run, started=started, others=others) as meter, _interrupted(run) as signals:
             try:
                 yield Job(run, meter, signals, Clock(run, meter.started), others)
                 if others is not None:
                     others.left()
             except Stopped:
                 raise Interrupted(signals.message) from None
+
+
+@contextmanager
+def _interrupted(run: RunFolder) -> Iterator[Preempt]:
+    """What stops a job from outside: signals, and notices that the machine goes away."""
+    with Preempt(f"sparing resume {run}") as signals, notices(signals):
+        yield signals
 
 
 @contextmanager
@@ -147,7 +155,7 @@ def _leading(others: Ranks | None) -> Iterator[None]:
 def follow(verb: str, run: RunFolder, started: float | None = None) -> Iterator[Job | None]:
     """The job of a rank that is not the first, once rank 0 has prepared the run; None: it has ended without. Raises Interrupted."""
     others = ranks()
-    with metered(verb, run, started=started, others=others) as meter, Preempt(f"sparing resume {run}") as signals:
+    with metered(verb, run, started=started, others=others) as meter, _interrupted(run) as signals:
         go = others.wait(signals.check)
         try:
             yield Job(run, meter, signals, Clock(run, meter.started), others) if go else None
