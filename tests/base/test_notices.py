@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 import textwrap
@@ -15,8 +16,10 @@ import pytest
 
 from sparing.base import notices as module
 from sparing.base.config import UserError
+from sparing.base.files import read_lines
 from sparing.base.notices import Aws, Azure, Fault, Gcp, Notice, cloud, notices, watch
 from sparing.base.preempt import Interrupted, Preempt
+from sparing.base.run import RunFolder, verify_folder
 
 TAG = "7783-7084-3265-9085-8269-3286-77"
 
@@ -401,3 +404,67 @@ def test_ranks_have_the_time_that_torchrun_gives_them():
     twice = "os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.1); os.kill(os.getpid(), signal.SIGTERM)"
     status, said = in_a_process(SAVES.format(stops=twice, lasts=0.5), **rank)
     assert status == 0 and "saved" in said, said
+
+
+RECIPE = """
+[train]
+seq_len = 32
+batch_size = 4
+micro_batch_size = 2
+dtype = "float32"
+kernels = "plain"
+threads = 1
+replicas = 1
+compile = false
+evals = 1
+checkpoint_interval_s = 100000.0
+[model]
+vocab_size = 384
+hidden_size = 32
+num_layers = 1
+num_heads = 2
+"""
+
+
+def steps_of(run):
+    return [line["step"] for line in read_lines(run / "metrics.jsonl") if "loss" in line] if (run / "metrics.jsonl").exists() else []
+
+
+def sparing(folder, server, *words):
+    environment = {"SPARING_HOME": str(folder / "home"), "OMP_NUM_THREADS": "1"}
+    environment |= {"SPARING_CLOUD": server.cloud, "SPARING_METADATA": server.address}
+    words = [sys.executable, "-m", "sparing", *map(str, words)]
+    return subprocess.Popen(words, env=os.environ | environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def stopped_by_a_notice(process, server, run, after):
+    """Wait for so many steps, announce the end of the machine, and check how the run was left; -> its last step."""
+    try:
+        while process.poll() is None and len(steps_of(run)) < after:
+            time.sleep(0.02)
+        server.notice = ANNOUNCED[server.cloud]()
+        said = process.communicate(timeout=600)[1]
+    finally:
+        process.terminate()
+    server.notice = None
+    assert process.returncode == 130, said
+    assert said.count(" takes this machine away: ") == 1 and f"sparing resume {run}" in said and "Traceback" not in said, said
+    steps = steps_of(run)
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) >= after
+    newest = max(RunFolder(run).state.glob("step-*"))
+    assert newest.name == f"step-{len(steps):08d}"
+    verify_folder(newest)
+    return len(steps)
+
+
+@pytest.mark.parametrize(("cloud", "how"), [("azure", ()), ("gcp", ("launch", "-n", 2))])
+def test_a_run_is_saved_after_a_notice_and_goes_on_later(imitation, tmp_path, cloud, how):
+    server, dice = imitation(cloud), random.Random(0)
+    words = ["".join(dice.choices("abcdefghij", k=dice.randint(2, 6))) for _ in range(200)]
+    for name in range(8):
+        (tmp_path / f"{name}.txt").write_text(" ".join(dice.choices(words, k=1500)))
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    run = tmp_path / "run"
+    training = ("train", tmp_path / "recipe.toml", "--data", tmp_path, "--budget", "100Mtok", "--samples", 0, "--out", run)
+    last = stopped_by_a_notice(sparing(tmp_path, server, *how, *training), server, run, 3)
+    stopped_by_a_notice(sparing(tmp_path, server, *how, "resume", run), server, run, last + 3)

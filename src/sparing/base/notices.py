@@ -148,7 +148,7 @@ class Gcp(Service):
     Before maintenance that a machine does not survive, `maintenance-event` says so: an hour ahead to a machine with GPUs, a minute to
     others. It doesn't say when; so an event that was there at the first question is taken to be near.
 
-    https://cloud.google.com/compute/docs/instances/create-use-spot, https://cloud.google.com/compute/docs/gpus/gpu-host-maintenance,
+    https://cloud.google.com/compute/docs/instances/spot, https://cloud.google.com/compute/docs/gpus/gpu-host-maintenance,
     https://cloud.google.com/compute/docs/metadata/getting-live-migration-notice (asked at least once an hour, or no notice is given).
     """
 
