@@ -9,6 +9,7 @@ from tests.clock import ManualClock
 
 # Many tests have a home of their own: what is compiled is the same in all of them.
 os.environ.setdefault("SPARING_NATIVE", str(Path(__file__).parent.parent / ".pytest_cache" / "native"))
+os.environ["SPARING_CLOUD"] = "none"  # a test on a cloud's machine, as those of GitHub are, must not ask for its notices
 
 
 @pytest.fixture

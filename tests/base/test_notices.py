@@ -251,7 +251,7 @@ def test_a_distant_event_is_told_once_and_acted_on_when_it_is_near(capsys):
     said = capsys.readouterr().err.splitlines()
     assert said == [
         "sparing: A cloud takes this machine away: reboot, in 15 minutes; the run goes on until 120 s before",
-        "sparing: A cloud takes this machine away: reboot, in 119 s; the run is saved and stopped",
+        "sparing: A cloud takes this machine away: reboot, in 119 s; the run stops now",
     ]
 
 

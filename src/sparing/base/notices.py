@@ -284,9 +284,7 @@ def watch(service: Service, leave_by: Callable[[float], None], left: threading.E
         if left.is_set():
             return
         if notice is not None and notice.left_s <= LEAD_S:
-            _tell(
-                f"{service.name} takes this machine away: {notice.what}, in {max(0.0, notice.left_s):.0f} s; the run is saved and stopped"
-            )
+            _tell(f"{service.name} takes this machine away: {notice.what}, in {max(0.0, notice.left_s):.0f} s; the run stops now")
             return leave_by(notice.left_s)
         if notice is not None and notice.what not in told:
             told.add(notice.what)
