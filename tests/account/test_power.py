@@ -46,8 +46,15 @@ def test_rapl_counters_begin_anew(tmp_path):
     assert rapl.joules() == pytest.approx(0.200001)
 
 
+def test_a_rank_counts_its_share_of_the_host(tmp_path):
+    zone(tmp_path, "intel-rapl:0", "package-0", 1_000_000)
+    whole, quarter = Rapl(tmp_path), Rapl(tmp_path, 0.25)
+    (tmp_path / "intel-rapl:0" / "energy_uj").write_text("9000000")
+    assert whole.joules() == 8.0 and quarter.joules() == 2.0
+
+
 def test_where_rapl_is_missing_or_for_root_only_the_model_steps_in(tmp_path, monkeypatch):
-    monkeypatch.setattr(Rapl.__init__, "__defaults__", (tmp_path,))
+    monkeypatch.setattr(Rapl.__init__, "__defaults__", (tmp_path, 1.0))
     (found,) = sources(MACHINE, RATES, RATES)
     assert (found.part, found.how) == ("cpu", "estimated")
     zone(tmp_path, "intel-rapl:0", "package-0", 1)

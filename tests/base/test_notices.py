@@ -81,12 +81,17 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
 
+class Server(ThreadingHTTPServer):
+    def handle_error(self, *_):
+        """A client that did not wait: told by a thread, it would be in another test's output."""
+
+
 class Imitation:
     """A metadata service on this machine. notice: what it announces; broken: answers instead of it."""
 
     def __init__(self, cloud):
         self.cloud, self.notice, self.broken, self.token, self.asked = cloud, None, None, None, []
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server = Server(("127.0.0.1", 0), Handler)
         self.server.daemon_threads, self.server.block_on_close, self.server.service = True, False, self
         self.address = f"http://127.0.0.1:{self.server.server_port}"
 

@@ -71,7 +71,8 @@ def test_mistakes_are_one_line(workplace, text, more, says):
     assert status == 2 and out == "" and err.count("\n") == 1 and says in err
 
 
-def test_at_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_leaves(workplace):
+def interrupted_at_a_terminal(workplace) -> int:
+    """Ask, press ctrl-c as soon as the answer has begun, and ctrl-d at the next prompt; -> the exit status."""
     ours, theirs = pty.openpty()
     process = start(workplace, "--max-tokens", "240", stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
     os.close(theirs)
@@ -91,8 +92,15 @@ def test_at_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_leaves(workplace):
     process.send_signal(signal.SIGINT)
     until(b"\n> ")
     os.write(ours, b"\x04")
-    assert process.wait(timeout=60) == 0
+    status = process.wait(timeout=60)
     os.close(ours)
+    return status
+
+
+def test_at_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_leaves(workplace):
+    """On a busy machine the answer may be over before the key is pressed: at the prompt ctrl-c leaves, with 130, and it is tried again."""
+    statuses = (interrupted_at_a_terminal(workplace) for _ in range(5))
+    assert next(status for status in statuses if status != 130) == 0
 
 
 def test_a_line_that_is_not_utf8_does_not_end_a_conversation_at_a_terminal(monkeypatch, capsys):
