@@ -125,9 +125,9 @@ class Preempt:
             raise Interrupted(self.message)
 
     def _at_once(self, number: int) -> bool:
-        """Whether a second signal means that nothing is to be finished. Of a machine that goes down, and of torchrun, all processes get a
-        SIGTERM, and those that are told already get one more."""
-        return number == signal.SIGINT or (self._deadline is None and this_rank().size == 1)
+        """Whether a second signal means that nothing is to be finished. Of a machine that goes down all processes get a SIGTERM, those that
+        are told already too; and a rank gets what it was sent, and what its launcher was sent and passes on."""
+        return this_rank().size == 1 and (number == signal.SIGINT or self._deadline is None)
 
     def _limit(self) -> float:
         """When the process ends though the main thread doesn't come back, by `time.monotonic`."""
@@ -158,7 +158,7 @@ class Preempt:
             now = time.monotonic()
             if signalled and self._finishing and not announced and now - self._since >= TELL_S:
                 announced = True
-                left = "; again: at once" if self._deadline is None else f", in at most {self._deadline - now:.0f} s"
+                left = "; again: at once" if self._at_once(signal.SIGTERM) else f", in at most {self._limit() - now:.0f} s"
                 print(f"\nsparing: interrupted: {self._finishing} first{left}", file=sys.stderr, flush=True)
             if signalled and now >= self._limit() and not self._left.is_set():
                 self._exit()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from sparing.base.config import CannotGoOn, UserError
@@ -842,21 +843,61 @@ class Launch:
     """HOST:PORT of one of them, where they meet."""
     restarts: int = 100
     """How often ranks that died are started anew."""
+    mirror: str | None = None
+    """A folder that outlives this machine, such as a mounted bucket: RUN is copied there at each checkpoint, and brought back from there
+    where it is not here."""
+    slurm: str | None = None
+    """A file to write for sbatch, instead of starting anything here."""
+    spot: str | None = None
+    """A file to write for `sky jobs launch` (SkyPilot), instead: on spot machines, which the run survives."""
+    gpu: str | None = None
+    """With --slurm or --spot: what each machine has, as H100:8, 8 (of any kind), or none."""
+    cpus: int | None = None
+    """With --slurm or --spot: cores of each machine. Default: 4 a GPU; whole nodes of Slurm without GPUs."""
+    time: str | None = None
+    """With --slurm: 2h, after which the job is saved and queued again. Default: a budget in time and a tenth more."""
+    partition: str | None = None
+    """With --slurm."""
+    cloud: str | None = None
+    """With --spot: where, as aws, gcp/us-central1 or k8s. Default: wherever it is cheapest."""
+    bucket: str | None = None
+    """With --spot: where the run is kept, as s3://NAME or gs://NAME, or the name of a bucket to make. Default: one is made."""
+    volume: str | None = None
+    """With --spot, instead of a bucket: a volume of SkyPilot's that all machines mount; several need one."""
+    failures_per_hour: float | None = None
+    """With --spot: how often a machine is taken away, for the price. Default: as often as this workspace has seen."""
     json: ClassVar[bool] = False
     """The verb's own --json does it."""
 
     def __call__(self, call: Call) -> None:
-        from sparing.base.hardware import gpus
         from sparing.cli.arguments import choose, parse
-        from sparing.interop.launch import launch
 
         call.need(VERB=self.command)
         verb, words = choose(self.command, VERBS)
         if verb not in SHARED:
             raise UserError(f"launch: {verb} is not divided among ranks; verbs that are: {', '.join(SHARED)}")
-        parse(verb, VERBS[verb], words)  # a slip is told once, and before anything starts
+        arguments, overrides = parse(verb, VERBS[verb], words)  # a slip is told once, and before anything starts
+        if self.slurm or self.spot:
+            from sparing.cli.job_files import write
+
+            return write(self, verb, arguments, overrides)
+        for option in ("gpu", "cpus", "time", "partition", "cloud", "bucket", "volume", "failures_per_hour"):
+            if getattr(self, option) is not None:
+                raise UserError(f"launch: --{option.replace('_', '-')} goes with --slurm FILE or --spot FILE, which it is for")
+        return self._start(arguments.run if verb == "resume" else arguments.out)
+
+    def _start(self, run: str | None) -> None:
+        from sparing.base.hardware import gpus
+        from sparing.interop.launch import launch
+        from sparing.interop.mirror import Mirror
+
+        if self.mirror and (self.nodes > 1 or not run):
+            raise UserError(
+                "launch: --mirror is for one machine, and for a verb with --out" if run else "launch: --mirror needs the verb's --out"
+            )
         n = max(1, len(gpus())) if self.n is None else self.n
-        status = launch(self.command, n, self.nodes, self.meet, self.restarts)
+        with Mirror(Path(run), Path(self.mirror)) if self.mirror else nullcontext():
+            status = launch(self.command, n, self.nodes, self.meet, self.restarts)
         if status:
             sys.exit(status)
 

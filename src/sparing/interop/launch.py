@@ -46,12 +46,12 @@ def launch(words: Sequence[str], n: int, nodes: int = 1, meet: str | None = None
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # a new store whenever the ranks meet anew, in which none is known that died
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # what torchrun would set, and say; each rank measures how many it uses
         settings = {
-            "min_nodes": nodes, "max_nodes": nodes, "nproc_per_node": n, "run_id": os.environ.get("SPARING_LAUNCH_ID") or str(uuid.uuid4()),
+            "min_nodes": nodes, "max_nodes": nodes, "nproc_per_node": n, "run_id": os.environ.get("SPARING_LAUNCH_ID") or meet or str(uuid.uuid4()),
             "rdzv_backend": "c10d", "rdzv_endpoint": meet or ALONE, "max_restarts": restarts, "monitor_interval": 0.2,
         }  # fmt: skip
         if "signals_to_handle" in {field.name for field in dataclasses.fields(LaunchConfig)}:
-            settings["signals_to_handle"] = "SIGTERM"
-        before = signal.signal(signal.SIGINT, lambda *_: None)  # the terminal sends it to the ranks too, which save and end
+            settings["signals_to_handle"] = "SIGTERM,SIGINT"  # the ranks have sessions of their own: a terminal's does not reach them
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             elastic_launch(LaunchConfig(**settings), sys.executable)("-m", "sparing", *words)
         except SignalException:
@@ -63,6 +63,7 @@ def launch(words: Sequence[str], n: int, nodes: int = 1, meet: str | None = None
                 f"rank {rank} ended with status {failure.exitcode} after {restarts} restarts: see what it says above"
             ) from None
         finally:
-            signal.signal(signal.SIGINT, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
             del os.environ[STATUS]
         return int(status.read_text()) if status.exists() else 0
