@@ -62,9 +62,7 @@ def _slurm(launch: Launch, verb: str, arguments: Any, overrides: dict[str, Any],
         gpus=f"{kind}:{count}" if kind else str(count) if count else None, partition=launch.partition, restarts=launch.restarts,
     )  # fmt: skip
     write_atomic(file, text)
-    machines = (
-        f"{launch.nodes} x {n} ranks, {count} GPUs each" if count else f"{launch.nodes} x {n} ranks without GPUs (--gpu 8 asks for them)"
-    )
+    machines = f"{launch.nodes} x {n} ranks, " + (f"{count} GPUs each" if count else "without GPUs (--gpu 8 asks for them)")
     until = "the partition's time (--time sets it)" if time_s is None else f"{time_s / 3600:.3g} h, then saved and queued again"
     print(f"{launch.slurm}: {machines}, for {until}; submit it with: {shlex.join(['sbatch', launch.slurm])}")
 

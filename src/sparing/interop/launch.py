@@ -23,7 +23,7 @@ ALONE = "localhost:0"
 
 
 def launch(words: Sequence[str], n: int, nodes: int = 1, meet: str | None = None, restarts: int = RESTARTS) -> int:
-    """Run `sparing WORDS` as `n` ranks on this machine, of `nodes` machines that each run the same command; -> its exit status.
+    """Run `sparing WORDS` as `n` ranks on this machine, of `nodes` machines that each run the same command; -> exit status.
 
     meet: HOST:PORT where the agents of several machines meet. Raises UserError; Interrupted on a signal (the run is saved); CannotGoOn
     where ranks die again and again."""
@@ -45,8 +45,9 @@ def launch(words: Sequence[str], n: int, nodes: int = 1, meet: str | None = None
         os.environ[STATUS] = str(status)
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # a new store whenever the ranks meet anew, in which none is known that died
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # what torchrun would set, and say; each rank measures how many it uses
+        name = os.environ.get("SPARING_LAUNCH_ID") or meet or str(uuid.uuid4())  # the same on all machines, or they do not meet
         settings = {
-            "min_nodes": nodes, "max_nodes": nodes, "nproc_per_node": n, "run_id": os.environ.get("SPARING_LAUNCH_ID") or meet or str(uuid.uuid4()),
+            "min_nodes": nodes, "max_nodes": nodes, "nproc_per_node": n, "run_id": name,
             "rdzv_backend": "c10d", "rdzv_endpoint": meet or ALONE, "max_restarts": restarts, "monitor_interval": 0.2,
         }  # fmt: skip
         if "signals_to_handle" in {field.name for field in dataclasses.fields(LaunchConfig)}:

@@ -24,7 +24,7 @@ POLL_S = 5.0
 
 
 class Mirror:
-    """The run folder `run` and its copy `kept`. As a context manager: fetched before, copied at each new checkpoint, and whole at the end."""
+    """The run folder `run` and its copy `kept`. As a context manager: fetched before, copied at each checkpoint, and whole at the end."""
 
     def __init__(self, run: Path, kept: Path):
         """Raises UserError where `kept` holds something else than a run."""

@@ -6,6 +6,7 @@ Written as YAML by hand: it is a few keys, and JSON's strings are YAML's. Checke
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
 import os
 import re
@@ -52,8 +53,6 @@ class Moved:
 
 def bucket_name(run: str, owner: str) -> str:
     """A name for a new bucket, of letters, digits and - as all clouds allow. owner: what tells this run from others of its name."""
-    import hashlib
-
     short = re.sub(r"[^a-z0-9]+", "-", os.path.basename(run).lower()).strip("-")[:30]
     return f"sparing-{short or 'run'}-{hashlib.sha256(owner.encode()).hexdigest()[:8]}"
 
@@ -85,7 +84,7 @@ def task(
             raise UserError(f"launch: {word!r} has characters that a YAML file cannot have")
     if nodes > 1 and not volume:
         raise UserError(
-            f"launch: --spot with {nodes} machines needs --volume NAME, one of SkyPilot's that all of them mount: they share the run folder, "
+            f"launch: --spot with {nodes} machines needs --volume NAME, one of SkyPilot's that all mount: they share the run folder, "
             "and a mounted bucket is no folder that several machines write; nearest: --nodes 1 with more GPUs"
         )
     resources: dict = {"use_spot": True, "job_recovery": {"strategy": "EAGER_NEXT_REGION", "recover_on_exit_codes": STOPPED}}
@@ -116,7 +115,11 @@ command -v uv || curl -LsSf https://astral.sh/uv/install.sh | sh
 uv venv --allow-existing --python 3.12 {VENV}
 uv pip install --python {VENV}/bin/python sparing=={__version__}
 """,
-        "run": f'export SPARING_LAUNCH_ID="$SKYPILOT_TASK_ID"\n{VENV}/bin/sparing {shlex.join(words)}{together} \\\n  {shlex.join(command)}\n',
+        "run": f"""\
+export SPARING_LAUNCH_ID="$SKYPILOT_TASK_ID"
+{VENV}/bin/sparing {shlex.join(words)}{together} \\
+  {shlex.join(command)}
+""",
     }
     return {key: value for key, value in result.items() if value != {}}
 
