@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -125,18 +126,23 @@ def test_a_killed_rank_is_started_anew_and_the_run_goes_on_bit_for_bit(folder):
     assert again == undisturbed
 
 
-def test_a_signal_stops_all_ranks_and_another_number_goes_on_from_their_checkpoint(folder):
-    run = folder / "stopped"
-    words = *training(folder, run.name), *EXPERTS, "--parallel.divide", "weights"
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="finds a rank by /proc")
+def test_a_signal_to_all_processes_saves_once_and_another_machine_with_other_ranks_goes_on_from_the_mirror(folder):
+    run, kept = folder / "stopped", folder / "kept"
+    words = "--mirror", kept, *training(folder, run.name), *EXPERTS, "--parallel.divide", "weights"
     process = sparing(folder, "launch", "-n", 2, *words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     until_step(process, run, 3)
-    process.send_signal(signal.SIGTERM)
+    for number in (rank_of(run, 0), rank_of(run, 1), process.pid):  # as Slurm does; the launcher passes its own on
+        os.kill(number, signal.SIGINT)
     said = process.communicate(timeout=240)[1]
-    assert process.returncode == 130 and f"interrupted; go on with: sparing resume {run}" in said, said
+    assert process.returncode == 130 and said.count(f"go on with: sparing resume {run}") == 1 and "Traceback" not in said, said
     newest = sorted((run / "state").glob("step-*"))[-1]
     assert int(newest.name[5:]) == steps_of(run)[-1]["step"] < STEPS  # all that was done is saved
     assert sorted(file.name for file in newest.glob("optimizer*")) == [f"optimizer-0000{part}-of-00002.safetensors" for part in (1, 2)]
-    assert sparing(folder, "launch", "-n", 3, *words, stdout=subprocess.DEVNULL).wait(240) == 0  # the same command
+    shutil.rmtree(run)
+    process = sparing(folder, "launch", "-n", 3, *words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    said = process.communicate(timeout=240)[1]
+    assert process.returncode == 0 and f"brought back from {kept}" in said, said
     alike(run, folder / "alone")  # of four rows one rank has two; no matrix has three equal pieces; four experts have not, and are whole
 
 
