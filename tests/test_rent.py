@@ -50,17 +50,21 @@ def test_where_the_rate_is_from(tmp_path, monkeypatch):
 def test_two_hours_in_money(tmp_path, monkeypatch):
     monkeypatch.setenv("SPARING_HOME", str(tmp_path))
     demand, spot = (rates_for(H100S, rent=how).usd_per_hour for how in ("on_demand", "spot"))
-    told = rent.lines(Budget(7200, "s"), "H100", 8, 1, 0.1)
+    machine = rent.rented("H100", 8, 1)
+    told = rent.lines(Budget(7200, "s"), *machine, 1, 0.1)
     assert told[0] == f"on demand: ${2 * demand:.4g} for 2h: 2 h at ${demand:.4g}"
     hours = spot_hours(2, 0.1, 5, 300)
     assert told[1] == f"on spot: ${hours * spot:.4g}, {hours * spot / 2 / demand:.0%} of that: {hours:.3g} h at ${spot:.4g}"
     assert "best checkpoint interval: 600 s" in told[3]
-    assert f"${4 * demand:.4g} for 2h" in rent.lines(Budget(7200, "s"), "H100", 8, 2, 0)[0]
-    assert "an hour of progress" in rent.lines(Budget(1e9, "tok"), "H100", 8, 1, 0)[0]
-    assert "leave no time" in rent.lines(Budget(7200, "s"), "H100", 8, 1, 100)[1]
+    assert f"${4 * demand:.4g} for 2h" in rent.lines(Budget(7200, "s"), *rent.rented("H100", 8, 2), 2, 0)[0]
+    assert "an hour of progress" in rent.lines(Budget(1e9, "tok"), *machine, 1, 0)[0]
+    assert "leave no time" in rent.lines(Budget(7200, "s"), *machine, 1, 100)[1]
+    told = rent.lines(Budget(2 * demand, "usd"), *machine, 1, 0.1)[1]
+    assert f"{2 * demand / spot:.3g} h at" in told and f"progress of {2 * demand / spot * 2 / hours:.3g} h" in told
 
 
 def test_what_has_no_price_is_told_and_a_rate_below_0_refused():
-    assert rent.lines(Budget(7200, "s"), "T4", 1, 1)[0].startswith("price: T4 is in no table")
+    with pytest.raises(UserError, match="T4 is in no table"):
+        rent.rented("T4", 1, 1)
     with pytest.raises(UserError, match="--failures-per-hour -1"):
-        rent.lines(Budget(7200, "s"), "H100", 8, 1, -1.0)
+        rent.lines(Budget(7200, "s"), *rent.rented("H100", 8, 1), 1, -1.0)

@@ -60,7 +60,7 @@ def test_a_spot_job(said, tmp_path):
     assert "on demand: $36.64 for 2h: 2 h at $18.32\n" in told and "on spot: $13.1" in told and "best checkpoint interval: 600 s" in told
     assert told.endswith("job.yaml: 1 x 8 ranks; start it with: sky jobs launch job.yaml\n")
     task = yaml.safe_load((tmp_path / "job.yaml").read_text())
-    assert task["resources"]["accelerators"] == "H100:8" and task["resources"]["use_spot"]
+    assert task["resources"]["accelerators"] == "H100:8" and task["resources"]["use_spot"] and task["envs"] == {"SPARING_RENT": "spot"}
     where = [
         "--data",
         "/tmp/sparing/given/0/books",
@@ -90,6 +90,8 @@ def test_a_spot_job(said, tmp_path):
         (("--slurm", "f", "--gpu", "8", "-n", "4", *TRAIN), "-n 4 with 8 GPUs: each rank has a GPU; nearest: -n 8"),
         (("--slurm", "f", "--time", "5Mtok", *TRAIN), "--time 5Mtok: is no time"),
         (("--slurm", "f", "--nodes", "0", *TRAIN), "at least 1"),
+        (("--slurm", "f", "-n", "0", *TRAIN), "at least 1"),
+        (("--slurm", "f", "--partition", "a b", *TRAIN), "--partition 'a b': not a name that Slurm knows"),
         (("--slurm", "f", *TRAIN[:3], *TRAIN[5:]), "train needs --budget"),
         (("--slurm", "f", *TRAIN[:5]), "train needs --out"),
         (("--slurm", "none/f", *TRAIN), "--slurm none/f: there is no folder none"),
@@ -111,6 +113,7 @@ def test_what_cannot_be_is_refused_in_one_line(said, tmp_path, words, message):
 def test_a_price_that_is_not_known_keeps_no_job_from_being_written(said, tmp_path):
     status, told = said("launch", "--spot", "f", "--gpu", "T4", "--volume", "shared", "--nodes", 2, *TRAIN)
     assert status == 0 and "price: T4 is in no table" in told and "kept in: the volume shared" in told
-    assert json.dumps("shared") in (tmp_path / "f").read_text()
+    text = (tmp_path / "f").read_text()
+    assert json.dumps("shared") in text and "SPARING_RENT" not in text
     status, told = said("launch", "--spot", "f", "--gpu", "none", "--cpus", 16, *TRAIN)
     assert status == 0 and "1 x 1 ranks" in told and "on spot: $" in told

@@ -47,7 +47,7 @@ def run(tmp_path):
         text = sbatch(WORDS, 8, 2, folder=str(folder), gpus="8", program=(sys.executable, str(tmp_path / "program.py")))
         (tmp_path / "job.sh").write_text(text)
         log = tmp_path / "log"
-        slurm = {"SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "first,second", "SLURM_NNODES": "2", **restarted}
+        slurm = {"SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "first,second", "SLURM_JOB_NUM_NODES": "2", **restarted}
         environment = os.environ | slurm | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "LOG": str(log), "STATUS": str(status)}
         assert subprocess.run(["bash", "-n", tmp_path / "job.sh"]).returncode == 0
         ended = subprocess.run(["bash", tmp_path / "job.sh"], env=environment, cwd=tmp_path).returncode

@@ -73,6 +73,19 @@ def test_in_compilation(start, tmp_path):
     assert stop(process, tmp_path / "run") < WITHIN_S
 
 
+def test_a_rank_is_not_hurried_by_a_second_signal(monkeypatch):
+    """What stops all processes of a job reaches a rank directly and through its launcher."""
+    for name, value in (("TORCHELASTIC_RUN_ID", "x"), ("RANK", 1), ("WORLD_SIZE", 2), ("LOCAL_RANK", 1), ("LOCAL_WORLD_SIZE", 2)):
+        monkeypatch.setenv(name, str(value))
+    with Preempt("go on") as preempt:
+        with preempt.finishing("saving"):
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)  # would end this process, either here or in the thread that watches
+            time.sleep(0.3)
+        with pytest.raises(Interrupted, match="go on"):
+            preempt.check()
+
+
 def test_within_one_process():
     before = signal.getsignal(signal.SIGTERM)
     with Preempt("go on") as preempt:

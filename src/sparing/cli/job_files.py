@@ -8,16 +8,13 @@ import re
 import shlex
 import socket
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sparing.base.config import Budget, UserError
 from sparing.base.config_file import read_recipe
 from sparing.base.files import output_file, write_atomic
 from sparing.budget.units import parse_budget, parse_extension
 from sparing.data.hub import HUB
-
-if TYPE_CHECKING:
-    from sparing.cli.verbs import Launch
 
 FOR = {
     "slurm": ("gpu", "cpus", "time", "partition"),
@@ -30,23 +27,28 @@ MODELS = ("recipe", "run", "teacher", "from_", "base", "data.tokenizer")
 """What may name files or folders, or something else."""
 
 
-def write(launch: Launch, verb: str, arguments: Any, overrides: dict[str, Any]) -> None:
-    """Write the file that `launch` asks for and say how to submit it. Raises UserError for options that cannot be, before it is written."""
+def write(launch: Any, verb: str, arguments: Any, overrides: dict[str, Any]) -> None:
+    """Write the file that `launch` (a `cli.verbs.Launch`) asks for, and say how to submit it.
+
+    Raises UserError for options that cannot be, before anything is written."""
     if launch.slurm and launch.spot:
         raise UserError("launch: --slurm and --spot each write a file: choose one")
     kind = "slurm" if launch.slurm else "spot"
     for option in sorted({*FOR["slurm"], *FOR["spot"], "meet", "mirror"} - {*FOR[kind]}):
         if getattr(launch, option) is not None:
             raise UserError(f"launch: --{option.replace('_', '-')} does not go with --{kind}; see `sparing launch --help`")
-    if launch.nodes < 1 or launch.restarts < 0 or (launch.n or 1) < 1 or (launch.cpus or 1) < 1:
+    if launch.restarts < 0 or any(count is not None and count < 1 for count in (launch.n, launch.nodes, launch.cpus)):
         raise UserError("launch: -n, --nodes and --cpus are at least 1, --restarts 0")
     out = arguments.run if verb == "resume" else arguments.out
     if not out:
         raise UserError(f"{verb} needs {'RUN' if verb == 'resume' else '--out'}; see `sparing {verb} --help`")
-    (_slurm if launch.slurm else _spot)(launch, verb, arguments, overrides, out)
+    if launch.slurm:
+        _slurm(launch, verb, arguments, out)
+    else:
+        _spot(launch, verb, arguments, overrides, out)
 
 
-def _slurm(launch: Launch, verb: str, arguments: Any, overrides: dict[str, Any], out: str) -> None:
+def _slurm(launch: Any, verb: str, arguments: Any, out: str) -> None:
     from sparing.base.hardware import gpus
     from sparing.interop.slurm import sbatch, time_for
 
@@ -67,9 +69,9 @@ def _slurm(launch: Launch, verb: str, arguments: Any, overrides: dict[str, Any],
     print(f"{launch.slurm}: {machines}, for {until}; submit it with: {shlex.join(['sbatch', launch.slurm])}")
 
 
-def _spot(launch: Launch, verb: str, arguments: Any, overrides: dict[str, Any], out: str) -> None:
+def _spot(launch: Any, verb: str, arguments: Any, overrides: dict[str, Any], out: str) -> None:
     from sparing.interop.skypilot import HERE, SHARED, Moved, bucket_name, task, text
-    from sparing.planning.rent import lines
+    from sparing.planning.rent import lines, rented
 
     if verb == "resume":
         raise UserError("launch: --spot begins a run, and goes on with it by itself; `resume` is for a run that is here")
@@ -96,12 +98,19 @@ def _spot(launch: Launch, verb: str, arguments: Any, overrides: dict[str, Any], 
                 raise UserError(f"launch: {word}: no such file or folder here, so none can be taken along")
     owner = f"{getpass.getuser()}@{socket.gethostname()}:{os.path.abspath(out)}"
     bucket = None if launch.volume else launch.bucket or bucket_name(out, owner)
+    budget = _budget(verb, arguments)
+    try:
+        price = lines(budget, *rented(kind, count or launch.cpus or 8, launch.nodes), launch.nodes, launch.failures_per_hour)
+        rent = "spot" if kind else None  # a processor is known there, and may have no price in the table
+    except UserError as error:
+        if "--failures-per-hour" in str(error):
+            raise
+        price, rent = [f"price: {error}"], None
     made = task(
         [launch.command[0], *(_there(word, renamed) for word in launch.command[1:])], n, launch.nodes, name=name,
         accelerators=f"{kind}:{count}" if kind else None, cpus=launch.cpus, infra=launch.cloud, bucket=bucket, volume=launch.volume,
-        mounts=moved.mounts, restarts=launch.restarts,
+        mounts=moved.mounts, restarts=launch.restarts, rent=rent,
     )  # fmt: skip
-    price = lines(_budget(verb, arguments), kind, count or launch.cpus or 8, launch.nodes, launch.failures_per_hour)
     write_atomic(file, text(made))
     for there, here in moved.mounts.items():
         print(f"taken along: {here} (there {there})")

@@ -11,7 +11,7 @@ import os
 import shutil
 import sqlite3
 import threading
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -60,10 +60,10 @@ class Mirror:
                 continue
         for path in list(self.kept.rglob("*")):
             if path.is_file() and path.relative_to(self.kept) not in names:
-                path.unlink()
+                path.unlink(missing_ok=True)
                 self._sent.pop(path.relative_to(self.kept), None)
         for folder in sorted((path for path in self.kept.rglob("*") if path.is_dir()), reverse=True):
-            if not any(folder.iterdir()):
+            with suppress(OSError):  # there are files in it; or it went with its last one, as in buckets
                 folder.rmdir()
 
     def _names(self) -> list[Path]:

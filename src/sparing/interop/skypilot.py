@@ -70,12 +70,13 @@ def task(
     volume: str | None = None,
     mounts: dict[str, str] | None = None,
     restarts: int = 100,
+    rent: str | None = None,
 ) -> dict:
     """The task as SkyPilot's schema has it.
 
     command: a verb and its options, with paths as they are there. bucket: where the run is kept, an address as s3://NAME, or a name: then
-    it is made; or volume: SkyPilot's name of one that all machines mount. Raises UserError for several machines without a volume, since a
-    mounted bucket is not a file system that several machines share."""
+    it is made; or volume: SkyPilot's name of one that all machines mount. rent: how money is counted there, where its price is known.
+    Raises UserError for several machines without a volume, since a mounted bucket is not a file system that several machines share."""
     for option, value in (("--cloud", infra), ("--gpu", accelerators), ("--volume", volume)):
         if value is not None and not re.fullmatch(r"[\w.:/*+-]+", value):
             raise UserError(f"{option} {value!r}: not a name that SkyPilot knows")
@@ -106,6 +107,7 @@ def task(
         "name": re.sub(r"[^a-z0-9-]+", "-", name.lower()).strip("-") or "sparing",
         "num_nodes": nodes,
         "resources": resources,
+        "envs": {"SPARING_RENT": rent} if rent else {},
         "file_mounts": files,
         "volumes": {SHARED: volume} if volume else {},
         "setup": f"""\

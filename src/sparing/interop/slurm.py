@@ -35,7 +35,7 @@ meet="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):$((10000 + SL
 
 # A launcher a node, which may use all cores of the job there. One that has ended must not end the others: they may be saving.
 srun --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=0 --wait=0 \\
-  {program} launch -n {n} --nodes "$SLURM_NNODES" --meet "$meet" --restarts {restarts} \\
+  {program} launch -n {n} --nodes "$SLURM_JOB_NUM_NODES" --meet "$meet" --restarts {restarts} \\
   {command}
 status=$?
 if [ "$status" -eq {interrupted} ]; then  # told to stop, and saved: the same job goes on when there is room again

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from sparing.account.history import TRAINING, entries
 from sparing.account.ledger import Entry, workspace_file
-from sparing.account.prices import rates_for
+from sparing.account.prices import Rates, rates_for
 from sparing.base.config import Budget, UserError
 from sparing.base.hardware import Gpu, Machine
 from sparing.budget.predict import in_seconds
@@ -47,18 +47,20 @@ def rate(failures_per_hour: float | None, nodes: int) -> tuple[float, str]:
     return FAILURES_PER_HOUR * nodes, f"assumed: {FAILURES_PER_HOUR} a machine (Bamboo, NSDI 2023); none is known of this workspace"
 
 
-def lines(budget: Budget, gpu: str | None, count: int, nodes: int, failures_per_hour: float | None = None) -> list[str]:
-    """What to tell: on demand against spot, for a budget on `nodes` machines with `count` GPUs (gpu None: processor cores) each.
+def rented(gpu: str | None, count: int, nodes: int) -> tuple[Rates, Rates]:
+    """(on demand, on spot): what `nodes` machines cost with `count` GPUs (gpu None: processor cores) each. Raises UserError where a price
+    is not known."""
+    gpus = () if gpu is None else (Gpu(gpu, 0, ""),) * count
+    machine = Machine("Linux", "", count, 2 * count, 0, gpus)
+    return rates_for(machine, rent="on_demand").times(nodes), rates_for(machine, rent="spot").times(nodes)
+
+
+def lines(budget: Budget, demand: Rates, spot: Rates, nodes: int, failures_per_hour: float | None = None) -> list[str]:
+    """What to tell: on demand against spot, for a budget on these machines; how far it goes, where it is money.
 
     Of a budget in tokens or FLOP, whose time is not known here: what an hour of progress costs. Raises UserError for a rate below 0."""
     if failures_per_hour is not None and not 0 <= failures_per_hour < math.inf:
         raise UserError(f"--failures-per-hour {failures_per_hour}: must be 0 or more")
-    gpus = () if gpu is None else (Gpu(gpu, 0, ""),) * count
-    machine = Machine("Linux", "", count, 2 * count, 0, gpus)
-    try:
-        demand, spot = (rates_for(machine, rent=rent).times(nodes) for rent in ("on_demand", "spot"))
-    except UserError as error:
-        return [f"price: {error}"]
     seconds = in_seconds(budget, demand)
     hours = 1.0 if seconds is None else seconds / 3600
     an_hour, why = rate(failures_per_hour, nodes)
@@ -67,8 +69,12 @@ def lines(budget: Budget, gpu: str | None, count: int, nodes: int, failures_per_
     told = [f"on demand: ${hours * demand.usd_per_hour:.4g} for {of_what}: {hours:.3g} h at ${demand.usd_per_hour:.4g}"]
     if math.isinf(longer):
         return [*told, f"on spot: {an_hour:.3g} failures an hour ({why}) leave no time to train"]
-    share = longer * spot.usd_per_hour / (hours * demand.usd_per_hour)
-    told.append(f"on spot: ${longer * spot.usd_per_hour:.4g}, {share:.0%} of that: {longer:.3g} h at ${spot.usd_per_hour:.4g}")
+    if budget.unit == "usd":
+        lasts = budget.amount / spot.usd_per_hour
+        told.append(f"on spot: {lasts:.3g} h at ${spot.usd_per_hour:.4g}, with the progress of {lasts * hours / longer:.3g} h on demand")
+    else:
+        share = longer * spot.usd_per_hour / (hours * demand.usd_per_hour)
+        told.append(f"on spot: ${longer * spot.usd_per_hour:.4g}, {share:.0%} of that: {longer:.3g} h at ${spot.usd_per_hour:.4g}")
     told.append(f"  {an_hour:.3g} failures an hour ({why}); each loses half a checkpoint interval and {RESTART_S:.0f} s (assumed)")
     if an_hour:
         best = young_daly(SAVE_S, an_hour)
