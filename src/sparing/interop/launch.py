@@ -35,6 +35,7 @@ def launch(words: Sequence[str], n: int, nodes: int = 1, meet: str | None = None
         raise UserError("launch: this is a rank of another launch already")
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousConnectionError
     from torch.distributed.launcher import LaunchConfig, elastic_launch
 
     for name in logging.root.manager.loggerDict:
@@ -58,6 +59,9 @@ def launch(words: Sequence[str], n: int, nodes: int = 1, meet: str | None = None
         except SignalException:
             if not status.exists():  # else rank 0 has said how to go on
                 raise Interrupted("interrupted") from None
+        except RendezvousConnectionError:
+            if not status.exists():
+                raise CannotGoOn(f"the machine at {meet}, where all meet, has ended: see what it says") from None
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
             raise CannotGoOn(
