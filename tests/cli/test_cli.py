@@ -48,7 +48,7 @@ def test_every_verb_explains_itself_without_torch(verb):
     assert result.returncode == 0, result.stderr
     assert result.stdout.endswith("False\n")
     assert f"usage: sparing {verb}" in result.stdout
-    assert "--json" in result.stdout
+    assert "--json" in result.stdout or verb == "launch"  # whose verb has its own
 
 
 def test_a_verb_with_ways_lists_them_and_each_has_its_own_options(capsys):
