@@ -134,6 +134,18 @@ def test_a_fixed_total_never_moves_and_checkpoints_keep_their_steps(tmp_path):
     assert again.total == 100 and again.checkpoint_due(30, 0.0) and not again.checkpoint_due(31, 1e6)
 
 
+@pytest.mark.parametrize(
+    ("failures", "wished", "budget_s", "interval"),
+    [(0.0, None, 1e4, 60.0), (20.0, None, 1e4, 12.0), (20.0, 5.0, 1e4, 8.0), (2000.0, None, 1e4, 8.0), (20.0, None, None, 60.0)],
+)
+def test_checkpoints_are_as_frequent_as_failures_ask_for(tmp_path, failures, wished, budget_s, interval):
+    """By Young and Daly sqrt(2 x 0.4 s x 180 s) = 12 s; never so often that saving takes more than a twentieth of the time, here 8 s."""
+    fixed = 100 if budget_s is None else None
+    pace = Pace(PlanLog(None), step=0, seconds=0.0, budget_s=budget_s, fixed=fixed, interval_s=wished, failures_per_hour=failures)
+    pace.save_took(0.4)
+    assert pace.checkpoint_interval() == pytest.approx(interval)
+
+
 def test_a_larger_budget_makes_a_new_plan(tmp_path):
     Pace(PlanLog(tmp_path / "plan"), step=0, seconds=0.0, budget_s=None, fixed=100)
     again = Pace(PlanLog(tmp_path / "plan"), step=50, seconds=0.0, budget_s=None, fixed=150)

@@ -195,8 +195,9 @@ class TrainConfig:
     """Tokens that evaluations read at a time; None: seq_len."""
     evals: int = 4
     """Evaluations inside the run besides the last one."""
-    checkpoint_interval_s: float = 60.0
-    """Seconds between checkpoints (token and FLOP budgets: converted into steps once, and kept)."""
+    checkpoint_interval_s: float | None = None
+    """Seconds between checkpoints (token and FLOP budgets: converted into steps once, and kept). None: 60; with a budget in time, once the
+    run has been killed, what loses least time at that rate (`budget.spot.young_daly`)."""
     log: Literal["none", "tensorboard", "wandb"] = "none"
     """Where metrics go besides metrics.jsonl."""
 

@@ -14,6 +14,7 @@ from sparing.budget.gain import GainLaw
 from sparing.budget.memory import SPREAD, KernelPath, Memory, optimizer_bytes, training_memory, weight_bytes
 from sparing.budget.scaling import Law, effective_bytes
 from sparing.budget.selecting import SCORED_BYTES
+from sparing.budget.spot import INTERVAL_S
 from sparing.budget.units import format_budget
 
 START_S = 4.0
@@ -135,7 +136,8 @@ def _saving_s(run: PlannedRun) -> float:
     c, p = run.config.model, run.config.precision
     first = weight_bytes(c, p)
     whole = (first + optimizer_bytes(c, run.config.optim.matrix, p)) / SAVE_BYTES_PER_S
-    interval = max(run.config.train.checkpoint_interval_s, whole / SAVING_SHARE)
+    wished = run.config.train.checkpoint_interval_s
+    interval = max(INTERVAL_S if wished is None else wished, whole / SAVING_SHARE)
     return first / SAVE_BYTES_PER_S + (2 + (run.budget_s or 0.0) / interval) * whole
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 
 HOUR_S = 3600.0
+INTERVAL_S = 60.0
+"""Between two checkpoints, where no failures are known."""
 
 
 def young_daly(save_s: float, failures_per_hour: float) -> float:

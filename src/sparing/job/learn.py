@@ -117,6 +117,7 @@ def learn(
         + samples * SAMPLE_TOKENS * max(SAMPLE_S, 4 * parameters(config.model).active / SAMPLE_BYTES_PER_S),
         keeps_best=material.keeps_best,
         spent_flops=material.spent_flops(),
+        failures_per_hour=_failures_per_hour(job),
     )
     with job.meter.stage("train"):
         trainer = Trainer(model, material.feed, objective or NextToken.of(config), job.ranks or ALONE, config=config)
@@ -136,6 +137,13 @@ def learn(
         _add_point(job, config, result)
     with job.meter.stage("sample"), signals.interruptible():
         return finish(job, config, model, material, result, samples)
+
+
+def _failures_per_hour(job: Job) -> float:
+    """How often training this run has ended without its own doing."""
+    rows = [row for row in job.meter.earlier() if row.stage == "train" and row.wall_s]
+    hours = sum(row.wall_s for row in rows) / 3600
+    return sum(row.status in ("killed", "failed") for row in rows) / hours if hours else 0.0
 
 
 def _calibrated(job: Job, config: Config, model: Transformer, feed: Feed, peak: float) -> Config:

@@ -16,6 +16,7 @@ from pathlib import Path
 from sparing.base.files import append_durably, read_lines, write_atomic
 from sparing.base.run import RunFolder
 from sparing.budget.predict import AIM
+from sparing.budget.spot import INTERVAL_S, young_daly
 
 LATEST = 1.012
 """Share at which training stops whatever the plan says."""
@@ -26,6 +27,8 @@ WINDOW = 64
 KNOWN = 16
 """Steps after which the machine's speed is known well enough for its changes to be news."""
 WORTH_TELLING = 0.1
+FIRST_SAVE_S = 0.25
+"""What saving is taken to take until it was measured."""
 SMALL_SHARE = 0.05
 """Evaluations, and checkpoints, may each take at most this share of the run."""
 
@@ -75,16 +78,18 @@ class Pace:
         step_seconds: float = 1.0,
         reserve_s: float = 0.0,
         evals: int | None = None,
-        interval_s: float = 60.0,
+        interval_s: float | None = None,
+        failures_per_hour: float = 0.0,
         name: float | None = None,
         say: Callable[[str], None] | None = None,
     ):
         """step: steps done; exactly one of budget_s and fixed (steps) is given. step_seconds: a first guess of a step's time.
         reserve_s: what the caller does after training; evals: evaluations inside the run besides the last one (None: not even that);
-        interval_s: between checkpoints. name: what the budget is recognised by when a run goes on, where budget_s itself may change
-        (budgets in money and energy). say: told when the run becomes longer or shorter than it was said to be."""
+        interval_s: between checkpoints; None: what failures_per_hour, of this run so far, asks for. name: what the budget is recognised by
+        when a run goes on, where budget_s itself may change (budgets in money and energy). say: told when the run becomes longer or shorter than it was said to be."""
         assert (budget_s is None) != (fixed is None)
         self.log, self.budget_s, self.reserve_s, self.interval_s = log, budget_s, reserve_s, interval_s
+        self.failures_per_hour = failures_per_hour
         self.evals, self.evaluates = evals or 0, evals is not None
         self.guess = step_seconds
         self.durations: deque[float] = deque(maxlen=WINDOW)
@@ -172,7 +177,10 @@ class Pace:
 
     def checkpoint_interval(self) -> float:
         """Seconds between checkpoints, long enough for saving to be a small share of the time."""
-        return max(self.interval_s, self.save_s / SMALL_SHARE)
+        interval = INTERVAL_S if self.interval_s is None else self.interval_s
+        if self.interval_s is None and self.failures_per_hour and self.budget_s is not None:
+            interval = young_daly(self.save_s or FIRST_SAVE_S, self.failures_per_hour)
+        return max(interval, self.save_s / SMALL_SHARE)
 
     def checkpoint_due(self, step: int, since: float) -> bool:
         """since: seconds since the last one. A time budget goes by them; others by a number of steps, fixed after the first ones and

@@ -82,6 +82,8 @@ class Session:
     """The weights with the lowest held-out loss are what is kept at the end, not the last ones."""
     spent_flops: float = 0.0
     """Of a budget in operations, before the first step."""
+    failures_per_hour: float = 0.0
+    """How often the run was killed until now."""
 
 
 class Guard:
@@ -361,6 +363,7 @@ class Trainer:
             reserve_s=self.session.reserve_s,
             evals=t.evals if self.evaluate else None,
             interval_s=t.checkpoint_interval_s,
+            failures_per_hour=self.session.failures_per_hour,
         )
         self.pace.evals_done = sum(line["step"] > 0 for line in self.log.metrics.evals())
 
