@@ -86,7 +86,8 @@ class Pace:
         """step: steps done; exactly one of budget_s and fixed (steps) is given. step_seconds: a first guess of a step's time.
         reserve_s: what the caller does after training; evals: evaluations inside the run besides the last one (None: not even that);
         interval_s: between checkpoints; None: what failures_per_hour, of this run so far, asks for. name: what the budget is recognised by
-        when a run goes on, where budget_s itself may change (budgets in money and energy). say: told when the run becomes longer or shorter than it was said to be."""
+        when a run goes on, where budget_s itself may change (budgets in money and energy). say: told when the run becomes longer or
+        shorter than it was said to be."""
         assert (budget_s is None) != (fixed is None)
         self.log, self.budget_s, self.reserve_s, self.interval_s = log, budget_s, reserve_s, interval_s
         self.failures_per_hour = failures_per_hour
