@@ -147,6 +147,21 @@ def test_a_newer_format_is_refused(tmp_path):
         Ledger(path)
 
 
+def test_rows_of_the_first_format_are_read_and_new_ones_join_them(tmp_path):
+    path = tmp_path / "l.sqlite"
+    ledger = Ledger(path)
+    ledger.put(entry("old", cpu_s=3.0))
+    ledger.close()
+    with sqlite3.connect(path) as db:
+        db.execute("ALTER TABLE stages DROP COLUMN core_s")
+        db.execute("PRAGMA user_version=1")
+    assert [row.core_s for row in entries(path)] == [0.0]  # a reader changes nothing
+    ledger = Ledger(path)
+    ledger.put(entry("new", core_s=5.0))
+    ledger.close()
+    assert {row.uid: (row.cpu_s, row.core_s) for row in entries(path)} == {"old": (3.0, 0.0), "new": (0.0, 5.0)}
+
+
 def test_a_running_row_of_a_dead_process_was_killed(tmp_path):
     import socket
 

@@ -53,7 +53,7 @@ ROWS = [
     entry("a1", "setup", wall_s=2.0, started=1.0, status="killed"),
     entry("a1", "train", tokens=1000, flops=5e9, started=2.0),
     entry("b2", "setup", verb="resume", wall_s=3.0, started=50.0),
-    entry("b2", "train", verb="resume", tokens=3000, flops=15e9, memory_bytes=2 * 10**9, started=51.0),
+    entry("b2", "train", verb="resume", tokens=3000, flops=15e9, memory_bytes=2 * 10**9, started=51.0, cpu_s=15.0, core_s=20.0),
     entry("c3", "generate", verb="generate", started=99.0, tokens=20),
 ]
 
@@ -73,6 +73,7 @@ def test_attempts_add_up_and_later_verbs_stand_apart(tmp_path):
     assert actual["device_hours"] == pytest.approx(40 / 3600) and actual["flops"] == 20e9
     assert actual["tokens"] == 3500 and actual["tokens_per_s"] == 200 and actual["bpb"] == 1.5
     assert found["actual"]["memory_bytes"]["total"]["value"] == 2 * 10**9
+    assert found["actual"]["idle"]["value"] == 0.25  # of what is known of: rows of the first format have no cores
     assert {figure["how"] for figure in found["actual"].values() if "how" in figure} == {"measured", "estimated"}
     assert [(row["stage"], row["attempts"], row["time_s"]) for row in found["stages"]] == [("setup", 2, 5.0), ("train", 2, 20.0)]
     assert [row["stage"] for row in found["later"]] == ["generate"]

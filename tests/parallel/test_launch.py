@@ -10,6 +10,8 @@ import sys
 import time
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from sparing.account.history import entries_of
 from sparing.base.files import read_lines
@@ -45,6 +47,7 @@ n_routed_experts = 4
 moe_intermediate_size = 32
 mtp_depth = 1
 """
+BIASES = "model.layers.1.mlp.gate.e_score_correction_bias"
 EXPERTS = "--parallel.experts", 2
 COMPARED = ("loss", "mtp_loss", "balance_loss", "grad_norm", "max_violation")
 
@@ -167,3 +170,23 @@ def test_what_cannot_be_is_told_once_and_no_rank_is_started_anew(folder):
         assert process.returncode == 2, said
         assert said.count("sparing: ") == 1 and message in said, said
     assert not (folder / "no").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize(("divide", "experts"), [("nothing", 1), ("optimizer", 1), ("weights", 1), ("optimizer", 2), ("weights", 2)])
+def test_every_layout_gives_the_same_losses(folder, ranks, divide, experts):
+    run = folder / f"{divide}-{experts}-{ranks}"
+    layout = "--parallel.divide", divide, "--parallel.experts", experts
+    assert sparing(folder, "launch", "-n", ranks, *training(folder, run.name), *layout, stdout=subprocess.DEVNULL).wait(300) == 0
+    alike(run, folder / "alone")
+    assert torch.equal(*(load_file(one / "weights/model.safetensors")[BIASES] for one in (run, folder / "alone")))
+
+
+@pytest.mark.slow
+def test_experts_of_each_rank_alone(folder):
+    """As many parts as ranks."""
+    run = folder / "each-alone"
+    layout = "--parallel.experts", 4, "--parallel.divide", "weights"
+    assert sparing(folder, "launch", "-n", 4, *training(folder, run.name), *layout, stdout=subprocess.DEVNULL).wait(300) == 0
+    alike(run, folder / "alone")

@@ -20,7 +20,8 @@ from pathlib import Path
 from sparing.base.config import UserError
 from sparing.base.hardware import home
 
-VERSION = 1
+VERSION = 2
+"""1: rows had no `core_s`."""
 WAIT_S = 2.0
 """For another writer's transaction; they take milliseconds."""
 
@@ -64,6 +65,8 @@ class Entry:
     rates: str = "{}"
     """JSON: usd_per_hour usd_per_kwh gco2e_per_kwh pue watts_idle watts_busy sources, as they were last."""
     error: str = ""
+    core_s: float = 0.0
+    """Wall time times the cores that this process may use: what `cpu_s` would be if none was ever idle."""
 
 
 @dataclass
@@ -152,6 +155,8 @@ class Ledger:
             db.execute("PRAGMA synchronous=NORMAL")
             db.execute(_table("stages", Entry, "uid"))
             db.execute(_table("ancestors", Ancestor, "run_id, ancestor_id"))
+            if version == 1 and not any(row[1] == "core_s" for row in db.execute("PRAGMA table_info(stages)")):
+                db.execute("ALTER TABLE stages ADD COLUMN core_s REAL NOT NULL DEFAULT 0")
             db.execute("CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL)")
             db.execute("INSERT OR IGNORE INTO meta VALUES ('run_id', ?)", (self.run_id or uuid.uuid4().hex,))
             db.execute(f"PRAGMA user_version={VERSION}")

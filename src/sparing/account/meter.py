@@ -241,6 +241,7 @@ class Meter(NoMeter):
         kwh = (cpu_j + gpu_j) * rates.pue / 3.6e6
         entry.wall_s += wall
         entry.device_s += wall * self.devices
+        entry.core_s += wall * self.machine.cores_physical
         entry.cpu_s += cpu
         entry.kwh_cpu += cpu_j / 3.6e6
         entry.kwh_gpu += gpu_j / 3.6e6

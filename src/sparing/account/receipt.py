@@ -17,7 +17,8 @@ from sparing.base.run import RunFolder
 RAW_BITS = 8.0
 """Bits per byte of text that nobody has compressed: what a model saves of these is what it has learnt."""
 COMPARED = (
-    "time_s", "device_hours", "energy_kwh", "co2e_g", "cost_usd", "flops", "tokens", "tokens_per_s", "memory_bytes.total", "bpb", "gain",
+    "time_s", "device_hours", "energy_kwh", "co2e_g", "cost_usd", "flops", "tokens", "tokens_per_s", "memory_bytes.total", "idle", "bpb",
+    "gain",
 )  # fmt: skip
 
 
@@ -116,6 +117,10 @@ def _actual(run: RunFolder, rows: list[Entry]) -> dict:
     trained = sum(row.tokens for row in rows if row.stage == "train")
     if trained and train_s:
         actual["tokens_per_s"] = _figure(trained / train_s, "measured", "train stage")
+    training = [row for row in rows if row.stage == "train" and row.core_s]
+    if training and not any(row.gpu_memory_bytes for row in training):
+        busy = sum(row.cpu_s for row in training) / sum(row.core_s for row in training)
+        actual["idle"] = _figure(max(0.0, 1.0 - busy), "measured", "of the cores' time while training, what no process of the run used")
     scored = [line for line in lines if line.get("eval_bpb") is not None]
     bits = [line["eval_bpb"] for line in scored]
     if bits:

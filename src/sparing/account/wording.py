@@ -8,7 +8,7 @@ from sparing.account.receipt import COMPARED, at
 
 LABEL = {
     "time_s": "time", "device_hours": "device hours", "energy_kwh": "energy", "co2e_g": "CO2e", "cost_usd": "cost", "flops": "operations",
-    "tokens": "tokens", "tokens_per_s": "speed", "memory_bytes.total": "peak memory", "bpb": "bits per byte",
+    "tokens": "tokens", "tokens_per_s": "speed", "memory_bytes.total": "peak memory", "idle": "idle cores", "bpb": "bits per byte",
     "gain": "gain over its start",
 }  # fmt: skip
 
@@ -38,6 +38,8 @@ def amount(name: str, value: float | None) -> str:
             return scaled(value, "B")
         case "bpb":
             return f"{value:.3f}"
+        case "idle":
+            return f"{100 * value:.1f} %"
         case "gain":
             return f"{100 * value:.2f} %"
     return digits(value)
