@@ -230,3 +230,14 @@ def test_another_run_at_the_same_path_inherits_nothing(tmp_path):
             ledger.close()
         assert [row.uid for row in entries_of(run)] == [name]
         shutil.rmtree(run.path)
+
+
+def test_a_newer_format_of_the_workspaces_ledger_stops_no_run(tmp_path, home):
+    home.mkdir(exist_ok=True)
+    with sqlite3.connect(home / "ledger.sqlite") as db:
+        db.execute("PRAGMA user_version=99")
+    said = []
+    run = new_run(tmp_path / "run")
+    ledgers, name = books(run, said.append)
+    assert [ledger.path for ledger in ledgers] == [run.ledger_file] and name == ledgers[0].run_id
+    assert len(said) == 1 and "newer Sparing" in said[0] and "not in the workspace's ledger" in said[0]

@@ -100,7 +100,11 @@ def books(run: RunFolder | None, say: Callable[[str], None]) -> tuple[list[Ledge
         say(f"{workspace.parent}: {error.strerror}: this is not in the workspace's ledger")
         return ledgers, name
     if os.access(workspace.parent, os.W_OK):
-        return [*ledgers, Ledger(workspace, say)], name
+        try:
+            return [*ledgers, Ledger(workspace, say)], name
+        except UserError as error:  # a newer version has been at work here: no reason to stop a run that this one began
+            say(f"{error}; until then this is not in the workspace's ledger")
+            return ledgers, name
     say(f"{workspace.parent} cannot be written: this is not in the workspace's ledger")
     return ledgers, name
 
