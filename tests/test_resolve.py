@@ -16,18 +16,43 @@ BOOKS = SimpleNamespace(train_bytes=78e6, bytes=80e6)
 PEAK = 6e11
 
 
-def derive(budget="300s", wishes=None, machine=LAPTOP, facts=BOOKS):
+def derive(budget="300s", wishes=None, machine=LAPTOP, facts=BOOKS, ranks=1):
     from sparing.budget.units import parse_budget
 
     def speed(config):
         return 0.42 * PEAK / train_flops(config.model, config.train.seq_len)
 
-    return resolve(Wishes.of(wishes), parse_budget(budget), machine, facts, speed)
+    return resolve(Wishes.of(wishes), parse_budget(budget), machine, facts, speed, ranks)
 
 
 def test_more_time_never_buys_a_smaller_model():
     sizes = [parameters(derive(budget).config.model).active for budget in ("60s", "5m", "20m", "2h", "20h", "100h")]
     assert sizes == sorted(sizes) and sizes[-1] > 10 * sizes[0]
+
+
+def test_several_ranks_have_as_many_rows_each_and_divide_the_optimizer():
+    alone, three = derive("20m"), derive("20m", ranks=3)
+    assert alone.config.parallel.shard == "nothing" and "parallel.shard" not in alone.reasons
+    assert three.config.parallel.shard == "optimizer" and three.config.train.batch_size % 3 == 0
+    assert {"parallel.shard", "train.batch_size"} <= three.reasons.keys()
+    assert derive("20m", {"parallel": {"shard": "weights"}}, ranks=2).config.train.replicas == 1
+
+
+@pytest.mark.parametrize(
+    ("wishes", "says"),
+    [
+        ({"train": {"batch_size": 2}}, "train.batch_size 2: 4 ranks need a row each; nearest: 4"),
+        (
+            {"parallel": {"experts": 3}, "model": {"num_dense_layers": 1}},
+            "must divide 4 ranks and 16 experts of a layer; nearest: 2",
+        ),
+        ({"parallel": {"experts": 2}, "model": {"num_dense_layers": 99}}, "experts 2: this model is dense"),
+        ({"parallel": {"experts": 2, "shard": "nothing"}}, "choose shard = optimizer"),
+    ],
+)
+def test_impossible_layouts_are_refused_with_the_nearest(wishes, says):
+    with pytest.raises(UserError, match=says):
+        derive("20m", wishes, ranks=4)
 
 
 def test_reasons_name_real_fields_and_spare_what_was_wished():

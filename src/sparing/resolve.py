@@ -253,14 +253,16 @@ def resolve(
         train = replace(train, bias_update_rate=round(min(0.01, max(0.001, 10 / steps)), 5))
         reasons["train.bias_update_rate"] = f"about {steps:,.0f} steps: the published 0.001 would move a bias by no more than that times it"
     parallel = config.parallel
-    if parallel.divide is None:
-        parallel = replace(parallel, divide="optimizer" if ranks > 1 else "nothing")
+    if parallel.shard is None:
+        parallel = replace(parallel, shard="optimizer" if ranks > 1 else "nothing")
         why = "each rank makes its share of the updates, not all: as many bytes go between ranks, and it takes less work and memory"
-        reasons |= {"parallel.divide": why} if ranks > 1 else {}
+        reasons |= {"parallel.shard": why} if ranks > 1 else {}
+    if parallel.experts > 1 and not mixtures(model):
+        raise UserError(f"parallel.experts {parallel.experts}: this model is dense, it has no experts to divide; nearest: 1")
     if parallel.experts > 1 and (parts := fitting_parts(parallel.experts, ranks, model.n_routed_experts)) != parallel.experts:
         what = f"must divide {ranks} ranks and {model.n_routed_experts} experts of a layer"
         raise UserError(f"parallel.experts {parallel.experts} {what}; nearest: {parts}")
-    if ranks > 1 and (parallel.divide == "weights" or parallel.experts > 1) and train.replicas is None:
+    if ranks > 1 and (parallel.shard == "weights" or parallel.experts > 1) and train.replicas is None:
         train = replace(train, replicas=1)
         reasons["train.replicas"] = "ranks exchange weights or tokens during the passes, each in one order"
     optim = config.optim

@@ -113,7 +113,7 @@ def test_ranks_train_as_one_process_does_and_their_receipt_has_all_of_them(folde
     assert len(trained) == 2 and len({row.pid for row in trained}) == 2
     assert sum(row.tokens for row in trained) == summary["tokens"] and sum(row.wall_s > 0 for row in trained) == 1
     assert all(row.device_s > 0 and row.cpu_s > 0 and row.kwh > 0 and row.usd > 0 for row in trained)
-    assert len({row.run_id for row in rows}) == 1
+    assert len({row.run_id for row in rows}) == 1 and all(json.loads(row.rates)["usd_per_hour"] > 0 for row in rows)
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="finds a rank by /proc")
@@ -132,7 +132,7 @@ def test_a_killed_rank_is_started_anew_and_the_run_goes_on_bit_for_bit(folder):
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="finds a rank by /proc")
 def test_a_signal_to_all_processes_saves_once_and_another_machine_with_other_ranks_goes_on_from_the_mirror(folder):
     run, kept = folder / "stopped", folder / "kept"
-    words = "--mirror", kept, *training(folder, run.name), *EXPERTS, "--parallel.divide", "weights"
+    words = "--mirror", kept, *training(folder, run.name), *EXPERTS, "--parallel.shard", "weights"
     process = sparing(folder, "launch", "-n", 2, *words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     until_step(process, run, 3)
     for number in (rank_of(run, 0), rank_of(run, 1), process.pid):  # as Slurm does; the launcher passes its own on
@@ -177,7 +177,7 @@ def test_what_cannot_be_is_told_once_and_no_rank_is_started_anew(folder):
 @pytest.mark.parametrize(("divide", "experts"), [("nothing", 1), ("optimizer", 1), ("weights", 1), ("optimizer", 2), ("weights", 2)])
 def test_every_layout_gives_the_same_losses(folder, ranks, divide, experts):
     run = folder / f"{divide}-{experts}-{ranks}"
-    layout = "--parallel.divide", divide, "--parallel.experts", experts
+    layout = "--parallel.shard", divide, "--parallel.experts", experts
     assert sparing(folder, "launch", "-n", ranks, *training(folder, run.name), *layout, stdout=subprocess.DEVNULL).wait(300) == 0
     alike(run, folder / "alone")
     assert torch.equal(*(load_file(one / "weights/model.safetensors")[BIASES] for one in (run, folder / "alone")))
@@ -187,6 +187,6 @@ def test_every_layout_gives_the_same_losses(folder, ranks, divide, experts):
 def test_experts_of_each_rank_alone(folder):
     """As many parts as ranks."""
     run = folder / "each-alone"
-    layout = "--parallel.experts", 4, "--parallel.divide", "weights"
+    layout = "--parallel.experts", 4, "--parallel.shard", "weights"
     assert sparing(folder, "launch", "-n", 4, *training(folder, run.name), *layout, stdout=subprocess.DEVNULL).wait(300) == 0
     alike(run, folder / "alone")

@@ -301,10 +301,12 @@ class Meter(NoMeter):
     def _write(self) -> None:
         with self._lock:
             rates = json.dumps(asdict(self.tariff.rates))
-            rows = [replace(self._entries[name], rates=rates, energy_how=self.energy_how) for name in self._dirty]
+            follows = self.others is not None and self.others.rank > 0
+            written = self._entries if follows else self._dirty  # what is sent takes the place of all that was
+            rows = [replace(self._entries[name], rates=rates, energy_how=self.energy_how) for name in written]
             self._dirty.clear()
-        if self.others and self.others.rank:
-            self.others.send_rows([asdict(replace(entry, wall_s=0.0)) for entry in self._entries.values()])  # rank 0 counts the time
+        if follows:
+            self.others.send_rows([asdict(replace(row, wall_s=0.0)) for row in rows])  # rank 0 counts the time
         elif self.others:
             with self._lock:
                 folder = str(self.run.path.resolve()) if self.run else ""

@@ -234,7 +234,7 @@ class Budget:
 class ParallelConfig:
     """How the work is divided where several ranks train (`sparing launch`); losses do not depend on it, nor do checkpoints."""
 
-    divide: Literal["nothing", "optimizer", "weights"] | None = None
+    shard: Literal["nothing", "optimizer", "weights"] | None = None
     """What each rank has only a share of, besides its rows of a batch: nothing; the optimizer's averages and updates (ZeRO stage 1, arXiv
     1910.02054); weights and gradients too, which are put together layer by layer where they are needed (stage 3). None: derived."""
     experts: int = 1

@@ -168,11 +168,11 @@ def checked(c: Config) -> Config:
         raise UserError(f"train.seq_len {c.train.seq_len} is more than model.max_position_embeddings {c.model.max_position_embeddings}")
     if c.train.short_seq_len and c.train.seq_len % c.train.short_seq_len:
         raise UserError(f"train.seq_len {c.train.seq_len} is not a multiple of train.short_seq_len {c.train.short_seq_len}")
-    divided = "divide = weights" if c.parallel.divide == "weights" else "experts" if c.parallel.experts > 1 else None
+    divided = "shard = weights" if c.parallel.shard == "weights" else "experts" if c.parallel.experts > 1 else None
     if divided and any(part is not None for part in (c.adapter, c.esft, c.growth, c.drafts)):
-        raise UserError(f"parallel.{divided} divides weights that learn, and here most stay: choose divide = optimizer alone")
-    if c.parallel.experts > 1 and c.parallel.divide == "nothing":
-        raise UserError("parallel.experts: who has a part of the experts alone updates it: choose divide = optimizer, or weights")
+        raise UserError(f"parallel.{divided} divides weights that learn, and here most stay: choose shard = optimizer alone")
+    if c.parallel.experts > 1 and c.parallel.shard == "nothing":
+        raise UserError("parallel.experts: who has a part of the experts alone updates it: choose shard = optimizer, or weights")
     if c.adapter is not None and c.precision.weights != "float32":
         raise UserError(f"precision.weights = {c.precision.weights} is for weights that learn: choose adapter.base for frozen ones")
     if c.esft is not None:

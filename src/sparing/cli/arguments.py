@@ -31,6 +31,8 @@ class Call:
     overrides: dict[str, Any]
     out: TextIO
     """Standard output, which belongs to results; with --json, what anything else prints goes to standard error."""
+    verbs: dict[str, type]
+    """All of them, by name."""
 
     @property
     def api(self):

@@ -28,7 +28,7 @@ MODELS = ("recipe", "run", "teacher", "from_", "base", "data.tokenizer")
 
 
 def write(launch: Any, verb: str, arguments: Any, overrides: dict[str, Any]) -> None:
-    """Write the file that `launch` (a `cli.verbs.Launch`) asks for, and say how to submit it.
+    """Write the file that `launch` (a `cli.launch_verb.Launch`) asks for, and say how to submit it.
 
     Raises UserError for options that cannot be, before anything is written."""
     if launch.slurm and launch.spot:

@@ -27,9 +27,10 @@ from sparing.base.messages import say
 from sparing.base.preempt import Preempt
 from sparing.base.rank import RankLost, leave, started_anew, this_rank
 from sparing.cli.arguments import HELP_FLAGS, Call, choose, parse, print_help
+from sparing.cli.launch_verb import SHARED
 from sparing.cli.output import print_json, show
 from sparing.cli.streams import discard, make_safe
-from sparing.cli.verbs import SHARED, VERBS
+from sparing.cli.verbs import VERBS
 
 INTERRUPTED = 130
 LEARNING = ("train", "sft", "distill", "dpo", "grpo", "grow", "adapt", "reason")
@@ -129,7 +130,7 @@ def _run(argv: list[str], started: float) -> int:
         arguments, overrides = parse(verb, VERBS[verb], words)
         # With --json, standard output belongs to the result: what anything prints on the way goes to standard error.
         quiet = contextlib.redirect_stdout(sys.stderr) if arguments.json else contextlib.nullcontext()
-        call = Call(verb, started, overrides, sys.stdout)
+        call = Call(verb, started, overrides, sys.stdout, VERBS)
         with contextlib.ExitStack() as around:
             if not getattr(arguments, "owns_signals", False):
                 around.enter_context(around.enter_context(Preempt(lambda: _way_on(verb, arguments, argv))).interruptible())

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from sparing.base.config import CannotGoOn, UserError
@@ -15,6 +14,7 @@ from sparing.base.config_file import Wishes, nested, read_recipe
 from sparing.base.files import decoded
 from sparing.budget.units import parse_budget, parse_extension
 from sparing.cli.data_verbs import WAYS
+from sparing.cli.launch_verb import Launch
 from sparing.cli.output import print_json, show_plan
 from sparing.cli.streams import leaving_on_sigterm
 
@@ -825,83 +825,6 @@ class Pack:
         return call.api.pack(self.run, self.domain, self.out)
 
 
-@dataclass
-class Launch:
-    """Run a verb as several processes (ranks) that train one model together, on this machine or on many; start them anew when one dies.
-
-    Where the run exists already, it goes on, so the same command may be given again."""
-
-    takes: ClassVar[str] = "command"
-    owns_signals: ClassVar[bool] = True
-    command: tyro.conf.Positional[list[str]] = field(default_factory=list)
-    """The verb, and its options behind it."""
-    n: int | None = None
-    """Ranks on this machine. Default: one a GPU, else one."""
-    nodes: int = 1
-    """Machines. Each runs the same command; RUN is a folder that all of them see."""
-    meet: str | None = None
-    """HOST:PORT of one of them, where they meet."""
-    restarts: int = 100
-    """How often ranks that died are started anew."""
-    mirror: str | None = None
-    """A folder that outlives this machine, such as a mounted bucket: RUN is copied there at each checkpoint, and brought back from there
-    where it is not here."""
-    slurm: str | None = None
-    """A file to write for sbatch, instead of starting anything here."""
-    spot: str | None = None
-    """A file to write for `sky jobs launch` (SkyPilot), instead: on spot machines, which the run survives."""
-    gpu: str | None = None
-    """With --slurm or --spot: what each machine has, as H100:8, 8 (of any kind), or none."""
-    cpus: int | None = None
-    """With --slurm or --spot: cores of each machine. Default: 4 a GPU; whole nodes of Slurm without GPUs."""
-    time: str | None = None
-    """With --slurm: 2h, after which the job is saved and queued again. Default: a budget in time and a tenth more."""
-    partition: str | None = None
-    """With --slurm."""
-    cloud: str | None = None
-    """With --spot: where, as aws, gcp/us-central1 or k8s. Default: wherever it is cheapest."""
-    bucket: str | None = None
-    """With --spot: where the run is kept, as s3://NAME or gs://NAME, or the name of a bucket to make. Default: one is made."""
-    volume: str | None = None
-    """With --spot, instead of a bucket: a volume of SkyPilot's that all machines mount; several need one."""
-    failures_per_hour: float | None = None
-    """With --spot: how often a machine is taken away, for the price. Default: as often as this workspace has seen."""
-    json: ClassVar[bool] = False
-    """The verb's own --json does it."""
-
-    def __call__(self, call: Call) -> None:
-        from sparing.cli.arguments import choose, parse
-
-        call.need(VERB=self.command)
-        verb, words = choose(self.command, VERBS)
-        if verb not in SHARED:
-            raise UserError(f"launch: {verb} is not divided among ranks; verbs that are: {', '.join(SHARED)}")
-        arguments, overrides = parse(verb, VERBS[verb], words)  # a slip is told once, and before anything starts
-        if self.slurm or self.spot:
-            from sparing.cli.job_files import write
-
-            return write(self, verb, arguments, overrides)
-        for option in ("gpu", "cpus", "time", "partition", "cloud", "bucket", "volume", "failures_per_hour"):
-            if getattr(self, option) is not None:
-                raise UserError(f"launch: --{option.replace('_', '-')} goes with --slurm FILE or --spot FILE, which it is for")
-        return self._start(arguments.run if verb == "resume" else arguments.out)
-
-    def _start(self, run: str | None) -> None:
-        from sparing.base.hardware import gpus
-        from sparing.interop.launch import launch
-        from sparing.interop.mirror import Mirror
-
-        if self.mirror and (self.nodes > 1 or not run):
-            raise UserError(
-                "launch: --mirror is for one machine, and for a verb with --out" if run else "launch: --mirror needs the verb's --out"
-            )
-        n = max(1, len(gpus())) if self.n is None else self.n
-        with Mirror(Path(run), Path(self.mirror)) if self.mirror else nullcontext():
-            status = launch(self.command, n, self.nodes, self.meet, self.restarts)
-        if status:
-            sys.exit(status)
-
-
 VERBS = {
     "plan": Plan, "train": Train, "sft": Sft, "distill": Distill, "dpo": Dpo, "grpo": Grpo,
     "resume": Resume, "eval": Eval, "generate": Generate,
@@ -911,5 +834,3 @@ VERBS = {
     **{f"data {way}": kind for way, kind in WAYS.items()},
 }  # fmt: skip
 """By name; one of two words is a way of its verb."""
-SHARED = ("train", "sft", "distill", "dpo", "resume")
-"""Verbs whose steps are divided among ranks."""

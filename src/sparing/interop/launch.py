@@ -16,13 +16,11 @@ from sparing.base.config import CannotGoOn, UserError
 from sparing.base.preempt import Interrupted
 from sparing.base.rank import STATUS, this_rank
 
-RESTARTS = 100
-"""How often ranks that died are started anew. A run goes on from its last checkpoint, so it costs little; spot machines vanish often."""
 ALONE = "localhost:0"
 """Meeting point of ranks on this machine alone: any free port."""
 
 
-def launch(words: Sequence[str], n: int, nodes: int = 1, meet: str | None = None, restarts: int = RESTARTS) -> int:
+def launch(words: Sequence[str], n: int, nodes: int, meet: str | None, restarts: int) -> int:
     """Run `sparing WORDS` as `n` ranks on this machine, of `nodes` machines that each run the same command; -> exit status.
 
     meet: HOST:PORT where the agents of several machines meet. Raises UserError; Interrupted on a signal (the run is saved); CannotGoOn

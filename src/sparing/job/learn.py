@@ -125,7 +125,7 @@ def learn(
         result = trainer.fit(session, evaluate if config.start is None else _telling(job, evaluate))
     if not job.leads:
         return {}
-    if job.size > 1 and (config.parallel.divide == "weights" or config.parallel.experts > 1):  # it would ask ranks that are gone
+    if job.size > 1 and (config.parallel.shard == "weights" or config.parallel.experts > 1):  # it would ask ranks that are gone
         model = Transformer(config.model)
         fill(model.state_dict(), run_tensors(run), run.weights_file)
         model.to(device)

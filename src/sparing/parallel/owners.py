@@ -31,7 +31,7 @@ def owners_of(sizes: Mapping[str, int], ranks: int) -> dict[str, int]:
     return owners
 
 
-class Everywhere:
+class Replicated:
     """No owners: every rank has all gradients, and makes every update itself. All ranks call the same methods in the same order."""
 
     mine: dict[str, nn.Parameter] | None = None
@@ -41,7 +41,7 @@ class Everywhere:
         """world: a `train.world.World`."""
         self.parameters, self.world = parameters, world
 
-    def gather(self) -> None:
+    def reduce_gradients(self) -> None:
         """Add up the gradients of all ranks."""
         self.world.sum([parameter.grad for parameter in self._learning()])
 
@@ -49,7 +49,7 @@ class Everywhere:
         """The L2 norm of all gradients, (1,), from that of those that are here."""
         return mine.reshape(1)
 
-    def tell(self) -> None:
+    def broadcast_weights(self) -> None:
         """Give every rank the weights that others have updated."""
 
     def fill(self, state: Mapping[str, Tensor], tensors: Iterable[tuple[str, Tensor]], where: str | Path) -> None:
@@ -94,7 +94,7 @@ class Everywhere:
         return [parameter for parameter in parameters if parameter.grad is not None]
 
 
-class Owners(Everywhere):
+class Owners(Replicated):
     """Each parameter that learns has an owner; of experts that are divided among ranks, each part."""
 
     def __init__(self, parameters: Mapping[str, Tensor], world: Any, pieces: Pieces | None = None):
@@ -108,13 +108,13 @@ class Owners(Everywhere):
         self.mine = self.parts[world.rank] | self.own_parts.get(world.rank, {})
 
     @torch.no_grad()
-    def gather(self) -> None:
+    def reduce_gradients(self) -> None:
         """Add up the gradients of all ranks, each at its owner; those of others are freed."""
         self._learning()
         for parts, group in self._parts():
             for rank, part in parts.items():
                 learning = [parameter for parameter in part.values() if parameter.grad is not None]
-                self.world.sum_at([parameter.grad for parameter in learning], rank, group)
+                self.world.reduce([parameter.grad for parameter in learning], rank, group)
                 if rank != self.world.rank:
                     for parameter in learning:
                         parameter.grad = None
@@ -125,10 +125,10 @@ class Owners(Everywhere):
         return square.sqrt().to(mine.dtype)
 
     @torch.no_grad()
-    def tell(self) -> None:
+    def broadcast_weights(self) -> None:
         for parts, group in self._parts():
             for rank, part in parts.items():
-                self.world.tell([parameter.data for parameter in part.values()], rank, group)
+                self.world.broadcast([parameter.data for parameter in part.values()], rank, group)
 
     def _parts(self) -> list[tuple[dict[int, dict[str, Tensor]], Any]]:
         """(what each rank owns, the process group that has it)."""

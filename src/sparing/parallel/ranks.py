@@ -34,17 +34,15 @@ GO, STOP = "go", "stop"
 class Ranks:
     """All ranks of a torchrun."""
 
-    def __init__(self, rank: Rank, store: dist.Store, patience_s: float = PATIENCE_S):
+    def __init__(self, rank: Rank, store: dist.Store):
         """Meets the others; returns when all are there."""
         self.rank, self.size, self.store = rank.number, rank.size, store
         gpus = gpu_numbers()
         if gpus:
             torch.cuda.set_device(gpus[0])
         backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank.number, world_size=rank.size, timeout=timedelta(seconds=patience_s))
-        self.bytes = 0
-        """Of tensors that this rank gave to collectives."""
-        self._collected = 0
+        dist.init_process_group(backend, store=store, rank=rank.number, world_size=rank.size, timeout=timedelta(seconds=PATIENCE_S))
+        self._gathered = 0
 
     # before and after training
 
@@ -94,18 +92,18 @@ class Ranks:
     def sum(self, tensors: Sequence[Tensor]) -> None:
         self._each(tensors, lambda flat: dist.all_reduce(flat))
 
-    def sum_at(self, tensors: Sequence[Tensor], rank: int, group: Any = None) -> None:
+    def reduce(self, tensors: Sequence[Tensor], rank: int, group: Any = None) -> None:
         self._each(tensors, lambda flat: dist.reduce(flat, rank, group=group), changes=rank == self.rank)
 
-    def tell(self, tensors: Sequence[Tensor], rank: int, group: Any = None) -> None:
+    def broadcast(self, tensors: Sequence[Tensor], rank: int, group: Any = None) -> None:
         self._each(tensors, lambda flat: dist.broadcast(flat, rank, group=group), changes=rank != self.rank)
 
-    def collect(self, text: str) -> list[str]:
+    def gather(self, text: str) -> list[str]:
         """All ranks' texts, by rank, on rank 0; nothing on the others."""
-        self._collected += 1
+        self._gathered += 1
         with answering():
-            self.store.set(f"text/{self._collected}/{self.rank}", text)
-            names = [] if self.rank else [f"text/{self._collected}/{rank}" for rank in range(self.size)]
+            self.store.set(f"text/{self._gathered}/{self.rank}", text)
+            names = [] if self.rank else [f"text/{self._gathered}/{rank}" for rank in range(self.size)]
             texts = [self.store.get(name).decode() for name in names]
             for name in names:
                 self.store.delete_key(name)
@@ -117,7 +115,6 @@ class Ranks:
             flat = bucket[0].reshape(-1) if len(bucket) == 1 else torch.cat([tensor.reshape(-1) for tensor in bucket])
             with answering():
                 call(flat)
-            self.bytes += flat.nbytes
             for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
                 if changes and part.data_ptr() != tensor.data_ptr():
                     tensor.copy_(part.view_as(tensor))

@@ -37,9 +37,9 @@ class Sharded(Owners):
         self.mine = masters | self.own_parts.get(world.rank, {})
 
     @torch.no_grad()
-    def gather(self) -> None:
+    def reduce_gradients(self) -> None:
         common, self.parts = self.parts, {}
-        super().gather()  # the experts' parts
+        super().reduce_gradients()  # the experts' parts
         self.parts = common
         for owner, part in common.items():
             for name, parameter in part.items():
@@ -49,9 +49,9 @@ class Sharded(Owners):
                 if whole is not None:
                     self.mine[name].grad = whole
 
-    def tell(self) -> None:
+    def broadcast_weights(self) -> None:
         common, self.parts = self.parts, {}
-        super().tell()
+        super().broadcast_weights()
         self.parts = common
         for owner, part in common.items():
             for name in part:

@@ -24,7 +24,7 @@ from sparing.base.files import DamagedError, DiskFullError, disk_errors, link_or
 from sparing.base.run import RunFolder, begin_folder, end_folder, read_tensors, stream_tensors, verify_folder, write_folder, write_into
 from sparing.kernels import native
 from sparing.model.low_rank import learned
-from sparing.parallel.owners import Everywhere
+from sparing.parallel.owners import Replicated
 from sparing.train.optim import Optimizer
 
 KEEP = 2
@@ -102,7 +102,7 @@ class Checkpoints:
 
     def __init__(
         self, run: RunFolder, model: nn.Module, optimizer: Optimizer, config: Config, say: Callable[[str], None], kernels: native.Path,
-        owners: Everywhere,
+        owners: Replicated,
     ):  # fmt: skip
         """kernels: which compute in training. owners: where each rank has a share of what is saved, all of them save together."""
         self.run, self.model, self.optimizer, self.say, self.adapts = run, model, optimizer, say, config.adapter is not None
@@ -162,7 +162,7 @@ class Checkpoints:
             if any(world.agree([float(failure is not None)])):
                 shutil.rmtree(beside, ignore_errors=True)
                 raise failure or DiskFullError(f"{folder}: another rank could not write its part")
-        parts = [json.loads(text) for text in world.collect(json.dumps(sums))]
+        parts = [json.loads(text) for text in world.gather(json.dumps(sums))]
         if world.rank == 0:
             end_folder(beside, folder, {name: value for part in parts for name, value in part.items()})
         world.agree([0.0])  # nobody goes on, and perhaps dies, before it is whole

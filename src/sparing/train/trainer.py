@@ -31,7 +31,7 @@ from sparing.kernels.products import fitting
 from sparing.model.experts import routers, update_biases
 from sparing.model.transformer import Transformer
 from sparing.parallel.expert import divide_experts
-from sparing.parallel.owners import Everywhere, Owners
+from sparing.parallel.owners import Owners, Replicated
 from sparing.parallel.sharded import Sharded
 from sparing.precision.policy import Move, Policy
 from sparing.resolve import fitting_parts
@@ -159,16 +159,16 @@ class Trainer:
         self.read = 0.0
         """Tokens of the last batch, of all ranks."""
         self.kernels = t.kernels or fitting(t.replicas or 1, t.threads, self.device.type, t.dtype, config.model)[0]
-        divide, pieces = config.parallel.divide if world.size > 1 else "nothing", None
-        parts = fitting_parts(config.parallel.experts, world.size, config.model.n_routed_experts) if divide != "nothing" else 1
+        shard, pieces = config.parallel.shard if world.size > 1 else "nothing", None
+        parts = fitting_parts(config.parallel.experts, world.size, config.model.n_routed_experts) if shard != "nothing" else 1
         if parts > 1:
             pieces = divide_experts(model, parts, world.rank, world.size)
         learning = learning_of(model)
-        if divide == "weights":
+        if shard == "weights":
             self.owners = Sharded(model, learning, world, pieces)
         else:
-            self.owners = Owners(learning, world, pieces) if divide == "optimizer" else Everywhere(learning, world)
-        self.exchanges = pieces is not None or divide == "weights"
+            self.owners = Owners(learning, world, pieces) if shard == "optimizer" else Replicated(learning, world)
+        self.exchanges = pieces is not None or shard == "weights"
         threads = 1 if self.exchanges else t.replicas or 1  # what ranks exchange during the passes goes in one order
         self.replicas = Replicas(model, objective, threads, bool(t.compile), self.kernels)
         self.optimizer = Optimizer(model, config.optim, model.compute_dtype, config.precision, t.seed, self.owners.mine)
@@ -194,7 +194,7 @@ class Trainer:
         parts = self.replicas.gradients(batch, micro, weight, here / rows, self._passes())
         counts = [router.tokens_per_expert for router in routers(self.model)]
         self.world.sum([parts, *counts])
-        self.owners.gather()
+        self.owners.reduce_gradients()
         with native.path(self.kernels):
             values = torch.cat([parts, self.owners.norm(self.optimizer.grad_norm())]).tolist()
         self.moves = self.policy.end() if self.policy.sites else []
@@ -215,7 +215,7 @@ class Trainer:
         with native.path(self.kernels):
             self.optimizer.clip(grad_norm)
             self.optimizer.step(lr_scale, momentum)
-        self.owners.tell()
+        self.owners.broadcast_weights()
         self.loads = [router.tokens_per_expert.clone() for router in routers(self.model)]
         return update_biases(self.model, self.config.train.bias_update_rate)
 

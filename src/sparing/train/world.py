@@ -25,13 +25,13 @@ class World(Protocol):
     def sum(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by the sum of all ranks' tensors in its place; the same bits on every rank."""
 
-    def sum_at(self, tensors: Sequence[Tensor], rank: int, group: Any = None) -> None:
+    def reduce(self, tensors: Sequence[Tensor], rank: int, group: Any = None) -> None:
         """The same on one rank alone; what the others' hold afterwards means nothing. group: the ranks whose tensors are added up."""
 
-    def tell(self, tensors: Sequence[Tensor], rank: int, group: Any = None) -> None:
+    def broadcast(self, tensors: Sequence[Tensor], rank: int, group: Any = None) -> None:
         """Replace each tensor by that of one rank, on the ranks of `group`."""
 
-    def collect(self, text: str) -> list[str]:
+    def gather(self, text: str) -> list[str]:
         """All ranks' texts, by rank, on rank 0; nothing on the others."""
 
 
@@ -46,13 +46,13 @@ class Alone:
     def sum(self, tensors: Sequence[Tensor]) -> None:
         pass
 
-    def sum_at(self, tensors: Sequence[Tensor], rank: int, group: Any = None) -> None:
+    def reduce(self, tensors: Sequence[Tensor], rank: int, group: Any = None) -> None:
         pass
 
-    def tell(self, tensors: Sequence[Tensor], rank: int, group: Any = None) -> None:
+    def broadcast(self, tensors: Sequence[Tensor], rank: int, group: Any = None) -> None:
         pass
 
-    def collect(self, text: str) -> list[str]:
+    def gather(self, text: str) -> list[str]:
         return [text]
 
 
