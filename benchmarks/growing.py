@@ -23,6 +23,7 @@ from statistics import median
 import tyro
 
 import sparing
+from sparing.base.config_file import read_config
 from sparing.base.files import file_sha256, write_atomic
 from sparing.base.messages import say
 from sparing.base.run import RunFolder
@@ -33,6 +34,8 @@ from sparing.evals.select import select
 HELD_OUT = 20
 PROMPTS, WRITTEN, ROUNDS = 8, 48, 3
 """Beginnings of held-out documents that a slice and the whole go on with, tokens each, and how often."""
+LEAST = ("0.05", "0.001")
+"""Of slices by text: those of the others' experts go that fewer of its tokens wake."""
 
 
 @dataclass
@@ -50,6 +53,8 @@ class Growing:
     budget: str = "20m"
     val_bytes: int = 200_000
     """Of each text that is scored."""
+    width: int | None = None
+    """Of a domain's expert; None: what `grow` takes."""
     domains: tuple[str, ...] = ("medicine", "maths", "python")
 
     def __call__(self) -> dict:
@@ -59,11 +64,12 @@ class Growing:
         self._selected("books", (one.text for one in documents([f"{self.books}/val"])))
         for domain in self.domains:
             self._split(domain)  # before any is grown, since each is told apart from the others' text
+        width = () if self.width is None else ("--growth.width", str(self.width))
         rows = {"base": self._scores("base", self.base, ("books", *self.domains))}
         for domain in self.domains:
             others = [str(folder / "text" / f"{other}.jsonl") for other in self.domains if other != domain]
             for arm, command in {
-                "grown": ("grow", self.base, "--domain", domain, "--keep", f"{self.books}/train", "--apart", *others),
+                "grown": ("grow", self.base, "--domain", domain, "--keep", f"{self.books}/train", "--apart", *others, *width),
                 "full": ("train", "--from", self.base),
             }.items():
                 name = f"{domain}-{arm}"
@@ -77,19 +83,21 @@ class Growing:
             self._kept(
                 f"{domain}-pack", "pack", str(folder / f"{domain}-grown"), "--domain", domain, "--out", str(folder / f"{domain}.pack")
             )
-            old = self._fresh("retire", str(folder / f"{domain}-grown"), domain)
+            old = self._fresh("retire", str(folder / f"{domain}-grown"), domain, "retire")
             rows[f"{domain}-grown"]["restored"] = file_sha256(old.weights_file) == file_sha256(RunFolder(self.base).weights_file)
         whole = folder / "merged"
         packs = [str(folder / f"{domain}.pack") for domain in self.domains]
         self._kept("merged", "merge", self.base, *packs, "--out", str(whole))
         rows["merged"] = self._scores("merged", str(whole), ("books", *self.domains))
         for domain in self.domains:
-            part = self._fresh("slice", str(whole), domain)
-            sizes = [run.weights_file.stat().st_size for run in (part, RunFolder(self.base))]
-            rows[f"{domain}-slice"] = stored_result(
-                folder / f"{domain}-slice.json", lambda part=part, domain=domain: self._side_by_side(part, domain)
-            )
-            rows[f"{domain}-slice"] |= {"bytes": sizes[0] / sizes[1]}
+            by_text = ("--data", str(folder / "text" / f"{domain}.jsonl"))
+            for kind, words in {"slice": (), **{f"slice-{least}": ("--least", least, *by_text) for least in LEAST}}.items():
+                part = self._fresh("slice", str(whole), domain, kind, *words)
+                sizes = [run.weights_file.stat().st_size for run in (part, RunFolder(self.base))]
+                rows[name := f"{domain}-{kind}"] = stored_result(
+                    folder / f"{name}.json", lambda part=part, domain=domain: self._side_by_side(part, domain)
+                )
+                rows[name] |= {"bytes": sizes[0] / sizes[1], "experts": read_config(part.config_file).model.n_routed_experts}
         write_atomic(folder / "result.json", json.dumps(rows, indent=1))
         return rows
 
@@ -119,12 +127,12 @@ class Growing:
             found[text] = {key: score[key] for key in ("loss", "bpb", "dtype")}
         return found
 
-    def _fresh(self, verb: str, run: str, domain: str) -> RunFolder:
-        """The run of a verb that takes a domain out or leaves it alone."""
-        made = Path(self.out) / f"{domain}-{verb}"
+    def _fresh(self, verb: str, run: str, domain: str, kind: str, *words: str) -> RunFolder:
+        """The run OUT/DOMAIN-KIND of a verb that takes a domain out or leaves it alone."""
+        made = Path(self.out) / f"{domain}-{kind}"
         if not (made / "config.toml").exists():
             shutil.rmtree(made, ignore_errors=True)
-            self._asked(verb, run, "--domain", domain, "--out", str(made))
+            self._asked(verb, run, "--domain", domain, "--out", str(made), *words)
         return RunFolder(made)
 
     def _side_by_side(self, part: RunFolder, domain: str) -> dict:
@@ -163,11 +171,15 @@ def table(rows: dict) -> str:
     """The figure as lines of text: what each arm did to the domain's bits per byte and to the old text's loss."""
     lines, base = [], rows["base"]
     for name, row in rows.items():
+        if "same_texts" in row:
+            lines.append(
+                f"{name:>22}  {row['bytes']:.3f} times the bytes, {row['time_by_whole']:.2f} times the time, texts {row['same_texts']}"
+            )
         if name == "base" or "books" not in row:
             continue
         old = row["books"]["loss"] / base["books"]["loss"] - 1
         new = ", ".join(f"{text} {base[text]['bpb']:.4f} -> {row[text]['bpb']:.4f}" for text in row if text in base and text != "books")
-        lines.append(f"{name:>16}  {new}  old loss {old:+.3%}")
+        lines.append(f"{name:>22}  {new}  old loss {old:+.3%}")
     return "\n".join(lines)
 
 

@@ -28,6 +28,7 @@ from sparing.adapt import grpo as adapt_grpo
 from sparing.adapt import reason as adapt_reason
 from sparing.adapt import rollback as adapt_rollback
 from sparing.adapt import sft as adapt_sft
+from sparing.adapt import slices as adapt_slices
 from sparing.base.config import Budget, Config, StartConfig, UserError
 from sparing.base.config_file import Wishes, nested, read_config, read_recipe, refuse, write_config
 from sparing.base.endpoint import is_url
@@ -713,7 +714,7 @@ def merge(run: str, out: str, started: float | None = None, packs: Sequence[str]
 # domains
 
 retire = adapt_grown.retire
-slice = adapt_grown.slice
+slice = adapt_slices.slice
 pack = adapt_grown.pack
 
 

@@ -18,7 +18,7 @@ from tests.adapt.test_sft import TRAIN, losses
 from sparing import api
 from sparing.account.report.charts import wakes_map
 from sparing.account.report.story import story
-from sparing.adapt import grow, grown
+from sparing.adapt import grow, grown, slices
 from sparing.base.config import ModelConfig, StartConfig, UserError
 from sparing.base.config_file import read_config
 from sparing.base.config_limits import chosen_experts
@@ -170,6 +170,42 @@ def test_packs_are_joined_in_any_order_and_taken_apart(two, grown_run, tmp_path)
     assert (tmp_path / "pack" / grown.PACK).read_bytes() == open(f"{packs[1]}/{grown.PACK}", "rb").read()
 
 
+def test_a_slice_by_text_has_what_the_text_wakes(two, workplace, tmp_path):
+    base, packs = two
+    both = api.merge(str(base), str(tmp_path / "both"), packs=packs)
+    text, joined = [str(workplace / "code")], read_config(tmp_path / "both/config.toml").model
+
+    def made(name: str, **options) -> tuple[dict, dict]:
+        summary = api.slice(str(tmp_path / "both"), "code", str(tmp_path / name), **options)
+        model = read_config(tmp_path / name / "config.toml").model
+        assert summary.get("experts") == model.n_routed_experts
+        return summary, dict(StoredTensors(tmp_path / name / "weights/model.safetensors").items())
+
+    whole, _ = made("whole", least=0.0, data=text)
+    assert whole["experts"] == joined.n_routed_experts and whole["documents"]["in"] == whole["documents"]["out"] > 0
+    if not joined.mtp_depth:
+        assert whole["weights_sha256"] == both["weights_sha256"]
+    _, alone = made("alone")
+    least, fewest = made("fewest", least=1.0, data=text)
+    if read_config(tmp_path / "both/config.toml").growth.dense:
+        assert least["experts"] == 2 and all(torch.equal(tensor, alone[name]) for name, tensor in fewest.items())
+    else:
+        assert least["experts"] == 3, "two of the mixture's own, which a token uses, and the domain's"
+    (tmp_path / "empty.txt").write_text("")
+    for data, message in (([str(tmp_path / "empty.txt")], "no usable text"), ([str(tmp_path / "none.txt")], "none.txt")):
+        with pytest.raises(UserError, match=message):
+            api.slice(str(tmp_path / "both"), "code", str(tmp_path / "refused"), data=data)
+        assert not (tmp_path / "refused").exists()
+
+
+def test_each_layer_keeps_as_many_and_those_that_wake_most():
+    shares = {1: [0.0, 0.9, 0.002, 0.0005], 2: [0.0, 0.8, 0.0001, 0.0004]}
+    assert slices.used(shares, {0, 1}, 1e-3, 0) == {1: [0, 1, 2], 2: [0, 1, 3]}
+    assert slices.used(shares, {0, 1}, 0.01, 0) == {1: [0, 1], 2: [0, 1]}
+    assert slices.used(shares, {0, 1}, 0.01, 1) == {1: [0, 1, 2], 2: [0, 1, 3]}
+    assert slices.used(shares, {0, 1}, 0.0, 0) == dict.fromkeys(shares, [0, 1, 2, 3])
+
+
 def test_a_slice_leaves_out_what_its_domain_does_not_wake(grown_run, tmp_path):
     _, _, run = grown_run
 
@@ -180,7 +216,7 @@ def test_a_slice_leaves_out_what_its_domain_does_not_wake(grown_run, tmp_path):
         return str(error.value)
 
     if read_config(run.config_file).growth.dense:
-        assert "no experts of its own" in refused(0.1)
+        assert "--data" in refused(0.1)
         return
     wakes = json.loads((run.state / "wakes.json").read_text())["code"]
     shares = {int(layer): [by_expert[str(number)] for number in range(8)] for layer, by_expert in wakes.items()}

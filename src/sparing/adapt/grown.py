@@ -25,7 +25,6 @@ from sparing.base.config_file import nearest, read_config, write_config
 from sparing.base.config_limits import DOMAIN, checked
 from sparing.base.files import DamagedError, from_json, link_or_copy, output_folder, write_atomic
 from sparing.base.layers import SELECTION_BIAS, is_matrix, mixtures, shapes
-from sparing.base.messages import say
 from sparing.base.origin import inherit_origin
 from sparing.base.run import RunFolder, StoredTensors, stream_tensors, tensors_header, verify_folder, weights_sha256, write_folder
 
@@ -147,24 +146,6 @@ class Root(Mapping[str, Tensor]):
         return self.grown[name.replace(".mlp.", ".mlp.shared_experts.")]
 
 
-class Fewer(Mapping[str, Tensor]):
-    """Weights with some of each mixture's experts alone."""
-
-    def __init__(self, whole: Mapping[str, Tensor], model: ModelConfig, kept: Mapping[int, list[int]]):
-        """model: the shape with fewer experts. kept: by layer, the numbers of those that stay."""
-        self.whole, self.shapes = whole, shapes(model)
-        self.kept = {f"model.layers.{layer}.mlp.{part}": numbers for layer, numbers in kept.items() for part in PARTS}
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        return len(self.shapes)
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.whole[name][self.kept[name]] if name in self.kept else self.whole[name]
-
-
 def pack_of(grown: Mapping[str, Tensor], growth: GrowthConfig, model: ModelConfig, domain: str) -> Pack:
     """The experts of one of a grown model's domains."""
     number = model.n_routed_experts - len(growth.domains) + growth.domains.index(domain)
@@ -241,7 +222,7 @@ def _stored(run: RunFolder, model: ModelConfig) -> str:
     raise UserError(f"{run} keeps its weights in another form than float32 or bfloat16: import it with --dtype float32, and grow that")
 
 
-def _make(
+def make(
     verb: str,
     grown: Grown,
     out: str,
@@ -275,12 +256,13 @@ def _make(
     return written["sha256"]
 
 
-def _without(verb: str, grown: Grown, packs: list[Pack], out: str, started: float | None) -> dict:
+def without(verb: str, grown: Grown, packs: list[Pack], out: str, started: float | None) -> dict:
+    """Make a run with these packs alone; with none, the root, byte for byte. -> what `retire` says."""
     if packs:
         model, growth, tensors = grown.with_packs(packs)
-        digest = _make(verb, grown, out, started, model, growth, tensors)
+        digest = make(verb, grown, out, started, model, growth, tensors)
     else:
-        digest = _make(verb, grown, out, started, grown.model, None, grown.root, grown.growth.stored, grown.growth.root_sha256)
+        digest = make(verb, grown, out, started, grown.model, None, grown.root, grown.growth.stored, grown.growth.root_sha256)
     return {"out": out, "domains": [pack.domain for pack in packs], "weights_sha256": digest, "base": grown.growth.root_sha256}
 
 
@@ -290,47 +272,7 @@ def retire(run: str, domain: str, out: str, started: float | None = None) -> dic
     -> {"out", "domains": those left, "weights_sha256", "base": the root's}. Raises UserError."""
     grown = Grown.open(run)
     gone = grown.having(domain)
-    return _without("retire", grown, [pack for pack in grown.packs if pack is not gone], out, started)
-
-
-def slice(run: str, domain: str, out: str, least: float | None = None, started: float | None = None) -> dict:
-    """Make a run with one domain alone.
-
-    least: of a mixture's own experts those go too that fewer than this share of the domain's tokens wake (as `grow` counted), from 0 to 1;
-    all layers keep as many, those that wake most. What is left has no domains any more, and no modules that draft.
-    -> as `retire`, and "experts": of each mixture. Raises UserError."""
-    grown = Grown.open(run)
-    own = grown.having(domain)
-    kept = None if least is None else _used(grown, domain, least)
-    model, _, tensors = grown.with_packs([own])
-    if kept is None or (fewer := len(next(iter(kept.values())))) == model.n_routed_experts:
-        if kept is not None:
-            say(f"--least {least}: in some layer {domain} wakes all experts so often: none is left out")
-        return _without("slice", grown, [own], out, started) | {"experts": model.n_routed_experts}
-    say(f"{model.n_routed_experts - fewer} of {model.n_routed_experts} experts of each mixture are left out")
-    if model.mtp_depth:
-        say("its modules that draft are left out too: what they wake is not known")
-    smaller = replace(model, n_routed_experts=fewer, mtp_depth=0)
-    digest = _make("slice", grown, out, started, smaller, None, Fewer(tensors, smaller, kept))
-    return {"out": out, "domains": [], "weights_sha256": digest, "base": grown.growth.root_sha256, "experts": fewer}
-
-
-def _used(grown: Grown, domain: str, least: float) -> dict[int, list[int]]:
-    """By layer, the numbers of the experts that stay where `domain` stands alone: as many in each. Raises UserError."""
-    if not 0 <= least <= 1:
-        raise UserError(f"--least {least}: a share of the domain's tokens, from 0 to 1")
-    if grown.growth.dense:
-        raise UserError(f"--least: {grown.run} was grown from a dense model, which has no experts of its own that could be left out")
-    wakes = (read_state(grown.run, WAKES, dict) or {}).get(domain)
-    layers, own = [layer.index for layer in mixtures(grown.model) if not layer.mtp], range(grown.model.n_routed_experts)
-    try:
-        shares = {layer: [float(wakes[str(layer)][str(number)]) for number in own] for layer in layers}
-    except (TypeError, KeyError, ValueError):
-        raise UserError(f"--least: what {domain} wakes is not known here: {grown.run}/state/{WAKES}.json does not say") from None
-    count = max(sum(share >= least for share in by_number) for by_number in shares.values())
-    count = max(count, grown.model.num_experts_per_tok)
-    most = {layer: sorted(own, key=lambda number: (-by_number[number], number))[:count] for layer, by_number in shares.items()}
-    return {layer: [*sorted(numbers), len(own)] for layer, numbers in most.items()}
+    return without("retire", grown, [pack for pack in grown.packs if pack is not gone], out, started)
 
 
 def pack(run: str, domain: str, out: str) -> dict:
@@ -394,7 +336,7 @@ def merge(base: str, paths: list[str], out: str, started: float | None = None) -
     if len(widths := {next(t.shape[-1] for name, t in one.tensors.items() if name.endswith("down_proj")) for one in packs}) > 1:
         raise UserError(f"experts of {' and '.join(map(str, sorted(widths)))} numbers' width cannot stand beside each other: grow with one")
     model, growth, tensors = grown.with_packs(packs)
-    digest = _make("merge", grown, out, started, model, growth, tensors)
+    digest = make("merge", grown, out, started, model, growth, tensors)
     if wakes:
         run = RunFolder(out)
         write_atomic(run.state / f"{WAKES}.json", json.dumps((read_state(run, WAKES, dict) or {}) | wakes, indent=1))

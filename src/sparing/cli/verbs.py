@@ -794,19 +794,21 @@ class Retire:
 
 @dataclass
 class Slice:
-    """Make a run that has one of its domains alone."""
+    """Make a run that has one of its domains alone, or all that text of it wakes."""
 
     run: tyro.conf.Positional[str | None] = None
     domain: str | None = None
     out: str | None = None
     """The run folder to make."""
     least: float | None = None
-    """Of a mixture's own experts leave out those too that fewer than this share of the domain's tokens wake, such as 0.01."""
+    """Leave out experts that fewer than this share of the domain's tokens wake: of a mixture its own too; with --data, 0.001 by default."""
+    data: list[str] = field(default_factory=list)
+    """Text of the domain: other domains' experts stay where it wakes them, instead of going."""
     json: bool = False
 
     def __call__(self, call: Call) -> dict:
         call.need(RUN=self.run, domain=self.domain, out=self.out)
-        return call.api.slice(self.run, self.domain, self.out, self.least, call.started)
+        return call.api.slice(self.run, self.domain, self.out, self.least, self.data, call.started)
 
 
 @dataclass
