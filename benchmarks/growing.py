@@ -171,10 +171,8 @@ def table(rows: dict) -> str:
     """The figure as lines of text: what each arm did to the domain's bits per byte and to the old text's loss."""
     lines, base = [], rows["base"]
     for name, row in rows.items():
-        if "same_texts" in row:
-            lines.append(
-                f"{name:>22}  {row['bytes']:.3f} times the bytes, {row['time_by_whole']:.2f} times the time, texts {row['same_texts']}"
-            )
+        if same := row.get("same_texts"):
+            lines.append(f"{name:>22}  {row['bytes']:.3f} times the bytes, {row['time_by_whole']:.2f} times the time, texts {same}")
         if name == "base" or "books" not in row:
             continue
         old = row["books"]["loss"] / base["books"]["loss"] - 1
