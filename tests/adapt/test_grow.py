@@ -203,7 +203,7 @@ def test_each_layer_keeps_as_many_and_those_that_wake_most():
     assert slices.used(shares, {0, 1}, 1e-3, 0) == {1: [0, 1, 2], 2: [0, 1, 3]}
     assert slices.used(shares, {0, 1}, 0.01, 0) == {1: [0, 1], 2: [0, 1]}
     assert slices.used(shares, {0, 1}, 0.01, 1) == {1: [0, 1, 2], 2: [0, 1, 3]}
-    assert slices.used(shares, {0, 1}, 0.0, 0) == dict.fromkeys(shares, [0, 1, 2, 3])
+    assert slices.used(shares, {0, 1}, 0.0, 0) == {layer: [0, 1, 2, 3] for layer in shares}
 
 
 def test_a_slice_leaves_out_what_its_domain_does_not_wake(grown_run, tmp_path):

@@ -3,16 +3,16 @@
 import json
 import sqlite3
 from contextlib import closing
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from sparing.base.config import UserError
 from sparing.base.run import RunFolder, verify_folder, write_folder
-from sparing.interop import mirror as module
-from sparing.interop.mirror import Mirror
+from sparing.interop.mirror import Mirror, Place
 
-ORIGINAL = module._copy
+ORIGINAL = Place.put
 
 
 def save(run, step):
@@ -63,11 +63,11 @@ def newest(folder):
 
 def test_a_copy_is_brought_back_on_another_machine(run, tmp_path):
     kept, elsewhere = tmp_path / "kept", tmp_path / "elsewhere" / "run"
-    with Mirror(run.path, kept):
+    with Mirror(run.path, str(kept)):
         save(run, 2)
         save(run, 3)
     assert files(kept) == files(run.path) - {".lock", "ledger.sqlite-wal", "ledger.sqlite-shm"}
-    with Mirror(elsewhere, kept):
+    with Mirror(elsewhere, str(kept)):
         assert files(elsewhere) == files(kept) and newest(elsewhere) == 3
         assert (elsewhere / "metrics.jsonl").read_text() == run.metrics_file.read_text()
     with closing(sqlite3.connect(elsewhere / "ledger.sqlite")) as db:
@@ -75,16 +75,16 @@ def test_a_copy_is_brought_back_on_another_machine(run, tmp_path):
 
 
 def test_a_run_that_is_here_stays_as_it_is(run, tmp_path):
-    Mirror(run.path, tmp_path / "kept").publish()
+    Mirror(run.path, str(tmp_path / "kept")).publish()
     save(run, 2)
-    assert not Mirror(run.path, tmp_path / "kept").fetch() and newest(run.path) == 2
-    assert not Mirror(tmp_path / "new", tmp_path / "nothing").fetch() and not (tmp_path / "new").exists()
+    assert not Mirror(run.path, str(tmp_path / "kept")).fetch() and newest(run.path) == 2
+    assert not Mirror(tmp_path / "new", str(tmp_path / "nothing")).fetch() and not (tmp_path / "new").exists()
 
 
 def test_only_what_has_changed_is_copied_and_the_model_for_others_at_the_end(run, tmp_path, monkeypatch):
     copied = []
-    monkeypatch.setattr(module, "_copy", lambda source, target: (copied.append(target.name), ORIGINAL(source, target)))
-    mirror = Mirror(run.path, tmp_path / "kept")
+    monkeypatch.setattr(Place, "put", lambda place, file, name: (copied.append(name.name), ORIGINAL(place, file, name)))
+    mirror = Mirror(run.path, str(tmp_path / "kept"))
     mirror.publish()
     assert "config.toml" in copied and "model.safetensors" not in copied
     copied.clear()
@@ -98,27 +98,27 @@ def test_only_what_has_changed_is_copied_and_the_model_for_others_at_the_end(run
 def test_wherever_copying_is_cut_off_the_copy_can_be_gone_on_with(run, tmp_path, monkeypatch):
     kept, left = tmp_path / "kept", [0]
 
-    def until_cut(source, target):
+    def until_cut(place, file, name):
         if not left[0]:
             raise OSError("the machine is gone")
         left[0] -= 1
-        ORIGINAL(source, target)
+        ORIGINAL(place, file, name)
 
-    monkeypatch.setattr(module, "_copy", until_cut)
+    monkeypatch.setattr(Place, "put", until_cut)
     left[0] = 99
-    Mirror(run.path, kept).publish()
+    Mirror(run.path, str(kept)).publish()
     for step in range(2, 12):
         save(run, step)
         left[0] = step - 2  # of about eleven files
         before = newest(kept)
         try:
-            Mirror(run.path, kept).publish()
+            Mirror(run.path, str(kept)).publish()
         except OSError:
             assert newest(kept) >= before > 0
         else:
             assert newest(kept) == step
     left[0] = 99
-    Mirror(run.path, kept).publish()
+    Mirror(run.path, str(kept)).publish()
     assert newest(kept) == 11 and files(kept) == files(run.path) - {
         ".lock",
         "ledger.sqlite-wal",
@@ -131,4 +131,22 @@ def test_a_folder_with_something_else_in_it_is_refused(run, tmp_path):
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match="is not empty and holds no run"):
-        Mirror(run.path, tmp_path / "kept")
+        Mirror(run.path, str(tmp_path / "kept"))
+
+
+def test_a_copy_in_another_file_system(run, tmp_path):
+    with Mirror(run.path, "memory://bucket/run") as mirror:
+        save(run, 2)
+        save(run, 3)
+    names = {str(name) for name in mirror.kept.names()}
+    assert names == files(run.path) - {".lock", "ledger.sqlite-wal", "ledger.sqlite-shm"}
+    with Mirror(tmp_path / "elsewhere", "memory://bucket/run"):
+        assert files(tmp_path / "elsewhere") == names and newest(tmp_path / "elsewhere") == 3
+
+
+def test_a_place_that_cannot_be_read_is_refused_in_one_line(run, capsys):
+    with pytest.raises(UserError, match="--mirror sthree://bucket: Protocol not known"):
+        Mirror(run.path, "sthree://me:secret@bucket")
+    if find_spec("s3fs") is None:
+        with pytest.raises(UserError, match="s3fs"):
+            Mirror(run.path, "s3://bucket/run")

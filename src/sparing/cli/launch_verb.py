@@ -38,8 +38,8 @@ class Launch:
     restarts: int = 100
     """How often ranks that died are started anew. Each time costs little, since the run goes on from its last checkpoint."""
     mirror: str | None = None
-    """A folder that outlives this machine, such as a mounted bucket: RUN is copied there at each checkpoint, and brought back from there
-    where it is not here."""
+    """What outlives this machine, a folder or a URL of fsspec's (s3://BUCKET/RUN, gs://...): RUN is copied there at each checkpoint, and
+    brought back from there where it is not here."""
     slurm: str | None = None
     """A file to write for sbatch, instead of starting anything here."""
     spot: str | None = None
@@ -90,7 +90,7 @@ class Launch:
                 "launch: --mirror is for one machine, and for a verb with --out" if run else "launch: --mirror needs the verb's --out"
             )
         n = max(1, len(gpus())) if self.n is None else self.n
-        with Mirror(Path(run), Path(self.mirror)) if self.mirror else nullcontext():
+        with Mirror(Path(run), self.mirror) if self.mirror else nullcontext():
             status = launch(self.command, n, self.nodes, self.meet, self.restarts)
         if status:
             sys.exit(status)
