@@ -19,7 +19,7 @@ from sparing.kernels import native
 DTYPE = "bfloat16" if "avx512_bf16" in cpu_flags() else "float32"
 KERNELS = next(path for path in ("vectors", "compiled", "plain") if native.can(path, getattr(torch, DTYPE)))
 """Set, because a busy machine may measure otherwise in one workspace than in another, and the last bits would differ."""
-TIMING = ("seconds", "tokens_per_s", "mfu", "took_s", "watts", "memory_bytes")
+TIMING = ("seconds", "tokens_per_s", "mfu", "took_s", "watts", "memory_bytes", "idle", "input_wait")
 OPTIONS = (
     "--budget 40ktok --samples 1 --seed 5 --model.hidden-size 64 --model.num-layers 2 --model.num-heads 2 --model.vocab-size 384"
     " --train.seq-len 64 --train.batch-size 8 --train.micro-batch-size 4 --train.threads 1 --train.compile false"

@@ -247,7 +247,7 @@ OPTIONS = (
     "--budget 24ktok --samples 0 --train.seq-len 64 --train.batch-size 8 --train.micro-batch-size 8 --train.threads 1 --train.replicas 1"
     " --train.compile false --train.kernels plain --train.dtype float32 --train.evals 3 --train.checkpoint-interval-s 0.2 --optim.lr 0.003"
 ).split()
-TIMING = ("seconds", "tokens_per_s", "mfu", "took_s", "watts", "memory_bytes")
+TIMING = ("seconds", "tokens_per_s", "mfu", "took_s", "watts", "memory_bytes", "idle", "input_wait")
 
 
 def losses(run) -> list[dict]:

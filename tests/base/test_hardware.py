@@ -2,6 +2,8 @@ import json
 import os
 from dataclasses import replace
 
+import pytest
+
 from sparing.base import hardware
 from sparing.base.hardware import Gpu, Machine, load_calibration, machine, machine_key, save_calibration
 
@@ -97,3 +99,15 @@ def test_home(monkeypatch):
     assert str(hardware.home()) == os.path.expanduser("~/here")
     monkeypatch.delenv("SPARING_HOME")
     assert str(hardware.home()) == os.path.expanduser("~/.local/share/sparing")
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_memory_that_a_cgroup_still_grants(tmp_path, monkeypatch, version):
+    names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    for name, amount in zip(names, (50_000, 45_000), strict=True):
+        (tmp_path / name).write_text(f"{amount}\n")
+    (tmp_path / "memory.stat").write_text("anon 30000\ninactive_file 7000\n" + "total_inactive_file 7000\n" * (version == 1))
+    monkeypatch.setattr(hardware, "_cgroup_folders", lambda controller: [tmp_path])
+    assert hardware.free_memory() == 12_000
+    (tmp_path / names[0]).write_text("max\n")
+    assert hardware.free_memory() > 1_000_000

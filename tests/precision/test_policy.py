@@ -108,7 +108,7 @@ def fit(path, steps, **changes):
 
 
 def told(run) -> list[dict]:
-    timing = ("seconds", "tokens_per_s", "mfu", "took_s", "watts", "memory_bytes")
+    timing = ("seconds", "tokens_per_s", "mfu", "took_s", "watts", "memory_bytes", "idle", "input_wait")
     return [{k: v for k, v in line.items() if k not in timing} for line in read_lines(run.metrics_file)]
 
 

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,11 +16,15 @@ from tiny import MODEL, Counting, config, fit, held_out, new_run, steps
 
 from sparing.base.config import Budget, Config, ModelConfig, OptimConfig, UserError
 from sparing.base.files import read_lines
-from sparing.base.run import RunFolder, verify_folder
+from sparing.base.hardware import free_memory
+from sparing.base.run import RunFolder, verify_folder, write_into
 from sparing.model.init import init_weights
 from sparing.model.transformer import Transformer
+from sparing.train import checkpoint
 from sparing.train.checkpoint import fingerprint, rewind
+from sparing.train.log import render
 from sparing.train.optim import decay_start
+from sparing.train.pace import Pace
 
 
 def fresh(chosen) -> Transformer:
@@ -50,6 +55,16 @@ def test_what_a_run_leaves(tmp_path):
     evals = [line for line in lines if "eval_bpb" in line]
     assert [line["step"] for line in evals] == [8, 15, 23, 30] and evals[-1]["eval_bpb"] < evals[0]["eval_bpb"]
     assert result.evaluation["bpb"] == evals[-1]["eval_bpb"]
+
+
+def test_each_step_says_what_was_idle_and_what_waited(tmp_path):
+    run = new_run(tmp_path / "run")
+    fit(run, config(steps(3)))
+    lines = [line for line in read_lines(run.metrics_file) if "loss" in line]
+    assert len(lines) == 3 and all(0 <= line[name] <= 1 for line in lines for name in ("idle", "input_wait"))
+    shown = {"step": 3, "total": 9, "loss": 2.0, "tokens_per_s": 10.0}
+    assert render(shown | {"idle": 0.123, "input_wait": 0.002}).endswith("tokens/s  idle 12 %")
+    assert render(shown | {"idle": 0.0, "input_wait": 0.25}).endswith("idle 0 %  waits for input 25 %")
 
 
 def test_a_finished_run_is_finished(tmp_path):
@@ -216,6 +231,50 @@ def test_full_disk_stops_with_one_line_and_the_last_checkpoint_intact(tmp_path):
     verify_folder(max(run.state.glob("step-*")))
     assert fit(run, chosen).steps == 40  # with room again, it goes on
     assert [line["step"] for line in read_lines(run.metrics_file) if "loss" in line] == list(range(1, 41))
+
+
+def test_steps_are_made_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    chosen, run, whole = config(steps(14)), new_run(tmp_path / "run"), new_run(tmp_path / "whole")
+    fit(whole, chosen)
+    goes_on, made_meanwhile = threading.Event(), []
+
+    def slowly(beside, files):
+        if "00000005" in beside.name:
+            assert goes_on.wait(60)
+            made_meanwhile.append(not (run.state / "step-00000005").exists())
+        return write_into(beside, files)
+
+    class Watching(Counting):
+        def batch(self, step, rank=0, world=1):
+            if step == 8:
+                goes_on.set()
+            if step == 12:
+                raise RuntimeError("a crash")
+            return super().batch(step)
+
+    monkeypatch.setattr(checkpoint, "write_into", slowly)
+    monkeypatch.setattr(Pace, "checkpoint_due", lambda pace, step, since: step == 5)
+    with pytest.raises(RuntimeError, match="a crash"):
+        fit(run, chosen, loader=Watching(chosen))
+    assert made_meanwhile == [True]
+    verify_folder(run.state / "step-00000005")
+    monkeypatch.undo()
+    fit(run, chosen)
+    losses = [[line["loss"] for line in read_lines(one.metrics_file) if "loss" in line] for one in (whole, run)]
+    assert losses[0] == losses[1] and run.weights_file.read_bytes() == whole.weights_file.read_bytes()
+
+
+def test_a_checkpoint_is_not_copied_where_memory_is_short(tmp_path, monkeypatch):
+    copied = []
+    monkeypatch.setattr(checkpoint, "_copy", lambda tensor: copied.append(tensor) or tensor.clone())
+    for free, run in ((10**12, "much"), (1000, "little")):
+        copied.clear()
+        monkeypatch.setattr(checkpoint, "free_memory", lambda free=free: free)
+        fit(new_run(tmp_path / run), config(steps(6), checkpoint_interval_s=0.0))
+        assert bool(copied) == (run == "much")
+    assert free_memory() > 0
+    files = [RunFolder(tmp_path / run).weights_file.read_bytes() for run in ("much", "little")]
+    assert files[0] == files[1]
 
 
 def test_two_trainers_do_not_share_a_run(start, tmp_path):

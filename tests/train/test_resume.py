@@ -9,7 +9,7 @@ import pytest
 from sparing.base.files import read_lines
 
 STEPS = 50
-TIMING = ("seconds", "tokens_per_s", "mfu", "took_s", "watts", "memory_bytes")
+TIMING = ("seconds", "tokens_per_s", "mfu", "took_s", "watts", "memory_bytes", "idle", "input_wait")
 
 
 def told(run) -> list[dict]:

@@ -160,6 +160,21 @@ def _memory() -> int:
     return min(amounts)
 
 
+def free_memory() -> int:
+    """Bytes that this process may still take: of the machine's, and of what the cgroups grant (files that were read can make room)."""
+    amounts = [psutil.virtual_memory().available]
+    for folder in _cgroup_folders("memory"):
+        for most, used, cached in (
+            ("memory.max", "memory.current", "inactive_file "),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file "),
+        ):
+            limit, taken = _read(folder / most).strip(), _read(folder / used).strip()
+            if limit.isdigit() and taken.isdigit():
+                files = [line.removeprefix(cached) for line in _read(folder / "memory.stat").splitlines() if line.startswith(cached)]
+                amounts.append(int(limit) - int(taken) + int(files[0] if files else 0))
+    return max(0, min(amounts))
+
+
 def _physical(cpus: list[int]) -> int:
     """Cores among `cpus`, hyperthreads counted once. psutil counts those of the whole machine only."""
     if sys.platform != "linux":

@@ -4,6 +4,8 @@ The number is that of finished steps. Weights are of the type they are trained i
 weights/model.safetensors too, so that a killed run can be served. An adapter run has its low-rank factors instead, and adapter/. Kept: the
 newest two, and state/pre-decay, from which a finished run can be extended. Step 0 is saved like any other, so there is always something to
 go back to.
+
+Between steps a checkpoint is copied in memory, and written while the next steps are made; it counts when all ranks have written theirs.
 """
 
 from __future__ import annotations
@@ -11,23 +13,30 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import partial
+from math import prod
 from pathlib import Path
+from threading import Thread
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparing.base.config import Config, PrecisionConfig, UserError
-from sparing.base.files import DamagedError, DiskFullError, disk_errors, link_or_copy, replace_folder
-from sparing.base.run import RunFolder, begin_folder, end_folder, read_tensors, stream_tensors, verify_folder, write_folder, write_into
+from sparing.base.files import DamagedError, DiskFullError, disk_errors, link_or_copy, name_beside, replace_folder
+from sparing.base.hardware import free_memory
+from sparing.base.run import RunFolder, begin_folder, end_folder, read_tensors, stream_tensors, verify_folder, write_into
 from sparing.kernels import native
 from sparing.model.low_rank import learned
 from sparing.parallel.owners import Replicated
 from sparing.train.optim import Optimizer
 
 KEEP = 2
+SPARE = 2.0
+"""A checkpoint is written beside the steps where so many times its bytes of memory are free for the copy; else before the next step."""
 FORMAT = 1
 BEST = "best"
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
@@ -97,6 +106,37 @@ def fingerprint(config: Config) -> dict[str, str]:
     return found
 
 
+@dataclass
+class Writing:
+    """A folder that is being written, and this rank's part of it."""
+
+    folder: Path
+    began: float = field(default_factory=time.monotonic)
+    thread: Thread = field(init=False)
+    sums: dict[str, dict] = field(default_factory=dict)
+    """Checksums of the files that are written."""
+    failure: Exception | None = None
+    ended: float = 0.0
+    of: tuple[int, int] = (0, 0)
+    """Steps and batches."""
+    keep: bool = False
+    """As the checkpoint before the decay."""
+
+    @property
+    def beside(self) -> Path:
+        return name_beside(self.folder)
+
+    def attempt(self, work: Callable[[], object]) -> None:
+        try:
+            work()
+        except Exception as error:  # told where ranks meet
+            self.failure = error
+
+    def write(self, files: Mapping[str, Any]) -> None:
+        self.attempt(lambda: self.sums.update(write_into(self.beside, files)))
+        self.ended = time.monotonic()
+
+
 class Checkpoints:
     """Saving to and loading from one run's state/. `say` gets a line about anything unusual."""
 
@@ -110,6 +150,7 @@ class Checkpoints:
         self.fingerprint = fingerprint(config)
         self.arithmetic = native.arithmetic(kernels)
         self._saved: tuple[int, int] | None = None
+        self._writing: Writing | None = None
 
     def _weights(self) -> dict[str, Tensor]:
         """What is saved and loaded: live tensors by name."""
@@ -123,67 +164,120 @@ class Checkpoints:
         """Checkpoints, oldest first."""
         return sorted(self.run.state.glob("step-*"))
 
-    def save(self, state: TrainState, *, keep_as_pre_decay: bool = False) -> Path:
-        """Write a checkpoint. Raises DiskFullError with everything older intact."""
+    def save(self, state: TrainState, *, keep_as_pre_decay: bool = False, copied: bool = False) -> None:
+        """Begin to write a checkpoint, which `settle` ends. copied: from a copy, so that steps may be made meanwhile.
+
+        There is no other one that is not settled. Raises DiskFullError, on all ranks where one of them cannot write, with everything older
+        intact."""
         state.fingerprint, state.arithmetic = self.fingerprint, self.arithmetic
-        folder = self.run.state / f"step-{state.step:08d}"
         if self._saved == (state.step, state.cursor) and not keep_as_pre_decay:
-            return folder  # a signal right after a save
-        text = json.dumps(asdict(state), indent=1)
-        self._write(folder, self.optimizer.state(), text)
-        self._saved = (state.step, state.cursor)
-        if self.world.rank:
-            return folder
-        self._newest.parent.mkdir(exist_ok=True)
-        link_or_copy(folder / WEIGHTS, self._newest)
-        if self.adapts and self.run.weights.is_dir():  # made before it was known what would be in it
-            self.run.weights.rmdir()
-        if keep_as_pre_decay:
-            self._keep(folder)
-        self._prune(state.step)
-        return folder
+            return  # a signal right after a save
+        folder, text = self.run.state / f"step-{state.step:08d}", json.dumps(asdict(state), indent=1)
+        self._writing = self._begin(folder, self.optimizer.state(), text, copied)
+        self._writing.of, self._writing.keep = (state.step, state.cursor), keep_as_pre_decay
 
-    def _write(self, folder: Path, moments: Mapping[str, Tensor], text: str) -> None:
-        """Write a folder with the weights, what `moments` has (where ranks have shares: each its own), and `text`. Raises DiskFullError, on
-        all ranks where one of them cannot write."""
-        if self.owners.mine is None:
-            write_folder(folder, {WEIGHTS: self._weights()} | ({OPTIMIZER: moments} if moments else {}) | {STATE: text})
-            return
-        world, beside = self.world, folder.with_name(f".{folder.name}.tmp")
-        name = f"optimizer-{world.rank + 1:05d}-of-{world.size:05d}.safetensors"
-        files = {name: self.owners.labelled(moments)} if moments else {}
-        files |= {STATE: text} if world.rank == 0 else {}
-        failure, sums = None, {}
-        for work in (partial(begin_folder, beside) if world.rank == 0 else None, partial(write_into, beside, files), self._stream):
-            try:
-                sums |= (work(beside) if work == self._stream else work() if work else None) or {}
-            except DiskFullError as error:
-                failure = error
-            if any(world.agree([float(failure is not None)])):
-                shutil.rmtree(beside, ignore_errors=True)
-                raise failure or DiskFullError(f"{folder}: another rank could not write its part")
-        parts = [json.loads(text) for text in world.gather(json.dumps(sums))]
+    @property
+    def pending(self) -> bool:
+        """Whether there is a checkpoint to settle."""
+        return self._writing is not None
+
+    @property
+    def busy(self) -> bool:
+        """Whether this rank still writes its part of it."""
+        return self._writing is not None and self._writing.thread.is_alive()
+
+    def settle(self) -> float:
+        """Wait until the checkpoint that was begun is written, and let it count; -> the seconds that it took.
+
+        Where ranks have shares, all call this together. Raises as `save`."""
+        writing, self._writing = self._writing, None
+        self._end(writing)
+        self._saved = writing.of
+        if self.world.rank == 0:
+            self._newest.parent.mkdir(exist_ok=True)
+            link_or_copy(writing.folder / WEIGHTS, self._newest)
+            if self.adapts and self.run.weights.is_dir():  # made before it was known what would be in it
+                self.run.weights.rmdir()
+            if writing.keep:
+                self._keep(writing.folder)
+            self._prune(writing.of[0])
+        return writing.ended - writing.began
+
+    def _begin(self, folder: Path, moments: Mapping[str, Tensor], text: str, copied: bool) -> Writing:
+        """Begin to write a folder with the weights, what `moments` has (where ranks have shares: each its own), and `text`.
+
+        copied: from a copy, if there is memory for it, so that the tensors may change."""
+        shares, world = self.owners.mine is not None, self.world
+        writing = Writing(folder)
+        files: dict[str, Any] = {}
+        if moments:
+            name = f"optimizer-{world.rank + 1:05d}-of-{world.size:05d}.safetensors" if shares else OPTIMIZER
+            files[name] = self.owners.labelled(moments)
+        weights, size = self._weights(), sum(tensor.nbytes for tensor in moments.values())
         if world.rank == 0:
-            end_folder(beside, folder, {name: value for part in parts for name, value in part.items()})
-        world.agree([0.0])  # nobody goes on, and perhaps dies, before it is whole
+            size += sum(dtype.itemsize * prod(shape) for dtype, shape in self.owners.layout(weights).values())
+        copied = copied and free_memory() > SPARE * size
+        if copied:
+            files = {name: {key: _copy(tensor) for key, tensor in tensors.items()} for name, tensors in files.items()}
+        self._together(writing, partial(begin_folder, writing.beside) if world.rank == 0 else None)
+        if not shares:
+            files[WEIGHTS] = {name: _copy(tensor) for name, tensor in weights.items()} if copied else weights
+        elif copied:
+            files |= {WEIGHTS: wholes} if (wholes := self._wholes(weights)) else {}
+        else:
+            self._together(writing, partial(self._stream, writing, weights))
+        if world.rank == 0:
+            files[STATE] = text
+        writing.thread = Thread(target=writing.write, args=(files,), name="sparing-checkpoint", daemon=True)
+        writing.thread.start()
+        return writing
 
-    def _stream(self, beside: Path) -> dict[str, dict]:
+    def _end(self, writing: Writing) -> None:
+        """Wait for all ranks, and give the folder its name. Raises DiskFullError."""
+        writing.thread.join()
+        self._together(writing)
+        parts = [writing.sums]
+        if self.owners.mine is not None:
+            parts = [json.loads(text) for text in self.world.gather(json.dumps(writing.sums))]
+        if self.world.rank == 0:
+            end_folder(writing.beside, writing.folder, {name: value for part in parts for name, value in part.items()})
+        if self.owners.mine is not None:
+            self.world.agree([0.0])  # nobody goes on, and perhaps dies, before it is whole
+
+    def _together(self, writing: Writing, work: Callable[[], object] | None = None) -> None:
+        """Do what may fill a disk, here or elsewhere. Raises DiskFullError where it has, or had before, on all ranks that save."""
+        if work:
+            writing.attempt(work)
+        failed = writing.failure is not None
+        if self.owners.mine is not None:
+            failed = any(self.world.agree([float(failed)]))
+        if failed:
+            if self.world.rank == 0:
+                shutil.rmtree(writing.beside, ignore_errors=True)
+            raise writing.failure or DiskFullError(f"{writing.folder}: another rank could not write its part")
+
+    def _wholes(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A copy of whole weights, on rank 0. All ranks go through them."""
+        found = {}
+        for name, tensor in self.owners.wholes(weights):
+            if self.world.rank == 0:
+                found[name] = _copy(tensor)
+        return found
+
+    def _stream(self, writing: Writing, weights: Mapping[str, Tensor]) -> None:
         """Write whole weights, tensor by tensor, on rank 0. All ranks go through them, even where the disk is full."""
-        weights = self._weights()
         wholes = self.owners.wholes(weights)
         try:
-            if self.world.rank:
-                return {}
-            layout = self.owners.layout(weights)
-            with disk_errors(beside):
-                return {WEIGHTS: stream_tensors(beside / WEIGHTS, layout, wholes)}
+            if self.world.rank == 0:
+                with disk_errors(writing.beside):
+                    writing.sums[WEIGHTS] = stream_tensors(writing.beside / WEIGHTS, self.owners.layout(weights), wholes)
         finally:
             for _ in wholes:
                 pass
 
     def keep_best(self, step: int, loss: float) -> None:
         """Write the weights aside: none scored better until now."""
-        self._write(self.run.state / BEST, {}, json.dumps({"step": step, "loss": loss}))
+        self._end(self._begin(self.run.state / BEST, {}, json.dumps({"step": step, "loss": loss}), copied=False))
 
     def best(self) -> dict | None:
         """{"step", "loss"} of the weights written aside; None where there are none, or they are damaged."""
@@ -264,6 +358,11 @@ class Checkpoints:
         if missing := self.optimizer.state().keys() - names:
             raise DamagedError(f"{folder.name}: no tensor {min(missing)}")
         return state
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """A tensor as it is now, on the CPU."""
+    return tensor.detach().clone() if tensor.device.type == "cpu" else tensor.detach().cpu()
 
 
 def rewind(run: RunFolder) -> int:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 PLAIN_EVERY_S = 10.0
+TOLD = 0.01
+"""Share of a step that waits for input, from which the progress line says so."""
 LOADS = 150
 """Times in a run that the experts' loads are written down."""
 SHOWN_MOVES = 4
@@ -225,7 +227,7 @@ class Progress:
             self._live.start()
 
     def show(self, values: dict, *, now: bool = False) -> None:
-        """values: step total loss tokens_per_s, and bpb mfu max_violation seconds_left where known."""
+        """values: step total loss tokens_per_s, and bpb mfu idle input_wait max_violation seconds_left where known."""
         wait = 0.25 if self._live else self.every_s
         if self.silent or (not now and time.monotonic() - self._last < wait):
             return
@@ -264,6 +266,10 @@ def render(values: dict) -> str:
     parts.append(f"{values['tokens_per_s']:,.0f} tokens/s")
     if values.get("mfu") is not None:
         parts.append(f"MFU {100 * values['mfu']:.0f} %")
+    if values.get("idle") is not None:
+        parts.append(f"idle {100 * values['idle']:.0f} %")
+    if values.get("input_wait", 0) >= TOLD and values.get("pass_at_1") is None:
+        parts.append(f"waits for input {100 * values['input_wait']:.0f} %")
     if values.get("max_violation") is not None:
         parts.append(f"MaxVio {values['max_violation']:.2f}")
     if values.get("seconds_left") is not None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from sparing.account.meter import NoMeter
 from sparing.base.config import CannotGoOn, Config, UserError
 from sparing.base.config_limits import checked
+from sparing.base.hardware import cores
 from sparing.base.preempt import Interrupted, Preempt
 from sparing.base.rank import RankLost
 from sparing.base.run import RunFolder
@@ -158,6 +159,8 @@ class Trainer:
         """Tokens that each expert of each mixture was given in the last step."""
         self.read = 0.0
         """Tokens of the last batch, of all ranks."""
+        self.waited_s = 0.0
+        """For the last batch: what sampling one takes, of feeds that sample."""
         self.kernels = t.kernels or fitting(t.replicas or 1, t.threads, self.device.type, t.dtype, config.model)[0]
         shard, pieces = config.parallel.shard if world.size > 1 else "nothing", None
         parts = fitting_parts(config.parallel.experts, world.size, config.model.n_routed_experts) if shard != "nothing" else 1
@@ -227,7 +230,9 @@ class Trainer:
         compiling, signals = t.compile and not self.log.steps, self.signals
         alone = nullcontext() if compiling else signals.interruptible()
         with alone if self.world.size == 1 else signals.finishing("finishing the step"):
+            began = time.monotonic()
             batch = self.feed.batch(state.cursor, self.world.rank, self.world.size)
+            self.waited_s = time.monotonic() - began
             if t.short_seq_len and state.step < t.short_until * total:
                 batch = batch.cut(t.short_seq_len)
             losses = self.gradients(batch, state.step)
@@ -258,7 +263,7 @@ class Trainer:
         self.run, self.signals, self.clock, self.meter = session.run, session.signals, session.clock, session.meter
         t = self.config.train
         speed = {"tokens_per_step": self.tokens_per_step, "flops_per_token": self.flops_per_token, "peak_flops": session.peak_flops}
-        self.writes = self.world.rank == 0
+        self.writes, self.cores = self.world.rank == 0, cores()
         self.log = Log(self.run, t.log, writes=self.writes, **speed)
         self.guard = Guard()
         self.checkpoints = Checkpoints(self.run, self.model, self.optimizer, self.config, self.log.progress.say, self.kernels, self.owners)
@@ -289,17 +294,20 @@ class Trainer:
         state, pace = self.state, self.pace
         saved, stable = time.monotonic(), state.step <= decay_start(pace.total, self.config.optim)
         while state.step < (total := self._decided(pace.advance(state.step, self.clock.seconds(), self._limit()))):
-            if any(self.world.agree([float(self.signals.requested)])):
+            stop, writing = self.world.agree([float(self.signals.requested), float(self.checkpoints.busy)])
+            if stop:
                 raise Interrupted(self.signals.message)
+            if self.checkpoints.pending and not writing:
+                self._settle()
             # Asked before a step, so that a resumed run makes up for a missed one.
             if self.evaluate and self._decided(pace.eval_due(state.step) or self._before_all()):
                 self._evaluate()
             decaying = state.step >= decay_start(total, self.config.optim)
             if self._decided((stable and decaying) or pace.checkpoint_due(state.step, time.monotonic() - saved)):
-                self._save(keep_as_pre_decay=stable and decaying)
+                self._save(keep_as_pre_decay=stable and decaying, wait=False)
                 saved = time.monotonic()
             stable = not decaying
-            before, step, read = time.monotonic(), state.step + 1, state.tokens
+            before, busy, step, read = time.monotonic(), time.process_time(), state.step + 1, state.tokens
             values, bad = self.step(total)
             tokens = state.tokens - read or self.tokens_per_step  # of answers that a model samples a step does not say before how many
             self.log.moves(step, self.moves)
@@ -310,7 +318,11 @@ class Trainer:
             if self.writes:  # of all ranks
                 self.meter.add(tokens, self.work * tokens / self.tokens_per_step)
             if not bad:
-                self._show(self.log.step(values | self.meter.now(), time.monotonic() - before, self.clock.seconds(), tokens))
+                took = max(1e-9, time.monotonic() - before)
+                values |= self.meter.now() | {"input_wait": self.waited_s / took}
+                if self.device.type == "cpu":
+                    values["idle"] = max(0.0, 1 - (time.process_time() - busy) / (took * self.cores))
+                self._show(self.log.step(values, took, self.clock.seconds(), tokens))
                 pace.step_took(time.monotonic() - before)  # with what telling about it takes
         return self._finish()
 
@@ -438,18 +450,28 @@ class Trainer:
         self.log.progress.say(f"{found}; those weights stay")
         return step
 
-    def _save(self, *, keep_as_pre_decay: bool = False) -> None:
+    def _save(self, *, keep_as_pre_decay: bool = False, wait: bool = True) -> None:
+        """Save a checkpoint. wait: until it is whole."""
         if not self.writes and self.owners.mine is None:
             return
-        before = time.monotonic()
+        self._settle()
         state = self.state
         state.seconds, state.guard, state.precision = self.clock.seconds(), self.guard.state(), self.policy.state()
         if self.writes:
             self.log.metrics.sync()  # a checkpoint must not be ahead of the metrics
         with self.meter.stage("save"), self.signals.finishing("saving a checkpoint"):
-            self.checkpoints.save(state, keep_as_pre_decay=keep_as_pre_decay)
+            self.checkpoints.save(state, keep_as_pre_decay=keep_as_pre_decay, copied=not wait)
+        if wait:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Let the last checkpoint count, when it is written."""
+        if not self.checkpoints.pending:
+            return
+        with self.meter.stage("save"), self.signals.finishing("saving a checkpoint"):
+            took = self.checkpoints.settle()
         if self.pace:
-            self.pace.save_took(time.monotonic() - before)
+            self.pace.save_took(took)
 
     def _skip(self, why: str) -> None:
         """Drop a bad batch; after several in a row, go back to a checkpoint and on with fresh batches."""
@@ -461,6 +483,7 @@ class Trainer:
         state.cursor += 1
         if not self.guard.reject():
             return
+        self._settle()
         rollbacks, cursor, skipped = self.guard.rollbacks + 1, state.cursor, state.skipped
         back = self._load_newest(before=state.step) if rollbacks <= MAX_ROLLBACKS else None
         if back is None:

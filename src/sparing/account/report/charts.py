@@ -31,6 +31,7 @@ CURVES = (
     ("bpb", "Held-out text", "bits per byte", 1.0),
     ("tokens_per_s", "Speed", "tokens per second", 1.0),
     ("mfu", "Share of the peak (MFU)", "%", 100.0),
+    ("idle", "Idle cores", "%", 100.0),
     ("memory_bytes", "Memory", "GB", 1e-9),
     ("watts", "Power", "W", 1.0),
 )
