@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from sparing.account.history import entries_of
 from sparing.base.files import read_lines
 from sparing.base.run import RunFolder
+from sparing.interop import launch
 
 STEPS, ROWS, LENGTH = 20, 4, 32
 RECIPE = f"""
@@ -130,6 +131,17 @@ def test_a_killed_rank_is_started_anew_and_the_run_goes_on_bit_for_bit(folder):
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="finds a rank by /proc")
+def test_a_stopped_rank_is_ended(monkeypatch, capsys):
+    monkeypatch.setattr(launch, "LOOK_S", 0.05)
+    monkeypatch.setattr(launch, "STOPPED_S", 0.2)
+    stopped, works = (subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) for _ in range(2))
+    with launch.ending_stopped():
+        os.kill(stopped.pid, signal.SIGSTOP)
+        assert stopped.wait(60) == -signal.SIGKILL
+    works.communicate(b"\n")
+    assert works.returncode == 0 and f"process {stopped.pid} is stopped" in capsys.readouterr().err
+
+
 def test_a_signal_to_all_processes_saves_once_and_another_machine_with_other_ranks_goes_on_from_the_mirror(folder):
     run, kept = folder / "stopped", folder / "kept"
     words = "--mirror", kept, *training(folder, run.name), *EXPERTS, "--parallel.shard", "weights"

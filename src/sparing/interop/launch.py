@@ -8,16 +8,25 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import uuid
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
+
 from sparing.base.config import CannotGoOn, UserError
+from sparing.base.messages import say
 from sparing.base.preempt import Interrupted
 from sparing.base.rank import STATUS, this_rank
 
 ALONE = "localhost:0"
 """Meeting point of ranks on this machine alone: any free port."""
+STOPPED_S = 10
+"""A rank that is stopped (SIGSTOP) for so long, while this process is not, is ended: all others wait for it."""
+LOOK_S = 1.0
 
 
 def launch(words: Sequence[str], n: int, nodes: int, meet: str | None, restarts: int) -> int:
@@ -53,7 +62,8 @@ def launch(words: Sequence[str], n: int, nodes: int, meet: str | None, restarts:
             settings["signals_to_handle"] = "SIGTERM,SIGINT"  # the ranks have sessions of their own: a terminal's does not reach them
         before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
-            elastic_launch(LaunchConfig(**settings), sys.executable)("-m", "sparing", *words)
+            with ending_stopped():
+                elastic_launch(LaunchConfig(**settings), sys.executable)("-m", "sparing", *words)
         except SignalException:
             if not status.exists():  # else rank 0 has said how to go on
                 raise Interrupted("interrupted") from None
@@ -70,3 +80,26 @@ def launch(words: Sequence[str], n: int, nodes: int, meet: str | None, restarts:
                 signal.signal(number, handler)
             del os.environ[STATUS]
         return int(status.read_text()) if status.exists() else 0
+
+
+@contextmanager
+def ending_stopped() -> Iterator[None]:
+    """Meanwhile, kill children that are stopped. Where all is stopped together, as batch systems suspend a job, nothing is killed."""
+    over, looks = threading.Event(), defaultdict(int)
+
+    def watch() -> None:
+        while not over.wait(LOOK_S):
+            for child in psutil.Process().children():
+                with suppress(psutil.Error):
+                    looks[child.pid] = looks[child.pid] + 1 if child.status() == psutil.STATUS_STOPPED else 0
+                    if LOOK_S * looks[child.pid] >= STOPPED_S:
+                        say(f"process {child.pid} is stopped, and the others wait for it: it is started anew")
+                        child.kill()
+
+    thread = threading.Thread(target=watch, daemon=True, name="sparing-stopped")
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
