@@ -98,6 +98,12 @@ def resolved(job: Job, wishes: Wishes, budget: Budget) -> Config:
         raise UserError("train.recompute: a mixture's routes are replayed in one forward pass: leave it out, or set grpo.replay = false")
     if settings.problems % settings.updates or settings.updates > settings.problems:
         raise UserError(f"grpo.updates {settings.updates} must divide grpo.problems {settings.problems}")
+    if own.sets("grpo.problems") and settings.problems % (least := settings.updates * job.size):
+        nearest = max(1, round(settings.problems / least)) * least
+        raise UserError(f"grpo.problems {settings.problems}: {job.size} ranks need a multiple of {least}; nearest: {nearest}")
+    layout = wishes.config().parallel
+    if job.size > 1 and (layout.shard == "weights" or layout.experts > 1):
+        raise UserError('grpo: each rank samples with all weights: [parallel] shard = "optimizer" and experts = 1 are the nearest')
     answers = settings.problems * settings.samples // settings.updates
     if own.value("train.batch_size", answers) != answers:
         what = f"an update learns from {answers} answers (grpo.problems * grpo.samples / grpo.updates): change those"
@@ -130,7 +136,7 @@ def _derived(job: Job, own: Wishes, wishes: Wishes, budget: Budget, place: Place
         flops = train_flops(config.model, width, adapter=config.adapter) + forward_flops(config.model, width, mtp=False)
         answers = budget.amount / (1 if budget.unit == "tok" else flops) / width
     problems = s.problems if own.sets("grpo.problems") else int(min(max(answers / s.samples / STEPS, PROBLEMS[0]), PROBLEMS[1]))
-    problems -= problems % s.updates
+    problems = max(1, problems // (s.updates * job.size)) * s.updates * job.size
     scored = int(min(max(SCORED * answers / s.samples, FEWEST[0]), FEWEST[1], held_out))
     settings = {
         "grpo": {"problems": problems, "scored": scored},

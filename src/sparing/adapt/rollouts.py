@@ -3,6 +3,7 @@
 A batch is a function of the weights of its step, the task, the seed and the step: the engine samples by (seed, position) alone, and a row's
 result does not depend on what else is in its step. So a resumed run repeats the undisturbed one. What no function gives again is kept in
 the run: verdicts (a program that is judged may be slower the next time), and, where several updates learn from one rollout, the rollout.
+Of several ranks each answers a part of the problems; what is drawn again for want of a signal, each decides for its own.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 
 from sparing.adapt.policy import FACTS, PolicyBatch, advantages, token_weights
 from sparing.adapt.rewards import Task, verify
-from sparing.base.config import Config
+from sparing.base.config import CannotGoOn, Config
 from sparing.base.files import append_durably, read_lines, write_atomic
 from sparing.base.layers import mixtures
 from sparing.base.messages import say
@@ -98,13 +99,15 @@ class Asker:
 
 @dataclass
 class Judge:
-    """Verdicts, each asked for once; kept in a file."""
+    """Verdicts, each asked for once; kept in a file of each rank."""
 
     run: RunFolder
+    rank: int = 0
 
     def __post_init__(self) -> None:
-        self._file = self.run.state / "verdicts.jsonl"
-        self._known = {line["of"]: line["reward"] for line in read_lines(self._file) if line.keys() >= {"of", "reward"}}
+        self._file = self.run.state / (f"verdicts-{self.rank}.jsonl" if self.rank else "verdicts.jsonl")
+        lines = (line for file in sorted(self.run.state.glob("verdicts*.jsonl")) for line in read_lines(file))
+        self._known = {line["of"]: line["reward"] for line in lines if line.keys() >= {"of", "reward"}}
         self._new: list[str] = []
 
     def __call__(self, problem: Problem, text: str) -> float:
@@ -233,7 +236,7 @@ class Rollouts:
 
     def __init__(self, job: Job, config: Config, task: Task, tokenizer: Tokenizer, template: str | None):
         self.job, self.config, self.task, self.tokenizer = job, config, task, tokenizer
-        self.ask, self.judge = Asker(tokenizer, template), Judge(job.run)
+        self.ask, self.judge = Asker(tokenizer, template), Judge(job.run, job.ranks.rank if job.ranks else 0)
         self.sampler: Sampler | None = None
         self.watch = Watch(say)
         self._last: tuple[int, str, PolicyBatch] | None = None
@@ -260,9 +263,9 @@ class Rollouts:
             if rank == 0:
                 self._show(step, groups)
             if s.updates > 1:
-                self._keep(step, rank, groups)
+                self._keep(step, f"{rank}-of-{world}", groups)
         else:
-            weights, groups = "", self._kept(step - part, rank)
+            weights, groups = "", self._kept(step - part, f"{rank}-of-{world}")
         batch = self._packed(groups[part :: s.updates], groups, world)
         self._last = (step, weights, batch)
         return batch
@@ -356,12 +359,12 @@ class Rollouts:
 
     # what must be kept
 
-    def _keep(self, step: int, rank: int, groups: list[Group]) -> None:
+    def _keep(self, step: int, of: str, groups: list[Group]) -> None:
         folder = self.job.run.state / "rollouts"
         entry = [[group.prompt, [[a.tokens, a.logprobs, a.text, a.cut, a.reward] for a in group.answers]] for group in groups]
         answers = {f"{i}.{j}": answer for i, group in enumerate(groups) for j, answer in enumerate(group.answers)}
         routes = {name: torch.from_numpy(answer.routes) for name, answer in answers.items() if answer.routes is not None}
-        write_folder(folder / f"{step:08d}.{rank}", {"groups.json": json.dumps(entry), "routes.safetensors": routes})
+        write_folder(folder / f"{step:08d}.{of}", {"groups.json": json.dumps(entry), "routes.safetensors": routes})
         steps = sorted(int(path.name.partition("-")[2]) for path in self.job.run.state.glob("step-*"))
         for old in folder.iterdir():  # an older checkpoint than the oldest is not gone back to
             with suppress(ValueError, OSError):
@@ -370,8 +373,11 @@ class Rollouts:
                         file.unlink()
                     old.rmdir()
 
-    def _kept(self, step: int, rank: int) -> list[Group]:
-        folder = self.job.run.state / "rollouts" / f"{step:08d}.{rank}"
+    def _kept(self, step: int, of: str) -> list[Group]:
+        folder = self.job.run.state / "rollouts" / f"{step:08d}.{of}"
+        if not folder.exists():
+            others = sorted({path.name.partition("-of-")[2] for path in folder.parent.glob(f"{step:08d}.*")})
+            raise CannotGoOn(f"the answers of step {step} were sampled by {' or '.join(others) or 'no'} ranks: go on with as many")
         verify_folder(folder)
         routes = {name: tensor.numpy() for name, tensor in read_tensors(folder / "routes.safetensors")}
         return [

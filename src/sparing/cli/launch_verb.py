@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from sparing.cli.arguments import Call
 
-SHARED = ("train", "sft", "distill", "dpo", "resume")
+SHARED = ("train", "sft", "distill", "dpo", "grpo", "grow", "resume")
 """Verbs whose steps are divided among ranks."""
 
 

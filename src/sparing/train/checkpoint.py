@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from sparing.base.config import Config, PrecisionConfig, UserError
-from sparing.base.files import DamagedError, DiskFullError, disk_errors, link_or_copy, name_beside, replace_folder
+from sparing.base.files import DamagedError, DiskFullError, disk_errors, link_or_copy, replace_folder
 from sparing.base.hardware import free_memory
 from sparing.base.run import RunFolder, begin_folder, end_folder, read_tensors, stream_tensors, verify_folder, write_into
 from sparing.kernels import native
@@ -124,7 +124,7 @@ class Writing:
 
     @property
     def beside(self) -> Path:
-        return name_beside(self.folder)
+        return self.folder.with_name(f".{self.folder.name}.tmp")  # the same for all ranks
 
     def attempt(self, work: Callable[[], object]) -> None:
         try:
