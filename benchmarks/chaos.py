@@ -32,8 +32,8 @@ from sparing.bench.results import stored_result
 from sparing.budget.units import parse_budget
 
 KINDS = ("kill", "term", "stop", "disk", "shard")
-"""SIGKILL of a rank; SIGTERM of one, as a machine's notice; SIGSTOP of one; no more room on the disk; a file of the newest checkpoint cut in
-half, and then SIGKILL."""
+"""SIGKILL of a rank; SIGTERM of one, as a machine's notice; SIGSTOP of one; no more room on the disk; a file of the newest checkpoint cut
+in half, and then SIGKILL."""
 SMALL = """\
 [model]
 hidden_size = 192
