@@ -111,6 +111,7 @@ OPTIONS = (
 ).split()
 
 
+@pytest.mark.slow  # the trainer's own; test_sft has a quick one
 def test_killed_and_resumed_bit_for_bit(workplace, pairs, tmp_path):  # noqa: F811
     killed, straight = tmp_path / "killed", tmp_path / "straight"
     kill_at(["dpo", workplace / "base", "--data", pairs, "--out", killed, *OPTIONS], killed, 8)

@@ -99,6 +99,7 @@ def test_other_options(workplace, tmp_path):
     assert [number for number in range(8) if not torch.equal(before[name][number], after[name][number])] == [5]
 
 
+@pytest.mark.slow  # the trainer's own; test_sft has a quick one
 def test_killed_and_resumed_bit_for_bit(workplace, tmp_path):
     killed, straight = killed_and_straight(workplace, tmp_path, "esft", [*OPTIONS])
     assert losses(killed) == losses(straight) and len(losses(killed)) > 25

@@ -92,7 +92,7 @@ def test_what_a_summary_says(tuned, workplace):
         assert engine.submit(engine.tokenizer.encode_prompt("The cat is"), Sampling(2, 0)).text()
 
 
-@pytest.mark.parametrize("updates", [1, 2])
+@pytest.mark.parametrize("updates", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_killed_and_resumed_bit_for_bit(workplace, tmp_path, updates):
     killed, straight = tmp_path / "killed", tmp_path / "straight"
     more = ["--out", killed, "--grpo.updates", updates, *OPTIONS]

@@ -462,7 +462,7 @@ def stopped_by_a_notice(process, server, run, after):
     return len(steps)
 
 
-@pytest.mark.parametrize(("cloud", "how"), [("azure", ()), ("gcp", ("launch", "-n", 2))])
+@pytest.mark.parametrize(("cloud", "how"), [pytest.param("azure", (), marks=pytest.mark.slow), ("gcp", ("launch", "-n", 2))])
 def test_a_run_is_saved_after_a_notice_and_goes_on_later(imitation, tmp_path, cloud, how):
     server, dice = imitation(cloud), random.Random(0)
     words = ["".join(dice.choices("abcdefghij", k=dice.randint(2, 6))) for _ in range(200)]

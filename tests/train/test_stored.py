@@ -98,9 +98,12 @@ def test_compiled_updates_are_the_plain_ones(name, kind):
             assert float((difference > 1e-6).double().mean()) < 2e-3 and float(difference.max()) <= 1.0001, key
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("matrix", ["muon", "adamw"])
-@pytest.mark.parametrize("plain", [False, True])
+CHOICES = [(name, matrix, plain) for name in CASES for matrix in ("muon", "adamw") for plain in (False, True)]
+SLOW = [case for case in CHOICES if case[0] != "all" and case[1:] == ("muon", True)]
+"""PyTorch's own operations take Muon's iterations seconds."""
+
+
+@pytest.mark.parametrize(("name", "matrix", "plain"), [pytest.param(*one, marks=[pytest.mark.slow] * (one in SLOW)) for one in CHOICES])
 def test_it_learns_as_in_float32(name, matrix, plain):
     with native.path("plain" if plain else "compiled"):
         full, small = (sum(trained(p, 40, matrix)[2][-8:]) / 8 for p in (PrecisionConfig(), CASES[name]))
