@@ -1,0 +1,112 @@
+"""Schedules of `torch.distributed.pipelining`: in which order the ranks of a pipeline compute micro-batches, and how long they idle.
+
+A pipeline has as many ranks as `stages` says, and each of them holds one piece of the model, or two (`PIECES`). Torch is imported inside
+functions, because it loads its compiler for pipelines.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+CLASSES = {
+    "1f1b": "Schedule1F1B",
+    "interleaved": "ScheduleInterleaved1F1B",
+    "zbv": "ScheduleZBVZeroBubble",
+    "dualpipev": "ScheduleDualPipeV",
+}
+"""1F1B (PipeDream-flush, arXiv 2006.09503), interleaved (2104.04473 §2.2), ZB-V (2401.10241 §6), DualPipe cut in half (DeepSeek-V3
+§3.2.1; the repository deepseek-ai/DualPipe)."""
+PIECES = {"1f1b": 1, "interleaved": 2, "zbv": 2, "dualpipev": 2}
+"""Of the model, on each rank."""
+COSTS = {"F": 1, "B": 2, "I": 1, "W": 1}
+"""Time units of a piece's forward pass, its whole backward pass, and that pass's halves: gradients of the input, and of the weights."""
+
+
+def pieces_of(schedule: str, stages: int, position: int) -> list[int]:
+    """Which pieces of the model the rank at `position` in its pipeline holds, in their order. Those of "zbv" and "dualpipev" form a V: the
+    first rank has the first piece and the last."""
+    if PIECES[schedule] == 1:
+        return [position]
+    return [position, position + stages if schedule == "interleaved" else 2 * stages - 1 - position]
+
+
+def runs(schedule: str, stages: int, microbatches: int) -> bool:
+    """Whether a schedule can run so many micro-batches."""
+    if schedule == "interleaved":  # in rounds of at least `stages`, all as long as each other
+        return microbatches >= stages and microbatches % (microbatches // stages) == 0
+    return microbatches >= stages * PIECES[schedule]
+
+
+def made(schedule: str, pieces: Sequence[Any], microbatches: int, loss: Callable[..., Any] | None = None) -> Any:
+    """Torch's schedule over what a rank holds, `PipelineStage`s. Gradients are sums over micro-batches."""
+    from torch.distributed.pipelining import schedules
+
+    one = PIECES[schedule] == 1
+    return getattr(schedules, CLASSES[schedule])(pieces[0] if one else list(pieces), microbatches, loss, scale_grads=False)
+
+
+def bubble(schedule: str, stages: int, microbatches: int) -> float:
+    """The share of the ranks' time that is idle in one step, by walking the lists of actions that torch makes, at unit costs (`COSTS`).
+
+    schedule: one of `CLASSES`. stages: ranks of the pipeline. Sending takes no time. An overlapped pair of DualPipeV takes as long as both
+    passes one after the other, as torch runs it, and what it makes is sent when both are done. Raises ValueError where torch cannot
+    run so many micro-batches."""
+    orders = _orders(schedule, stages, microbatches)
+    last = stages * PIECES[schedule] - 1
+    done: dict[tuple[int, str, int], int] = {}
+    clocks, at = [0] * stages, [0] * stages
+    busy = 0
+    while any(at[rank] < len(orders[rank]) for rank in range(stages)):
+        before = list(at)
+        for rank, order in enumerate(orders):
+            while at[rank] < len(order):
+                parts = order[at[rank]]
+                needs = [need for part in parts if (need := _needs(*part, last)) is not None and need not in parts]
+                if any(need not in done for need in needs):
+                    break
+                start = max([clocks[rank], *(done[need] for need in needs)])
+                took = sum(COSTS[kind] for _, kind, _ in parts)
+                clocks[rank], busy, at[rank] = start + took, busy + took, at[rank] + 1
+                for piece, kind, number in parts:
+                    done[piece, "I" if kind == "B" else kind, number] = start + took
+        assert at != before, f"{schedule} of {stages} stages and {microbatches} micro-batches waits for itself"
+    return 1 - busy / (stages * max(clocks))
+
+
+def _needs(piece: int, kind: str, number: int, last: int) -> tuple[int, str, int] | None:
+    """The action that must have ended before one begins, other than its own rank's earlier ones."""
+    if kind == "F":
+        return (piece - 1, "F", number) if piece else None
+    if kind == "W":
+        return None
+    return (piece + 1, "I", number) if piece < last else (piece, "F", number)
+
+
+def _orders(schedule: str, stages: int, microbatches: int) -> list[list[tuple[tuple[int, str, int], ...]]]:
+    """Each rank's actions, in order; of each, the (piece, kind, micro-batch) that it consists of."""
+    held = [
+        SimpleNamespace(num_stages=stages * PIECES[schedule], group_size=stages, group_rank=0, stage_index=piece, submod=None)
+        for piece in pieces_of(schedule, stages, 0)
+    ]
+    order = made(schedule, held, microbatches).pipeline_order
+    found = []
+    for rank in range(stages):
+        # Of each piece and kind, micro-batches go in their order. Torch's list of the last rank in 1F1B, which nothing executes, begins to
+        # count its forward passes at 1 (2.13), so they are counted here.
+        counts: dict[tuple[int, str], int] = defaultdict(int)
+        actions = []
+        for action in order[rank]:
+            parts = []
+            for part in (action.sub_actions or (action,)) if action else ():
+                if (kind := part.computation_type.value) in COSTS:
+                    kinds = ("I", "W") if kind == "B" else (kind,)
+                    parts.append((part.stage_index, kind, counts[part.stage_index, kinds[0]]))
+                    for one in kinds:
+                        counts[part.stage_index, one] += 1
+            if parts:
+                actions.append(tuple(parts))
+        found.append(actions)
+    return found

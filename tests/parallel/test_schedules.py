@@ -1,0 +1,45 @@
+"""How long ranks of a pipeline idle, by the lists of actions of torch's own schedules."""
+
+import pytest
+
+from sparing.parallel.pipeline import bubble
+from sparing.parallel.schedules import CLASSES, PIECES, pieces_of, runs
+
+
+@pytest.mark.parametrize(("stages", "microbatches"), [(2, 2), (2, 7), (4, 4), (4, 16), (8, 32), (16, 60)])
+def test_1f1b_idles_as_its_closed_form_says(stages, microbatches):
+    assert bubble("1f1b", stages, microbatches) == pytest.approx((stages - 1) / (microbatches + stages - 1))
+
+
+@pytest.mark.parametrize(("stages", "microbatches"), [(2, 2), (2, 8), (4, 8), (8, 32)])
+def test_two_pieces_a_rank_halve_the_bubble(stages, microbatches):
+    """Narayanan and others, arXiv 2104.04473 §2.2.2."""
+    assert bubble("interleaved", stages, microbatches) == pytest.approx((stages - 1) / (2 * microbatches + stages - 1))
+
+
+@pytest.mark.parametrize(("stages", "microbatches"), [(2, 4), (4, 8), (8, 40)])
+def test_the_v_shaped_ones_idle_least(stages, microbatches):
+    """ZB-V idles while the first micro-batch comes to the last rank, and no more: `stages` - 1 units (arXiv 2401.10241 §6). DualPipeV with
+    passes that are paired and not overlapped: (stages - 1) (F&B + B - 3W) = 2 (stages - 1) units (the table in its repository)."""
+    work = 6 * microbatches
+    assert bubble("zbv", stages, microbatches) == pytest.approx((stages - 1) / (work + stages - 1))
+    assert bubble("dualpipev", stages, microbatches) == pytest.approx(2 * (stages - 1) / (work + 2 * (stages - 1)))
+
+
+def test_what_can_run_is_what_torch_makes():
+    for schedule in CLASSES:
+        for stages in (2, 3, 4):
+            for microbatches in range(1, 14):
+                try:
+                    bubble(schedule, stages, microbatches)
+                    made = True
+                except (ValueError, AssertionError):
+                    made = False
+                assert made >= runs(schedule, stages, microbatches), (schedule, stages, microbatches)
+    assert not runs("1f1b", 4, 3) and not runs("dualpipev", 2, 3) and not runs("interleaved", 4, 9) and runs("interleaved", 4, 10)
+
+
+def test_every_piece_is_on_one_rank():
+    for schedule in CLASSES:
+        held = [piece for position in range(3) for piece in pieces_of(schedule, 3, position)]
+        assert sorted(held) == list(range(3 * PIECES[schedule]))
