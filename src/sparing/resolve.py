@@ -14,9 +14,10 @@ from sparing.base.config_file import Wishes, build
 from sparing.base.config_limits import checked, contradiction
 from sparing.base.hardware import Machine
 from sparing.base.layers import mixtures
-from sparing.budget.flops import parameters, train_flops
+from sparing.budget.flops import forward_products, layer_flops, parameters, train_flops
 from sparing.budget.units import format_budget
 from sparing.data.scan import CorpusFacts
+from sparing.parallel.schedules import CHUNKS, least_rows, microbatches_of, spans
 
 TRAINING_SHARE = 0.9
 """Of the time that is left after measuring the machine: tokenising, choosing, evaluating and sampling take the rest."""
@@ -175,6 +176,51 @@ def fitting_parts(wished: int, ranks: int, experts: int) -> int:
     return next(parts for parts in range(max(1, wished), 0, -1) if ranks % parts == 0 and experts % parts == 0)
 
 
+def fitting_stages(config: Config, ranks: int) -> int:
+    """The largest number of stages up to the configured one that so many ranks, the model's layers and a batch's rows allow."""
+    p, rows = config.parallel, config.train.batch_size
+    most = (config.model.num_layers + 1) // CHUNKS[p.schedule]  # the last chunk may have the head alone
+    for stages in range(min(p.stages, ranks, most), 1, -1):
+        pipelines = ranks // stages
+        if ranks % stages == 0 and rows % pipelines == 0 and microbatches_of(p.schedule, stages, rows // pipelines):
+            return stages
+    return 1
+
+
+def chunk_spans(config: Config, stages: int) -> list[range]:
+    """The layers of each chunk of a pipeline, cut so that the operations of the largest chunk are fewest."""
+    c, costs = config.model, layer_flops(config.model, config.train.seq_len)
+    heads = forward_products(c, config.train.seq_len).heads
+    return spans(costs[: c.num_layers], heads + sum(costs[c.num_layers :]), stages * CHUNKS[config.parallel.schedule])
+
+
+def _pipelined(config: Config, train: TrainConfig, wishes: Wishes, ranks: int, reasons: dict[str, str]) -> TrainConfig:
+    """What pipelines ask of a batch. Raises UserError for layouts that cannot be."""
+    p, layers = config.parallel, config.model.num_layers
+    what = f"parallel.stages {p.stages} with schedule = {p.schedule}"
+    possible = [stages for stages in range(1, p.stages + 1) if ranks % stages == 0 and stages * CHUNKS[p.schedule] <= layers + 1]
+    if possible[-1] != p.stages:
+        needs = f"must divide {ranks} ranks, and needs {p.stages * CHUNKS[p.schedule] - 1} layers or more of {layers}"
+        raise UserError(f"{what} {needs}; nearest: {possible[-1]}")
+    pipelines = ranks // p.stages
+    least = pipelines * least_rows(p.schedule, p.stages)
+    if train.batch_size % pipelines or not microbatches_of(p.schedule, p.stages, train.batch_size // pipelines):
+        fitting = -(-train.batch_size // least) * least
+        if wishes.sets("train.batch_size"):
+            raise UserError(f"train.batch_size {train.batch_size}: {what} on {ranks} ranks needs {least} rows or more; nearest: {fitting}")
+        train = replace(train, batch_size=fitting)
+        reasons["train.batch_size"] += f"; rows for {what}"
+    rows = train.batch_size // pipelines
+    wished = -(-rows // train.micro_batch_size) if train.micro_batch_size else None
+    count = microbatches_of(p.schedule, p.stages, rows, wished)
+    if train.micro_batch_size and count * train.micro_batch_size != rows:
+        why = f"{what} cannot cut {rows} rows into micro-batches of so many"
+        raise UserError(f"train.micro_batch_size {train.micro_batch_size}: {why}; nearest: {rows // count}")
+    reasons["train.micro_batch_size"] = f"{count} micro-batches go through {p.stages} stages"
+    reasons["train.replicas"] = reasons["train.compile"] = "the passes follow the pipeline's schedule"
+    return replace(train, micro_batch_size=rows // count, replicas=1, compile=False)
+
+
 def resolve(
     wishes: Wishes, budget: Budget, machine: Machine, facts: CorpusFacts, speed: Callable[[Config], float], ranks: int = 1
 ) -> Resolved:
@@ -243,7 +289,10 @@ def resolve(
         train = replace(train, batch_size=-(-train.batch_size // ranks) * ranks)
         reasons["train.batch_size"] += f"; as many rows for each of {ranks} ranks"
         step_tokens = train.batch_size * seq_len
-    if train.batch_size < ranks:
+    if config.parallel.stages > 1:
+        train = _pipelined(checked(replace(config, train=train)), train, wishes, ranks, reasons)
+        step_tokens = train.batch_size * seq_len
+    elif train.batch_size < ranks:
         raise UserError(f"train.batch_size {train.batch_size}: {ranks} ranks need a row each; nearest: {ranks}, or fewer ranks")
     if budget.unit in ("tok", "flop") and tokens < step_tokens:
         least = Budget(step_tokens if budget.unit == "tok" else float(f"{1.05 * budget.amount / tokens * step_tokens:.1e}"), budget.unit)
@@ -259,8 +308,10 @@ def resolve(
         reasons |= {"parallel.shard": why} if ranks > 1 else {}
     if parallel.experts > 1 and not mixtures(model):
         raise UserError(f"parallel.experts {parallel.experts}: this model is dense, it has no experts to divide; nearest: 1")
-    if parallel.experts > 1 and (parts := fitting_parts(parallel.experts, ranks, model.n_routed_experts)) != parallel.experts:
-        what = f"must divide {ranks} ranks and {model.n_routed_experts} experts of a layer"
+    alike = ranks // parallel.stages
+    if parallel.experts > 1 and (parts := fitting_parts(parallel.experts, alike, model.n_routed_experts)) != parallel.experts:
+        layers = " that hold the same layers" if parallel.stages > 1 else ""
+        what = f"must divide {alike} ranks{layers} and {model.n_routed_experts} experts of a layer"
         raise UserError(f"parallel.experts {parallel.experts} {what}; nearest: {parts}")
     if ranks > 1 and (parallel.shard == "weights" or parallel.experts > 1) and train.replicas is None:
         train = replace(train, replicas=1)

@@ -3,7 +3,7 @@
 import pytest
 
 from sparing.parallel.pipeline import bubble
-from sparing.parallel.schedules import CLASSES, PIECES, pieces_of, runs
+from sparing.parallel.schedules import CHUNKS, CLASSES, chunks_of, least_rows, microbatches_of, runs, spans
 
 
 @pytest.mark.parametrize(("stages", "microbatches"), [(2, 2), (2, 7), (4, 4), (4, 16), (8, 32), (16, 60)])
@@ -12,7 +12,7 @@ def test_1f1b_idles_as_its_closed_form_says(stages, microbatches):
 
 
 @pytest.mark.parametrize(("stages", "microbatches"), [(2, 2), (2, 8), (4, 8), (8, 32)])
-def test_two_pieces_a_rank_halve_the_bubble(stages, microbatches):
+def test_two_chunks_a_rank_halve_the_bubble(stages, microbatches):
     """Narayanan and others, arXiv 2104.04473 §2.2.2."""
     assert bubble("interleaved", stages, microbatches) == pytest.approx((stages - 1) / (2 * microbatches + stages - 1))
 
@@ -39,7 +39,34 @@ def test_what_can_run_is_what_torch_makes():
     assert not runs("1f1b", 4, 3) and not runs("dualpipev", 2, 3) and not runs("interleaved", 4, 9) and runs("interleaved", 4, 10)
 
 
-def test_every_piece_is_on_one_rank():
+def test_every_chunk_is_on_one_rank():
     for schedule in CLASSES:
-        held = [piece for position in range(3) for piece in pieces_of(schedule, 3, position)]
-        assert sorted(held) == list(range(3 * PIECES[schedule]))
+        held = [chunk for position in range(3) for chunk in chunks_of(schedule, 3, position)]
+        assert sorted(held) == list(range(3 * CHUNKS[schedule]))
+
+
+def test_micro_batches_follow_from_the_rows():
+    assert microbatches_of("1f1b", 2, 64) == 8 and microbatches_of("1f1b", 4, 12) == 12 and microbatches_of("zbv", 4, 12) == 12
+    assert microbatches_of("1f1b", 4, 6) == 6 and microbatches_of("1f1b", 4, 3) is None and microbatches_of("dualpipev", 2, 6) == 6
+    assert microbatches_of("1f1b", 2, 64, wished=30) == 32 and microbatches_of("interleaved", 4, 18, wished=6) == 6
+    assert [least_rows(schedule, 4) for schedule in CLASSES] == [4, 4, 8, 8]
+
+
+@pytest.mark.parametrize(
+    ("costs", "head", "chunks", "sizes"),
+    [
+        ([1, 1, 1, 1], 0.5, 2, [2, 2]),
+        ([1, 1, 1, 1], 2, 2, [3, 1]),
+        ([1, 1, 1], 9, 4, [1, 1, 1, 0]),
+        ([5, 1, 1, 1, 1, 1], 1, 2, [1, 5]),
+        ([1] * 8, 0, 4, [2, 2, 2, 2]),
+    ],
+)
+def test_layers_are_cut_where_the_dearest_chunk_is_cheapest(costs, head, chunks, sizes):
+    found = spans(costs, head, chunks)
+    assert [len(span) for span in found] == sizes and [layer for span in found for layer in span] == list(range(len(costs)))
+
+
+def test_too_few_layers():
+    with pytest.raises(ValueError, match="3 layers make at most 4 chunks"):
+        spans([1, 1, 1], 1, 5)

@@ -239,6 +239,10 @@ class ParallelConfig:
     1910.02054); weights and gradients too, which are put together layer by layer where they are needed (stage 3). None: derived."""
     experts: int = 1
     """Among so many ranks each mixture's experts are divided; tokens travel to them (DeepSeek-V3 §3.2.2)."""
+    stages: int = 1
+    """So many ranks form a pipeline: each holds some of the layers, and micro-batches go from rank to rank. Pipelines divide the rows."""
+    schedule: Literal["1f1b", "interleaved", "zbv", "dualpipev"] = "1f1b"
+    """In which order a pipeline computes micro-batches (`parallel/schedules.py`); all but 1f1b give each rank two chunks of layers."""
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {
         **dict.fromkeys(("epsilon_low", "epsilon_high"), (0, math.inf)),
         "truncate": (1, math.inf),
     },
-    "ParallelConfig": {"experts": _ONE},
+    "ParallelConfig": dict.fromkeys(("experts", "stages"), _ONE),
     "UseConfig": {"old_limit": (1e-9, math.inf)},
     "ReasonConfig": {"samples": (1, 1024), "kept": _ONE},
     "TokensConfig": {"bos": (0, math.inf)},
@@ -168,11 +168,20 @@ def checked(c: Config) -> Config:
         raise UserError(f"train.seq_len {c.train.seq_len} is more than model.max_position_embeddings {c.model.max_position_embeddings}")
     if c.train.short_seq_len and c.train.seq_len % c.train.short_seq_len:
         raise UserError(f"train.seq_len {c.train.seq_len} is not a multiple of train.short_seq_len {c.train.short_seq_len}")
-    divided = "shard = weights" if c.parallel.shard == "weights" else "experts" if c.parallel.experts > 1 else None
+    p, t = c.parallel, c.train
+    divided = "shard = weights" if p.shard == "weights" else "experts" if p.experts > 1 else "stages" if p.stages > 1 else None
     if divided and any(part is not None for part in (c.adapter, c.esft, c.growth, c.drafts)):
         raise UserError(f"parallel.{divided} divides weights that learn, and here most stay: choose shard = optimizer alone")
-    if c.parallel.experts > 1 and c.parallel.shard == "nothing":
+    if p.experts > 1 and p.shard == "nothing":
         raise UserError("parallel.experts: who has a part of the experts alone updates it: choose shard = optimizer, or weights")
+    if p.stages > 1 and p.shard not in (None, "optimizer"):
+        raise UserError(f"parallel.stages {p.stages} goes with shard = optimizer, not {p.shard}: who alone has a layer updates it")
+    if p.stages > 1 and c.precision.linear != "none":
+        raise UserError(f"precision.linear = {c.precision.linear}: a pipeline's ranks don't compare errors; nearest: none, or stages = 1")
+    if p.stages > 1 and t.compile:
+        raise UserError("train.compile = true compiles the model as a whole: leave it out, or parallel.stages = 1")
+    if p.stages > 1 and (t.replicas or 1) > 1:
+        raise UserError(f"parallel.stages {p.stages} divides no rows among threads: leave out train.replicas = {t.replicas}")
     if c.adapter is not None and c.precision.weights != "float32":
         raise UserError(f"precision.weights = {c.precision.weights} is for weights that learn: choose adapter.base for frozen ones")
     if c.esft is not None:

@@ -40,6 +40,11 @@ def attention_flops(a: Attention, seq_len: int) -> float:
     return 2 * keys * a.heads * (a.key + a.value)
 
 
+def layer_flops(c: ModelConfig, seq_len: int) -> list[float]:
+    """Operations of a token's forward pass in each layer, MTP modules last."""
+    return [2.0 * (layer.common + layer.feed_forward.routed_active) + attention_flops(layer.attention, seq_len) for layer in layers(c)]
+
+
 class ForwardProducts(NamedTuple):
     """Operations of a token's forward pass, by what is multiplied."""
 

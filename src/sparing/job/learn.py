@@ -125,7 +125,8 @@ def learn(
         result = trainer.fit(session, evaluate if config.start is None else _telling(job, evaluate))
     if not job.leads:
         return {}
-    if job.size > 1 and (config.parallel.shard == "weights" or config.parallel.experts > 1):  # it would ask ranks that are gone
+    p = config.parallel
+    if job.size > 1 and (p.shard == "weights" or p.experts > 1 or p.stages > 1):  # it would ask ranks that are gone
         model = Transformer(config.model)
         fill(model.state_dict(), run_tensors(run), run.weights_file)
         model.to(device)
@@ -156,7 +157,7 @@ def _calibrated(job: Job, config: Config, model: Transformer, feed: Feed, peak: 
     lasts = job.lasts(config.budget)
     seconds = CALIBRATION_S if lasts is None else CALIBRATION_SHARE * lasts
     reasons, started = {}, time.monotonic()
-    batch = feed.batch(0, 0, job.size)  # what a rank computes
+    batch = feed.batch(0, 0, max(1, job.size // config.parallel.stages))  # what a rank computes
     mine = replace(config, train=replace(t, batch_size=len(batch)))
     if open_:
         ways_out = {"check": job.signals.check, "say": say, "cut_short": job.cut_short}

@@ -83,6 +83,20 @@ class Router(nn.Module):
         return Routing(weights * self.c.routed_scaling_factor, experts, scores)
 
 
+class RouterElsewhere(Router):
+    """Stands for a router on another rank: it gets the counts that all ranks add up, and is neither learned nor saved."""
+
+    def __init__(self, c: ModelConfig):
+        super().__init__(c)
+        del self.weight
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        pass
+
+    def _load_from_state_dict(self, *_) -> None:
+        pass
+
+
 def sequence_balance_loss(scores_NE: Tensor, c: ModelConfig, sequences: int) -> Tensor:
     """Sum_i f_i P_i of each sequence, averaged over sequences (DeepSeek-V3 eq. 17-20); f counts the top-k of the unbiased scores."""
     scores_BTE = scores_NE.unflatten(0, (sequences, -1))
@@ -99,9 +113,10 @@ def sequence_balance_loss(scores_NE: Tensor, c: ModelConfig, sequences: int) -> 
 _known: WeakKeyDictionary[nn.Module, list[Router]] = WeakKeyDictionary()
 
 
-def routers(model: nn.Module) -> list[Router]:
-    """The routers of a model in layer order, those of MTP modules last. Remembered: a walk over all modules takes milliseconds."""
-    if model not in _known:
+def routers(model: nn.Module, anew: bool = False) -> list[Router]:
+    """The routers of a model in layer order, those of MTP modules last. Remembered: a walk over all modules takes milliseconds. anew: its
+    modules have changed."""
+    if anew or model not in _known:
         _known[model] = [m for m in model.modules() if isinstance(m, Router)]
     return _known[model]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -49,7 +50,8 @@ class Block(nn.Module):
                 return checkpoint(
                     self._forward, x_BTD, *rest, use_reentrant=False, context_fn=lambda: (torch.enable_grad(), not_counting(self))
                 )
-            return _Again.apply(self, rest, x_BTD, *(p for p in self.parameters() if p.requires_grad))
+            modules = self.input_layernorm, self.self_attn, self.post_attention_layernorm, self.mlp
+            return _Again.apply(self, rest, x_BTD, *(p for module in modules for p in module.parameters() if p.requires_grad))
         with kept_in_int8() if self.int8_activations and torch.is_grad_enabled() else nullcontext():
             return self._forward(x_BTD, table, mask, want_balance)
 
@@ -60,7 +62,7 @@ class _Again(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, block: Block, rest: tuple, x_BTD: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor | None]:
-        """rest: what `block` takes besides x; parameters: those of the block that learn."""
+        """rest: what `block` takes besides x; parameters: those that `_forward` uses and that learn."""
         ctx.save_for_backward(x_BTD)
         ctx.block, ctx.rest, ctx.parameters = block, rest, parameters
         return block._forward(x_BTD, *rest)
@@ -137,7 +139,7 @@ class Transformer(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.model.norm.weight.device
+        return self.rotary.device
 
     @property
     def head_weight(self) -> Tensor | Frozen:
@@ -159,7 +161,8 @@ class Transformer(nn.Module):
             self.rotary = rotary_table(self.config, max(length, self.config.max_position_embeddings)).to(self.device)
         return self.rotary
 
-    def _embed(self, tokens_BT: Tensor) -> Tensor:
+    def embed(self, tokens_BT: Tensor) -> Tensor:
+        """(B, T) token ids -> (B, T, D) in the compute type."""
         return self.model.embed_tokens(tokens_BT).to(self.compute_dtype)
 
     def hidden(self, tokens_BT: Tensor, documents_BT: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
@@ -171,20 +174,28 @@ class Transformer(nn.Module):
     ) -> States:
         """(B, T) token ids through the main layers. documents_BT: pieces with different numbers do not see each other. positions: (T,) or
         (B, T), default 0, 1, 2, ..."""
-        T = tokens_BT.shape[1]
-        table = self._table(T)[:T] if positions is None else self._table(int(positions.max()) + 1)[positions]
-        mask = DocumentMask.of(documents_BT, self.compute_dtype)
-        x, balances = self._embed(tokens_BT), []
-        for i in range(self.config.num_layers):
-            x, balance = self.model.layers[i](x, table, mask, want_balance)
+        everything = range(self.config.num_layers)
+        states = self.through(everything, self.embed(tokens_BT), documents_BT, positions, want_balance)
+        return states._replace(hidden=self.model.norm(states.hidden))
+
+    def through(
+        self, layers: Iterable[int], x_BTD: Tensor, documents_BT: Tensor | None = None, positions: Tensor | None = None,
+        want_balance: bool = False,
+    ) -> States:  # fmt: skip
+        """Hidden states through some of the main layers, by number. What it gives is not normed."""
+        length = x_BTD.shape[1]
+        table = self._table(length)[:length] if positions is None else self._table(int(positions.max()) + 1)[positions]
+        mask, balances = DocumentMask.of(documents_BT, self.compute_dtype), []
+        for i in layers:
+            x_BTD, balance = self.model.layers[i](x_BTD, table, mask, want_balance)
             if balance is not None:
                 balances.append(balance)
-        return States(self.model.norm(x), balances, table, mask, want_balance)
+        return States(x_BTD, balances, table, mask, want_balance)
 
     def next_depth(self, before: States, k: int, tokens_BT: Tensor) -> States:
         """One token further by MTP module `k`, from the depth before it. tokens_BT: the token after each position of that depth."""
         block: MTPBlock = self.model.layers[self.config.num_layers + k]
-        x = block.join(self._embed(tokens_BT), before.hidden)
+        x = block.join(self.embed(tokens_BT), before.hidden)
         x, balance = block(x, before.table, before.mask, before.want_balance)
         balances = before.balances if balance is None else [*before.balances, balance]
         # The next depth gets it normed, as the first gets the main model's.

@@ -1,8 +1,9 @@
 """Divides the experts of each mixture among ranks, and brings tokens to them by all-to-all (DeepSeek-V3 §3.2.2).
 
-`parts` consecutive ranks hold all experts, in their order, each an equal part; where there are more ranks, the next ones hold them again.
-So a part's gradients are those of all tokens of its line of ranks, and are added up over the ranks that hold the same part. Node-limited
-routing (`n_group`, `topk_group`) needs nothing here: a group's experts are neighbours, so they are on neighbouring ranks.
+`parts` consecutive ranks hold all experts of their layers, in order, each an equal part; where there are more ranks, the next ones hold
+them again, or, in pipelines, those of other layers. So a part's gradients are those of all tokens of its line of ranks, and are added up
+over the ranks that hold the same part. Node-limited routing (`n_group`, `topk_group`) needs nothing here: a group's experts are neighbours,
+so they are on neighbouring ranks.
 """
 
 from __future__ import annotations
@@ -36,12 +37,15 @@ class Pieces:
     """Process group of the ranks that hold all parts together, this one among them."""
 
 
-def divide_experts(model: Transformer, parts: int, rank: int, ranks: int) -> Pieces:
-    """Keep of each mixture's experts this rank's part alone, in place, and let tokens come and go by all-to-all."""
+def divide_experts(model: Transformer, parts: int, rank: int, ranks: int, alike: int | None = None) -> Pieces:
+    """Keep of each mixture's experts this rank's part alone, in place, and let tokens come and go by all-to-all. alike: so many consecutive
+    ranks hold the same layers; None: all."""
+    alike = alike or ranks
     lines = [list(range(start, start + parts)) for start in range(0, ranks, parts)]
-    peers = [list(range(part, ranks, parts)) for part in range(parts)]
+    peers = [list(range(first + part, first + alike, parts)) for first in range(0, ranks, alike) for part in range(parts)]
     line = [dist.new_group(members) for members in lines][rank // parts]  # all ranks make all groups
-    group = [dist.new_group(members) for members in peers][rank % parts]
+    mine = next(number for number, members in enumerate(peers) if rank in members)
+    group = [dist.new_group(members) for members in peers][mine]
     names = set()
     for prefix, module in model.named_modules():
         if isinstance(module, Experts):
@@ -51,7 +55,7 @@ def divide_experts(model: Transformer, parts: int, rank: int, ranks: int) -> Pie
                 setattr(module, name, piece)
                 names.add(f"{prefix}.{name}")
             module.dispatcher = AllToAll(line, parts)
-    return Pieces(frozenset(names), rank % parts, parts, tuple(peers[rank % parts]), group, line)
+    return Pieces(frozenset(names), rank % parts, parts, tuple(peers[mine]), group, line)
 
 
 class AllToAll:

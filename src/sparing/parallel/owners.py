@@ -17,8 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sparing.base.layers import EMBED
 from sparing.base.run import fill
 from sparing.parallel.expert import Pieces
+from sparing.parallel.pipeline import Layers
 from sparing.parallel.ranks import answering
 
 
@@ -43,7 +45,7 @@ class Replicated:
 
     def reduce_gradients(self) -> None:
         """Add up the gradients of all ranks."""
-        self.world.sum([parameter.grad for parameter in self._learning()])
+        self.world.sum([parameter.grad for parameter in self._learning(self.parameters)])
 
     def norm(self, mine: Tensor) -> Tensor:
         """The L2 norm of all gradients, (1,), from that of those that are here."""
@@ -82,12 +84,12 @@ class Replicated:
                 pieces = found.pop(name)
                 yield name, torch.cat([pieces[part] for part in range(parts)]) if tensor.ndim else tensor
 
-    def _learning(self) -> list[Tensor]:
-        """The parameters that have a gradient on some rank. Where it has none on this one, it is zero: no row here needed it."""
-        parameters = list(self.parameters.values())
-        if self.world.size > 1:
+    def _learning(self, parameters: Mapping[str, Tensor], group: Any = None) -> list[Tensor]:
+        """Those that have a gradient on some rank of a group. Where it has none on this one, it is zero: no row here needed it."""
+        parameters = list(parameters.values())
+        if self.world.size > 1 and parameters:
             reached = torch.tensor([float(parameter.grad is not None) for parameter in parameters], device=parameters[0].device)
-            self.world.sum([reached])
+            self.world.sum([reached], group)
             for parameter, count in zip(parameters, reached.tolist(), strict=True):
                 if count and parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
@@ -95,23 +97,33 @@ class Replicated:
 
 
 class Owners(Replicated):
-    """Each parameter that learns has an owner; of experts that are divided among ranks, each part."""
+    """Each parameter that learns has an owner among the ranks that hold it; of experts that are divided among ranks, each part."""
 
-    def __init__(self, parameters: Mapping[str, Tensor], world: Any, pieces: Pieces | None = None):
+    def __init__(self, parameters: Mapping[str, Tensor], world: Any, pieces: Pieces | None = None, layers: Layers | None = None):
+        """layers: of this rank, where it is one of a pipeline."""
         super().__init__(parameters, world)
         cut = pieces.names if pieces else frozenset()
-        self.pieces = pieces
-        self.parts = _by_owner({name: p for name, p in parameters.items() if name not in cut}, range(world.size))
-        """By rank: what it owns of what all ranks have."""
+        ends = {EMBED} if layers and world.rank in layers.ends else frozenset()
+        self.pieces, self.layers = pieces, layers
+        self.group = layers.group if layers else None
+        """Of the ranks that hold the same layers."""
+        common = {name: p for name, p in parameters.items() if name not in cut and name not in ends}
+        self.parts = _by_owner(common, layers.peers if layers else range(world.size))
+        """By rank: what it owns of what all of them have."""
         self.own_parts = _by_owner({name: p for name, p in parameters.items() if name in cut}, pieces.peers if pieces else [])
         """By rank: what it owns of what the ranks that hold the same experts have."""
-        self.mine = self.parts[world.rank] | self.own_parts.get(world.rank, {})
+        self.end_parts = _by_owner({name: p for name, p in parameters.items() if name in ends}, layers.ends if layers else [])
+        """By rank: what it owns of what the ranks at both ends of the pipelines have."""
+        self.mine = {name: p for parts, _ in self._parts() for name, p in parts[world.rank].items()}
 
     @torch.no_grad()
     def reduce_gradients(self) -> None:
         """Add up the gradients of all ranks, each at its owner; those of others are freed."""
-        self._learning()
-        for parts, group in self._parts():
+        at_ends = {name: parameter for part in self.end_parts.values() for name, parameter in part.items()}
+        self._learning({name: parameter for name, parameter in self.parameters.items() if name not in at_ends}, self.group)
+        if at_ends:
+            self._learning(at_ends, self.layers.end_group)
+        for parts, group in self._shared():
             for rank, part in parts.items():
                 learning = [parameter for parameter in part.values() if parameter.grad is not None]
                 self.world.reduce([parameter.grad for parameter in learning], rank, group)
@@ -126,25 +138,36 @@ class Owners(Replicated):
 
     @torch.no_grad()
     def broadcast_weights(self) -> None:
-        for parts, group in self._parts():
+        for parts, group in self._shared():
             for rank, part in parts.items():
                 self.world.broadcast([parameter.data for parameter in part.values()], rank, group)
 
     def _parts(self) -> list[tuple[dict[int, dict[str, Tensor]], Any]]:
         """(what each rank owns, the process group that has it)."""
-        pieces = [(self.own_parts, self.pieces.group)] if self.pieces and len(self.pieces.peers) > 1 else []
-        return [(self.parts, None), *pieces]
+        own = [(self.own_parts, self.pieces.group)] if self.pieces else []
+        ends = [(self.end_parts, self.layers.end_group)] if any(self.end_parts.values()) else []
+        return [(self.parts, self.group), *own, *ends]
+
+    def _shared(self) -> list[tuple[dict[int, dict[str, Tensor]], Any]]:
+        """The same without what one rank alone holds."""
+        return [(parts, group) for parts, group in self._parts() if len(parts) > 1]
 
     # whole tensors, in and out
 
     def fill(self, state: Mapping[str, Tensor], tensors: Iterable[tuple[str, Tensor]], where: str | Path) -> None:
-        fill(state, ((name, self._piece(name, whole)) for name, whole in tensors), where)
+        here = ((name, whole) for name, whole in tensors if not self._is_elsewhere(name))
+        fill(state, ((name, self._piece(name, whole)) for name, whole in here), where)
 
     def wholes(self, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in state.items():
-            yield name, self._joined(tensor) if self._is_cut(name) else tensor
+        for name in self.layers.whole if self.layers else state:
+            tensor = state.get(name)
+            if self._is_cut(name):
+                tensor = self._joined(tensor)
+            yield name, self.layers.brought(name, tensor) if self.layers else tensor
 
     def layout(self, state: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        if self.layers:
+            return self.layers.whole
         layout = super().layout(state)
         for name in filter(self._is_cut, layout):
             dtype, (rows, *rest) = layout[name]
@@ -157,7 +180,12 @@ class Owners(Replicated):
 
     def moments(self, labelled: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         for name, whole in super().moments(labelled):
-            yield name, self._piece(_parameter(name), whole)
+            if not self._is_elsewhere(_parameter(name)):
+                yield name, self._piece(_parameter(name), whole)
+
+    def _is_elsewhere(self, name: str) -> bool:
+        """Whether other ranks alone hold a tensor of the model."""
+        return self.layers is not None and name in self.layers.whole and not self.layers.holds(name)
 
     def _is_cut(self, name: str) -> bool:
         return self.pieces is not None and name in self.pieces.names
@@ -169,12 +197,13 @@ class Owners(Replicated):
         return whole.unflatten(0, (self.pieces.parts, -1))[self.pieces.part]
 
     def _joined(self, piece: Tensor) -> Tensor:
-        """A tensor of which every rank has a part, whole on rank 0; elsewhere the part."""
-        if self.world.rank >= self.pieces.parts:  # rank 0 asks the ranks of its own line
+        """A tensor of which every rank that holds its layer has a part, whole on the lowest of them; elsewhere the part."""
+        first = self.layers.peers[0] if self.layers else 0
+        if self.world.rank >= first + self.pieces.parts:  # it asks the ranks of its own line
             return piece
-        parts = [torch.empty_like(piece) for _ in range(self.pieces.parts)] if self.world.rank == 0 else None
+        parts = [torch.empty_like(piece) for _ in range(self.pieces.parts)] if self.world.rank == first else None
         with answering():
-            dist.gather(piece.contiguous(), parts, 0, group=self.pieces.line)
+            dist.gather(piece.contiguous(), parts, first, group=self.pieces.line)
         return torch.cat(parts) if parts else piece
 
 

@@ -89,8 +89,8 @@ class Ranks:
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor.tolist()
 
-    def sum(self, tensors: Sequence[Tensor]) -> None:
-        self._each(tensors, lambda flat: dist.all_reduce(flat))
+    def sum(self, tensors: Sequence[Tensor], group: Any = None) -> None:
+        self._each(tensors, lambda flat: dist.all_reduce(flat, group=group))
 
     def reduce(self, tensors: Sequence[Tensor], rank: int, group: Any = None) -> None:
         self._each(tensors, lambda flat: dist.reduce(flat, rank, group=group), changes=rank == self.rank)

@@ -1,13 +1,14 @@
 """Schedules of `torch.distributed.pipelining`: in which order the ranks of a pipeline compute micro-batches, and how long they idle.
 
-A pipeline has as many ranks as `stages` says, and each of them holds one piece of the model, or two (`PIECES`). Torch is imported inside
-functions, because it loads its compiler for pipelines.
+A pipeline has as many ranks as `stages` says, and each of them holds one chunk of consecutive layers, or two (`CHUNKS`). Torch is imported
+inside functions, because it loads its compiler for pipelines.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from itertools import count
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,16 +20,18 @@ CLASSES = {
 }
 """1F1B (PipeDream-flush, arXiv 2006.09503), interleaved (2104.04473 §2.2), ZB-V (2401.10241 §6), DualPipe cut in half (DeepSeek-V3
 §3.2.1; the repository deepseek-ai/DualPipe)."""
-PIECES = {"1f1b": 1, "interleaved": 2, "zbv": 2, "dualpipev": 2}
+CHUNKS = {"1f1b": 1, "interleaved": 2, "zbv": 2, "dualpipev": 2}
 """Of the model, on each rank."""
+ENOUGH = 4
+"""Micro-batches for each stage: 1F1B then idles less than a fifth of the time."""
 COSTS = {"F": 1, "B": 2, "I": 1, "W": 1}
-"""Time units of a piece's forward pass, its whole backward pass, and that pass's halves: gradients of the input, and of the weights."""
+"""Time units of a chunk's forward pass, its whole backward pass, and that pass's halves: gradients of the input, and of the weights."""
 
 
-def pieces_of(schedule: str, stages: int, position: int) -> list[int]:
-    """Which pieces of the model the rank at `position` in its pipeline holds, in their order. Those of "zbv" and "dualpipev" form a V: the
-    first rank has the first piece and the last."""
-    if PIECES[schedule] == 1:
+def chunks_of(schedule: str, stages: int, position: int) -> list[int]:
+    """Which chunks of the model the rank at `position` in its pipeline holds, in their order. Those of "zbv" and "dualpipev" form a V: the
+    first rank has the first chunk and the last."""
+    if CHUNKS[schedule] == 1:
         return [position]
     return [position, position + stages if schedule == "interleaved" else 2 * stages - 1 - position]
 
@@ -37,15 +40,55 @@ def runs(schedule: str, stages: int, microbatches: int) -> bool:
     """Whether a schedule can run so many micro-batches."""
     if schedule == "interleaved":  # in rounds of at least `stages`, all as long as each other
         return microbatches >= stages and microbatches % (microbatches // stages) == 0
-    return microbatches >= stages * PIECES[schedule]
+    return microbatches >= stages * CHUNKS[schedule]
 
 
-def made(schedule: str, pieces: Sequence[Any], microbatches: int, loss: Callable[..., Any] | None = None) -> Any:
+def microbatches_of(schedule: str, stages: int, rows: int, wished: int | None = None) -> int | None:
+    """Into how many equal micro-batches the `rows` of a pipeline's batch are cut: the number nearest to `wished` that the schedule can run.
+    By default the smallest that is at least ENOUGH for each stage, else the largest. None: there is none."""
+    possible = [number for number in range(1, rows + 1) if rows % number == 0 and runs(schedule, stages, number)]
+    if not possible:
+        return None
+    if wished is not None:
+        return min(possible, key=lambda number: (abs(number - wished), number))
+    return next((number for number in possible if number >= ENOUGH * stages), possible[-1])
+
+
+def least_rows(schedule: str, stages: int) -> int:
+    """Rows that a pipeline's batch must have, or a multiple: micro-batches of one row that the schedule can run."""
+    return next(rows for rows in count(1) if runs(schedule, stages, rows))
+
+
+def spans(costs: Sequence[float], head: float, chunks: int) -> list[range]:
+    """Cut layers into chunks of consecutive ones whose dearest costs least. costs: of each layer. head: what the last chunk does besides;
+    it may have no layer of its own, each of the others has one. Raises ValueError where there are too few layers."""
+    layers = len(costs)
+    if chunks > layers + 1:
+        raise ValueError(f"{layers} layers make at most {layers + 1} chunks, not {chunks}")
+    # best[n]: ((the dearest chunk, the sum of squares), where the last one begins), of the first n layers in so many chunks.
+    best: list[dict[int, tuple[tuple[float, float], int]]] = [{0: ((0.0, 0.0), 0)}]
+    for chunk in range(chunks):
+        last = chunk == chunks - 1
+        found: dict[int, tuple[tuple[float, float], int]] = {}
+        for end in [layers] if last else range(1, layers + 1):
+            for start, ((dearest, squares), _) in best[-1].items():
+                if start < end or (last and start == end):
+                    cost = sum(costs[start:end]) + (head if last else 0.0)
+                    option = (max(dearest, cost), squares + cost * cost), start
+                    found[end] = min(found.get(end, option), option)
+        best.append(found)
+    ends = [layers]
+    for found in reversed(best[1:]):
+        ends.append(found[ends[-1]][1])
+    return [range(start, end) for start, end in zip(ends[:0:-1], ends[-2::-1], strict=True)]
+
+
+def made(schedule: str, chunks: Sequence[Any], microbatches: int, loss: Callable[..., Any] | None = None) -> Any:
     """Torch's schedule over what a rank holds, `PipelineStage`s. Gradients are sums over micro-batches."""
     from torch.distributed.pipelining import schedules
 
-    one = PIECES[schedule] == 1
-    return getattr(schedules, CLASSES[schedule])(pieces[0] if one else list(pieces), microbatches, loss, scale_grads=False)
+    one = CHUNKS[schedule] == 1
+    return getattr(schedules, CLASSES[schedule])(chunks[0] if one else list(chunks), microbatches, loss, scale_grads=False)
 
 
 def bubble(schedule: str, stages: int, microbatches: int) -> float:
@@ -55,7 +98,7 @@ def bubble(schedule: str, stages: int, microbatches: int) -> float:
     passes one after the other, as torch runs it, and what it makes is sent when both are done. Raises ValueError where torch cannot
     run so many micro-batches."""
     orders = _orders(schedule, stages, microbatches)
-    last = stages * PIECES[schedule] - 1
+    last = stages * CHUNKS[schedule] - 1
     done: dict[tuple[int, str, int], int] = {}
     clocks, at = [0] * stages, [0] * stages
     busy = 0
@@ -70,31 +113,31 @@ def bubble(schedule: str, stages: int, microbatches: int) -> float:
                 start = max([clocks[rank], *(done[need] for need in needs)])
                 took = sum(COSTS[kind] for _, kind, _ in parts)
                 clocks[rank], busy, at[rank] = start + took, busy + took, at[rank] + 1
-                for piece, kind, number in parts:
-                    done[piece, "I" if kind == "B" else kind, number] = start + took
+                for chunk, kind, number in parts:
+                    done[chunk, "I" if kind == "B" else kind, number] = start + took
         assert at != before, f"{schedule} of {stages} stages and {microbatches} micro-batches waits for itself"
     return 1 - busy / (stages * max(clocks))
 
 
-def _needs(piece: int, kind: str, number: int, last: int) -> tuple[int, str, int] | None:
+def _needs(chunk: int, kind: str, number: int, last: int) -> tuple[int, str, int] | None:
     """The action that must have ended before one begins, other than its own rank's earlier ones."""
     if kind == "F":
-        return (piece - 1, "F", number) if piece else None
+        return (chunk - 1, "F", number) if chunk else None
     if kind == "W":
         return None
-    return (piece + 1, "I", number) if piece < last else (piece, "F", number)
+    return (chunk + 1, "I", number) if chunk < last else (chunk, "F", number)
 
 
 def _orders(schedule: str, stages: int, microbatches: int) -> list[list[tuple[tuple[int, str, int], ...]]]:
-    """Each rank's actions, in order; of each, the (piece, kind, micro-batch) that it consists of."""
+    """Each rank's actions, in order; of each, the (chunk, kind, micro-batch) that it consists of."""
     held = [
-        SimpleNamespace(num_stages=stages * PIECES[schedule], group_size=stages, group_rank=0, stage_index=piece, submod=None)
-        for piece in pieces_of(schedule, stages, 0)
+        SimpleNamespace(num_stages=stages * CHUNKS[schedule], group_size=stages, group_rank=0, stage_index=chunk, submod=None)
+        for chunk in chunks_of(schedule, stages, 0)
     ]
     order = made(schedule, held, microbatches).pipeline_order
     found = []
     for rank in range(stages):
-        # Of each piece and kind, micro-batches go in their order. Torch's list of the last rank in 1F1B, which nothing executes, begins to
+        # Of each chunk and kind, micro-batches go in their order. Torch's list of the last rank in 1F1B, which nothing executes, begins to
         # count its forward passes at 1 (2.13), so they are counted here.
         counts: dict[tuple[int, str], int] = defaultdict(int)
         actions = []

@@ -33,9 +33,11 @@ from sparing.model.experts import routers, update_biases
 from sparing.model.transformer import Transformer
 from sparing.parallel.expert import divide_experts
 from sparing.parallel.owners import Owners, Replicated
+from sparing.parallel.pipeline import Pipeline, divide_layers
+from sparing.parallel.schedules import microbatches_of
 from sparing.parallel.sharded import Sharded
 from sparing.precision.policy import Move, Policy
-from sparing.resolve import fitting_parts
+from sparing.resolve import chunk_spans, fitting_parts, fitting_stages
 from sparing.train.checkpoint import Checkpoints, TrainState
 from sparing.train.log import Log, TrainResult
 from sparing.train.objective import Objective, weight_of
@@ -164,18 +166,28 @@ class Trainer:
         self.kernels = t.kernels or fitting(t.replicas or 1, t.threads, self.device.type, t.dtype, config.model)[0]
         if world.size > 1:  # what made them may round otherwise on another machine
             world.broadcast([tensor.data for tensor in model.state_dict().values()], 0)
-        shard, pieces = config.parallel.shard if world.size > 1 else "nothing", None
-        parts = fitting_parts(config.parallel.experts, world.size, config.model.n_routed_experts) if shard != "nothing" else 1
+        shard, pieces, layers = config.parallel.shard if world.size > 1 else "nothing", None, None
+        stages = fitting_stages(config, world.size)
+        alike = world.size // stages
+        if stages > 1:
+            spans, schedule = chunk_spans(config, stages), config.parallel.schedule
+            layers = divide_layers(model, spans, schedule, stages, world.rank, world.size)
+        parts = fitting_parts(config.parallel.experts, alike, config.model.n_routed_experts) if shard != "nothing" else 1
         if parts > 1:
-            pieces = divide_experts(model, parts, world.rank, world.size)
+            pieces = divide_experts(model, parts, world.rank, world.size, alike)
         learning = learning_of(model)
         if shard == "weights":
             self.owners = Sharded(model, learning, world, pieces)
         else:
-            self.owners = Owners(learning, world, pieces) if shard == "optimizer" else Replicated(learning, world)
+            self.owners = Owners(learning, world, pieces, layers) if shard == "optimizer" else Replicated(learning, world)
+        self.rows = (layers.pipeline, alike, layers.group) if layers else (world.rank, world.size, None)
+        """Which part of a batch's rows is this rank's, of how many; the process group of the ranks that have all of them together."""
         self.exchanges = pieces is not None or shard == "weights"
         threads = 1 if self.exchanges else t.replicas or 1  # what ranks exchange during the passes goes in one order
-        self.replicas = Replicas(model, objective, threads, bool(t.compile), self.kernels)
+        if layers:
+            self.replicas = Pipeline(model, objective, layers, self.kernels)
+        else:
+            self.replicas = Replicas(model, objective, threads, bool(t.compile), self.kernels)
         self.optimizer = Optimizer(model, config.optim, model.compute_dtype, config.precision, t.seed, self.owners.mine)
         self.tokens_per_step = t.batch_size * t.seq_len
         self.flops_per_token = train_flops(config.model, t.seq_len, False, config.adapter, config.esft, config.drafts)
@@ -192,7 +204,7 @@ class Trainer:
             self.policy.begin(step)
         here = len(batch)
         of_all = torch.tensor([weight_of(batch), here, batch.tokens.numel()], dtype=torch.float64, device=self.device)
-        self.world.sum([of_all])
+        self.world.sum([of_all], self.rows[2])
         weight, rows, self.read = of_all.tolist()
         batch = batch.to(self.device) if t.document_mask else replace(batch, documents=None).to(self.device)
         micro = (t.micro_batch_size or t.batch_size) * t.seq_len // batch.tokens.shape[1]
@@ -206,13 +218,17 @@ class Trainer:
         return dict(zip((*self.objective.parts, "grad_norm"), values, strict=True))
 
     def _passes(self) -> int | None:
-        """How many micro-batches a step has, where ranks exchange weights or tokens during the passes and so must have as many; else None.
+        """How many micro-batches a step has, where ranks exchange weights, tokens or hidden states during the passes and so must have as
+        many; else None.
 
         As many as the largest part of the rows is to be cut into, but no more than the smallest part has rows."""
-        t = self.config.train
+        t, parts = self.config.train, self.rows[1]
+        smallest, largest = t.batch_size // parts, -(-t.batch_size // parts)
+        if parts < self.world.size:
+            wished = -(-smallest // t.micro_batch_size) if t.micro_batch_size else None
+            return microbatches_of(self.config.parallel.schedule, self.world.size // parts, smallest, wished)
         if not self.exchanges:
             return None
-        smallest, largest = t.batch_size // self.world.size, -(-t.batch_size // self.world.size)
         return min(smallest, -(-largest // (t.micro_batch_size or t.batch_size)))
 
     def update(self, grad_norm: float, lr_scale: float, momentum: float) -> list[float]:
@@ -233,7 +249,7 @@ class Trainer:
         alone = nullcontext() if compiling else signals.interruptible()
         with alone if self.world.size == 1 else signals.finishing("finishing the step"):
             began = time.monotonic()
-            batch = self.feed.batch(state.cursor, self.world.rank, self.world.size)
+            batch = self.feed.batch(state.cursor, *self.rows[:2])
             self.waited_s = time.monotonic() - began
             if t.short_seq_len and state.step < t.short_until * total:
                 batch = batch.cut(t.short_seq_len)

@@ -22,11 +22,12 @@ class World(Protocol):
     def agree(self, values: Sequence[float]) -> list[float]:
         """The largest of all ranks' numbers (at least 0), one by one. Where rank 0 decides, the others say 0."""
 
-    def sum(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor by the sum of all ranks' tensors in its place; the same bits on every rank."""
+    def sum(self, tensors: Sequence[Tensor], group: Any = None) -> None:
+        """Replace each tensor by the sum of all ranks' tensors in its place; the same bits on every rank. group: the ranks whose tensors
+        are added up, this one among them."""
 
     def reduce(self, tensors: Sequence[Tensor], rank: int, group: Any = None) -> None:
-        """The same on one rank alone; what the others' hold afterwards means nothing. group: the ranks whose tensors are added up."""
+        """The same on one rank alone; what the others' hold afterwards means nothing."""
 
     def broadcast(self, tensors: Sequence[Tensor], rank: int, group: Any = None) -> None:
         """Replace each tensor by that of one rank, on the ranks of `group`."""
@@ -43,7 +44,7 @@ class Alone:
     def agree(self, values: Sequence[float]) -> list[float]:
         return list(values)
 
-    def sum(self, tensors: Sequence[Tensor]) -> None:
+    def sum(self, tensors: Sequence[Tensor], group: Any = None) -> None:
         pass
 
     def reduce(self, tensors: Sequence[Tensor], rank: int, group: Any = None) -> None:
