@@ -10,13 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 from sparing.base.config import Budget, Config, ModelConfig, ParallelConfig, TrainConfig
 from sparing.base.rank import Rank
+from sparing.base.run import RunFolder
 from sparing.data.loader import Batch
 from sparing.model.init import init_weights
 from sparing.model.transformer import Transformer
 from sparing.parallel.ranks import Ranks
+from sparing.train.checkpoint import Checkpoints, TrainState
 from sparing.train.objective import NextToken
 from sparing.train.trainer import Trainer
 from sparing.train.world import ALONE
@@ -57,13 +60,37 @@ class Words:
         return Batch(*(tensor[rank::world] for tensor in (text[:, :-2], targets, documents)))
 
 
-def trained(schedule: str, world) -> dict:
-    """A few steps; what was seen of them."""
-    config = config_of(schedule)
+def trainer_of(config: Config, world) -> Trainer:
     model = Transformer(config.model)
     init_weights(model, 1)
-    trainer = Trainer(model, Words(), NextToken.of(config), world, config=config)
-    seen = []
+    return Trainer(model, Words(), NextToken.of(config), world, config=config)
+
+
+def checkpoints_of(trainer: Trainer, run: Path) -> Checkpoints:
+    return Checkpoints(RunFolder(run), trainer.model, trainer.optimizer, trainer.config, print, "plain", trainer.owners)
+
+
+def copied(trainer: Trainer, source: Path, target: Path) -> None:
+    """Load a run's checkpoint, and save what was loaded as another one's."""
+    state = checkpoints_of(trainer, source).load_newest()
+    checkpoints_of(trainer, target).save(state)
+
+
+def tensors_of(run: Path) -> dict[str, torch.Tensor]:
+    """All that a checkpoint holds, of whichever files."""
+    (folder,) = (run / "state").glob("step-*")
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def same(one: Path, other: Path) -> bool:
+    first, second = tensors_of(one), tensors_of(other)
+    return first.keys() == second.keys() and all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+def trained(schedule: str, world, run: Path) -> dict:
+    """A few steps, and a checkpoint after them; what was seen of them."""
+    trainer = trainer_of(config_of(schedule), world)
+    model, seen = trainer.model, []
     for step in range(STEPS):
         losses = trainer.gradients(trainer.feed.batch(step, *trainer.rows[:2]), step)
         violations = trainer.update(losses["grad_norm"], 1.0, 0.9)
@@ -71,6 +98,7 @@ def trained(schedule: str, world) -> dict:
     trainer.replicas.train(False)
     batch = Words().batch(99)
     nll = trainer.replicas.nll(batch.tokens[:3], batch.targets[:3, :, 0])
+    checkpoints_of(trainer, run).save(TrainState(STEPS))
     state = model.state_dict()
     wholes = {name: tensor.clone() for name, tensor in trainer.owners.wholes(state) if tensor is not None}
     sums = {name: float(tensor.double().sum()) for name, tensor in wholes.items()}
@@ -78,37 +106,46 @@ def trained(schedule: str, world) -> dict:
     return {"seen": seen, "nll": nll.flatten().tolist(), "sums": sums, "bias": bias, "held": len(state)}
 
 
-def work(folder: str, rank: int) -> None:
-    world = Ranks(Rank(rank, 2, rank, 2), dist.FileStore(f"{folder}/ranks", 2))
-    Path(folder, f"report-{rank}.json").write_text(json.dumps({schedule: trained(schedule, world) for schedule in LAYOUTS}))
+def work(folder: str) -> None:
+    """Two ranks, of which one is forked off before anything is computed: what is imported, which takes longest, is imported once."""
+    import torch.distributed.pipelining  # noqa: F401
+
+    other = os.fork()
+    rank = int(other == 0)
+    world, runs = Ranks(Rank(rank, 2, rank, 2), dist.FileStore(f"{folder}/ranks", 2)), Path(folder)
+    report = {schedule: trained(schedule, world, runs / f"{schedule}-two") for schedule in LAYOUTS}
+    (runs / f"report-{rank}.json").write_text(json.dumps(report))
+    copied(trainer_of(config_of("interleaved"), world), runs / "interleaved-alone", runs / "alone-to-two")
+    rows = replace(config_of("interleaved"), parallel=ParallelConfig("optimizer"))
+    copied(trainer_of(rows, world), runs / "interleaved-two", runs / "two-to-rows")
+    copied(trainer_of(config_of("interleaved"), world), runs / "two-to-rows", runs / "rows-to-two")
     dist.destroy_process_group()
+    if other:
+        assert os.waitpid(other, 0)[1] == 0
+
+
+COPIES = "alone-to-two", "two-to-rows", "rows-to-two"
 
 
 @pytest.fixture(scope="module")
-def reports(tmp_path_factory):
+def runs(tmp_path_factory):
+    """A folder of runs: SCHEDULE-alone of one process, SCHEDULE-two of two ranks, and COPIES."""
     folder = tmp_path_factory.mktemp("pipeline")
+    for name in (*(f"{schedule}-{ranks}" for schedule in LAYOUTS for ranks in ("alone", "two")), *COPIES):
+        RunFolder.create(folder / name)
+    alone = {schedule: trained(schedule, ALONE, folder / f"{schedule}-alone") for schedule in LAYOUTS}
+    (folder / "report-alone.json").write_text(json.dumps(alone))
     paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", f"import test_pipeline; test_pipeline.work({str(folder)!r}, {rank})"],
-            env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        for process in ranks:
-            _, errors = process.communicate(timeout=240)
-            assert process.returncode == 0, errors[-3000:]
-    finally:
-        for process in ranks:
-            process.kill()
-    return [json.loads((folder / f"report-{rank}.json").read_text()) for rank in range(2)]
+    subprocess.run(
+        [sys.executable, "-c", f"import test_pipeline; test_pipeline.work({str(folder)!r})"],
+        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, check=True, timeout=240,
+    )  # fmt: skip
+    return folder
 
 
 @pytest.mark.parametrize("schedule", LAYOUTS)
-def test_a_pipeline_computes_what_one_process_does(reports, schedule):
-    alone = trained(schedule, ALONE)
-    first, second = (report[schedule] for report in reports)
+def test_a_pipeline_computes_what_one_process_does(runs, schedule):
+    alone, first, second = (json.loads((runs / f"report-{name}.json").read_text())[schedule] for name in ("alone", "0", "1"))
     for seen in (first["seen"], second["seen"]):
         for mine, others in zip(seen, alone["seen"], strict=True):
             assert mine == pytest.approx(others, rel=1e-5)
@@ -116,3 +153,11 @@ def test_a_pipeline_computes_what_one_process_does(reports, schedule):
     assert list(first["sums"]) == list(alone["sums"])
     assert first["sums"] == pytest.approx(alone["sums"], rel=1e-4, abs=1e-4) and first["bias"] == alone["bias"]
     assert max(first["held"], second["held"]) < alone["held"]
+
+
+def test_checkpoints_are_read_by_any_layout_to_the_same_bits(runs, tmp_path):
+    assert same(runs / "interleaved-alone", runs / "alone-to-two")
+    assert same(runs / "interleaved-two", runs / "two-to-rows") and same(runs / "two-to-rows", runs / "rows-to-two")
+    RunFolder.create(tmp_path / "again")
+    copied(trainer_of(config_of("interleaved"), ALONE), runs / "interleaved-two", tmp_path / "again")
+    assert same(runs / "interleaved-two", tmp_path / "again") and not same(runs / "interleaved-two", runs / "interleaved-alone")

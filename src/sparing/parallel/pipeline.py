@@ -310,8 +310,8 @@ class _Leaving(torch.autograd.Function):
 
 @contextmanager
 def _answering() -> Iterator[None]:
-    """Around a schedule: raises RankLost where another rank is gone. What a chunk raises, torch wraps into an error with a cause; what sending
-    and receiving raise has none and comes from its own code."""
+    """Around a schedule: raises RankLost where another rank is gone. What a chunk raises, torch wraps into an error with a cause; what
+    sending and receiving raise has none and comes from its own code."""
     try:
         yield
     except RuntimeError as error:
