@@ -195,6 +195,39 @@ def test_every_layout_gives_the_same_losses(folder, ranks, divide, experts):
     assert torch.equal(*(load_file(one / "weights/model.safetensors")[BIASES] for one in (run, folder / "alone")))
 
 
+DEEP = "--model.num-layers", 7, "--train.batch-size", 2 * ROWS, "--budget", f"{STEPS * 2 * ROWS * LENGTH}tok"
+"""Eight chunks of layers, the last one with the head alone, and rows for them."""
+
+
+@pytest.fixture(scope="module")
+def deep(folder):
+    """`folder`, and in it, as `deep`, what one process makes of more layers and rows."""
+    assert sparing(folder, *training(folder, "deep"), *DEEP).wait(300) == 0
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "stages", "experts", "schedule"),
+    [
+        (2, 2, 1, "1f1b"), (2, 2, 1, "interleaved"), (2, 2, 1, "zbv"), (2, 2, 1, "dualpipev"),
+        (4, 4, 1, "1f1b"), (4, 4, 1, "interleaved"), (4, 4, 1, "zbv"), (4, 4, 1, "dualpipev"),
+        (4, 2, 1, "1f1b"), (4, 2, 2, "interleaved"), (4, 2, 2, "zbv"), (4, 2, 2, "dualpipev"),
+    ],
+)  # fmt: skip
+def test_every_pipeline_gives_the_same_losses(deep, ranks, stages, experts, schedule):
+    run = deep / f"{schedule}-{stages}-{experts}-{ranks}"
+    layout = "--parallel.stages", stages, "--parallel.schedule", schedule, "--parallel.experts", experts
+    assert sparing(deep, "launch", "-n", ranks, *training(deep, run.name), *DEEP, *layout, stdout=subprocess.DEVNULL).wait(300) == 0
+    alike(run, deep / "deep")
+    both = run, deep / "deep"
+    mine, others = ([line["eval_loss"] for line in read_lines(one / "metrics.jsonl") if "eval_loss" in line] for one in both)
+    assert len(mine) == len(others) > 1 and mine == pytest.approx(others, rel=1e-5)
+    weights = [load_file(one / "weights/model.safetensors") for one in both]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items() if name.endswith("e_score_correction_bias"))
+
+
 @pytest.mark.slow
 def test_experts_of_each_rank_alone(folder):
     """As many parts as ranks."""
