@@ -9,7 +9,7 @@ from sparing.base.config_file import Wishes, options
 from sparing.base.hardware import Machine
 from sparing.budget.flops import parameters, train_flops
 from sparing.interop.hf_config import to_hf
-from sparing.resolve import resolve
+from sparing.resolve import chunk_spans, fitting_stages, resolve
 
 LAPTOP = Machine("Linux", "some CPU", 2, 4, 16 << 30, formats={"float32": 1e11, "bfloat16": 2e11})
 BOOKS = SimpleNamespace(train_bytes=78e6, bytes=80e6)
@@ -48,11 +48,39 @@ def test_several_ranks_have_as_many_rows_each_and_divide_the_optimizer():
         ),
         ({"parallel": {"experts": 2}, "model": {"num_dense_layers": 99}}, "experts 2: this model is dense"),
         ({"parallel": {"experts": 2, "shard": "nothing"}}, "choose shard = optimizer"),
+        ({"parallel": {"stages": 3}}, "stages 3 with schedule = 1f1b must divide 4 ranks, and needs 2 layers or more of 4; nearest: 2"),
+        ({"parallel": {"stages": 4, "schedule": "zbv"}}, "must divide 4 ranks, and needs 7 layers or more of 4; nearest: 2"),
+        ({"parallel": {"stages": 2}, "train": {"batch_size": 5}}, "batch_size 5: .* on 4 ranks cannot divide so many rows; nearest: 6"),
+        (
+            {"parallel": {"stages": 2, "schedule": "dualpipev"}, "train": {"batch_size": 16, "micro_batch_size": 4}},
+            "micro_batch_size 4: .* cannot cut 8 rows into micro-batches of so many; nearest: 2",
+        ),
+        (
+            {"parallel": {"stages": 2, "experts": 4}, "model": {"num_dense_layers": 1}},
+            "must divide 2 ranks that hold the same layers and 16 experts of a layer; nearest: 2",
+        ),
+        ({"parallel": {"stages": 2, "shard": "weights"}}, "stages 2 goes with shard = optimizer, not weights"),
+        ({"parallel": {"stages": 2}, "train": {"compile": True}}, "compile = true compiles the model as a whole"),
+        ({"parallel": {"stages": 2}, "train": {"replicas": 2}}, "leave out train.replicas = 2"),
+        ({"parallel": {"stages": 2}, "precision": {"linear": "int8"}}, "nearest: none, or stages = 1"),
     ],
 )
 def test_impossible_layouts_are_refused_with_the_nearest(wishes, says):
     with pytest.raises(UserError, match=says):
         derive("20m", wishes, ranks=4)
+
+
+def test_pipelines_cut_layers_by_their_operations_and_batches_by_their_schedule():
+    wishes = {"parallel": {"stages": 2, "schedule": "dualpipev"}, "train": {"batch_size": 32}, "model": {"num_layers": 8}}
+    resolved = derive("20m", wishes, ranks=4)
+    train = resolved.config.train
+    assert (train.micro_batch_size, train.replicas, train.compile) == (2, 1, False) and "train.micro_batch_size" in resolved.reasons
+    found = chunk_spans(resolved.config, 2)
+    assert len(found) == 4 and len(found[-1]) < len(found[0])  # the last one has the head
+    assert fitting_stages(resolved.config, 4) == fitting_stages(resolved.config, 2) == 2
+    assert fitting_stages(resolved.config, 3) == fitting_stages(resolved.config, 1) == 1
+    rows = derive("20m", {"parallel": {"stages": 4, "schedule": "zbv"}, "model": {"num_layers": 8}}, ranks=12).config.train.batch_size
+    assert rows % 3 == 0 and rows >= 24
 
 
 def test_reasons_name_real_fields_and_spare_what_was_wished():

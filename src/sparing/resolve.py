@@ -17,7 +17,7 @@ from sparing.base.layers import mixtures
 from sparing.budget.flops import forward_products, layer_flops, parameters, train_flops
 from sparing.budget.units import format_budget
 from sparing.data.scan import CorpusFacts
-from sparing.parallel.schedules import CHUNKS, least_rows, microbatches_of, spans
+from sparing.parallel.schedules import CHUNKS, microbatches_of, spans
 
 TRAINING_SHARE = 0.9
 """Of the time that is left after measuring the machine: tokenising, choosing, evaluating and sampling take the rest."""
@@ -203,11 +203,11 @@ def _pipelined(config: Config, train: TrainConfig, wishes: Wishes, ranks: int, r
         needs = f"must divide {ranks} ranks, and needs {p.stages * CHUNKS[p.schedule] - 1} layers or more of {layers}"
         raise UserError(f"{what} {needs}; nearest: {possible[-1]}")
     pipelines = ranks // p.stages
-    least = pipelines * least_rows(p.schedule, p.stages)
     if train.batch_size % pipelines or not microbatches_of(p.schedule, p.stages, train.batch_size // pipelines):
-        fitting = -(-train.batch_size // least) * least
+        sizes = range(-(-train.batch_size // pipelines) * pipelines, 2**62, pipelines)
+        fitting = next(size for size in sizes if microbatches_of(p.schedule, p.stages, size // pipelines))
         if wishes.sets("train.batch_size"):
-            raise UserError(f"train.batch_size {train.batch_size}: {what} on {ranks} ranks needs {least} rows or more; nearest: {fitting}")
+            raise UserError(f"train.batch_size {train.batch_size}: {what} on {ranks} ranks cannot divide so many rows; nearest: {fitting}")
         train = replace(train, batch_size=fitting)
         reasons["train.batch_size"] += f"; rows for {what}"
     rows = train.batch_size // pipelines

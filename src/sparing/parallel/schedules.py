@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from itertools import count
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,6 +25,10 @@ ENOUGH = 4
 """Micro-batches for each stage: 1F1B then idles less than a fifth of the time."""
 COSTS = {"F": 1, "B": 2, "I": 1, "W": 1}
 """Time units of a chunk's forward pass, its whole backward pass, and that pass's halves: gradients of the input, and of the weights."""
+
+
+WAITS = {"1f1b": 3, "interleaved": 3, "zbv": 1, "dualpipev": 2}
+"""Units that each rank idles in a step, for each further rank of its pipeline."""
 
 
 def chunks_of(schedule: str, stages: int, position: int) -> list[int]:
@@ -52,11 +55,6 @@ def microbatches_of(schedule: str, stages: int, rows: int, wished: int | None = 
     if wished is not None:
         return min(possible, key=lambda number: (abs(number - wished), number))
     return next((number for number in possible if number >= ENOUGH * stages), possible[-1])
-
-
-def least_rows(schedule: str, stages: int) -> int:
-    """Rows that a pipeline's batch must have, or a multiple: micro-batches of one row that the schedule can run."""
-    return next(rows for rows in count(1) if runs(schedule, stages, rows))
 
 
 def spans(costs: Sequence[float], head: float, chunks: int) -> list[range]:
@@ -117,6 +115,12 @@ def bubble(schedule: str, stages: int, microbatches: int) -> float:
                     done[chunk, "I" if kind == "B" else kind, number] = start + took
         assert at != before, f"{schedule} of {stages} stages and {microbatches} micro-batches waits for itself"
     return 1 - busy / (stages * max(clocks))
+
+
+def idle(schedule: str, stages: int, microbatches: int) -> float:
+    """`bubble` in closed form, where `stages` divides the micro-batches of an interleaved schedule; without torch."""
+    waits = WAITS[schedule] * (stages - 1)
+    return waits / (3 * CHUNKS[schedule] * microbatches + waits)
 
 
 def _needs(chunk: int, kind: str, number: int, last: int) -> tuple[int, str, int] | None:

@@ -20,6 +20,7 @@ from sparing.budget.scaling import kind_of, law_of
 from sparing.budget.selecting import kept_bytes, selecting_s
 from sparing.data.scan import CorpusFacts, load_sample
 from sparing.data.tokenizer import Tokenizer
+from sparing.parallel.schedules import idle, microbatches_of
 from sparing.planning.start import beginning
 from sparing.resolve import BYTES_PER_TOKEN, Resolved, resolve
 
@@ -67,13 +68,22 @@ class Place:
         if self.ranks > 1:
             rows = max(1, config.train.batch_size // self.ranks)
             alone = replace(self, ranks=1).speed(replace(config, train=replace(config.train, batch_size=rows)))
-            return alone.times(self.ranks)
+            return alone.times(self.ranks * (1 - self._idle(config)))
         if config.train.replicas is None and config.train.device == "cpu":
             replicas = min(config.train.threads or self.machine.cores_physical, config.train.batch_size)
             config = replace(config, train=replace(config.train, replicas=replicas))
         if self.step is not None:
             return self.step.tokens_per_second(config)
         return profile_model(config, self.peak_flops, "gpu" if self.machine.gpus else "cpu", self.name or "")
+
+    def _idle(self, config: Config) -> float:
+        """The share of the time that ranks of a pipeline wait for each other."""
+        p, t = config.parallel, config.train
+        if p.stages == 1:
+            return 0.0
+        rows = t.batch_size * p.stages // self.ranks
+        count = microbatches_of(p.schedule, p.stages, rows, rows // t.micro_batch_size if t.micro_batch_size else None)
+        return idle(p.schedule, p.stages, count) if count else 0.0
 
     def tokens_per_second(self, config: Config) -> float:
         """The middle of `speed`."""
