@@ -60,6 +60,7 @@ def test_several_ranks_have_as_many_rows_each_and_divide_the_optimizer():
             "must divide 2 ranks that hold the same layers and 16 experts of a layer; nearest: 2",
         ),
         ({"parallel": {"stages": 2, "shard": "weights"}}, "stages 2 goes with shard = optimizer, not weights"),
+        ({"parallel": {"stages": 2}, "distill": {"on_policy": True}}, "a student that writes its own texts needs all weights"),
         ({"parallel": {"stages": 2}, "train": {"compile": True}}, "compile = true compiles the model as a whole"),
         ({"parallel": {"stages": 2}, "train": {"replicas": 2}}, "leave out train.replicas = 2"),
         ({"parallel": {"stages": 2}, "precision": {"linear": "int8"}}, "nearest: none, or stages = 1"),

@@ -195,6 +195,29 @@ def test_every_layout_gives_the_same_losses(folder, ranks, divide, experts):
     assert torch.equal(*(load_file(one / "weights/model.safetensors")[BIASES] for one in (run, folder / "alone")))
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="finds a rank by /proc")
+def test_a_pipeline_goes_on_bit_for_bit_without_a_rank_and_then_on_one_process(folder):
+    stages, runs = ("--parallel.stages", 2), [folder / name for name in ("stages", "stages-killed", "stages-stopped")]
+    assert sparing(folder, "launch", "-n", 2, *training(folder, "stages"), *stages, stdout=subprocess.DEVNULL).wait(300) == 0
+    words = *training(folder, "stages-killed"), *stages
+    process = sparing(folder, "launch", "-n", 2, *words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    until_step(process, runs[1], 3)
+    os.kill(rank_of(runs[1], 1), signal.SIGKILL)
+    said = process.communicate(timeout=300)[1]
+    assert process.returncode == 0 and "all are started anew (1 of at most 100 times)" in said and "Traceback" not in said, said
+    undisturbed, again = ([{name: line[name] for name in ("step", *COMPARED)} for line in steps_of(run)] for run in runs[:2])
+    assert again == undisturbed
+    words = *training(folder, "stages-stopped"), *stages
+    process = sparing(folder, "launch", "-n", 2, *words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    until_step(process, runs[2], 3)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=300)[1]
+    assert process.returncode == 130 and "Traceback" not in said and len(steps_of(runs[2])) < STEPS, said
+    assert sparing(folder, "resume", runs[2], stdout=subprocess.DEVNULL).wait(300) == 0
+    alike(runs[2], folder / "alone")
+
+
 DEEP = "--model.num-layers", 7, "--train.batch-size", 2 * ROWS, "--budget", f"{STEPS * 2 * ROWS * LENGTH}tok"
 """Eight chunks of layers, the last one with the head alone, and rows for them."""
 

@@ -172,6 +172,8 @@ def checked(c: Config) -> Config:
     divided = "shard = weights" if p.shard == "weights" else "experts" if p.experts > 1 else "stages" if p.stages > 1 else None
     if divided and any(part is not None for part in (c.adapter, c.esft, c.growth, c.drafts)):
         raise UserError(f"parallel.{divided} divides weights that learn, and here most stay: choose shard = optimizer alone")
+    if divided and c.distill is not None and c.distill.on_policy:
+        raise UserError(f"parallel.{divided}: a student that writes its own texts needs all weights; choose shard = optimizer alone")
     if p.experts > 1 and p.shard == "nothing":
         raise UserError("parallel.experts: who has a part of the experts alone updates it: choose shard = optimizer, or weights")
     if p.stages > 1 and p.shard not in (None, "optimizer"):

@@ -179,7 +179,8 @@ class Trainer:
         if shard == "weights":
             self.owners = Sharded(model, learning, world, pieces)
         else:
-            self.owners = Owners(learning, world, pieces, layers) if shard == "optimizer" else Replicated(learning, world)
+            divided = shard == "optimizer" or layers
+            self.owners = Owners(learning, world, pieces, layers) if divided else Replicated(learning, world)
         self.rows = (layers.pipeline, alike, layers.group) if layers else (world.rank, world.size, None)
         """Which part of a batch's rows is this rank's, of how many; the process group of the ranks that have all of them together."""
         self.exchanges = pieces is not None or shard == "weights"
