@@ -12,11 +12,12 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from sparing.base.config import Budget, Config, ModelConfig, ParallelConfig, TrainConfig
+from sparing.base.config import AdapterConfig, Budget, Config, ModelConfig, ParallelConfig, StartConfig, TrainConfig
 from sparing.base.rank import Rank
 from sparing.base.run import RunFolder
 from sparing.data.loader import Batch
 from sparing.model.init import init_weights
+from sparing.model.low_rank import add_low_rank, learned
 from sparing.model.transformer import Transformer
 from sparing.parallel.ranks import Ranks
 from sparing.train.checkpoint import Checkpoints, TrainState
@@ -36,18 +37,20 @@ TRAIN = TrainConfig(
 LAYOUTS = {
     "1f1b": {},
     "interleaved": {"kernels": "compiled"},
-    "zbv": {"tie_word_embeddings": True},
+    "zbv": {"tied": True},
     "dualpipev": {"kernels": "compiled", "recompute": True},
+    "lora": {"schedule": "zbv", "mtp_weight": 0.0},
 }
-"""By schedule: what else is not as usual there."""
+"""By name, by default the schedule's: what else is not as usual there."""
 STEPS = 3
 
 
-def config_of(schedule: str) -> Config:
-    changes = dict(LAYOUTS[schedule])
-    model = replace(MODEL, tie_word_embeddings=changes.pop("tie_word_embeddings", False))
-    parallel = ParallelConfig("optimizer", stages=2, schedule=schedule)
-    return Config(model=model, train=replace(TRAIN, **changes), parallel=parallel, budget=Budget(1e6, "tok"))
+def config_of(layout: str) -> Config:
+    changes = dict(LAYOUTS[layout])
+    model = replace(MODEL, tie_word_embeddings=changes.pop("tied", False))
+    parallel = ParallelConfig("optimizer", stages=2, schedule=changes.pop("schedule", layout))
+    adapter = {"adapter": AdapterConfig(rank=4), "start": StartConfig("another")} if layout == "lora" else {}
+    return Config(model=model, train=replace(TRAIN, **changes), parallel=parallel, budget=Budget(1e6, "tok"), **adapter)
 
 
 class Words:
@@ -63,6 +66,8 @@ class Words:
 def trainer_of(config: Config, world) -> Trainer:
     model = Transformer(config.model)
     init_weights(model, 1)
+    if config.adapter is not None:
+        add_low_rank(model, config.adapter, 2)
     return Trainer(model, Words(), NextToken.of(config), world, config=config)
 
 
@@ -87,9 +92,9 @@ def same(one: Path, other: Path) -> bool:
     return first.keys() == second.keys() and all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
-def trained(schedule: str, world, run: Path) -> dict:
+def trained(layout: str, world, run: Path) -> dict:
     """A few steps, and a checkpoint after them; what was seen of them."""
-    trainer = trainer_of(config_of(schedule), world)
+    trainer = trainer_of(config_of(layout), world)
     model, seen = trainer.model, []
     for step in range(STEPS):
         losses = trainer.gradients(trainer.feed.batch(step, *trainer.rows[:2]), step)
@@ -99,7 +104,7 @@ def trained(schedule: str, world, run: Path) -> dict:
     batch = Words().batch(99)
     nll = trainer.replicas.nll(batch.tokens[:3], batch.targets[:3, :, 0])
     checkpoints_of(trainer, run).save(TrainState(STEPS))
-    state = model.state_dict()
+    state = model.state_dict() if trainer.config.adapter is None else learned(model)
     wholes = {name: tensor.clone() for name, tensor in trainer.owners.wholes(state) if tensor is not None}
     sums = {name: float(tensor.double().sum()) for name, tensor in wholes.items()}
     bias = {name: tensor.tolist() for name, tensor in wholes.items() if name.endswith("e_score_correction_bias")}
@@ -113,7 +118,7 @@ def work(folder: str) -> None:
     other = os.fork()
     rank = int(other == 0)
     world, runs = Ranks(Rank(rank, 2, rank, 2), dist.FileStore(f"{folder}/ranks", 2)), Path(folder)
-    report = {schedule: trained(schedule, world, runs / f"{schedule}-two") for schedule in LAYOUTS}
+    report = {layout: trained(layout, world, runs / f"{layout}-two") for layout in LAYOUTS}
     (runs / f"report-{rank}.json").write_text(json.dumps(report))
     copied(trainer_of(config_of("interleaved"), world), runs / "interleaved-alone", runs / "alone-to-two")
     rows = replace(config_of("interleaved"), parallel=ParallelConfig("optimizer"))
@@ -129,11 +134,11 @@ COPIES = "alone-to-two", "two-to-rows", "rows-to-two"
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A folder of runs: SCHEDULE-alone of one process, SCHEDULE-two of two ranks, and COPIES."""
+    """A folder of runs: LAYOUT-alone of one process, LAYOUT-two of two ranks, and COPIES."""
     folder = tmp_path_factory.mktemp("pipeline")
-    for name in (*(f"{schedule}-{ranks}" for schedule in LAYOUTS for ranks in ("alone", "two")), *COPIES):
+    for name in (*(f"{layout}-{ranks}" for layout in LAYOUTS for ranks in ("alone", "two")), *COPIES):
         RunFolder.create(folder / name)
-    alone = {schedule: trained(schedule, ALONE, folder / f"{schedule}-alone") for schedule in LAYOUTS}
+    alone = {layout: trained(layout, ALONE, folder / f"{layout}-alone") for layout in LAYOUTS}
     (folder / "report-alone.json").write_text(json.dumps(alone))
     paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
     subprocess.run(
@@ -143,9 +148,9 @@ def runs(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("schedule", LAYOUTS)
-def test_a_pipeline_computes_what_one_process_does(runs, schedule):
-    alone, first, second = (json.loads((runs / f"report-{name}.json").read_text())[schedule] for name in ("alone", "0", "1"))
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_pipeline_computes_what_one_process_does(runs, layout):
+    alone, first, second = (json.loads((runs / f"report-{name}.json").read_text())[layout] for name in ("alone", "0", "1"))
     for seen in (first["seen"], second["seen"]):
         for mine, others in zip(seen, alone["seen"], strict=True):
             assert mine == pytest.approx(others, rel=1e-5)

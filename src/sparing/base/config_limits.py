@@ -170,7 +170,8 @@ def checked(c: Config) -> Config:
         raise UserError(f"train.seq_len {c.train.seq_len} is not a multiple of train.short_seq_len {c.train.short_seq_len}")
     p, t = c.parallel, c.train
     divided = "shard = weights" if p.shard == "weights" else "experts" if p.experts > 1 else "stages" if p.stages > 1 else None
-    if divided and any(part is not None for part in (c.adapter, c.esft, c.growth, c.drafts)):
+    somewhere = divided == "stages" and c.adapter is not None  # each of the layers has factors that learn
+    if divided and not somewhere and any(part is not None for part in (c.adapter, c.esft, c.growth, c.drafts)):
         raise UserError(f"parallel.{divided} divides weights that learn, and here most stay: choose shard = optimizer alone")
     if divided and c.distill is not None and c.distill.on_policy:
         raise UserError(f"parallel.{divided}: a student that writes its own texts needs all weights; choose shard = optimizer alone")

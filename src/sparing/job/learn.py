@@ -14,7 +14,7 @@ from sparing.account.receipt import read_state
 from sparing.base.config import Config
 from sparing.base.files import write_atomic
 from sparing.base.messages import say
-from sparing.base.run import RunFolder, fill, run_tensors
+from sparing.base.run import RunFolder, fill, read_tensors, run_tensors
 from sparing.budget.estimate import Estimate
 from sparing.budget.flops import parameters
 from sparing.budget.gain import GainPoint, add_gain
@@ -30,6 +30,7 @@ from sparing.job.texts import corpora
 from sparing.kernels import decode, native
 from sparing.kernels.formats import warning
 from sparing.kernels.products import fitting
+from sparing.model.low_rank import learned
 from sparing.model.transformer import Transformer
 from sparing.planning.start import reasons_of
 from sparing.precision.eight_bit import speed_note
@@ -127,8 +128,12 @@ def learn(
         return {}
     p = config.parallel
     if job.size > 1 and (p.shard == "weights" or p.experts > 1 or p.stages > 1):  # it would ask ranks that are gone
-        model = Transformer(config.model)
-        fill(model.state_dict(), run_tensors(run), run.weights_file)
+        if config.adapter is None:
+            model = Transformer(config.model)
+            fill(model.state_dict(), run_tensors(run), run.weights_file)
+        else:
+            model = start_of(config).model(config)
+            fill(learned(model), read_tensors(run.adapter_file), run.adapter_file)
         model.to(device)
     if settle is not None:
         trainer.replicas.train(False)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import traceback
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +54,7 @@ class Layers:
     end_group: Any
     """Their process group, where this rank is one of them."""
     whole: dict[str, tuple[torch.dtype, tuple[int, ...]]]
-    """Type and shape of every tensor of the whole model's state dict, in its order."""
+    """Type and shape of every tensor that checkpoints have of the whole model, in their order."""
     holders: dict[str, int]
     """The lowest rank that holds each of them."""
     device: torch.device
@@ -69,7 +69,7 @@ class Layers:
         return self.peers.index(dist.get_rank())
 
     def holds(self, name: str) -> bool:
-        """Whether this rank holds a tensor of the model."""
+        """Whether this rank holds one of `whole`."""
         return self.holders[name] == self.peers[0] or (name == EMBED and dist.get_rank() in self.ends)
 
     def rank_of(self, chunk: int) -> int:
@@ -100,10 +100,13 @@ class Elsewhere(nn.Module):
         self.gate = RouterElsewhere(block.mlp.c) if isinstance(block.mlp, MoE) else None
 
 
-def divide_layers(model: Transformer, spans: Sequence[range], schedule: str, stages: int, rank: int, ranks: int) -> Layers:
-    """Keep this rank's layers of a model, in place. spans: the layers of each chunk, `stages` x CHUNKS[schedule] of them."""
+def divide_layers(
+    model: Transformer, saved: Mapping[str, Tensor], spans: Sequence[range], schedule: str, stages: int, rank: int, ranks: int
+) -> Layers:
+    """Keep this rank's layers of a model, in place. saved: what checkpoints have of it. spans: the layers of each chunk, `stages` x
+    CHUNKS[schedule] of them."""
     c, pipelines, last = model.config, ranks // stages, len(spans) - 1
-    whole = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
+    whole = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in saved.items()}
     places = [chunks_of(schedule, stages, place) for place in range(stages)]
     place_of = {chunk: place for place, chunks in enumerate(places) for chunk in chunks}
     end, both = place_of[last], c.tie_word_embeddings or c.mtp_depth > 0

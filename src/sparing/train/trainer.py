@@ -171,7 +171,8 @@ class Trainer:
         alike = world.size // stages
         if stages > 1:
             spans, schedule = chunk_spans(config, stages), config.parallel.schedule
-            layers = divide_layers(model, spans, schedule, stages, world.rank, world.size)
+            saved = model.state_dict() if config.adapter is None else learning_of(model)
+            layers = divide_layers(model, saved, spans, schedule, stages, world.rank, world.size)
         parts = fitting_parts(config.parallel.experts, alike, config.model.n_routed_experts) if shard != "nothing" else 1
         if parts > 1:
             pieces = divide_experts(model, parts, world.rank, world.size, alike)
