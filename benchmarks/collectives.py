@@ -7,6 +7,7 @@ so: choices of experts are real, drawn at random; other ranks send as many token
 
 from __future__ import annotations
 
+import gc
 import inspect
 import weakref
 from collections import Counter as Sums
@@ -18,7 +19,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparing.base.config import Config, ModelConfig
@@ -128,6 +129,10 @@ class Counter:
             yield self
 
 
+PIECES = {"split", "split_with_sizes", "chunk", "unbind"}
+"""Operations whose results are views of one storage."""
+
+
 class Unreal(TorchDispatchMode):
     """Lets code that reads numbers run on the meta device, and counts the bytes of the tensors that are there."""
 
@@ -139,9 +144,8 @@ class Unreal(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         flat = [x for x in _flat((args, kwargs)) if isinstance(x, Tensor)]
-        unreal = any(x.is_meta for x in flat)
-        if unreal:
-            name = function.overloadpacket.__name__
+        name = function.overloadpacket.__name__
+        if any(x.is_meta for x in flat):
             if name == "_local_scalar_dense":
                 return torch.ones((), dtype=flat[0].dtype, device="cpu").item()
             if name in ("_to_copy", "copy_") and torch.device(kwargs.get("device") or flat[0].device).type == "cpu":
@@ -151,8 +155,8 @@ class Unreal(TorchDispatchMode):
                 return words, torch.empty_like(flat[0]), torch.empty_like(words)
             args, kwargs = _moved(args), _moved(kwargs)
         made = function(*args, **kwargs)
-        for tensor in _flat(made):
-            if isinstance(tensor, Tensor) and tensor.is_meta:
+        for tensor in _flat(made[:1] if name in PIECES else made):
+            if type(tensor) in (Tensor, nn.Parameter) and tensor.is_meta:  # of a DTensor, only what is here
                 self._there(tensor.untyped_storage())
         return made
 
@@ -269,6 +273,7 @@ def step(config: Config, rank: int, size: int) -> Step:
                 with torch.device("meta"):
                     model = Transformer(c)
                 trainer = Trainer(model, None, NextToken.of(config), world, config=config)
+                gc.collect()  # as `Trainer.fit` does
                 early = _moments(trainer)
                 weights, unreal.peak = unreal.bytes - early, unreal.bytes
                 tokens = torch.empty(rows, t.seq_len, dtype=torch.long, device="meta")

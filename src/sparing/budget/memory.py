@@ -186,7 +186,8 @@ def activations(config: Config, rows: int, seq_len: int, path: KernelPath = "pla
     whole = config.precision.weights == "float32"
     if config.adapter is None and (config.esft is None or config.esft.rest):
         kept += (heads * 4 if whole else 4 + heads * 2) * c.vocab_size * c.hidden_size  # the head's gradient, made in the forward pass
-    copies = _copied(c, path, whole) * size if size == 2 and path in ("plain", "cuda") and config.adapter is None else 0.0
+    copied = size == 2 and path in ("plain", "cuda") and config.adapter is None and not t.recompute  # else a layer's at a time
+    copies = _copied(c, path, whole) * size if copied else 0.0
     mask = rows * seq_len**2 * size if t.document_mask else 0.0
     return kept + copies + mask
 
