@@ -4,8 +4,8 @@ size and counted (`benchmarks/collectives.py`), and held to the formulas of `bud
 python -m benchmarks.paper --out FOLDER               DeepSeek-V3 on 2,048 H800, layout by layout, beside what was published
 python -m benchmarks.paper --preset node8|cluster     a dry run of a preset: its first and last rank
 
-A step is traced with one micro-batch of one sequence a rank, all layers; the formula then gives the whole step. One core, no GPU; a trace
-takes seconds, with weights cut into 2,048 pieces a few minutes. What is in --out is not done again.
+A step is traced with one micro-batch a rank, in all layers; the formula then gives the whole step. One core, no GPU; a trace takes ten
+seconds, with weights cut into 2,048 pieces a few minutes. What is in --out is not done again.
 """
 
 from __future__ import annotations
@@ -73,11 +73,11 @@ def preset_config(name: str) -> tuple[Config, int, str]:
     return replace(config, train=replace(config.train, device="cuda", threads=1, replicas=1, compile=False)), layout.devices, layout.machine
 
 
-def traced(config: Config, rank: int, ranks: int, folder: Path, batches: int = 1) -> dict:
-    """A step of one rank, with so many micro-batches: bytes by kind of collective, and what the formulas say. Kept in `folder`."""
+def traced(config: Config, rank: int, ranks: int, folder: Path) -> dict:
+    """A step of one rank, with one micro-batch: bytes by kind of collective, and what the formulas say. Kept in `folder`."""
     t = config.train
     micro = t.micro_batch_size or 1
-    short = replace(config, train=replace(t, batch_size=ranks * micro * batches, device=None, kernels="plain"))
+    short = replace(config, train=replace(t, batch_size=ranks * micro, device=None, kernels="plain"))
 
     def trace() -> dict:
         say(f"tracing rank {rank} of {ranks}: shard {config.parallel.shard}, experts {config.parallel.experts}")
@@ -89,7 +89,7 @@ def traced(config: Config, rank: int, ranks: int, folder: Path, batches: int = 1
         ]  # fmt: skip
         return {"kinds": kinds, "by_name": one.counter.by_name(), "weights": one.weights, "moments": one.moments, "peak": one.peak}
 
-    name = f"{config.parallel.shard}-{config.parallel.experts}-{config.model.num_layers}-{rank}-of-{ranks}-x{micro * batches}"
+    name = f"{config.parallel.shard}-{config.parallel.experts}-{config.model.num_layers}-{rank}-of-{ranks}-x{micro}"
     found = stored_result(folder / f"{name}.json", trace)
     expected, memory = sent(short, ranks), held(short, ranks, "plain")
     return found | {
@@ -180,7 +180,7 @@ def figure(folder: Path) -> dict:
 
 
 def dry_run(name: str, folder: Path) -> dict:
-    """A preset's first and last rank: as they are built, one step with two micro-batches, and the whole step by formula."""
+    """A preset's first and last rank: as they are built, a step with one micro-batch, and the whole step by formula."""
     config, ranks, machine = preset_config(name)
     memory = held(config, ranks)
     return {
@@ -193,37 +193,46 @@ def dry_run(name: str, folder: Path) -> dict:
 def lines(result: dict) -> Iterator[str]:
     """The figure as text."""
     if "preset" in result:
-        yield f"{result['preset']}: {result['ranks']:,} ranks; {result['memory'] / 1e9:.1f} GB of {result['limit'] / 1e9:.0f} GB of a {result['machine']}"
-        yield f"a step of {result['passes']} micro-batches by formula: " + _kinds(result["sent"])
+        yield f"{result['preset']}: {result['ranks']:,} ranks; {_gb(result['memory'])} of {_gb(result['limit'])} of a {result['machine']}"
+        yield f"a step of {result['passes']} micro-batches by formula: {_kinds(result['sent'])}"
         for rank, one in result["traced"].items():
-            yield f"rank {rank}, one micro-batch, traced: {_kinds(one['by_name'])}; off the formula by at most {one['largest_difference']:.2g}"
-            yield f"  weights {one['weights'] / 1e9:.2f} GB, moments {one['moments'] / 1e9:.2f} GB, peak with plain kernels {one['peak'] / 1e9:.1f} GB"
+            yield f"rank {rank}, {_traced(one)}"
+            yield f"  weights {_gb(one['weights'])}, moments {_gb(one['moments'])}"
         return
     yield f"DeepSeek-V3, {result['ranks']:,} {result['machine']}, a step of {result['passes']} micro-batches a rank; per rank"
     for row in result["rows"]:
-        name = f"{row['shard']}, experts {row['experts']}, {row['weights_as']}"
-        yield f"{name:>34}: {row['memory'] / 1e9:7.1f} GB, fits: {row['fits']:>6}; {_kinds(row['sent'])}"
+        name, hours = f"{row['shard']}, experts {row['experts']}, {row['weights_as']}", row["hours"]
+        yield f"{name:>34}: {_gb(row['memory']):>11}, fits: {row['fits']:>6}; {_kinds(row['sent'])}"
         told = ", ".join(f"{kind} {value:.1f}" for kind, value in row["seconds"].items() if value > 0.05)
-        yield f"{'':>34}  seconds: {told}; K hours: {row['hours']['waiting'] / 1e3:,.0f} waiting, {row['hours']['hidden'] / 1e3:,.0f} hidden"
-        if one := row.get("traced"):
-            yield f"{'':>34}  one micro-batch traced: {_kinds(one['by_name'])}; off the formula by at most {one['largest_difference']:.2g}"
-            yield f"{'':>34}  traced peak, plain kernels {one['peak'] / 1e9:.1f} GB (formula {one['peak_formula'] / 1e9:.1f})"
+        yield f"{'':>34}  seconds: {told}; K hours: {hours['waiting'] / 1e3:,.0f} waiting, {hours['hidden'] / 1e3:,.0f} hidden"
+        if "traced" in row:
+            yield f"{'':>34}  {_traced(row['traced'])}"
     told = result["visited"]
     yield f"experts among 64: a token's are on {told['ranks']:.2f} ranks and {told['nodes']:.2f} nodes, at most {told['most_nodes']}"
-    yield f"between two of {STAGES} stages: {result['between_stages'] / 1e9:.1f} GB a step, both ways"
+    yield f"between two of {STAGES} stages: {_gb(result['between_stages'])} a step, both ways"
     for schedule, shares in result["bubbles"].items():
         told = ", ".join(f"{many}: {value if isinstance(value, str) else format(value, '.1%')}" for many, value in shares.items())
         yield f"bubble of {schedule}, {STAGES} stages, by micro-batches: {told}"
-    published = result["published"]
-    yield f"published: {published['hours'] / 1e3:.0f} K hours; the plan's model of that layout: {published['modelled'] / 1e3:.0f} K, {published['memory'] / 1e9:.0f} GB"
-    yield f"assumed: computing alone reaches {MFU:.0%} of the peak in bfloat16 ({device(result['machine']).peak['bf16'] / 1e12:.0f} TFLOP/s)"
+    known, peak = result["published"], device(result["machine"]).peak["bf16"]
+    yield f"published: {known['hours'] / 1e3:.0f} K hours for a trillion tokens"
+    yield f"the plan's model of that layout, nothing fitted: {known['modelled'] / 1e3:.0f} K hours, {_gb(known['memory'])}"
+    yield f"assumed: computing alone reaches {MFU:.0%} of the peak in bfloat16 ({peak / 1e12:.0f} TFLOP/s)"
     yield f"assumed: {INSIDE / 1e9:.0f} GB/s inside a node, {OUTSIDE / 1e9:.0f} GB/s between nodes, all of it (DeepSeek-V3 §3.2.2)"
     yield "assumed: waiting: nothing is exchanged while anything computes; hidden: the shorter of both behind the longer"
     yield "not counted: failures, evaluations, imbalance of experts, reading data"
 
 
+def _traced(one: dict) -> str:
+    told = f"one micro-batch traced: {_kinds(one['by_name'])}; off the formula by at most {one['largest_difference']:.2g}"
+    return f"{told}; peak with plain kernels {_gb(one['peak'])} (formula {_gb(one['peak_formula'])})"
+
+
+def _gb(count: float) -> str:
+    return f"{count / 1e9:,.1f} GB"
+
+
 def _kinds(found: dict[str, float]) -> str:
-    return ", ".join(f"{kind} {count / 1e9:.2f} GB" for kind, count in found.items() if count > 5e6)
+    return ", ".join(f"{kind} {_gb(count)}" for kind, count in found.items() if count > 5e6)
 
 
 if __name__ == "__main__":

@@ -5,31 +5,97 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.collectives import step
+from benchmarks.scaling import count
 from sparing.base.config import Config, ModelConfig, ParallelConfig, TrainConfig
-from sparing.budget.ranks import sent
+from sparing.base.config_file import build, read_recipe
+from sparing.budget.memory import PROCESS_BYTES
+from sparing.budget.ranks import held, sent
 
 MODEL = ModelConfig(
-    vocab_size=96, hidden_size=32, num_layers=3, num_dense_layers=1, intermediate_size=64, num_heads=2, q_lora_rank=16, kv_lora_rank=16,
-    qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16, n_routed_experts=8, moe_intermediate_size=32, mtp_depth=1, n_group=4, topk_group=2,
+    vocab_size=96, hidden_size=32, num_layers=2, num_dense_layers=1, intermediate_size=64, num_heads=2, q_lora_rank=16, kv_lora_rank=16,
+    qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16, n_routed_experts=8, moe_intermediate_size=32, mtp_depth=1,
+    n_group=4, topk_group=2,
 )  # fmt: skip
 TRAIN = TrainConfig(
-    seq_len=16, batch_size=16, micro_batch_size=1, dtype="float32", kernels="plain", threads=1, replicas=1, compile=False, document_mask=False
+    seq_len=16,
+    batch_size=8,
+    micro_batch_size=1,
+    dtype="float32",
+    kernels="plain",
+    threads=1,
+    replicas=1,
+    compile=False,
+    document_mask=False,
 )
 
 
-@pytest.mark.parametrize(
-    ("shard", "experts", "change"),
-    [
-        ("nothing", 1, {}),
-        ("optimizer", 1, {}),
-        ("optimizer", 4, {"dtype": "bfloat16", "recompute": True}),
-        ("optimizer", 8, {}),
-        ("weights", 1, {"recompute": True}),
-        ("weights", 2, {"micro_batch_size": 2}),
-    ],
-)
-def test_what_ranks_send(shard, experts, change):
-    """Counted on a fake world of eight ranks, by the first and the last of them."""
-    config = Config(model=MODEL, train=replace(TRAIN, **change), parallel=ParallelConfig(shard, experts))
-    for rank in (0, 7):
-        assert step(config, rank, 8).counter.by_name() == pytest.approx(sent(config, 8), abs=0.5)
+CONFIG = Config(model=MODEL, train=TRAIN)
+LAYOUTS = {
+    "nothing": (ParallelConfig("nothing"), {}),
+    "optimizer": (ParallelConfig("optimizer"), {}),
+    "experts": (ParallelConfig("optimizer", 2), {"dtype": "bfloat16", "recompute": True}),
+    "each alone": (ParallelConfig("optimizer", 4), {}),
+    "weights": (ParallelConfig("weights"), {"micro_batch_size": 2}),
+    "weights and experts": (ParallelConfig("weights", 2), {"recompute": True}),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_what_a_rank_sends_and_holds(name):
+    """The last of four ranks, on the meta device: at the collectives what the formula says, to the byte; as many weights; and no more
+    moments than the rank that has most."""
+    layout, change = LAYOUTS[name]
+    config = replace(CONFIG, parallel=layout, train=replace(TRAIN, **change))
+    one, memory = step(config, 3, 4), held(config, 4, "plain")
+    assert one.counter.by_name() == pytest.approx(sent(config, 4), abs=0.5)
+    assert one.moments <= memory.optimizer + 4 * 64  # numbers of steps
+    masters = layout.shard == "weights"  # of which this rank has its own
+    assert memory.weights == pytest.approx(one.weights, rel=0.2 if masters else 0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("shard", "experts"), [("nothing", 1), ("optimizer", 1), ("optimizer", 4), ("weights", 1), ("weights", 4)])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_peak(shard, experts, recompute):
+    """Of rank 0, with the plain kernels, which are what runs on the meta device; it owns the largest tensors."""
+    wide = {
+        "hidden_size": 512,
+        "intermediate_size": 2048,
+        "moe_intermediate_size": 512,
+        "num_heads": 8,
+        "num_layers": 6,
+        "vocab_size": 4096,
+    }
+    model = replace(MODEL, **wide, q_lora_rank=128, kv_lora_rank=128, n_routed_experts=32, max_position_embeddings=512)
+    train = replace(TRAIN, seq_len=512, dtype="bfloat16", recompute=recompute)
+    config = Config(model=model, train=train, parallel=ParallelConfig(shard, experts))
+    planned = held(config, 4, "plain").total - PROCESS_BYTES["cpu"]
+    assert planned == pytest.approx(step(config, 0, 4).peak, rel=0.2)
+
+
+@pytest.mark.slow
+def test_what_two_real_ranks_send():
+    """By gloo, both together; experts are chosen by their routers."""
+    configs = [replace(CONFIG, parallel=layout, train=replace(TRAIN, **change)) for layout, change in LAYOUTS.values()]
+    fitting = [config for config in configs if config.parallel.experts <= 2]
+    for config, counted in zip(fitting, count(fitting), strict=True):
+        assert counted == {kind: pytest.approx(2 * bytes_) for kind, bytes_ in sent(config, 2).items()}
+
+
+def test_a_cluster_of_deepseek_v3():
+    """Nothing but formulas: what fits into 80 GB without stages, and what ranks send."""
+    read = read_recipe("cluster")
+    config = build(Config, dict(read.wishes))
+    config = replace(config, train=replace(config.train, device="cuda"))
+    assert 55e9 < held(config, 2048).total < 75e9
+    whole = replace(config, parallel=ParallelConfig("optimizer", 64))
+    assert held(whole, 2048).total > 200e9
+    tokens = config.train.batch_size * config.train.seq_len / 2048
+    rows = 59 * tokens * 8  # mixtures, the module that drafts among them; experts of a token
+    there_and_back = 3 * 2 * rows * 7168 * 2  # forward, forward again, backward
+    assert sent(whole, 2048)["all_to_all"] == pytest.approx(there_and_back, rel=0.01)
+    assert (
+        sent(whole, 2048)["reduce"]
+        == sent(whole, 2048)["broadcast"]
+        == pytest.approx(4 * (671.03e9 + 11.61e9 - 59 * 63 / 64 * 11.274e9), rel=1e-3)
+    )
