@@ -142,6 +142,29 @@ def bubbles() -> dict[str, dict[str, float | str]]:
     return {schedule: {str(many): bubble(schedule, STAGES, many) for many in BATCHES} for schedule in SCHEDULES}
 
 
+def staged(config: Config, ranks: int, machine: str) -> dict:
+    """The layout that was published, by formula: STAGES pipeline stages, each with its own experts and optimizer divided. The fullest stage
+    is taken as a model of its own, with its share of the layers and one matrix of the vocabulary; 1F1B keeps STAGES micro-batches of it."""
+    c, t, pipelines = config.model, config.train, ranks // STAGES
+    layers = -(-(c.num_layers + c.mtp_depth) // STAGES)
+    model = replace(c, num_layers=layers, num_dense_layers=0, mtp_depth=0, tie_word_embeddings=True)
+    stage = replace(config, model=model, parallel=ParallelConfig("optimizer", 64))
+    memory, tokens = held(stage, pipelines), t.batch_size * t.seq_len / pipelines
+    waiting = (STAGES - 1) * layers * t.micro_batch_size * t.seq_len * c.hidden_size * 2
+    spread, found = visited(c, 64), sent(stage, pipelines) | {"between_stages": 2 * 2 * tokens * c.hidden_size * 2}
+    times = seconds(stage, pipelines, (spread["near"], spread["far"]), machine)
+    whole = seconds(config, ranks, (0.0, 0.0), machine)["computing"]  # its stages are as long as each other
+    times |= {"computing": whole, "between_stages": found["between_stages"] / OUTSIDE}
+    exchanging, idle = sum(times.values()) - whole, bubbles()["dualpipev"][str(BATCHES[-1])]
+    told = {"waiting": hours(config, ranks, whole + exchanging), "hidden": hours(config, ranks, max(whole, exchanging))}
+    if not isinstance(idle, str):
+        told = {name: value / (1 - idle) for name, value in told.items()}
+    return {
+        "layers": layers, "memory": memory.total + waiting, "parts": vars(memory), "sent": found, "seconds": times, "bubble": idle,
+        "hours": told,
+    }  # fmt: skip
+
+
 def figure(folder: Path) -> dict:
     """DeepSeek-V3 on the cluster of the preset, in each layout."""
     base, ranks, machine = preset_config("cluster")
@@ -167,15 +190,13 @@ def figure(folder: Path) -> dict:
             rows.append(row)
     published = read_recipe("deepseek-v3")
     layout, c, t = layout_of(published.plan["layout"], ""), base.model, base.train
-    pipelines = ranks // STAGES
     return {
-        "ranks": ranks, "machine": machine, "rows": rows, "bubbles": bubbles(), "visited": visited(c, 64),
+        "ranks": ranks, "machine": machine, "rows": rows, "staged": staged(base, ranks, machine),
+        "bubbles": bubbles(), "visited": visited(c, 64), "passes": passes(base, ranks),
         "published": {
             "hours": PUBLISHED, "memory": sum(memory_of(c, t.seq_len, layout).values()), "limit": limit,
             "modelled": device_hours(c, 1e12, t.seq_len, published.wishes["train"]["batch_size"], layout),
         },
-        "between_stages": t.batch_size / pipelines * t.seq_len * c.hidden_size * 2 * 2,
-        "passes": passes(base, ranks),
     }  # fmt: skip
 
 
@@ -209,7 +230,11 @@ def lines(result: dict) -> Iterator[str]:
             yield f"{'':>34}  {_traced(row['traced'])}"
     told = result["visited"]
     yield f"experts among 64: a token's are on {told['ranks']:.2f} ranks and {told['nodes']:.2f} nodes, at most {told['most_nodes']}"
-    yield f"between two of {STAGES} stages: {_gb(result['between_stages'])} a step, both ways"
+    one = result["staged"]
+    yield f"by formula, {STAGES} stages of {one['layers']} layers, optimizer, experts 64: {_gb(one['memory'])}; {_kinds(one['sent'])}"
+    told = ", ".join(f"{kind} {value:.1f}" for kind, value in one["seconds"].items() if value > 0.05)
+    idle, spent = one["bubble"] if isinstance(one["bubble"], str) else f"{one['bubble']:.1%}", one["hours"]
+    yield f"  seconds: {told}; bubble: {idle}; K hours: {spent['waiting'] / 1e3:,.0f} waiting, {spent['hidden'] / 1e3:,.0f} hidden"
     for schedule, shares in result["bubbles"].items():
         told = ", ".join(f"{many}: {value if isinstance(value, str) else format(value, '.1%')}" for many, value in shares.items())
         yield f"bubble of {schedule}, {STAGES} stages, by micro-batches: {told}"

@@ -6,8 +6,9 @@ import pytest
 
 from benchmarks.collectives import step
 from benchmarks.scaling import count
-from sparing.base.config import Config, ModelConfig, ParallelConfig, TrainConfig
+from sparing.base.config import Config, ModelConfig, ParallelConfig, PrecisionConfig, TrainConfig, UserError
 from sparing.base.config_file import build, read_recipe
+from sparing.base.config_limits import checked
 from sparing.budget.memory import PROCESS_BYTES
 from sparing.budget.ranks import held, sent
 
@@ -80,6 +81,12 @@ def test_what_two_real_ranks_send():
     fitting = [config for config in configs if config.parallel.experts <= 2]
     for config, counted in zip(fitting, count(fitting), strict=True):
         assert counted == {kind: pytest.approx(2 * bytes_) for kind, bytes_ in sent(config, 2).items()}
+
+
+def test_weights_in_pieces_are_float32():
+    """FSDP2 cannot put a layer of two types together."""
+    with pytest.raises(UserError, match="weights that are cut into pieces are float32; or shard = optimizer"):
+        checked(replace(CONFIG, precision=PrecisionConfig(weights="bfloat16"), parallel=ParallelConfig("weights")))
 
 
 def test_a_cluster_of_deepseek_v3():
