@@ -21,8 +21,8 @@ import tyro
 
 from benchmarks.collectives import NODE, step
 from sparing.account.prices import device
-from sparing.base.config import Config, ModelConfig, ParallelConfig, PrecisionConfig, UserError
-from sparing.base.config_file import build, read_recipe
+from sparing.base.config import Budget, Config, ModelConfig, ParallelConfig, PrecisionConfig, UserError
+from sparing.base.config_file import read_recipe
 from sparing.base.messages import say
 from sparing.bench.results import stored_result
 from sparing.budget.cluster import device_hours, layout_of, memory_of
@@ -30,6 +30,8 @@ from sparing.budget.flops import train_flops
 from sparing.budget.memory import PROCESS_BYTES, SPREAD
 from sparing.budget.ranks import held, passes, sent
 from sparing.model.experts import Router
+from sparing.planning.places import Given, elsewhere
+from sparing.resolve import resolve
 
 LAYOUTS = (("nothing", 1), ("optimizer", 1), ("optimizer", 64), ("optimizer", 256), ("weights", 64), ("weights", 256))
 TRACED = (("optimizer", 64), ("optimizer", 256), ("weights", 256))
@@ -64,13 +66,14 @@ class Paper:
 
 
 def preset_config(name: str) -> tuple[Config, int, str]:
-    """(configuration, ranks, kind of GPU) of a preset with [parallel] and [plan.layout]."""
+    """(configuration as `train` resolves it, ranks, kind of GPU) of a preset with [parallel] and [plan.layout]."""
     read = read_recipe(name)
     if "parallel" not in read.wishes or "layout" not in read.plan:
         raise UserError(f"{name}: no [parallel] and [plan.layout]; nearest: node8, cluster")
     layout = layout_of(read.plan["layout"], "")
-    config = build(Config, dict(read.wishes))
-    return replace(config, train=replace(config.train, device="cuda", threads=1, replicas=1, compile=False)), layout.devices, layout.machine
+    tokens, machine = read.plan["tokens"], elsewhere(layout.machine, "own").machine
+    config = resolve(read.wishes, Budget(tokens, "tok"), machine, Given(4 * tokens), lambda _: 1.0, layout.devices).config
+    return replace(config, train=replace(config.train, threads=1, replicas=1, compile=False)), layout.devices, layout.machine
 
 
 def traced(config: Config, rank: int, ranks: int, folder: Path) -> dict:
@@ -89,7 +92,8 @@ def traced(config: Config, rank: int, ranks: int, folder: Path) -> dict:
         ]  # fmt: skip
         return {"kinds": kinds, "by_name": one.counter.by_name(), "weights": one.weights, "moments": one.moments, "peak": one.peak}
 
-    name = f"{config.parallel.shard}-{config.parallel.experts}-{config.model.num_layers}-{rank}-of-{ranks}-x{micro}"
+    kept = "" if t.recompute else "-kept"
+    name = f"{config.parallel.shard}-{config.parallel.experts}-{config.model.num_layers}-{rank}-of-{ranks}-x{micro}{kept}"
     found = stored_result(folder / f"{name}.json", trace)
     expected, memory = sent(short, ranks), held(short, ranks, "plain")
     return found | {

@@ -101,6 +101,9 @@ def held(config: Config, ranks: int, path: KernelPath | None = None) -> Memory:
     micro = -(-rows // passes(config, ranks)) if own or config.parallel.shard == "weights" else min(rows, t.micro_batch_size or rows)
     path = path or path_of(config)
     kept = training_memory(replace(config, train=replace(t, batch_size=rows, micro_batch_size=micro)), path=path).activations
+    size = 2 if t.dtype == "bfloat16" else 4
+    if own and path == "cuda" and size == 2 and config.precision.weights == "float32" and not t.recompute:
+        kept -= size * sum(layer.feed_forward.routed for layer in layers(c))  # experts that tokens travel to keep no copies of weights
     owned = _fullest(config, common, own, ranks)
     moments = sum(_moments(config, name, of) for name, of in owned.items())
     weights, update = _bytes(common) + _bytes(own), MUON_BYTES * _largest_group(config, owned)
@@ -114,7 +117,6 @@ def held(config: Config, ranks: int, path: KernelPath | None = None) -> Memory:
         # Whole for all of a pass: embedding and head; and modules that draft and a layer beside the next one, or at its end the gradients
         # of embedding and head, which are copied before they are cut.
         kept = ends + max(kept + drafting + 2 * max(every), 2 * ends)
-    size = 2 if t.dtype == "bfloat16" else 4
     work = micro * t.seq_len * max(saved_per_token(layer, t.seq_len, size, path) for layer in layers(c))
     reused = REUSED[False] * min(gradients, kept) if micro >= rows else 0.0
     return Memory(weights, gradients, moments, kept, PROCESS_BYTES[t.device or "cpu"] + max(work, update - kept), reused)
