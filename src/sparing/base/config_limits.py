@@ -185,14 +185,14 @@ def checked(c: Config) -> Config:
         raise UserError("train.compile = true compiles the model as a whole: leave it out, or parallel.stages = 1")
     if p.stages > 1 and (t.replicas or 1) > 1:
         raise UserError(f"parallel.stages {p.stages} divides no rows among threads: leave out train.replicas = {t.replicas}")
-    if p.shard == "weights" and c.precision.weights != "float32":  # FSDP2 puts layers of one type together; norms are float32
-        raise UserError(f"precision.weights = {c.precision.weights}: weights that are cut into pieces are float32; or shard = optimizer")
     if c.adapter is not None and c.precision.weights != "float32":
         raise UserError(f"precision.weights = {c.precision.weights} is for weights that learn: choose adapter.base for frozen ones")
     if c.esft is not None:
         _check_esft(c)
     if c.growth is not None:
         _check_growth(c)
+    if c.parallel.shard == "weights" and c.precision.weights != "float32":  # FSDP2 puts layers of one type together; norms are float32
+        raise UserError(f"precision.weights = {c.precision.weights}: weights that are cut into pieces are float32; or shard = optimizer")
     if c.train.compile and c.precision.linear not in ("none", "auto"):
         raise UserError(f"train.compile = true compiles no 8-bit products: leave it out, or precision.linear = {c.precision.linear}")
     if c.train.compile and c.precision.activations != "full":
