@@ -179,7 +179,30 @@ def _physical(cpus: list[int]) -> int:
     """Cores among `cpus`, hyperthreads counted once. psutil counts those of the whole machine only."""
     if sys.platform != "linux":
         return min(psutil.cpu_count(logical=False) or len(cpus), len(cpus))
-    return len({_read(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") or cpu for cpu in cpus})
+    return len(_by_core(cpus))
+
+
+def _by_core(cpus: list[int]) -> list[tuple[int, ...]]:
+    """`cpus` of Linux, those of a core (hyperthreads) together, in their order."""
+    cores: dict[object, list[int]] = {}
+    for cpu in cpus:
+        cores.setdefault(_read(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") or cpu, []).append(cpu)
+    return [tuple(core) for core in cores.values()]
+
+
+def cpus_of_cores() -> list[tuple[int, ...]]:
+    """The CPUs of each core that this process may use, as many cores as its quota allows. A process that is bound to some of them
+    (`os.sched_setaffinity`) sees a machine of that many cores. Empty where the system binds none (macOS, Windows)."""
+    if not hasattr(os, "sched_setaffinity"):
+        return []
+    return _by_core(sorted(_affinity()))[: machine(with_gpus=False).cores_physical]
+
+
+def share(on: Machine, count: int, gpus: int = 0) -> Machine:
+    """What a process sees that is bound to `count` of the cores of `on`, and to so many of its GPUs. It may fill all the memory."""
+    threads = max(1, on.cores_logical // on.cores_physical)
+    part = replace(on, cores_physical=count, cores_logical=count * threads, gpus=on.gpus[:gpus])
+    return replace(part, formats=load_calibration(part).get("formats", {}))
 
 
 def cpu_name() -> str:

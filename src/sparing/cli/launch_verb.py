@@ -1,10 +1,12 @@
-"""The verb `launch`: another verb as several processes, here, or by a batch file or a spot job that it writes (`job_files`)."""
+"""The verb `launch`: another verb as several processes, here, or by a batch file or a spot job that it writes (`job_files`); or a queue
+of verbs."""
 
 from __future__ import annotations
 
 import sys
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -23,7 +25,7 @@ SHARED = ("train", "sft", "distill", "dpo", "grpo", "grow", "resume")
 class Launch:
     """Run a verb as several processes (ranks) that train one model together, on this machine or on many; start them anew when one dies.
 
-    Where the run exists already, it goes on, so the same command may be given again."""
+    Where the run exists already, it goes on, so the same command may be given again. With --queue FILE, run the jobs of a file instead."""
 
     takes: ClassVar[str] = "command"
     owns_signals: ClassVar[bool] = True
@@ -60,12 +62,21 @@ class Launch:
     """With --spot, instead of a bucket: a volume of SkyPilot's that all machines mount; several need one."""
     failures_per_hour: float | None = None
     """With --spot: how often a machine is taken away, for the price. Default: as often as this workspace has seen."""
-    json: ClassVar[bool] = False
-    """The verb's own --json does it."""
+    queue: str | None = None
+    """A TOML file of jobs, [[job]] command = "train ...", deadline, priority, preemptible: packed on this machine by predicted memory and
+    time (docs/scaling.md). The same command goes on."""
+    plan: bool = False
+    """With --queue: say when each job would run, and start none."""
+    json: bool = False
+    """With --queue: print one JSON object on standard output. Otherwise the verb's own --json does it."""
 
     def __call__(self, call: Call) -> None:
         from sparing.cli.arguments import choose, parse
 
+        if self.queue:
+            return self._queue(call)
+        if self.plan or self.json:
+            raise UserError(f"launch: --{'plan' if self.plan else 'json'} goes with --queue FILE; the verb's own options stand behind it")
         call.need(VERB=self.command)
         verb, words = choose(self.command, call.verbs)
         if verb not in SHARED:
@@ -94,3 +105,21 @@ class Launch:
             status = launch(self.command, n, self.nodes, self.meet, self.restarts)
         if status:
             sys.exit(status)
+
+    def _queue(self, call: Call) -> None:
+        from sparing.cli.output import print_json
+        from sparing.cli.queued import command_of
+        from sparing.cli.streams import leaving_on_sigterm
+        from sparing.job.queue import lines, run_queue
+
+        for field_ in fields(self):
+            if field_.name not in ("queue", "plan", "json") and getattr(self, field_.name) != getattr(Launch(), field_.name):
+                raise UserError(f"launch: --queue runs the jobs of its file alone: {field_.name} does not go with it")
+        with leaving_on_sigterm():
+            result = run_queue(self.queue, partial(command_of, verbs=call.verbs), start=not self.plan)
+        if self.json:
+            print_json(result, out=call.out)
+        elif not self.plan:
+            print("\n".join(lines(result)))
+        if result["failed"] and not self.plan:
+            sys.exit(1)
