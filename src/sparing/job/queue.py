@@ -173,7 +173,7 @@ class Queue:
     def settle(self, leftovers: bool) -> None:
         """Make of the records of a queue that was killed those of one that begins: what was at work waits again, what had failed too.
 
-        leftovers: wait for processes that are still there. Raises UserError where a job's --out holds a run that this queue did not begin."""
+        leftovers: wait for processes that are still there. Raises UserError where a job's --out holds a run that another command began."""
         for record in self.records.values():
             if leftovers and record.process:
                 _await_end(record.process)

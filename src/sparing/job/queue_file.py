@@ -150,13 +150,10 @@ def _entry(table: Mapping[str, Any], number: int, where: str, parse: Callable[[l
         _time(table["time"], f"{where}: time") if "time" in table else None,
     )  # fmt: skip
     if entry.preemptible and not entry.keeps:
-        raise UserError(
-            f"{where} ({name}): `{command.verb}` keeps nothing when it is stopped: preemptible is for what learns, and for `data`"
-        )
+        raise UserError(f"{where} ({name}): `{command.verb}` loses all when it is stopped: preemptible is for what learns, and for `data`")
     if entry.cores is not None and entry.cores < max(1, command.ranks):
-        raise UserError(
-            f"{where} ({name}): cores = {entry.cores}: at least {max(1, command.ranks)}" + (", one a rank" * bool(command.ranks))
-        )
+        least = f"{command.ranks}, one a rank" if command.ranks else "1"
+        raise UserError(f"{where} ({name}): cores = {entry.cores}: at least {least}")
     return entry
 
 

@@ -195,8 +195,8 @@ class _Decision:
     # order
 
     def _rank(self, job: Job) -> tuple:
-        """Higher priority first; then earlier deadlines; then what cannot be stopped; then what takes most of the machine, because small jobs
-        fit beside others later; then what the end of all waits longest for."""
+        """Higher priority first; then earlier deadlines; then what cannot be stopped; then what takes more than half of the machine,
+        because small jobs fit beside others later; then what the end of all waits longest for."""
         least = job.takes(self.states[job.name].cores or min(job.needs))
         share = max(part / whole for part, whole in zip(least, self.room, strict=True) if whole)
         return -self.claims[job.name].priority, self._due(job), job.preemptible, -max(share, 0.5), -self.claims[job.name].tail
@@ -278,8 +278,8 @@ class _Decision:
         self.spare = Room(*(max(0, part) for part in free.minus(takes)))
 
     def _victims(self, job: Job, takes: Room, seconds: float) -> list[Job]:
-        """The preemptible jobs to stop, so that this one has room soon: as few as do, of low priority first. None where that would not help,
-        or where it has room soon anyway."""
+        """The preemptible jobs to stop, so that this one has room soon: as few as do, of low priority first. None where that would not
+        help, or where it has room soon anyway."""
         wait = self._fits_in(takes, self._ends())
         if wait <= SHORT_S:
             return []
@@ -318,8 +318,8 @@ def simulate(
     least_run_s: float = LEAST_RUN_S,
     seconds: Callable[[Job, int], float] = lambda job, cores: job.needs[cores].seconds,
 ) -> list[Piece]:
-    """The pieces of all jobs in the order of their starts, if each takes `seconds(job, cores)` (default: what is predicted). Jobs that cannot
-    start are left out."""
+    """The pieces of all jobs in the order of their starts, if each takes `seconds(job, cores)` (default: what is predicted). Jobs that
+    cannot start are left out."""
     states, pieces, named = dict(states), [], {job.name: job for job in jobs}
     stops: dict[str, float] = {}
 

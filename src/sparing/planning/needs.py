@@ -179,11 +179,8 @@ def _learning(command: Command, place: Place, made: Mapping[str, Needs]) -> tupl
     lasts = in_seconds(budget, place.rates) if budget else None
     if config is None:
         source = "its budget" if lasts else f"taken to be {SOME_S:.0f} s"
-        return (
-            Need(lasts or SOME_S, 2 * SOME_MEMORY),
-            f"{source}; taken to need {2 * SOME_MEMORY / 1e9:.0f} GB: its model is not here yet",
-            None,
-        )
+        source += f"; taken to need {2 * SOME_MEMORY / 1e9:.0f} GB: its model is not here yet"
+        return Need(lasts or SOME_S, 2 * SOME_MEMORY), source, None
     if verb != "resume":
         config = _begun(config, values.get("method"), place)
     memory = training_memory(config, True).total
