@@ -43,7 +43,7 @@ def check_room(jobs, pieces, room):
 
 
 def mixed(seed, cores):
-    """Twelve jobs: budgets in time on any number of cores, and in tokens; small ones on one core; one that takes the whole machine; a chain,
+    """Twelve jobs: budgets in time on any number of cores, and in tokens; small ones on one core; one on the whole machine; a chain,
     priorities, deadlines, and preemptible ones."""
     dice = random.Random(seed)
     counts = [count for count in (1, 2, 4, 8) if count <= cores]

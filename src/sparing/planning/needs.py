@@ -98,7 +98,8 @@ def needs(command: Command, machine: Machine, made: Mapping[str, Needs]) -> Need
     for cores in _counts(command, machine, gpus):
         place = _place(machine, cores, gpus, max(1, command.ranks))
         need, *rest = _one(command, place, made)
-        found[cores] = need._replace(memory=gpus * HOST_BYTES) if gpus else need
+        if all(need.seconds <= fewer.seconds for fewer in found.values()):  # a small model may be slower on more cores
+            found[cores] = need._replace(memory=gpus * HOST_BYTES) if gpus else need
     return Needs(found, gpus, *rest)
 
 
@@ -157,8 +158,9 @@ def _training(command: Command, place: Place, made: Mapping[str, Needs]) -> tupl
         with Bars() as bars:
             corpus = scan(wishes.config().data, progress=bars)
     run, _ = resolve_run(with_vocabulary(wishes), budget, corpus, place)
-    with suppress(TooShort):  # whether a short budget leaves room for some steps shows when it begins
-        check(run)
+    if run.memory_limit and run.memory().total > run.memory_limit:
+        with suppress(TooShort):
+            check(run)  # which says what would fit
     seconds = run.budget_s or tokens_and_time(run)[1].value
     each = run.config.train.batch_size // place.ranks or 1
     alone = replace(run.config.train, batch_size=each, micro_batch_size=min(each, run.config.train.micro_batch_size or each))
