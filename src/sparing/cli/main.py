@@ -68,6 +68,7 @@ HELP = f"""Sparing {__version__}: say what you can spend, get the best language 
   sparing fetch    smollm2-135m --out RUN                                a small open model to begin with
   sparing launch -n 4 VERB ...                                           train, sft, ... as several processes, on one machine or many
   sparing launch --slurm FILE | --spot FILE --gpu H100:8 VERB ...        the same as a job of Slurm's, or of SkyPilot's on spot machines
+  sparing launch --queue FILE                                            jobs of a TOML file, packed on this machine by what they will take
   sparing data stats  PATH... --out FOLDER                               what curate would do with a corpus
   sparing data curate PATH... --out FOLDER [--rules TOML]                judge documents by rules, take duplicates out
   sparing data dedup  PATH... --out FOLDER                               take duplicates out

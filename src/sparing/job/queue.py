@@ -131,7 +131,8 @@ class Queue:
         self.signals = 0
         """How many signals to stop have been passed on."""
         kept = self._read()
-        self.started: float = kept.get("started") or time.time()
+        self.started: float | None = kept.get("started")
+        """When it was first started, which deadlines count from."""
         self.sessions: list[list[float]] = kept.get("sessions", [])
         """[start, end]: when the queue itself was there."""
         records = [Record(**record) for record in kept.get("jobs", [])]
@@ -195,6 +196,7 @@ class Queue:
         """What each job takes. Raises UserError for what cannot work."""
         say(f"{self.queue.path}: {len(self.entries)} jobs for {self.machine.describe()}, {self.room.memory / 1e9:.1f} GB")
         self.needs = all_needs(self.queue, self.after, self.machine)
+        self.started = self.started or time.time()
         self.jobs = [job_of(entry, self.needs[name], self.after[name], self.room, self.started) for name, entry in self.entries.items()]
         for job in self.jobs:
             if self.records[job.name].cores not in job.needs:  # another machine, or another number in the file
@@ -207,9 +209,14 @@ class Queue:
             phase = record.phase if record.phase in ("waiting", "running", "stopping", "done") else "failed"
             at_work = phase in ("running", "stopping")
             ended = record.pieces[:-1] if at_work else record.pieces
-            ran = sum(end - start for start, end, *_ in ended) if self.entries[name].keeps else 0.0
+            ran = sum(end - start for start, end, *_ in ended) if self._kept(name) else 0.0
             found[name] = State(phase, record.cores, record.pieces[-1][0] if at_work else 0.0, ran)
         return found
+
+    def _kept(self, name: str) -> bool:
+        """Whether what a job has done so far counts when it starts again: of a run that has no configuration yet, nothing stays."""
+        entry = self.entries[name]
+        return entry.keeps and (not entry.learns or (Path(entry.makes) / "config.toml").exists())
 
     def plan(self) -> list[str]:
         """When each job is to run, in lines."""
