@@ -13,6 +13,7 @@ import pytest
 
 from sparing.base import hardware
 from sparing.base.hardware import Gpu, Machine
+from sparing.cli.launch_verb import SHARED
 from sparing.cli.main import main
 from sparing.cli.queued import command_of
 from sparing.cli.verbs import VERBS
@@ -47,7 +48,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def command(words):
-    return command_of(words, VERBS)
+    return command_of(words, VERBS, SHARED)
 
 
 def written(*tables, **top):
@@ -203,7 +204,7 @@ def test_jobs_run_and_one_fails_and_what_is_done_is_not_done_again(folder, capsy
     again, said = result(capsys, 1)
     assert again["jobs"][0] == first and "plan-1: starts" not in said and "page: starts again" in said
     assert main(["launch", "--queue", "jobs.toml", "--plan"]) == 0
-    planned = capsys.readouterr().err
+    planned = capsys.readouterr().out
     assert "due at" in planned and "in time" in planned and "after page" in planned
 
 

@@ -116,7 +116,7 @@ class Launch:
             if field_.name not in ("queue", "plan", "json") and getattr(self, field_.name) != getattr(Launch(), field_.name):
                 raise UserError(f"launch: --queue runs the jobs of its file alone: {field_.name} does not go with it")
         with leaving_on_sigterm():
-            result = run_queue(self.queue, partial(command_of, verbs=call.verbs), start=not self.plan)
+            result = run_queue(self.queue, partial(command_of, verbs=call.verbs, shared=SHARED), start=not self.plan)
         if self.json:
             print_json(result, out=call.out)
         elif not self.plan:

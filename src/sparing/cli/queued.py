@@ -9,7 +9,6 @@ from typing import Any
 
 from sparing.base.config import UserError
 from sparing.cli.arguments import HELP_FLAGS, Call, choose, parse
-from sparing.cli.launch_verb import SHARED, Launch
 from sparing.planning.needs import Command
 
 NEVER_END = ("serve", "chat")
@@ -29,8 +28,8 @@ class _Rehearsal(Call):
         raise _Begins
 
 
-def command_of(words: Sequence[str], verbs: Mapping[str, type]) -> Command:
-    """The command line, parsed. Raises UserError for whatever its verb would refuse before it begins, and for verbs that cannot wait in a
+def command_of(words: Sequence[str], verbs: Mapping[str, type], shared: Sequence[str]) -> Command:
+    """The command line, parsed. shared: verbs that `launch` divides among ranks. Raises UserError for whatever its verb would refuse before it begins, and for verbs that cannot wait in a
     queue."""
     verb, rest = choose(list(words), dict(verbs))
     if verb in NEVER_END:
@@ -38,13 +37,14 @@ def command_of(words: Sequence[str], verbs: Mapping[str, type]) -> Command:
     if HELP_FLAGS & set(rest):
         raise UserError(f"{verb}: --help is no job")
     arguments, overrides = parse(verb, verbs[verb], rest)
-    if isinstance(arguments, Launch):
-        return _launched(words, arguments, verbs)
+    if verb == "launch":
+        return _launched(words, arguments, verbs, shared)
     _rehearse(verb, arguments, overrides, verbs)
     return Command(tuple(words), verb, vars(arguments), overrides)
 
 
-def _launched(words: Sequence[str], launch: Launch, verbs: Mapping[str, type]) -> Command:
+def _launched(words: Sequence[str], launch: Any, verbs: Mapping[str, type], shared: Sequence[str]) -> Command:
+    """launch: a `cli.launch_verb.Launch`."""
     from sparing.planning.places import this_machine
 
     for option in ("queue", "slurm", "spot", "meet"):
@@ -52,9 +52,9 @@ def _launched(words: Sequence[str], launch: Launch, verbs: Mapping[str, type]) -
             raise UserError(f"launch --{option} is no job of a queue, which is for this machine alone; -n is")
     if launch.nodes > 1:
         raise UserError("launch --nodes is no job of a queue, which is for this machine alone; -n is")
-    inner = command_of(launch.command, verbs)
-    if inner.verb not in SHARED or inner.ranks:
-        raise UserError(f"launch: {inner.words[0]} is not divided among ranks; verbs that are: {', '.join(SHARED)}")
+    inner = command_of(launch.command, verbs, shared)
+    if inner.verb not in shared or inner.ranks:
+        raise UserError(f"launch: {inner.words[0]} is not divided among ranks; verbs that are: {', '.join(shared)}")
     ranks = max(1, len(this_machine().gpus)) if launch.n is None else launch.n
     if ranks < 1:
         raise UserError(f"launch: -n {ranks}: at least 1")

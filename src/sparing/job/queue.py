@@ -51,6 +51,8 @@ STOPPED = (130, -signal.SIGTERM, -signal.SIGINT)
 """Exit statuses of what was told to stop: after it has saved, and before it was there to hear it."""
 MAKES_RUN = ("merge", "import", "fetch", "retire", "slice", "rollback")
 """Verbs that make a run without learning: `--out` must be new."""
+RULE = "--- "
+"""Begins the line in a log that says when and how its job was started."""
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
@@ -68,6 +70,8 @@ class Record:
     """[start, end (None: it runs), cores, CPU seconds], moments in seconds of the epoch."""
     preemptions: int = 0
     exit: int | None = None
+    predicted: list[float] | None = None
+    """Seconds and bytes that it was expected to take, when it started last."""
     peak_bytes: int = 0
     """Of its largest process."""
     process: list[float] | None = None
@@ -100,6 +104,8 @@ def run_queue(file: str, parse: Callable[[list[str]], Command], start: bool = Tr
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
     folder = Path(file).with_name(f"{Path(file).name}.queue")
+    running = Queue(queue, folder, after, machine)
+    running.check()
     with ExitStack() as held:
         if start:
             try:
@@ -107,21 +113,22 @@ def run_queue(file: str, parse: Callable[[list[str]], Command], start: bool = Tr
             except OSError as error:
                 raise UserError(f"--queue {file}: {folder}, which keeps its state, cannot be made: {error.strerror}") from None
             held.enter_context(folder_lock(folder))
-        running = Queue(queue, folder, after, machine)
+            running.load()  # nobody else changes it any more
         running.settle(leftovers=start)
-        running.find_needs()
-        for line in running.plan():
-            say(line)
+        pieces = running.plan()
+        for line in running.plan_lines(pieces):
+            say(line) if start else print(line)
         if start:
             running.run()
-        return running.summary()
+            return running.summary()
+        return running.summary() | {"plan": [piece._asdict() for piece in pieces]}
 
 
 class Queue:
     """The jobs of a file with their records and processes."""
 
     def __init__(self, queue: QueueFile, folder: Path, after: dict[str, tuple[str, ...]], machine: Machine):
-        """Reads what `folder` has of an earlier start. Raises UserError where that is not of this file, or damaged."""
+        """folder: keeps the state. after: the jobs that each one waits for. Raises UserError as `load`."""
         self.queue, self.folder, self.after, self.machine, self.room = queue, folder, after, machine, room_of(machine)
         self.entries = {entry.name: entry for entry in queue.entries}
         self.cpus = cpus_of_cores()
@@ -130,6 +137,10 @@ class Queue:
         self.jobs: list[Job] = []
         self.signals = 0
         """How many signals to stop have been passed on."""
+        self.load()
+
+    def load(self) -> None:
+        """Read the state that the folder keeps. Raises UserError where it is damaged, or of another folder."""
         kept = self._read()
         self.started: float | None = kept.get("started")
         """When it was first started, which deadlines count from."""
@@ -137,7 +148,7 @@ class Queue:
         """[start, end]: when the queue itself was there."""
         records = [Record(**record) for record in kept.get("jobs", [])]
         self.records: dict[str, Record] = {}
-        for entry in queue.entries:  # a job is known by its command, also where others were added or it was renamed
+        for entry in self.queue.entries:  # a job is known by its command, also where others were added or it was renamed
             command = list(entry.command.words)
             record = next((record for record in records if record.command == command), None) or Record(entry.name, command)
             records = [other for other in records if other is not record]
@@ -171,10 +182,23 @@ class Queue:
 
     # before the start
 
+    def check(self) -> None:
+        """Find what each job takes. Raises UserError for what cannot work, and where --out holds a run that another command began."""
+        say(f"{self.queue.path}: {len(self.entries)} jobs for {self.machine.describe()}, {self.room.memory / 1e9:.1f} GB")
+        for name, record in self.records.items():
+            entry = self.entries[name]
+            if not record.pieces and (entry.learns or entry.command.verb in MAKES_RUN):
+                try:
+                    RunFolder.vacant(entry.command.values["out"])
+                except UserError as error:
+                    raise UserError(f"{self.queue.where(entry)}: {error}") from None
+        done = {name for name, record in self.records.items() if record.phase == "done"}
+        self.needs = all_needs(self.queue, self.after, self.machine, done)
+
     def settle(self, leftovers: bool) -> None:
         """Make of the records of a queue that was killed those of one that begins: what was at work waits again, what had failed too.
 
-        leftovers: wait for processes that are still there. Raises UserError where a job's --out holds a run that another command began."""
+        leftovers: wait for processes that are still there."""
         for record in self.records.values():
             if leftovers and record.process:
                 _await_end(record.process)
@@ -182,25 +206,15 @@ class Queue:
                 record.pieces[-1][1] = max(record.pieces[-1][0], self.sessions[-1][1])
             record.process = None
             entry = self.entries[record.name]
-            if record.phase != "done" and record.pieces and entry.learns and (RunFolder(entry.makes).state / "summary.json").exists():
+            at_work = record.phase in ("running", "stopping")
+            if at_work and entry.learns and (RunFolder(entry.makes).state / "summary.json").exists():
                 record.phase, record.exit = "done", 0  # it ended when nobody looked
             if record.phase != "done":
                 record.phase, record.exit = "waiting", None
-            if not record.pieces and (entry.learns or entry.command.verb in MAKES_RUN):
-                try:
-                    RunFolder.vacant(entry.command.values["out"])
-                except UserError as error:
-                    raise UserError(f"{self.queue.where(entry)}: {error}") from None
-
-    def find_needs(self) -> None:
-        """What each job takes. Raises UserError for what cannot work."""
-        say(f"{self.queue.path}: {len(self.entries)} jobs for {self.machine.describe()}, {self.room.memory / 1e9:.1f} GB")
-        self.needs = all_needs(self.queue, self.after, self.machine)
+                if record.cores not in self.needs[record.name].by_cores:  # another machine, or another number in the file
+                    record.cores = 0
         self.started = self.started or time.time()
         self.jobs = [job_of(entry, self.needs[name], self.after[name], self.room, self.started) for name, entry in self.entries.items()]
-        for job in self.jobs:
-            if self.records[job.name].cores not in job.needs:  # another machine, or another number in the file
-                self.records[job.name].cores = 0
 
     def states(self) -> dict[str, State]:
         """As the scheduler sees them."""
@@ -218,14 +232,17 @@ class Queue:
         entry = self.entries[name]
         return entry.keeps and (not entry.learns or (Path(entry.makes) / "config.toml").exists())
 
-    def plan(self) -> list[str]:
-        """When each job is to run, in lines."""
+    def plan(self) -> list[Piece]:
+        """When each job is to run, if all takes what is predicted; in seconds from now."""
         now = time.time()
-        waiting = [name for name, record in self.records.items() if record.phase != "done"]
-        if not waiting:
-            return ["nothing is left to do: all jobs are done"]
         pieces = simulate(self.jobs, self.room, self.states(), now, self.queue.least_run_s)
-        rows, free_from = [], [now] * self.room.cores
+        return [piece._replace(start=piece.start - now, end=piece.end - now) for piece in pieces]
+
+    def plan_lines(self, pieces: Sequence[Piece]) -> list[str]:
+        """The same for people."""
+        if not pieces:
+            return ["nothing is left to do: all jobs are done"]
+        now, rows, free_from = time.time(), [], [0.0] * self.room.cores
         for piece in pieces:
             slots = sorted(range(self.room.cores), key=lambda slot: (free_from[slot] > piece.start + 1e-6, slot))[: piece.cores]
             for slot in slots:
@@ -236,13 +253,13 @@ class Queue:
             notes += [f"priority {job.priority}"] * bool(job.priority) + ["preemptible"] * job.preemptible
             notes += [f"after {', '.join(job.after)}"] * bool(job.after)
             if piece.end == last and math.isfinite(job.deadline):
-                late = last - job.deadline
+                late = now + last - job.deadline
                 notes.append(f"due at {_clock(job.deadline - now)}: " + (f"LATE by {_clock(late)}" if late > 0 else "in time"))
             memory = f"{need.by_cores[piece.cores].memory / 1e9:.1f} GB" + (f", {need.gpus} GPUs" if need.gpus else "")
-            rows.append((piece.name, _clock(piece.start - now), _clock(piece.end - now), _ranges(slots), memory, "; ".join(notes)))
+            rows.append((piece.name, _clock(piece.start), _clock(piece.end), _ranges(slots), memory, "; ".join(notes)))
         table = _table(("job", "start", "end", "cores", "memory", "from"), rows)
-        share, last = busy(pieces, self.room.cores), max(piece.start for piece in pieces) - now
-        end = max(piece.end for piece in pieces) - now
+        share, last = busy(pieces, self.room.cores), max(piece.start for piece in pieces)
+        end = max(piece.end for piece in pieces)
         return [*table, f"planned: the last job starts at {_clock(last)}, cores {share:.0%} busy until then; all are done at {_clock(end)}"]
 
     # running
@@ -307,7 +324,7 @@ class Queue:
             seen = [number for number in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if number] or range(self.room.gpus)
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(str(seen[gpu]) for gpu in gpus)
         with open(self.log(name), "ab") as log:
-            log.write(f"--- {datetime.now():%Y-%m-%d %H:%M:%S} {shlex.join(['sparing', *words])}\n".encode())
+            log.write(f"{RULE}{datetime.now():%Y-%m-%d %H:%M:%S} {shlex.join(['sparing', *words])}\n".encode())
             log.flush()
             with self._bound(slots):
                 popen = subprocess.Popen(
@@ -317,7 +334,7 @@ class Queue:
         self.processes[name] = _Process(popen, slots, gpus)
         with suppress(psutil.Error):
             record.process = [popen.pid, psutil.Process(popen.pid).create_time()]
-        record.phase, record.cores = "running", cores
+        record.phase, record.cores, record.predicted = "running", cores, list(self.needs[name].by_cores[cores])
         again = " again" if record.pieces else ""
         record.pieces.append([now, None, cores, 0.0])
         where = f"core{'s' * (cores > 1)} {_ranges(slots)}" + (f", GPU {_ranges(gpus)}" if gpus else "")
@@ -425,13 +442,13 @@ class Queue:
             pieces += spans
             end = record.pieces[-1][1] if record.pieces else None
             cpu_s = sum(piece[3] for piece in record.pieces)
+            predicted_s, memory = record.predicted or job.needs[min(job.needs)]
             rows.append({
                 "name": job.name, "command": shlex.join(record.command), "status": record.phase, "exit": record.exit,
                 "start": spans[0].start if spans else None, "end": spans[-1].end if spans else None,
                 "seconds": sum(span.end - span.start for span in spans), "cores": record.cores,
                 "core_s": sum(span.cores * (span.end - span.start) for span in spans), "cpu_s": cpu_s,
-                "predicted_s": job.needs[record.cores or min(job.needs)].seconds,
-                "memory_bytes": job.needs[record.cores or min(job.needs)].memory, "peak_bytes": record.peak_bytes,
+                "predicted_s": predicted_s, "memory_bytes": memory, "peak_bytes": record.peak_bytes,
                 "deadline": datetime.fromtimestamp(job.deadline).astimezone().isoformat() if math.isfinite(job.deadline) else None,
                 "deadline_met": None if math.isinf(job.deadline) else record.phase == "done" and end <= job.deadline,
                 "preemptions": record.preemptions, "log": str(self.log(job.name)),
@@ -545,7 +562,7 @@ def _await_end(process: Sequence[float]) -> None:
 
 
 def _last_line(log: Path) -> str:
-    """What a log says last."""
+    """What a log says last, but for our own line above each start."""
     try:
         with open(log, "rb") as file:
             file.seek(0, os.SEEK_END)
@@ -553,7 +570,7 @@ def _last_line(log: Path) -> str:
             text = file.read().decode(errors="replace")
     except OSError:
         return ""
-    said = [line.strip() for line in text.replace("\r", "\n").splitlines() if line.strip()]
+    said = [line.strip() for line in text.replace("\r", "\n").splitlines() if line.strip() and not line.startswith(RULE)]
     return "".join(char if char.isprintable() else " " for char in said[-1])[:200] if said else ""
 
 

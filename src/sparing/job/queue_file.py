@@ -6,7 +6,7 @@ import os
 import re
 import shlex
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -20,6 +20,7 @@ from sparing.budget.units import parse_budget, parse_size
 from sparing.job.schedule import LEAST_RUN_S, Job, Room
 from sparing.planning.needs import LEARNING, Command, Need, Needs, needs
 
+DONE = Needs({1: Need(0.0, 0.0)}, 0, "it is done")
 MEMORY_SHARE = 0.95
 """Of the machine's, that jobs may be expected to fill together."""
 NO_PATHS = ("out", "prompt", "system", "domain", "name", "method", "budget", "by", "form", "format", "dtype", "type", "quantize", "engine")
@@ -198,9 +199,9 @@ def _inside(path: str, folder: str) -> bool:
     return path == folder or path.startswith(folder + os.sep)
 
 
-def all_needs(queue: QueueFile, after: Mapping[str, tuple[str, ...]], machine: Machine) -> dict[str, Needs]:
-    """What each job takes, by name: as the file says, else as is predicted. Raises UserError for a job that cannot work, or that is too
-    large for the machine."""
+def all_needs(queue: QueueFile, after: Mapping[str, tuple[str, ...]], machine: Machine, done: Collection[str] = ()) -> dict[str, Needs]:
+    """What each job takes, by name: as the file says, else as is predicted. done: jobs that take nothing any more. Raises UserError for
+    another one that cannot work, or that is too large for the machine."""
     found: dict[str, Needs] = {}
     named = {entry.name: entry for entry in queue.entries}
 
@@ -210,7 +211,10 @@ def all_needs(queue: QueueFile, after: Mapping[str, tuple[str, ...]], machine: M
         for other in after[name]:
             need(other)
         entry = named[name]
-        made = {named[other].makes: found[other] for other in _all_before(name, after)}
+        if name in done:
+            found[name] = DONE
+            return
+        made = {named[other].makes: found[other] for other in _all_before(name, after) if other not in done}
         try:
             found[name] = _as_said(entry, needs(entry.command, machine, made))
         except UserError as error:

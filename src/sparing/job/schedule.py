@@ -174,7 +174,7 @@ class _Decision:
         """What will be left beside it then."""
 
     def actions(self) -> Iterator[Start | Stop]:
-        while self.waiting:
+        while self.waiting and (self.free.cores or self.reserver is None):
             job = self.waiting[0]
             cores = self._cores(job)
             takes, seconds = job.takes(cores), self._left(job, cores)

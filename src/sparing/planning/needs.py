@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
@@ -47,6 +47,8 @@ SCORING = 3.0
 """Scoring a token takes a third of training on it."""
 CURATED_BYTES_PER_S, WORKER_BYTES = 1e6, 3e8
 """Of text that a process of `data` goes through; the memory of one."""
+TEXTS = ("data", "val", "keep", "for_", "cold", "check", "apart", "against")
+"""Options that name files of text, which have to be there."""
 LEARNING = ("train", "sft", "distill", "dpo", "grpo", "grow", "adapt", "reason", "resume")
 WHOLE_MACHINE = ("bench",)
 ONE_CORE = ("receipt", "report", "compare", "plan", "merge", "export", "import", "fetch", "retire", "slice", "pack", "rollback")
@@ -92,6 +94,8 @@ def needs(command: Command, machine: Machine, made: Mapping[str, Needs]) -> Need
 
     made: the needs of commands that run before, by the absolute path of what they make, which need not be there yet. Raises UserError for
     what cannot work: a model too large for the machine, a run or texts that are not there."""
+    for name in TEXTS:
+        _bytes(command.values.get(name) or (), made)
     on_gpu = command.verb in (*LEARNING, "eval", "generate") and machine.gpus and command.overrides.get("train.device") != "cpu"
     gpus = max(1, command.ranks) if on_gpu else 0
     found, rest = {}, None
@@ -241,7 +245,7 @@ def _curating(command: Command, place: Place, made: Mapping[str, Needs]) -> tupl
     return Need(seconds, memory), "rule of thumb", None
 
 
-def _bytes(paths: list[str], made: Mapping[str, Needs]) -> float:
+def _bytes(paths: Sequence[str], made: Mapping[str, Needs]) -> float:
     """Of the files behind `paths`. Raises UserError where there are none."""
     here_now = [path for path in paths if _made(path, made) is None and not path.startswith(HUB)]
     return sum(file.bytes for file in find_files(here_now)) if here_now else SOME_BYTES
