@@ -122,6 +122,7 @@ def test_what_does_not_go_with_a_queue(folder, capsys):
 
 
 def test_a_file_in_full(folder):
+    (folder / "chats.jsonl").write_text('{"prompt": "a", "completion": "b"}')
     launched = ["sparing", "launch", "-n", "2", *TRAIN.split()[:-1], "b"]
     curated = {"command": "data curate books --out clean --workers 2", "memory": "2GB", "time": "30s"}
     file = written(

@@ -29,8 +29,9 @@ class _Rehearsal(Call):
 
 
 def command_of(words: Sequence[str], verbs: Mapping[str, type], shared: Sequence[str]) -> Command:
-    """The command line, parsed. shared: verbs that `launch` divides among ranks. Raises UserError for whatever its verb would refuse before it begins, and for verbs that cannot wait in a
-    queue."""
+    """The command line, parsed. shared: verbs that `launch` divides among ranks.
+
+    Raises UserError for whatever its verb would refuse before it begins, and for verbs that cannot wait in a queue."""
     verb, rest = choose(list(words), dict(verbs))
     if verb in NEVER_END:
         raise UserError(f"{verb} waits for people, and never ends: it is no job of a queue")
