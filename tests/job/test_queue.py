@@ -249,7 +249,7 @@ def test_a_run_makes_place_for_another_and_goes_on_and_a_queue_that_was_killed_g
     until(process, "filler: stops, and is saved, because first needs its place")
     until(process, "first: done")
     until(process, "filler: starts again")
-    while "step" not in (folder / "jobs.toml.queue/filler.log").read_text().rpartition("--- ")[2]:
+    while process.poll() is None and "\nstep " not in (folder / "jobs.toml.queue/filler.log").read_text():
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     assert "go on with: sparing launch --queue jobs.toml" in process.communicate()[1] and process.returncode == 130
