@@ -110,6 +110,7 @@ def run_queue(file: str, parse: Callable[[list[str]], Command], start: bool = Tr
         if start:
             try:
                 folder.mkdir(exist_ok=True)
+                (folder / ".gitignore").write_text("*\n")  # so no corpus that the folder lies in has logs and state for texts
             except OSError as error:
                 raise UserError(f"--queue {file}: {folder}, which keeps its state, cannot be made: {error.strerror}") from None
             held.enter_context(folder_lock(folder))
