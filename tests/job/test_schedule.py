@@ -90,6 +90,25 @@ def test_a_mixed_queue_keeps_the_machine_busy_whatever_predictions_miss_by(cores
     assert min(shares) >= 0.95, shares
 
 
+def test_any_queue_ends_and_nobody_takes_what_is_not_there_or_is_stopped_again_and_again():
+    for seed in range(15):
+        dice, jobs = random.Random(seed), []
+        cores = dice.choice((1, 2, 3, 8))
+        for number in range(15):
+            seconds, counts = dice.uniform(1, 2000), dice.sample(range(1, cores + 1), dice.randint(1, cores))
+            needs = {count: Need(seconds / dice.choice((1, count)), dice.uniform(0.1, 7.9) * GB) for count in counts}
+            after = tuple(str(other) for other in range(number) if dice.random() < 0.1)
+            deadline = math.inf if dice.random() < 0.5 else dice.uniform(0, 10_000)
+            jobs.append(Job(str(number), needs, dice.choice((0, 0, 1)), deadline, dice.randint(-1, 1), dice.random() < 0.5, after))
+        room = Room(cores, 8 * GB, 1)
+        pieces = run(jobs, room, {one.name: dice.uniform(0.5, 2) for one in jobs})
+        check_room(jobs, pieces, room)
+        assert starts(pieces).keys() == {one.name for one in jobs}
+        assert len(pieces) <= 2 * len(jobs)  # who is stopped makes place for one that then starts
+        for one in jobs:
+            assert all(ends(pieces)[other] <= starts(pieces)[one.name] for other in one.after)
+
+
 def test_deadlines_come_first_within_a_priority_and_those_that_cannot_be_met_last():
     jobs = [
         job("none", 100), job("late", 100, deadline=900), job("early", 100, deadline=250), job("hopeless", 100, deadline=50),

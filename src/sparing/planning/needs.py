@@ -195,7 +195,7 @@ def _learning(command: Command, place: Place, made: Mapping[str, Needs]) -> tupl
     if (teacher := values.get("teacher")) and "://" not in teacher and (other := _config(teacher, made)):
         memory += weight_bytes(other.model)
     seconds = lasts or _trains(config, budget, place)
-    source = f"{'its budget' if lasts else 'rule of thumb'}; memory of a rule of thumb"
+    source = f"{'its budget' if lasts else 'rule of thumb'}; memory by a rule of thumb"
     # A rule of thumb is no reason to refuse: what it finds too large runs alone.
     return Need(seconds, min(place.ranks * (1 + SPREAD) * memory, place.ranks * place.memory_limit)), source, config
 
