@@ -212,10 +212,12 @@ class Queue:
                 record.phase, record.exit = "done", 0  # it ended when nobody looked
             if record.phase != "done":
                 record.phase, record.exit = "waiting", None
-                if record.cores not in self.needs[record.name].by_cores:  # another machine, or another number in the file
-                    record.cores = 0
         self.started = self.started or time.time()
         self.jobs = [job_of(entry, self.needs[name], self.after[name], self.room, self.started) for name, entry in self.entries.items()]
+        for job in self.jobs:
+            record = self.records[job.name]
+            if record.phase == "waiting" and record.cores not in job.needs:  # another machine, or another number in the file
+                record.cores = 0
 
     def states(self) -> dict[str, State]:
         """As the scheduler sees them."""

@@ -153,14 +153,8 @@ class _Decision:
     """One call of `decide`: goes through the waiting jobs in their order, and keeps account of what is still free."""
 
     def __init__(self, jobs: Sequence[Job], room: Room, states: Mapping[str, State], now: float, least_run_s: float):
-        self.jobs, self.room, self.states, self.now, self.least_run_s = (
-            {job.name: job for job in jobs},
-            room,
-            dict(states),
-            now,
-            least_run_s,
-        )
-        self.claims = claims(jobs)
+        self.jobs, self.claims = {job.name: job for job in jobs}, claims(jobs)
+        self.room, self.states, self.now, self.least_run_s = room, dict(states), now, least_run_s
         done = {name for name, state in states.items() if state.phase == "done"}
         ready = [job for job in jobs if states[job.name].phase == "waiting" and done.issuperset(job.after)]
         self.waiting = sorted(ready, key=self._rank)  # jobs that are alike stay in their order
