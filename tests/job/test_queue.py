@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.queue import Queue
 from sparing.base import hardware
 from sparing.base.hardware import Gpu, Machine
 from sparing.cli.launch_verb import SHARED
@@ -156,6 +157,17 @@ def test_a_file_in_full(folder):
     entry = {entry.name: entry for entry in queue.entries}
     assert job_of(entry["a"], found["a"], (), room_of(MACHINE), 1000.0).deadline == 1000 + 7200
     assert job_of(entry["clean"], found["clean"], (), room_of(MACHINE), 1000.0).deadline == 1801418400
+
+
+def test_the_benchmark_has_twelve_jobs_that_can_run(folder):
+    Path("jobs.toml").write_text(Queue("books", "books", "out")._text())
+    queue = read_queue("jobs.toml", command)
+    after = dependencies(queue.entries)
+    assert len(after) == 12 and sum(entry.preemptible for entry in queue.entries) == 2
+    assert {name: waits for name, waits in after.items() if waits} == {
+        "further": ("base",), "taught": ("chats", "base"), "score": ("base",), "curated": ("clean", "base"), "due": ("base",),
+    }  # fmt: skip
+    assert len(all_needs(queue, after, MACHINE)) == 12
 
 
 def test_a_budget_in_tokens_is_faster_on_more_cores_and_a_model_too_large_is_refused(folder, monkeypatch):
