@@ -75,10 +75,16 @@ def checkpoints_of(trainer: Trainer, run: Path) -> Checkpoints:
     return Checkpoints(RunFolder(run), trainer.model, trainer.optimizer, trainer.config, print, "plain", trainer.owners)
 
 
+def save(trainer: Trainer, run: Path, state: TrainState) -> None:
+    checkpoints = checkpoints_of(trainer, run)
+    checkpoints.save(state)
+    checkpoints.settle()
+
+
 def copied(trainer: Trainer, source: Path, target: Path) -> None:
     """Load a run's checkpoint, and save what was loaded as another one's."""
     state = checkpoints_of(trainer, source).load_newest()
-    checkpoints_of(trainer, target).save(state)
+    save(trainer, target, state)
 
 
 def tensors_of(run: Path) -> dict[str, torch.Tensor]:
@@ -103,7 +109,7 @@ def trained(layout: str, world, run: Path) -> dict:
     trainer.replicas.train(False)
     batch = Words().batch(99)
     nll = trainer.replicas.nll(batch.tokens[:3], batch.targets[:3, :, 0])
-    checkpoints_of(trainer, run).save(TrainState(STEPS))
+    save(trainer, run, TrainState(STEPS))
     state = model.state_dict() if trainer.config.adapter is None else learned(model)
     wholes = {name: tensor.clone() for name, tensor in trainer.owners.wholes(state) if tensor is not None}
     sums = {name: float(tensor.double().sum()) for name, tensor in wholes.items()}

@@ -121,6 +121,8 @@ def learn(
         failures_per_hour=_failures_per_hour(job),
     )
     with job.meter.stage("train"):
+        if job.ranks is not None and not begun:  # what made the weights may round otherwise on another machine
+            job.ranks.broadcast([tensor.data for tensor in model.state_dict().values()], 0)
         trainer = Trainer(model, material.feed, objective or NextToken.of(config), job.ranks or ALONE, config=config)
         evaluate = material.scorer(config, signals.should_stop)
         result = trainer.fit(session, evaluate if config.start is None else _telling(job, evaluate))

@@ -164,8 +164,6 @@ class Trainer:
         self.waited_s = 0.0
         """For the last batch: what sampling one takes, of feeds that sample."""
         self.kernels = t.kernels or fitting(t.replicas or 1, t.threads, self.device.type, t.dtype, config.model)[0]
-        if world.size > 1:  # what made them may round otherwise on another machine
-            world.broadcast([tensor.data for tensor in model.state_dict().values()], 0)
         shard, pieces, layers = config.parallel.shard if world.size > 1 else "nothing", None, None
         stages = fitting_stages(config, world.size)
         alike = world.size // stages
