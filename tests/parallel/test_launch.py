@@ -168,7 +168,10 @@ def until_step(process, run, step):
 
 def test_what_cannot_be_is_told_once_and_no_rank_is_started_anew(folder):
     for words, message in (
-        (("launch", "-n", 2, "eval", "RUN"), "launch: eval is not divided among ranks; verbs that are: train, sft, distill, dpo, resume"),
+        (
+            ("launch", "-n", 2, "eval", "RUN"),
+            "launch: eval is not divided among ranks; verbs that are: train, sft, distill, dpo, grpo, grow, resume",
+        ),
         (("launch", "-n", 2, "train", "--bugdet", "1s"), "train: unknown option --bugdet; nearest: --budget"),
         (("launch", "-n", 0, *training(folder, "no")), "launch: -n 0"),
         (("launch", "--nodes", 2, *training(folder, "no")), "launch: 2 machines need --meet HOST:PORT"),
