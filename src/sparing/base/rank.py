@@ -6,7 +6,7 @@ import os
 from typing import NamedTuple
 
 STATUS = "SPARING_STATUS"
-"""Environment variable: a file to which rank 0 writes an exit status that is no reason to start the ranks anew."""
+"""Environment variable: a file to which a host's first rank writes an exit status that is no reason to start the ranks anew."""
 
 
 class Rank(NamedTuple):
@@ -40,7 +40,7 @@ def leave(status: int) -> int:
     file = os.environ.get(STATUS)
     if not file or status == 1:
         return status
-    if status and this_rank().number == 0:
+    if status and this_rank().local == 0:
         with open(file, "w") as out:
             out.write(str(status))
     return 0
