@@ -5,10 +5,13 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from functools import partial
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -91,6 +94,26 @@ def rank_of(run, number):
         if str(run) in words and f"RANK={number}" in environment:
             return int(process)
     raise AssertionError(f"no rank {number}")
+
+
+def world_of(run) -> int:
+    """How many ranks the newest rank 0 that trains `run` has; 0: there is none."""
+    try:
+        environment = open(f"/proc/{rank_of(run, 0)}/environ").read().split("\0")
+    except (OSError, AssertionError):
+        return 0
+    return int(next(word.partition("=")[2] for word in environment if word.startswith("WORLD_SIZE=")))
+
+
+def parent_of(process: int) -> int:
+    return psutil.Process(process).ppid()
+
+
+def until(holds) -> None:
+    began = time.monotonic()
+    while not holds():
+        assert time.monotonic() - began < 240
+        time.sleep(0.1)
 
 
 def alike(run, alone):
@@ -185,6 +208,33 @@ def test_what_cannot_be_is_told_once_and_no_rank_is_started_anew(folder):
         assert process.returncode == 2, said
         assert said.count("sparing: ") == 1 and message in said, said
     assert not (folder / "no").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="finds a rank by /proc")
+def test_machines_go_and_come(folder):
+    """Two launchers on this machine stand for two machines: one is killed with its rank, the other goes on alone, and a third one joins."""
+    run, words = folder / "elastic", [str(word) for word in training(folder, "elastic")]
+    words[words.index(f"{STEPS * ROWS * LENGTH}tok")] = f"{40 * STEPS * ROWS * LENGTH}tok"
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        meet = f"localhost:{free.getsockname()[1]}"
+    begin = partial(sparing, folder, "launch", "-n", 1, "--nodes", "1:2", "--meet", meet, *words, stdout=subprocess.DEVNULL)
+    first = begin()
+    until(lambda: socket.socket().connect_ex(("localhost", int(meet.partition(":")[2]))) == 0)  # where all meet
+    second = begin()
+    until(lambda: run.exists() and world_of(run) == 2)
+    until_step(first, run, 3)
+    os.kill(rank_of(run, 1 if parent_of(rank_of(run, 1)) == second.pid else 0), signal.SIGKILL)
+    second.kill()
+    until(lambda: world_of(run) == 1)
+    before = len(steps_of(run))
+    until_step(first, run, before + 3)
+    third = begin()
+    until(lambda: world_of(run) == 2)
+    assert first.wait(300) == third.wait(300) == 0
+    steps = [line["step"] for line in steps_of(run)]
+    assert steps == list(range(1, 40 * STEPS + 1))
 
 
 @pytest.mark.slow

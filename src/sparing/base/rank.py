@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import NamedTuple
 
 STATUS = "SPARING_STATUS"
@@ -19,9 +20,14 @@ class Rank(NamedTuple):
     """Ranks of this host: each may use as large a share of it."""
 
 
+def launched() -> bool:
+    """Whether torchrun has started this process, perhaps as the only one."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def this_rank() -> Rank:
     """Of a process that torchrun did not start: the only one."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
+    if not launched():
         return Rank()
     return Rank(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")))
 
@@ -40,7 +46,9 @@ def leave(status: int) -> int:
     file = os.environ.get(STATUS)
     if not file or status == 1:
         return status
-    if status and this_rank().local == 0:
-        with open(file, "w") as out:
-            out.write(str(status))
+    if this_rank().local == 0:
+        if status:
+            Path(file).write_text(str(status))
+        else:  # ranks that were told to stop so that more or fewer begin have written one
+            Path(file).unlink(missing_ok=True)
     return 0

@@ -37,18 +37,21 @@ def write(launch: Any, verb: str, arguments: Any, overrides: dict[str, Any]) -> 
     for option in sorted({*FOR["slurm"], *FOR["spot"], "meet", "mirror"} - {*FOR[kind]}):
         if getattr(launch, option) is not None:
             raise UserError(f"launch: --{option.replace('_', '-')} does not go with --{kind}; see `sparing launch --help`")
-    if launch.restarts < 0 or any(count is not None and count < 1 for count in (launch.n, launch.nodes, launch.cpus)):
-        raise UserError("launch: -n, --nodes and --cpus are at least 1, --restarts 0")
+    if launch.restarts < 0 or any(count is not None and count < 1 for count in (launch.n, launch.cpus)):
+        raise UserError("launch: -n and --cpus are at least 1, --restarts 0")
+    fewest, nodes = launch.machines()
+    if fewest != nodes:
+        raise UserError(f"launch: --nodes {launch.nodes}: --{kind} asks for one number of machines; nearest: --nodes {nodes}")
     out = arguments.run if verb == "resume" else arguments.out
     if not out:
         raise UserError(f"{verb} needs {'RUN' if verb == 'resume' else '--out'}; see `sparing {verb} --help`")
     if launch.slurm:
-        _slurm(launch, verb, arguments, out)
+        _slurm(launch, nodes, verb, arguments, out)
     else:
-        _spot(launch, verb, arguments, overrides, out)
+        _spot(launch, nodes, verb, arguments, overrides, out)
 
 
-def _slurm(launch: Any, verb: str, arguments: Any, out: str) -> None:
+def _slurm(launch: Any, nodes: int, verb: str, arguments: Any, out: str) -> None:
     from sparing.base.hardware import gpus
     from sparing.interop.slurm import sbatch, time_for
 
@@ -60,16 +63,16 @@ def _slurm(launch: Any, verb: str, arguments: Any, out: str) -> None:
     budget = _budget(verb, arguments)
     time_s = _seconds("--time", launch.time) if launch.time else time_for(budget.amount) if budget and budget.unit == "s" else None
     text = sbatch(
-        launch.command, n, launch.nodes, folder=os.getcwd(), name=Path(out).name, cpus=launch.cpus, time_s=time_s,
+        launch.command, n, nodes, folder=os.getcwd(), name=Path(out).name, cpus=launch.cpus, time_s=time_s,
         gpus=f"{kind}:{count}" if kind else str(count) if count else None, partition=launch.partition, restarts=launch.restarts,
     )  # fmt: skip
     write_atomic(file, text)
-    machines = f"{launch.nodes} x {n} ranks, " + (f"{count} GPUs each" if count else "without GPUs (--gpu 8 asks for them)")
+    machines = f"{nodes} x {n} ranks, " + (f"{count} GPUs each" if count else "without GPUs (--gpu 8 asks for them)")
     until = "the partition's time (--time sets it)" if time_s is None else f"{time_s / 3600:.3g} h, then saved and queued again"
     print(f"{launch.slurm}: {machines}, for {until}; submit it with: {shlex.join(['sbatch', launch.slurm])}")
 
 
-def _spot(launch: Any, verb: str, arguments: Any, overrides: dict[str, Any], out: str) -> None:
+def _spot(launch: Any, nodes: int, verb: str, arguments: Any, overrides: dict[str, Any], out: str) -> None:
     from sparing.interop.skypilot import HERE, SHARED, Moved, bucket_name, task, text
     from sparing.planning.rent import lines, rented
 
@@ -100,14 +103,14 @@ def _spot(launch: Any, verb: str, arguments: Any, overrides: dict[str, Any], out
     bucket = None if launch.volume else launch.bucket or bucket_name(out, owner)
     budget = _budget(verb, arguments)
     try:
-        price = lines(budget, *rented(kind, count or launch.cpus or 8, launch.nodes), launch.nodes, launch.failures_per_hour)
+        price = lines(budget, *rented(kind, count or launch.cpus or 8, nodes), nodes, launch.failures_per_hour)
         rent = "spot" if kind else None  # a processor is known there, and may have no price in the table
     except UserError as error:
         if "--failures-per-hour" in str(error):
             raise
         price, rent = [f"price: {error}"], None
     made = task(
-        [launch.command[0], *(_there(word, renamed) for word in launch.command[1:])], n, launch.nodes, name=name,
+        [launch.command[0], *(_there(word, renamed) for word in launch.command[1:])], n, nodes, name=name,
         accelerators=f"{kind}:{count}" if kind else None, cpus=launch.cpus, infra=launch.cloud, bucket=bucket, volume=launch.volume,
         mounts=moved.mounts, restarts=launch.restarts, rent=rent,
     )  # fmt: skip
@@ -117,7 +120,7 @@ def _spot(launch: Any, verb: str, arguments: Any, overrides: dict[str, Any], out
     print(f"kept in: {f'the volume {launch.volume}' if launch.volume else f'the bucket {bucket}'}, also after the job")
     for line in price:
         print(line)
-    print(f"{launch.spot}: {launch.nodes} x {n} ranks; start it with: {shlex.join(['sky', 'jobs', 'launch', launch.spot])}")
+    print(f"{launch.spot}: {nodes} x {n} ranks; start it with: {shlex.join(['sky', 'jobs', 'launch', launch.spot])}")
 
 
 def _there(word: str, renamed: dict[str, str]) -> str:

@@ -3,6 +3,7 @@ of verbs."""
 
 from __future__ import annotations
 
+import re
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
@@ -33,8 +34,8 @@ class Launch:
     """The verb, and its options behind it."""
     n: int | None = None
     """Ranks on this machine. Default: one a GPU, else one."""
-    nodes: int = 1
-    """Machines. Each runs the same command; RUN is a folder that all of them see."""
+    nodes: str = "1"
+    """Machines, as 2, or 1:4 where some may go and others come. Each runs the same command; RUN is a folder that all of them see."""
     meet: str | None = None
     """HOST:PORT of one of them, where they meet."""
     restarts: int = 100
@@ -91,18 +92,27 @@ class Launch:
                 raise UserError(f"launch: --{option.replace('_', '-')} goes with --slurm FILE or --spot FILE, which it is for")
         return self._start(arguments.run if verb == "resume" else arguments.out)
 
+    def machines(self) -> tuple[int, int]:
+        """The fewest and the most. Raises UserError."""
+        found = re.fullmatch(r"(\d+)(?::(\d+))?", self.nodes)
+        fewest, most = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+        if not 1 <= fewest <= most:
+            raise UserError(f"launch: --nodes {self.nodes}: a number from 1 on, as 2, or the fewest and the most, as 1:4")
+        return fewest, most
+
     def _start(self, run: str | None) -> None:
         from sparing.base.hardware import gpus
         from sparing.interop.launch import launch
         from sparing.interop.mirror import Mirror
 
-        if self.mirror and (self.nodes > 1 or not run):
+        nodes = self.machines()
+        if self.mirror and (nodes[1] > 1 or not run):
             raise UserError(
                 "launch: --mirror is for one machine, and for a verb with --out" if run else "launch: --mirror needs the verb's --out"
             )
         n = max(1, len(gpus())) if self.n is None else self.n
         with Mirror(Path(run), self.mirror) if self.mirror else nullcontext():
-            status = launch(self.command, n, self.nodes, self.meet, self.restarts)
+            status = launch(self.command, n, nodes, self.meet, self.restarts)
         if status:
             sys.exit(status)
 

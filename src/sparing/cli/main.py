@@ -25,7 +25,7 @@ from sparing.base.config import CannotGoOn, UserError
 from sparing.base.files import is_text
 from sparing.base.messages import say
 from sparing.base.preempt import Preempt
-from sparing.base.rank import RankLost, leave, started_anew, this_rank
+from sparing.base.rank import RankLost, launched, leave, started_anew, this_rank
 from sparing.cli.arguments import HELP_FLAGS, Call, choose, parse, print_help
 from sparing.cli.launch_verb import SHARED
 from sparing.cli.output import print_json, show
@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv is None:
         make_safe()
     status = _run(sys.argv[1:] if argv is None else argv, started)
-    if argv is None and this_rank().size > 1:
+    if argv is None and launched():
         status, interrupted = leave(status), status == INTERRUPTED
     else:
         interrupted = status == INTERRUPTED
@@ -136,7 +136,7 @@ def _run(argv: list[str], started: float) -> int:
             if not getattr(arguments, "owns_signals", False):
                 around.enter_context(around.enter_context(Preempt(lambda: _way_on(verb, arguments, argv))).interruptible())
             around.enter_context(quiet)
-            result = arguments(call) if this_rank().size == 1 else _among(verb, arguments, call)
+            result = _among(verb, arguments, call) if launched() else arguments(call)
         if arguments.json and result is not None:
             print_json(result)
         elif result is not None:
@@ -165,7 +165,7 @@ def _run(argv: list[str], started: float) -> int:
 
 
 def _among(verb: str, arguments: Any, call: Call) -> Any:
-    """What a rank of several does: the first one what was asked for, or goes on with it where it was begun; the others follow it."""
+    """What a rank does: the first one what was asked for, or goes on with it where it was begun; the others follow it."""
     if verb not in SHARED:
         raise UserError(f"{verb} is not divided among ranks; verbs that are: {', '.join(SHARED)}")
     run = arguments.run if verb == "resume" else arguments.out

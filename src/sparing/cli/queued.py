@@ -51,7 +51,7 @@ def _launched(words: Sequence[str], launch: Any, verbs: Mapping[str, type], shar
     for option in ("queue", "slurm", "spot", "meet"):
         if getattr(launch, option):
             raise UserError(f"launch --{option} is no job of a queue, which is for this machine alone; -n is")
-    if launch.nodes > 1:
+    if launch.machines()[1] > 1:
         raise UserError("launch --nodes is no job of a queue, which is for this machine alone; -n is")
     inner = command_of(launch.command, verbs, shared)
     if inner.verb not in shared or inner.ranks:

@@ -29,15 +29,16 @@ STOPPED_S = 10
 LOOK_S = 1.0
 
 
-def launch(words: Sequence[str], n: int, nodes: int, meet: str | None, restarts: int) -> int:
-    """Run `sparing WORDS` as `n` ranks on this machine, of `nodes` machines that each run the same command; -> exit status.
+def launch(words: Sequence[str], n: int, nodes: tuple[int, int], meet: str | None, restarts: int) -> int:
+    """Run `sparing WORDS` as `n` ranks on this machine, of so many machines that each run the same command; -> exit status.
 
+    nodes: the fewest and the most: where one goes or comes, the ranks of all are started anew, fewer or more of them.
     meet: HOST:PORT where the agents of several machines meet. Raises UserError; Interrupted on a signal (the run is saved); CannotGoOn
     where ranks die again and again."""
-    if n < 1 or nodes < 1 or restarts < 0:
-        raise UserError(f"launch: -n {n}, --nodes {nodes}, --restarts {restarts}: at least 1, 1 and 0")
-    if nodes > 1 and meet is None:
-        raise UserError(f"launch: {nodes} machines need --meet HOST:PORT, the same on each: where the first one can be reached")
+    if n < 1 or restarts < 0:
+        raise UserError(f"launch: -n {n}, --restarts {restarts}: at least 1 and 0")
+    if nodes[1] > 1 and meet is None:
+        raise UserError(f"launch: {nodes[1]} machines need --meet HOST:PORT, the same on each: where the first one can be reached")
     if this_rank().size > 1:
         raise UserError("launch: this is a rank of another launch already")
     from torch.distributed.elastic.multiprocessing import SignalException
@@ -55,7 +56,7 @@ def launch(words: Sequence[str], n: int, nodes: int, meet: str | None, restarts:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # what torchrun would set, and say; each rank measures how many it uses
         name = os.environ.get("SPARING_LAUNCH_ID") or meet or str(uuid.uuid4())  # the same on all machines, or they do not meet
         settings = {
-            "min_nodes": nodes, "max_nodes": nodes, "nproc_per_node": n, "run_id": name,
+            "min_nodes": nodes[0], "max_nodes": nodes[1], "nproc_per_node": n, "run_id": name,
             "rdzv_backend": "c10d", "rdzv_endpoint": meet or ALONE, "max_restarts": restarts, "monitor_interval": 0.2,
         }  # fmt: skip
         if "signals_to_handle" in {field.name for field in dataclasses.fields(LaunchConfig)}:
