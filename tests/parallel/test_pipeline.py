@@ -103,7 +103,8 @@ def trained(layout: str, world, run: Path) -> dict:
     trainer = trainer_of(config_of(layout), world)
     model, seen = trainer.model, []
     for step in range(STEPS):
-        losses = trainer.gradients(trainer.feed.batch(step, *trainer.rows[:2]), step)
+        batch = trainer.feed.batch(step, *trainer.rows[:2])
+        losses = trainer.gradients(batch if step else batch.cut(TRAIN.seq_len // 2), step)
         violations = trainer.update(losses["grad_norm"], 1.0, 0.9)
         seen.append(losses | {f"violation {layer}": value for layer, value in enumerate(violations)})
     trainer.replicas.train(False)

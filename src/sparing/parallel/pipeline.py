@@ -323,10 +323,6 @@ def _answering() -> Iterator[None]:
             cause = cause.__cause__
         if isinstance(cause, RankLost):
             raise cause from None
-        with answering() if Path("torch/distributed") in _innermost(error).parents else nullcontext():
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        with answering() if Path(dist.__file__).parent in raised_in.parents else nullcontext():
             raise
-
-
-def _innermost(error: BaseException) -> Path:
-    """The file in which an error was raised, without what its path begins with up to "site-packages"."""
-    return Path(traceback.extract_tb(error.__traceback__)[-1].filename.rpartition("site-packages/")[2])
