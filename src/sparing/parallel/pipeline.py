@@ -195,12 +195,11 @@ class Pipeline:
             self._parts += loss.parts
             return loss.total
         states = self._through(chunk, x, batch.documents, self.balance > 0)
-        balance = x.new_zeros(())
-        if states.balances:
-            balance = torch.stack(states.balances).sum() * share
-            self._parts[self.objective.parts.index("balance_loss")] += balance.detach()
-            balance = self.balance * balance
-        return _Leaving.apply(states.hidden, balance)
+        if not states.balances:
+            return _Leaving.apply(states.hidden, None)
+        balance = torch.stack(states.balances).sum() * share
+        self._parts[self.objective.parts.index("balance_loss")] += balance.detach()
+        return _Leaving.apply(states.hidden, self.balance * balance)
 
     def _through(self, chunk: Chunk, x: Tensor, documents: Tensor | None = None, want_balance: bool = False) -> States:
         return self.model.through(chunk.span, self.model.embed(x) if chunk.first else x, documents, want_balance=want_balance)
@@ -243,26 +242,30 @@ class Pipeline:
         tokens, targets = tokens.to(model.device), targets.to(model.device)
         parts = max(1, -(-len(tokens) // len(layers.ranks)))  # rows at a time: while one rank has some of them, the next has others
         out, passed, sent = torch.zeros(targets.shape, device=model.device), defaultdict(list), []
-        with native.path(self.kernels), answering():
-            for number, chunk in self.chunks.items():
-                before, after = (layers.rank_of(number + step) if 0 <= number + step < len(layers.spans) else None for step in (-1, 1))
-                for start in range(0, len(tokens), parts):
-                    rows = slice(start, start + parts)
-                    x = tokens[rows]
-                    if not chunk.first and before == dist.get_rank():
-                        x = passed[number].pop(0)
-                    elif not chunk.first:
-                        x = torch.empty(*x.shape, model.config.hidden_size, dtype=model.compute_dtype, device=model.device)
+        for number, chunk in self.chunks.items():
+            before, after = (layers.rank_of(number + step) if 0 <= number + step < len(layers.spans) else None for step in (-1, 1))
+            for start in range(0, len(tokens), parts):
+                rows = slice(start, start + parts)
+                x = tokens[rows]
+                if not chunk.first and before == dist.get_rank():
+                    x = passed[number].pop(0)
+                elif not chunk.first:
+                    x = torch.empty(*x.shape, model.config.hidden_size, dtype=model.compute_dtype, device=model.device)
+                    with answering():
                         dist.recv(x, before, group=layers.line)
+                with native.path(self.kernels):
                     x = self._through(chunk, x).hidden
                     if chunk.last:
                         nll = token_nll(model.model.norm(x).flatten(0, 1), model.head_weight, targets[rows].flatten())
                         out[rows] = nll.view_as(targets[rows])
-                    elif after == dist.get_rank():
-                        passed[number + 1].append(x)
-                    else:
-                        x = x.contiguous()
+                        continue
+                if after == dist.get_rank():
+                    passed[number + 1].append(x)
+                else:
+                    x = x.contiguous()
+                    with answering():
                         sent.append((dist.isend(x, after, group=layers.line), x))
+        with answering():
             for work, _ in sent:
                 work.wait()
             dist.broadcast(out, layers.rank_of(len(layers.spans) - 1), group=layers.line)
@@ -301,14 +304,12 @@ class _Leaving(torch.autograd.Function):
     torch detaches in place what it has sent, which views do not allow."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, loss: Tensor) -> Tensor:
-        ctx.loss = loss.dtype, loss.device
+    def forward(ctx, x: Tensor, loss: Tensor | None) -> Tensor:
         return x.clone(memory_format=torch.contiguous_format)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        dtype, device = ctx.loss
-        return grad, torch.ones((), dtype=dtype, device=device)
+        return grad, torch.ones((), device=grad.device) if ctx.needs_input_grad[1] else None
 
 
 @contextmanager
