@@ -9,6 +9,8 @@ from sparing.base.config_file import Wishes, options
 from sparing.base.hardware import Machine
 from sparing.budget.flops import parameters, train_flops
 from sparing.interop.hf_config import to_hf
+from sparing.parallel.schedules import idle
+from sparing.planning.places import Place
 from sparing.resolve import chunk_spans, fitting_stages, resolve
 
 LAPTOP = Machine("Linux", "some CPU", 2, 4, 16 << 30, formats={"float32": 1e11, "bfloat16": 2e11})
@@ -82,6 +84,8 @@ def test_pipelines_cut_layers_by_their_operations_and_batches_by_their_schedule(
     assert fitting_stages(resolved.config, 3) == fitting_stages(resolved.config, 1) == 1
     rows = derive("20m", {"parallel": {"stages": 4, "schedule": "zbv"}, "model": {"num_layers": 8}}, ranks=12).config.train.batch_size
     assert rows % 3 == 0 and rows >= 24
+    four = Place(LAPTOP, None, "own", None, None, PEAK, ranks=4)
+    assert four._idle(resolved.config) == idle("dualpipev", 2, 8) > 0 == four._idle(derive("20m", ranks=4).config)
 
 
 def test_reasons_name_real_fields_and_spare_what_was_wished():
