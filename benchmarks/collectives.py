@@ -43,6 +43,7 @@ KINDS = {
     "all_gather_single": ("all_gather", "output_tensor"),
     "reduce_scatter_tensor": ("reduce_scatter", "input"),
     "reduce_scatter_single": ("reduce_scatter", "input"),
+    "isend": ("send", "tensor"),
 }
 """Functions of torch.distributed that are counted: as what, and which argument's bytes."""
 
@@ -110,7 +111,7 @@ class Counter:
                 bound.apply_defaults()
                 given = bound.arguments
                 self.count(name, given)
-                if imagined:
+                if imagined and name != "isend":  # whose work is waited for
                     if name == "all_to_all_single" and not given["output"].is_meta:
                         given["output"].copy_(given["input"])
                     return None
@@ -125,7 +126,9 @@ class Counter:
         with ExitStack() as stack:
             for name in KINDS:
                 if hasattr(dist, name):
-                    stack.enter_context(mock.patch.object(dist, name, counted(name, getattr(dist, name))))
+                    function = counted(name, getattr(dist, name))
+                    for module in (dist, dist.distributed_c10d):  # each asks whether an operation is its own `isend`
+                        stack.enter_context(mock.patch.object(module, name, function))
             yield self
 
 
@@ -218,8 +221,9 @@ class FakeRanks(Ranks):
 
 
 @contextmanager
-def _unreal_fsdp() -> Iterator[None]:
-    """Lets FSDP2 run on the meta device, which it takes for a place where weights only wait."""
+def _unreal_torch() -> Iterator[None]:
+    """Lets FSDP2 run on the meta device, which it takes for a place where weights only wait; and sends one by one, as no backend of that
+    device says how several go together."""
     from torch.distributed import device_mesh
     from torch.distributed.fsdp._fully_shard import _fsdp_param_group, _fully_shard
 
@@ -229,6 +233,7 @@ def _unreal_fsdp() -> Iterator[None]:
             (device_mesh, "init_device_mesh", lambda _, shape, **more: real("cpu", shape, **more)),
             (_fully_shard, "_get_device_from_mesh", lambda mesh: torch.device("meta")),
             (_fsdp_param_group.FSDPParamGroup, "_validate_no_meta_params", lambda group: None),
+            (dist, "batch_isend_irecv", lambda every: [one.op(one.tensor, one.peer, one.group, one.tag) for one in every]),
         ):
             stack.enter_context(mock.patch.object(where, name, new))
         stack.enter_context(mock.patch.object(torch, "meta", torch.cpu, create=True))  # of streams and events: there are none
@@ -266,7 +271,7 @@ def step(config: Config, rank: int, size: int) -> Step:
     t, c = config.train, config.model
     rows = t.batch_size * (rank + 1) // size - t.batch_size * rank // size
     unreal = Unreal()
-    with _unreal_fsdp(), _drawn(c), unreal.resizing(), Counter().counting(imagined=True) as counter:
+    with _unreal_torch(), _drawn(c), unreal.resizing(), Counter().counting(imagined=True) as counter:
         world = FakeRanks(rank, size)
         try:
             with unreal:
