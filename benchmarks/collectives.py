@@ -269,7 +269,6 @@ class Step:
 def step(config: Config, rank: int, size: int) -> Step:
     """A step of a rank, as the trainer makes it, on the meta device."""
     t, c = config.train, config.model
-    rows = t.batch_size * (rank + 1) // size - t.batch_size * rank // size
     unreal = Unreal()
     with _unreal_torch(), _drawn(c), unreal.resizing(), Counter().counting(imagined=True) as counter:
         world = FakeRanks(rank, size)
@@ -281,6 +280,8 @@ def step(config: Config, rank: int, size: int) -> Step:
                 gc.collect()  # as `Trainer.fit` does
                 early = _moments(trainer)
                 weights, unreal.peak = unreal.bytes - early, unreal.bytes
+                part, parts, _ = trainer.rows
+                rows = t.batch_size * (part + 1) // parts - t.batch_size * part // parts
                 tokens = torch.empty(rows, t.seq_len, dtype=torch.long, device="meta")
                 targets = torch.empty(*tokens.shape, 1 + c.mtp_depth, dtype=torch.long, device="meta")
                 trainer.gradients(Batch(tokens, targets))
