@@ -34,7 +34,7 @@ from sparing.evals.select import select
 HELD_OUT = 20
 PROMPTS, WRITTEN, ROUNDS = 8, 48, 3
 """Beginnings of held-out documents that a slice and the whole go on with, tokens each, and how often."""
-LEAST = ("0.01",)
+LEAST = ("0.01", "0.001")
 """Of slices by text: those of the others' experts go that fewer of its tokens wake."""
 
 
