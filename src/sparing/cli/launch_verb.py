@@ -97,7 +97,7 @@ class Launch:
         found = re.fullmatch(r"(\d+)(?::(\d+))?", self.nodes)
         fewest, most = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
         if not 1 <= fewest <= most:
-            raise UserError(f"launch: --nodes {self.nodes}: a number from 1 on, as 2, or the fewest and the most, as 1:4")
+            raise UserError(f"launch: --nodes {self.nodes}: at least 1, as 2, or the fewest and the most, as 1:4")
         return fewest, most
 
     def _start(self, run: str | None) -> None:

@@ -124,7 +124,8 @@ def learn(
         if job.ranks is not None and not begun:  # what made the weights may round otherwise on another machine
             job.ranks.broadcast([tensor.data for tensor in model.state_dict().values()], 0)
         trainer = Trainer(model, material.feed, objective or NextToken.of(config), job.ranks or ALONE, config=config)
-        evaluate = material.scorer(config, signals.should_stop)
+        alone = job.size == 1  # ranks agree on it (`Trainer.nll`)
+        evaluate = material.scorer(config, signals.should_stop if alone else lambda: False)
         result = trainer.fit(session, evaluate if config.start is None else _telling(job, evaluate))
     if not job.leads:
         return {}

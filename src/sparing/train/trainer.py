@@ -435,7 +435,7 @@ class Trainer:
         try:
             alone = self.world.size == 1
             with self.meter.stage("evaluate"), self.signals.interruptible() if alone else nullcontext():
-                result = self.evaluate(self.replicas.nll)
+                result = self.evaluate(self.nll)
         finally:
             self.replicas.train(True)
         self.pace.eval_took(took := time.monotonic() - before, planned=self.state.step > 0)
@@ -444,6 +444,22 @@ class Trainer:
         if self.session.keeps_best and 0 < self.state.step < self.pace.total:
             self._note_best(result)
         return result
+
+    def nll(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """`Transformer.nll` of (B, T), the same on all ranks, which call it together; each has a part of the rows. -> (B, T) nats.
+
+        Raises Stopped on all of them where one was told to stop."""
+        part, parts, group = self.rows
+        if self.world.size > 1 and any(self.world.agree([float(self.signals.requested)])):
+            raise Stopped
+        if parts == 1:
+            return self.replicas.nll(tokens, targets)
+        mine = list(range(part, len(tokens), parts))
+        found = self.replicas.nll(tokens[mine or [0]], targets[mine or [0]])  # what ranks exchange needs all of them
+        whole = found.new_zeros(targets.shape)
+        whole[mine] = found[: len(mine)]
+        self.world.sum([whole], group)
+        return whole
 
     def _note_best(self, result: dict) -> None:
         """Keep these weights aside if no others scored better."""

@@ -149,7 +149,7 @@ def runs(tmp_path_factory):
     (folder / "report-alone.json").write_text(json.dumps(alone))
     paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
     subprocess.run(
-        [sys.executable, "-c", f"import test_pipeline; test_pipeline.work({str(folder)!r})"],
+        [sys.executable, "-c", f"import test_stages; test_stages.work({str(folder)!r})"],
         env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, check=True, timeout=240,
     )  # fmt: skip
     return folder
