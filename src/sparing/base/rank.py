@@ -9,6 +9,9 @@ from typing import NamedTuple
 STATUS = "SPARING_STATUS"
 """Environment variable: a file to which a host's first rank writes an exit status that is no reason to start the ranks anew."""
 
+NEW_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+"""Environment variable of torch's: 1, ranks that meet anew have a new store, in which none is known that died."""
+
 
 class Rank(NamedTuple):
     number: int = 0

@@ -20,7 +20,7 @@ import psutil
 from sparing.base.config import CannotGoOn, UserError
 from sparing.base.messages import say
 from sparing.base.preempt import Interrupted
-from sparing.base.rank import STATUS, this_rank
+from sparing.base.rank import NEW_STORE, STATUS, this_rank
 
 ALONE = "localhost:0"
 """Meeting point of ranks on this machine alone: any free port."""
@@ -52,7 +52,7 @@ def launch(words: Sequence[str], n: int, nodes: tuple[int, int], meet: str | Non
     with tempfile.TemporaryDirectory(prefix="sparing-launch-") as folder:
         status = Path(folder, "status")
         os.environ[STATUS] = str(status)
-        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # a new store whenever the ranks meet anew, in which none is known that died
+        os.environ[NEW_STORE] = "1"
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # what torchrun would set, and say; each rank measures how many it uses
         name = os.environ.get("SPARING_LAUNCH_ID") or meet or str(uuid.uuid4())  # the same on all machines, or they do not meet
         settings = {

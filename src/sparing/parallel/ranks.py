@@ -7,6 +7,7 @@ time. From the first batch on all ranks call the same collectives in the same or
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from collections import defaultdict
@@ -21,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sparing.base.hardware import gpu_numbers
-from sparing.base.rank import Rank, RankLost, started_anew, this_rank
+from sparing.base.rank import NEW_STORE, Rank, RankLost, started_anew, this_rank
 
 BUCKET_BYTES = 32 << 20
 """Tensors are added up in buckets of about this size: a call for each would take as long as its bytes."""
@@ -148,4 +149,6 @@ def ranks() -> Ranks | None:
     if rank.size == 1:
         return None
     store, _, _ = next(iter(dist.rendezvous("env://")))
-    return Ranks(rank, dist.PrefixStore(f"sparing/{started_anew()}", store))  # a store may outlive the ranks, and then knows dead ones
+    # A store may outlive the ranks, and then knows dead ones. That of `launch` does not; a machine that comes later counts otherwise there.
+    attempt = 0 if os.environ.get(NEW_STORE) == "1" else started_anew()
+    return Ranks(rank, dist.PrefixStore(f"sparing/{attempt}", store))
