@@ -321,7 +321,6 @@ class Rollouts:
         every = [(group.prompt, answer) for group in groups for answer in group.answers]
         trained = np.array([0 if masked and answer.cut else len(answer.tokens) for _, answer in every])
         worth = np.concatenate([advantages(np.array([group.rewards]), s.kind)[0] for group in groups])
-        worth = np.where(worth > 0, s.positive * worth, worth)
         weights, divisor = token_weights(trained, s.kind, s.max_tokens)
         learnt = [n for n in range(len(every)) if trained[n] and worth[n]]
         rows = _fitted([len(every[n][0]) + len(every[n][1].tokens) - 1 for n in learnt], T)

@@ -388,9 +388,6 @@ class GrpoConfig:
     """How far a ratio may fall below 1; None: the kind's own."""
     epsilon_high: float | None = None
     """How far it may rise above 1; None: the kind's own."""
-    positive: float = 1.0
-    """Weight of answers that are worth more than their group, beside those that are worth less; less than 1 keeps answers varied (arXiv
-    2506.01347)."""
     truncate: float = 2.0
     """On-policy: the largest weight that corrects what sampled for what learns (truncated as in arXiv 1802.01561)."""
     mask_cut: bool | None = None

@@ -54,7 +54,6 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {
         **dict.fromkeys(("problems", "max_tokens", "updates", "scored"), _ONE),
         "samples": (2, 1024),
         **dict.fromkeys(("epsilon_low", "epsilon_high"), (0, math.inf)),
-        "positive": (0, 1),
         "truncate": (1, math.inf),
     },
     "ParallelConfig": dict.fromkeys(("experts", "stages"), _ONE),

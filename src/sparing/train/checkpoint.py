@@ -68,7 +68,7 @@ class TrainState:
     format: int = FORMAT
 
 
-LATER_FIELDS = ("attention_bias", "head_norm", "partial_rotary_factor", "selection_bias", "llama3", "linear_rope_factor", "positive")
+LATER_FIELDS = ("attention_bias", "head_norm", "partial_rotary_factor", "selection_bias", "llama3", "linear_rope_factor")
 """Fields that the configuration did not have from the start. At their defaults they are not hashed, so that older checkpoints still fit.
 Every new field of a hashed section belongs here."""
 
