@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -273,8 +274,25 @@ def test_a_checkpoint_is_not_copied_where_memory_is_short(tmp_path, monkeypatch)
         fit(new_run(tmp_path / run), config(steps(6), checkpoint_interval_s=0.0))
         assert bool(copied) == (run == "much")
     assert free_memory() > 0
-    files = [RunFolder(tmp_path / run).weights_file.read_bytes() for run in ("much", "little")]
-    assert files[0] == files[1]
+
+
+def test_what_is_not_copied_is_written_before_the_next_step(tmp_path, monkeypatch):
+    chosen, run, begun = config(steps(8), checkpoint_interval_s=0.0), new_run(tmp_path / "run"), []
+
+    def slowly(beside, files):
+        begun.append(threading.current_thread())
+        time.sleep(0.1)
+        return write_into(beside, files)
+
+    class Watching(Counting):
+        def batch(self, step, rank=0, world=1):
+            assert not any(thread.is_alive() for thread in begun), "the last checkpoint is still written"
+            return super().batch(step)
+
+    monkeypatch.setattr(checkpoint, "write_into", slowly)
+    monkeypatch.setattr(checkpoint, "free_memory", lambda: 1000)
+    fit(run, chosen, loader=Watching(chosen))
+    assert len(begun) > 4
 
 
 def test_two_trainers_do_not_share_a_run(start, tmp_path):

@@ -230,6 +230,8 @@ class Checkpoints:
             files[STATE] = text
         writing.thread = Thread(target=writing.write, args=(files,), name="sparing-checkpoint", daemon=True)
         writing.thread.start()
+        if not copied:  # the next step changes what is being written
+            writing.thread.join()
         return writing
 
     def _end(self, writing: Writing) -> None:
