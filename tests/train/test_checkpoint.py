@@ -277,7 +277,7 @@ def test_a_checkpoint_is_not_copied_where_memory_is_short(tmp_path, monkeypatch)
 
 
 def test_what_is_not_copied_is_written_before_the_next_step(tmp_path, monkeypatch):
-    chosen, run, begun = config(steps(8), checkpoint_interval_s=0.0), new_run(tmp_path / "run"), []
+    chosen, run, begun = config(steps(8)), new_run(tmp_path / "run"), []
 
     def slowly(beside, files):
         begun.append(threading.current_thread())
@@ -291,6 +291,7 @@ def test_what_is_not_copied_is_written_before_the_next_step(tmp_path, monkeypatc
 
     monkeypatch.setattr(checkpoint, "write_into", slowly)
     monkeypatch.setattr(checkpoint, "free_memory", lambda: 1000)
+    monkeypatch.setattr(Pace, "checkpoint_due", lambda pace, step, since: True)
     fit(run, chosen, loader=Watching(chosen))
     assert len(begun) > 4
 
