@@ -369,7 +369,7 @@ def test_what_does_not_go_together_is_refused_before_text_is_read(tmp_path, monk
 
 
 def test_a_run_that_diverges_is_nobodys_mistake(tmp_path, monkeypatch, capsys):
-    from sparing.train.trainer import Guard
+    from sparing.train.guard import Guard
 
     monkeypatch.setenv("SPARING_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(Guard, "verdict", lambda *_arguments, **_options: "loss is nan")

@@ -12,8 +12,9 @@ from sparing.base.config import OptimConfig
 from sparing.base.files import read_lines
 from sparing.model.init import init_weights
 from sparing.model.transformer import Transformer
+from sparing.train.guard import WINDOW, Guard
 from sparing.train.objective import Loss, NextToken
-from sparing.train.trainer import WINDOW, Diverged, Guard
+from sparing.train.trainer import Diverged
 
 
 def test_nothing_is_wrong_with_an_ordinary_run():

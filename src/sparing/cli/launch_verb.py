@@ -120,7 +120,8 @@ class Launch:
         from sparing.cli.output import print_json
         from sparing.cli.queued import command_of
         from sparing.cli.streams import leaving_on_sigterm
-        from sparing.job.queue import lines, run_queue
+        from sparing.job.queue import run_queue
+        from sparing.job.queue_screen import lines
 
         for field_ in fields(self):
             if field_.name not in ("queue", "plan", "json") and getattr(self, field_.name) != getattr(Launch(), field_.name):

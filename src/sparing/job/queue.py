@@ -25,7 +25,7 @@ from typing import Any
 
 import psutil
 
-from sparing.base.config import Budget, UserError
+from sparing.base.config import UserError
 from sparing.base.files import from_json, write_atomic
 from sparing.base.hardware import Machine, cpus_of_cores
 from sparing.base.lock import folder_lock
@@ -33,8 +33,8 @@ from sparing.base.messages import say
 from sparing.base.notices import notices
 from sparing.base.preempt import Interrupted
 from sparing.base.run import RunFolder
-from sparing.budget.units import format_budget
 from sparing.job.queue_file import Entry, QueueFile, all_needs, dependencies, job_of, read_queue, room_of
+from sparing.job.queue_screen import RULE, Screen, clock, last_line, ranges, table
 from sparing.job.schedule import Job, Piece, Start, State, busy, decide, simulate
 from sparing.planning.needs import Command, Needs
 from sparing.planning.places import this_machine
@@ -51,8 +51,6 @@ STOPPED = (130, -signal.SIGTERM, -signal.SIGINT)
 """Exit statuses of what was told to stop: after it has saved, and before it was there to hear it."""
 MAKES_RUN = ("merge", "import", "fetch", "retire", "slice", "rollback")
 """Verbs that make a run without learning: `--out` must be new."""
-RULE = "--- "
-"""Begins the line in a log that says when and how its job was started."""
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
@@ -257,13 +255,13 @@ class Queue:
             notes += [f"after {', '.join(job.after)}"] * bool(job.after)
             if piece.end == last and math.isfinite(job.deadline):
                 late = now + last - job.deadline
-                notes.append(f"due at {_clock(job.deadline - now)}: " + (f"LATE by {_clock(late)}" if late > 0 else "in time"))
+                notes.append(f"due at {clock(job.deadline - now)}: " + (f"LATE by {clock(late)}" if late > 0 else "in time"))
             memory = f"{need.by_cores[piece.cores].memory / 1e9:.1f} GB" + (f", {need.gpus} GPUs" if need.gpus else "")
-            rows.append((piece.name, _clock(piece.start), _clock(piece.end), _ranges(slots), memory, "; ".join(notes)))
-        table = _table(("job", "start", "end", "cores", "memory", "from"), rows)
+            rows.append((piece.name, clock(piece.start), clock(piece.end), ranges(slots), memory, "; ".join(notes)))
+        lines = table(("job", "start", "end", "cores", "memory", "from"), rows)
         share, last = busy(pieces, self.room.cores), max(piece.start for piece in pieces)
         end = max(piece.end for piece in pieces)
-        return [*table, f"planned: the last job starts at {_clock(last)}, cores {share:.0%} busy until then; all are done at {_clock(end)}"]
+        return [*lines, f"planned: the last job starts at {clock(last)}, cores {share:.0%} busy until then; all are done at {clock(end)}"]
 
     # running
 
@@ -271,7 +269,7 @@ class Queue:
         """Until no job can start any more. Raises Interrupted on a signal."""
         self.sessions.append([time.time()] * 2)
         self._write()
-        with _Signals() as signals, notices(signals), _Screen() as self.screen:
+        with _Signals() as signals, notices(signals), Screen() as self.screen:
             looked = seen = 0.0
             while True:
                 ended, now = self._reap(), time.time()
@@ -340,7 +338,7 @@ class Queue:
         record.phase, record.cores, record.predicted = "running", cores, list(self.needs[name].by_cores[cores])
         again = " again" if record.pieces else ""
         record.pieces.append([now, None, cores, 0.0])
-        where = f"core{'s' * (cores > 1)} {_ranges(slots)}" + (f", GPU {_ranges(gpus)}" if gpus else "")
+        where = f"core{'s' * (cores > 1)} {ranges(slots)}" + (f", GPU {ranges(gpus)}" if gpus else "")
         self.screen.tell(f"{name}: starts{again} on {where}; {self.log(name)}")
 
     def _bound(self, slots: tuple[int, ...]) -> AbstractContextManager:
@@ -394,11 +392,11 @@ class Queue:
         record.pieces[-1] = [start, now, cores, usage.ru_utime + usage.ru_stime]
         record.peak_bytes = max(record.peak_bytes, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024))
         record.process, record.exit = None, status
-        took = f"after {_clock(sum(end - start for start, end, *_ in record.pieces))}"
+        took = f"after {clock(sum(end - start for start, end, *_ in record.pieces))}"
         if status == 0:
             record.phase = "done"
             due = next(job.deadline for job in self.jobs if job.name == name)
-            self.screen.tell(f"{name}: done {took}" + (f", {_clock(now - due)} LATE" if now > due else ""))
+            self.screen.tell(f"{name}: done {took}" + (f", {clock(now - due)} LATE" if now > due else ""))
         elif process.told is not None and (status in STOPPED or status == -signal.SIGKILL):
             record.phase = "waiting"
             record.preemptions += process.stopped_for is not None
@@ -409,7 +407,7 @@ class Queue:
         else:
             record.phase = "failed"
             why = f"killed by signal {-status}" + (", as the system does when memory is short" if status == -signal.SIGKILL else "")
-            self.screen.tell(f"{name}: FAILED {took}, {f'status {status}' if status > 0 else why}: {_last_line(self.log(name))}")
+            self.screen.tell(f"{name}: FAILED {took}, {f'status {status}' if status > 0 else why}: {last_line(self.log(name))}")
         if record.phase in ("failed", "stopped"):
             self._skip_after(name)
 
@@ -426,11 +424,11 @@ class Queue:
         for job in self.jobs:
             record, state = self.records[job.name], states[job.name]
             if job.name in self.processes:
-                slots = _ranges(self.processes[job.name].slots)
-                ran, left = _clock(state.ran + now - state.since), f"about {_clock(state.left(job, now))}"
-                rows.append((job.name, record.phase, slots, ran, left, _last_line(self.log(job.name))))
+                slots = ranges(self.processes[job.name].slots)
+                ran, left = clock(state.ran + now - state.since), f"about {clock(state.left(job, now))}"
+                rows.append((job.name, record.phase, slots, ran, left, last_line(self.log(job.name))))
             else:
-                rows.append((job.name, record.phase, "", _clock(state.ran) if state.ran else "", "", ""))
+                rows.append((job.name, record.phase, "", clock(state.ran) if state.ran else "", "", ""))
         return rows
 
     # after it
@@ -472,18 +470,6 @@ class Queue:
         return sum(max(0.0, min(moment, end) - start) for start, end in self.sessions)
 
 
-def lines(summary: dict[str, Any]) -> list[str]:
-    """A summary for people."""
-    rows = []
-    for row in summary["jobs"]:
-        met = {None: "", True: "in time", False: "LATE"}[row["deadline_met"]]
-        took = (_clock(row["start"]), _clock(row["end"]), f"{row['core_s']:.0f}") if row["start"] is not None else ("", "", "")
-        rows.append((row["name"], row["status"], *took, str(row["preemptions"] or ""), met))
-    table = _table(("job", "status", "start", "end", "core s", "stopped", "deadline"), rows)
-    share = f"; cores {summary['busy']:.1%} busy until the last job started" if summary["busy"] is not None else ""
-    return [*table, f"{summary['done']} of {len(rows)} jobs are done, {summary['failed']} failed{share}"]
-
-
 class _Signals:
     """Counts the signals that mean to stop; a notice that the machine goes away is one (`base.notices`)."""
 
@@ -507,42 +493,6 @@ class _Signals:
         self.count = max(1, self.count)
 
 
-class _Screen:
-    """Tells what happens: lines, and on a terminal below them a table of all jobs."""
-
-    def __enter__(self) -> _Screen:
-        self.live = None
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.live import Live
-
-            self.live = Live(console=Console(stderr=True), auto_refresh=False, transient=True)
-            self.live.start()
-        return self
-
-    def __exit__(self, *_exc) -> None:
-        if self.live:
-            self.live.stop()
-
-    def tell(self, line: str) -> None:
-        line = f"{datetime.now():%H:%M:%S} {line}"
-        if self.live:
-            self.live.console.print(line, markup=False, highlight=False)
-        else:
-            say(line)
-
-    def show(self, progress: Callable[[], list[tuple[str, ...]]]) -> None:
-        if not self.live:
-            return
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table("job", "state", "cores", "ran", "left", "last said", box=None)
-        for row in progress():
-            table.add_row(*(Text(cell, no_wrap=True, overflow="ellipsis") for cell in row))
-        self.live.update(table, refresh=True)
-
-
 def _ends_with_us() -> None:
     """In a new process, on Linux: it gets SIGTERM, and saves, when the queue ends in whatever way (prctl(2), PR_SET_PDEATHSIG)."""
     if sys.platform == "linux":
@@ -562,38 +512,3 @@ def _await_end(process: Sequence[float]) -> None:
             except psutil.TimeoutExpired:
                 there.kill()
                 there.wait()
-
-
-def _last_line(log: Path) -> str:
-    """What a log says last, but for our own line above each start."""
-    try:
-        with open(log, "rb") as file:
-            file.seek(0, os.SEEK_END)
-            file.seek(max(0, file.tell() - 4096))
-            text = file.read().decode(errors="replace")
-    except OSError:
-        return ""
-    said = [line.strip() for line in text.replace("\r", "\n").splitlines() if line.strip() and not line.startswith(RULE)]
-    return "".join(char if char.isprintable() else " " for char in said[-1])[:200] if said else ""
-
-
-def _clock(seconds: float) -> str:
-    """`1h5m`, to the second; from an hour on to the minute."""
-    whole = max(0, round(seconds))
-    return format_budget(Budget(whole - whole % 60 if whole >= 3600 else whole, "s"))
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """`0-2, 5`."""
-    found: list[list[int]] = []
-    for number in sorted(numbers):
-        if found and number == found[-1][-1] + 1:
-            found[-1].append(number)
-        else:
-            found.append([number])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in found)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[at]) for row in (head, *rows)) for at in range(len(head))]
-    return ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in (head, *rows)]

@@ -7,11 +7,9 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from statistics import median
 from typing import Protocol
 
 import torch
@@ -39,22 +37,13 @@ from sparing.parallel.sharded import Sharded
 from sparing.precision.policy import Move, Policy
 from sparing.resolve import chunk_spans, fitting_parts, fitting_stages
 from sparing.train.checkpoint import Checkpoints, TrainState
+from sparing.train.guard import MAX_ROLLBACKS, Guard
 from sparing.train.log import Log, TrainResult
 from sparing.train.objective import Objective, weight_of
 from sparing.train.optim import Optimizer, decay_start, keep_as, learning_of, lr_scale, momentum
 from sparing.train.pace import Clock, Pace, PlanLog, fixed_steps
 from sparing.train.replicas import Replicas
 from sparing.train.world import ALONE, World
-
-WINDOW = 64
-"""Losses that the guard remembers."""
-FLOOR_NATS = 1.0
-"""A spike is at least this far above the median: below it, ordinary noise of tiny batches would be mistaken for one."""
-DEVIATIONS = 10.0
-"""... and at least this many robust standard deviations (1.4826 x median absolute deviation)."""
-PATIENCE = 3
-"""Bad batches in a row before the weights are blamed."""
-MAX_ROLLBACKS = 3
 
 Evaluate = Callable[[Callable[[Tensor, Tensor], Tensor]], dict]
 """Scores `nll(tokens, targets)` (see `evals.bpb.NllFn`) -> {"bpb": ..., ...}."""
@@ -87,49 +76,6 @@ class Session:
     """Of a budget in operations, before the first step."""
     failures_per_hour: float = 0.0
     """How often the run was killed until now."""
-
-
-class Guard:
-    """Finds batches that must not be learnt from: loss or gradients not finite, or a loss far above what this run is used to.
-
-    Both are known before the update is made: the batch is dropped, the weights stay as they are, and killed and resumed runs stay the
-    same. Only when batch after batch is bad are the weights themselves to blame (a bad update slipped through): then the trainer goes back
-    to a checkpoint and on with fresh batches, as PaLM's authors did by hand (arXiv 2204.02311 §5.1). The state is saved in checkpoints.
-    """
-
-    def __init__(self):
-        self.losses: deque[float] = deque(maxlen=WINDOW)
-        self.bad_in_a_row = 0
-        self.rollbacks = 0
-
-    def state(self) -> dict:
-        return {"losses": list(self.losses), "bad_in_a_row": self.bad_in_a_row, "rollbacks": self.rollbacks}
-
-    def load(self, state: dict) -> None:
-        self.losses = deque(state["losses"], maxlen=WINDOW)
-        self.bad_in_a_row, self.rollbacks = state["bad_in_a_row"], state["rollbacks"]
-
-    def verdict(self, loss: float, grad_norm: float, warm: bool) -> str | None:
-        """Why this batch must not be learnt from, or None. warm: the learning-rate warm-up is over (before it, losses leap)."""
-        if not math.isfinite(loss):
-            return f"loss is {loss}"
-        if not math.isfinite(grad_norm):
-            return f"gradient norm is {grad_norm}"
-        if warm and len(self.losses) == WINDOW:
-            usual = median(self.losses)
-            spread = 1.4826 * median(abs(other - usual) for other in self.losses)
-            if loss > usual + max(FLOOR_NATS, DEVIATIONS * spread):
-                return f"loss {loss:.3f} where {usual:.3f} is usual"
-        return None
-
-    def accept(self, loss: float) -> None:
-        self.losses.append(loss)
-        self.bad_in_a_row = 0
-
-    def reject(self) -> bool:
-        """Count a bad batch. True: it is time to go back to a checkpoint."""
-        self.bad_in_a_row += 1
-        return self.bad_in_a_row >= PATIENCE
 
 
 class Diverged(CannotGoOn):
