@@ -43,6 +43,8 @@ vocab_size = 4096
 """
 ROOM = 10_000
 """Bytes that a file may have where the disk is full."""
+END = 8192
+"""Bytes of the metrics' end that have a line of a step."""
 SETTLED = 5
 """A failure comes when so many steps at least were made since the last."""
 
@@ -137,14 +139,20 @@ class Chaos:
                 say(f"step {steps}: {kinds[-1]}")
                 _disturb(kinds.pop(), run, ranks, dice)
                 due = max(due + dice.expovariate(1 / self.every), now)
-            time.sleep(0.05)
+            time.sleep(0.2)
         seconds = time.monotonic() - began
         return {"seconds": seconds, "summary": json.loads(process.communicate()[0]), "failures": failures}
 
 
 def _steps(run: RunFolder) -> int:
-    """The last step of which there are metrics."""
-    return max((line["step"] for line in read_lines(run.metrics_file) if "loss" in line), default=0) if run.metrics_file.exists() else 0
+    """The last step of which there are metrics, of the file's end: it is asked often."""
+    if not run.metrics_file.exists():
+        return 0
+    with open(run.metrics_file, "rb") as file:
+        file.seek(max(0, run.metrics_file.stat().st_size - END))
+        lines = file.read().splitlines()
+    found = [json.loads(line) for line in lines[1:] if line.endswith(b"}")]
+    return max((line["step"] for line in found if "loss" in line), default=0)
 
 
 def _ranks(process: subprocess.Popen) -> list[psutil.Process]:

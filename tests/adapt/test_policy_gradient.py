@@ -1,7 +1,9 @@
 """Losses of log-probabilities on a model: gradients as autograd makes them through the logits, however rows are divided; routing replay."""
 
 from dataclasses import replace
+from math import comb
 
+import numpy as np
 import pytest
 import torch
 from tests.model.shapes import SHAPES, TINY
@@ -9,7 +11,7 @@ from tests.model.test_frozen import filled
 
 from sparing.adapt.dpo import PairBatch, Preference, pair_losses
 from sparing.adapt.logprobs import loss_of_logprobs
-from sparing.adapt.policy import FACTS, Policy, PolicyBatch, replaying
+from sparing.adapt.policy import FACTS, Policy, PolicyBatch, advantages, replaying
 from sparing.base.config import AdapterConfig, DpoConfig, GrpoConfig
 from sparing.data.loader import IGNORED, Batch
 from sparing.kernels import native
@@ -162,3 +164,24 @@ def test_routes_are_replayed_and_gates_computed_anew():
     with replaying(model, others):
         assert routers(model)[0].replayed_NK is not None
     assert all(router.replayed_NK is None for router in routers(model)), "evaluations choose freely"
+
+
+@pytest.mark.parametrize("pass_at", [1, 2, 4, 8])
+def test_answers_are_worth_what_they_add_to_pass_at_k(pass_at):
+    """Of answers that are right with probability p, all groups weighed by their chance: the gradient is that of 1 - (1 - p)^k, over k."""
+    group, p, gradient = 8, 0.3, 0.0
+    for right in range(group + 1):
+        rewards = np.array([[1.0] * right + [0.0] * (group - right)])
+        worth = advantages(rewards, "dr_grpo", pass_at) * group / (group - 1)  # the mean of the others as baseline
+        of_logarithms = np.where(rewards, 1 / p, -1 / (1 - p))
+        gradient += comb(group, right) * p**right * (1 - p) ** (group - right) * (worth * of_logarithms).mean()
+    assert gradient == pytest.approx((1 - p) ** (pass_at - 1))
+
+
+def test_a_group_that_is_worth_the_same_has_no_signal():
+    assert not advantages(np.full((1, 3), 0.1), "dr_grpo").any()  # whose mean is not 0.1 in float64
+
+
+def test_where_all_have_to_fail_the_only_right_answer_counts_alone():
+    worth = advantages(np.array([[1.0] + [0.0] * 7, [1.0] * 2 + [0.0] * 6, [1.0] * 8]), "dr_grpo", 8)
+    assert worth[0, 0] == pytest.approx(7 / 8) and not worth[0, 1:].any() and not worth[1:].any()

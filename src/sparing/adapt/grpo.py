@@ -96,6 +96,8 @@ def resolved(job: Job, wishes: Wishes, budget: Budget) -> Config:
         raise UserError(f"--grpo.max-tokens {most}: the longest problem has {longest} tokens, and the model's context is {room}")
     if settings.replay and mixtures(wishes.config().model) and wishes.value("train.recompute"):
         raise UserError("train.recompute: a mixture's routes are replayed in one forward pass: leave it out, or set grpo.replay = false")
+    if not 1 <= settings.pass_at <= settings.samples:
+        raise UserError(f"grpo.pass_at {settings.pass_at}: 1 to grpo.samples, {settings.samples}")
     if settings.problems % settings.updates or settings.updates > settings.problems:
         raise UserError(f"grpo.updates {settings.updates} must divide grpo.problems {settings.problems}")
     if own.sets("grpo.problems") and settings.problems % (least := settings.updates * job.size):

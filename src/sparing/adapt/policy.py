@@ -1,7 +1,8 @@
 """Policy gradients: what a model has sampled becomes likelier or less likely by what it was worth.
 
 On-policy, all kinds are REINFORCE with the group's mean as baseline, and differ in how they weigh tokens, sequences and groups. With
-several updates for each rollout they differ in how they limit the step away from what sampled. Kinds:
+several updates for each rollout they differ in how they limit the step away from what sampled. All kinds can learn for pass@k instead of
+pass@1 (`decides`). Kinds:
 
 - `dr_grpo` (Liu and others, arXiv 2503.20783): reward less mean; a sum over tokens by a constant length, so long wrong answers do not pay
 - `grpo` (Shao and others, arXiv 2402.03300): by the group's standard deviation too; a mean over each sequence
@@ -34,12 +35,27 @@ BY_DEVIATION = ("grpo", "dapo", "gspo", "cispo")
 LEAST_DEVIATION = 1e-4
 
 
-def advantages(rewards_PG: np.ndarray, kind: str) -> np.ndarray:
-    """(P, G) float64: how much better each answer was than its group; 0 where all of a group were alike."""
-    centred = rewards_PG - rewards_PG.mean(1, keepdims=True)
+def advantages(rewards_PG: np.ndarray, kind: str, pass_at: int = 1) -> np.ndarray:
+    """(P, G) float64: how much better each answer was than its group, times `decides`; 0 where all of a group were alike."""
+    differ = np.ptp(rewards_PG, axis=1, keepdims=True) > 0
+    centred = (rewards_PG - rewards_PG.mean(1, keepdims=True)) * differ * decides(rewards_PG, pass_at)
     if kind not in BY_DEVIATION:
         return centred
     return centred / (rewards_PG.std(1, ddof=1, keepdims=True) + LEAST_DEVIATION)
+
+
+def decides(rewards_PG: np.ndarray, pass_at: int) -> np.ndarray:
+    """(P, G) float64, 0 to 1: how far each answer decides whether one among `pass_at` answers to its problem is right. It is the chance
+    that pass_at - 1 of the group's other answers, drawn without replacement, are all wrong. The gradient of pass@k is k times (1 - p)^(k-1)
+    times that of p, a right answer's probability; the chance is the unbiased estimate of the middle factor, as Walder and Karkhanis take it
+    (arXiv 2505.15201). Rewards between 0 and 1 count as shares of right answers."""
+    right = rewards_PG.clip(0, 1)
+    others = rewards_PG.shape[1] - 1
+    wrong = others - (right.sum(1, keepdims=True) - right)
+    chance = np.ones_like(wrong)
+    for drawn in range(pass_at - 1):
+        chance *= (wrong - drawn).clip(0) / (others - drawn)
+    return chance
 
 
 def token_weights(lengths: np.ndarray, kind: str, longest: int) -> tuple[np.ndarray, float]:
@@ -70,7 +86,7 @@ class PolicyBatch(Batch):
 
 FACTS = ("reward", "pass_at_1", "pass_at_k", "length", "no_signal", "cut", "repeats")
 """Of a rollout: mean reward, share of answers that are right, of groups with a right one; mean tokens of an answer; share of groups in
-which all were worth the same; of answers that were cut off; of right answers that repeat themselves."""
+which no answer is to become likelier or less likely; of answers that were cut off; of right answers that repeat themselves."""
 
 
 def token_losses(

@@ -75,6 +75,8 @@ class Group:
 
     prompt: list[int]
     answers: list[Answer]
+    pass_at: int = 1
+    """As in `GrpoConfig`."""
 
     @property
     def rewards(self) -> list[float]:
@@ -82,7 +84,12 @@ class Group:
 
     @property
     def signal(self) -> bool:
-        return len(set(self.rewards)) > 1
+        """Whether some of its answers are to become likelier, or less likely."""
+        return bool(self.worth("dr_grpo").any())
+
+    def worth(self, kind: str) -> np.ndarray:
+        """(answers,) float64: `policy.advantages`."""
+        return advantages(np.array([self.rewards]), kind, self.pass_at)[0]
 
 
 class Asker:
@@ -201,8 +208,9 @@ class Sampler(Writer):
 
 
 def judged(
-    writer: Writer, ask: Asker, judge: Judge, problems: Sequence[Problem], seeds: Sequence[int], samples: int, max_tokens: int
-) -> list[Group]:
+    writer: Writer, ask: Asker, judge: Judge, problems: Sequence[Problem], seeds: Sequence[int], samples: int, max_tokens: int,
+    pass_at: int = 1,
+) -> list[Group]:  # fmt: skip
     """`samples` answers to each problem at temperature 1, and what they are worth. seeds: of each problem's."""
     prompts = [ask(problem) for problem in problems]
     asked = [(prompt, mix(seed + 2 * k) % (1 << 63)) for prompt, seed in zip(prompts, seeds, strict=True) for k in range(samples)]
@@ -210,7 +218,7 @@ def judged(
     groups = []
     for at, (problem, prompt) in enumerate(zip(problems, prompts, strict=True)):
         mine = found[at * samples : (at + 1) * samples]
-        groups.append(Group(prompt, [answer._replace(reward=judge(problem, answer.text)) for answer in mine]))
+        groups.append(Group(prompt, [answer._replace(reward=judge(problem, answer.text)) for answer in mine], pass_at))
     judge.keep()
     return groups
 
@@ -293,7 +301,8 @@ class Rollouts:
     def answered(self, problems: Sequence[Problem], seeds: Sequence[int], samples: int) -> list[Group]:
         """`samples` answers to each problem, judged."""
         assert self.sampler is not None
-        groups = judged(self.sampler, self.ask, self.judge, problems, seeds, samples, self.config.grpo.max_tokens)
+        s = self.config.grpo
+        groups = judged(self.sampler, self.ask, self.judge, problems, seeds, samples, s.max_tokens, s.pass_at)
         tokens = tokens_of(groups)
         self.job.meter.add(tokens, tokens * forward_flops(self.config.model, self.config.train.seq_len, mtp=False))
         return groups
@@ -320,7 +329,7 @@ class Rollouts:
         masked = s.kind == "dapo" if s.mask_cut is None else s.mask_cut
         every = [(group.prompt, answer) for group in groups for answer in group.answers]
         trained = np.array([0 if masked and answer.cut else len(answer.tokens) for _, answer in every])
-        worth = np.concatenate([advantages(np.array([group.rewards]), s.kind)[0] for group in groups])
+        worth = np.concatenate([group.worth(s.kind) for group in groups])
         weights, divisor = token_weights(trained, s.kind, s.max_tokens)
         learnt = [n for n in range(len(every)) if trained[n] and worth[n]]
         rows = _fitted([len(every[n][0]) + len(every[n][1].tokens) - 1 for n in learnt], T)

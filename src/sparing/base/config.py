@@ -380,6 +380,8 @@ class GrpoConfig:
     """In a rollout."""
     samples: int = 8
     """Answers to each, a group; `train.batch_size` is what an update learns from."""
+    pass_at: int = 1
+    """Learns for one right answer among so many (pass@k); 1: for each to be right. Larger: hard problems count more."""
     max_tokens: int = 128
     """Of an answer."""
     updates: int = 1
