@@ -15,6 +15,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.base.test_notices import imitation  # noqa: F401, a fixture
 
 from sparing.account.history import entries_of
 from sparing.base.files import read_lines
@@ -237,6 +238,36 @@ def test_machines_go_and_come(folder):
     assert first.wait(300) == third.wait(300) == 0
     steps = [line["step"] for line in steps_of(run)]
     assert steps == list(range(1, 40 * STEPS + 1))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="finds a rank by /proc")
+def test_a_machine_with_a_notice_leaves_alone(folder, imitation, monkeypatch):  # noqa: F811
+    """Two launchers stand for two machines; the cloud takes one of them away. All save after the same step, and the other goes on."""
+    run, words = folder / "noticed", [str(word) for word in training(folder, "noticed")]
+    words[words.index(f"{STEPS * ROWS * LENGTH}tok")] = f"{40 * STEPS * ROWS * LENGTH}tok"
+    words += ["--train.checkpoint-interval-s", "600"]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        meet = f"localhost:{free.getsockname()[1]}"
+    begin = partial(sparing, folder, "launch", "-n", 1, "--nodes", "1:2", "--meet", meet, *words, stdout=subprocess.DEVNULL)
+    first = begin(stderr=subprocess.PIPE, text=True)
+    until(lambda: socket.socket().connect_ex(("localhost", int(meet.partition(":")[2]))) == 0)  # where all meet
+    cloud = imitation("gcp")
+    monkeypatch.setenv("SPARING_CLOUD", "gcp")
+    monkeypatch.setenv("SPARING_METADATA", cloud.address)
+    second = begin(stderr=subprocess.PIPE, text=True)
+    until(lambda: run.exists() and world_of(run) == 2)
+    until_step(first, run, 3)
+    cloud.notice = {"preempted": "TRUE"}
+    said = second.communicate(timeout=60)[1]
+    assert second.returncode == 130 and "takes this machine away" in said and "Traceback" not in said, said
+    until(lambda: world_of(run) == 1)
+    saved = sorted(folder.name for folder in RunFolder(run).state.glob("step-*"))
+    said = first.communicate(timeout=300)[1]
+    assert first.returncode == 0 and "Traceback" not in said, said
+    assert int(saved[-1].removeprefix("step-")) >= 3 and "goes on with those that stay" in said
+    assert [line["step"] for line in steps_of(run)] == list(range(1, 40 * STEPS + 1))
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 
 from sparing.base.config import UserError
 from sparing.base.preempt import Preempt
-from sparing.base.rank import this_rank
+from sparing.base.rank import elastic, this_rank
 
 CLOUD, METADATA = "SPARING_CLOUD", "SPARING_METADATA"
 """Environment variables: the cloud, where the machine doesn't say (aws, gcp, azure or none); where its metadata service is."""
@@ -247,10 +247,10 @@ def notices(signals: Preempt) -> Iterator[None]:
 
     One rank of each machine asks: ranks that train together agree to stop. Before they do, rank 0 that leaves tells the others; another
     one's absence is noticed at the first sum, and nothing is there to be lost yet. Raises UserError for environment variables that are
-    wrong.
+    wrong. Only `leave_by` of `signals` is called.
     """
     name = cloud()
-    if name is None or this_rank().local:
+    if name is None or this_rank().local or elastic():  # there the launcher asks, and leaves with its ranks
         yield
         return
     service, left, leaving = SERVICES[name](os.environ.get(METADATA) or ADDRESS), threading.Event(), threading.Lock()

@@ -13,6 +13,10 @@ NEW_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 """Environment variable of torch's: 1, ranks that meet anew have a new store, in which none is known that died."""
 
 
+ELASTIC = "SPARING_ELASTIC"
+"""Environment variable: 1 where the ranks of some machines go on when others leave."""
+
+
 class Rank(NamedTuple):
     number: int = 0
     """0 to size - 1. Number 0 alone writes files and messages."""
@@ -26,6 +30,16 @@ class Rank(NamedTuple):
 def launched() -> bool:
     """Whether torchrun has started this process, perhaps as the only one."""
     return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def elastic() -> bool:
+    """Whether this process is a rank, and the ranks of some machines go on when others leave."""
+    return launched() and os.environ.get(ELASTIC) == "1"
+
+
+def machine() -> tuple[int, int]:
+    """(number of this rank's machine, how many have ranks), as torchrun counts them."""
+    return int(os.environ.get("GROUP_RANK", 0)), int(os.environ.get("GROUP_WORLD_SIZE", 1))
 
 
 def this_rank() -> Rank:

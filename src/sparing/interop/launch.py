@@ -12,27 +12,31 @@ import threading
 import uuid
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import psutil
 
 from sparing.base.config import CannotGoOn, UserError
 from sparing.base.messages import say
+from sparing.base.notices import notices
 from sparing.base.preempt import Interrupted
-from sparing.base.rank import NEW_STORE, STATUS, this_rank
+from sparing.base.rank import ELASTIC, NEW_STORE, STATUS, this_rank
 
 ALONE = "localhost:0"
 """Meeting point of ranks on this machine alone: any free port."""
 STOPPED_S = 10
 """A rank that is stopped (SIGSTOP) for so long, while this process is not, is ended: all others wait for it."""
 LOOK_S = 1.0
+MEETING_S = 600
+"""For the fewest machines to meet; torchrun's own."""
 
 
 def launch(words: Sequence[str], n: int, nodes: tuple[int, int], meet: str | None, restarts: int) -> int:
     """Run `sparing WORDS` as `n` ranks on this machine, of so many machines that each run the same command; -> exit status.
 
-    nodes: the fewest and the most: where one goes or comes, the ranks of all are started anew, fewer or more of them.
+    nodes: the fewest and the most: where one goes or comes, the ranks of all are started anew, fewer or more of them. A machine that is
+    told to stop, by a signal or its cloud, then leaves alone.
     meet: HOST:PORT where the agents of several machines meet. Raises UserError; Interrupted on a signal (the run is saved); CannotGoOn
     where ranks die again and again."""
     if n < 1 or restarts < 0:
@@ -43,7 +47,7 @@ def launch(words: Sequence[str], n: int, nodes: tuple[int, int], meet: str | Non
         raise UserError("launch: this is a rank of another launch already")
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.elastic.rendezvous import RendezvousConnectionError
+    from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousTimeoutError
     from torch.distributed.launcher import LaunchConfig, elastic_launch
 
     for name in logging.root.manager.loggerDict:
@@ -58,16 +62,21 @@ def launch(words: Sequence[str], n: int, nodes: tuple[int, int], meet: str | Non
         settings = {
             "min_nodes": nodes[0], "max_nodes": nodes[1], "nproc_per_node": n, "run_id": name,
             "rdzv_backend": "c10d", "rdzv_endpoint": meet or ALONE, "max_restarts": restarts, "monitor_interval": 0.2,
+            "rdzv_configs": {"join_timeout": MEETING_S},
         }  # fmt: skip
         if "signals_to_handle" in {field.name for field in dataclasses.fields(LaunchConfig)}:
             settings["signals_to_handle"] = "SIGTERM,SIGINT"  # the ranks have sessions of their own: a terminal's does not reach them
+        if nodes[0] < nodes[1]:
+            os.environ[ELASTIC] = "1"
         before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
-            with ending_stopped():
+            with ending_stopped(), notices(Leaving()) if nodes[0] < nodes[1] else nullcontext():
                 elastic_launch(LaunchConfig(**settings), sys.executable)("-m", "sparing", *words)
         except SignalException:
             if not status.exists():  # else rank 0 has said how to go on
                 raise Interrupted("interrupted") from None
+        except RendezvousTimeoutError:
+            raise CannotGoOn(f"fewer than {nodes[0]} machines have met at {meet} within {MEETING_S / 60:.0f} minutes") from None
         except RendezvousConnectionError:
             if not status.exists():
                 raise CannotGoOn(f"the machine at {meet}, where all meet, has ended: see what it says") from None
@@ -80,7 +89,15 @@ def launch(words: Sequence[str], n: int, nodes: tuple[int, int], meet: str | Non
             for number, handler in before.items():
                 signal.signal(number, handler)
             del os.environ[STATUS]
+            os.environ.pop(ELASTIC, None)
         return int(status.read_text()) if status.exists() else 0
+
+
+class Leaving:
+    """What a notice tells that this machine goes away: the agent, as by SIGTERM, ends its ranks, and leaves the others."""
+
+    def leave_by(self, seconds: float) -> None:
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sparing.base.hardware import gpu_numbers
-from sparing.base.rank import NEW_STORE, Rank, RankLost, started_anew, this_rank
+from sparing.base.rank import NEW_STORE, Rank, RankLost, elastic, machine, started_anew, this_rank
 
 BUCKET_BYTES = 32 << 20
 """Tensors are added up in buckets of about this size: a call for each would take as long as its bytes."""
@@ -89,6 +89,13 @@ class Ranks:
         with answering():
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor.tolist()
+
+    def leaving(self, told: bool) -> None:
+        if elastic():
+            here, count = machine()
+            leave = self.agree([float(told and number == here) for number in range(count)])
+            if not leave[here]:
+                raise RankLost("another machine was told to leave: the run is saved, and goes on with those that stay")
 
     def sum(self, tensors: Sequence[Tensor], group: Any = None) -> None:
         self._each(tensors, lambda flat: dist.all_reduce(flat, group=group))

@@ -244,6 +244,7 @@ class Trainer:
         except (Interrupted, Stopped):  # Stopped: an evaluation that asks `should_stop` itself
             if self.state:  # what an interrupted step has begun is in no tensor that is saved
                 self._save()
+                self.world.leaving(self.signals.requested)
             raise Interrupted(self.signals.message) from None
         except RankLost:  # where every rank has everything: while they added up, and no weight has changed since the last whole step
             if self.state and self.pace and self.owners.mine is None:

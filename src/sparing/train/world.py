@@ -22,6 +22,10 @@ class World(Protocol):
     def agree(self, values: Sequence[float]) -> list[float]:
         """The largest of all ranks' numbers (at least 0), one by one. Where rank 0 decides, the others say 0."""
 
+    def leaving(self, told: bool) -> None:
+        """All ranks stop. told: this one was told to. Raises RankLost on the ranks of machines none of which was, where those may go on
+        without the others."""
+
     def sum(self, tensors: Sequence[Tensor], group: Any = None) -> None:
         """Replace each tensor by the sum of all ranks' tensors in its place; the same bits on every rank. group: the ranks whose tensors
         are added up, this one among them."""
@@ -43,6 +47,9 @@ class Alone:
 
     def agree(self, values: Sequence[float]) -> list[float]:
         return list(values)
+
+    def leaving(self, told: bool) -> None:
+        pass
 
     def sum(self, tensors: Sequence[Tensor], group: Any = None) -> None:
         pass
