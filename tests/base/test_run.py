@@ -16,7 +16,17 @@ from safetensors.torch import load_file, save_file
 
 from sparing.base.config import UserError
 from sparing.base.files import DamagedError, DiskFullError, append_durably, link_or_copy, read_lines, write_atomic
-from sparing.base.run import RunFolder, read_tensors, run_tensors, stream_tensors, tensors_of, verify_folder, write_folder, write_tensors
+from sparing.base.run import (
+    BEGUN,
+    RunFolder,
+    read_tensors,
+    run_tensors,
+    stream_tensors,
+    tensors_of,
+    verify_folder,
+    write_folder,
+    write_tensors,
+)
 from sparing.model.linear import Linear
 
 
@@ -86,6 +96,32 @@ def test_what_fails_before_it_is_a_run_leaves_nothing(tmp_path, there):
         write_atomic(path / "config.toml", "")
         raise KeyError
     assert RunFolder.open(path).weights.is_dir(), "what has a configuration can be resumed"
+
+
+def test_what_a_killed_verb_left_is_taken_over(tmp_path):
+    """Whatever it had written before the configuration, the same command begins again."""
+    run = RunFolder.create(tmp_path / "run")
+    with run.lock():
+        for name in (*BEGUN[3:], "adapter/x", "weights/x", "state/use/x"):
+            (run.path / name).parent.mkdir(parents=True, exist_ok=True)
+            (run.path / name).write_text("half")
+    again = RunFolder.create(run.path)
+    (run.path / "notes").write_text("")
+    with pytest.raises(UserError, match="it has notes"):
+        RunFolder.create(run.path)
+    (run.path / "notes").unlink()
+    with pytest.raises(KeyError), again.making():
+        raise KeyError
+    assert not list(run.path.glob("[!.]*"))
+
+
+@pytest.mark.parametrize("name", ["data/book.txt", "weights/mine.safetensors", "state/notes", "tokenizer.json", "MODEL_CARD.md"])
+def test_files_of_a_folder_that_is_no_run_are_in_no_danger(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("years")
+    with pytest.raises(UserError, match=f"not empty .it has {name.partition('/')[0]}"):
+        RunFolder.create(tmp_path)
+    assert (tmp_path / name).read_text() == "years"
 
 
 def test_second_writer_gets_one_line_and_a_dead_one_leaves_no_lock(tmp_path):

@@ -44,6 +44,9 @@ if TYPE_CHECKING:  # torch takes a second to import, and half of what opens a ru
     import torch
 
 CHECKSUMS = "checksums.json"
+BEGUN = ("weights", "adapter", "state", "tokenizer.json", "chat_template.jinja", "MODEL_CARD.md", "answers.jsonl", "draft_words.json",
+         "quarantine.jsonl", "metrics.jsonl")  # fmt: skip
+"""What a verb may have written before the configuration. `making` takes all of it away."""
 
 
 class RunFolder:
@@ -92,8 +95,9 @@ class RunFolder:
         run, folder = cls(_utf8(path)), output_folder(path, "--out")
         if run.config_file.exists():
             raise UserError(f"{path} already holds a run: continue it with `sparing resume {path}`, or choose another --out")
-        ours = {"weights", "adapter", "state", "data", "tokenizer.json", "metrics.jsonl"}
-        strangers = {entry.name for entry in run.path.glob("[!.]*") if not entry.name.startswith("ledger.")} - ours
+        died = looks_like_run(folder)
+        entries = (entry for entry in run.path.glob("[!.]*") if not entry.name.startswith("ledger."))
+        strangers = {entry.name for entry in entries if not (entry.name in BEGUN if died else _is_bare(entry))}
         if strangers:
             raise UserError(f"{path} is not empty (it has {min(strangers)}): choose a new folder for --out")
         return run, folder
@@ -149,6 +153,11 @@ def _utf8(path: str | Path) -> str | Path:
     if not is_text(whole):
         raise UserError(f"{os.fsencode(whole).decode(errors='backslashreplace')} is not UTF-8 text: a run folder's path must be")
     return path
+
+
+def _is_bare(entry: Path) -> bool:
+    """Whether it is a folder that `create` made just before its process died: before the lock, when nothing is in it yet."""
+    return entry.name in ("weights", "state") and entry.is_dir() and not any(entry.iterdir())
 
 
 def looks_like_run(folder: str | Path) -> bool:
