@@ -2,8 +2,10 @@
 
 import json
 import socket
+import threading
 import time
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -13,12 +15,18 @@ from tests.adapt.test_sft import workplace as workplace
 from tests.teacher import Teacher, completion
 
 from sparing import api
-from sparing.adapt.asked import questions
+from sparing.adapt.asked import collect, questions
 from sparing.base import endpoint as asked
 from sparing.base.config import UserError
 from sparing.base.endpoint import Endpoint, Failed
 from sparing.base.files import read_lines
 from sparing.base.run import RunFolder
+from sparing.budget.units import parse_budget
+
+
+@pytest.fixture(autouse=True)
+def _at_once(monkeypatch):
+    monkeypatch.setattr(asked, "WAITS", ())
 
 
 @pytest.fixture
@@ -138,6 +146,53 @@ def test_a_teacher_that_only_fails_is_given_up(workplace, tmp_path, teacher):
         api.distill(str(workplace / "base"), server.url, [write(tmp_path / "n.jsonl", [{"x": 1}])], "8ktok", str(tmp_path / "run"))
     with pytest.raises(UserError, match="name one, not a recipe"):
         api.distill("laptop", server.url, [file], "8ktok", str(tmp_path / "run"))
+
+
+def collected(tmp_path, monkeypatch, url: str, rows, lasts: float | None = None) -> list[str]:
+    """What a teacher answered to rows, for a budget in seconds, or in tokens."""
+    monkeypatch.setenv("SPARING_HOME", str(tmp_path / "home"))
+    began = time.monotonic()
+    job = SimpleNamespace(
+        run=RunFolder.create(tmp_path / "run"), lasts=lambda _: lasts, clock=SimpleNamespace(seconds=lambda: time.monotonic() - began),
+        signals=SimpleNamespace(check=lambda: None),
+    )  # fmt: skip
+    found = collect(job, url, [write(tmp_path / "q.jsonl", rows)], parse_budget("1Mtok"))
+    return [line["messages"][-1]["content"] for line in read_lines(found)]
+
+
+def test_a_teacher_that_dies_on_the_way_is_given_up(tmp_path, monkeypatch, teacher, capsys):
+    """In any budget; what it has said is learnt. One that answers badly now and then is none."""
+    answers = iter([completion("Yes."), *[completion("")] * 12, completion("No."), *[None] * 99])
+
+    def behave(handler, _):
+        answer = next(answers)
+        return handler.give({}, 401) if answer is None else handler.give(answer)
+
+    monkeypatch.setattr("sparing.adapt.asked.AT_ONCE", 1)
+    server = teacher(behave)
+    assert collected(tmp_path, monkeypatch, server.url, map(say, range(100))) == ["Yes.", "No."]
+    assert len(server.seen) <= 14 + 10
+    assert "8 questions in a row without an answer, the last one: HTTP 401" in capsys.readouterr().err
+
+
+def test_rows_that_ask_nothing_are_no_failures_of_the_teacher(tmp_path, monkeypatch, teacher):
+    answers = iter([completion("")] * 2)
+    server = teacher(lambda handler, _: handler.give(next(answers, completion("Yes."))))
+    assert collected(tmp_path, monkeypatch, server.url, [{}] * 20 + [say(number) for number in range(4)]) == ["Yes."] * 2
+
+
+def test_a_busy_server_is_asked_again(tmp_path, monkeypatch, teacher):
+    monkeypatch.setattr(asked, "WAITS", (0.01,))
+    answers = iter([503, 429])
+    server = teacher(lambda handler, _: handler.give(completion("Yes."), next(answers, 200)))
+    assert collected(tmp_path, monkeypatch, server.url, map(say, range(3))) == ["Yes."] * 3 and len(server.seen) == 5
+
+
+def test_nothing_is_waited_for_beyond_the_share(tmp_path, monkeypatch, teacher):
+    server = teacher(hang)
+    with pytest.raises(UserError, match=r"no usable answer \(none in its share"):
+        collected(tmp_path, monkeypatch, server.url, map(say, range(3)), lasts=0.2)
+    assert not any(thread.name == "sparing-asking" and not thread.daemon for thread in threading.enumerate())
 
 
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=5), lambda inner: st.lists(inner, max_size=3)))

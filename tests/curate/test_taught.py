@@ -42,7 +42,7 @@ from sparing.evals.contained import uncontained
 @pytest.fixture(autouse=True)
 def _home(tmp_path, monkeypatch):
     monkeypatch.setenv("SPARING_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(teachers, "WAITS", (0.01, 0.01))
+    monkeypatch.setattr("sparing.base.endpoint.WAITS", (0.01, 0.01))
 
 
 @pytest.fixture

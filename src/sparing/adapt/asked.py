@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 from sparing.base.config import Budget, UserError
-from sparing.base.endpoint import CHARACTERS, TOKENS, Endpoint, Failed
+from sparing.base.endpoint import CHARACTERS, TOKENS, Endpoint, Failed, patiently
 from sparing.base.files import append_durably, read_lines, write_atomic
 from sparing.base.hardware import home
 from sparing.base.messages import say
@@ -27,7 +28,8 @@ from sparing.job.begin import Job
 
 AT_ONCE = 4
 PATIENCE = 8
-"""Failures before the first usable answer after which a teacher is given up."""
+"""Failures before the first usable answer, and at any time questions in a row to which the model says nothing, after which a teacher is
+given up."""
 SHARE = 0.5
 """Of a time budget, for asking."""
 QUESTIONS = ("prompt", "question", "instruction")
@@ -78,6 +80,10 @@ def collect(job: Job, url: str, paths: Sequence[str], budget: Budget) -> Path:
         raise UserError(f"--data: no question for {url} in {', '.join(paths[:3])}: {counts.total():,} rows hold none")
     lasts, began = job.lasts(budget), job.clock.seconds()
     ends = None if lasts is None else began + SHARE * max(0.0, lasts - began)
+
+    def late() -> bool:
+        return ends is not None and job.clock.seconds() > ends
+
     wanted = CHARACTERS * budget.amount if budget.unit == "tok" else float("inf")
     key = hashlib.sha256(repr((endpoint.url, endpoint.model, TOKENS)).encode()).hexdigest()[:32]
     file = home() / "answers" / f"{key}.jsonl"
@@ -85,28 +91,35 @@ def collect(job: Job, url: str, paths: Sequence[str], budget: Budget) -> Path:
     known = {json.dumps(line["messages"][:-1], sort_keys=True): line for line in read_lines(file)}
     lines: list[dict] = []
     say(f"{endpoint.url} ({endpoint.model}) is asked {len(asked):,} questions, {AT_ONCE} at a time; answers are kept in {file}")
-    with ThreadPoolExecutor(AT_ONCE, "sparing-asking") as pool:
-        try:
-            for messages, future in _asking(pool, endpoint, asked, known):
-                while isinstance(future, Future) and not future.done():
-                    job.signals.check()
-                    time.sleep(0.01)
-                line = _outcome(messages, future, counts)
-                if line is not None:
-                    lines.append(line)
-                    if isinstance(future, Future):
-                        append_durably(file, json.dumps(line))
-                if (not lines and counts.total() >= PATIENCE) or (ends is not None and job.clock.seconds() > ends):
-                    break
-                wanted -= len(line["messages"][-1]["content"]) if line else 0
-                if wanted <= 0:
-                    break
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    left, failures, silent = threading.Event(), 0, 0
+    try:
+        for messages, found in _asking(endpoint, asked, known, left):
+            while isinstance(found, Future) and not found.done() and not late():
+                job.signals.check()
+                time.sleep(0.01)
+            if isinstance(found, Future) and not found.done():
+                break
+            line, failure = _outcome(messages, found)
+            if line is not None:
+                lines.append(line)
+                wanted -= len(line["messages"][-1]["content"])
+                if isinstance(found, Future):
+                    append_durably(file, json.dumps(line))
+            if failure is not None:
+                counts[str(failure)] += 1
+                failures += 1
+            if isinstance(found, Future):
+                silent = 0 if failure is None or failure.said else silent + 1
+            if silent == PATIENCE and lines:
+                say(f"{endpoint.url} is given up: {PATIENCE} questions in a row without an answer, the last one: {failure}")
+            if silent == PATIENCE or (not lines and failures == PATIENCE) or wanted <= 0 or late():
+                break
+    finally:
+        left.set()
     told = {"url": endpoint.url, "model": endpoint.model, "answers": len(lines), "failed": dict(counts)}
     failed = ", ".join(f"{count:,} × {why}" for why, count in counts.most_common())
     if not lines:
-        raise UserError(f"--teacher {url}: no usable answer ({failed})")
+        raise UserError(f"--teacher {url}: no usable answer ({failed or 'none in its share of the budget'})")
     say(f"{len(lines):,} answers" + (f"; left out: {failed}" if failed else ""))
     write_atomic(job.run.state / "asked.json", json.dumps(told, indent=1))
     target = job.run.path / "answers.jsonl"
@@ -115,24 +128,37 @@ def collect(job: Job, url: str, paths: Sequence[str], budget: Budget) -> Path:
 
 
 def _asking(
-    pool: ThreadPoolExecutor, endpoint: Endpoint, asked: list[list[dict]], known: dict[str, dict]
+    endpoint: Endpoint, asked: list[list[dict]], known: dict[str, dict], left: threading.Event
 ) -> Iterator[tuple[list[dict], Future | dict]]:
-    """(question, its answer to come, or the line that is known) in the order of the questions; AT_ONCE are under way."""
+    """(question, its answer to come, or the line that is known) in the order of the questions; AT_ONCE are under way. left: no more is."""
     waiting: deque[tuple[list[dict], Future | dict]] = deque()
+    turns = threading.Semaphore(AT_ONCE)
+
+    def work(messages: list[dict], future: Future) -> None:
+        with turns:
+            if left.is_set():
+                return
+            try:
+                future.set_result(patiently(lambda: endpoint.answer(messages), left))
+            except Exception as error:
+                future.set_exception(error)
+
     for messages in asked:
-        line = known.get(json.dumps(messages, sort_keys=True))
-        waiting.append((messages, line or pool.submit(endpoint.answer, messages)))
+        found = known.get(json.dumps(messages, sort_keys=True))
+        if found is None:
+            found = Future()
+            threading.Thread(target=work, args=(messages, found), daemon=True, name="sparing-asking").start()  # no exit waits for it
+        waiting.append((messages, found))
         if len(waiting) >= 2 * AT_ONCE:
             yield waiting.popleft()
     yield from waiting
 
 
-def _outcome(messages: list[dict], found: Future | dict, counts: Counter) -> dict | None:
-    """The conversation; None, and counted, where the teacher failed."""
+def _outcome(messages: list[dict], found: Future | dict) -> tuple[dict | None, Failed | None]:
+    """The conversation, or why there is none."""
     if isinstance(found, dict):
-        return found
+        return found, None
     try:
-        return {"messages": [*messages, {"role": "assistant", "content": found.result().text}]}
+        return {"messages": [*messages, {"role": "assistant", "content": found.result().text}]}, None
     except Failed as failure:
-        counts[str(failure)] += 1
-        return None
+        return None, failure

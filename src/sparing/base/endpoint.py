@@ -6,6 +6,7 @@ What the other side says is not to be trusted: an answer may come late, drip, ne
 from __future__ import annotations
 
 import http.client
+import itertools
 import json
 import os
 import socket
@@ -13,6 +14,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -34,6 +36,11 @@ TOLD = 200
 """Characters of a server's error message that are passed on."""
 PASSING = (408, 425, 429, 500, 502, 503, 504, 529)
 """Statuses of a server that may answer later."""
+WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)
+"""Seconds before a question is put again to a server that did not answer; it may ask for longer ones."""
+MOST_WAIT_S = 60.0
+QUIET = ("timed out", "ended before its length", "the connection broke")
+"""It may be the question's fault: tried twice, and then left out."""
 
 
 class Failed(Exception):
@@ -62,6 +69,21 @@ class Reply(NamedTuple):
 
 def is_url(teacher: str) -> bool:
     return teacher.startswith(("http://", "https://"))
+
+
+def patiently(ask: Callable[[], Reply], left: threading.Event) -> Reply:
+    """`ask`, and again after a while where the server may answer later. left: nobody waits for the answer any more. Raises Failed."""
+    waits = iter(WAITS)
+    for tries in itertools.count(1):
+        try:
+            return ask()
+        except Failed as failure:
+            wait = next(waits, None)
+            if not failure.passing or wait is None or (str(failure) in QUIET and tries == 2):
+                raise
+            if left.wait(max(wait, min(failure.after, MOST_WAIT_S))):
+                raise
+    raise AssertionError
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):

@@ -20,7 +20,7 @@ from typing import NamedTuple, Protocol
 
 from sparing.account.meter import NoMeter
 from sparing.base.config import Budget, CannotGoOn, UserError
-from sparing.base.endpoint import Endpoint, Failed, is_url
+from sparing.base.endpoint import QUIET, Endpoint, Failed, Reply, is_url, patiently
 from sparing.base.files import append_durably
 from sparing.base.run import RunFolder, weights_sha256
 from sparing.curate.parts import Stop
@@ -32,11 +32,6 @@ AT_ONCE = 8
 """Requests to a server under way."""
 TIMEOUT_S = 300.0
 """Of a server's answer, from the request to its last byte."""
-WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)
-"""Seconds before a question is put again to a server that did not answer; it may ask for longer ones."""
-MOST_WAIT_S = 60.0
-QUIET = ("timed out", "ended before its length", "the connection broke")
-"""It may be the question's fault: tried twice, and then left out."""
 REFUSED = (400, 413, 422)
 """Statuses for a question that the server does not take, such as one that is too long for its model."""
 PATIENCE = 8
@@ -133,21 +128,16 @@ class Served:
             left.set()
 
     def _one(self, ask: Ask, seed: int, left: threading.Event) -> Answer | Failed:
-        waits = iter(WAITS)
-        for tries in range(1, len(WAITS) + 2):
-            try:
-                reply = self.endpoint.answer([{"role": "user", "content": ask.prompt}], ask.tokens, ask.temperature, ask.seed(seed))
-                return Answer(reply.text, "", reply.asked, reply.answered)
-            except Failed as failure:
-                wait = next(waits, None)
-                if not failure.passing or wait is None or (str(failure) in QUIET and tries == 2):
-                    return failure
-                left.wait(max(wait, min(failure.after, MOST_WAIT_S)))
-                if left.is_set():
-                    return failure
-            except Exception as error:  # nothing may leave the one who waits without a word
-                return Failed(f"{type(error).__name__}: {error}"[:200])
-        raise AssertionError
+        def once() -> Reply:
+            return self.endpoint.answer([{"role": "user", "content": ask.prompt}], ask.tokens, ask.temperature, ask.seed(seed))
+
+        try:
+            reply = patiently(once, left)
+        except Failed as failure:
+            return failure
+        except Exception as error:  # nothing may leave the one who waits without a word
+            return Failed(f"{type(error).__name__}: {error}"[:200])
+        return Answer(reply.text, "", reply.asked, reply.answered)
 
     def _give_up(self, failure: Failed, silent: int) -> None:
         if failure.said:
