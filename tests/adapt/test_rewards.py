@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from fractions import Fraction
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sparing.adapt import rewards
 from sparing.adapt.rewards import load_task, verify
 from sparing.base.config import UserError
-from sparing.evals.verifiers import Problem
+from sparing.evals.verifiers import Problem, Verdict
 
 
 def operands(problem: Problem) -> list[int]:
@@ -64,6 +66,16 @@ def test_a_countdown_uses_its_numbers_once(text, reward):
 def test_no_text_breaks_a_verifier(text, verifier):
     problem = Problem("", "22", verifier, ("25", "3", "6") if verifier == "countdown" else ())
     assert verify(problem, text).reward in (0, 1)
+
+
+def test_answers_whose_judging_is_stopped_are_counted_and_told_of(monkeypatch, capsys):
+    reasons = ["right", "out of time", "a test failed", *["too much output"] * 8, "broke the verifier (MemoryError)", "out of time"]
+    monkeypatch.setattr(rewards, "_stopped", Counter())
+    monkeypatch.setattr(rewards.verifiers, "verify", lambda problem, text: Verdict(0.0, text))
+    assert [verify(Problem(""), reason).reason for reason in reasons] == reasons
+    first, tenth = capsys.readouterr().err.splitlines()
+    assert first.endswith("worth 0: 1 × out of time")
+    assert tenth.endswith("worth 0: 8 × too much output, 1 × out of time, 1 × broke the verifier (MemoryError)")
 
 
 @pytest.mark.parametrize("operation, value", [("+", 9), ("-", 5), ("*", 14), ("/", Fraction(7, 2))])

@@ -12,19 +12,20 @@ import itertools
 import json
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from sparing.base.config import UserError
 from sparing.base.files import alike
+from sparing.base.messages import say
 from sparing.data.files import find_files
 from sparing.data.sources import Row, Tally, rows
 from sparing.data.split import SPACE, content_hash
 from sparing.data.worked import countdown, thought
-from sparing.evals.verifiers import Problem, check
-from sparing.evals.verifiers import Verdict as Verdict
-from sparing.evals.verifiers import verify as verify
+from sparing.evals import verifiers
+from sparing.evals.verifiers import Problem, Verdict, check
 
 PROBLEMS, HELD_OUT = 8192, 512
 """Most problems of a built-in task."""
@@ -36,6 +37,9 @@ TRIES = 60_000
 """Of two numbers there are few countdown problems."""
 DIGITS, COUNT = (1, 18), (2, 6)
 """Least and most of an operand's digits in `add`, and of numbers in `countdown`."""
+
+STOPPED = ("out of time", "out of memory", "too much output", "ended early", "broke the verifier")
+"""Beginnings of reasons why a verdict has not come by itself."""
 
 CALCULATED = re.compile("<<.*?>>")
 """What GSM8K's answers have for a calculator, behind each step that says the same."""
@@ -70,6 +74,20 @@ def load_task(path_or_name: str, data: Sequence[str] = ()) -> Task:
             f"task {path_or_name}: neither a file nor one of {', '.join(BUILT_IN)}" + (f" (did you mean {like}?)" if like else "")
         )
     return _read(path_or_name, [path_or_name], problem_of)
+
+
+_stopped: Counter[str] = Counter()
+
+
+def verify(problem: Problem, text: str) -> Verdict:
+    """Judge one answer, as `evals.verifiers` does. Answers whose judging had to be stopped are counted and told of, in a line each for
+    the first, the tenth, the hundredth of this process and so on."""
+    verdict = verifiers.verify(problem, text)
+    if verdict.reason.startswith(STOPPED):
+        _stopped[verdict.reason] += 1
+        if re.fullmatch("10*", str(_stopped.total())):
+            say(f"judging was stopped, and the answer is worth 0: {', '.join(f'{n:,} × {why}' for why, n in _stopped.most_common())}")
+    return verdict
 
 
 def _held_out(subject: str, share: float) -> bool:
