@@ -33,7 +33,7 @@ from sparing.budget.units import parse_budget
 
 KINDS = ("kill", "term", "stop", "disk", "shard")
 """SIGKILL of a rank; SIGTERM of one, as a machine's notice; SIGSTOP of one; no more room on the disk; a file of the newest checkpoint cut
-in half, and then SIGKILL."""
+in half, and then SIGKILL: not of the only one, without which nothing is left to go on from."""
 SMALL = """\
 [model]
 hidden_size = 192
@@ -91,11 +91,11 @@ class Chaos:
         return result
 
     def _tokens(self) -> dict:
-        """What a run of a minute learns, for as long as is asked."""
+        """What a run of two minutes learns a second, for as long as is asked."""
         budget = parse_budget(self.time)
         if budget.unit != "s":
             raise SystemExit(f"--time {self.time}: must be a time")
-        learnt = self._timed(self._words("first", "60s"))["summary"]
+        learnt = self._timed(self._words("first", "120s"))["summary"]
         return {"tokens": round(learnt["tokens_per_s"] * budget.amount)}
 
     def _words(self, name: str, budget: str) -> list[str]:
@@ -121,23 +121,28 @@ class Chaos:
         run, words, dice = RunFolder(Path(self.out) / "disturbed"), self._words("disturbed", budget), random.Random(self.seed)
         shutil.rmtree(run.path, ignore_errors=True)
         began, process, failures = time.monotonic(), self._start(words), []
-        due, kinds = began + dice.expovariate(1 / self.every), []
+        due, kinds, before = began + dice.expovariate(1 / self.every), [], None
         while True:
             status = process.poll()
             if status == 0:
                 break
             if status is not None:
                 say(f"it ended with status {status}")
-                process = self._start(words)
+                if (ended := (status, len(failures))) == before:
+                    raise SystemExit(f"it ends with status {status} again and again, without a further failure")
+                process, before = self._start(words), ended
             now, steps = time.monotonic(), _steps(run)
             open_ = failures[-1] if failures and "again_s" not in failures[-1] else None
             if open_ and steps > open_["step"]:
                 open_["again_s"] = now - began - open_["at_s"]
             elif not open_ and now >= due and steps >= (failures[-1]["step"] if failures else 0) + SETTLED and (ranks := _ranks(process)):
                 kinds = kinds or dice.sample(self.kinds, len(self.kinds))
-                failures.append({"kind": kinds[-1], "at_s": now - began, "step": steps})
-                say(f"step {steps}: {kinds[-1]}")
-                _disturb(kinds.pop(), run, ranks, dice)
+                kind = next((kind for kind in reversed(kinds) if kind != "shard" or len(_checkpoints(run)) > 1), None)
+                if kind is not None:
+                    kinds.remove(kind)
+                    failures.append({"kind": kind, "at_s": now - began, "step": steps})
+                    say(f"step {steps}: {kind}")
+                    _disturb(kind, run, ranks, dice)
                 due = max(due + dice.expovariate(1 / self.every), now)
             time.sleep(0.2)
         seconds = time.monotonic() - began
@@ -155,6 +160,11 @@ def _steps(run: RunFolder) -> int:
     return max((line["step"] for line in found if "loss" in line), default=0)
 
 
+def _checkpoints(run: RunFolder) -> list[Path]:
+    """Oldest first."""
+    return sorted(run.state.glob("step-*"))
+
+
 def _ranks(process: subprocess.Popen) -> list[psutil.Process]:
     return [child for child in psutil.Process(process.pid).children() if child.is_running()]
 
@@ -166,8 +176,7 @@ def _disturb(kind: str, run: RunFolder, ranks: list[psutil.Process], dice: rando
             rank.rlimit(psutil.RLIMIT_FSIZE, (ROOM, psutil.RLIM_INFINITY))
         return
     if kind == "shard":
-        newest = max(run.state.glob("step-*"), key=lambda folder: folder.name)
-        file = dice.choice(sorted(newest.glob("*.safetensors")))
+        file = dice.choice(sorted(_checkpoints(run)[-1].glob("*.safetensors")))
         half = file.read_bytes()[: file.stat().st_size // 2]
         file.unlink()  # the model for others is the same file
         file.write_bytes(half)
