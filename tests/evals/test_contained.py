@@ -14,7 +14,7 @@ from sparing.evals import contained
 from sparing.evals.contained import Limits, run
 from sparing.evals.verifiers import Problem
 
-SHORT = Limits(cpu_s=1, wall_s=15.0, memory=256 << 20)
+SHORT = Limits(cpu_s=1, asleep_s=0.5, memory=256 << 20)
 linux = pytest.mark.skipif(sys.platform != "linux", reason="code is contained on Linux only")
 
 
@@ -34,6 +34,9 @@ def _contained():
         ("def f(", "f()", "failed"),
         ("def f(): f()\nf()", "1", "failed"),
         ("while True: pass", "1", "time"),
+        ("import time; time.sleep(999)", "1", "time"),
+        ("import threading; threading.Event().wait()", "1", "time"),
+        ("import time; time.sleep(0.15)", "1", "passed"),
         ("x = []\nwhile True: x.append(bytearray(1 << 24))", "1", "memory"),
         ("while True: print('x' * 10_000)", "1", "output"),
         ("import sys; sys.exit(0)", "assert False", "failed"),

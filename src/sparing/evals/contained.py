@@ -17,6 +17,8 @@ from typing import NamedTuple
 from sparing.base.config import CannotGoOn
 
 CHILD = Path(__file__).with_name("contained_child.py")
+LOOK_S = 0.1
+"""Between looks at what a program does."""
 OUTPUT = 1 << 20
 """Bytes that a program may write; one that writes more is ended."""
 PROBE = """
@@ -47,8 +49,10 @@ class Limits(NamedTuple):
     """What a program may use."""
 
     cpu_s: int = 5
-    wall_s: float = 20.0
-    """So that programs which sleep come to an end; a busy machine should not reach it."""
+    asleep_s: float = 5.0
+    """In all, while no thread of it computes or wants to."""
+    wall_s: float = 120.0
+    """For what waits in no such way; a busy machine should not reach it."""
     memory: int = 512 << 20
     """Bytes of address space."""
 
@@ -102,7 +106,7 @@ def _run(program: str, tests: Sequence[str], stdin: str, limits: Limits) -> Outc
             except BrokenPipeError:
                 pass  # it died at once: there will be no word of it
             try:
-                output, word, cut = _listen(process, told_file, limits.wall_s)
+                output, word, cut = _listen(process, told_file, limits)
             finally:
                 process.kill()
     return _outcome(process.returncode, word, token, cut, output)
@@ -121,15 +125,19 @@ BEGIN = "import os, sys; os.dup2(int(sys.argv[2]), 3); exec(compile(open(sys.arg
 """Descriptors are numbered by chance, and a file's path may hold anything."""
 
 
-def _listen(process: subprocess.Popen, told: object, seconds: float) -> tuple[bytes, bytes, str]:
+def _listen(process: subprocess.Popen, told: object, limits: Limits) -> tuple[bytes, bytes, str]:
     """(what it wrote, its last word, "time" or "output" where it was not left to end)."""
-    ends, heard = time.monotonic() + seconds, {process.stdout: bytearray(), told: bytearray()}
+    looked, asleep, heard = time.monotonic(), 0.0, {process.stdout: bytearray(), told: bytearray()}
+    ends = looked + limits.wall_s
     with selectors.DefaultSelector() as selector:
         for file in heard:
             selector.register(file, selectors.EVENT_READ)
         while selector.get_map():
-            ready = selector.select(max(0.0, ends - time.monotonic()))
-            if not ready:
+            ready = selector.select(LOOK_S)
+            if (now := time.monotonic()) >= looked + LOOK_S:
+                asleep += LOOK_S if _asleep(process.pid) else 0.0  # and no more, however long we had to wait ourselves
+                looked = now
+            if asleep > limits.asleep_s or now > ends:
                 return bytes(heard[process.stdout]), bytes(heard[told]), "time"
             for key, _ in ready:
                 piece = os.read(key.fd, 1 << 16)
@@ -139,6 +147,15 @@ def _listen(process: subprocess.Popen, told: object, seconds: float) -> tuple[by
                 if len(heard[key.fileobj]) > OUTPUT:
                     return bytes(heard[process.stdout][:OUTPUT]), bytes(heard[told]), "output"
     return bytes(heard[process.stdout]), bytes(heard[told]), ""
+
+
+def _asleep(pid: int) -> bool:
+    """Whether no thread of a process computes, waits for its turn, or for a disk (proc_pid_stat(5))."""
+    try:
+        stats = [file.read_text() for file in Path(f"/proc/{pid}/task").glob("*/stat")]
+    except OSError:  # it is ending
+        return False
+    return bool(stats) and not any(stat.rpartition(")")[2].split()[0] in "RD" for stat in stats)
 
 
 def _outcome(status: int, word: bytes, token: str, cut: str, output: bytes) -> Outcome:
