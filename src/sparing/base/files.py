@@ -113,6 +113,14 @@ def output_folder(named: str | Path, option: str) -> Path:
         return path
 
 
+def new_folder(named: str | Path, option: str) -> Path:
+    """As `output_folder`, for what takes the place of the folder with all that is in it. Raises UserError where anything is."""
+    path = output_folder(named, option)
+    if path.exists() and any(path.iterdir()):
+        raise UserError(f"{named} already exists and is not empty: choose a new folder for {option}")
+    return path
+
+
 @contextmanager
 def _naming(named: str | Path, option: str) -> Iterator[None]:
     """Turn what the system says of a path into one line about `option`."""

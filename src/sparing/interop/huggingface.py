@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 
 from sparing.base.config import ModelConfig, TokensConfig, UserError
-from sparing.base.files import disk_errors, name_beside, output_folder, read_text, sync_folder
+from sparing.base.files import disk_errors, name_beside, new_folder, read_text, sync_folder
 from sparing.base.layers import EMBED, HEAD, shapes
 from sparing.base.origin import Origin
 from sparing.base.run import RunFolder
@@ -57,11 +57,9 @@ def export_hf(
     blocks of e4m3 with `weight_scale_inv`, the rest bfloat16, as DeepSeek-V3 is published. Selection biases stay float32 always.
     Raises UserError: `out` exists and is not empty, no transformers type computes this model, tensors are not this model's, disk full.
     """
-    named, out = out, output_folder(out, "--out")
+    out = new_folder(out, "--out")
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"{named} already exists and is not empty: choose a new folder for --out")
     text_files, ends, notes = tokenizer_files(config, Path(tokenizer) if tokenizer else None, tokens, chat_template)
     raw, config_notes = to_hf(config, dtype, ends)
     exported = replace(config, mtp_depth=raw.get("num_nextn_predict_layers", 0))

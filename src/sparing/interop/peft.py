@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sparing.base.config import AdapterConfig, ModelConfig, UserError
-from sparing.base.files import DamagedError, output_folder
+from sparing.base.files import DamagedError, new_folder
 from sparing.base.layers import is_matrix, mixtures, shapes
 from sparing.base.run import StoredTensors, factor_name, write_folder
 from sparing.interop.families import FAMILIES, family_of
@@ -49,9 +49,7 @@ def export_peft(
 
     factors: an adapter run's, by our names. base: its name in adapter_config.json. card: README.md. chat_template: in
     whose form it was trained. Raises UserError: `out` is there and not empty, no transformers type computes this model."""
-    named, out = out, output_folder(out, "--out")
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"{named} already exists and is not empty: choose a new folder for --out")
+    out = new_folder(out, "--out")
     rotary, tensors = _rotary(config), {}
     for weight in updated(config):
         for part in "AB":
