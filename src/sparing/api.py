@@ -416,10 +416,10 @@ def _stages() -> adapt_reason.Verbs:
     return adapt_reason.Verbs(sft, grpo, resume)
 
 
-def rollback(run: str, out: str) -> dict:
+def rollback(run: str, out: str, started: float | None = None) -> dict:
     """Make the new folder `out` the run that `run` began with, byte for byte; -> out, run, weights_sha256. Raises UserError where that is
     gone or has changed."""
-    return adapt_rollback.rollback(RunFolder.open(run), out)
+    return adapt_rollback.rollback(RunFolder.open(run), out, started)
 
 
 def resume(
@@ -698,7 +698,7 @@ def merge(run: str, out: str, started: float | None = None, packs: Sequence[str]
         merged = RunFolder.create(out)
         with merged.making(), metered("merge", merged, "merge", started):
             stream_tensors(merged.weights_file, layout, ((name, tensors[name].float()) for name in layout))
-            for file in (folder.tokenizer_file, folder.path / "chat_template.jinja", folder.model_card_file):
+            for file in (folder.tokenizer_file, folder.model_card_file, *folder.beside):
                 if file.exists():
                     link_or_copy(file, merged.path / file.name)
             inherit(merged, folder, "merged")

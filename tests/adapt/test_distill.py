@@ -21,15 +21,16 @@ from sparing import api
 from sparing.adapt.distill import Taught, divided
 from sparing.adapt.own import _ReverseDivergence
 from sparing.adapt.teacher import Draws, drawn, same_tokenizer, strata
-from sparing.base.config import UserError
-from sparing.base.config_file import read_config
-from sparing.base.files import file_sha256, read_lines
+from sparing.base.config import StartConfig, UserError
+from sparing.base.config_file import read_config, write_config
+from sparing.base.files import file_sha256, read_lines, write_atomic
 from sparing.base.layers import SELECTION_BIAS
-from sparing.base.run import RunFolder, read_tensors
+from sparing.base.run import RunFolder, read_tensors, weights_sha256
 from sparing.budget.flops import train_flops
 from sparing.data.loader import IGNORED, Batch
 from sparing.infer.engine import Engine
 from sparing.infer.generate import generate_texts
+from sparing.job.start import keep_origin
 from sparing.kernels.decode import library
 
 compiled = pytest.mark.skipif(library() is None, reason="drafting and int8 are the compiled step's, which needs a C compiler")
@@ -156,7 +157,10 @@ def test_the_expected_gradient_is_that_of_the_whole_distribution():
     assert torch.allclose(grad, student.model.norm.weight.grad, rtol=0.02, atol=2e-4)
 
 
-def test_draws_on_disk(tmp_path):
+@pytest.mark.parametrize("posix", [True, False])
+def test_draws_on_disk(tmp_path, monkeypatch, posix):
+    if not posix:
+        monkeypatch.delattr(os, "posix_fallocate", raising=False)
     draws = Draws(tmp_path / "d", "key", 10, 3, 512)
     assert draws.rows == 0 and draws.bytes == 10 * 3 * 2 == (tmp_path / "d/draws.bin").stat().st_size
     draws.put(np.array([4, 2]), np.array([[0, 0, 511], [1, 2, 3]]))
@@ -322,6 +326,18 @@ def test_the_same_texts_in_fewer_steps(drafting, weights, temperature):
             if run == out:
                 accepted = engine.metrics()["accepted_total"] / engine.metrics()["drafted_total"]
     assert texts[0] == texts[1] and steps[1] < 0.9 * steps[0] and accepted > 0.3
+
+
+@pytest.mark.parametrize("drafting", ["dense"], indirect=True)
+def test_words_of_drafts_go_on_with_the_model(drafting, tmp_path):
+    """Into runs that start from it, and back again: else its module would choose among all words, which takes longer."""
+    _, out, _ = drafting
+    words, child = (out / "draft_words.json").read_bytes(), RunFolder.create(tmp_path / "child")
+    config = replace(read_config(out / "config.toml"), start=StartConfig(str(out), weights_sha256(RunFolder(out))))
+    keep_origin(child, config)
+    write_atomic(child.config_file, write_config(config))
+    api.rollback(str(child), str(tmp_path / "back"))
+    assert words == child.draft_words_file.read_bytes() == (tmp_path / "back/draft_words.json").read_bytes()
 
 
 @compiled

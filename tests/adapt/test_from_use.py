@@ -13,6 +13,7 @@ import time
 import pytest
 
 from sparing import api
+from sparing.account.history import ancestors_of
 from sparing.adapt import feedback
 from sparing.adapt.from_use import TurnedDown
 from sparing.base.config import UserError
@@ -96,6 +97,7 @@ def test_good_answers_are_kept_and_the_way_back_is_exact(workplace, capsys):
     back = api.rollback(str(workplace / "better"), str(workplace / "back"))
     assert back["weights_sha256"] == before == weights_sha256(RunFolder(workplace / "back"))
     assert file_sha256(workplace / "back/weights/model.safetensors") == file_sha256(workplace / "base/weights/model.safetensors")
+    assert {row.name for row in ancestors_of(RunFolder(workplace / "back"))} == {"base"} and api.receipt(str(workplace / "back"))["stages"]
     assert api.generate(str(workplace / "back"), "Which", max_tokens=3, temperature=0)["text"]
 
 
@@ -195,6 +197,12 @@ def test_slips_leave_nothing_behind(workplace, monkeypatch, capsys, arguments, s
     write(workplace / "two.jsonl", GOOD[:2])
     assert main(["adapt", "base", *arguments, "--out", "none"]) == 2
     assert said in capsys.readouterr().err and not (workplace / "none").exists()
+
+
+def test_a_run_that_writes_nothing_needs_old_text(workplace, monkeypatch):
+    monkeypatch.setattr("sparing.adapt.sft.own_texts", lambda *_: [])
+    with pytest.raises(UserError, match=r"writes no text by itself: .*--keep"):
+        adapt(workplace, str(workplace / "good.jsonl"), "silent")
 
 
 def test_there_is_no_way_back_from_a_beginning(workplace):

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tests.adapt.test_sft import TRAIN, losses
 
 from sparing import api
+from sparing.account.history import ancestors_of
 from sparing.account.report.charts import wakes_map
 from sparing.account.report.story import story
 from sparing.adapt import grow, grown, slices
@@ -159,6 +160,8 @@ def test_packs_are_joined_in_any_order_and_taken_apart(two, grown_run, tmp_path)
     joined.append(api.merge(str(run), str(tmp_path / "2"), packs=packs[1:])["weights_sha256"])
     assert len(set(joined)) == 1
     both = tmp_path / "0"
+    grew = {row.relation: row for row in ancestors_of(RunFolder(both))}
+    assert grew.keys() >= {"merged", "grew code", "grew sums"} and all(row.flops > 0 for row in grew.values()), "what the domains cost"
     assert read_config(both / "config.toml").growth.domains == ("code", "sums")
     assert set(json.loads((both / "state/wakes.json").read_text())) == {"code", "sums"}
     alone = api.slice(str(both), "code", str(tmp_path / "code"))
@@ -253,6 +256,9 @@ def test_a_grown_run_grows_again(grown_run, workplace, tmp_path):
     assert summary["base"] == file_sha256(run.weights_file) and summary["after"]["new"]["loss"] < summary["before"]["new"]["loss"]
     wakes = json.loads((tmp_path / "both/state/wakes.json").read_text())
     assert set(wakes) == {"code", grown.OLD, "sums"}
+    back = api.rollback(str(tmp_path / "both"), str(tmp_path / "back"))
+    assert back["weights_sha256"] == summary["base"]
+    assert (tmp_path / "back/state/wakes.json").read_bytes() == (run.state / "wakes.json").read_bytes()
     api.retire(str(tmp_path / "both"), "sums", str(tmp_path / "one"))
     assert file_sha256(tmp_path / "one/weights/model.safetensors") == file_sha256(run.weights_file)
 
@@ -457,6 +463,9 @@ def test_a_pack_of_another_base_and_damaged_ones(two, workplace, tmp_path):
         api.merge(str(other), str(tmp_path / "out"), packs=packs[:1])
     with pytest.raises(UserError, match="there already"):
         api.merge(str(base), str(tmp_path / "out"), packs=[packs[0], packs[0]])
+    for there in (packs[0], base.path):
+        with pytest.raises(UserError, match="is not empty"):
+            api.pack(str(workplace / f"{base.path.name}-code"), "code", str(there))
     shutil.copytree(packs[0], tmp_path / "cut")
     with open(tmp_path / "cut" / grown.PACK, "r+b") as file:
         file.truncate(5000)
@@ -465,6 +474,19 @@ def test_a_pack_of_another_base_and_damaged_ones(two, workplace, tmp_path):
     tensors = dict(StoredTensors(f"{packs[0]}/{grown.PACK}"))
     about = json.loads(open(f"{packs[0]}/{grown.ABOUT}").read())
     name = next(iter(tensors))
+    for field, wrong in (
+        ("flops", "1"),
+        ("flops", 1e999),
+        ("tokens", 1 << 63),
+        ("tokens", 0.5),
+        ("name", "\x1b[2J"),
+        ("usd", -1),
+        ("more", 1),
+    ):
+        strange = about | {"ancestors": [about["ancestors"][0] | {field: wrong}]}
+        write_folder(tmp_path / "bad", {grown.PACK: tensors, grown.ABOUT: json.dumps(strange)})
+        with pytest.raises(UserError, match="is no usable pack"):
+            api.merge(str(base), str(tmp_path / "out"), packs=[str(tmp_path / "bad")])
     for damage in (tensors | {name: tensors[name] * torch.nan}, {name: tensors[name]}, tensors | {"more": tensors[name]}):
         write_folder(tmp_path / "bad", {grown.PACK: damage, grown.ABOUT: json.dumps(about)})
         with pytest.raises(UserError, match="is no usable pack"):
@@ -480,7 +502,10 @@ json_values = st.recursive(
 
 
 @settings(max_examples=60, deadline=None)
-@given(about=json_values | st.fixed_dictionaries({"format": st.just(1)}, optional=dict.fromkeys(("domain", "base", "wakes"), json_values)))
+@given(
+    about=json_values
+    | st.fixed_dictionaries({"format": st.just(1)}, optional=dict.fromkeys(("domain", "base", "wakes", "ancestors"), json_values))
+)
 def test_whatever_a_pack_says_of_itself(about, workplace):
     one = grown.Grown.open(workplace / "dense")
     folder = workplace / "strange.pack"

@@ -115,6 +115,15 @@ def test_what_a_killed_verb_left_is_taken_over(tmp_path):
     assert not list(run.path.glob("[!.]*"))
 
 
+def test_what_others_put_into_it_stays(tmp_path):
+    run = RunFolder.create(tmp_path / "run")
+    with run.lock():
+        (run.path / "packed").mkdir()
+        (run.path / "notes").write_text("years")
+        run.remove()
+    assert [path.name for path in run.path.iterdir()] == ["notes"]
+
+
 @pytest.mark.parametrize("name", ["data/book.txt", "weights/mine.safetensors", "state/notes", "tokenizer.json", "MODEL_CARD.md"])
 def test_files_of_a_folder_that_is_no_run_are_in_no_danger(tmp_path, name):
     (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -11,7 +11,7 @@ import sqlite3
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -181,12 +181,21 @@ def ancestors_of(run: RunFolder) -> list[Ancestor]:
 
 def inherit(run: RunFolder, parent: RunFolder, relation: str) -> None:
     """Note that `run` was derived from `parent` (as `relation`), with what that and its own ancestors had cost by now."""
+    descend(run, lineage(parent, relation))
+
+
+def lineage(parent: RunFolder, relation: str) -> list[Ancestor]:
+    """What a run that is derived from `parent` (as `relation`) notes of it and of its own ancestors; `run_id` is empty."""
     rows = entries_of(parent)
     totals = {name: sum(getattr(row, name) for row in rows) for name in ADDS_UP}
+    nearest = Ancestor("", run_id_of(parent), parent.path.resolve().name, relation, 1, energy_how=how(rows), **totals)
+    return [nearest, *(replace(row, run_id="", generation=row.generation + 1) for row in ancestors_of(parent))]
+
+
+def descend(run: RunFolder, rows: list[Ancestor]) -> None:
+    """Note ancestors of `run`, as `lineage` has them."""
     ledgers, name = books(run, complain)
-    parent_name = parent.path.resolve().name
-    made = [Ancestor(name, run_id_of(parent), parent_name, relation, 1, energy_how=how(rows), **totals)]
-    made += [Ancestor(**(asdict(row) | {"run_id": name, "generation": row.generation + 1})) for row in ancestors_of(parent)]
+    made = [replace(row, run_id=name) for row in rows]
     known = {row.ancestor_id: row.generation for row in ancestors_of(run)}
     for ledger in ledgers:
         for row in made:

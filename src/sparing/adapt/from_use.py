@@ -178,6 +178,8 @@ def data(job: Job, config: Config) -> UseData:
     old = basis.old if not config.chats.keep else _old_text(job, config, int(OLD_SHARE * size))
     units = [_windows(basis.tokenizer, text, config.train.seq_len) for text in old]
     units = [unit for unit in units if len(unit)]
+    if not units:
+        raise UserError(f"{config.start.run} writes no text by itself: name some that must not be forgotten, --keep OLD")
     if len(units) < WINDOWS_FROM:
         units = [_only(unit, number) for unit in units for number in range(len(unit))]
     own = _own_answers(job, config, basis.tokenizer, check)

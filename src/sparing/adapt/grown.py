@@ -10,20 +10,22 @@ so in whatever order they were grown or merged, the bytes are the same.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from sparing.account.history import inherit
+from sparing.account.history import descend, inherit, lineage
+from sparing.account.ledger import Ancestor
 from sparing.account.meter import metered
 from sparing.account.receipt import read_state
 from sparing.base.config import Config, GrowthConfig, ModelConfig, UserError
 from sparing.base.config_file import nearest, read_config, write_config
 from sparing.base.config_limits import DOMAIN, checked
-from sparing.base.files import DamagedError, from_json, link_or_copy, output_folder, write_atomic
+from sparing.base.files import DamagedError, from_json, link_or_copy, new_folder, write_atomic
 from sparing.base.layers import SELECTION_BIAS, is_matrix, mixtures, shapes
 from sparing.base.origin import inherit_origin
 from sparing.base.run import RunFolder, StoredTensors, stream_tensors, tensors_header, verify_folder, weights_sha256, write_folder
@@ -37,6 +39,8 @@ SHARES = range(4, 17)
 WIDTH = 8
 PACK, ABOUT = "pack.safetensors", "pack.json"
 FORMAT = 1
+LONGEST_NAME = 255
+"""Characters, of a run that a pack comes from."""
 WAKES = "wakes"
 """state/wakes.json: text -> layer -> {expert: share of that text's tokens that wake it}."""
 OLD = "old text"
@@ -232,19 +236,21 @@ def make(
     tensors: Mapping[str, Tensor],
     kind: str = "float32",
     expected: str | None = None,
+    ancestors: Sequence[Ancestor] = (),
 ) -> str:
-    """A run folder with these weights and what else the run has; -> their SHA-256, which must be `expected`, if that is there. Raises
-    UserError; then nothing stays."""
+    """A run folder with these weights and what else the run has; -> their SHA-256, which must be `expected`, if that is there. ancestors:
+    that it has besides those of the run. Raises UserError; then nothing stays."""
     run = RunFolder.create(out)
     with run.making(), metered(verb, run, verb, started):
         kinds = layout(model, kind)
         written = stream_tensors(run.weights_file, kinds, ((name, tensors[name].to(dtype)) for name, (dtype, _) in kinds.items()))
         if expected not in (None, written["sha256"]):
             raise UserError(f"{grown.run} does not give back the weights that it was grown from: its old tensors have changed")
-        for file in (grown.run.tokenizer_file, grown.run.path / "chat_template.jinja", grown.run.model_card_file):
+        for file in (grown.run.tokenizer_file, grown.run.model_card_file, *grown.run.beside):
             if file.exists():
                 link_or_copy(file, run.path / file.name)
         inherit(run, grown.run, {"retire": "retired", "slice": "sliced", "merge": "merged"}[verb])
+        descend(run, ancestors)
         inherit_origin(run, grown.run)
         plain = Config()
         rows = replace(plain.train, seq_len=grown.config.train.seq_len)
@@ -280,9 +286,10 @@ def pack(run: str, domain: str, out: str) -> dict:
 
     Raises UserError."""
     grown = Grown.open(run)
-    own, folder = grown.having(domain), output_folder(out, "--out")
+    own, folder = grown.having(domain), new_folder(out, "--out")
     wakes = (read_state(grown.run, WAKES, dict) or {}).get(domain)
     about = {"format": FORMAT, "domain": domain, "base": grown.growth.root_sha256, "wakes": wakes}
+    about["ancestors"] = list(map(asdict, lineage(grown.run, f"grew {domain}")))
     write_folder(folder, {PACK: own.tensors, ABOUT: json.dumps(about, indent=1)})
     return {"out": out, "domain": domain, "base": grown.growth.root_sha256, "bytes": (folder / PACK).stat().st_size}
 
@@ -291,8 +298,9 @@ def is_pack(path: str | Path) -> bool:
     return (Path(path) / ABOUT).is_file()
 
 
-def read_pack(path: str | Path, grown: Grown) -> tuple[Pack, dict | None]:
-    """-> (a pack for the root of `grown`, what its domain wakes). Raises UserError for one of another root, and for a damaged one."""
+def read_pack(path: str | Path, grown: Grown) -> tuple[Pack, dict | None, list[Ancestor]]:
+    """-> (a pack for the root of `grown`, what its domain wakes, the runs that it comes from). Raises UserError for one of another root,
+    and for a damaged one."""
     folder = Path(path)
     if not is_pack(folder):
         raise UserError(f"{path} is no pack: `sparing pack RUN --domain NAME --out PACK` makes one")
@@ -314,11 +322,27 @@ def read_pack(path: str | Path, grown: Grown) -> tuple[Pack, dict | None]:
             raise DamagedError(f"{PACK} does not have the tensors of a domain")
         if wrong := next((name for name, tensor in own.items() if tensor.dtype != torch.float32 or not tensor.isfinite().all()), None):
             raise DamagedError(f"{wrong} is not of finite float32 numbers")
-    except (DamagedError, OSError, ValueError) as error:
+        ancestors = [_ancestor(row) for row in about.get("ancestors", [])]
+    except (DamagedError, OSError, ValueError, TypeError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path} is no usable pack: {error}") from None
-    return Pack(domain, own), wakes if isinstance(wakes, dict) else None
+    return Pack(domain, own), wakes if isinstance(wakes, dict) else None, ancestors
+
+
+def _ancestor(row: dict) -> Ancestor:
+    """Raises DamagedError and TypeError for what is none."""
+    found = Ancestor(**row)
+    for field in fields(found):
+        value = getattr(found, field.name)
+        if field.type == "str":
+            good = isinstance(value, str) and value.isprintable() and len(value) <= LONGEST_NAME
+        else:
+            whole = type(value) is int
+            good = (whole or (type(value) is float and field.type == "float")) and 0 <= value < (1 << 63 if whole else math.inf)
+        if not good:
+            raise DamagedError(f"{ABOUT} does not say what a run that it comes from has cost ({field.name})")
+    return found
 
 
 def merge(base: str, paths: list[str], out: str, started: float | None = None) -> dict:
@@ -326,17 +350,18 @@ def merge(base: str, paths: list[str], out: str, started: float | None = None) -
 
     base: the root, or a run grown from it, whose domains stay. -> as `retire`. Raises UserError."""
     grown = Grown.open(base)
-    packs, wakes = list(grown.packs), {}
+    packs, wakes, ancestors = list(grown.packs), {}, []
     for path in paths:
-        own, woken = read_pack(path, grown)
+        own, woken, runs = read_pack(path, grown)
         if any(own.domain == other.domain for other in packs):
             raise UserError(f"{path}: the domain {own.domain} is there already")
         packs.append(own)
         wakes |= {own.domain: woken} if woken else {}
+        ancestors += runs
     if len(widths := {next(t.shape[-1] for name, t in one.tensors.items() if name.endswith("down_proj")) for one in packs}) > 1:
         raise UserError(f"experts of {' and '.join(map(str, sorted(widths)))} numbers' width cannot stand beside each other: grow with one")
     model, growth, tensors = grown.with_packs(packs)
-    digest = make("merge", grown, out, started, model, growth, tensors)
+    digest = make("merge", grown, out, started, model, growth, tensors, ancestors=ancestors)
     if wakes:
         run = RunFolder(out)
         write_atomic(run.state / f"{WAKES}.json", json.dumps((read_state(run, WAKES, dict) or {}) | wakes, indent=1))

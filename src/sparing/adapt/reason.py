@@ -474,10 +474,10 @@ class _Recipe:
     def _finish(self) -> dict:
         """The whole run gets the model of 4-sft, and a summary; -> the summary."""
         last, scores = RunFolder(self.run.path / SFT), self._scores()
-        for name in ("tokenizer.json", "chat_template.jinja", "MODEL_CARD.md", str(last.learned_file.relative_to(last.path))):
-            if (last.path / name).exists():
-                (self.run.path / name).parent.mkdir(exist_ok=True)
-                link_or_copy(last.path / name, self.run.path / name)
+        for file in (last.tokenizer_file, last.model_card_file, last.learned_file, *last.beside):
+            target = self.run.path / file.relative_to(last.path)
+            target.parent.mkdir(exist_ok=True)
+            link_or_copy(file, target)
         config = replace(read_config(last.config_file), budget=self.budget, reason=self.reason)
         write_atomic(self.run.config_file, write_config(config, reasons_of(last)))
         rows = [row for row in whole(self.run) if row.verb in TRAINING]

@@ -158,8 +158,11 @@ class Draws:
         except (OSError, ValueError, KeyError, TypeError):
             known, self.rows, self.ended, self.kernels = False, 0, False, None
         if not known:
-            with open(path, "wb") as file:  # a disk that fills up later would end the process in the middle of a write
-                os.posix_fallocate(file.fileno(), 0, self.bytes)
+            with open(path, "wb") as file:
+                if hasattr(os, "posix_fallocate"):  # a disk that fills up later would end the process in the middle of a write
+                    os.posix_fallocate(file.fileno(), 0, self.bytes)
+                else:
+                    file.truncate(self.bytes)
         self.key = key
         self.kernels: native.Path | None
         """Which computed what is there, so that the rest is computed by the same."""

@@ -13,7 +13,7 @@ import os
 import shutil
 import struct
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -47,6 +47,8 @@ CHECKSUMS = "checksums.json"
 BEGUN = ("weights", "adapter", "state", "tokenizer.json", "chat_template.jinja", "MODEL_CARD.md", "answers.jsonl", "draft_words.json",
          "quarantine.jsonl", "metrics.jsonl")  # fmt: skip
 """What a verb may have written before the configuration. `making` takes all of it away."""
+OWN = (*BEGUN, "config.toml", "packed", "report.html", "tensorboard")
+"""What else belongs to it, besides ledger and lock."""
 
 
 class RunFolder:
@@ -76,6 +78,11 @@ class RunFolder:
     def learned_file(self) -> Path:
         """What it has learned: weights, or the updates that an adapter run keeps instead."""
         return self.adapter_file if self.adapter_file.exists() else self.weights_file
+
+    @property
+    def beside(self) -> list[Path]:
+        """What is no weight and still belongs to the model: how it is talked with, and the words among which its module drafts."""
+        return [file for file in (self.path / "chat_template.jinja", self.draft_words_file) if file.exists()]
 
     @classmethod
     def create(cls, path: str | Path) -> RunFolder:
@@ -136,15 +143,18 @@ class RunFolder:
                 raise
 
     def remove(self) -> None:
-        """Take away the run, for whoever makes it. The caller holds the lock, or has held it."""
+        """Take away the run, for whoever makes it, and its folder, where that is new; what others have put into it stays. The caller holds
+        the lock, or has held it."""
+        folder = Path(os.path.realpath(self.path))
+        for entry in folder.iterdir() if folder.is_dir() else ():
+            if entry.name in OWN or (self.made and entry.name.startswith((".", "ledger."))):
+                if entry.is_dir() and not entry.is_symlink():
+                    shutil.rmtree(entry, ignore_errors=True)
+                else:
+                    entry.unlink(missing_ok=True)
         if self.made:
-            shutil.rmtree(os.path.realpath(self.path), ignore_errors=True)
-            return
-        for entry in self.path.glob("[!.]*"):
-            if entry.is_dir():
-                shutil.rmtree(entry, ignore_errors=True)
-            elif not entry.name.startswith("ledger."):
-                entry.unlink(missing_ok=True)
+            with suppress(OSError):  # it has files of others
+                folder.rmdir()
 
 
 def _utf8(path: str | Path) -> str | Path:

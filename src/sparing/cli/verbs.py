@@ -362,7 +362,7 @@ class Rollback:
     def __call__(self, call: Call) -> dict:
         call.need(RUN=self.run, out=self.out)
         call.api.rebase(self.run, self.base)
-        return call.api.rollback(self.run, self.out)
+        return call.api.rollback(self.run, self.out, call.started)
 
 
 @contextmanager

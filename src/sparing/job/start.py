@@ -63,15 +63,14 @@ def start_of(config: Config) -> Start:
 
 
 def keep_origin(run: RunFolder, config: Config) -> None:
-    """Note in state/start.json, and in the ledgers for the receipt, which run `run` was started from; take over its chat template and
-    where its model came from."""
+    """Note in state/start.json, and in the ledgers for the receipt, which run `run` was started from; take over what else
+    belongs to its model, and where that came from."""
     note = run.state / "start.json"
     if config.start is None or note.exists():
         return
     parent = RunFolder(config.start.run)
-    template = parent.path / "chat_template.jinja"
-    if template.exists():
-        link_or_copy(template, run.path / template.name)
+    for file in parent.beside:
+        link_or_copy(file, run.path / file.name)
     if parent.path.is_dir():
         inherit(run, parent, "first weights")
         inherit_origin(run, parent)
