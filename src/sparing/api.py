@@ -698,7 +698,7 @@ def merge(run: str, out: str, started: float | None = None, packs: Sequence[str]
         merged = RunFolder.create(out)
         with merged.making(), metered("merge", merged, "merge", started):
             stream_tensors(merged.weights_file, layout, ((name, tensors[name].float()) for name in layout))
-            for file in (folder.tokenizer_file, folder.model_card_file, *folder.beside):
+            for file in (folder.tokenizer_file, folder.model_card_file, *folder.beside(config.model.mtp_depth > 0)):
                 if file.exists():
                     link_or_copy(file, merged.path / file.name)
             inherit(merged, folder, "merged")

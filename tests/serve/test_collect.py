@@ -50,7 +50,10 @@ def test_what_is_kept_of_a_verdict(collection):
 
 def test_a_later_server_can_change_and_delete_what_an_earlier_one_kept(collection):
     collection.judge(None, ID, "corrected", "A boat.")
+    left = collection.path.with_name(f".{collection.path.name}.123.tmp")
+    left.write_bytes(collection.path.read_bytes())
     later = Collection(str(collection.path), 1 << 20)
+    assert not left.exists(), "what a killed server was writing"
     later.remember(OTHER, None, "tiny", ASKED, [choice("A car.")])
     later.judge(None, OTHER, "accepted", None)
     later.judge(None, ID, "accepted", None)

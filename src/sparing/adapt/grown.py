@@ -246,7 +246,7 @@ def make(
         written = stream_tensors(run.weights_file, kinds, ((name, tensors[name].to(dtype)) for name, (dtype, _) in kinds.items()))
         if expected not in (None, written["sha256"]):
             raise UserError(f"{grown.run} does not give back the weights that it was grown from: its old tensors have changed")
-        for file in (grown.run.tokenizer_file, grown.run.model_card_file, *grown.run.beside):
+        for file in (grown.run.tokenizer_file, grown.run.model_card_file, *grown.run.beside(model.mtp_depth > 0)):
             if file.exists():
                 link_or_copy(file, run.path / file.name)
         inherit(run, grown.run, {"retire": "retired", "slice": "sliced", "merge": "merged"}[verb])

@@ -474,7 +474,8 @@ class _Recipe:
     def _finish(self) -> dict:
         """The whole run gets the model of 4-sft, and a summary; -> the summary."""
         last, scores = RunFolder(self.run.path / SFT), self._scores()
-        for file in (last.tokenizer_file, last.model_card_file, last.learned_file, *last.beside):
+        drafts = self.config.model.mtp_depth > 0
+        for file in filter(Path.exists, (last.tokenizer_file, last.model_card_file, last.learned_file, *last.beside(drafts))):
             target = self.run.path / file.relative_to(last.path)
             target.parent.mkdir(exist_ok=True)
             link_or_copy(file, target)

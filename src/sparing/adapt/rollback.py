@@ -29,7 +29,8 @@ def rollback(run: RunFolder, out: str, started: float | None = None) -> dict:
         raise UserError(f"{run} began with other weights than {before} has now: name the run that has them, --base RUN")
     made = RunFolder.create(out)
     with made.making(), metered("rollback", made, "rollback", started):
-        files = [before.tokenizer_file, before.model_card_file, before.learned_file, *before.beside]
+        drafts = read_config(before.config_file).model.mtp_depth > 0
+        files = [before.tokenizer_file, before.model_card_file, before.learned_file, *before.beside(drafts)]
         files += [before.state / f"{name}.json" for name in STATE]
         for file in filter(Path.exists, files):
             target = made.path / file.relative_to(before.path)

@@ -79,10 +79,11 @@ class RunFolder:
         """What it has learned: weights, or the updates that an adapter run keeps instead."""
         return self.adapter_file if self.adapter_file.exists() else self.weights_file
 
-    @property
-    def beside(self) -> list[Path]:
-        """What is no weight and still belongs to the model: how it is talked with, and the words among which its module drafts."""
-        return [file for file in (self.path / "chat_template.jinja", self.draft_words_file) if file.exists()]
+    def beside(self, drafts: bool) -> list[Path]:
+        """What is no weight and still belongs to the model: how it is talked with, and the words among which its module chooses, where it
+        drafts."""
+        files = [self.path / "chat_template.jinja", *([self.draft_words_file] if drafts else [])]
+        return [file for file in files if file.exists()]
 
     @classmethod
     def create(cls, path: str | Path) -> RunFolder:

@@ -69,7 +69,7 @@ def keep_origin(run: RunFolder, config: Config) -> None:
     if config.start is None or note.exists():
         return
     parent = RunFolder(config.start.run)
-    for file in parent.beside:
+    for file in parent.beside(config.model.mtp_depth > 0 and config.drafts is None):
         link_or_copy(file, run.path / file.name)
     if parent.path.is_dir():
         inherit(run, parent, "first weights")

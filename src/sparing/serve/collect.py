@@ -7,6 +7,7 @@ written. The file is its owner's alone (0600) and bounded; a line is deleted by 
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import stat
@@ -48,6 +49,8 @@ class Collection:
                 os.fchmod(descriptor, 0o600)
         finally:
             os.close(descriptor)
+        with self._alone():
+            self._clear()
 
     def remember(self, answer_id: str, key: str | None, model: str, body: dict, choices: list[dict]) -> None:
         """Hold an answer until somebody judges it. body: the chat that it answers. choices: as OpenAI's object has them."""
@@ -98,6 +101,7 @@ class Collection:
                 self._bytes -= self._pending.pop(answer_id)["size"]
             if before:
                 self._write(answer_id, None)
+            self._clear()
         return {"id": answer_id, "deleted": True}
 
     @contextmanager
@@ -113,6 +117,14 @@ class Collection:
             yield
         finally:
             os.close(folder)
+
+    def _clear(self) -> None:
+        """Remove what a server was writing when it was killed: there may be texts in it that are to be forgotten."""
+        if fcntl is None:  # another server may be at it
+            return
+        begins, ends = name_beside(self.path).name.rsplit(f".{os.getpid()}.", 1)
+        for left in self.path.parent.glob(f"{glob.escape(begins)}.*.{ends}"):
+            left.unlink(missing_ok=True)
 
     def _lines(self) -> list[bytes]:
         try:
