@@ -44,6 +44,15 @@ def test_good_answers_pass_and_each_kind_of_bad_one_does_not(seed):
     assert "do not belong to their questions" in _apart(grounds(good, before, sizes, feedback=0.02))
 
 
+def test_what_is_no_number_is_bad():
+    before, sizes = measured(0)
+    good, _ = measured(0, gain=0.3)
+    for name in ("right", "crossed"):
+        broken = good._replace(**{name: np.full(COUNT, np.nan)})
+        assert _bad(grounds(broken, before, sizes)) is not None
+    assert not gate.old_change(before, good._replace(old=np.full(32, np.nan))).high <= 0.1
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 50), st.sampled_from([-0.01, 0.0, 0.0005, 0.002, 0.05]))
 def test_the_bound_of_old_text_holds_what_is_true(seed, forgotten):

@@ -334,8 +334,9 @@ def test_what_is_no_domain_of_its_own_is_turned_down_and_leaves_nothing(workplac
 
 
 def test_old_text_gets_worse_so_the_routing_becomes_stricter(workplace, tmp_path, capsys):
+    """No rise is allowed: neither one below the limit, nor one that is no number."""
     with pytest.raises(grow.TurnedDown, match="however strict"):
-        growing(workplace, workplace / "dense", "code", tmp_path / "run", worse=-0.5)
+        growing(workplace, workplace / "dense", "code", tmp_path / "run", worse=float("nan"))
     said = capsys.readouterr().err
     assert all(f"stricter, {step} of 4" in said for step in (1, 2, 3, 4)) and not (tmp_path / "run").exists()
 

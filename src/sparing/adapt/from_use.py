@@ -275,7 +275,7 @@ def decide(job: Job, config: Config, model: Transformer, data: UseData, result: 
             after = after._replace(old=judge.old())
         old = gate.old_change(base, after, gate.RISK / len(SCALES))
         say(f"  update × {size:g}: old text {old.value:+.3%}, at most {old.high:+.3%}")
-        if old.high > limit:
+        if not old.high <= limit:  # whatever is no number is bad
             continue
         if size < SCALES[0]:
             after = judge.measured()
@@ -313,9 +313,9 @@ def _apart(grounds: dict[str, Bounded]) -> str | None:
 def _bad(grounds: dict[str, Bounded]) -> str | None:
     """Why what was learnt does no good; None: nothing speaks against it."""
     trusted, new, belonging = (grounds[name] for name in ("trusted_belongs", "trusted_change", "belonging_change"))
-    if new.high >= 0:
+    if not new.high < 0:  # whatever is no number is bad
         return f"trusted answers do not improve: {new.value:+.4f} nats a token (from {new.low:+.4f} to {new.high:+.4f})"
-    if belonging.high < -LOOSER * max(0.0, trusted.value):
+    if not belonging.high >= -LOOSER * max(0.0, trusted.value):
         return f"trusted answers belong less to their questions than before: {trusted.value:.3f} nats a token, {belonging.value:+.3f}"
     return None
 

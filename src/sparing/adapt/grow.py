@@ -516,7 +516,7 @@ def settle(job: Job, config: Config, model: Transformer, data: DomainData, resul
         return after["old_loss"] / before["old_loss"] - 1
 
     step = 0
-    while rise() > WORSE:
+    while not rise() <= WORSE:  # whatever is no number is bad
         step += 1
         if step > len(STRICTER):
             worse = f"old text's loss would rise by {rise():.2%}, however strict the routing"
@@ -527,7 +527,7 @@ def settle(job: Job, config: Config, model: Transformer, data: DomainData, resul
     if step:
         after = data.scorer(config, stop)(nll)
         write_tensors(job.run.weights_file, model.state_dict())
-    if after["loss"] >= before["loss"]:
+    if not after["loss"] < before["loss"]:
         raise TurnedDown(
             f"{config.growth.domain} was turned down: its held-out loss is {after['loss']:.4f} after {before['loss']:.4f}; "
             "a longer budget or another learning rate may help"
