@@ -1,23 +1,29 @@
-"""Pipelines of two ranks (gloo processes) compute what one process does, by each of torch's schedules."""
+"""Pipelines of two ranks (gloo processes) compute what one process does, by each of torch's schedules. In every layout a rank makes what it
+keeps and no more, with the values that one process begins with."""
 
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from weakref import finalize
 
 import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from sparing.base.config import AdapterConfig, Budget, Config, ModelConfig, ParallelConfig, StartConfig, TrainConfig
 from sparing.base.rank import Rank
 from sparing.base.run import RunFolder
 from sparing.data.loader import Batch
-from sparing.model.init import init_weights
-from sparing.model.low_rank import add_low_rank, learned
+from sparing.model.init import init_weights, initial, unfilled
+from sparing.model.low_rank import adapted, add_low_rank, learned, unfilled_adapted
 from sparing.model.transformer import Transformer
 from sparing.parallel.ranks import Ranks
 from sparing.train.checkpoint import Checkpoints, TrainState
@@ -64,11 +70,23 @@ class Words:
 
 
 def trainer_of(config: Config, world) -> Trainer:
+    """One process makes the whole model, ranks make their parts."""
+    if world.size > 1:
+        return Trainer(**parts_of(config), world=world)
     model = Transformer(config.model)
     init_weights(model, 1)
     if config.adapter is not None:
         add_low_rank(model, config.adapter, 2)
     return Trainer(model, Words(), NextToken.of(config), world, config=config)
+
+
+def parts_of(config: Config) -> dict:
+    """What a rank's trainer is made of."""
+    model, tensors = unfilled(config.model), initial(config.model, 1)
+    if config.adapter is not None:
+        model, tensors = unfilled_adapted(config.model, config.adapter), adapted(config.model, config.adapter, 2, tensors)
+    given = {"model": model, "feed": Words(), "objective": NextToken.of(config), "config": config}
+    return given | {"device": torch.device("cpu"), "tensors": tensors}
 
 
 def checkpoints_of(trainer: Trainer, run: Path) -> Checkpoints:
@@ -118,6 +136,62 @@ def trained(layout: str, world, run: Path) -> dict:
     return {"seen": seen, "nll": nll.flatten().tolist(), "sums": sums, "bias": bias, "held": len(state)}
 
 
+class Memory(TorchDispatchMode):
+    """Counts the bytes of what is made inside, as long as it is there."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = self.peak = 0
+        self.sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # what it does with the tensor inside comes here again
+        made = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.sizes:
+                    self.sizes[storage._cdata] = storage.nbytes()
+                    self.bytes += storage.nbytes()
+                    self.peak = max(self.peak, self.bytes)
+                    finalize(storage, self.gone, storage._cdata)
+        return made
+
+    def gone(self, key: int) -> None:
+        self.bytes -= self.sizes.pop(key)
+
+    def until_filled(self, tensors, peaks: list[int]) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from tensors
+        peaks.append(self.peak)
+
+
+MADE = {
+    "stages": ParallelConfig("optimizer", stages=2, schedule="interleaved"),
+    "experts": ParallelConfig("optimizer", experts=2),
+    "weights": ParallelConfig("weights"),
+    "weights and experts": ParallelConfig("weights", experts=2),
+}
+
+
+def made(parallel: ParallelConfig, world) -> dict:
+    """Bytes while a rank's part of a model is made, and whether it has the initial values of one process."""
+    config, memory, peaks = replace(config_of("1f1b"), parallel=parallel), Memory(), []
+    given = parts_of(config)
+    with memory:
+        trainer = Trainer(**given | {"tensors": memory.until_filled(given["tensors"], peaks)}, world=world)
+    whole, state, owners = dict(initial(MODEL, 1)), trainer.model.state_dict(), trainer.owners
+    wholes = {name: tensor for name, tensor in owners.wholes(state) if world.rank == 0}
+    pieces = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in (*state.values(), *trainer.model.buffers()))
+    kept = {tensor.data_ptr(): tensor.nbytes for tensor in (*pieces, *(one.detach() for one in owners.mine.values()))}
+    same = wholes.keys() == (whole.keys() if world.rank == 0 else set()) and all(
+        torch.equal(it, whole[name]) for name, it in wholes.items()
+    )
+    same &= all(torch.equal(one, whole[name]) for name, one in owners.mine.items() if one.shape == whole[name].shape)
+    sizes = [tensor.nbytes for tensor in whole.values()]
+    return {"peak": peaks[0], "kept": sum(kept.values()), "same": same, "largest": max(sizes), "whole": sum(sizes)}
+
+
 def work(folder: str) -> None:
     """Two ranks, of which one is forked off before anything is computed: what is imported, which takes longest, is imported once."""
     import torch.distributed.pipelining  # noqa: F401
@@ -126,6 +200,7 @@ def work(folder: str) -> None:
     rank = int(other == 0)
     world, runs = Ranks(Rank(rank, 2, rank, 2), dist.FileStore(f"{folder}/ranks", 2)), Path(folder)
     report = {layout: trained(layout, world, runs / f"{layout}-two") for layout in LAYOUTS}
+    report |= {layout: made(parallel, world) for layout, parallel in MADE.items()}
     (runs / f"report-{rank}.json").write_text(json.dumps(report))
     copied(trainer_of(config_of("interleaved"), world), runs / "interleaved-alone", runs / "alone-to-two")
     rows = replace(config_of("interleaved"), parallel=ParallelConfig("optimizer"))
@@ -173,3 +248,14 @@ def test_checkpoints_are_read_by_any_layout_to_the_same_bits(runs, tmp_path):
     RunFolder.create(tmp_path / "again")
     copied(trainer_of(config_of("interleaved"), ALONE), runs / "interleaved-two", tmp_path / "again")
     assert same(runs / "interleaved-two", tmp_path / "again") and not same(runs / "interleaved-two", runs / "interleaved-alone")
+
+
+@pytest.mark.parametrize("layout", MADE)
+def test_a_rank_makes_its_part_alone_with_the_values_of_one_process(runs, layout):
+    for rank in ("0", "1"):
+        made = json.loads((runs / f"report-{rank}.json").read_text())[layout]
+        assert made["same"]
+        # A tensor that is drawn, beside the one before it.
+        assert made["kept"] <= made["peak"] <= made["kept"] + 2 * made["largest"] + 4096 < made["kept"] + made["whole"]
+        if layout in ("stages", "experts"):
+            assert made["peak"] < made["whole"]

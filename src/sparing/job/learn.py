@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from sparing.account.limit import Limit
 from sparing.account.receipt import read_state
-from sparing.base.config import Config
-from sparing.base.files import write_atomic
+from sparing.base.config import Config, UserError
+from sparing.base.files import DamagedError, write_atomic
 from sparing.base.messages import say
 from sparing.base.run import RunFolder, fill, read_tensors, run_tensors
 from sparing.budget.estimate import Estimate
 from sparing.budget.flops import parameters
 from sparing.budget.gain import GainPoint, add_gain
-from sparing.budget.memory import gives_back
+from sparing.budget.memory import gives_back, training_memory
 from sparing.budget.predict import SAMPLE_BYTES_PER_S, after_gain
 from sparing.budget.scaling import Point, add_point, effective_bytes
 from sparing.evals.bpb import NllFn
@@ -32,6 +33,7 @@ from sparing.kernels.formats import warning
 from sparing.kernels.products import fitting
 from sparing.model.low_rank import learned
 from sparing.model.transformer import Transformer
+from sparing.parallel.ranks import Ranks
 from sparing.planning.start import reasons_of
 from sparing.precision.eight_bit import speed_note
 from sparing.train.calibrate import choose, choose_products
@@ -48,6 +50,8 @@ CALIBRATION_S = 10.0
 """The same where the budget is not a time."""
 SAMPLE_S = 0.004
 """Least seconds of a token of a sample text; of a large model it takes as long as reading the weights."""
+WHOLE_SHARE = 0.8
+"""Of a rank's memory, for the whole model and its gradients where ranks divide it but it is measured undivided."""
 FEWEST_STEPS = 100
 """A run of fewer tells the loss law nothing: it is all warm-up and decay."""
 
@@ -90,15 +94,19 @@ def learn(
     with signals.interruptible():
         begun = any(run.state.glob("step-*"))  # the checkpoint will be loaded over whatever the weights (or an adapter's factors) are
         unfilled = begun and config.adapter is None
-        model = Transformer(config.model) if unfilled else (start or start_of(config)).model(config)
-        keep_as(model, config)  # here already, for what is measured
-        model.to(device)
+        divided = start is None and _divided(config, job.size)
+        if divided:
+            model = start_of(config).unfilled(config)
+        else:
+            model = Transformer(config.model) if unfilled else (start or start_of(config)).model(config)
+            keep_as(model, config)  # here already, for what is measured
+            model.to(device)
         if limit is not None:
             with job.meter.stage("calibrate"):
                 config = limit(job, config, model, material)
         with job.meter.stage("calibrate"):
             peak = peak_flops(machine, device.type, t.dtype, peak_seconds(job.lasts(config.budget)))
-            config = _calibrated(job, config, model, material.feed, peak)
+            config = _calibrated(job, config, model, material.feed, peak, device)
     dtype = getattr(torch, t.dtype)
     if config.train.kernels and not native.can(config.train.kernels, dtype):
         instead = next(kernels for kernels in ("vectors", "compiled", "plain") if native.can(kernels, dtype))
@@ -121,23 +129,28 @@ def learn(
         failures_per_hour=_failures_per_hour(job),
     )
     with job.meter.stage("train"):
-        if job.ranks is not None and not begun:  # what made the weights may round otherwise on another machine
+        tensors = None
+        if divided and not unfilled:
+            tensors = _from_rank_0(job.ranks, start_of(config).tensors(config))
+        elif job.ranks is not None and not begun:  # what made the weights may round otherwise on another machine
             job.ranks.broadcast([tensor.data for tensor in model.state_dict().values()], 0)
-        trainer = Trainer(model, material.feed, objective or NextToken.of(config), job.ranks or ALONE, config=config)
+        world, parts = job.ranks or ALONE, {"device": device, "tensors": tensors} if divided else {}
+        try:
+            trainer = Trainer(model, material.feed, objective or NextToken.of(config), world, config=config, **parts)
+        except DamagedError as error:
+            raise UserError(f"start.run {config.start.run} has no usable weights: {error}") from None
         alone = job.size == 1  # ranks agree on it (`Trainer.nll`)
         evaluate = material.scorer(config, signals.should_stop if alone else lambda: False)
         result = trainer.fit(session, evaluate if config.start is None else _telling(job, evaluate))
     if not job.leads:
         return {}
-    p = config.parallel
-    if job.size > 1 and (p.shard == "weights" or p.experts > 1 or p.stages > 1):  # it would ask ranks that are gone
-        if config.adapter is None:
-            model = Transformer(config.model)
-            fill(model.state_dict(), run_tensors(run), run.weights_file)
-        else:
-            model = start_of(config).model(config)
-            fill(learned(model), read_tensors(run.adapter_file), run.adapter_file)
-        model.to(device)
+    if divided:  # it would ask ranks that are gone
+        if samples and not _fits_whole(job, config, device):
+            say("no completions are written: the whole model does not fit this rank")
+            samples = 0
+        if not settle:
+            del trainer  # with its part of the weights, and the optimizer's
+        model = _trained(run, config).to(device) if samples or settle else start_of(config).unfilled(config)
     if settle is not None:
         trainer.replicas.train(False)
         with job.meter.stage("evaluate"), signals.interruptible():
@@ -148,6 +161,36 @@ def learn(
         return finish(job, config, model, material, result, samples)
 
 
+def _divided(config: Config, ranks: int) -> bool:
+    """Whether a rank has a part of the weights alone, and makes no more of them. What answers during training needs all of them."""
+    p = config.parallel
+    return ranks > 1 and (p.shard == "weights" or p.experts > 1 or p.stages > 1) and config.grpo is None
+
+
+def _fits_whole(job: Job, config: Config, device: torch.device) -> bool:
+    """Whether a rank's memory has room for the whole model and its gradients."""
+    memory = training_memory(config)
+    return memory.weights + memory.gradients < WHOLE_SHARE * (job.machine.gpus[0] if device.type == "cuda" else job.machine).memory_bytes
+
+
+def _from_rank_0(ranks: Ranks, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Rank 0's tensors, one at a time, on all ranks: what makes them may round otherwise on another machine."""
+    for name, tensor in tensors:
+        ranks.broadcast([tensor], 0)
+        yield name, tensor
+
+
+def _trained(run: RunFolder, config: Config) -> Transformer:
+    """The whole model with the run's newest weights."""
+    if config.adapter is None:
+        model = Transformer(config.model)
+        fill(model.state_dict(), run_tensors(run), run.weights_file)
+    else:
+        model = start_of(config).model(config)
+        fill(learned(model), read_tensors(run.adapter_file), run.adapter_file)
+    return model
+
+
 def _failures_per_hour(job: Job) -> float:
     """How often training this run has ended without its own doing."""
     rows = [row for row in job.meter.earlier() if row.stage == "train" and row.wall_s]
@@ -155,8 +198,9 @@ def _failures_per_hour(job: Job) -> float:
     return sum(row.status in ("killed", "failed") for row in rows) / hours if hours else 0.0
 
 
-def _calibrated(job: Job, config: Config, model: Transformer, feed: Feed, peak: float) -> Config:
-    """Choose what is left open by measuring, and write it down before it takes effect."""
+def _calibrated(job: Job, config: Config, model: Transformer, feed: Feed, peak: float, device: torch.device) -> Config:
+    """Choose what is left open by measuring, and write it down before it takes effect. model: on the meta device, where ranks divide it;
+    then a whole one is measured, if there is memory for that, and given up again."""
     t = config.train
     open_ = None in (t.micro_batch_size, t.compile, t.replicas) or (t.threads is None and t.device != "cuda")
     auto = config.precision.linear == "auto"
@@ -165,6 +209,10 @@ def _calibrated(job: Job, config: Config, model: Transformer, feed: Feed, peak: 
     lasts = job.lasts(config.budget)
     seconds = CALIBRATION_S if lasts is None else CALIBRATION_SHARE * lasts
     reasons, started = {}, time.monotonic()
+    if model.device.type != device.type and (open_ or auto) and _fits_whole(job, config, device):
+        model = start_of(config).model(config)
+        keep_as(model, config)
+        model.to(device)
     batch = feed.batch(0, 0, max(1, job.size // config.parallel.stages))  # what a rank computes
     mine = replace(config, train=replace(t, batch_size=len(batch)))
     if open_:
@@ -177,7 +225,7 @@ def _calibrated(job: Job, config: Config, model: Transformer, feed: Feed, peak: 
         precision, reasons["precision.linear"] = choose_products(model, mine, batch, left, job.cut_short)
         config = replace(config, precision=precision)
     if config.train.kernels is None:
-        kernels, reasons["train.kernels"] = fitting(t.replicas or 1, t.threads, model.device.type, t.dtype, config.model)
+        kernels, reasons["train.kernels"] = fitting(t.replicas or 1, t.threads, device.type, t.dtype, config.model)
         config = replace(config, train=replace(config.train, kernels=kernels))
     for name, reason in reasons.items():
         section, field = name.split(".")

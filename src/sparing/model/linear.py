@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from math import prod
 from types import MappingProxyType
 from typing import Literal
@@ -68,15 +68,10 @@ class Adaptable(nn.Module):
             raise ValueError(f"{name} is frozen in {getattr(self, name).dtype} already")
         weight = getattr(self, name).detach()
         delattr(self, name)
-        if kind == "bfloat16":
-            self.register_buffer(name, weight.to(torch.bfloat16))
-        elif kind == "int4" and not weight.shape[-1] % GROUP:
-            self.register_buffer(name, to_int4(weight))
+        for held, tensor in few_bits(name, weight, kind).items():
+            self.register_buffer(held, tensor)
+        if getattr(self, name).dtype == torch.uint8:
             self._blocked = {**self._blocked, name: weight.shape}
-        else:
-            codes, scale = to_int8(weight)
-            self.register_buffer(name, codes)
-            self.register_buffer(f"{name}_scale", scale)
 
     def add_low_rank(self, rank: int, alpha: float, generator: torch.Generator | None = None) -> None:
         """Freeze the weights and learn alpha / rank · B A beside each. A is drawn from U(-1/√in, 1/√in), as PEFT does; B is zero, so that
@@ -85,14 +80,18 @@ class Adaptable(nn.Module):
             raise ValueError("there is a low-rank update already: merge it first")
         self._freeze_bias()
         for name in self.weights:
-            weight = getattr(self, name)
-            weight.requires_grad_(False)
+            getattr(self, name).requires_grad_(False)
+        for name, factor in self.factors(rank, generator):
+            setattr(self, name, Factor(factor.to(getattr(self, self.weights[0]).device)))
+        self.low_rank_scale = alpha / rank
+
+    def factors(self, rank: int, generator: torch.Generator | None = None) -> Iterator[tuple[str, Tensor]]:
+        """What `add_low_rank` adds, one by one, by the names of the modules that have them."""
+        for name in self.weights:
             *stack, out, columns = self.shape(name)
             experts = prod(stack)
-            down = torch.empty(experts * rank, columns).uniform_(-(columns**-0.5), columns**-0.5, generator=generator)
-            setattr(self, _factor(name, "A"), Factor(down.to(weight.device)))
-            setattr(self, _factor(name, "B"), Factor(torch.zeros(out, rank * experts, device=weight.device)))
-        self.low_rank_scale = alpha / rank
+            yield _factor(name, "A"), torch.empty(experts * rank, columns).uniform_(-(columns**-0.5), columns**-0.5, generator=generator)
+            yield _factor(name, "B"), torch.zeros(out, rank * experts)
 
     def _freeze_bias(self) -> None:
         """A bias learns where the weights do."""
@@ -118,6 +117,16 @@ class Adaptable(nn.Module):
         if isinstance(operand, LowRank):
             return operand.whole(dtype)
         return self.weight if self.weight.is_floating_point() else operand
+
+
+def few_bits(name: str, weight: Tensor, kind: Literal["int4", "int8", "bfloat16"]) -> dict[str, Tensor]:
+    """What `Adaptable.keep` keeps of a weight, by name."""
+    if kind == "bfloat16":
+        return {name: weight.to(torch.bfloat16)}
+    if kind == "int4" and not weight.shape[-1] % GROUP:
+        return {name: to_int4(weight)}
+    codes, scale = to_int8(weight)
+    return {name: codes, f"{name}_scale": scale}
 
 
 def _factor(name: str, part: str) -> str:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
-from sparing.base.config import AdapterConfig
+from sparing.base.config import AdapterConfig, ModelConfig
 from sparing.base.held import held_as
 from sparing.base.run import fill
 from sparing.kernels import native
-from sparing.model.linear import Adaptable
+from sparing.model.init import unfilled
+from sparing.model.linear import Adaptable, few_bits
 from sparing.model.transformer import MTPBlock, Transformer
 
 
@@ -50,6 +51,34 @@ def add_low_rank(model: Transformer, adapter: AdapterConfig, seed: int) -> None:
     model.requires_grad_(False)
     for module in adaptable(model).values():
         module.add_low_rank(adapter.rank, adapter.alpha, generator)
+
+
+def unfilled_adapted(c: ModelConfig, adapter: AdapterConfig) -> Transformer:
+    """A model as `fill_frozen` and `add_low_rank` make it, on the meta device."""
+    model = unfilled(c)
+    fill_frozen(model, model.state_dict().items(), hold_of(adapter), "meta")
+    add_low_rank(model, adapter, 0)
+    return model
+
+
+@torch.no_grad()
+def adapted(c: ModelConfig, adapter: AdapterConfig, seed: int, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of the state dict that `fill_frozen` and `add_low_rank` give a whole model, to the bit, one at a time. tensors: of the
+    frozen model, as floats."""
+    model, hold, generator = unfilled(c), hold_of(adapter), torch.Generator().manual_seed(seed)
+    modules = {name: module for name, module in model.named_modules() if isinstance(module, Adaptable)}
+    for name, tensor in tensors:
+        at, _, own = name.rpartition(".")
+        kept = hold and own in getattr(modules.get(at), "weights", ())
+        yield from few_bits(name, tensor.float(), held_as(name, tuple(tensor.shape), hold)).items() if kept else [(name, tensor)]
+    for name, module in adaptable(model).items():
+        for factor, tensor in module.factors(adapter.rank, generator):
+            yield f"{name}.{factor}.weight", tensor
+
+
+def hold_of(adapter: AdapterConfig) -> str | None:
+    """What `fill_frozen` holds the matrices of an adapter's base in."""
+    return None if adapter.base == "float32" else adapter.base
 
 
 def learned(model: Transformer) -> dict[str, Tensor]:

@@ -101,10 +101,11 @@ class Elsewhere(nn.Module):
 
 
 def divide_layers(
-    model: Transformer, saved: Mapping[str, Tensor], spans: Sequence[range], schedule: str, stages: int, rank: int, ranks: int
-) -> Layers:
+    model: Transformer, saved: Mapping[str, Tensor], spans: Sequence[range], schedule: str, stages: int, rank: int, ranks: int,
+    device: torch.device,
+) -> Layers:  # fmt: skip
     """Keep this rank's layers of a model, in place. saved: what checkpoints have of it. spans: the layers of each chunk, `stages` x
-    CHUNKS[schedule] of them."""
+    CHUNKS[schedule] of them. device: where the model is, or will be."""
     c, pipelines, last = model.config, ranks // stages, len(spans) - 1
     whole = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in saved.items()}
     places = [chunks_of(schedule, stages, place) for place in range(stages)]
@@ -135,7 +136,7 @@ def divide_layers(
         model.model.norm = model.lm_head = None
     routers(model, anew=True)
     holders = {name: peers[place(name)][0] for name in whole}
-    return Layers(schedule, tuple(spans), lines[pipeline], line, peers[mine], group, ends, end_group, whole, holders, model.device)
+    return Layers(schedule, tuple(spans), lines[pipeline], line, peers[mine], group, ends, end_group, whole, holders, device)
 
 
 class Chunk(nn.Module):

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sparing.model.init import give_memory
 from sparing.model.transformer import MTPBlock, Transformer
 from sparing.parallel.expert import Pieces
 from sparing.parallel.owners import Owners
@@ -25,15 +26,26 @@ class Sharded(Owners):
     """Owners of a model whose weights are cut into pieces. What stays as it is (frozen weights, buffers) is whole everywhere; experts that
     are divided among ranks already are not cut again."""
 
-    def __init__(self, model: Transformer, parameters: dict[str, nn.Parameter], world: Any, pieces: Pieces | None = None):
-        """Cuts the model's weights, in place."""
+    def __init__(
+        self, model: Transformer, parameters: dict[str, nn.Parameter], world: Any, pieces: Pieces | None = None,
+        device: torch.device | None = None,
+    ):  # fmt: skip
+        """Cuts the model's weights, in place. device: where the pieces of a model that is on the meta device get memory, without values."""
         super().__init__(parameters, world, pieces)
         self.shapes = {name: parameter.shape for part in self.parts.values() for name, parameter in part.items()}
-        masters = {name: nn.Parameter(parameter.detach().clone()) for name, parameter in self.parts[world.rank].items()}
-        shard(model, {parameter for name, parameter in parameters.items() if name not in self.shapes})
+        device = device or model.device
+        masters = {
+            name: nn.Parameter(torch.empty_like(whole, device=device) if whole.is_meta else whole.detach().clone())
+            for name, whole in self.parts[world.rank].items()
+        }
+        shard(model, {parameter for name, parameter in parameters.items() if name not in self.shapes}, device)
+        if model.device.type != device.type:
+            give_memory(model, device)
         learning = dict(model.named_parameters())
         self.parameters = {name: learning[name] for name in parameters}
-        self.parts = {rank: {name: learning[name] for name in part} for rank, part in self.parts.items()}
+        self.parts, self.own_parts = (
+            {rank: {name: learning[name] for name in part} for rank, part in parts.items()} for parts in (self.parts, self.own_parts)
+        )
         self.mine = masters | self.own_parts.get(world.rank, {})
 
     @torch.no_grad()
@@ -115,12 +127,13 @@ class Sharded(Owners):
         return piece.contiguous() if len(piece) == height else torch.cat([piece, piece.new_zeros(height - len(piece), *piece.shape[1:])])
 
 
-def shard(model: Transformer, whole: set[nn.Parameter]) -> None:
-    """Cut the weights of `model` among all ranks, layer by layer, in place. whole: what stays as it is, besides what does not learn."""
+def shard(model: Transformer, whole: set[nn.Parameter], device: torch.device) -> None:
+    """Cut the weights of `model` among all ranks, layer by layer, in place. whole: what stays as it is, besides what does not learn.
+    device: where the model is, or will be."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    mesh = init_device_mesh(model.device.type, (dist.get_world_size(),))
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     whole = whole | {parameter for parameter in model.parameters() if not parameter.requires_grad}
     for block in model.model.layers:
         # A module that drafts is entered three times: what was put together at the first stays until its backward pass.

@@ -313,17 +313,21 @@ def _square(x: Tensor) -> Tensor:
     return x.float().square().sum(dtype=torch.float64)
 
 
-def install(model: Module, kind: Kind | None) -> list[EightBit]:
+def install(model: Module, kind: Kind | None, device: torch.device | None = None) -> list[EightBit]:
     """Give the decoder's linears and experts their `EightBit` (None: take it away); -> them, in the model's order. Weights frozen in few
-    bits have none, nor have low-rank factors."""
+    bits have none, nor have low-rank factors. device: where the weights will be, None: where they are."""
     installed = []
     for name, module in model.named_modules():
         if not hasattr(module, "eight_bit") or name.endswith(("lm_head", "eh_proj")):
             continue
-        parts = {f"{name}.{part}": weight for part, weight in module.named_parameters(recurse=False) if part in module.weights}
+        parts = {
+            f"{name}.{part}".removesuffix(".weight"): weight
+            for part, weight in module.named_parameters(recurse=False)
+            if part in module.weights
+        }
         mine: list = [None]
         if kind and parts:
-            mine = [EightBit(part.removesuffix(".weight"), kind, module.active * w.numel(), w.device) for part, w in parts.items()]
+            mine = [EightBit(part, kind, module.active * w.numel(), device or w.device) for part, w in parts.items()]
         module.eight_bit = tuple(mine) if len(mine) > 1 else mine[0]
         installed += mine
     return [one for one in installed if one]

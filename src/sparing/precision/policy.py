@@ -56,12 +56,13 @@ class Policy:
         self.measured = False
 
     @classmethod
-    def of(cls, model: nn.Module, config: Config) -> Policy:
-        """Install the 8-bit linears that `config.precision` asks for in `model`, and make their policy. Raises UserError for `auto`."""
+    def of(cls, model: nn.Module, config: Config, device: torch.device | None = None) -> Policy:
+        """Install the 8-bit linears that `config.precision` asks for in `model`, and make their policy. device: where the model will be,
+        None: where it is. Raises UserError for `auto`."""
         kind = config.precision.linear
         if kind == "auto":
             raise UserError("precision.linear = auto is for `sparing train`, which measures; here say none, int8, fp8 or fp8_row")
-        return cls(install(model, None if kind == "none" else kind), config.precision)
+        return cls(install(model, None if kind == "none" else kind, device), config.precision)
 
     def begin(self, step: int) -> None:
         """Decide whether this step measures errors. step: steps done."""

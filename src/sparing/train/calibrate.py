@@ -37,6 +37,7 @@ MARGIN = 1.05
 """A setting replaces another one if it is this many times as fast. Two passes of one setting differ by less on a shared machine."""
 EIGHT_BIT_PASSES = 10
 """Cost of trying 8-bit products, in 16-bit passes: two more probes, and two slower passes that measure errors."""
+TOO_LARGE = "not measured: the whole model does not fit one rank"
 COMPILE_S = 90.0
 """Time to compile the training step on two cores (LAB.md)."""
 
@@ -59,12 +60,14 @@ def choose(
 ) -> tuple[TrainConfig, dict[str, str]]:
     """Measure the best values of the fields that `config.train` leaves open (micro_batch_size, threads, replicas, compile, kernels).
 
-    -> (the complete TrainConfig, the reason for each choice by dotted name). batch: what the probes compute. seconds: limit of all probes.
+    -> (the complete TrainConfig, the reason for each choice by dotted name). model: one on the meta device is not measured; the smallest
+    micro-batch is chosen. batch: what the probes compute. seconds: limit of all probes.
     peak: FLOP/s of this machine, from which the first pass's time is estimated. check: called between probes; may raise. cut_short: called
     with a message for each choice that could not be measured within the limit.
     """
     t = config.train
-    device = str(next(model.parameters()).device.type)
+    unreal = model.device.type == "meta"
+    device = t.device or ("cuda" if machine.gpus else "cpu") if unreal else model.device.type
     reasons: dict[str, str] = {}
     start = time.monotonic()
     speeds: dict[tuple[int, int], float] = {}  # (threads, micro-batch) -> tokens/s
@@ -96,7 +99,7 @@ def choose(
         return micro * t.seq_len / max(speeds.values(), default=guess)
 
     def fits(micro: int) -> bool:
-        return time.monotonic() - start + PASSES * pass_s(micro) <= seconds
+        return not unreal and time.monotonic() - start + PASSES * pass_s(micro) <= seconds
 
     if device == "cpu" and native.passes() is None:
         say("no C compiler found: training with PyTorch's own operations, without compiled passes and torch.compile, which is slower")
@@ -105,7 +108,9 @@ def choose(
     micro_batches = [t.micro_batch_size] if t.micro_batch_size else [size for size in _micro_batches(t) if size >= replicas]
     threads, micro = all_threads[-1], micro_batches[0]
     # First the micro-batch with all threads, then the threads with the best micro-batch: trying all pairs costs more than it gains.
-    if len(micro_batches) > 1 and device == "cuda":
+    if unreal:
+        micro_batches = micro_batches[-1:]
+    elif len(micro_batches) > 1 and device == "cuda":
         micro_batches = micro_batches[:1]
     elif not fits(micro_batches[0]):  # a smaller one may
         micro_batches = [size for size in micro_batches if fits(size)] or micro_batches[-1:]
@@ -124,6 +129,7 @@ def choose(
     speed = probe(threads, micro)
     if not speed:
         not_measured = f"not measured: {PASSES} passes over {micro} rows would take about {PASSES * pass_s(micro):.1f} s of {seconds:.1f}"
+        not_measured = TOO_LARGE if unreal else not_measured
         cut_short(f"micro-batch and threads were {not_measured}")
     if t.micro_batch_size is None:
         tried = ", ".join(f"{m} rows {v:,.0f}" for (n, m), v in sorted(speeds.items()) if n == all_threads[-1])
@@ -142,6 +148,8 @@ def choose(
     p = config.precision
     if compiled is None and (p.linear not in ("none", "auto") or p.activations != "full"):
         compiled, reasons["train.compile"] = False, "8-bit products and activations are not compiled"
+    elif compiled is None and unreal:
+        compiled, reasons["train.compile"] = False, TOO_LARGE
     elif compiled is None:
         compiled, reasons["train.compile"] = _worth_compiling(model, config, batch, micro, device, speed, seconds, check, say)
     replicas = 1 if compiled else replicas
@@ -162,7 +170,9 @@ def choose_products(
     8 bits are chosen if they are 5 % faster and nine tenths of the multiplications of every direction stay within the error budget.
     seconds: limit. If measuring would take longer, 16 bits are chosen and `cut_short` is called with a message."""
     t, p = config.train, config.precision
-    device = str(next(model.parameters()).device.type)
+    if model.device.type == "meta":
+        return replace(p, linear="none"), TOO_LARGE
+    device = model.device.type
     kind = fastest_kind(device)
     if kind is None or t.dtype != "bfloat16":
         return replace(p, linear="none"), "no 8-bit arithmetic here that is faster than 16 bits"

@@ -7,7 +7,7 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -28,6 +28,7 @@ from sparing.data.progress import Stopped
 from sparing.kernels import native
 from sparing.kernels.products import fitting
 from sparing.model.experts import routers, update_biases
+from sparing.model.init import give_memory
 from sparing.model.transformer import Transformer
 from sparing.parallel.expert import divide_experts
 from sparing.parallel.owners import Owners, Replicated
@@ -85,11 +86,16 @@ class Diverged(CannotGoOn):
 class Trainer:
     """Teaches `model` what `objective` asks, batch by batch of `feed`."""
 
-    def __init__(self, model: Transformer, feed: Feed, objective: Objective, world: World = ALONE, *, config: Config):
+    def __init__(
+        self, model: Transformer, feed: Feed, objective: Objective, world: World = ALONE, *, config: Config,
+        device: torch.device | None = None, tensors: Iterable[tuple[str, Tensor]] | None = None,
+    ):  # fmt: skip
         """Makes the model ready to learn as `config` says: number formats, recomputation, replicas, optimizer. Reads and writes nothing.
-        config: of all ranks together, the batch size above all.
+        config: of all ranks together, the batch size above all. device: where a model on the meta device is to learn: of that, only what
+        this rank keeps gets memory. tensors: whole ones of the model's state dict, of which this rank's parts are copied one by one; None:
+        a checkpoint will be loaded, or the model has its values.
 
-        Raises UserError for settings that exclude each other."""
+        Raises UserError for settings that exclude each other, DamagedError where `tensors` are not the model's."""
         t = checked(config).train
         if t.threads:
             torch.set_num_threads(t.threads)
@@ -99,8 +105,8 @@ class Trainer:
         keep_as(model, config)
         model.set_recompute(t.recompute)
         model.train()
-        self.device = model.device
-        self.policy = Policy.of(model, config)
+        self.device = torch.device(device or model.device)
+        self.policy = Policy.of(model, config, self.device)
         self.moves: list[Move] = []
         """Linears that the last step's errors moved to another precision."""
         self.loads: list[Tensor] = []
@@ -112,20 +118,25 @@ class Trainer:
         self.kernels = t.kernels or fitting(t.replicas or 1, t.threads, self.device.type, t.dtype, config.model)[0]
         shard, pieces, layers = config.parallel.shard if world.size > 1 else "nothing", None, None
         stages = fitting_stages(config, world.size)
-        alike = world.size // stages
+        alike, names = world.size // stages, model.state_dict().keys()
         if stages > 1:
             spans, schedule = chunk_spans(config, stages), config.parallel.schedule
             saved = model.state_dict() if config.adapter is None else learning_of(model)
-            layers = divide_layers(model, saved, spans, schedule, stages, world.rank, world.size)
+            layers = divide_layers(model, saved, spans, schedule, stages, world.rank, world.size, self.device)
         parts = fitting_parts(config.parallel.experts, alike, config.model.n_routed_experts) if shard != "nothing" else 1
         if parts > 1:
             pieces = divide_experts(model, parts, world.rank, world.size, alike)
+        if shard != "weights" and model.device.type != self.device.type:
+            give_memory(model, self.device)
         learning = learning_of(model)
         if shard == "weights":
-            self.owners = Sharded(model, learning, world, pieces)
+            self.owners = Sharded(model, learning, world, pieces, self.device)
         else:
             divided = shard == "optimizer" or layers
             self.owners = Owners(learning, world, pieces, layers) if divided else Replicated(learning, world)
+        if tensors is not None:
+            state = model.state_dict()
+            self.owners.fill(state, ((name, whole) for name, whole in tensors if name in state or name not in names), "the first weights")
         self.rows = (layers.pipeline, alike, layers.group) if layers else (world.rank, world.size, None)
         """Which part of a batch's rows is this rank's, of how many; the process group of the ranks that have all of them together."""
         self.exchanges = pieces is not None or shard == "weights"
