@@ -201,10 +201,11 @@ class Owners(Replicated):
         first = self.layers.peers[0] if self.layers else 0
         if self.world.rank >= first + self.pieces.parts:  # it asks the ranks of its own line
             return piece
-        parts = [torch.empty_like(piece) for _ in range(self.pieces.parts)] if self.world.rank == first else None
+        parts = self.pieces.parts
+        whole = piece.new_empty(parts * len(piece), *piece.shape[1:]) if self.world.rank == first else None
         with answering():
-            dist.gather(piece.contiguous(), parts, first, group=self.pieces.line)
-        return torch.cat(parts) if parts else piece
+            dist.gather(piece.contiguous(), None if whole is None else list(whole.chunk(parts)), first, group=self.pieces.line)
+        return piece if whole is None else whole
 
 
 LABEL = re.compile(r"(.+)\[(\d+)/(\d+)\]")

@@ -103,13 +103,10 @@ class Sharded(Owners):
     def _whole(self, name: str, piece: Tensor, rank: int) -> Tensor | None:
         """A tensor from the pieces of all ranks, on one of them."""
         padded = self._padded(name, piece)
-        here = self.world.rank == rank
-        pieces = [torch.empty_like(padded) for _ in range(self.world.size)] if here else None
+        whole = padded.new_empty(self.world.size * len(padded), *padded.shape[1:]) if self.world.rank == rank else None
         with answering():
-            dist.gather(padded, pieces, rank)
-        if not here:
-            return None
-        return torch.cat([part[: rows.stop - rows.start] for part, rows in zip(pieces, self._rows(name), strict=True)])
+            dist.gather(padded, None if whole is None else list(whole.chunk(self.world.size)), rank)
+        return None if whole is None else whole[: self.shapes[name][0]]
 
     def _rows(self, name: str) -> list[slice]:
         """Of a tensor's first dimension, those of each rank, as `torch.chunk` cuts."""
