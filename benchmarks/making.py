@@ -1,5 +1,5 @@
-"""Memory of two ranks until they have made a mixture's weights, and until the end of the first step: each makes the whole model and keeps
-its part, or makes its part alone, as `launch` does.
+"""Memory of two ranks until they have made a mixture's weights: each makes the whole model and keeps its part, or makes its part alone, as
+`launch` does. What is in --out is not done again.
 
     python -m benchmarks.making --out FOLDER
 
@@ -19,10 +19,11 @@ import torch
 import torch.distributed.fsdp
 import torch.distributed.pipelining
 import tyro
+from torch.distributed.tensor import DTensor
 
 from sparing.base.config import Config, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
 from sparing.base.rank import Rank
-from sparing.data.loader import Batch
+from sparing.bench.results import stored_result
 from sparing.model.init import init_weights, initial, unfilled
 from sparing.model.transformer import Transformer
 from sparing.parallel.ranks import Ranks
@@ -31,7 +32,7 @@ from sparing.train.trainer import Trainer
 
 RANKS = 2
 MODEL = ModelConfig(
-    vocab_size=4096, hidden_size=384, num_layers=6, num_dense_layers=1, intermediate_size=1024, num_heads=6, q_lora_rank=128,
+    vocab_size=4096, hidden_size=384, num_layers=5, num_dense_layers=1, intermediate_size=1024, num_heads=6, q_lora_rank=128,
     kv_lora_rank=64, n_routed_experts=32, moe_intermediate_size=384,
 )  # fmt: skip
 TRAIN = TrainConfig(seq_len=32, batch_size=4, micro_batch_size=1, dtype="float32", kernels="plain", threads=1, replicas=1, compile=False)
@@ -54,7 +55,11 @@ class Making:
         """The figure's numbers, also in OUT/result.json: peaks in bytes, by layout and by what a rank makes."""
         folder = Path(self.out)
         folder.mkdir(parents=True, exist_ok=True)
-        result = {layout: {what: peaks(layout, what) for what in ("whole", "part")} for layout in LAYOUTS}
+        result: dict = {layout: {} for layout in LAYOUTS}
+        for layout, found in result.items():
+            for what in ("part", "whole"):
+                file = folder / f"{what}-{layout.replace(', ', '-')}.json"
+                found[what] = stored_result(file, lambda layout=layout, what=what: peaks(layout, what))
         result["weights_bytes"] = sum(4 * tensor.numel() for tensor in unfilled(MODEL).state_dict().values())
         (folder / "result.json").write_text(json.dumps(result, indent=1))
         return result
@@ -79,7 +84,7 @@ def rank(number: int, layout: str, what: str, folder: str) -> None:
     world = Ranks(Rank(number, RANKS), torch.distributed.FileStore(f"{folder}/store", RANKS))
     config = Config(model=MODEL, train=TRAIN, optim=OptimConfig(matrix="adamw"), parallel=LAYOUTS[layout])
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew (man 5 proc)
-    before, found, objective = resident(), {}, NextToken.of(config)
+    before, objective = resident(), NextToken.of(config)
     if what == "whole":
         model = Transformer(MODEL)
         init_weights(model, 0)
@@ -87,15 +92,17 @@ def rank(number: int, layout: str, what: str, folder: str) -> None:
     else:
         parts = {"device": torch.device("cpu"), "tensors": initial(MODEL, 0)}
         trainer = Trainer(unfilled(MODEL), None, objective, world, config=config, **parts)
-    found["made"] = resident() - before
-    rows = torch.randint(MODEL.vocab_size, (TRAIN.batch_size, TRAIN.seq_len, 2), generator=torch.Generator().manual_seed(0))
-    rows = rows[trainer.rows[0] :: trainer.rows[1]]
-    losses = trainer.gradients(Batch(rows[..., 0].contiguous(), rows[..., 1:].contiguous()))
-    trainer.update(losses["grad_norm"], 1.0, 0.9)
-    found["step"] = resident() - before
-    Path(folder, f"{number}.json").write_text(json.dumps(found))
+    peak = resident() - before
+    held = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in weights_of(trainer)}
+    Path(folder, f"{number}.json").write_text(json.dumps({"peak": peak, "kept": sum(held.values())}))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+
+
+def weights_of(trainer: Trainer) -> Iterator[torch.Tensor]:
+    """What a rank has of the weights, those that it updates for others too."""
+    for tensor in (*trainer.model.state_dict().values(), *trainer.owners.mine.values()):
+        yield tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def resident() -> int:
@@ -106,11 +113,11 @@ def resident() -> int:
 
 def lines(result: dict) -> Iterator[str]:
     """The figure as text."""
-    yield f"weights: {result['weights_bytes'] / 1e6:,.0f} MB; peaks of the fuller rank in MB, whole model first -> its part alone"
+    yield f"{result['weights_bytes'] / 1e6:,.0f} MB of weights; of the fuller rank, in MB"
     for layout in LAYOUTS:
         whole, part = (result[layout][what] for what in ("whole", "part"))
-        told = ", ".join(f"{name}: {whole[name] / 1e6:,.0f} -> {part[name] / 1e6:,.0f}" for name in whole)
-        yield f"{layout:>18}: {told}"
+        told = ", ".join(f"{name} {one['peak'] / 1e6:,.0f}" for name, one in (("whole first", whole), ("its part alone", part)))
+        yield f"{layout:>18}: keeps {part['kept'] / 1e6:,.0f}, peak {told}"
 
 
 if __name__ == "__main__":
