@@ -6,10 +6,12 @@ import pytest
 import torch
 from tests.model.shapes import TINY
 
-from sparing.base.config import AdapterConfig
+from sparing.base.config import AdapterConfig, Config, PrecisionConfig, TrainConfig
+from sparing.base.run import fill
 from sparing.model.init import give_memory, init_weights, initial, unfilled
 from sparing.model.low_rank import adapted, add_low_rank, fill_frozen, hold_of, unfilled_adapted
 from sparing.model.transformer import Transformer
+from sparing.train.optim import keep_as
 
 
 def whole(config) -> Transformer:
@@ -50,3 +52,14 @@ def test_a_frozen_base_with_low_rank_updates(base):
     other = unfilled_adapted(config, adapter)
     assert types(other) == types(model)
     assert [p.requires_grad for p in other.parameters()] == [p.requires_grad for p in model.parameters()]
+
+
+def test_weights_in_bfloat16_are_rounded_from_the_same_numbers():
+    config = Config(model=TINY, train=TrainConfig(seq_len=8, batch_size=1), precision=PrecisionConfig(weights="bfloat16"))
+    model, other = whole(TINY), unfilled(TINY)
+    for one in (model, other):
+        keep_as(one, config)
+    assert types(other) == types(model)
+    give_memory(other, torch.device("cpu"))
+    fill(other.state_dict(), initial(TINY, 3), "here")
+    assert same(model.state_dict(), other.state_dict())

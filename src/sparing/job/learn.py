@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -149,7 +150,8 @@ def learn(
             say("no completions are written: the whole model does not fit this rank")
             samples = 0
         if not settle:
-            del trainer  # with its part of the weights, and the optimizer's
+            del trainer, model
+            gc.collect()  # modules and their hooks know each other
         model = _trained(run, config).to(device) if samples or settle else start_of(config).unfilled(config)
     if settle is not None:
         trainer.replicas.train(False)

@@ -118,7 +118,7 @@ class Trainer:
         self.kernels = t.kernels or fitting(t.replicas or 1, t.threads, self.device.type, t.dtype, config.model)[0]
         shard, pieces, layers = config.parallel.shard if world.size > 1 else "nothing", None, None
         stages = fitting_stages(config, world.size)
-        alike, names = world.size // stages, model.state_dict().keys()
+        alike, names = world.size // stages, set(model.state_dict())
         if stages > 1:
             spans, schedule = chunk_spans(config, stages), config.parallel.schedule
             saved = model.state_dict() if config.adapter is None else learning_of(model)
