@@ -30,7 +30,7 @@ from sparing.base.messages import say
 from sparing.base.rank import Rank
 from sparing.base.run import RunFolder
 from sparing.bench.results import stored_result
-from sparing.budget.ranks import sent
+from sparing.budget.ranks import sent_by_all
 from sparing.data.loader import Batch
 from sparing.model.init import init_weights
 from sparing.model.transformer import Transformer
@@ -48,6 +48,7 @@ LAYOUTS = {
     "optimizer": ParallelConfig("optimizer"),
     "weights": ParallelConfig("weights"),
     "experts": ParallelConfig("optimizer", 2),
+    "stages": ParallelConfig("optimizer", stages=2),
 }
 RANKS = 2
 SKIPPED = 3
@@ -82,7 +83,7 @@ class Scaling:
             configs = [Config(model=ModelConfig(**shape), train=train, parallel=parallel) for parallel in layouts.values()]
             every = stored_result(folder / f"bytes-{name}.json", lambda configs=configs: {"layouts": count(configs)})["layouts"]
             for layout, config, one in zip(layouts, configs, every, strict=True):
-                found[f"{name}, {layout}"] = {kind: [one.get(kind, 0), RANKS * want] for kind, want in sent(config, RANKS).items()}
+                found[f"{name}, {layout}"] = {kind: [one.get(kind, 0), want] for kind, want in sent_by_all(config, RANKS).items()}
         return found
 
     def _speed(self, folder: Path) -> dict:
@@ -115,7 +116,7 @@ def layouts_of(name: str) -> dict[str, ParallelConfig]:
 
 
 def _words(parallel: ParallelConfig) -> tuple[str, ...]:
-    return "--parallel.shard", str(parallel.shard), "--parallel.experts", str(parallel.experts)
+    return tuple(word for name, value in vars(parallel).items() for word in (f"--parallel.{name}", str(value)))
 
 
 def speed_of(run: Path) -> float:
@@ -131,7 +132,7 @@ def count(configs: Sequence[Config]) -> list[dict[str, int]]:
     with tempfile.TemporaryDirectory() as folder:
         processes.spawn(_rank, (list(configs), folder), nprocs=RANKS)
         every = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(RANKS)]
-    return [{kind: sum(one.get(kind, 0) for one in each) for kind in each[0]} for each in zip(*every, strict=True)]
+    return [{kind: sum(one.get(kind, 0) for one in each) for kind in set().union(*each)} for each in zip(*every, strict=True)]
 
 
 def _rank(number: int, configs: list[Config], folder: str) -> None:
@@ -149,8 +150,9 @@ def counted(config: Config, world: Ranks) -> dict[str, int]:
     model = Transformer(c)
     init_weights(model, 0)
     trainer = Trainer(model, None, NextToken.of(config), world, config=config)
-    draw = torch.Generator().manual_seed(world.rank)
-    words = torch.randint(c.vocab_size, (t.batch_size // world.size, t.seq_len, 2 + c.mtp_depth), generator=draw)
+    part, parts, _ = trainer.rows
+    draw = torch.Generator().manual_seed(part)
+    words = torch.randint(c.vocab_size, (t.batch_size // parts, t.seq_len, 2 + c.mtp_depth), generator=draw)
     with Counter().counting() as counter:
         norm = trainer.gradients(Batch(words[..., 0].contiguous(), words[..., 1:].contiguous()))["grad_norm"]
         trainer.update(norm, 1.0, 0.9)

@@ -1,17 +1,20 @@
 """Deriving a configuration: every derived value has a reason, wishes win, more budget never buys a smaller model."""
 
+import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
-from sparing.base.config import Budget, TokensConfig, UserError
+from sparing.base.config import Budget, ParallelConfig, TokensConfig, UserError
 from sparing.base.config_file import Wishes, options
 from sparing.base.hardware import Machine
 from sparing.budget.flops import parameters, train_flops
+from sparing.budget.ranks import bubble_of, chunk_spans, needed
 from sparing.interop.hf_config import to_hf
 from sparing.parallel.schedules import idle
 from sparing.planning.places import Place
-from sparing.resolve import chunk_spans, fitting_stages, resolve
+from sparing.resolve import fitting_stages, resolve
 
 LAPTOP = Machine("Linux", "some CPU", 2, 4, 16 << 30, formats={"float32": 1e11, "bfloat16": 2e11})
 BOOKS = SimpleNamespace(train_bytes=78e6, bytes=80e6)
@@ -84,8 +87,30 @@ def test_pipelines_cut_layers_by_their_operations_and_batches_by_their_schedule(
     assert fitting_stages(resolved.config, 3) == fitting_stages(resolved.config, 1) == 1
     rows = derive("20m", {"parallel": {"stages": 4, "schedule": "zbv"}, "model": {"num_layers": 8}}, ranks=12).config.train.batch_size
     assert rows % 3 == 0 and rows >= 24
-    four = Place(LAPTOP, None, "own", None, None, PEAK, ranks=4)
-    assert four._idle(resolved.config) == idle("dualpipev", 2, 8) > 0 == four._idle(derive("20m", ranks=4).config)
+    waiting, longest = bubble_of(resolved.config, 4)
+    assert waiting == idle("dualpipev", 2, 8) > 0 and 1 < longest < 1.5 and bubble_of(derive("20m", ranks=4).config, 4) == (0, 1)
+    four, rows = Place(LAPTOP, None, "own", None, None, PEAK, ranks=4), replace(resolved.config, parallel=ParallelConfig("optimizer"))
+    share = four.tokens_per_second(resolved.config) / four.tokens_per_second(rows)
+    assert share == pytest.approx((1 - waiting) / longest)
+
+
+def test_a_layout_is_chosen_where_a_rank_has_too_little_memory():
+    """Nothing changes where it fits. Else one that does, with its reason; what the user says stands; and where none fits, one line."""
+    wishes = {"model": {"n_routed_experts": 16, "num_layers": 7, "hidden_size": 512}, "train": {"dtype": "float32"}}
+    smallest = {"train": {"micro_batch_size": 1, **wishes["train"]}}
+    whole = derive("20m", wishes, ranks=4).config
+    assert (whole.parallel.shard, whole.parallel.experts, whole.parallel.stages) == ("optimizer", 1, 1)
+    least = needed(derive("20m", wishes | smallest, ranks=4).config, 4).total
+    tight = replace(LAPTOP, memory_bytes=int(0.97 * least / 0.95))
+    chosen = derive("20m", wishes, tight, ranks=4)
+    p, reasons = chosen.config.parallel, chosen.reasons
+    assert p.shard == "weights" or p.experts > 1 or p.stages > 1
+    divided = [f"parallel.{name}" for name, value in vars(p).items() if value not in (1, "1f1b")]
+    assert all(re.search(r"a rank needs .* GB, and .* GB are there for each of 4 ranks", reasons[name]) for name in divided)
+    assert needed(replace(chosen.config, train=replace(chosen.config.train, micro_batch_size=1)), 4).total <= 0.97 * least
+    assert derive("20m", wishes | {"parallel": {"shard": "optimizer"}}, tight, ranks=4).config.parallel == ParallelConfig("optimizer")
+    with pytest.raises(UserError, match=r"^training needs .* with .* no layout fits; nearest: (--train.recompute true|more ranks, .*)$"):
+        derive("20m", wishes, replace(LAPTOP, memory_bytes=int(4.4e8)), ranks=4)
 
 
 def test_reasons_name_real_fields_and_spare_what_was_wished():

@@ -5,19 +5,22 @@ Pure: nothing is measured or read here. The rules are fitted to the experiments 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from sparing.base.config import Budget, Config, ModelConfig, OptimConfig, TrainConfig, UserError
+from sparing.base.config import Budget, Config, ModelConfig, OptimConfig, ParallelConfig, TrainConfig, UserError
 from sparing.base.config_file import Wishes, build
 from sparing.base.config_limits import checked, contradiction
 from sparing.base.hardware import Machine
 from sparing.base.layers import mixtures
-from sparing.budget.flops import forward_products, layer_flops, parameters, train_flops
+from sparing.budget.flops import parameters, train_flops
+from sparing.budget.ranks import bubble_of, needed, sent
 from sparing.budget.units import format_budget
 from sparing.data.scan import CorpusFacts
-from sparing.parallel.schedules import CHUNKS, microbatches_of, spans
+from sparing.parallel.schedules import CHUNKS, microbatches_of
 
 TRAINING_SHARE = 0.9
 """Of the time that is left after measuring the machine: tokenising, choosing, evaluating and sampling take the rest."""
@@ -187,15 +190,8 @@ def fitting_stages(config: Config, ranks: int) -> int:
     return 1
 
 
-def chunk_spans(config: Config, stages: int) -> list[range]:
-    """The layers of each chunk of a pipeline, cut so that the operations of the largest chunk are fewest."""
-    c, costs = config.model, layer_flops(config.model, config.train.seq_len)
-    heads = forward_products(c, config.train.seq_len).heads
-    return spans(costs[: c.num_layers], heads + sum(costs[c.num_layers :]), stages * CHUNKS[config.parallel.schedule])
-
-
-def _pipelined(config: Config, train: TrainConfig, wishes: Wishes, ranks: int, reasons: dict[str, str]) -> TrainConfig:
-    """What pipelines ask of a batch. Raises UserError for layouts that cannot be."""
+def _pipelined(config: Config, train: TrainConfig, said: bool, ranks: int, reasons: dict[str, str]) -> TrainConfig:
+    """What pipelines ask of a batch. said: whether the user gave its number of rows. Raises UserError for layouts that cannot be."""
     p, layers = config.parallel, config.model.num_layers
     what = f"parallel.stages {p.stages} with schedule = {p.schedule}"
     possible = [stages for stages in range(1, p.stages + 1) if ranks % stages == 0 and stages * CHUNKS[p.schedule] <= layers + 1]
@@ -206,7 +202,7 @@ def _pipelined(config: Config, train: TrainConfig, wishes: Wishes, ranks: int, r
     if train.batch_size % pipelines or not microbatches_of(p.schedule, p.stages, train.batch_size // pipelines):
         sizes = range(-(-train.batch_size // pipelines) * pipelines, 2**62, pipelines)
         fitting = next(size for size in sizes if microbatches_of(p.schedule, p.stages, size // pipelines))
-        if wishes.sets("train.batch_size"):
+        if said:
             raise UserError(f"train.batch_size {train.batch_size}: {what} on {ranks} ranks cannot divide so many rows; nearest: {fitting}")
         train = replace(train, batch_size=fitting)
         reasons["train.batch_size"] += f"; rows for {what}"
@@ -219,6 +215,81 @@ def _pipelined(config: Config, train: TrainConfig, wishes: Wishes, ranks: int, r
     reasons["train.micro_batch_size"] = f"{count} micro-batches go through {p.stages} stages"
     reasons["train.replicas"] = reasons["train.compile"] = "the passes follow the pipeline's schedule"
     return replace(train, micro_batch_size=rows // count, replicas=1, compile=False)
+
+
+def memory_limit(machine: Machine) -> float:
+    """Bytes that training may fill; 0: unknown."""
+    return 0.95 * (machine.gpus[0].memory_bytes if machine.gpus else machine.memory_bytes)
+
+
+WIRE = {"cpu": 1e9, "cuda": 50e9}
+"""Assumed where layouts are compared: bytes a second from a rank to others. Gloo on one host, and InfiniBand (DeepSeek-V3 §3.2.2)."""
+
+
+def _fitting_layout(
+    config: Config, ranks: int, limit: float, speed: Callable[[Config], float], reasons: dict[str, str], said: bool
+) -> ParallelConfig:
+    """How the work is divided where nothing is said of it: only the optimizer, if a rank has the memory for that with the smallest
+    micro-batch. Else the layout that fits and whose step is shortest by the formulas of `budget.ranks`. said: whether the number of rows
+    is the user's. Raises UserError where none fits."""
+    plain, gigabytes = replace(config.parallel, shard="optimizer"), f"{limit / 1e9:.1f} GB are there for each of {ranks} ranks"
+    need = _least(replace(config, parallel=plain), ranks)
+    if need <= limit:
+        return config.parallel
+    found: list[tuple[float, Config]] = []
+    for one in _layouts(config, ranks, said):
+        exchanging = sum(count * (2 if kind == "all_reduce" else 1) for kind, count in sent(one, ranks).items())
+        found.append((one.train.batch_size * one.train.seq_len / speed(one) + exchanging / WIRE[one.train.device or "cpu"], one))
+    found.sort(key=lambda option: option[0])
+    fitting = next((one for _, one in found if _least(one, ranks) <= limit), None)
+    if fitting is None:
+        least, best = min([(need, plain), *((_least(one, ranks), one.parallel) for _, one in found)], key=lambda option: option[0])
+        again = replace(config, parallel=best, train=replace(config.train, recompute=True))
+        lower = not config.train.recompute and _least(again, ranks) <= limit
+        nearest = "--train.recompute true" if lower else "more ranks, ranks with more memory, or a smaller model"
+        raise UserError(f"training needs {least / 1e9:.1f} GB with {words_of(best)}, and {gigabytes}: no layout fits; nearest: {nearest}")
+    p = fitting.parallel
+    reason = f"with the optimizer alone divided a rank needs {need / 1e9:.1f} GB, and {gigabytes}; of what fits this takes least time"
+    told = f"{sum(sent(fitting, ranks).values()) / 1e9:.2g} GB go out of a rank in a step"
+    if p.stages > 1:
+        waiting, longest = bubble_of(fitting, ranks)
+        told += f", of which it waits {waiting:.0%}, and the rank with most layers computes {longest - 1:.0%} longer than the mean"
+    reasons |= {f"parallel.{name}": f"{reason}: {told}" for name, value in vars(p).items() if value != getattr(ParallelConfig(), name)}
+    return p
+
+
+def _may_divide(config: Config) -> bool:
+    """Whether more than the optimizer may be divided without being asked for: all weights learn, and no rank needs all of them."""
+    c = config
+    frozen = any(part is not None for part in (c.adapter, c.esft, c.growth, c.drafts, c.dpo, c.grpo))
+    return not frozen and not (c.distill is not None and c.distill.on_policy)
+
+
+def words_of(parallel: ParallelConfig) -> str:
+    """A layout in words: shard = optimizer, experts = 4."""
+    return ", ".join(f"{name} = {value}" for name, value in vars(parallel).items() if value != getattr(ParallelConfig(), name))
+
+
+def _least(config: Config, ranks: int) -> float:
+    """Bytes that the fullest rank needs, with the micro-batch that is asked for, else the smallest."""
+    return needed(replace(config, train=replace(config.train, micro_batch_size=config.train.micro_batch_size or 1)), ranks).total
+
+
+def _layouts(config: Config, ranks: int, said: bool) -> Iterator[Config]:
+    """The configuration in each layout that could be. Of experts, either all are on every rank, or they are divided as far as they can be,
+    because the fewer of them a rank has, the less of their gradients it sends."""
+    c, t = config.model, config.train
+    options = [ParallelConfig("weights"), ParallelConfig("optimizer")]
+    counts = [stages for stages in range(2, min(ranks, c.num_layers + 1) + 1) if ranks % stages == 0]
+    options += [ParallelConfig("optimizer", stages=stages, schedule=schedule) for stages in counts for schedule in CHUNKS]
+    for option in options:
+        parts = fitting_parts(c.n_routed_experts, ranks // option.stages, c.n_routed_experts) if mixtures(c) else 1
+        for experts in sorted({1, parts}):
+            one = replace(config, parallel=replace(option, experts=experts))
+            with suppress(UserError):
+                train = _pipelined(checked(one), t, said, ranks, defaultdict(str)) if option.stages > 1 else t
+                if train.batch_size == t.batch_size or not said:
+                    yield checked(replace(one, train=train))
 
 
 def resolve(
@@ -289,8 +360,12 @@ def resolve(
         train = replace(train, batch_size=-(-train.batch_size // ranks) * ranks)
         reasons["train.batch_size"] += f"; as many rows for each of {ranks} ranks"
         step_tokens = train.batch_size * seq_len
+    rows_said = wishes.sets("train.batch_size")
+    if (limit := memory_limit(machine)) and ranks > 1 and not wishes.get("parallel") and train.batch_size >= ranks and _may_divide(config):
+        parallel = _fitting_layout(replace(config, train=train), ranks, limit, speed, reasons, rows_said)
+        config = replace(config, parallel=parallel)
     if config.parallel.stages > 1:
-        train = _pipelined(checked(replace(config, train=train)), train, wishes, ranks, reasons)
+        train = _pipelined(checked(replace(config, train=train)), train, rows_said, ranks, reasons)
         step_tokens = train.batch_size * seq_len
     elif train.batch_size < ranks:
         raise UserError(f"train.batch_size {train.batch_size}: {ranks} ranks need a row each; nearest: {ranks}, or fewer ranks")

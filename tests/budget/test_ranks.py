@@ -10,7 +10,7 @@ from sparing.base.config import Config, ModelConfig, ParallelConfig, PrecisionCo
 from sparing.base.config_file import build, read_recipe
 from sparing.base.config_limits import checked
 from sparing.budget.memory import PROCESS_BYTES
-from sparing.budget.ranks import held, sent
+from sparing.budget.ranks import held, sent, sent_by_all
 
 MODEL = ModelConfig(
     vocab_size=96, hidden_size=32, num_layers=2, num_dense_layers=1, intermediate_size=64, num_heads=2, q_lora_rank=16, kv_lora_rank=16,
@@ -38,7 +38,14 @@ LAYOUTS = {
     "each alone": (ParallelConfig("optimizer", 4), {}),
     "weights": (ParallelConfig("weights"), {"micro_batch_size": 2}),
     "weights and experts": (ParallelConfig("weights", 2), {"recompute": True}),
+    "stages": (ParallelConfig("optimizer", stages=2), {"dtype": "bfloat16"}),
+    "stages and experts": (ParallelConfig("optimizer", 2, 2, "zbv"), {"recompute": True}),
 }
+
+
+def model_of(layout: ParallelConfig) -> ModelConfig:
+    """Two layers, or one for each chunk of a pipeline."""
+    return replace(MODEL, num_layers=2 if layout.stages == 1 else 4)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -46,9 +53,10 @@ def test_what_a_rank_sends_and_holds(name):
     """The last of four ranks, on the meta device: at the collectives what the formula says, to the byte; as many weights; and no more
     moments than the rank that has most."""
     layout, change = LAYOUTS[name]
-    config = replace(CONFIG, parallel=layout, train=replace(TRAIN, **change))
-    one, memory = step(config, 3, 4), held(config, 4, "plain")
-    assert one.counter.by_name() == pytest.approx(sent(config, 4), abs=0.5)
+    config = replace(CONFIG, model=model_of(layout), parallel=layout, train=replace(TRAIN, **change))
+    last = layout.stages - 1
+    one, memory = step(config, 3, 4), held(config, 4, "plain", last)
+    assert one.counter.by_name() == pytest.approx(sent(config, 4, last), abs=0.5)
     assert one.moments <= memory.optimizer + 4 * 64  # numbers of steps
     masters = layout.shard == "weights"  # of which this rank has its own
     assert memory.weights == pytest.approx(one.weights, rel=0.2 if masters else 0.01)
@@ -75,12 +83,39 @@ def test_the_peak(shard, experts, recompute):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("schedule", "rank", "recompute"), [("1f1b", 0, False), ("1f1b", 3, True), ("zbv", 0, False), ("interleaved", 0, True)]
+)
+def test_the_peak_of_a_pipeline(schedule, rank, recompute):
+    """Of four ranks that are two stages, whose chunks are one or two layers wide."""
+    wide = {
+        "hidden_size": 512,
+        "intermediate_size": 2048,
+        "moe_intermediate_size": 512,
+        "num_heads": 8,
+        "num_layers": 5,
+        "vocab_size": 4096,
+    }
+    model = replace(MODEL, **wide, q_lora_rank=128, kv_lora_rank=128, n_routed_experts=8, max_position_embeddings=512)
+    train = replace(TRAIN, seq_len=512, dtype="bfloat16", recompute=recompute)
+    config = Config(model=model, train=train, parallel=ParallelConfig("optimizer", stages=2, schedule=schedule))
+    planned = held(config, 4, "plain", rank // 2).total - PROCESS_BYTES["cpu"]
+    assert planned == pytest.approx(step(config, rank, 4).peak, rel=0.2)
+
+
+@pytest.mark.slow
 def test_what_two_real_ranks_send():
     """By gloo, both together; experts are chosen by their routers."""
-    configs = [replace(CONFIG, parallel=layout, train=replace(TRAIN, **change)) for layout, change in LAYOUTS.values()]
-    fitting = [config for config in configs if config.parallel.experts <= 2]
+    configs = [
+        replace(CONFIG, model=model_of(layout), parallel=layout, train=replace(TRAIN, **change)) for layout, change in LAYOUTS.values()
+    ]
+    configs += [
+        replace(CONFIG, model=model_of(layout), parallel=layout, train=TRAIN)
+        for layout in (ParallelConfig("optimizer", stages=2, schedule=schedule) for schedule in ("interleaved", "dualpipev"))
+    ]
+    fitting = [config for config in configs if config.parallel.experts * config.parallel.stages <= 2]
     for config, counted in zip(fitting, count(fitting), strict=True):
-        assert counted == {kind: pytest.approx(2 * bytes_) for kind, bytes_ in sent(config, 2).items()}
+        assert counted == {kind: pytest.approx(bytes_) for kind, bytes_ in sent_by_all(config, 2).items()}
 
 
 def test_weights_in_pieces_are_float32():

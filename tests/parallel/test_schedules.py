@@ -3,7 +3,7 @@
 import pytest
 
 from sparing.parallel.pipeline import bubble
-from sparing.parallel.schedules import CHUNKS, CLASSES, chunks_of, idle, microbatches_of, runs, spans
+from sparing.parallel.schedules import CHUNKS, CLASSES, _orders, chunks_of, idle, in_flight, microbatches_of, runs, spans
 
 
 @pytest.mark.parametrize(("stages", "microbatches"), [(2, 2), (2, 7), (4, 4), (4, 16), (8, 32), (16, 60)])
@@ -21,6 +21,24 @@ def test_two_chunks_a_rank_halve_the_bubble_and_the_v_shaped_ones_have_least(sta
     assert found == pytest.approx({schedule: idle(schedule, stages, microbatches) for schedule in CHUNKS})
     assert found["interleaved"] == pytest.approx((stages - 1) / (2 * microbatches + stages - 1))
     assert found["zbv"] < found["dualpipev"] < found["interleaved"] < found["1f1b"]
+
+
+def test_layers_that_are_computed_again_make_the_bubble_of_v_shaped_schedules_larger():
+    """Because what fills it, the weights' gradients, comes with the others then."""
+    for schedule in CHUNKS:
+        assert idle(schedule, 4, 8, recompute=True) == pytest.approx(bubble(schedule, 4, 8, recompute=True))
+    assert min(CHUNKS, key=lambda schedule: idle(schedule, 4, 8, recompute=True)) == "interleaved"
+
+
+def test_micro_batches_that_have_gone_forward_and_not_yet_back():
+    for schedule in CHUNKS:
+        for stages, microbatches in ((2, 4), (3, 12), (4, 8)):
+            for place, order in enumerate(_orders(schedule, stages, microbatches)):
+                there, most = 0, 0
+                for _, kind, _ in (part for parts in order for part in parts):
+                    there += {"F": 1, "B": -1, "W": -1}.get(kind, 0)
+                    most = max(most, there)
+                assert sum(in_flight(schedule, stages, microbatches, place)) == most, (schedule, stages, microbatches, place)
 
 
 def test_what_can_run_is_what_torch_makes():

@@ -7,6 +7,7 @@ N tokens of a micro-batch, D hidden size, H heads, K and V their widths, E exper
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -148,16 +149,17 @@ def filler_bytes(f: FeedForward, size: int, again: bool) -> float:
     return f.experts * EXPERT_ROWS / 2 * (size * ((0 if again else f.hidden) + 2 * f.width + 1) + 8)
 
 
-def _copied(c: ModelConfig, path: KernelPath, whole: bool) -> float:
+def _copied(some: Iterable[Layer], path: KernelPath, whole: bool) -> float:
     """Weights that the plain kernels keep in the compute type too: all but a CPU's experts; of 16-bit ones those that are joined."""
-    if whole:
-        return matrix_weights(c) - (sum(layer.feed_forward.routed for layer in layers(c)) if path == "plain" else 0)
-    joined = 0
-    for layer in layers(c):
-        a = layer.attention
-        joined += sum(a.shapes[name][0] for name in a.inputs) if a.kind == "mla" else 0
-        joined += 2 * layer.feed_forward.common_width
-    return joined * c.hidden_size
+    count = 0
+    for layer in some:
+        a, f = layer.attention, layer.feed_forward
+        if whole:
+            count += layer.common + f.routed - f.router - (f.routed if path == "plain" else 0)
+        else:
+            joined = sum(a.shapes[name][0] for name in a.inputs) if a.kind == "mla" else 0
+            count += (joined + 2 * f.common_width) * layer.hidden
+    return count
 
 
 def _ends(c: ModelConfig) -> tuple[Layer, Layer]:
@@ -165,31 +167,59 @@ def _ends(c: ModelConfig) -> tuple[Layer, Layer]:
     return layers(c)[0], layers(c)[c.num_layers - 1]
 
 
-def activations(config: Config, rows: int, seq_len: int, path: KernelPath = "plain") -> float:
-    """Bytes kept of `rows` sequences, 16-bit copies of the weights included."""
-    c, t = config.model, config.train
+def kept_by(config: Config, some: Iterable[Layer], rows: int, seq_len: int, path: KernelPath = "plain") -> float:
+    """Bytes that some of the layers keep of `rows` sequences."""
+    t = config.train
     size = 2 if t.dtype == "bfloat16" else 4
     tokens = rows * seq_len
     eight_bit = config.precision.activations == "int8" and size == 2 and not t.recompute
     kept = 0.0
-    for layer in layers(c):
+    for layer in some:
         if t.recompute:
-            kept += tokens * c.hidden_size * size
+            kept += tokens * layer.hidden * size
             continue
         kept += tokens * saved_per_token(layer, seq_len, size, path, t.sequence_balance > 0, eight_bit)
         if layer.mixture and path in ("plain", "passes"):
             kept += filler_bytes(layer.feed_forward, size, again=path == "passes")
+    return kept
+
+
+def kept_behind(config: Config, rows: int, seq_len: int) -> float:
+    """Bytes that are kept behind the layers: of `rows` sequences, and the gradient of the head."""
+    c = config.model
+    size, heads = 2 if config.train.dtype == "bfloat16" else 4, 1 + c.mtp_depth
+    # Last norms, their gradients; the MTP modules' joined inputs.
+    kept = float(size * rows * seq_len * c.hidden_size * (2 * heads + 4 * c.mtp_depth))
+    if config.adapter is None and (config.esft is None or config.esft.rest):  # made in the forward pass
+        kept += (heads * 4 if config.precision.weights == "float32" else 4 + heads * 2) * c.vocab_size * c.hidden_size
+    return kept
+
+
+def copies_of(config: Config, some: Iterable[Layer], path: KernelPath) -> float:
+    """Bytes of the 16-bit copies of their weights that some of the layers keep of each micro-batch; recomputed ones have one at a time."""
+    t = config.train
+    if t.dtype != "bfloat16" or t.recompute or config.adapter is not None or path not in ("plain", "cuda"):
+        return 0.0
+    return 2.0 * _copied(some, path, config.precision.weights == "float32")
+
+
+def activations(config: Config, rows: int, seq_len: int, path: KernelPath = "plain") -> float:
+    """Bytes kept of `rows` sequences, 16-bit copies of the weights included."""
+    c, t = config.model, config.train
+    size = 2 if t.dtype == "bfloat16" else 4
+    kept = kept_by(config, layers(c), rows, seq_len, path) + kept_behind(config, rows, seq_len) + copies_of(config, layers(c), path)
     if t.recompute:  # one layer at a time is whole
-        kept += tokens * max(saved_per_token(layer, seq_len, size, path) for layer in _ends(c))
-    heads = 1 + c.mtp_depth
-    kept += size * tokens * c.hidden_size * (2 * heads + 4 * c.mtp_depth)  # last norms, their gradients; the MTP modules' joined inputs
-    whole = config.precision.weights == "float32"
-    if config.adapter is None and (config.esft is None or config.esft.rest):
-        kept += (heads * 4 if whole else 4 + heads * 2) * c.vocab_size * c.hidden_size  # the head's gradient, made in the forward pass
-    copied = size == 2 and path in ("plain", "cuda") and config.adapter is None and not t.recompute  # else a layer's at a time
-    copies = _copied(c, path, whole) * size if copied else 0.0
-    mask = rows * seq_len**2 * size if t.document_mask else 0.0
-    return kept + copies + mask
+        kept += rows * seq_len * max(saved_per_token(layer, seq_len, size, path) for layer in _ends(c))
+    return kept + (rows * seq_len**2 * size if t.document_mask else 0.0)
+
+
+def head_bytes(config: Config, path: KernelPath) -> float:
+    """Work space of the output head."""
+    c = config.model
+    size = 2 if config.train.dtype == "bfloat16" else 4
+    if path == "products":  # its rows are packed a few at a time
+        return (OWN_HEAD_TOKENS if size == 2 else FLOAT_HEAD_TOKENS) * c.vocab_size * size
+    return 2 * HEAD_TOKENS * c.vocab_size * size + c.vocab_size * c.hidden_size * size
 
 
 def training_memory(config: Config, measured: bool = False, path: KernelPath | None = None) -> Memory:
@@ -208,9 +238,7 @@ def training_memory(config: Config, measured: bool = False, path: KernelPath | N
     small = p.weights != "float32" or p.moments != "float32"
     weights, moments = weight_bytes(c, p), optimizer_bytes(c, config.optim.matrix, p)
     kept = replicas * activations(config, rows, seq_len, path)
-    head = replicas * (2 * HEAD_TOKENS * c.vocab_size * size + c.vocab_size * c.hidden_size * size)
-    if path == "products":  # rows of the head are packed a few at a time
-        head = replicas * (OWN_HEAD_TOKENS if size == 2 else FLOAT_HEAD_TOKENS) * c.vocab_size * size
+    head = replicas * head_bytes(config, path)
     device = t.device or "cpu"
     # The compiled update works matrix by matrix, on less than a layer's backward pass takes besides what was kept.
     work = max(rows * seq_len * saved_per_token(layer, seq_len, size, path) for layer in _ends(c)) * replicas

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -11,7 +12,8 @@ from sparing.base.config import Budget, Config, ModelConfig, UserError
 from sparing.budget.estimate import Estimate, around, exactly
 from sparing.budget.flops import kv_cache_bytes, parameters, train_flops
 from sparing.budget.gain import GainLaw
-from sparing.budget.memory import SPREAD, KernelPath, Memory, optimizer_bytes, training_memory, weight_bytes
+from sparing.budget.memory import SPREAD, KernelPath, Memory, optimizer_bytes, weight_bytes
+from sparing.budget.ranks import needed
 from sparing.budget.scaling import Law, effective_bytes
 from sparing.budget.selecting import SCORED_BYTES
 from sparing.budget.spot import INTERVAL_S
@@ -90,6 +92,8 @@ class PlannedRun:
     """Which kernels run; None: as the configuration says, with a C compiler and bfloat16."""
     selecting: Estimate | None = None
     """Seconds of choosing texts from a pool, which come on top of `start_s`; None: nothing is chosen."""
+    ranks: int = 1
+    """As many processes train together; memory is of one of them."""
 
     @property
     def before_s(self) -> float:
@@ -97,7 +101,7 @@ class PlannedRun:
         return self.start_s + (self.selecting.value if self.selecting else 0.0)
 
     def memory(self) -> Memory:
-        return training_memory(self.config, True, self.path)
+        return needed(self.config, self.ranks, self.path)
 
 
 def in_seconds(budget: Budget, rates: Rates) -> float | None:
@@ -240,16 +244,22 @@ def _too_short(run: PlannedRun, why: str, least: float) -> TooShort:
 def _smaller(run: PlannedRun) -> str:
     """The first change that makes it fit."""
     t, adapter = run.config.train, run.config.adapter
+
+    def fits(config: Config) -> bool:
+        with suppress(ValueError):  # too few layers for a pipeline
+            return needed(config, run.ranks, measured=False).total <= run.memory_limit
+        return False
+
     few = ("int8", "int4")
     for base in few[few.index(adapter.base) + 1 if adapter.base in few else 0 :] if adapter is not None else ():
-        if training_memory(replace(run.config, adapter=replace(adapter, base=base))).total <= run.memory_limit:
+        if fits(replace(run.config, adapter=replace(adapter, base=base))):
             return f"--adapter.base {base}"
     micro = t.micro_batch_size or t.batch_size
     while micro > 1:
         micro //= 2
         for recompute in (False, True):
             config = replace(run.config, train=replace(t, micro_batch_size=micro, recompute=recompute))
-            if training_memory(config).total <= run.memory_limit:
+            if fits(config):
                 return f"--train.micro-batch-size {micro}" + (" --train.recompute true" if recompute else "")
     c = run.config.model
     for share in (0.75, 0.5, 0.25, 0.125):
@@ -258,7 +268,7 @@ def _smaller(run: PlannedRun) -> str:
             c, hidden_size=width, intermediate_size=int(c.intermediate_size * share), num_layers=max(2, int(c.num_layers * share))
         )
         config = replace(run.config, model=thinner, train=replace(t, micro_batch_size=1, recompute=True))
-        if training_memory(config).total <= run.memory_limit:
+        if fits(config):
             return f"--model.hidden-size {width} --model.num-layers {thinner.num_layers} --train.micro-batch-size 1"
     return "a machine with more memory"
 

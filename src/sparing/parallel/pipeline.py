@@ -13,9 +13,10 @@ from __future__ import annotations
 import logging
 import traceback
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from sparing.model.experts import MoE, RouterElsewhere, routers
 from sparing.model.transformer import Block, States, Transformer
 from sparing.parallel.ranks import RankLost, answering
 from sparing.parallel.schedules import bubble as bubble
-from sparing.parallel.schedules import chunks_of, made
+from sparing.parallel.schedules import chunks_of, made, places_of
 
 
 @dataclass(frozen=True)
@@ -106,13 +107,10 @@ def divide_layers(
 ) -> Layers:  # fmt: skip
     """Keep this rank's layers of a model, in place. saved: what checkpoints have of it. spans: the layers of each chunk, `stages` x
     CHUNKS[schedule] of them. device: where the model is, or will be."""
-    c, pipelines, last = model.config, ranks // stages, len(spans) - 1
+    c, pipelines = model.config, ranks // stages
     whole = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in saved.items()}
-    places = [chunks_of(schedule, stages, place) for place in range(stages)]
-    place_of = {chunk: place for place, chunks in enumerate(places) for chunk in chunks}
-    end, both = place_of[last], c.tie_word_embeddings or c.mtp_depth > 0
-    layer_places = {layer: place_of[chunk] for chunk, span in enumerate(spans) for layer in span}
-    layer_places |= dict.fromkeys(range(c.num_layers, len(model.model.layers)), end)
+    layer_places, end = places_of(schedule, stages, spans, len(model.model.layers))
+    both = c.tie_word_embeddings or c.mtp_depth > 0
 
     def place(name: str) -> int:
         """The first place that holds a tensor."""
@@ -208,9 +206,7 @@ class Pipeline:
     def _schedule(self, count: int, rows: int, length: int) -> Any:
         """Torch's schedule for micro-batches of this shape; rows and lengths of a run change once at most."""
         if self._made is None or self._made[0] != (count, rows, length):
-            from torch.distributed.pipelining import PipelineStage
-
-            device, last = self.model.device, len(self.layers.spans) - 1
+            stage_of, device, last = _stage_class(), self.model.device, len(self.layers.spans) - 1
             shape, dtype = (rows, length, self.model.config.hidden_size), self.model.compute_dtype
             hidden = torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
             tokens = torch.empty(rows, length, dtype=torch.int64, device="meta")
@@ -220,15 +216,16 @@ class Pipeline:
                 # Shapes are given: torch would find them out by running each chunk, whose routers would count those tokens.
                 shapes = tokens if chunk.first else hidden, loss if chunk.last else hidden
                 split = None if self._splits(chunk) else _nothing_left
-                stages.append(PipelineStage(chunk, number, last + 1, device, *shapes, group=self.layers.line, dw_builder=split))
+                stages.append(stage_of(chunk, number, last + 1, device, *shapes, group=self.layers.line, dw_builder=split))
             self._made = (count, rows, length), made(self.layers.schedule, stages, count, lambda output, _: output)
         return self._made[1]
 
     def _splits(self, chunk: Chunk) -> bool:
-        """Whether torch can make a chunk's gradients of weights later than those of its input. It cannot where a weight is used at several
-        depths: on the way from one to the next it frees what other weights still need (2.13, `stage_backward_weight`)."""
-        c = self.model.config
-        return not chunk.last or c.mtp_depth + c.tie_word_embeddings <= 1
+        """Whether a chunk's gradients of weights are made later than those of its input. Torch cannot where a weight is used at several
+        depths: on the way from one to the next it frees what other weights still need (2.13, `stage_backward_weight`). And a layer that is
+        computed again for its backward pass would be so twice."""
+        c, again = self.model.config, any(getattr(layer, "recompute", False) for layer in self.model.model.layers)
+        return not again and (not chunk.last or c.mtp_depth + c.tie_word_embeddings <= 1)
 
     # evaluation
 
@@ -271,6 +268,44 @@ class Pipeline:
                 work.wait()
             dist.broadcast(out, layers.rank_of(len(layers.spans) - 1), group=layers.line)
         return out
+
+
+@cache
+def _stage_class() -> type:
+    """Torch's `PipelineStage`, whose buffers for what other ranks send are there only while they are needed. Torch's own are made for all
+    micro-batches of a step together, and stay."""
+    from torch.distributed.pipelining import PipelineStage
+
+    class Stage(PipelineStage):
+        def _setup_forward_recv_info(self, *given) -> None:
+            self._on_meta(super()._setup_forward_recv_info, *given)
+
+        def _setup_backward_recv_info(self, *given) -> None:
+            self._on_meta(super()._setup_backward_recv_info, *given)
+
+        def _on_meta(self, setup: Callable[..., None], *given) -> None:
+            self.device, device = torch.device("meta"), self.device
+            setup(*given)
+            self.device = device
+
+        def get_fwd_recv_ops(self, number: int) -> list:
+            self._buffers(self.args_recv_info[number], self.device)
+            return super().get_fwd_recv_ops(number)
+
+        def get_bwd_recv_ops(self, number: int) -> list:
+            self._buffers(self.grad_recv_info[number], self.device)
+            return super().get_bwd_recv_ops(number)
+
+        def backward_one_chunk(self, number: int, *given, **more) -> None:
+            super().backward_one_chunk(number, *given, **more)
+            self._buffers((*self.args_recv_info[number], *self.grad_recv_info[number]), torch.device("meta"))
+
+        def _buffers(self, received: Iterable[Any], device: torch.device) -> None:
+            for one in received:
+                if one.buffer is not None:
+                    one.buffer = torch.empty_like(one.buffer, device=device, requires_grad=False)
+
+    return Stage
 
 
 def _nothing_left() -> Callable[[], None]:

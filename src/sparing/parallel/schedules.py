@@ -25,10 +25,10 @@ ENOUGH = 4
 """Micro-batches for each stage: 1F1B then idles less than a fifth of the time."""
 COSTS = {"F": 1, "B": 2, "I": 1, "W": 1}
 """Time units of a chunk's forward pass, its whole backward pass, and that pass's halves: gradients of the input, and of the weights."""
-
-
-WAITS = {"1f1b": 3, "interleaved": 3, "zbv": 1, "dualpipev": 2}
-"""Units that each rank idles in a step, for each further rank of its pipeline."""
+AGAIN = {"F": 1, "B": 3, "I": 3, "W": 0}
+"""The same where layers are computed again for their backward pass, which then makes all gradients at once."""
+WAITS = {"1f1b": (3, 4), "interleaved": (3, 4), "zbv": (1, 6), "dualpipev": (2, 7)}
+"""Units that each rank idles in a step, for each further rank of its pipeline: by COSTS, by AGAIN."""
 
 
 def chunks_of(schedule: str, stages: int, position: int) -> list[int]:
@@ -37,6 +37,26 @@ def chunks_of(schedule: str, stages: int, position: int) -> list[int]:
     if CHUNKS[schedule] == 1:
         return [position]
     return [position, position + stages if schedule == "interleaved" else 2 * stages - 1 - position]
+
+
+def places_of(schedule: str, stages: int, spans: Sequence[range], layers: int) -> tuple[list[int], int]:
+    """(the position in its pipeline of the rank that holds each of `layers`, that of the last chunk, which has all behind its span too)."""
+    by_chunk = {chunk: place for place in range(stages) for chunk in chunks_of(schedule, stages, place)}
+    end = by_chunk[len(spans) - 1]
+    return [next((by_chunk[chunk] for chunk, span in enumerate(spans) if layer in span), end) for layer in range(layers)], end
+
+
+def in_flight(schedule: str, stages: int, microbatches: int, position: int) -> list[int]:
+    """Of how many micro-batches the rank at `position` keeps what each of its chunks (`chunks_of`) computed, where it keeps most: those
+    that have gone forward and not yet back."""
+    if CHUNKS[schedule] == 1:
+        return [min(microbatches, stages - position)]
+    if schedule != "interleaved":
+        return [min(microbatches, 2 * stages - position), position + (schedule == "dualpipev")]
+    together = microbatches // max(1, microbatches // stages)  # of one chunk, before the other one's turn
+    forward = min(2 * microbatches, together + 2 * (stages - 1 - position) + 1)
+    first = min(forward, 2 * together, microbatches)
+    return [first, forward - first]
 
 
 def runs(schedule: str, stages: int, microbatches: int) -> bool:
@@ -89,13 +109,13 @@ def made(schedule: str, chunks: Sequence[Any], microbatches: int, loss: Callable
     return getattr(schedules, CLASSES[schedule])(chunks[0] if one else list(chunks), microbatches, loss, scale_grads=False)
 
 
-def bubble(schedule: str, stages: int, microbatches: int) -> float:
+def bubble(schedule: str, stages: int, microbatches: int, recompute: bool = False) -> float:
     """The share of the ranks' time that is idle in one step, by walking the lists of actions that torch makes, at unit costs (`COSTS`).
 
-    schedule: one of `CLASSES`. stages: ranks of the pipeline. Sending takes no time. An overlapped pair of DualPipeV takes as long as both
-    passes one after the other, as torch runs it, and what it makes is sent when both are done. Raises ValueError where torch cannot
-    run so many micro-batches."""
-    orders = _orders(schedule, stages, microbatches)
+    schedule: one of `CLASSES`. stages: ranks of the pipeline. recompute: whether layers are computed again (`AGAIN`). Sending
+    takes no time. An overlapped pair of DualPipeV takes as long as both passes one after the other, as torch runs it, and what it makes is
+    sent when both are done. Raises ValueError where torch cannot run so many micro-batches."""
+    orders, costs = _orders(schedule, stages, microbatches), AGAIN if recompute else COSTS
     last = stages * CHUNKS[schedule] - 1
     done: dict[tuple[int, str, int], int] = {}
     clocks, at = [0] * stages, [0] * stages
@@ -109,7 +129,7 @@ def bubble(schedule: str, stages: int, microbatches: int) -> float:
                 if any(need not in done for need in needs):
                     break
                 start = max([clocks[rank], *(done[need] for need in needs)])
-                took = sum(COSTS[kind] for _, kind, _ in parts)
+                took = sum(costs[kind] for _, kind, _ in parts)
                 clocks[rank], busy, at[rank] = start + took, busy + took, at[rank] + 1
                 for chunk, kind, number in parts:
                     done[chunk, "I" if kind == "B" else kind, number] = start + took
@@ -117,10 +137,10 @@ def bubble(schedule: str, stages: int, microbatches: int) -> float:
     return 1 - busy / (stages * max(clocks))
 
 
-def idle(schedule: str, stages: int, microbatches: int) -> float:
+def idle(schedule: str, stages: int, microbatches: int, recompute: bool = False) -> float:
     """`bubble` in closed form, where `stages` divides the micro-batches of an interleaved schedule; without torch."""
-    waits = WAITS[schedule] * (stages - 1)
-    return waits / (3 * CHUNKS[schedule] * microbatches + waits)
+    waits = WAITS[schedule][recompute] * (stages - 1) - (stages > 1 and recompute and schedule == "dualpipev")
+    return waits / ((4 if recompute else 3) * CHUNKS[schedule] * microbatches + waits)
 
 
 def _needs(chunk: int, kind: str, number: int, last: int) -> tuple[int, str, int] | None:

@@ -166,9 +166,7 @@ def _training(command: Command, place: Place, made: Mapping[str, Needs]) -> tupl
         with suppress(TooShort):
             check(run)  # which says what would fit
     seconds = run.budget_s or tokens_and_time(run)[1].value
-    each = run.config.train.batch_size // place.ranks or 1
-    alone = replace(run.config.train, batch_size=each, micro_batch_size=min(each, run.config.train.micro_batch_size or each))
-    memory = training_memory(replace(run.config, train=alone), True, run.path).total
+    memory = run.memory().total
     if place.machine.gpus or memory <= place.memory_limit:  # what fits is not refused for its spread
         memory = min((1 + SPREAD) * memory, place.memory_limit)
     rest = "; its texts are not here yet" if absent else ""

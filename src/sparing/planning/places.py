@@ -14,15 +14,15 @@ from sparing.base.config import Budget, Config, UserError
 from sparing.base.config_file import Wishes
 from sparing.base.hardware import Gpu, Machine, load_calibration
 from sparing.budget.estimate import DESCRIPTION, Estimate, StepModel, fit, profile_model
-from sparing.budget.memory import KernelPath, path_of, training_memory
+from sparing.budget.memory import KernelPath, path_of
 from sparing.budget.predict import Corpus, PlannedRun, in_seconds, tokens_and_time
+from sparing.budget.ranks import bubble_of, needed
 from sparing.budget.scaling import kind_of, law_of
 from sparing.budget.selecting import kept_bytes, selecting_s
 from sparing.data.scan import CorpusFacts, load_sample
 from sparing.data.tokenizer import Tokenizer
-from sparing.parallel.schedules import idle, microbatches_of
 from sparing.planning.start import beginning
-from sparing.resolve import BYTES_PER_TOKEN, Resolved, resolve
+from sparing.resolve import BYTES_PER_TOKEN, Resolved, memory_limit, resolve
 
 MEASURE_S = 6.5
 """Seconds for timing training steps on a machine that was not seen before."""
@@ -61,29 +61,21 @@ class Place:
 
     @property
     def memory_limit(self) -> float:
-        return self.machine.gpus[0].memory_bytes * 0.95 if self.machine.gpus else self.machine.memory_bytes * 0.95
+        return memory_limit(self.machine)
 
     def speed(self, config: Config) -> Estimate:
         """Tokens per second of all ranks; replicas left open: one a core."""
         if self.ranks > 1:
             rows = max(1, config.train.batch_size // self.ranks)
             alone = replace(self, ranks=1).speed(replace(config, train=replace(config.train, batch_size=rows)))
-            return alone.times(self.ranks * (1 - self._idle(config)))
+            waiting, longest = bubble_of(config, self.ranks)
+            return alone.times(self.ranks * (1 - waiting) / longest)
         if config.train.replicas is None and config.train.device == "cpu":
             replicas = min(config.train.threads or self.machine.cores_physical, config.train.batch_size)
             config = replace(config, train=replace(config.train, replicas=replicas))
         if self.step is not None:
             return self.step.tokens_per_second(config)
         return profile_model(config, self.peak_flops, "gpu" if self.machine.gpus else "cpu", self.name or "")
-
-    def _idle(self, config: Config) -> float:
-        """The share of the time that ranks of a pipeline wait for each other."""
-        p, t = config.parallel, config.train
-        if p.stages == 1:
-            return 0.0
-        rows = t.batch_size * p.stages // self.ranks
-        count = microbatches_of(p.schedule, p.stages, rows, rows // t.micro_batch_size if t.micro_batch_size else None)
-        return idle(p.schedule, p.stages, count) if count else 0.0
 
     def tokens_per_second(self, config: Config) -> float:
         """The middle of `speed`."""
@@ -183,10 +175,10 @@ def planned_run(config: Config, corpus: Corpus, place: Place, budget_s: float | 
     own = config.train.dtype == "float32" or bf16
     path = path_of(config, compiled, own)
     if config.train.micro_batch_size is None:
-        micro = config.train.batch_size
-        while micro > 1 and place.memory_limit and _needs(config, micro, path) > place.memory_limit:
+        micro = -(-config.train.batch_size // place.ranks)
+        while micro > 1 and place.memory_limit and _needs(config, micro, path, place.ranks) > place.memory_limit:
             micro //= 2
-        if _needs(config, micro, path) <= place.memory_limit:
+        if _needs(config, micro, path, place.ranks) <= place.memory_limit:
             config = replace(config, train=replace(config.train, micro_batch_size=micro))
     kind, bytes_per_token = kind_of(corpus.kinds), _bytes_per_token(config, corpus)
     return PlannedRun(
@@ -201,6 +193,7 @@ def planned_run(config: Config, corpus: Corpus, place: Place, budget_s: float | 
         cores=place.machine.cores_logical,
         beginning=beginning(config, kind, bytes_per_token, before),
         path=path,
+        ranks=place.ranks,
     )
 
 
@@ -217,5 +210,5 @@ def _measured_bytes_per_token(tokenizer: str, fingerprint: str) -> float:
     return Tokenizer.load(tokenizer).bytes_per_token(load_sample(fingerprint)[:SAMPLED])
 
 
-def _needs(config: Config, micro: int, path: KernelPath) -> float:
-    return training_memory(replace(config, train=replace(config.train, micro_batch_size=micro)), True, path).total
+def _needs(config: Config, micro: int, path: KernelPath, ranks: int) -> float:
+    return needed(replace(config, train=replace(config.train, micro_batch_size=micro)), ranks, path).total
