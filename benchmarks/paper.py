@@ -4,8 +4,8 @@ size and counted (`benchmarks/collectives.py`), and held to the formulas of `bud
 python -m benchmarks.paper --out FOLDER               DeepSeek-V3 on 2,048 H800, layout by layout, beside what was published
 python -m benchmarks.paper --preset node8|cluster     a dry run of a preset: its first and last rank
 
-A step is traced with one micro-batch a rank, in all layers; the formula then gives the whole step. One core, no GPU; a trace takes ten
-seconds, with weights cut into 2,048 pieces a few minutes. What is in --out is not done again.
+A step is traced with one micro-batch a rank, or as few as a pipeline's schedule runs, in all layers; the formula then gives the whole
+step. One core, no GPU; a trace takes ten seconds, with weights cut into 2,048 pieces a few minutes. What is in --out is not done again.
 """
 
 from __future__ import annotations
@@ -28,13 +28,22 @@ from sparing.bench.results import stored_result
 from sparing.budget.cluster import device_hours, layout_of, memory_of
 from sparing.budget.flops import train_flops
 from sparing.budget.memory import PROCESS_BYTES, SPREAD
-from sparing.budget.ranks import held, passes, sent
+from sparing.budget.ranks import bubble_of, held, passes, sent
 from sparing.model.experts import Router
+from sparing.parallel.schedules import CLASSES, bubble, runs
 from sparing.planning.places import Given, elsewhere
-from sparing.resolve import resolve
+from sparing.resolve import resolve, words_of
 
-LAYOUTS = (("nothing", 1), ("optimizer", 1), ("optimizer", 64), ("optimizer", 256), ("weights", 64), ("weights", 256))
-TRACED = (("optimizer", 64), ("optimizer", 256), ("weights", 256))
+LAYOUTS = tuple(
+    ParallelConfig(*layout)
+    for layout in (
+        ("nothing",), ("optimizer",), ("optimizer", 64), ("optimizer", 256), ("weights", 64), ("weights", 256),
+        *(("optimizer", 64, 8, schedule) for schedule in CLASSES), *(("optimizer", 64, 16, schedule) for schedule in CLASSES),
+    )
+)  # fmt: skip
+TRACED = tuple(
+    ParallelConfig(*layout) for layout in (("optimizer", 64), ("optimizer", 256), ("weights", 256), ("optimizer", 64, 8, "interleaved"))
+)
 MFU = 0.40
 """Assumed: share of the peak in bfloat16 that computing alone reaches. V3's whole run reached 39 % of it, with products in FP8."""
 INSIDE, OUTSIDE = 160e9, 50e9
@@ -43,7 +52,6 @@ PUBLISHED = 180e3
 """H800 hours for a trillion tokens (DeepSeek-V3 §3)."""
 STAGES, BATCHES = 16, (32, 128)
 """Of the bubbles: DeepSeek-V3's pipeline, and micro-batches of it. A batch of 15,360 sequences is 120 for each of 128 pipelines."""
-SCHEDULES = ("1f1b", "interleaved", "zbv", "dualpipev")
 
 
 @dataclass
@@ -77,13 +85,15 @@ def preset_config(name: str) -> tuple[Config, int, str]:
 
 
 def traced(config: Config, rank: int, ranks: int, folder: Path) -> dict:
-    """A step of one rank, with one micro-batch: bytes by kind of collective, and what the formulas say. Kept in `folder`."""
-    t = config.train
-    micro = t.micro_batch_size or 1
-    short = replace(config, train=replace(t, batch_size=ranks * micro, device=None, kernels="plain"))
+    """A step of one rank, with one micro-batch, or as few as its schedule runs: bytes by kind of collective, and what the formulas say.
+    Kept in `folder`."""
+    t, p = config.train, config.parallel
+    micro, alike = t.micro_batch_size or 1, ranks // p.stages
+    times = next(count for count in range(1, 2 * p.stages + 1) if runs(p.schedule, p.stages, count)) if p.stages > 1 else 1
+    short = replace(config, train=replace(t, batch_size=alike * times * micro, device=None, kernels="plain"))
 
     def trace() -> dict:
-        say(f"tracing rank {rank} of {ranks}: shard {config.parallel.shard}, experts {config.parallel.experts}")
+        say(f"tracing rank {rank} of {ranks}: {words_of(p)}")
         one = step(short, rank, ranks)
         kinds = [
             {"kind": str(kind), "name": kind.name, "calls": calls, "bytes": one.counter.bytes[kind], "ranks": kind.ranks,
@@ -93,27 +103,33 @@ def traced(config: Config, rank: int, ranks: int, folder: Path) -> dict:
         return {"kinds": kinds, "by_name": one.counter.by_name(), "weights": one.weights, "moments": one.moments, "peak": one.peak}
 
     kept = "" if t.recompute else "-kept"
-    name = f"{config.parallel.shard}-{config.parallel.experts}-{config.model.num_layers}-{rank}-of-{ranks}-x{micro}{kept}"
+    stages = f"-{p.stages}-{p.schedule}" if p.stages > 1 else ""
+    name = f"{p.shard}-{p.experts}{stages}-{config.model.num_layers}-{rank}-of-{ranks}-x{micro}{kept}"
     found = stored_result(folder / f"{name}.json", trace)
-    expected, memory = sent(short, ranks), held(short, ranks, "plain")
+    place = rank // alike
+    expected, memory = sent(short, ranks, place), held(short, ranks, "plain", place)
     return found | {
         "formula": expected,
+        "times": times,
         "largest_difference": max(abs(found["by_name"].get(kind, 0) / count - 1) for kind, count in expected.items()),
         "peak_formula": memory.total - PROCESS_BYTES["cpu"],
     }
 
 
 def seconds(config: Config, ranks: int, shares: tuple[float, float], machine: str) -> dict[str, float]:
-    """Of a whole step: computing, and exchanging by what. shares: of an all-to-all's bytes, to this node and to others."""
-    t = config.train
-    tokens = t.batch_size * t.seq_len / ranks
-    found = {"computing": tokens * train_flops(config.model, t.seq_len, t.recompute) / (device(machine).peak["bf16"] * MFU)}
+    """Of a whole step: computing, on the rank with most layers, and exchanging by what. shares: of an all-to-all's bytes, to this node and
+    to others."""
+    t, alike = config.train, ranks // config.parallel.stages
+    tokens, (_, longest) = t.batch_size * t.seq_len / ranks, bubble_of(config, ranks)
+    found = {"computing": longest * tokens * train_flops(config.model, t.seq_len, t.recompute) / (device(machine).peak["bf16"] * MFU)}
     wire = INSIDE if ranks <= NODE else OUTSIDE
     for kind, count in sent(config, ranks).items():
         if kind == "all_to_all":
             found[kind] = count * (shares[0] / INSIDE + shares[1] / OUTSIDE)
+        elif kind == "send":
+            found[kind] = count / wire
         else:
-            found[kind] = count * (2 if kind == "all_reduce" else 1) * (ranks - 1) / ranks / wire
+            found[kind] = count * (2 if kind == "all_reduce" else 1) * (alike - 1) / alike / wire
     return found
 
 
@@ -137,36 +153,12 @@ def visited(c: ModelConfig, experts: int, tokens: int = 4096) -> dict[str, float
     }  # fmt: skip
 
 
-def bubbles() -> dict[str, dict[str, float | str]]:
-    """Idle share of each schedule, by number of micro-batches."""
-    try:
-        from sparing.parallel.pipeline import bubble
-    except ImportError:
-        return {schedule: dict.fromkeys(map(str, BATCHES), "not there") for schedule in SCHEDULES}
-    return {schedule: {str(many): bubble(schedule, STAGES, many) for many in BATCHES} for schedule in SCHEDULES}
-
-
-def staged(config: Config, ranks: int, machine: str) -> dict:
-    """The layout that was published, by formula: STAGES pipeline stages, each with its own experts and optimizer divided. The fullest stage
-    is taken as a model of its own, with its share of the layers and one matrix of the vocabulary; 1F1B keeps STAGES micro-batches of it."""
-    c, t, pipelines = config.model, config.train, ranks // STAGES
-    layers = -(-(c.num_layers + c.mtp_depth) // STAGES)
-    model = replace(c, num_layers=layers, num_dense_layers=0, mtp_depth=0, tie_word_embeddings=True)
-    stage = replace(config, model=model, parallel=ParallelConfig("optimizer", 64))
-    memory, tokens = held(stage, pipelines), t.batch_size * t.seq_len / pipelines
-    waiting = (STAGES - 1) * layers * t.micro_batch_size * t.seq_len * c.hidden_size * 2
-    spread, found = visited(c, 64), sent(stage, pipelines) | {"between_stages": 2 * 2 * tokens * c.hidden_size * 2}
-    times = seconds(stage, pipelines, (spread["near"], spread["far"]), machine)
-    whole = seconds(config, ranks, (0.0, 0.0), machine)["computing"]  # its stages are as long as each other
-    times |= {"computing": whole, "between_stages": found["between_stages"] / OUTSIDE}
-    exchanging, idle = sum(times.values()) - whole, bubbles()["dualpipev"][str(BATCHES[-1])]
-    told = {"waiting": hours(config, ranks, whole + exchanging), "hidden": hours(config, ranks, max(whole, exchanging))}
-    if not isinstance(idle, str):
-        told = {name: value / (1 - idle) for name, value in told.items()}
+def bubbles() -> dict[str, dict[str, dict[str, float]]]:
+    """Idle share of each schedule, by number of micro-batches, where layers are kept and where they are computed again."""
     return {
-        "layers": layers, "memory": memory.total + waiting, "parts": vars(memory), "sent": found, "seconds": times, "bubble": idle,
-        "hours": told,
-    }  # fmt: skip
+        kept: {schedule: {str(many): bubble(schedule, STAGES, many, again) for many in BATCHES} for schedule in CLASSES}
+        for kept, again in (("kept", False), ("computed again", True))
+    }
 
 
 def figure(folder: Path) -> dict:
@@ -175,28 +167,29 @@ def figure(folder: Path) -> dict:
     limit = device(machine).memory_bytes
     rows = []
     for bits in ("float32", "bfloat16"):
-        for shard, experts in LAYOUTS:
-            if bits == "bfloat16" and shard == "weights":  # FSDP2 wants one type in a layer
+        for parallel in LAYOUTS:
+            if bits == "bfloat16" and (parallel.shard == "weights" or parallel.stages > 1):  # FSDP2 wants one type in a layer
                 continue
-            config = replace(base, parallel=ParallelConfig(shard, experts), precision=PrecisionConfig(weights=bits))
-            memory = held(config, ranks)
-            row = {"shard": shard, "experts": experts, "weights_as": bits, "memory": memory.total, "parts": vars(memory)}
+            config, experts = replace(base, parallel=parallel, precision=PrecisionConfig(weights=bits)), parallel.experts
+            memory, (waiting, longest) = held(config, ranks), bubble_of(config, ranks)
+            row = {"layout": words_of(parallel), "weights_as": bits, "memory": memory.total, "parts": vars(memory)}
+            row |= {"passes": passes(config, ranks), "bubble": waiting, "longest": longest}
             row["fits"] = "yes" if memory.total * (1 + SPREAD) < limit else "hardly" if memory.total < limit else "no"
             spread = visited(config.model, experts) if experts > 1 else {"near": 0.0, "far": 0.0}
             row["sent"], row["seconds"] = sent(config, ranks), seconds(config, ranks, (spread["near"], spread["far"]), machine)
             computing, exchanging = row["seconds"]["computing"], sum(row["seconds"].values()) - row["seconds"]["computing"]
             row["hours"] = {
-                "waiting": hours(config, ranks, computing + exchanging),
-                "hidden": hours(config, ranks, max(computing, exchanging)),
+                "waiting": hours(config, ranks, (computing + exchanging) / (1 - waiting)),
+                "hidden": hours(config, ranks, max(computing, exchanging) / (1 - waiting)),
             }
-            if bits == "float32" and (shard, experts) in TRACED:
-                row["traced"] = traced(config, 0, ranks, folder)
+            if bits == "float32" and parallel in TRACED:
+                numbers = (0, ranks - 1) if parallel.stages > 1 else (0,)
+                row["traced"] = {str(number): traced(config, number, ranks, folder) for number in numbers}
             rows.append(row)
     published = read_recipe("deepseek-v3")
     layout, c, t = layout_of(published.plan["layout"], ""), base.model, base.train
     return {
-        "ranks": ranks, "machine": machine, "rows": rows, "staged": staged(base, ranks, machine),
-        "bubbles": bubbles(), "visited": visited(c, 64), "passes": passes(base, ranks),
+        "ranks": ranks, "machine": machine, "rows": rows, "bubbles": bubbles(), "visited": visited(c, 64),
         "published": {
             "hours": PUBLISHED, "memory": sum(memory_of(c, t.seq_len, layout).values()), "limit": limit,
             "modelled": device_hours(c, 1e12, t.seq_len, published.wishes["train"]["batch_size"], layout),
@@ -224,24 +217,23 @@ def lines(result: dict) -> Iterator[str]:
             yield f"rank {rank}, {_traced(one)}"
             yield f"  weights {_gb(one['weights'])}, moments {_gb(one['moments'])}"
         return
-    yield f"DeepSeek-V3, {result['ranks']:,} {result['machine']}, a step of {result['passes']} micro-batches a rank; per rank"
+    yield f"DeepSeek-V3, {result['ranks']:,} {result['machine']}; per rank, and its step"
     for row in result["rows"]:
-        name, hours = f"{row['shard']}, experts {row['experts']}, {row['weights_as']}", row["hours"]
-        yield f"{name:>34}: {_gb(row['memory']):>11}, fits: {row['fits']:>6}; {_kinds(row['sent'])}"
+        hours = row["hours"]
+        yield f"{row['layout']}, {row['weights_as']}: {_gb(row['memory'])}, fits: {row['fits']}; {_kinds(row['sent'])}"
         told = ", ".join(f"{kind} {value:.1f}" for kind, value in row["seconds"].items() if value > 0.05)
-        yield f"{'':>34}  seconds: {told}; K hours: {hours['waiting'] / 1e3:,.0f} waiting, {hours['hidden'] / 1e3:,.0f} hidden"
-        if "traced" in row:
-            yield f"{'':>34}  {_traced(row['traced'])}"
+        if row["bubble"]:
+            told += f"; bubble {row['bubble']:.1%}, the rank with most layers computes {row['longest'] - 1:.0%} longer than the mean"
+        told += f"; {row['passes']} micro-batches"
+        yield f"  seconds: {told}; K hours: {hours['waiting'] / 1e3:,.0f} waiting, {hours['hidden'] / 1e3:,.0f} hidden"
+        for rank, one in row.get("traced", {}).items():
+            yield f"  rank {rank}, {_traced(one)}"
     told = result["visited"]
     yield f"experts among 64: a token's are on {told['ranks']:.2f} ranks and {told['nodes']:.2f} nodes, at most {told['most_nodes']}"
-    one = result["staged"]
-    yield f"by formula, {STAGES} stages of {one['layers']} layers, optimizer, experts 64: {_gb(one['memory'])}; {_kinds(one['sent'])}"
-    told = ", ".join(f"{kind} {value:.1f}" for kind, value in one["seconds"].items() if value > 0.05)
-    idle, spent = one["bubble"] if isinstance(one["bubble"], str) else f"{one['bubble']:.1%}", one["hours"]
-    yield f"  seconds: {told}; bubble: {idle}; K hours: {spent['waiting'] / 1e3:,.0f} waiting, {spent['hidden'] / 1e3:,.0f} hidden"
-    for schedule, shares in result["bubbles"].items():
-        told = ", ".join(f"{many}: {value if isinstance(value, str) else format(value, '.1%')}" for many, value in shares.items())
-        yield f"bubble of {schedule}, {STAGES} stages, by micro-batches: {told}"
+    for kept, schedules in result["bubbles"].items():
+        for schedule, shares in schedules.items():
+            told = ", ".join(f"{many}: {value:.1%}" for many, value in shares.items())
+            yield f"bubble of {schedule}, {STAGES} stages, layers {kept}, by micro-batches: {told}"
     known, peak = result["published"], device(result["machine"]).peak["bf16"]
     yield f"published: {known['hours'] / 1e3:.0f} K hours for a trillion tokens"
     yield f"the plan's model of that layout, nothing fitted: {known['modelled'] / 1e3:.0f} K hours, {_gb(known['memory'])}"
@@ -252,7 +244,7 @@ def lines(result: dict) -> Iterator[str]:
 
 
 def _traced(one: dict) -> str:
-    told = f"one micro-batch traced: {_kinds(one['by_name'])}; off the formula by at most {one['largest_difference']:.2g}"
+    told = f"{one['times']} micro-batches traced: {_kinds(one['by_name'])}; off the formula by at most {one['largest_difference']:.2g}"
     return f"{told}; peak with plain kernels {_gb(one['peak'])} (formula {_gb(one['peak_formula'])})"
 
 
