@@ -230,8 +230,8 @@ def _fitting_layout(
     config: Config, ranks: int, limit: float, speed: Callable[[Config], float], reasons: dict[str, str], said: bool
 ) -> ParallelConfig:
     """How the work is divided where nothing is said of it: only the optimizer, if a rank has the memory for that with the smallest
-    micro-batch. Else the layout that fits and whose step is shortest by the formulas of `budget.ranks`. said: whether the number of rows
-    is the user's. Raises UserError where none fits."""
+    micro-batch. Else the layout that fits and takes least time for a token, by the formulas of `budget.ranks`. said: whether the number of
+    rows is the user's. Raises UserError where none fits."""
     plain, gigabytes = replace(config.parallel, shard="optimizer"), f"{limit / 1e9:.1f} GB are there for each of {ranks} ranks"
     need = _least(replace(config, parallel=plain), ranks)
     if need <= limit:
@@ -239,7 +239,8 @@ def _fitting_layout(
     found: list[tuple[float, Config]] = []
     for one in _layouts(config, ranks, said):
         exchanging = sum(count * (2 if kind == "all_reduce" else 1) for kind, count in sent(one, ranks).items())
-        found.append((one.train.batch_size * one.train.seq_len / speed(one) + exchanging / WIRE[one.train.device or "cpu"], one))
+        tokens = one.train.batch_size * one.train.seq_len
+        found.append((1 / speed(one) + exchanging / WIRE[one.train.device or "cpu"] / tokens, one))
     found.sort(key=lambda option: option[0])
     fitting = next((one for _, one in found if _least(one, ranks) <= limit), None)
     if fitting is None:

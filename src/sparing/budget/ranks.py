@@ -18,6 +18,7 @@ from sparing.base.layers import EMBED, HEAD, SELECTION_BIAS, Layer, is_matrix, l
 from sparing.budget.flops import forward_products, layer_flops
 from sparing.budget.memory import (
     CORPUS_BYTES,
+    HEAP_OF_GROUPS,
     MUON_BYTES,
     PROCESS_BYTES,
     REUSED,
@@ -218,6 +219,8 @@ def held(config: Config, ranks: int, path: KernelPath | None = None, place: int 
     reused = REUSED[False] * min(gradients, kept) if micro >= rows else 0.0
     device = t.device or "cpu"
     process = PROCESS_BYTES[device] + (CORPUS_BYTES if measured and device == "cpu" else 0.0)
+    if measured and path == "plain" and any(layer.mixture for layer in here):
+        process += HEAP_OF_GROUPS * (kept + weights)
     return Memory(weights, gradients, moments, kept, process + max(work, update - kept), reused)
 
 
