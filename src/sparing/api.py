@@ -559,15 +559,17 @@ def _answers(run: str, data: Sequence[str], context: int | None, meter: Meter) -
     nll, dtype = _scorers(model.network, lengths[pieces.tokens].sum() >= COMPARED_FROM)
     found = score_answers(nll, pieces, lengths, batch_tokens=max(cores() * context, EVAL_TOKENS))
     counts = cutting.counts
-    accounts.out, accounts.rejected = counts["chats"], counts["refused"]
-    if rejected.reasons or counts["refused"]:
-        refused = f"; {counts['refused']} × {cutting.refusal}" if counts["refused"] else ""
-        say(f"{counts['chats']} conversations were scored, {rejected.total + counts['refused']} could not be used: {rejected}{refused}")
+    accounts.out, accounts.rejected = counts["chats"], counts["refused"] + counts["unused"]
+    if rejected.reasons or accounts.rejected:
+        more = [f"{counts['refused']} × {cutting.refusal}"] if counts["refused"] else []
+        more += [f"{counts['unused']} × the answer begins behind {context} tokens"] if counts["unused"] else []
+        lost = "; ".join(filter(None, [str(rejected), *more]))
+        say(f"{counts['chats']} conversations were scored, {rejected.total + accounts.rejected} could not be used: {lost}")
     say(in_words(accounts.balance()))
     meter.add(len(pieces.tokens), len(pieces.tokens) * forward_flops(model.config.model, context, mtp=False))
     return {
         "bpb": found["bpb"], "answer_loss": found["loss"], "answer_tokens": found["tokens"], "examples": counts["chats"],
-        "bytes": found["bytes"], "context": context, "truncated": counts["truncated"], "rejected": rejected.total + counts["refused"],
+        "bytes": found["bytes"], "context": context, "truncated": counts["truncated"], "rejected": rejected.total + accounts.rejected,
         "reasons": dict(rejected.reasons), "documents": accounts.balance(), "dtype": dtype(),
     }  # fmt: skip
 

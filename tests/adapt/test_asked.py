@@ -4,7 +4,6 @@ import json
 import socket
 import threading
 import time
-from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -22,6 +21,8 @@ from sparing.base.endpoint import Endpoint, Failed
 from sparing.base.files import read_lines
 from sparing.base.run import RunFolder
 from sparing.budget.units import parse_budget
+from sparing.data.accounts import Accounts
+from sparing.data.sources import Tally
 
 
 @pytest.fixture(autouse=True)
@@ -200,8 +201,8 @@ def test_any_row_is_a_question_or_counted(tmp_path_factory, value):
     file = tmp_path_factory.mktemp("rows") / "q.jsonl"
     message = {"role": "user", "content": value}
     file.write_text("".join(json.dumps(row) + "\n" for row in ({"messages": value}, {"prompt": value}, {"messages": [message]})))
-    counts: Counter = Counter()
-    found = questions([str(file)], counts)
+    accounts = Accounts(lost := Tally())
+    found = questions([str(file)], accounts)
     assert all(isinstance(asking[-1]["content"], str) and asking[-1]["content"].strip() for asking in found)
     text = isinstance(value, str) and bool(value.strip())
-    assert len(found) == int(text) and counts["no question"] == (1 if text else 3)
+    assert len(found) == int(text) and accounts.into == 3 and lost.reasons["no question"] == (1 if text else 3)

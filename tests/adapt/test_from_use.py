@@ -21,6 +21,7 @@ from sparing.base.config_file import read_config
 from sparing.base.files import file_sha256, read_lines
 from sparing.base.run import RunFolder, weights_sha256
 from sparing.cli.main import main
+from sparing.data.accounts import Accounts
 
 TRAIN = {"threads": 1, "replicas": 1, "compile": False, "micro_batch_size": 8, "kernels": "plain", "dtype": "float32"}
 BASE = {
@@ -172,8 +173,10 @@ def test_feedback_is_made_fit_to_learn_from(tmp_path):
         ask("cat", 3, "Right.") | {"verdict": "corrected"}, ask("cat", 4) | {"verdict": "rejected"}, ask("dog", 1),
         *(ask("bird", number, "Yes.") for number in range(10)), {"text": "no conversation"},
     ]  # fmt: skip
-    checked, _ = feedback.exchanges([write(tmp_path / "check.jsonl", [ask("dog", 1, "Another answer.")])], "--check")
-    found = feedback.read([write(tmp_path / "data.jsonl", rows)], checked)
+    accounts = Accounts()
+    checked = feedback.exchanges([write(tmp_path / "check.jsonl", [ask("dog", 1, "Another answer.")])], "--check", accounts)
+    found = feedback.read([write(tmp_path / "data.jsonl", rows)], checked, accounts)
+    assert (accounts.into, accounts.quarantined) == (1 + len(rows), 1)
     answers = sorted(chat.messages[-1]["content"] for chat in found.chats)
     assert answers == sorted(["Right.", ask("cat", 1)["messages"][1]["content"], "Yes.", "Yes."])
     assert found.left_out == {
@@ -181,7 +184,7 @@ def test_feedback_is_made_fit_to_learn_from(tmp_path):
         "the same answer to other questions": 8,
     }  # fmt: skip
     with pytest.raises(UserError, match="nothing to learn from is left: 1 asked in --check too"):
-        feedback.read([write(tmp_path / "one.jsonl", [ask("dog", 1)])], checked)
+        feedback.read([write(tmp_path / "one.jsonl", [ask("dog", 1)])], checked, Accounts())
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,11 @@ def write(path, *values) -> str:
 
 def test_a_file_is_a_task(tmp_path):
     values = [{"prompt": f"Say {n}.", "answer": n, "verifier": "number"} for n in range(20)]
-    task = load_task(write(tmp_path / "task.jsonl", *values, values[0]))
+    file = write(tmp_path / "task.jsonl", *values, values[0])
+    with open(file, "a") as more:
+        more.write("{\n")
+    task = load_task(file)
+    assert task.counts == {"in": 22, "out": 20, "rejected": 1, "quarantined": 1} and [lost.line for lost in task.lost] == [22]
     assert (len(task.problems), len(task.held_out)) == (18, 2)
     assert not {problem.prompt for problem in task.problems} & {problem.prompt for problem in task.held_out}
 

@@ -78,6 +78,13 @@ def test_evaluation_texts(tmp_path, rule):
     assert found[0].splitlines()[1:] == ["3.5 apples", " ".join(words(20, 100))]
 
 
+def test_evaluations_that_cannot_be_used_are_told(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text(" ".join(words(13)))
+    (tmp_path / "b.txt").write_bytes(b"caf\xe9")
+    Contamination(evaluations=(str(tmp_path),)).load()
+    assert "1 evaluation texts cannot be used: 1 × not UTF-8" in capsys.readouterr().err
+
+
 def test_evaluations_that_say_nothing_are_refused(tmp_path):
     (tmp_path / "short.txt").write_text("few words")
     for wrong, message in (

@@ -162,7 +162,7 @@ def test_what_becomes_of_conversations_is_counted(tokenizer):
     pieces = cutting.pieces([long, deep, chat(("user", "Hi"), ("assistant", "Hello")), chat(("user", "no"), ("assistant", "Hello"))])
     assert len(pieces) == 2 and len(pieces[0][0]) == 25 and not pieces[0][1][0]
     counts = cutting.counts
-    assert (counts["chats"], counts["truncated"], counts["empty"], counts["refused"]) == (3, 2, 1, 1)
+    assert (counts["chats"], counts["truncated"], counts["empty"], counts["unused"], counts["refused"]) == (2, 2, 1, 1, 1)
     assert counts["trained"] == pieces.trained_tokens and counts["tokens"] == len(pieces.tokens) and counts["lost"] > 20
     assert "never" in cutting.refusal and cutting.refusal.endswith("a.jsonl:1")
 

@@ -7,9 +7,14 @@ import os
 import subprocess
 import sys
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
+from sparing.curate.pipeline import curate
+from sparing.curate.recipe import Recipe
 from sparing.data.accounts import Accounts
+from sparing.data.chats import chats
 from sparing.data.pipes import python_path
 from sparing.data.sources import documents
 
@@ -29,6 +34,7 @@ def test_a_folder_of_broken_files(tmp_path):
     broken = bytearray(gzip.compress(LINE * 3) * 2)
     broken[-30:-20] = b"\0" * 10
     files = {
+        "blank.jsonl": b"\n\n",
         "bytes.txt": b"good\n\xff\xfe bad\n",
         "cut.jsonl.bz2": bz2.compress(LINE * 1000)[:-10],
         "latin.jsonl": LINE + b'{"text": "caf\xe9"}\n' + LINE,
@@ -52,6 +58,7 @@ def test_a_folder_of_broken_files(tmp_path):
         "bytes.txt": "not UTF-8", "cut.jsonl.bz2": "truncated bzip2 file: it ends in the middle of its data", "latin.jsonl": "not UTF-8",
         "member.jsonl.gz": "damaged gzip data", "nul.txt": "binary or UTF-16: it holds NUL bytes", "nothing.txt": "empty",
         "notbz2.txt.bz2": "damaged bzip2 data", "utf16.txt": "binary or UTF-16: it holds NUL bytes",
+        "self.txt": "cannot be read: Too many levels of symbolic links", "blank.jsonl": "empty",
     }  # fmt: skip
     assert rejected["latin.jsonl"][0] == 2 and rejected["bytes.txt"][0] == 2
 
@@ -63,6 +70,66 @@ def test_a_file_that_may_not_be_read(tmp_path):
     (tmp_path / "b.txt").write_text("open")
     found, rejected = read(tmp_path)
     assert [document.text for document in found] == ["open"] and "cannot be read" in rejected["a.txt"][1]
+
+
+def test_a_folder_that_may_not_be_looked_into(tmp_path, monkeypatch):
+    """The kernel lets root in, so the walk is refused by hand."""
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "open.txt").write_text("open")
+    scandir = os.scandir
+
+    def refused(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    found, rejected = read(tmp_path)
+    assert [document.text for document in found] == ["open"] and "cannot be read" in rejected["closed"][1]
+    assert "cannot be read" in read(tmp_path / "**" / "*.txt")[1]["closed"][1]
+
+
+@pytest.mark.parametrize("value", ['{"a":' * 900 + "1" + "}" * 900, "[" * 900 + "]" * 900])
+def test_what_is_nested_deeply_is_no_row(tmp_path, value):
+    """Python reads it, and has no room left on its stack for whatever looks at it afterwards."""
+    message = '{"role": "assistant", "content": "a", "x": ' + value + "}"
+    lines = ['{"text": "t", "x": ' + value + "}", '{"messages": [{"role": "user", "content": "q"}, ' + message + "]}"]
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines, '{"text": "sound"}']))
+    (tmp_path / "b.json").write_text("[" + lines[0] + ',\n{"text": "sound"}]')
+    found, rejected = read(tmp_path)
+    assert [document.text for document in found] == ["sound", "sound"]
+    assert rejected == {"a.jsonl": (2, "nested deeper than 100 levels"), "b.json": (1, "nested deeper than 100 levels")}
+    accounts = Accounts()
+    assert not list(accounts.reading(chats([str(tmp_path / "a.jsonl")], accounts))) and accounts.balance()["quarantined"] == 3
+    tools = {"question": "q", "answer": "a", "tools": '[{"x": ' + value + "}]"}
+    (tmp_path / "tools.jsonl").write_text(json.dumps(tools))
+    assert not list(chats([str(tmp_path / "tools.jsonl")]))
+
+
+def test_times_that_python_has_none_for(tmp_path):
+    kinds = {
+        "day": pyarrow.date32(), "era": pyarrow.timestamp("us"), "fine": pyarrow.timestamp("ns"),
+        "zone": pyarrow.timestamp("us", "Nowhere/None"),
+    }  # fmt: skip
+    for name, kind in kinds.items():
+        number = (1 << 31) - 1 if name == "day" else 1 << 61
+        table = {"id": ["x", "y"], "text": ["one", "two"], "question": ["q", "q"], "answer": ["a", "b"]}
+        pyarrow.parquet.write_table(pyarrow.table(table | {"date": pyarrow.array([number, 1], kind)}), tmp_path / f"{name}.parquet")
+    found, rejected = read(tmp_path)
+    assert [document.text for document in found] == ["one", "two"] * 4 and rejected == {}
+    assert len(list(chats([str(tmp_path)]))) == 8
+
+
+def test_a_name_that_is_no_text(tmp_path):
+    """It goes through Arrow and JSON as it is shown, and every verb of `data` writes it down."""
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    with open(os.fsencode(folder) + b"/caf\xe9.txt", "wb") as file:
+        file.write(b"a text of some words")
+    with open(os.fsencode(folder) + b"/caf\xe9.jsonl", "wb") as file:
+        file.write(LINE + b"{")
+    summary, _ = curate([str(folder)], out, Recipe(rules=None, duplicates=None))
+    assert summary["documents"] == {"in": 3, "out": 2, "rejected": 0, "quarantined": 1}
 
 
 def test_a_file_that_goes_away(tmp_path):

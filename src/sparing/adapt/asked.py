@@ -16,13 +16,15 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+from sparing.adapt.sft import GIVEN, keep_quarantine
 from sparing.base.config import Budget, UserError
 from sparing.base.endpoint import CHARACTERS, TOKENS, Endpoint, Failed, patiently
 from sparing.base.files import append_durably, read_lines, write_atomic
 from sparing.base.hardware import home
 from sparing.base.messages import say
+from sparing.data.accounts import Accounts
 from sparing.data.chats import Unusable, answers, chat_of
-from sparing.data.sources import rows
+from sparing.data.sources import Rejected, Tally, rows
 from sparing.data.split import content_hash
 from sparing.job.begin import Job
 
@@ -35,19 +37,21 @@ SHARE = 0.5
 QUESTIONS = ("prompt", "question", "instruction")
 
 
-def questions(paths: Sequence[str], unusable: Counter) -> list[list[dict]]:
-    """Messages up to the first answer of each conversation, each question once, in the order of their hashes. unusable: counts others."""
+def questions(paths: Sequence[str], accounts: Accounts) -> list[list[dict]]:
+    """Messages up to the first answer of each conversation, each question once, in the order of their hashes. accounts: count rows in, and
+    those without a question as quarantined."""
     found: dict[int, list[dict]] = {}
-    for row in rows(paths):
+    for row in rows(paths, accounts):
         try:
             messages = chat_of(row).messages
             asked = messages[: next(number for number, message in enumerate(messages) if answers(message))]
         except Unusable:
             asked = _only_asked(row.value)
         if asked:
+            accounts.into += 1
             found[content_hash(json.dumps(asked, sort_keys=True).encode())] = asked
         else:
-            unusable["no question"] += 1
+            accounts(Rejected(row.source, row.line, "no question"))
     return [found[key] for key in sorted(found)]
 
 
@@ -75,9 +79,16 @@ def collect(job: Job, url: str, paths: Sequence[str], budget: Budget) -> Path:
     Raises UserError where nothing usable comes.
     """
     endpoint, counts = Endpoint(url), Counter()
-    asked = questions(paths, counts)
+    lost: list[Rejected] = []
+    accounts = Accounts(lost.append)
+    asked = questions(paths, accounts)
+    tally = Tally()
+    for rejected in lost:
+        tally(rejected)
     if not asked:
-        raise UserError(f"--data: no question for {url} in {', '.join(paths[:3])}: {counts.total():,} rows hold none")
+        raise UserError(f"--data: no question for {url} in {', '.join(paths[:3])}: {tally if lost else 'no rows'}")
+    if lost:
+        say(f"{len(lost):,} rows cannot be used: {tally}")
     lasts, began = job.lasts(budget), job.clock.seconds()
     ends = None if lasts is None else began + SHARE * max(0.0, lasts - began)
 
@@ -122,6 +133,9 @@ def collect(job: Job, url: str, paths: Sequence[str], budget: Budget) -> Path:
         raise UserError(f"--teacher {url}: no usable answer ({failed or 'none in its share of the budget'})")
     say(f"{len(lines):,} answers" + (f"; left out: {failed}" if failed else ""))
     write_atomic(job.run.state / "asked.json", json.dumps(told, indent=1))
+    accounts.out, accounts.rejected = len(lines), accounts.into - accounts.quarantined - len(lines)
+    write_atomic(job.run.state / f"{GIVEN}.json", json.dumps(accounts.balance()))
+    keep_quarantine(job.run, lost)
     target = job.run.path / "answers.jsonl"
     write_atomic(target, "".join(json.dumps(line) + "\n" for line in lines))
     return target

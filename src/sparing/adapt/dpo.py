@@ -72,6 +72,7 @@ class PairCutting(Cutting):
         self.counts["lost"] += sum(sum(piece.trained) - sum(part.trained) for part, piece in zip(cut, found, strict=True))
         if not all(any(part.trained[1:]) for part in cut) or cut[0].ids == cut[1].ids:
             self.counts["empty"] += 1
+            self.counts["unused"] += 1
             return []
         self.counts["chats"] += 1
         self.counts["pieces"] += 2

@@ -14,9 +14,11 @@ from typing import NamedTuple
 
 from sparing.base.config import UserError
 from sparing.base.files import write_atomic
+from sparing.base.messages import say
+from sparing.data.accounts import Accounts
 from sparing.data.chats import Chat, answers, chats
 from sparing.data.files import find_files
-from sparing.data.sources import Tally, rows
+from sparing.data.sources import Rejected, Tally, rows
 from sparing.data.split import content_hash
 
 REPEATED = 0.02
@@ -32,13 +34,20 @@ class Feedback(NamedTuple):
     """Why others are not among them."""
 
 
-def exchanges(paths: Sequence[str], option: str) -> tuple[list[Chat], Tally]:
-    """Every conversation up to its first answer. Raises UserError where there is none."""
+def exchanges(paths: Sequence[str], option: str, accounts: Accounts) -> list[Chat]:
+    """Every conversation up to its first answer, counted as it comes in. Raises UserError where there is none."""
     tally = Tally()
-    found = [_first_exchange(chat) for chat in chats(find_files(paths), tally)]
+
+    def reject(rejected: Rejected) -> None:
+        accounts(rejected)
+        tally(rejected)
+
+    found = [_first_exchange(chat) for chat in accounts.reading(chats(find_files(paths), reject))]
     if not found:
         raise UserError(f"{option}: no usable conversation in {', '.join(paths[:3])}: {tally if tally.total else 'no files'}")
-    return found, tally
+    if tally.total:
+        say(f"{option}: {tally.total:,} rows cannot be used: {tally}")
+    return found
 
 
 def _first_exchange(chat: Chat) -> Chat:
@@ -60,13 +69,15 @@ def in_order(found: Iterable[Chat]) -> list[Chat]:
     return sorted(found, key=lambda chat: (content_hash(question_of(chat).encode()), answer_of(chat)))
 
 
-def read(paths: Sequence[str], checked: Iterable[Chat]) -> Feedback:
+def read(paths: Sequence[str], checked: Iterable[Chat], accounts: Accounts) -> Feedback:
     """What of the feedback may be learnt. checked: trusted conversations, whose questions are none to learn from.
+    accounts: count what comes in.
 
     Raises UserError where nothing is left."""
     verdicts = _verdicts(paths)
-    found, tally = exchanges(paths, "--data")
-    left_out = Counter({"unusable": tally.total} if tally.total else {})
+    earlier = accounts.quarantined
+    found = exchanges(paths, "--data", accounts)
+    left_out = Counter({"unusable": accounts.quarantined - earlier})
     known = {question_of(chat) for chat in checked}
     by_question: dict[str, dict[str, list[Chat]]] = defaultdict(lambda: defaultdict(list))
     for chat in found:
@@ -94,7 +105,7 @@ def read(paths: Sequence[str], checked: Iterable[Chat]) -> Feedback:
         else:
             left_out["the same answer to other questions"] += 1
     if not kept:
-        raise UserError(f"--data {', '.join(paths[:3])}: nothing to learn from is left: {told(left_out)}")
+        raise UserError(f"--data {', '.join(paths[:3])}: nothing to learn from is left: {told(+left_out)}")
     return Feedback(kept, +left_out)
 
 

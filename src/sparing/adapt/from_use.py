@@ -25,11 +25,12 @@ from sparing.base.files import read_lines, to_json, write_atomic
 from sparing.base.messages import say
 from sparing.base.run import RunFolder, write_tensors
 from sparing.budget.units import format_budget
+from sparing.data.accounts import Accounts, balanced, in_words
 from sparing.data.answers import Cutting, Pieces, Sequenced
 from sparing.data.chat import ChatTemplate, template_text
 from sparing.data.chats import Chat, chats
 from sparing.data.files import absolute
-from sparing.data.sources import documents
+from sparing.data.sources import Rejected, texts
 from sparing.data.tokenizer import Tokenizer
 from sparing.evals.answers import piece_nats
 from sparing.evals.bpb import NllFn
@@ -88,7 +89,7 @@ class UseData(sft.ChatData):
     """What was decided, and on which grounds."""
 
     def more(self, job: Job, config: Config) -> dict:
-        return {"committed": True} | self.found
+        return super().more(job, config) | {"committed": True} | self.found
 
     def reserve_s(self, job: Job, config: Config) -> float:
         return DECISION_SHARE * (job.lasts(config.budget) or 0.0)
@@ -118,19 +119,26 @@ def resolved(job: Job, wishes: Wishes, budget: Budget) -> Config:
 
     Raises UserError and TurnedDown, before anything is written, where there is too little of either."""
     data, check = (tuple(map(absolute, wishes.value(f"use.{name}"))) for name in ("data", "check"))
-    trusted, _ = feedback.exchanges(check, "--check")
-    trusted = list({feedback.question_of(chat): chat for chat in feedback.in_order(trusted)}.values())
+    lost: list[Rejected] = []
+    accounts = Accounts(lost.append)
+    asked = feedback.exchanges(check, "--check", accounts)
+    trusted = list({feedback.question_of(chat): chat for chat in feedback.in_order(asked)}.values())
     if len(trusted) < TRUSTED:
         raise UserError(f"--check has {len(trusted)} different questions: at least {TRUSTED} are needed to decide by")
-    found = feedback.read(data, trusted)
+    found = feedback.read(data, trusted, accounts)
     left_out = f"; left out: {feedback.told(found.left_out)}" if found.left_out else ""
     say(f"{len(found.chats):,} answers to learn from, {len(trusted):,} trusted ones to decide by{left_out}")
+    accounts.out = len(found.chats) + len(trusted)
+    accounts.rejected = accounts.into - accounts.quarantined - accounts.out
+    say(in_words(accounts.balance()))
     if len(found.chats) < FEWEST:
         few = "one is" if len(found.chats) == 1 else f"{len(found.chats)} are"
         raise TurnedDown(f"turned down: only {few} left to learn from, and fewer than {FEWEST} teach no kind of answer{left_out}")
     kept = (Path(str(job.run)).resolve() / "state" / "use").absolute()
     kept.mkdir(parents=True, exist_ok=True)
     parts = {"feedback": found.chats, "chosen": trusted[::2], "check": trusted[1::2]}
+    write_atomic(job.run.state / f"{sft.GIVEN}.json", json.dumps(accounts.balance()))
+    sft.keep_quarantine(job.run, lost)
     for name, part in parts.items():
         feedback.keep(_file(kept, name), part)
     named = {
@@ -163,6 +171,9 @@ def go(job: Job, config: Config, samples: int) -> dict:
     except TurnedDown as refusal:
         job.run.adapter_file.unlink(missing_ok=True)
         summary = {"run": str(job.run.path), "committed": False, "base": config.start.weights_sha256}
+        if counts := sft.counts_of(job.run):
+            summary["documents"] = counts
+            say(in_words(balanced(counts)))
         summary |= refusal.summary | {"budget": format_budget(config.budget), "seconds": job.clock.seconds()}
         write_atomic(job.run.state / "summary.json", json.dumps(to_json(summary), indent=1))
         refusal.summary = to_json(summary)
@@ -200,8 +211,8 @@ def _some(found: Sequence[Chat], size: int) -> list[Chat]:
 def _old_text(job: Job, config: Config, size: int) -> list[str]:
     file = _file(job.run.state / "use", "old")
     if not file.exists():
-        texts = select((document.text for document in documents(config.chats.keep)), max(1, size))
-        write_atomic(file, "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts))
+        chosen = select(texts(config.chats.keep, "--keep"), max(1, size))
+        write_atomic(file, "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in chosen))
     return [line["text"] for line in read_lines(file)]
 
 

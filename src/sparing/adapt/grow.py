@@ -36,6 +36,7 @@ from sparing.data.files import absolute
 from sparing.data.loader import IGNORED
 from sparing.data.rows import permutation
 from sparing.data.sources import documents
+from sparing.data.sources import texts as texts_of
 from sparing.data.tokenizer import Tokenizer
 from sparing.evals.bpb import NllFn, bpb
 from sparing.evals.select import select
@@ -241,7 +242,7 @@ def _other_text(job: Job, config: Config, tokenizer: Tokenizer) -> tuple[list[st
     if not file.exists():
         if growth.keep:
             wanted = int(BYTES_PER_TOKEN * 1.5 * growth.tokens) + config.train.eval_bytes
-            texts = select((document.text for document in documents(growth.keep)), wanted)
+            texts = select(texts_of(growth.keep, "--keep"), wanted)
         else:
             with job.meter.stage("sample"):
                 texts = own_texts(job, config, tokenizer, min(growth.tokens, OWN_TOKENS))
@@ -251,7 +252,7 @@ def _other_text(job: Job, config: Config, tokenizer: Tokenizer) -> tuple[list[st
         lines = [{"text": part, "for": USES[number % GUARD == GUARD - 1]} for number, part in enumerate(parts)]
         size = int(BYTES_PER_TOKEN * growth.tokens) // max(1, len(growth.apart))
         for path in growth.apart:  # each has an equal share, however long it is
-            lines += [{"text": part, "for": APART} for part in select((document.text for document in documents([path])), size)]
+            lines += [{"text": part, "for": APART} for part in select(texts_of([path], "--apart"), size)]
         write_atomic(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     lines = read_lines(file)
     first, last, apart = ([line["text"] for line in lines if line["for"] == use] for use in (*USES, APART))

@@ -13,12 +13,13 @@ from pathlib import Path
 
 from sparing.adapt import sft
 from sparing.adapt.policy import Policy
-from sparing.adapt.rewards import Task, load_task
+from sparing.adapt.rewards import Task, load_task, told
 from sparing.adapt.rollouts import Asker, Rollouts, facts
 from sparing.base.config import Budget, Config, GrpoConfig, UserError
 from sparing.base.config_file import Wishes
 from sparing.base.files import read_lines, write_atomic
 from sparing.base.layers import mixtures
+from sparing.base.messages import say
 from sparing.base.run import RunFolder
 from sparing.budget.flops import forward_flops, train_flops
 from sparing.data.chat import template_text
@@ -57,6 +58,7 @@ class TaskFacts:
     documents: int
     bytes: int
     content: str
+    counts: dict[str, int] | None = None
 
 
 def task_of(settings: GrpoConfig) -> Task:
@@ -66,7 +68,7 @@ def task_of(settings: GrpoConfig) -> Task:
 
 def facts_of(task: Task) -> TaskFacts:
     texts = [repr(problem).encode() for problem in (*task.problems, *task.held_out)]
-    return TaskFacts(len(texts), sum(map(len, texts)), hashlib.blake2b(b"\n".join(texts), digest_size=16).hexdigest())
+    return TaskFacts(len(texts), sum(map(len, texts)), hashlib.blake2b(b"\n".join(texts), digest_size=16).hexdigest(), task.counts)
 
 
 def unchanged(run: RunFolder, config: Config) -> TaskFacts:
@@ -122,6 +124,9 @@ def resolved(job: Job, wishes: Wishes, budget: Budget) -> Config:
     reasons = {name: reason for name, reason in reasons.items() if not own.sets(name)}
     read = f"task {task.name}: {len(task.problems):,} problems, {len(task.held_out):,} held out"
     keep(job, config, reasons, facts_of(task), None, place, read)
+    if task.lost:
+        say(f"{len(task.lost):,} rows cannot be used: {told(task.lost)}")
+    sft.keep_quarantine(job.run, task.lost)
     write_atomic(job.run.tokenizer_file, base.tokenizer_file.read_text(encoding="utf-8"))
     return config
 

@@ -20,8 +20,9 @@ from pathlib import Path
 from sparing.base.config import UserError
 from sparing.base.files import alike
 from sparing.base.messages import say
+from sparing.data.accounts import Accounts
 from sparing.data.files import find_files
-from sparing.data.sources import Row, Tally, rows
+from sparing.data.sources import Rejected, Row, Tally, rows
 from sparing.data.split import SPACE, content_hash
 from sparing.data.worked import countdown, thought
 from sparing.evals import verifiers
@@ -54,6 +55,10 @@ class Task:
     """To learn from; never empty."""
     held_out: list[Problem]
     """To score on; never empty, and disjoint from the others."""
+    counts: dict[str, int] | None = None
+    """`data.accounts`' of the file's rows: what comes again is rejected. None: the problems are made here."""
+    lost: tuple[Rejected, ...] = ()
+    """Of the file: what could not be read."""
 
 
 def load_task(path_or_name: str, data: Sequence[str] = ()) -> Task:
@@ -194,20 +199,31 @@ def problem_of(value: dict) -> Problem:
 
 
 def _as_text(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _read(name: str, paths: Sequence[str], problem: Callable[[dict], Problem]) -> Task:
-    rejected = Tally()
-    found = [_problem(row, problem) for row in rows(find_files(paths), rejected)]
+    lost: list[Rejected] = []
+    accounts = Accounts(lost.append)
+    found = [_problem(row, problem) for row in accounts.reading(rows(find_files(paths), accounts))]
     if not found:
-        raise UserError(f"task {name}: no problems in it{f': {rejected}' if rejected.total else ''}")
+        raise UserError(f"task {name}: no problems in it{f': {told(lost)}' if lost else ''}")
     found = sorted(dict.fromkeys(found), key=lambda one: content_hash(one.prompt.encode()))
+    accounts.out, accounts.rejected = len(found), accounts.into - accounts.quarantined - len(found)
     prompts = list(dict.fromkeys(one.prompt for one in found))
     if len(prompts) < 2:
         raise UserError(f"task {name}: has one problem; one more is needed, to score on")
     held_out = set(prompts[: max(1, round(FILE_SHARE * len(prompts)))])
-    return Task(name, [one for one in found if one.prompt not in held_out], [one for one in found if one.prompt in held_out][:HELD_OUT])
+    learnt, scored = ([one for one in found if (one.prompt in held_out) == side] for side in (False, True))
+    return Task(name, learnt, scored[:HELD_OUT], accounts.balance(), tuple(lost))
+
+
+def told(lost: Sequence[Rejected]) -> str:
+    """The commonest reasons."""
+    tally = Tally()
+    for rejected in lost:
+        tally(rejected)
+    return str(tally)
 
 
 def _problem(row: Row, problem: Callable[[dict], Problem]) -> Problem:

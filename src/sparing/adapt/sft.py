@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -30,7 +30,8 @@ from sparing.data.chat import ChatTemplate, taught, template_text
 from sparing.data.chats import Chat, ChatFacts, chats, order
 from sparing.data.files import find_files
 from sparing.data.packed import Packed
-from sparing.data.sources import documents
+from sparing.data.sources import Rejected
+from sparing.data.sources import texts as texts_of
 from sparing.data.tokenizer import Tokenizer
 from sparing.evals.answers import bytes_of_tokens, score_answers
 from sparing.evals.bpb import NllFn, bpb
@@ -47,6 +48,8 @@ from sparing.resolve import MARGIN, TRAINING_SHARE
 from sparing.train.log import TrainResult
 
 METHODS = ("lora", "full", "esft")
+GIVEN = "given"
+"""State of a run whose conversations were made of what the user gave: `data.accounts`' of that."""
 HELD_OUT = 0.05
 """Share of the conversations that are scored and not learnt from."""
 FULL_OPTIM = {
@@ -114,13 +117,8 @@ class ChatData(TrainingData):
         return super().score(evaluation) | old
 
     def more(self, job: Job, config: Config) -> dict:
-        asked, made, texts = read_state(job.run, "asked", dict), job.run.state / "chats" / "counts.json", corpora(job.run)
-        more = {} if asked is None else {"teacher": asked}
-        if texts and "counts" in texts[-1] and made.exists():  # what the template refuses could be read and is not used
-            counts, made = texts[-1]["counts"], json.loads(made.read_text())
-            refused = sum(made[part].get("refused", 0) for part in PARTS)
-            more["documents"] = counts | {"out": counts["out"] - refused, "rejected": counts["rejected"] + refused}
-        return more
+        asked, counts = read_state(job.run, "asked", dict), counts_of(job.run)
+        return ({} if asked is None else {"teacher": asked}) | ({} if counts is None else {"documents": counts})
 
     def trained_tokens(self, result: TrainResult) -> int:
         return self.feed.trained_tokens(result.steps + result.skipped)
@@ -304,9 +302,10 @@ def _prepare(job: Job, config: Config, facts: ChatFacts, sample: _Sample, templa
     t, wished = config.train, config.data.max_tokens
     bound = None if wished is None else facts.bound(wished / max(1.0, facts.train_bytes * sample.tokens_per_byte))
     learns, scores, held_out = sample.cutting(t.seq_len), sample.cutting(t.seq_len), []
+    lost: list[Rejected] = []
 
     def chosen():
-        for chat in chats(find_files(config.data.paths), tick=lambda _: job.signals.check()):
+        for chat in chats(find_files(config.data.paths), lost.append, lambda _: job.signals.check()):
             if facts.split.holds_out(chat.first_hash):
                 held_out.append((order(chat), chat))
             elif bound is None or order(chat) < bound:
@@ -316,7 +315,7 @@ def _prepare(job: Job, config: Config, facts: ChatFacts, sample: _Sample, templa
     if not len(train):
         raise UserError(f"nothing can be learnt from {', '.join(config.data.paths[:3])}: {_fate(learns) or 'no answers'}")
     if config.chats and config.chats.val:
-        held_out = [(order(chat), chat) for chat in chats(find_files(config.chats.val))]
+        held_out = [(order(chat), chat) for chat in chats(find_files(config.chats.val), lost.append)]
     scored = scores.pieces(_first(held_out, t.eval_bytes))
     if not len(scored):
         raise UserError(f"nothing to score on among {len(held_out):,} held-out conversations: {_fate(scores) or 'no answers'}")
@@ -328,7 +327,25 @@ def _prepare(job: Job, config: Config, facts: ChatFacts, sample: _Sample, templa
     say(f"an evaluation reads {len(scored):,} held-out pieces: {len(scored.tokens):,} tokens, {scored.trained_tokens:,} of answers")
     counts = {"key": _key(config, template, content), "train": dict(learns.counts), "held_out": dict(scores.counts)}
     tensors = {f"{name}.safetensors": pieces.tensors() for name, pieces in zip(PARTS, (train, scored), strict=True)}
+    if read_state(job.run, GIVEN, dict) is None:
+        keep_quarantine(job.run, lost)
     write_folder(job.run.state / "chats", {**tensors, "counts.json": json.dumps(counts, indent=1)})
+
+
+def counts_of(run: RunFolder) -> dict[str, int] | None:
+    """`data.accounts`' of the conversations that the run learns from; None: not known."""
+    texts, made = corpora(run), run.state / "chats" / "counts.json"
+    counts = (len(texts) == 1 and read_state(run, GIVEN, dict)) or (texts[-1].get("counts") if texts else None)
+    if not counts or not made.exists():
+        return None
+    prepared = json.loads(made.read_text())  # what the template refuses, or no context holds, could be read and is not used
+    refused = sum(prepared[part].get(why, 0) for part in PARTS for why in ("refused", "unused"))
+    return counts | {"out": counts["out"] - refused, "rejected": counts["rejected"] + refused}
+
+
+def keep_quarantine(run: RunFolder, lost: Sequence[Rejected]) -> None:
+    """List what could not be used in quarantine.jsonl of the run."""
+    write_atomic(run.path / "quarantine.jsonl", "".join(rejected.as_json() + "\n" for rejected in lost))
 
 
 def _first(held_out: list[tuple[int, Chat]], size: int) -> list[Chat]:
@@ -371,7 +388,7 @@ def old_text(job: Job, config: Config, tokenizer: Tokenizer) -> list[str]:
     if file.exists():
         return [line["text"] for line in read_lines(file)]
     if config.chats.keep:
-        texts = select((document.text for document in documents(config.chats.keep)), max(1, config.train.eval_bytes // 2))
+        texts = select(texts_of(config.chats.keep, "--keep"), max(1, config.train.eval_bytes // 2))
         if not texts:
             raise UserError(f"--keep: no usable text in {', '.join(config.chats.keep[:3])}")
     else:

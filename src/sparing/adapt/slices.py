@@ -16,7 +16,7 @@ from sparing.base.config import ModelConfig, UserError
 from sparing.base.layers import mixtures, shapes
 from sparing.base.messages import say
 from sparing.data.accounts import Accounts, in_words
-from sparing.data.sources import documents
+from sparing.data.sources import Tally, documents
 from sparing.data.tokenizer import Tokenizer
 from sparing.infer.network import load_transformer
 
@@ -113,7 +113,7 @@ def _counted(grown: Grown, data: Sequence[str]) -> tuple[dict[int, list[float]],
     """Layer -> the share of the text's tokens that wake each expert, all domains being there; and the text's accounts. Raises UserError."""
     config = grown.config
     tokenizer = Tokenizer.load(grown.run.tokenizer_file, config.tokens)
-    accounts = Accounts()
+    accounts = Accounts(tally := Tally())
     network = load_transformer(grown.run, config.model)
 
     def sequences() -> Iterator[np.ndarray]:
@@ -129,8 +129,10 @@ def _counted(grown: Grown, data: Sequence[str]) -> tuple[dict[int, list[float]],
 
     first = next(found := sequences(), None)
     if first is None:
-        raise UserError(f"{', '.join(data)}: no usable text")
+        raise UserError(f"{', '.join(data)}: no usable text" + (f": {tally}" if tally.total else ""))
     counts = esft.shares(network, chain([first], found))
+    if tally.total:
+        say(f"{tally.total:,} documents cannot be used: {tally}")
     say(in_words(accounts.balance()))
     choices = config.model.num_experts_per_tok
     return {layer: (share.token * choices).tolist() for layer, share in counts.items()}, accounts.balance()

@@ -13,11 +13,12 @@ from typing import ClassVar
 import numpy as np
 
 from sparing.base.config import UserError
+from sparing.base.messages import say
 from sparing.curate.document import Document
 from sparing.curate.filters import Scores
 from sparing.curate.words import LONG_PIECE, MAX_PIECES, SYMBOLS, stable_hash
 from sparing.data.files import find_files, kind_of
-from sparing.data.sources import JSON, PARQUET, documents, rows
+from sparing.data.sources import JSON, PARQUET, Reject, Tally, documents, rows
 
 _NUMBER = re.compile(r"\d+(?:[.,،٫⎖⎗⎘]\d+)?")
 _TO_SPACES = dict.fromkeys(map(ord, SYMBOLS), " ")
@@ -68,16 +69,16 @@ def index(texts: Iterable[str], n: int, numbers: bool = False) -> np.ndarray:
     return np.unique(np.concatenate(parts)) if parts else np.zeros(0, np.uint64)
 
 
-def evaluation_texts(paths: Iterable[str]) -> Iterator[str]:
+def evaluation_texts(paths: Iterable[str], reject: Reject | None = None) -> Iterator[str]:
     """The texts of evaluations: all text of a row of JSON or Parquet is one, in the order of its fields; any other file is one.
 
     Raises UserError for a path that names nothing.
     """
     for file in find_files(list(paths)):
         if kind_of(file.path) in (*JSON, *PARQUET):
-            yield from (all_text(row.value) for row in rows([file]))
+            yield from (all_text(row.value) for row in rows([file], reject))
         else:
-            yield from (document.text for document in documents([file]))
+            yield from (document.text for document in documents([file], reject=reject))
 
 
 def all_text(value: object) -> str:
@@ -88,8 +89,11 @@ def all_text(value: object) -> str:
 
 
 @cache
-def _indexed(paths: tuple[str, ...], n: int, numbers: bool) -> np.ndarray:
-    return index(evaluation_texts(paths), n, numbers)
+def _indexed(paths: tuple[str, ...], n: int, numbers: bool) -> tuple[np.ndarray, str]:
+    """(`index` of the texts, what could not be used of them in words)."""
+    tally = Tally()
+    found = index(evaluation_texts(paths, tally), n, numbers)
+    return found, f"{tally.total:,} evaluation texts cannot be used: {tally}" if tally.total else ""
 
 
 @dataclass(frozen=True)
@@ -115,11 +119,14 @@ class Contamination:
             raise UserError("contamination.evaluations: no files; name evaluation texts, or leave the section out")
         if self.n < 1:
             raise UserError(f"contamination.n must be at least 1, not {self.n}")
-        if not _indexed(self.evaluations, self.n, self.numbers).size:
+        found, lost = _indexed(self.evaluations, self.n, self.numbers)
+        if lost:
+            say(lost)
+        if not found.size:
             raise UserError(f"contamination.evaluations: no text of {self.n} words in {', '.join(self.evaluations)}")
 
     def scores(self, document: Document) -> Scores:
-        known, keys = _indexed(self.evaluations, self.n, self.numbers), n_grams(document.pieces, self.n, self.numbers)
+        known, keys = _indexed(self.evaluations, self.n, self.numbers)[0], n_grams(document.pieces, self.n, self.numbers)
         if not known.size or not keys.size:
             return {"shared": 0}
         at = np.minimum(np.searchsorted(known, keys), known.size - 1)

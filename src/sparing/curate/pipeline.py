@@ -38,7 +38,7 @@ from sparing.curate.rules import Rules, judge
 from sparing.data.accounts import balanced
 from sparing.data.files import CURATED, find_files
 from sparing.data.progress import Bars, check
-from sparing.data.sources import Document, Rejected, Tally, documents
+from sparing.data.sources import Document, Tally, documents
 from sparing.data.split import content_hash
 from sparing.data.web import EXTRACTORS
 
@@ -60,13 +60,18 @@ def batches(found: Iterable[Document]) -> Iterator[pa.RecordBatch]:
     rows: list[tuple[str, str, int, str]] = []
     size = 0
     for document in found:
-        rows.append((document.text, document.source, document.line, json.dumps(dict(document.meta), ensure_ascii=False)))
+        rows.append((document.text, shown(document.source), document.line, json.dumps(dict(document.meta), ensure_ascii=False)))
         size += len(document.text)
         if len(rows) >= BATCH_DOCUMENTS or size >= BATCH_BYTES:
             yield _batch(rows)
             rows, size = [], 0
     if rows:
         yield _batch(rows)
+
+
+def shown(path: str) -> str:
+    """A path as Arrow and JSON take it: names of files may be no Unicode text."""
+    return path.encode("utf-8", "backslashreplace").decode()
 
 
 def _batch(rows: list[tuple[str, str, int, str]]) -> pa.RecordBatch:
@@ -177,12 +182,7 @@ def judge_parts(
     """
     work.mkdir(parents=True, exist_ok=True)
     with Bars() as bars, open(work / QUARANTINE, "w", encoding="utf-8") as quarantine:
-        tally = Tally()
-
-        def reject(rejected: Rejected) -> None:
-            quarantine.write(rejected.as_json() + "\n")
-            tally(rejected)
-
+        tally = Tally(quarantine)
         files = find_files(paths)
         total, done, came_in = max(1, sum(file.bytes for file in files)), 0, 0
 
@@ -194,7 +194,7 @@ def judge_parts(
 
         def read() -> Iterator[pa.RecordBatch]:
             nonlocal came_in
-            for batch in batches(reader(files, text_key, reject, tick)):
+            for batch in batches(reader(files, text_key, tally, tick)):
                 came_in += batch.num_rows
                 yield batch
 

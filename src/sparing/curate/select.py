@@ -39,7 +39,7 @@ from sparing.base.messages import say
 from sparing.budget.units import parse_budget, parse_size
 from sparing.curate.document import Document
 from sparing.curate.parts import Stop, open_table, part_file, write_parts
-from sparing.curate.pipeline import WORK, Fate, Row, judge_parts, rows, summary_of, vacant, write_rows
+from sparing.curate.pipeline import WORK, Fate, Row, judge_parts, rows, shown, summary_of, vacant, write_rows
 from sparing.curate.quality import BITS, features, train
 from sparing.data.document import pieces
 from sparing.data.files import find_files
@@ -344,8 +344,10 @@ def _owners(paths: Sequence[str], chosen: Selection) -> dict[str, int]:
     owners: dict[str, int] = {}
     for number, path in enumerate(paths):
         for file in find_files([path]):
-            if owners.setdefault(file.path, number) != number:
-                raise UserError(f"--by mixture: {file.path} is in {paths[owners[file.path]]} and in {path}: every file needs one source")
+            if owners.setdefault(shown(file.path), number) != number:
+                raise UserError(
+                    f"--by mixture: {file.path} is in {paths[owners[shown(file.path)]]} and in {path}: every file needs one source"
+                )
     return owners
 
 

@@ -36,13 +36,13 @@ from sparing.curate.entry import complete, leaving_nothing
 from sparing.curate.making import How, Leaks, Made, Piece, Steps, cut, made_of
 from sparing.curate.minhash import DuplicateSettings
 from sparing.curate.parts import Stop, open_table, part_file, write_table
-from sparing.curate.pipeline import QUARANTINE, WORK, Fate, Row, rows, summary_of, vacant, write_rows
+from sparing.curate.pipeline import QUARANTINE, WORK, Fate, Row, rows, shown, summary_of, vacant, write_rows
 from sparing.curate.synth import FORMS
 from sparing.curate.teachers import Asking, Kept, Teacher, teacher_of
 from sparing.data.accounts import in_words
 from sparing.data.files import find_files
 from sparing.data.progress import Stopped
-from sparing.data.sources import Rejected, Tally, documents
+from sparing.data.sources import Tally, documents
 
 KINDS = ("rewrite", "questions", "exercises")
 BLOCK = 32
@@ -170,16 +170,12 @@ def taught(wanted: Wanted, out: str, teacher: str | None, started: float | None 
 
 
 def _made(wanted: Wanted, how: How, folder: Path, teacher: Teacher, meter: Meter, should_stop: Stop) -> tuple[dict, Fate]:
-    work, tally = folder / WORK, Tally()
+    work = folder / WORK
     asking = Asking(teacher, Kept(work / "answers.jsonl"), wanted.seed, meter, wanted.limit(), should_stop)
     with meter.stage("ask"), open(work / QUARANTINE, "w", encoding="utf-8") as quarantine:
-
-        def reject(rejected: Rejected) -> None:
-            quarantine.write(rejected.as_json() + "\n")
-            tally(rejected)
-
+        tally = Tally(quarantine)
         parts = _Parts(work, wanted, teacher)
-        units = _units(wanted, how, reject)
+        units = _units(wanted, how, tally)
         while not (ended := asking.spent()) and (block := list(islice(units, BLOCK))):
             for unit, made in zip(block, made_of([unit.steps for unit in block], asking), strict=True):
                 parts.add(unit, made)
@@ -218,7 +214,7 @@ def _units(wanted: Wanted, how: How, reject) -> Iterator[Unit]:
         return
     module = rewrites if wanted.kind == "rewrite" else questions
     for piece in cut(documents(find_files(wanted.paths), wanted.text_key, reject), module.PIECE_BYTES):
-        at = f"{piece.source}:{piece.line} part {piece.part}"
+        at = f"{shown(piece.source)}:{piece.line} part {piece.part}"
         meta = {("source_id" if name == "id" else name): value for name, value in piece.meta.items()} | {"source_part": str(piece.part)}
         for style in dict.fromkeys(wanted.styles) if wanted.kind == "rewrite" else [""]:
             prompt = f"{wanted.kind} {style}".strip()
@@ -226,7 +222,7 @@ def _units(wanted: Wanted, how: How, reject) -> Iterator[Unit]:
                 steps = _too_short(piece)
             else:
                 steps = rewrites.rewrite(piece, style, how) if style else questions.questions(piece, how)
-            yield Unit(steps, f"{prompt} seed {wanted.seed} {at}", prompt, piece.source, piece.line, meta)
+            yield Unit(steps, f"{prompt} seed {wanted.seed} {at}", prompt, shown(piece.source), piece.line, meta)
 
 
 def _too_short(piece: Piece) -> Steps:

@@ -176,7 +176,8 @@ class Cutting:
     length: int
     """Most inputs of a piece: what is longer loses its end."""
     counts: Counter[str] = field(default_factory=Counter)
-    """chats, pieces, tokens, trained (tokens), lost (trained tokens that were cut off); truncated and empty (pieces); refused (chats)."""
+    """chats, pieces, tokens, trained (tokens), lost (trained tokens that were cut off); truncated and empty (pieces); refused (chats), and
+    unused (chats): those of which no piece is left."""
     refusal: str = ""
     """What the template said of the first conversation that it refused."""
 
@@ -197,7 +198,7 @@ class Cutting:
                 kept.append(cut)
             else:
                 self.counts["empty"] += 1
-        self.counts["chats"] += 1
+        self.counts["chats" if kept else "unused"] += 1
         self.counts["pieces"] += len(kept)
         self.counts["tokens"] += sum(len(piece.ids) for piece in kept)
         self.counts["trained"] += sum(sum(piece.trained) for piece in kept)

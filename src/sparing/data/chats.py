@@ -15,6 +15,7 @@ import numpy as np
 from sparing.base.config import UserError
 from sparing.data.accounts import Accounts
 from sparing.data.chat import ROLES, flat
+from sparing.data.document import too_deep
 from sparing.data.files import SourceFile, find_files
 from sparing.data.progress import Progress, check
 from sparing.data.sources import Reject, Rejected, Row, Tally, Tick, rows
@@ -245,9 +246,12 @@ def _without_nulls(value: Any) -> Any:
 
 def _json(text: Any, what: str) -> Any:
     try:
-        return json.loads(text) if isinstance(text, str) else text
+        found = json.loads(text) if isinstance(text, str) else text
     except (ValueError, RecursionError):
         raise Unusable(f"{what} is not JSON") from None
+    if too_deep(found):
+        raise Unusable(f"{what} is nested too deeply")
+    return found
 
 
 # how much there is

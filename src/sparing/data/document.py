@@ -6,13 +6,15 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 WHOLE_BYTES = 2 << 20
 """A text up to this size is one document; a longer one is read as consecutive documents of about a megabyte, cut at line ends."""
 PIECE_BYTES = 1 << 20
 META_KEYS, META_LENGTH = 32, 1000
 """Metadata of a document: at most this many keys, and characters of each value."""
+DEPTH = 100
+"""Levels of lists and objects that a value of JSON may have: each level costs every later look at it a call."""
 PART = "part"
 """Key of the metadata of all documents but the first that were cut from one text: 2, 3, ..."""
 
@@ -52,7 +54,9 @@ class Rejected:
 class Tally:
     """A `Reject` that counts documents by reason, and keeps the first of each; as text: the commonest reasons."""
 
-    def __init__(self):
+    def __init__(self, file: TextIO | None = None):
+        """file: gets a line of each, as quarantine.jsonl has them."""
+        self._file = file
         self.reasons: Counter[str] = Counter()
         """Without what differs from document to document, in brackets."""
         self._first: dict[str, Rejected] = {}
@@ -61,6 +65,8 @@ class Tally:
         reason = rejected.reason.split(" (")[0]
         self.reasons[reason] += 1
         self._first.setdefault(reason, rejected)
+        if self._file:
+            self._file.write(rejected.as_json() + "\n")
 
     @property
     def total(self) -> int:
@@ -109,6 +115,20 @@ def _flat(prefix: str, value: Mapping[str, Any], depth: int = 0) -> Iterator[tup
 
 
 ALIASES = {"lang": "language", "license": "licence"}
+
+
+def too_deep(value: object) -> bool:
+    """Whether lists and objects are nested deeper than DEPTH."""
+    level = [value]
+    for _ in range(DEPTH + 1):
+        level = [inner for item in level for inner in _inside(item) if isinstance(inner, dict | list)]
+        if not level:
+            return False
+    return True
+
+
+def _inside(value: object) -> Iterable:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def pieces(raw: bytes, size: int) -> Iterator[bytes]:

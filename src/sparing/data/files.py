@@ -84,7 +84,10 @@ def kind_of(path: str) -> str:
 
 
 def _source(path: str, licence: str = "") -> SourceFile:
-    status = os.stat(path)
+    try:
+        status = os.stat(path)
+    except OSError:  # whoever reads it will say why
+        return SourceFile(os.path.abspath(path), 0, 0, licence)
     return SourceFile(os.path.abspath(path), status.st_size, status.st_mtime_ns, licence)
 
 
@@ -118,19 +121,26 @@ def _expand(paths: Sequence[str]) -> Iterator[SourceFile]:
                 yield from inside
             elif os.path.isfile(match):
                 yield _source(match)
+            elif len(matches) > 1 and not os.path.exists(match):
+                yield _source(match)
             elif len(matches) == 1:
                 raise UserError(f"{argument} is neither a file nor a folder (a broken link, a pipe or a device): name a regular file")
 
 
 def _glob(pattern: str) -> Iterator[str]:
-    """What a glob matches. Its `**` does not follow links to folders, of which two that form a loop would never end."""
+    """What a glob matches, and, of `**`, the folders that cannot be looked into. Its `**` does not follow links to folders, of which two
+    that form a loop would never end."""
     base = _literal(pattern)
     parts = os.path.relpath(pattern, base or os.curdir).split(os.sep)
     if "**" not in parts:
-        return glob.iglob(pattern)
-    walked = ((folder, name, name in folders) for folder, folders, names in os.walk(base or os.curdir) for name in folders + names)
+        yield from glob.iglob(pattern)
+        return
+    closed: list[str] = []
+    tree = os.walk(base or os.curdir, onerror=lambda error: closed.append(error.filename))
+    walked = ((folder, name, name in folders) for folder, folders, names in tree for name in folders + names)
     found = (path for folder, name, inner in walked if not (os.path.islink(path := os.path.join(folder, name)) and inner))
-    return (path for path in found if _matches(os.path.relpath(path, base or os.curdir).split(os.sep), parts))
+    yield from (path for path in found if _matches(os.path.relpath(path, base or os.curdir).split(os.sep), parts))
+    yield from (path for path in closed if not any(part.startswith(".") for part in os.path.relpath(path, base or os.curdir).split(os.sep)))
 
 
 def _matches(names: list[str], parts: list[str]) -> bool:
@@ -146,9 +156,11 @@ def _matches(names: list[str], parts: list[str]) -> bool:
 
 def _walk(root: str, leave_out: Iterable[str] = ()) -> Iterator[SourceFile]:
     """The files below a folder. Links to folders are not followed, so that none is read twice and no loop is walked. What a `.gitignore` in
-    it excludes is left out; the licence of a source tree goes with its files."""
+    it excludes is left out; the licence of a source tree goes with its files. What cannot be looked at, a folder too, is among the files:
+    reading it says why."""
     skip, rules, licences = set(leave_out), _Ignored(), {}
-    for folder, folders, names in os.walk(root):
+    closed: list[str] = []
+    for folder, folders, names in os.walk(root, onerror=lambda error: closed.append(error.filename)):
         if _ours(folder):
             folders.clear()
             continue
@@ -163,8 +175,9 @@ def _walk(root: str, leave_out: Iterable[str] = ()) -> Iterator[SourceFile]:
             path = os.path.join(folder, name)
             if name.startswith(".") or os.path.splitext(name)[1].lower() in BINARY_SUFFIXES or rules.exclude(path):
                 continue
-            if os.path.isfile(path):
+            if os.path.isfile(path) or not os.path.exists(path):
                 yield _source(path, licences[folder])
+    yield from (SourceFile(os.path.abspath(folder), 0, 0) for folder in closed)
 
 
 class _Ignored:

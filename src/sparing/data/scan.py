@@ -21,7 +21,7 @@ from sparing.base.hardware import home
 from sparing.data.accounts import Accounts
 from sparing.data.files import SourceFile, find_files, fingerprint, kind_of
 from sparing.data.progress import Progress, check
-from sparing.data.sources import Rejected, Tally, documents, pieces, readers
+from sparing.data.sources import Tally, documents, pieces, readers
 from sparing.data.split import SECTION_BYTES, HashHistogram, Split, choose_split, content_hash, mix
 
 FORMAT = 1
@@ -142,7 +142,7 @@ def quarantine_path(fingerprint: str, root: Path | None = None) -> Path:
 def _pass(config, files, folder, fingerprint, progress, should_stop) -> CorpusFacts:
     total, done = max(1, sum(file.bytes for file in files)), 0
     documents_seen = text_bytes = 0
-    kinds, tally = Counter(), Tally()
+    kinds: Counter[str] = Counter()
     table, section_table, content = HashHistogram(), HashHistogram(), hashlib.blake2b(digest_size=16)
     largest, largest_hash = b"", 0
     last = kind = ""
@@ -155,12 +155,8 @@ def _pass(config, files, folder, fingerprint, progress, should_stop) -> CorpusFa
         progress("scan", done, total)
 
     with open(folder / "quarantine.jsonl", "w", encoding="utf-8") as quarantine:
-
-        def reject(rejected: Rejected) -> None:
-            quarantine.write(rejected.as_json() + "\n")
-            tally(rejected)
-
-        accounts = Accounts(reject)
+        tally = Tally(quarantine)
+        accounts = Accounts(tally)
         for document in accounts.reading(documents(files, config.text_key, accounts, tick, extract=config.extract)):
             text, source, *_ = accounts.use(document)
             raw = text.encode()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from sparing.base.files import POINTER, is_pointer
+from sparing.base.messages import say
 from sparing.data import apart
 from sparing.data.blocks import Damaged, blocks, lines
 from sparing.data.document import (
+    DEPTH,
     PIECE_BYTES,
     WHOLE_BYTES,
     Document,
@@ -23,6 +26,7 @@ from sparing.data.document import (
     metadata,
     numbered,
     pieces,
+    too_deep,
 )
 from sparing.data.files import SourceFile, find_files, kind_of
 from sparing.data.office import KINDS as OFFICE
@@ -30,7 +34,7 @@ from sparing.data.office import office
 from sparing.data.web import web
 from sparing.data.wiki import is_dump, wiki
 
-__all__ = ["FORMATS", "Document", "Reject", "Rejected", "Row", "Tally", "Tick", "documents", "pieces", "readers", "rows"]
+__all__ = ["FORMATS", "Document", "Reject", "Rejected", "Row", "Tally", "Tick", "documents", "pieces", "readers", "rows", "texts"]
 
 LINE_BYTES = 16 << 20
 """A longer JSON line is not read."""
@@ -40,6 +44,7 @@ METADATA_COLUMNS = (
     "id", "url", "title", "date", "language", "lang", "licence", "license", "source", "added", "created", "timestamp", "meta", "metadata",
 )  # fmt: skip
 """Columns of Parquet that are read beside the text's."""
+DEEP = f"nested deeper than {DEPTH} levels"
 JSON_BYTES = 64 << 20
 """A `.json` file that is not JSON lines is read whole, up to this size."""
 
@@ -76,6 +81,14 @@ def documents(
         return (document._replace(meta=metadata(document.meta, {"licence": file.licence})) for document in found)
 
     return _each_file(paths, read, reject, tick)
+
+
+def texts(paths: Sequence[str], option: str, text_key: str = "text") -> Iterator[str]:
+    """The texts of all usable documents behind the paths of an option; what cannot be used of them is said when all are read."""
+    tally = Tally()
+    yield from (document.text for document in documents(paths, text_key, tally))
+    if tally.total:
+        say(f"{option}: {tally.total:,} documents cannot be used: {tally}")
 
 
 def rows(paths: Sequence[str] | Sequence[SourceFile], reject: Reject | None = None, tick: Tick | None = None) -> Iterator[Row]:
@@ -144,7 +157,8 @@ def _json(path: str, text_key: str, reject: Reject, tick: Tick) -> Iterator[Docu
 
 def _json_values(path: str, reject: Reject, tick: Tick) -> Iterator[tuple[object, int]]:
     """(value, line) of JSON lines, or of the array that a `.json` file holds."""
-    number, first = 0, kind_of(path) == "json"  # JSON lines unless the first line says otherwise
+    first, blank = kind_of(path) == "json", True  # JSON lines unless the first line says otherwise
+    number = 0
     try:
         for number, line in lines(blocks(path, tick), LINE_BYTES):
             if line is not None and not line.strip():
@@ -153,24 +167,28 @@ def _json_values(path: str, reject: Reject, tick: Tick) -> Iterator[tuple[object
             if first and (isinstance(value, list) or (reason and not reason.startswith("not UTF-8"))):
                 yield from _json_whole(path, reject, lambda size: tick(0))
                 return
-            first = False
+            first = blank = False
             if reason:
                 reject(Rejected(path, number, reason))
             else:
                 yield value, number
     except Damaged as damage:
         return reject(Rejected(path, number + 1, str(damage)))
-    if number == 0:
+    if blank:
         reject(Rejected(path, None, "empty"))
 
 
 def _parsed(line: bytes) -> tuple[object, str]:
     """(value, "") of a JSON line, or (None, why there is none)."""
     try:
-        return json.loads(line.removeprefix(b"\xef\xbb\xbf").decode()), ""
+        value = json.loads(line.removeprefix(b"\xef\xbb\xbf").decode())
+        deep = line.count(b"{") + line.count(b"[") > DEPTH and too_deep(value)
+        return (None, DEEP) if deep else (value, "")
     except UnicodeDecodeError as error:
         return None, f"not UTF-8 (byte 0x{line[error.start]:02x})"
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        return None, DEEP
+    except ValueError as error:
         return None, f"not JSON ({str(error).split(':')[0].lower()})"
 
 
@@ -185,12 +203,17 @@ def _json_whole(path: str, reject: Reject, tick: Tick) -> Iterator[tuple[object,
         value = json.loads(raw.decode("utf-8-sig"))
     except UnicodeDecodeError:
         return reject(Rejected(path, None, "not UTF-8"))
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        return reject(Rejected(path, None, DEEP))
+    except ValueError as error:
         return reject(Rejected(path, getattr(error, "lineno", None), f"not JSON ({str(error).split(':')[0].lower()})"))
     except Damaged as damage:
         return reject(Rejected(path, None, str(damage)))
-    for index, item in enumerate(value if isinstance(value, list) else [value]):
-        yield item, index + 1
+    for number, item in enumerate(value if isinstance(value, list) else [value], 1):
+        if too_deep(item):
+            reject(Rejected(path, number, DEEP))
+        else:
+            yield item, number
 
 
 def _field(value: object, path: str, line: int, text_key: str, reject: Reject) -> Iterator[Document]:
@@ -204,9 +227,9 @@ def _field(value: object, path: str, line: int, text_key: str, reject: Reject) -
 
 def _parquet(path: str, text_key: str, reject: Reject, tick: Tick) -> Iterator[Document]:
     for names, (value, *beside), row in _parquet_rows(path, text_key, reject, tick):
-        known = ((name, item) for name, item in zip(names[1:], beside, strict=True) if not isinstance(item, UnicodeDecodeError | bytes))
+        known = ((name, item) for name, item in zip(names[1:], beside, strict=True) if not isinstance(item, Exception | bytes))
         meta = metadata(dict(known), {"format": "parquet"})
-        if isinstance(value, UnicodeDecodeError):
+        if isinstance(value, Exception):
             reject(Rejected(path, row, "not UTF-8"))
         elif isinstance(value, bytes):
             yield from decoded(value, path, row, reject, meta)
@@ -217,42 +240,40 @@ def _parquet(path: str, text_key: str, reject: Reject, tick: Tick) -> Iterator[D
 def _parquet_rows(path: str, only: str | None, reject: Reject, tick: Tick) -> Iterator[tuple[list[str], tuple, int]]:
     """(columns, values, row from 0) of the column `only` and of METADATA_COLUMNS, or of all (None).
 
-    A text that is not UTF-8 is the error that says so."""
+    A value that Python cannot hold, such as a text that is not UTF-8, is the error that says so."""
     import pyarrow
     import pyarrow.parquet
 
+    row = 0
     try:
         name = os.fsencode(path)  # which may be no UTF-8: pyarrow would not take the text
         with pyarrow.memory_map(name) if os.path.getsize(path) else pyarrow.OSFile(name) as raw, pyarrow.parquet.ParquetFile(raw) as file:
             names = file.schema_arrow.names
             if only is not None and only not in names:
                 return reject(Rejected(path, None, f"no column {only!r} (columns: {', '.join(names[:8])})"))
-            row, per_row, chosen = (
-                0,
-                os.path.getsize(path) / max(1, file.metadata.num_rows),
-                names if only is None else [only, *(name for name in METADATA_COLUMNS if name in names and name != only)],
-            )
-            for batch in file.iter_batches(batch_size=256, columns=chosen, use_threads=False):
+            per_row = os.path.getsize(path) / max(1, file.metadata.num_rows)
+            chosen = names if only is None else [only, *(name for name in METADATA_COLUMNS if name in names and name != only)]
+            for batch in file.iter_batches(batch_size=64, columns=chosen, use_threads=False):
                 tick(int(batch.num_rows * per_row))
-                columns = []
-                for column in batch.columns:
-                    if pyarrow.types.is_dictionary(column.type):
-                        column = column.dictionary_decode()
-                    try:
-                        columns.append(column.to_pylist())
-                    except UnicodeDecodeError:  # one bad row must not take its neighbours along
-                        columns.append([_scalar(item) for item in column])
-                for values in zip(*columns, strict=True):
-                    yield batch.schema.names, values, row
+                for at in range(batch.num_rows):  # one by one: a few kilobytes may say that all rows have the same long text
+                    yield batch.schema.names, tuple(_scalar(column[at]) for column in batch.columns), row
                     row += 1
-    except pyarrow.ArrowException as error:
-        reject(Rejected(path, None, f"damaged Parquet ({str(error).splitlines()[0][:120]})"))
+    except (pyarrow.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the disk's errors have a number
+            raise
+        reject(Rejected(path, row or None, f"damaged Parquet ({str(error).splitlines()[0][:120]})"))
 
 
 def _scalar(item) -> object:
+    """A value of Arrow's as Python has it; a time that Python has none for, of another era, zone or precision, as text; else the error."""
+    import pyarrow
+
     try:
         return item.as_py()
-    except UnicodeDecodeError as error:
+    except Exception as error:  # those of Python's own times: it has many kinds, some of them of packages for time zones
+        with contextlib.suppress(Exception):
+            if pyarrow.types.is_temporal(item.type):
+                return str(item.cast(pyarrow.string()).as_py())
         return error
 
 

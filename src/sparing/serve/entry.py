@@ -102,9 +102,9 @@ def _adapters(named: Sequence[str]) -> dict[str, str]:
 
 def _approximate(paths: Sequence[str], limit: float, floor: int):
     """What the approximate tier may do; part of the text behind `paths` is read. Raises UserError for paths that name nothing."""
-    from sparing.data.sources import documents
+    from sparing.data.sources import texts
     from sparing.evals.select import select
     from sparing.infer.approximate import Approximate
 
-    texts = select((document.text for document in documents(paths)), CALIBRATION_BYTES) if paths else ()
-    return Approximate(texts, limit, floor)
+    chosen = select(texts(paths, "--approximate-data"), CALIBRATION_BYTES) if paths else ()
+    return Approximate(chosen, limit, floor)
