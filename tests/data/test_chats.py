@@ -5,6 +5,8 @@ import json
 
 import pytest
 import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sparing.base.config import UserError
 from sparing.data.chats import Unusable, chat_of, chats, looks_like_chats, order, scan_chats
@@ -94,6 +96,38 @@ def test_what_is_no_conversation(row, reason):
 
 def pairs(count: int, question: str = "What is {}?") -> str:
     return "".join(json.dumps({"prompt": question.format(i), "completion": f"Number {i}."}) + "\n" for i in range(count))
+
+
+FIELDS = (
+    "messages", "tools", "conversations", "system", "instruction", "input", "output", "history", "prompt", "completion", "question",
+    "answer", "response", "chosen", "rejected",
+)  # fmt: skip
+TURN_KEYS = ("role", "from", "content", "value", "tool_calls", "function", "name", "text")
+FORMS = (
+    ("messages",), ("conversations",), ("instruction", "output"), ("prompt", "completion"), ("question", "answer"),
+    ("prompt", "chosen", "rejected"),
+)  # fmt: skip
+VALUES = st.recursive(
+    st.sampled_from([None, True, 0, 1.5, "", "user", "assistant", "human", "gpt", "function_call", "[5]", "x"]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(TURN_KEYS), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.data(), st.sampled_from(FORMS))
+def test_any_row_is_a_conversation_or_says_why_not(data, form):
+    row = data.draw(st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=3)) | {name: data.draw(VALUES) for name in form}
+    try:
+        chat = chat_of(Row(row, "a.jsonl", 1))
+    except Unusable:
+        return
+    assert chat.raw and isinstance(chat.first, str) and chat.common >= 0
+
+
+def test_history_that_is_no_list():
+    with pytest.raises(Unusable, match="history"):
+        chat_of(Row({"instruction": "a", "output": "b", "history": 5}, "a.jsonl", 1))
 
 
 def test_files(tmp_path):

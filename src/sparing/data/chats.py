@@ -183,7 +183,10 @@ def _alpaca(value: dict) -> tuple[list, str]:
             raise Unusable("instruction or input is not text")
         asked = f"{asked}\n\n{beside}" if asked else beside
     messages = [{"role": "system", "content": value["system"]}] if value.get("system") else []
-    for turn in value.get("history") or []:
+    history = value.get("history") or []
+    if not isinstance(history, list):
+        raise Unusable("history is no list of turns")
+    for turn in history:
         if not (isinstance(turn, list) and len(turn) == 2):
             raise Unusable("a turn of history is no pair")
         messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
