@@ -40,6 +40,7 @@ from sparing.base.run import RunFolder, weights_sha256
 from sparing.budget.flops import forward_flops
 from sparing.budget.predict import TooShort
 from sparing.budget.units import format_budget
+from sparing.data.accounts import balanced, in_words
 from sparing.data.chat import taught, template_text
 from sparing.data.chats import SAMPLE, chats
 from sparing.data.files import absolute, find_files
@@ -505,10 +506,19 @@ class _Recipe:
             "ancestors": [{"name": row.name, "relation": row.relation, "generation": row.generation} for row in ancestors_of(self.run)],
             "samples": final.get("samples", []),
         } | bill(rows)  # fmt: skip
+        if counts := self._documents():
+            summary["documents"] = counts
+            say(in_words(counts))
         write_atomic(self.run.state / "summary.json", json.dumps(to_json(summary), indent=1))
         say("\n" + table(("", "time", "pass@1", f"pass@{self.grpo.samples}"), list(map(_row, stages))))
         say(f"spent: {duration(summary['seconds'])} of {format_budget(self.budget)}; {self.run} has the model of {SFT}, beside all stages")
         return summary
+
+    def _documents(self) -> dict[str, int] | None:
+        """`data.accounts`' of the task's file and of --cold; None: the task is a built-in one that makes its problems."""
+        cold = (read_state(RunFolder(self.run.path / COLD), "summary", dict) or {}).get("documents") if self.reason.cold else None
+        read = [counts for counts in (self.task.counts, cold) if counts]
+        return balanced({name: sum(counts[name] for counts in read) for name in read[0]}) if read else None
 
     def _told(self, name: str, run: str, rows: list[Entry], scores: dict[str, dict]) -> dict:
         """What the summary says of a stage."""
