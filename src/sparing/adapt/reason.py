@@ -166,7 +166,7 @@ def _divided(amount: float, left: Sequence[str], among: Sequence[str]) -> dict[s
 def _try_out(job: Job, wishes: Wishes, budget: Budget, name: str, cold: bool, reason: ReasonConfig) -> None:
     """Resolve a stage's configuration for the checks alone. Raises UserError, which names the stage."""
     stages = _stages(cold, reason)
-    share = replace(budget, amount=_divided(budget.amount, stages, stages)[name])
+    share = replace(budget, amount=float(f"{_divided(budget.amount, stages, stages)[name]:.5g}"))
     try:
         try_out(job, wishes, share)
     except UserError as error:
