@@ -10,11 +10,11 @@ from sparing.base.config import Budget, ParallelConfig, TokensConfig, UserError
 from sparing.base.config_file import Wishes, options
 from sparing.base.hardware import Machine
 from sparing.budget.flops import parameters, train_flops
-from sparing.budget.ranks import bubble_of, chunk_spans, needed
+from sparing.budget.ranks import bubble_of, chunk_spans, fitting_stages, needed
 from sparing.interop.hf_config import to_hf
 from sparing.parallel.schedules import idle
 from sparing.planning.places import Place
-from sparing.resolve import fitting_stages, resolve
+from sparing.resolve import resolve
 
 LAPTOP = Machine("Linux", "some CPU", 2, 4, 16 << 30, formats={"float32": 1e11, "bfloat16": 2e11})
 BOOKS = SimpleNamespace(train_bytes=78e6, bytes=80e6)

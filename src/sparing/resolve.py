@@ -17,7 +17,7 @@ from sparing.base.config_limits import checked, contradiction
 from sparing.base.hardware import Machine
 from sparing.base.layers import mixtures
 from sparing.budget.flops import parameters, train_flops
-from sparing.budget.ranks import bubble_of, needed, sent
+from sparing.budget.ranks import bubble_of, fitting_parts, needed, sent
 from sparing.budget.units import format_budget
 from sparing.data.scan import CorpusFacts
 from sparing.parallel.schedules import CHUNKS, microbatches_of
@@ -172,22 +172,6 @@ def _shape_of(
     if "vocab_size" not in model_wishes:
         reasons["model.vocab_size"] = f"for about {tokens / 1e6:.1f} M tokens of training and {facts.train_bytes / 1e6:.1f} MB of text"
     return model, moe
-
-
-def fitting_parts(wished: int, ranks: int, experts: int) -> int:
-    """The largest number up to `wished` that divides the ranks and the experts of a layer."""
-    return next(parts for parts in range(max(1, wished), 0, -1) if ranks % parts == 0 and experts % parts == 0)
-
-
-def fitting_stages(config: Config, ranks: int) -> int:
-    """The largest number of stages up to the configured one that so many ranks, the model's layers and a batch's rows allow."""
-    p, rows = config.parallel, config.train.batch_size
-    most = (config.model.num_layers + 1) // CHUNKS[p.schedule]  # the last chunk may have the head alone
-    for stages in range(min(p.stages, ranks, most), 1, -1):
-        pipelines = ranks // stages
-        if ranks % stages == 0 and rows % pipelines == 0 and microbatches_of(p.schedule, stages, rows // pipelines):
-            return stages
-    return 1
 
 
 def _pipelined(config: Config, train: TrainConfig, said: bool, ranks: int, reasons: dict[str, str]) -> TrainConfig:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -246,9 +245,7 @@ def _smaller(run: PlannedRun) -> str:
     t, adapter = run.config.train, run.config.adapter
 
     def fits(config: Config) -> bool:
-        with suppress(ValueError):  # too few layers for a pipeline
-            return needed(config, run.ranks, measured=False).total <= run.memory_limit
-        return False
+        return needed(config, run.ranks, measured=False).total <= run.memory_limit
 
     few = ("int8", "int4")
     for base in few[few.index(adapter.base) + 1 if adapter.base in few else 0 :] if adapter is not None else ():

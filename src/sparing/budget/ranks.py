@@ -40,6 +40,29 @@ Tensors = Mapping[str, tuple[tuple[int, ...], int]]
 """Shape, and bytes of a number, by name."""
 
 
+def fitting_parts(wished: int, ranks: int, experts: int) -> int:
+    """The largest number up to `wished` that divides the ranks and the experts of a layer."""
+    return next(parts for parts in range(max(1, wished), 0, -1) if ranks % parts == 0 and experts % parts == 0)
+
+
+def fitting_stages(config: Config, ranks: int) -> int:
+    """The largest number of stages up to the configured one that so many ranks, the model's layers and a batch's rows allow."""
+    p, rows = config.parallel, config.train.batch_size
+    most = (config.model.num_layers + 1) // CHUNKS[p.schedule]  # the last chunk may have the head alone
+    for stages in range(min(p.stages, ranks, most), 1, -1):
+        pipelines = ranks // stages
+        if ranks % stages == 0 and rows % pipelines == 0 and microbatches_of(p.schedule, stages, rows // pipelines):
+            return stages
+    return 1
+
+
+def fitted(config: Config, ranks: int) -> Config:
+    """The configuration with as many stages and parts of the experts as so many ranks can have, which is what they train with."""
+    stages = fitting_stages(config, ranks)
+    parts = fitting_parts(config.parallel.experts, ranks // stages, config.model.n_routed_experts)
+    return replace(config, parallel=replace(config.parallel, stages=stages, experts=parts))
+
+
 def chunk_spans(config: Config, stages: int) -> list[range]:
     """The layers of each chunk of a pipeline, cut so that the operations of the largest chunk are fewest."""
     return _spans(config.model, config.train.seq_len, stages, config.parallel.schedule)
@@ -162,6 +185,7 @@ def _neighbours(config: Config, place: int) -> int:
 
 def bubble_of(config: Config, ranks: int) -> tuple[float, float]:
     """(the share of its time that a rank of a pipeline waits for others, how much longer than the mean the rank with most work takes)."""
+    config = fitted(config, ranks)
     c, t, p = config.model, config.train, config.parallel
     if p.stages == 1:
         return 0.0, 1.0
@@ -228,7 +252,7 @@ def needed(config: Config, ranks: int, path: KernelPath | None = None, measured:
     """What a process that trains `config` takes at its peak; of several, the one that takes most. measured: by a run of `train`."""
     frozen = any(part is not None for part in (config.adapter, config.esft, config.growth, config.drafts))
     if ranks > 1 and not frozen:
-        return held(config, ranks, path, measured=measured)
+        return held(fitted(config, ranks), ranks, path, measured=measured)
     t = config.train
     rows = -(-t.batch_size // ranks)
     train = replace(t, batch_size=rows, micro_batch_size=min(t.micro_batch_size or rows, rows))

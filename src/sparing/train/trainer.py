@@ -23,7 +23,7 @@ from sparing.base.preempt import Interrupted, Preempt
 from sparing.base.rank import RankLost
 from sparing.base.run import RunFolder
 from sparing.budget.flops import forward_flops, train_flops
-from sparing.budget.ranks import chunk_spans
+from sparing.budget.ranks import chunk_spans, fitting_parts, fitting_stages
 from sparing.data.loader import Batch
 from sparing.data.progress import Stopped
 from sparing.kernels import native
@@ -37,7 +37,6 @@ from sparing.parallel.pipeline import Pipeline, divide_layers
 from sparing.parallel.schedules import microbatches_of
 from sparing.parallel.sharded import Sharded
 from sparing.precision.policy import Move, Policy
-from sparing.resolve import fitting_parts, fitting_stages
 from sparing.train.checkpoint import Checkpoints, TrainState
 from sparing.train.guard import MAX_ROLLBACKS, Guard
 from sparing.train.log import Log, TrainResult
