@@ -71,7 +71,7 @@ def test_json_lines(tmp_path):
         "not JSON",
         "not UTF-8",
         "surrogate",
-        "not JSON",
+        "nested deeper",
     ]
     assert all(part in reason for part, reason in zip(expected, reasons.values(), strict=True)), reasons
 
