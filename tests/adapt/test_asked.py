@@ -125,7 +125,9 @@ def test_a_run_learns_the_answers(workplace, tmp_path, teacher, monkeypatch, cap
     summary = api.distill(str(workplace / "base"), server.url, [file], "8ktok", str(tmp_path / "run"), wishes=wishes, samples=0)
     assert summary["after"]["new"]["loss"] < summary["before"]["new"]["loss"]
     told = summary["teacher"]
-    assert told["answers"] == 72 and told["failed"] == {"no question": 1} | dict.fromkeys(failing, 1) and told["model"] == "big"
+    assert told["answers"] == 72 and told["failed"] == dict.fromkeys(failing, 1) and told["model"] == "big"
+    assert summary["documents"] == {"in": 81, "out": 72, "rejected": 8, "quarantined": 1}
+    assert [line["line"] for line in read_lines(tmp_path / "run/quarantine.jsonl")] == [81]
     assert "72 answers; left out: 1 × " in capsys.readouterr().err
     assert all(key == "Bearer secret" and body["max_tokens"] == asked.TOKENS for body, key in server.seen) and len(server.seen) == 80
     assert "secret" not in (tmp_path / "run/config.toml").read_text()
@@ -143,7 +145,7 @@ def test_a_teacher_that_only_fails_is_given_up(workplace, tmp_path, teacher):
     with pytest.raises(UserError, match=r"no usable answer \(8 × HTTP 500\)"):
         api.distill(str(workplace / "base"), server.url, [file], "8ktok", str(tmp_path / "run"), samples=0)
     assert len(server.seen) < 30 and not (tmp_path / "run").exists()
-    with pytest.raises(UserError, match="1 rows hold none"):
+    with pytest.raises(UserError, match="1 × no question"):
         api.distill(str(workplace / "base"), server.url, [write(tmp_path / "n.jsonl", [{"x": 1}])], "8ktok", str(tmp_path / "run"))
     with pytest.raises(UserError, match="name one, not a recipe"):
         api.distill("laptop", server.url, [file], "8ktok", str(tmp_path / "run"))
