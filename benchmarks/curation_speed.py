@@ -24,6 +24,7 @@ from pathlib import Path
 from benchmarks.curation import MANGLINGS, pieces_in_turn
 from sparing.base.files import write_atomic
 from sparing.base.messages import say
+from sparing.bench.curating import SAME_WORK
 from sparing.bench.results import stored_result
 
 FILE_BYTES = 10_000_000
@@ -31,8 +32,6 @@ FILE_BYTES = 10_000_000
 TENTH, WHOLE = "tenth", "whole"
 ARMS = {"ours before": TENTH, "datatrove": TENTH, "ours after": TENTH, "ours": WHOLE, "ours by default": TENTH}
 """What each goes through, in the order of the measurement: ours stands on both sides of datatrove, should the machine change its speed."""
-SAME_WORK = 'all_scores = false\nencoding = "none"\nlanguage = "none"\n'
-"""Rules as datatrove's pipeline here: its model of languages is a download, and it stops at the first filter that rejects."""
 CHANGED = 0.1
 """Of the words, when a text is used again: of the runs of five words about 0.9^5 stay, which is a Jaccard similarity of 0.42, and of two
 such texts 0.21. Duplicates begin at 0.7."""

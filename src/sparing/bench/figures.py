@@ -34,6 +34,9 @@ FIGURES = {
         "cache": ("sparing.bench.drafting.cache", "The key-value cache of a long text"),
         "experts": ("sparing.bench.drafting.experts", "Experts that do not fit into memory"),
     },
+    "data": {
+        "curate": ("sparing.bench.curating.curate", "Curating text against datatrove"),
+    },
 }
 """By area and name: the function that measures a figure, and its title. The first of an area is its default."""
 
@@ -41,8 +44,8 @@ FIGURES = {
 def bench(area: str, figure: str | None = None, **options: object) -> dict:
     """Measure one figure -> {"title", "rows"}; the rows are those of `results.row`.
 
-    area: train, precision or infer. figure: a name of `FIGURES`, by default the area's first. options: those of the figure's own function.
-    Raises UserError for an unknown figure or option, and where a side fails.
+    area: train, precision, infer or data. figure: a name of `FIGURES`, by default the area's first. options: those of the figure's own
+    function. Raises UserError for an unknown figure or option, and where a side fails.
     """
     if area not in FIGURES:
         raise UserError(f"bench {area}: not available; choose {' or '.join(FIGURES)}")

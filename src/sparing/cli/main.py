@@ -75,7 +75,7 @@ HELP = f"""Sparing {__version__}: say what you can spend, get the best language 
   sparing data select PATH... --for SAMPLE --budget 2Mtok --out FOLDER   keep what is most like a sample
   sparing data synth  KIND... --count N --out FILE                       exercises that a program can judge, for grpo and sft
   sparing data synth  rewrite|questions|exercises PATH... --teacher URL|RUN --out FOLDER   texts that a teacher writes, checked
-  sparing bench    train|precision|infer [FIGURE]                        this code against its peers, in one run
+  sparing bench    train|precision|infer|data [FIGURE]                   this code against its peers, in one run
 
 `sparing VERB --help` explains a verb. A budget is a number with a unit: 90s 20m 2h, 50Mtok, 3e17flop, $5, 0.2kWh.
 """

@@ -726,9 +726,9 @@ class Bench:
 
     takes: ClassVar[str] = "anything"
     name: tyro.conf.Positional[str | None] = None
-    """train, precision or infer"""
+    """train, precision, infer or data"""
     figure: tyro.conf.Positional[str | None] = None
-    """Which figure; default: throughput, speed, generate."""
+    """Which figure; default: throughput, speed, generate, curate."""
     json: bool = False
 
     def __call__(self, call: Call) -> dict | None:
