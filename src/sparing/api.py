@@ -40,7 +40,7 @@ from sparing.base.origin import hub_card, inherit_origin, origin_of
 from sparing.base.run import RunFolder, StoredTensors, run_tensors, stream_tensors, tensors_of, weights_sha256, write_tensors
 from sparing.budget.flops import forward_flops, parameters
 from sparing.budget.units import format_budget, parse_budget, parse_extension
-from sparing.data.accounts import Accounts, in_words
+from sparing.data.accounts import Accounts, balanced, in_words
 from sparing.data.answers import Cutting
 from sparing.data.chat import ChatTemplate, template_text
 from sparing.data.chats import chats, looks_like_chats
@@ -245,8 +245,8 @@ def grow(
     run: dense, or a mixture with sigmoid scores and selection biases; it may have domains already. data: the domain's texts, as for
     `train`. keep: text that the experts are to leave alone; none: what the run writes by itself. apart: text of other
     domains, from which routers learn to tell this one. wishes, started: as for `train`.
-    -> what `sft` gives. Raises UserError; Interrupted on a signal (the run can be resumed); `adapt.grow.TurnedDown`, which leaves no run
-    behind, where old text's loss would rise by more than 0.1 %, or the domain's would not fall.
+    -> what `sft` gives. Raises UserError; Interrupted on a signal (the run can be resumed); `adapt.grow.TurnedDown`, with `summary` (what
+    was read), which leaves no run behind, where old text's loss would rise by more than 0.1 %, or the domain's would not fall.
     """
     started = time.monotonic() if started is None else started
     amount = parse_budget(budget)
@@ -264,10 +264,13 @@ def grow(
 
 @contextmanager
 def _leaving_nothing(run: RunFolder) -> Iterator[None]:
-    """A growth that is turned down leaves no run behind."""
+    """A growth that is turned down leaves no run behind; what it has read is accounted for all the same."""
     try:
         yield
-    except adapt_grow.TurnedDown:
+    except adapt_grow.TurnedDown as refusal:
+        if (texts := corpora(run)) and "counts" in texts[-1]:
+            refusal.summary = {"grown": False, "documents": texts[-1]["counts"]}
+            say(in_words(balanced(texts[-1]["counts"])))
         run.remove()
         raise
 

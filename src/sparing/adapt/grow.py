@@ -496,7 +496,9 @@ def _number(config: Config) -> int:
 
 
 class TurnedDown(CannotGoOn):
-    """A growth that would harm what the model could before, or gives nothing for it."""
+    """A growth that would harm what the model could before, or gives nothing for it. summary: what is known of it."""
+
+    summary: dict | None = None
 
 
 def settle(job: Job, config: Config, model: Transformer, data: DomainData, result: TrainResult, nll: NllFn) -> TrainResult:

@@ -774,7 +774,8 @@ class Grow:
     def __call__(self, call: Call) -> dict:
         call.need(RUN=self.run, domain=self.domain, data=self.data, budget=self.budget, out=self.out)
         options = _of_learning(self, call, {} if self.text_key is None else {"data.text_key": self.text_key})
-        return call.api.grow(self.run, self.domain, self.data, self.budget, self.out, self.keep, self.apart, **options)
+        with _told(self.json, call):
+            return call.api.grow(self.run, self.domain, self.data, self.budget, self.out, self.keep, self.apart, **options)
 
 
 @dataclass
