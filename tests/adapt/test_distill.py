@@ -333,7 +333,7 @@ def test_words_of_drafts_go_on_with_the_model(drafting, tmp_path):
     """Into runs that start from it, and back again: else its module would choose among all words, which takes longer."""
     _, out, _ = drafting
     words, child = (out / "draft_words.json").read_bytes(), RunFolder.create(tmp_path / "child")
-    config = replace(read_config(out / "config.toml"), start=StartConfig(str(out), weights_sha256(RunFolder(out))))
+    config = replace(read_config(out / "config.toml"), drafts=None, start=StartConfig(str(out), weights_sha256(RunFolder(out))))
     keep_origin(child, config)
     write_atomic(child.config_file, write_config(config))
     api.rollback(str(child), str(tmp_path / "back"))

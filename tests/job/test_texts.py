@@ -216,7 +216,8 @@ def test_a_run_that_starts_from_another_goes_on_with_its_texts(place):
 
 def test_another_tokenizer_that_lies_in_the_new_folder_is_not_the_runs(place):
     run = RunFolder.create(place / "new")
-    shutil.copy(place / "base/tokenizer.json", run.tokenizer_file)  # of an import that died there
+    with run.lock():
+        shutil.copy(place / "base/tokenizer.json", run.tokenizer_file)  # of an import that died there
     wishes = Wishes.of(SMALL, {"model": {"vocab_size": 300}})
     api.train([str(place / "text")], "10ktok", str(run), wishes, samples=0)
     assert len(json.loads(run.tokenizer_file.read_text())["model"]["vocab"]) == 300
