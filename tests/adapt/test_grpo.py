@@ -196,6 +196,7 @@ def test_what_cannot_be_asked_leaves_nothing(workplace, tmp_path):
         (str(tmp_path / "none.jsonl"), WISHES, "neither a file nor one of"),
         (task, {"grpo": {"max_tokens": 90}}, "the model's context is 64"),
         (task, {"grpo": {"problems": 8, "updates": 3, "max_tokens": 4}}, "must divide grpo.problems"),
+        (task, {"grpo": {"pass_at": 9, "max_tokens": 4}}, "grpo.pass_at 9: 1 to grpo.samples, "),
         (task, {"esft": {}}, "grpo has no use for this section"),
         (task, WISHES | {"train": TRAIN | {"batch_size": 32}}, "train.batch_size 32: an update learns from 64 answers"),
         (task, WISHES | {"train": TRAIN | {"seq_len": 8}}, r"train.seq_len 8: the longest problem and its answer have up to \d+ tokens"),

@@ -16,7 +16,7 @@ from sparing.curate.recipe import Recipe
 from sparing.data.accounts import Accounts
 from sparing.data.chats import chats
 from sparing.data.pipes import python_path
-from sparing.data.sources import documents
+from sparing.data.sources import documents, rows
 
 LINE = b'{"text": "a sound line"}\n'
 
@@ -146,7 +146,7 @@ def test_a_file_that_goes_away(tmp_path):
 
 BOUNDED = """
 import json, resource, sys
-from sparing.data.sources import documents
+from sparing.data.sources import documents, rows
 import pyarrow, numpy
 used = int(open("/proc/self/statm").read().split()[0]) * 4096
 resource.setrlimit(resource.RLIMIT_AS, (used + 150_000_000,) * 2)
@@ -180,3 +180,15 @@ def test_a_line_of_200_megabytes_is_never_held(tmp_path, name):
         assert found > 100 and rejected == []
     else:
         assert found == 2 and rejected == [[2, "line longer than 16 MiB"]]
+
+
+def test_rows_of_parquet_that_share_one_huge_value_are_decoded_one_by_one(tmp_path):
+    """A few kilobytes on the disk: a dictionary of 20 MB that 300 rows point to, in a plain column of texts."""
+    text = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 300, pyarrow.int32()), pyarrow.array(["y" * 20_000_000]))
+    pyarrow.parquet.write_table(pyarrow.table({"text": text}), tmp_path / "a.parquet", store_schema=False, compression="zstd")
+    assert (tmp_path / "a.parquet").stat().st_size < 100_000
+    before = pyarrow.total_allocated_bytes()
+    row = next(found := rows([str(tmp_path / "a.parquet")]))
+    taken = pyarrow.total_allocated_bytes() - before
+    assert len(row.value["text"]) == 20_000_000 and taken < 400_000_000  # 64 rows would take 1.3 GB
+    found.close()

@@ -38,6 +38,8 @@ __all__ = ["FORMATS", "Document", "Reject", "Rejected", "Row", "Tally", "Tick", 
 
 LINE_BYTES = 16 << 20
 """A longer JSON line is not read."""
+ROWS_AT_ONCE, DECODED_BYTES = 64, 1 << 28
+"""Of Parquet: rows that are decoded at once, and what they may take if each of them is as large as it can be."""
 JSON, PARQUET = ("jsonl", "json", "ndjson"), ("parquet", "pq")
 """Suffixes (`files.kind_of`) of what is read row by row."""
 METADATA_COLUMNS = (
@@ -253,7 +255,7 @@ def _parquet_rows(path: str, only: str | None, reject: Reject, tick: Tick) -> It
                 return reject(Rejected(path, None, f"no column {only!r} (columns: {', '.join(names[:8])})"))
             per_row = os.path.getsize(path) / max(1, file.metadata.num_rows)
             chosen = names if only is None else [only, *(name for name in METADATA_COLUMNS if name in names and name != only)]
-            for batch in file.iter_batches(batch_size=64, columns=chosen, use_threads=False):
+            for batch in file.iter_batches(batch_size=_at_once(file.metadata), columns=chosen, use_threads=False):
                 tick(int(batch.num_rows * per_row))
                 for at in range(batch.num_rows):  # one by one: a few kilobytes may say that all rows have the same long text
                     yield batch.schema.names, tuple(_scalar(column[at]) for column in batch.columns), row
@@ -262,6 +264,14 @@ def _parquet_rows(path: str, only: str | None, reject: Reject, tick: Tick) -> It
         if isinstance(error, OSError) and error.errno is not None:  # the disk's errors have a number
             raise
         reject(Rejected(path, row or None, f"damaged Parquet ({str(error).splitlines()[0][:120]})"))
+
+
+def _at_once(metadata) -> int:
+    """Rows to decode at once, of a Parquet file. All of them may have the one value of a dictionary that is as large as its column."""
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    columns = [group.column(place) for group in groups for place in range(group.num_columns)]
+    largest = max((column.total_uncompressed_size for column in columns if column.has_dictionary_page), default=0)
+    return max(1, min(ROWS_AT_ONCE, DECODED_BYTES // max(1, largest)))
 
 
 def _scalar(item) -> object:
