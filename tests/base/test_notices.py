@@ -277,7 +277,7 @@ def test_it_ends_with_the_job(imitation, monkeypatch):
     monkeypatch.setenv("SPARING_CLOUD", "azure")
     monkeypatch.setenv("SPARING_METADATA", server.address)
     monkeypatch.setattr(Azure, "every_s", 0.01)
-    with Preempt("go on") as signals, notices(signals):
+    with Preempt("go on") as signals, notices(signals.leave_by):
         thread = next(thread for thread in threading.enumerate() if thread.name == "sparing-notices")
         while len(server.asked) < 5:
             time.sleep(0.01)
@@ -290,7 +290,7 @@ def test_a_notice_stops_what_can_be_left_at_once(imitation, monkeypatch):
     monkeypatch.setenv("SPARING_CLOUD", "gcp")
     monkeypatch.setenv("SPARING_METADATA", server.address)
     monkeypatch.setattr(Gcp, "every_s", 0.01)
-    with Preempt("go on") as signals, notices(signals), pytest.raises(Interrupted, match="go on"), signals.interruptible():
+    with Preempt("go on") as signals, notices(signals.leave_by), pytest.raises(Interrupted, match="go on"), signals.interruptible():
         server.notice = {"preempted": "TRUE"}
         time.sleep(60)
         pytest.fail("the notice came to nothing")
@@ -339,17 +339,17 @@ def test_which_cloud(tmp_path, monkeypatch):
 def test_elsewhere_and_on_all_but_one_rank_nothing_is_started(imitation, monkeypatch):
     threads = threading.active_count()
     monkeypatch.setenv("SPARING_CLOUD", "none")
-    with notices(Preempt("go on")):
+    with notices(Preempt("go on").leave_by):
         assert threading.active_count() == threads
     monkeypatch.setenv("SPARING_CLOUD", "aws")
     for name, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    with notices(Preempt("go on")):
+    with notices(Preempt("go on").leave_by):
         assert threading.active_count() == threads
     monkeypatch.setenv("LOCAL_RANK", "0")
     for address in ("127.0.0.1:80", "https://127.0.0.1", "http://", "http://127.0.0.1:port"):
         monkeypatch.setenv("SPARING_METADATA", address)
-        with pytest.raises(UserError, match="expected an address such as"), notices(Preempt("go on")):
+        with pytest.raises(UserError, match="expected an address such as"), notices(Preempt("go on").leave_by):
             pytest.fail("unreachable")
 
 

@@ -62,20 +62,19 @@ def test_what_a_rank_sends_and_holds(name):
     assert memory.weights == pytest.approx(one.weights, rel=0.2 if masters else 0.01)
 
 
+WIDE = replace(
+    MODEL, hidden_size=512, intermediate_size=2048, moe_intermediate_size=512, num_heads=8, vocab_size=4096, q_lora_rank=128,
+    kv_lora_rank=128, max_position_embeddings=512,
+)  # fmt: skip
+"""Wide enough that what layers keep is most of the memory."""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("shard", "experts"), [("nothing", 1), ("optimizer", 1), ("optimizer", 4), ("weights", 1), ("weights", 4)])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_the_peak(shard, experts, recompute):
     """Of rank 0, with the plain kernels, which are what runs on the meta device; it owns the largest tensors."""
-    wide = {
-        "hidden_size": 512,
-        "intermediate_size": 2048,
-        "moe_intermediate_size": 512,
-        "num_heads": 8,
-        "num_layers": 6,
-        "vocab_size": 4096,
-    }
-    model = replace(MODEL, **wide, q_lora_rank=128, kv_lora_rank=128, n_routed_experts=32, max_position_embeddings=512)
+    model = replace(WIDE, num_layers=6, n_routed_experts=32)
     train = replace(TRAIN, seq_len=512, dtype="bfloat16", recompute=recompute)
     config = Config(model=model, train=train, parallel=ParallelConfig(shard, experts))
     planned = held(config, 4, "plain").total - PROCESS_BYTES["cpu"]
@@ -88,15 +87,7 @@ def test_the_peak(shard, experts, recompute):
 )
 def test_the_peak_of_a_pipeline(schedule, rank, recompute):
     """Of four ranks that are two stages, whose chunks are one or two layers wide."""
-    wide = {
-        "hidden_size": 512,
-        "intermediate_size": 2048,
-        "moe_intermediate_size": 512,
-        "num_heads": 8,
-        "num_layers": 5,
-        "vocab_size": 4096,
-    }
-    model = replace(MODEL, **wide, q_lora_rank=128, kv_lora_rank=128, n_routed_experts=8, max_position_embeddings=512)
+    model = replace(WIDE, num_layers=5, n_routed_experts=8)
     train = replace(TRAIN, seq_len=512, dtype="bfloat16", recompute=recompute)
     config = Config(model=model, train=train, parallel=ParallelConfig("optimizer", stages=2, schedule=schedule))
     planned = held(config, 4, "plain", rank // 2).total - PROCESS_BYTES["cpu"]

@@ -24,7 +24,6 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from sparing.base.config import UserError
-from sparing.base.preempt import Preempt
 from sparing.base.rank import elastic, this_rank
 
 CLOUD, METADATA = "SPARING_CLOUD", "SPARING_METADATA"
@@ -242,12 +241,13 @@ def cloud(files: Path = Path("/sys")) -> str | None:
 
 
 @contextmanager
-def notices(signals: Preempt) -> Iterator[None]:
+def notices(leave_by: Callable[[float], None]) -> Iterator[None]:
     """While it lasts, a notice that this machine goes away stops the job, as a signal would. On a machine of no cloud it does nothing.
+    leave_by: gets the seconds that are left, from another thread, once.
 
     One rank of each machine asks: ranks that train together agree to stop. Before they do, rank 0 that leaves tells the others; another
     one's absence is noticed at the first sum, and nothing is there to be lost yet. Raises UserError for environment variables that are
-    wrong. Only `leave_by` of `signals` is called.
+    wrong.
     """
     name = cloud()
     if name is None or this_rank().local or elastic():  # there the launcher asks, and leaves with its ranks
@@ -255,12 +255,12 @@ def notices(signals: Preempt) -> Iterator[None]:
         return
     service, left, leaving = SERVICES[name](os.environ.get(METADATA) or ADDRESS), threading.Event(), threading.Lock()
 
-    def leave_by(seconds: float) -> None:
+    def leave(seconds: float) -> None:
         with leaving:
             if not left.is_set():
-                signals.leave_by(seconds)
+                leave_by(seconds)
 
-    threading.Thread(target=watch, args=(service, leave_by, left), daemon=True, name="sparing-notices").start()
+    threading.Thread(target=watch, args=(service, leave, left), daemon=True, name="sparing-notices").start()
     try:
         yield
     finally:

@@ -70,7 +70,7 @@ def launch(words: Sequence[str], n: int, nodes: tuple[int, int], meet: str | Non
             os.environ[ELASTIC] = "1"
         before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
-            with ending_stopped(), notices(Leaving()) if nodes[0] < nodes[1] else nullcontext():
+            with ending_stopped(), notices(_leave) if nodes[0] < nodes[1] else nullcontext():
                 elastic_launch(LaunchConfig(**settings), sys.executable)("-m", "sparing", *words)
         except SignalException:
             if not status.exists():  # else rank 0 has said how to go on
@@ -93,11 +93,9 @@ def launch(words: Sequence[str], n: int, nodes: tuple[int, int], meet: str | Non
         return int(status.read_text()) if status.exists() else 0
 
 
-class Leaving:
-    """What a notice tells that this machine goes away: the agent, as by SIGTERM, ends its ranks, and leaves the others."""
-
-    def leave_by(self, seconds: float) -> None:
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
+def _leave(_seconds: float) -> None:
+    """This machine goes away: the agent, as by SIGTERM, ends its ranks, and leaves the others."""
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
 
 
 @contextmanager

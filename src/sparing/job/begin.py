@@ -137,7 +137,7 @@ def begin(verb: str, run: RunFolder, started: float | None = None, ready: Callab
 @contextmanager
 def _interrupted(run: RunFolder) -> Iterator[Preempt]:
     """What stops a job from outside: signals, and notices that the machine goes away."""
-    with Preempt(f"sparing resume {run}") as signals, notices(signals):
+    with Preempt(f"sparing resume {run}") as signals, notices(signals.leave_by):
         yield signals
 
 

@@ -269,7 +269,7 @@ class Queue:
         """Until no job can start any more. Raises Interrupted on a signal."""
         self.sessions.append([time.time()] * 2)
         self._write()
-        with _Signals() as signals, notices(signals), Screen() as self.screen:
+        with _Signals() as signals, notices(signals.leave_by), Screen() as self.screen:
             looked = seen = 0.0
             while True:
                 ended, now = self._reap(), time.time()
